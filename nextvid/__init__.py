@@ -1,0 +1,12 @@
+"""NExT-Vid: video representation learning by masked next-frame prediction.
+
+    corpus/   which files and rows there are            train/    rows -> weights
+    video/    files -> frames and facts                 probe/    frozen features -> accuracies
+    encode/   frames -> latents                         sample/   generated next frames
+    model/    the paper, one file per box of Fig. 2     lineage/  which data made what
+    config.py, recipes.py   every configuration         report/   what people look at
+
+`nextvid.load_encoder(path)` opens an exported encoder.
+"""
+
+__version__ = "0.1.0"

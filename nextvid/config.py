@@ -1,0 +1,236 @@
+"""Frozen, strict models of everything that a training run is configured by.
+
+Holds shapes, losses, masks, optimiser and stages ("what": digested) and how a run is carried out ("how": never digested).
+Holds no corpus (nextvid/corpus/project.py) and no named values (recipes.py). Defaults are the paper's (Tab. 7, 8;
+method.md 2, 4, 6, 7) unless the line says otherwise.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from storage.digest import digest_config
+from storage.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Base of every configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """Id of this configuration: canonical JSON with floats as `repr`."""
+        return digest_config(self.model_dump(mode="json"))
+
+
+class EncoderConfig(Strict):
+    """Frame-causal ViT; the default is ViT-L. `mlp_hidden` is given, since ViT-G's 6144 is no multiple of its width."""
+
+    input: Literal["pixels", "latents"] = "pixels"
+    depth: int = 24
+    width: int = 1024
+    heads: int = 16
+    mlp_hidden: int = 4096
+
+
+class PredictorConfig(Strict):
+    """Cross-attention predictor (`cross`), its ablation without context isolation (`joint`), or none (S-model)."""
+
+    kind: Literal["cross", "joint", "none"] = "cross"
+    depth: int = 12
+    width: int = 384
+    heads: int = 12
+    support: Literal["all", "masked"] = "all"  # method.md 2.5
+
+
+class DecoderConfig(Strict):
+    """Frame-isolated DiT (`dit_iso`) or the S-model's cross-attention decoders; `none` when gen = 0."""
+
+    kind: Literal["dit_iso", "xattn", "xattn_self", "none"] = "dit_iso"
+    depth: int = 12
+    width: int = 384
+    heads: int = 12
+    condition: Literal["proj", "hidden"] = "proj"  # method.md 4.3: z_t of width D, or the predictor's hidden state
+
+
+class ModelConfig(Strict):
+    """The five parts. A tubelet is `tubelet` stored frames; the grid is cells per tubelet."""
+
+    grid_height: int = 16
+    grid_width: int = 16
+    tubelet: int = 2
+    patch: int = 16  # pixels per cell side, for input `pixels`; for `latents` one latent cell is one patch
+    frame_channels: int = 32  # target channels of one frame and cell after space-to-depth; C = tubelet * frame_channels
+    encoder: EncoderConfig = EncoderConfig()
+    predictor: PredictorConfig = PredictorConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    attention: Literal["loop", "dense", "flash"] = "loop"
+
+    @property
+    def cells(self) -> int:
+        """Cells per tubelet, S."""
+        return self.grid_height * self.grid_width
+
+    @property
+    def target_channels(self) -> int:
+        """Channels of one target token, C."""
+        return self.tubelet * self.frame_channels
+
+
+class MaskStrategy(Strict):
+    """One of the parallel strategies of Tab. 8: `blocks` blocks of area `scale`, constant over time."""
+
+    name: str
+    blocks: int
+    scale: float
+    aspect_min: float = 0.75
+    aspect_max: float = 1.5
+    budget: int  # visible cells per tubelet that `fixed` keeps (method.md 2.4)
+
+
+class MaskConfig(Strict):
+    """Mask strategies and how the visible set is thinned (method.md 2.4). `all` is the ablation without masking."""
+
+    keep: Literal["fixed", "bucket", "flat", "all"] = "fixed"
+    strategies: tuple[MaskStrategy, ...] = (
+        MaskStrategy(name="short", blocks=8, scale=0.15, budget=60),
+        MaskStrategy(name="long", blocks=2, scale=0.70, budget=15),
+    )
+    entries: int = 1 << 16  # drawn entries a strategy (design 2)
+    seed: int = 0
+
+
+class LossConfig(Strict):
+    """Weights of Tab. 8 and the flow's time grid (method.md 4.2)."""
+
+    align: float = 1.0
+    flow: float = 0.5
+    timesteps: int = 1000
+    tau_share: Literal["tubelet", "clip"] = "tubelet"
+    target: Literal["latents", "pixels", "siglip2", "cosmos"] = "latents"
+    target_norm: bool = True  # LN without affine on the reference features (method.md 4.1)
+
+
+class OptimConfig(Strict):
+    """AdamW of Tab. 8; clipping is by module (method.md 7.4)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.04
+    clip: float = 1.0
+    clip_scope: Literal["module", "global"] = "module"
+    shape: Literal["linear", "cosine"] = "linear"
+    ema: float = 0.99925
+
+
+class StageConfig(Strict):
+    """One row of Tab. 8. `decoder_lr` is None where the decoder follows the main rate."""
+
+    name: str
+    steps: int
+    frames: int
+    batch: int
+    tau_copies: int
+    lr_start: float
+    lr_end: float
+    decoder_lr: float | None = None
+
+
+class RecipeConfig(Strict):
+    """A complete training configuration: the *what* of a run. Everything here is digested."""
+
+    name: str
+    model: ModelConfig = ModelConfig()
+    masks: MaskConfig = MaskConfig()
+    losses: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    stages: tuple[StageConfig, ...]
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for stage in self.stages:
+            if stage.frames % self.model.tubelet:
+                raise ValueError(
+                    f"stage {stage.name}: {stage.frames} frames are not whole tubelets of {self.model.tubelet}"
+                )
+        cells = self.model.cells
+        for strategy in self.masks.strategies:
+            if not 0 < strategy.budget <= cells:
+                raise ValueError(
+                    f"mask strategy {strategy.name}: budget {strategy.budget} is not within 1..{cells} cells"
+                )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def clip_lengths(self) -> tuple[int, ...]:
+        """Frames per clip that the stages ask of a trainset, ascending."""
+        return tuple(sorted({stage.frames for stage in self.stages}))
+
+
+class HowConfig(Strict):
+    """How a run is carried out; never digested, so any of it may change between attempts at one run."""
+
+    ranks: int = 1
+    micro_batch: int = 0  # clips per rank and backward; 0 = the whole rank's share
+    threads: int = 1  # loader threads
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    log_every_steps: int = 20
+    diagnose_every_steps: int = 250
+    checkpoint_every_steps: int = 500
+    keep_last: int = 2
+
+
+def parse(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """Build a configuration from plain values.
+
+    Raises ConfigError that names the place and, for a misspelt key, the nearest known one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(model, problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_fields_at(model, problem["loc"][:-1]))
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key '{path}'; {remedy}"
+    return f"'{path}': {problem['msg']}" + (f" (got {problem['input']!r})" if path else "")
+
+
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
+    """Names of the fields of the model that stands at `path` inside `model`."""
+    current: Any = model
+    for part in path:
+        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else current
+        current = _inner_model(annotation) or current
+    return set(current.model_fields)
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The configuration inside `X`, `X | None`, `list[X]`, `tuple[X, ...]` or `dict[str, X]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in typing.get_args(annotation):
+        if found := _inner_model(argument):
+            return found
+    return None

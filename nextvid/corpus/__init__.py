@@ -1,0 +1,1 @@
+"""Which files there are and which rows they give: corpus.yaml, listings, batches, labels, splits, trainset. No torch."""

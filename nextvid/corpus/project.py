@@ -1,0 +1,250 @@
+"""corpus.yaml: the one file that configures a project, as frozen, strict models, and how it is found and read.
+
+Holds what a user writes: root, encoding, curation, datasets, benchmarks (design, sections 1, 2, 5, 6). Holds no training
+configuration (nextvid/config.py) and touches no data. Curation's defaults are those of research: video, 8.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import field_validator, model_validator
+
+from nextvid.config import Strict, parse
+from storage.digest import digest_config
+from storage.errors import ConfigError
+from storage.root import DataRoot
+
+NAME = re.compile(r"[a-z0-9_]+")  # design 2: dataset names are part of paths and partition keys
+
+
+class EncodingConfig(Strict):
+    """How given frames become stored bytes. The autoencoder's digest, not its path, enters the encoding spec."""
+
+    autoencoder: str  # folder of diffusers weights, relative to corpus.yaml
+    resolution: int = 256  # pixels of the square view
+    precision: Literal["fp32", "bf16"] = "fp32"
+    posterior: Literal["mean", "sample"] = "mean"
+    storage: Literal["float16", "keepbits7", "int8"] = "float16"
+    batch_frames: int = 64  # how, not what: frames per forward; in no digest
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # how, not what
+
+
+class ShotConfig(Strict):
+    """The first pass: what changes here decodes again."""
+
+    thumb_width: int = 80  # research video 8: detectors fed 80x45 thumbnails
+    thumb_height: int = 45
+    content_threshold: float = 27.0  # PySceneDetect ContentDetector's default
+    min_shot_s: float = 0.25
+    dissolve_lag_s: float = 0.24  # research video 8: lag in seconds, not frames
+    dissolve_change: float = 20.0  # research video 8
+    dissolve_residual: float = 0.3  # research video 8
+    fade_luma: float = 12.0  # ThresholdDetector(12)
+    sample_hz: float = 4.0  # motion and freeze are measured at this rate
+    hash_hz: float = 1.0  # PDQ at 1 fps
+
+
+class FilterConfig(Strict):
+    """Thresholds on scores: what changes here decodes nothing again. None switches a test off."""
+
+    trim_s: float = 0.25  # design 6: at cuts, not at file ends
+    motion_min: float | None = 0.1  # % of the diagonal per 0.25 s (research video 8)
+    motion_max: float | None = 6.0
+    freeze_max: float | None = 0.5
+    luma_min: float | None = 16.0
+    luma_max: float | None = 235.0
+    blur_min: float | None = 8.0
+
+
+class DuplicateConfig(Strict):
+    """Near-duplicate search over PDQ hashes."""
+
+    distance: int = 31  # bits of 256; no unrelated pair below 102 (research video 8)
+    quality_min: int = 50  # design 4: flatter frames join nothing
+
+
+class CurationConfig(Strict):
+    """First pass, filters, duplicates."""
+
+    shots: ShotConfig = ShotConfig()
+    filters: FilterConfig = FilterConfig()
+    duplicates: DuplicateConfig = DuplicateConfig()
+
+
+class ClipPolicy(Strict):
+    """How clips are cut from a shot: F frames at `fps` or every `stride`-th source frame."""
+
+    frames: int
+    fps: float | None = None
+    stride: int | None = None
+    clips_per_shot: int = 1
+    starts: Literal["tile", "random"] = "tile"
+    views: int = 1
+    crop: Literal["whole", "centre", "random"] = "random"  # random: area 0.3-1.0, aspect 0.75-1.35 (method.md 8)
+    flip: bool = False  # flip half of the views
+    pad: Literal["skip", "fit", "repeat_last"] = "fit"
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Self:
+        if self.frames > 1 and (self.fps is None) == (self.stride is None):
+            raise ValueError("a clip policy names exactly one of 'fps' and 'stride'")
+        return self
+
+
+class SplitConfig(Strict):
+    """Shares of the hash split, for files without an official one. What is left is train."""
+
+    val: float = 0.0
+    test: float = 0.2  # design 4: 80 to 20
+
+
+class LabelConfig(Strict):
+    """Where labels stand: `none`, `folders` (the last folder's name) or `csv` (columns by name)."""
+
+    layout: Literal["none", "folders", "csv"] = "none"
+    file: str | None = None  # csv: path relative to corpus.yaml
+    path_column: str = "path"  # relative to the dataset's URI
+    targets: dict[str, str] = {}  # target -> column; folders: {"target": ""} is implied as `class`
+    split_column: str | None = None
+    group_column: str | None = None
+
+
+class DatasetConfig(Strict):
+    """One dataset. With a weight it is pretrained on, by its clip policies; benchmarks name it for probing."""
+
+    uri: str  # folder or fsspec URL, relative to corpus.yaml
+    weight: float | None = None
+    clips: tuple[ClipPolicy, ...] = ()
+    labels: LabelConfig = LabelConfig()
+    split: SplitConfig = SplitConfig()
+    quarantine_budget: float = 0.05  # largest share of files that may be quarantined before the batch stops
+    licence: str = "unknown"
+    max_batch_videos: int = 1000  # design 2
+    max_batch_images: int = 10000
+
+    @model_validator(mode="after")
+    def _weight_needs_clips(self) -> Self:
+        if self.weight is not None and not self.clips:
+            raise ValueError("a dataset with a weight needs at least one clip policy under 'clips'")
+        return self
+
+
+class BenchmarkConfig(Strict):
+    """A probe task: which datasets, which target, which clips."""
+
+    datasets: tuple[str, ...]
+    target: str
+    policy: ClipPolicy  # segments: clips_per_shot; views: views
+    epochs: int = 20  # Tab. 10
+    batch: int = 32
+    seeds: int = 3  # research demo 5: one probe seed is noise for claims under 6 points
+
+
+class CorpusConfig(Strict):
+    """The whole of corpus.yaml, paths made absolute."""
+
+    root: str
+    runs_root: str | None = None
+    encoding: EncodingConfig
+    curation: CurationConfig = CurationConfig()
+    datasets: dict[str, DatasetConfig]
+    benchmarks: dict[str, BenchmarkConfig] = {}
+    reencode: Literal["ask", "auto"] = "ask"
+    min_complete: float = 1.0
+
+    @field_validator("datasets", "benchmarks")
+    @classmethod
+    def _names(cls, value: dict[str, object]) -> dict[str, object]:
+        for name in value:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"'{name}' is not a name: use lower-case letters, digits and underscores")
+        return value
+
+    @model_validator(mode="after")
+    def _benchmarks_exist(self) -> Self:
+        for name, benchmark in self.benchmarks.items():
+            for dataset in benchmark.datasets:
+                if dataset not in self.datasets:
+                    raise ValueError(f"benchmark '{name}' names dataset '{dataset}', which is not among the datasets")
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """Mixture weights by dataset, as written."""
+        return {name: d.weight for name, d in self.datasets.items() if d.weight is not None}
+
+    def curation_digest(self) -> str:
+        """Digest of what decides rows: curation, and each dataset's clip policies, splits and the benchmarks."""
+        datasets = {
+            n: d.model_dump(mode="json", include={"clips", "split", "labels"}) for n, d in self.datasets.items()
+        }
+        for value in datasets.values():
+            value["labels"].pop("file")  # a path changes no row; its content belongs to the listing
+        benchmarks = {
+            n: b.model_dump(mode="json", include={"datasets", "target", "policy"}) for n, b in self.benchmarks.items()
+        }
+        return digest_config(
+            {"curation": self.curation.model_dump(mode="json"), "datasets": datasets, "benchmarks": benchmarks}
+        )
+
+
+def corpus_path(given: str | None = None) -> Path:
+    """The corpus.yaml in force: as given, else NEXTVID_CORPUS, else ./corpus.yaml."""
+    return Path(given or os.environ.get("NEXTVID_CORPUS") or "corpus.yaml").absolute()
+
+
+def load_corpus(path: str | Path | None = None) -> CorpusConfig:
+    """Read and check corpus.yaml; relative paths resolve against the file. Raises ConfigError."""
+    file = corpus_path(str(path) if path else None)
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no corpus.yaml; name it with --corpus or the variable NEXTVID_CORPUS")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected keys such as 'root' and 'datasets', found {type(values).__name__}")
+    return _absolute(parse(CorpusConfig, values, str(file)), file.parent)
+
+
+def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
+    """Resolve every relative path against the folder of corpus.yaml; URLs stay as they are."""
+
+    def resolve(path: str) -> str:
+        return path if "://" in path else str((base / Path(path).expanduser()).resolve())
+
+    datasets = {
+        name: dataset.model_copy(
+            update={
+                "uri": resolve(dataset.uri),
+                "labels": dataset.labels.model_copy(
+                    update={"file": resolve(dataset.labels.file) if dataset.labels.file else None}
+                ),
+            }
+        )
+        for name, dataset in corpus.datasets.items()
+    }
+    encoding = corpus.encoding.model_copy(update={"autoencoder": resolve(corpus.encoding.autoencoder)})
+    runs_root = resolve(corpus.runs_root) if corpus.runs_root else None
+    return corpus.model_copy(
+        update={"root": resolve(corpus.root), "runs_root": runs_root, "datasets": datasets, "encoding": encoding}
+    )
+
+
+@dataclass(frozen=True)
+class Project:
+    """A corpus.yaml and the data root that it names: what every maker takes first."""
+
+    corpus: CorpusConfig
+    root: DataRoot
+    path: Path
+
+
+def open_project(path: str | Path | None = None) -> Project:
+    """The project of `--corpus`, else NEXTVID_CORPUS, else ./corpus.yaml. Raises ConfigError."""
+    file = corpus_path(str(path) if path else None)
+    corpus = load_corpus(file)
+    return Project(corpus, DataRoot.open(corpus.root, corpus.runs_root), file)

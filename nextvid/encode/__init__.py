@@ -1,0 +1,1 @@
+"""Frames to latents: autoencoders, views, plan, shard, statistics, previews."""

@@ -1,0 +1,1 @@
+"""Which data made what: trace, withdraw, sweep."""

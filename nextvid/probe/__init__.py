@@ -1,0 +1,1 @@
+"""Frozen features to accuracies: features, attentive probe, nearest neighbours."""

@@ -1,0 +1,1 @@
+"""Generated next frames: masked and autoregressive."""

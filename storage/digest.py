@@ -1,0 +1,82 @@
+"""Identity: canonical JSON and streaming hashes. The only place that decides what an id is.
+
+An id is blake2b-128 of canonical JSON (sorted keys, no spaces, ASCII) of integers, strings, booleans, None, lists and
+mappings of those: 16 bytes in parquet, 32 hex digits in JSON and paths (design, section 2). Floats are refused in ids,
+since their text is not unique; configurations that hold floats go through `digest_config`, which writes each as `repr`.
+Checksums (crc32c) find rot, they are no identity.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import google_crc32c
+
+ID_BYTES = 16  # blake2b-128: collisions at 2^64 items, far beyond the paper's 3.5e8 clips
+
+
+def canonical(value: object) -> str:
+    """Canonical JSON of `value`; the same value gives the same text on every machine and version."""
+    _refuse_floats(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def digest(value: object) -> str:
+    """Id of a value as 32 hex digits."""
+    return hashlib.blake2b(canonical(value).encode(), digest_size=ID_BYTES).hexdigest()
+
+
+def digest_config(value: object) -> str:
+    """Id of a configuration: as `digest`, with each float written by `repr`, which round-trips exactly."""
+    return digest(_floats_as_text(value))
+
+
+def digest_file(path: str | Path) -> str:
+    """Id of a local file's bytes, read in 1 MiB pieces."""
+    state = hashlib.blake2b(digest_size=ID_BYTES)
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def digest_bytes(data: bytes) -> str:
+    """Id of bytes in memory; equal to `digest_file` of a file that holds them."""
+    return hashlib.blake2b(data, digest_size=ID_BYTES).hexdigest()
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """Checksum against rot: hardware crc32c, about 30 GB/s (research: store, F)."""
+    return int(google_crc32c.value(bytes(data)))
+
+
+def _refuse_floats(value: object) -> None:
+    match value:
+        case float():
+            raise TypeError("ids are made of integers and strings; use digest_config for configurations with floats")
+        case Mapping():
+            for key, item in value.items():
+                assert isinstance(key, str), f"key {key!r} of an id is not a string"
+                _refuse_floats(item)
+        case str() | bytes():
+            pass
+        case Sequence():
+            for item in value:
+                _refuse_floats(item)
+        case _:
+            pass
+
+
+def _floats_as_text(value: object) -> object:
+    match value:
+        case float():
+            return repr(value)
+        case Mapping():
+            return {key: _floats_as_text(item) for key, item in value.items()}
+        case str() | bytes():
+            return value
+        case Sequence():
+            return [_floats_as_text(item) for item in value]
+        case _:
+            return value

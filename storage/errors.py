@@ -1,0 +1,79 @@
+"""Every error that a user can meet, in one tree; each class has a stable `kind` for scripts.
+
+    NExTVidError (ValueError)
+    +-- ConfigError      config      corpus.yaml, a recipe or an override is wrong
+    +-- CorpusError      corpus      a folder, listing or label file cannot be read or contradicts itself
+    +-- MediaError       media       one file cannot be decoded within the contract; becomes a row, never a crash
+    +-- TableError       table       a parquet table breaks its schema
+    +-- StoreError       store       a latent store is not what its metadata says
+    |   +-- DamagedError damaged     bytes differ from their checksum, or a committed shard is missing or short
+    |   +-- ConflictError conflict   somebody else created this name first (also FileExistsError)
+    +-- UpstreamError    upstream    what this step reads is missing or failed its checks
+    +-- RefusedError     refused     a run, checkpoint or trainset does not fit what was asked
+
+Messages say what is wrong, where, and what to do. Programmers' mistakes are `assert`, never these.
+"""
+
+
+class NExTVidError(ValueError):
+    """Root of the tree; a `ValueError`, so that callers who know nothing of us still catch it sensibly."""
+
+    kind = "error"
+
+
+class ConfigError(NExTVidError):
+    """A configuration is wrong: unknown key, impossible value, missing file."""
+
+    kind = "config"
+
+
+class CorpusError(NExTVidError):
+    """A dataset's folder, listing or label file cannot be read, or contradicts itself."""
+
+    kind = "corpus"
+
+
+class MediaError(NExTVidError):
+    """One media file cannot be used. `reason` is the short word that goes to the table's `reason` column."""
+
+    kind = "media"
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class TableError(NExTVidError):
+    """A table on disk breaks its schema."""
+
+    kind = "table"
+
+
+class StoreError(NExTVidError):
+    """A latent store is not what its metadata says."""
+
+    kind = "store"
+
+
+class DamagedError(StoreError):
+    """Committed bytes are missing, short or differ from their checksum."""
+
+    kind = "damaged"
+
+
+class ConflictError(StoreError, FileExistsError):
+    """Somebody else created this name first; the winner's bytes stand."""
+
+    kind = "conflict"
+
+
+class UpstreamError(NExTVidError):
+    """What this step reads does not exist yet, or failed its checks."""
+
+    kind = "upstream"
+
+
+class RefusedError(NExTVidError):
+    """A run, checkpoint or trainset does not fit what was asked of it."""
+
+    kind = "refused"

@@ -1,0 +1,130 @@
+"""DataRoot: every path or URL of the project is built here, and stays under its root.
+
+A path is a plain string that fsspec understands: an absolute local path or a URL. Names that come from data (datasets,
+batches, recipes, digests) are checked, so that no `..` or slash leaves the root. Draws of the tree: storage/__init__.py.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import fsspec
+
+from storage.errors import ConfigError
+
+Table = Literal["sources", "media", "labels", "shots", "clips"]
+Pointed = Literal["latent_stats", "duplicates", "mask_plan", "trainset"]
+
+_NAME = re.compile(r"[a-z0-9_]+(\.[0-9]{6})?")  # dataset, recipe, benchmark; or batch <dataset>.<nnnnnn>
+_HEX = re.compile(r"[0-9a-f]{12,32}")
+
+
+def is_local(path: str) -> bool:
+    """Whether a path of ours is on a local file system."""
+    return "://" not in path or path.startswith("file://")
+
+
+def _name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"'{name}' is not a name: lower-case letters, digits, underscores, and .nnnnnn for a batch")
+    return name
+
+
+def _hex(digest: str) -> str:
+    if not _HEX.fullmatch(digest):
+        raise ConfigError(f"'{digest}' is not a digest: 12 to 32 hex digits were expected")
+    return digest
+
+
+@dataclass(frozen=True)
+class DataRoot:
+    """Two roots: `url` holds tables, stores, plans and trainsets; `runs_url` what training writes."""
+
+    url: str
+    runs_url: str
+
+    @staticmethod
+    def open(root: str, runs_root: str | None = None) -> "DataRoot":
+        """Roots from a corpus.yaml. A bucket as `root` needs a `runs_root` on a file system."""
+        url = root.rstrip("/") if not is_local(root) else str(Path(root.removeprefix("file://")).absolute())
+        if runs_root is None and not is_local(url):
+            raise ConfigError(f"root {url} is an object store: name a local or network folder as 'runs_root'")
+        runs = url if runs_root is None else str(Path(runs_root).absolute())
+        return DataRoot(url, runs)
+
+    # tables and their checks
+    def accepted(self) -> str:
+        return f"{self.url}/accepted.json"
+
+    def folder(self, noun: Table) -> str:
+        return f"{self.url}/{noun}"
+
+    def table(self, noun: Table, batch: str) -> str:
+        return f"{self.url}/{noun}/{_name(batch)}.parquet"
+
+    def checks(self, noun: Table, batch: str) -> str:
+        return f"{self.url}/{noun}/{_name(batch)}.json"
+
+    def preview(self, noun: Literal["shots", "clips", "latents"], batch: str) -> str:
+        return f"{self.url}/{noun}/{_name(batch)}.png"
+
+    # latent store
+    def spec_folder(self, spec: str) -> str:
+        return f"{self.url}/latents/{_hex(spec)}"
+
+    def latents_checks(self, spec: str, batch: str) -> str:
+        return f"{self.spec_folder(spec)}/{_name(batch)}.json"
+
+    def latents_batch(self, spec: str, batch: str) -> str:
+        return f"{self.spec_folder(spec)}/{_name(batch)}"
+
+    def parts(self, spec: str, batch: str, frames: int) -> str:
+        return f"{self.latents_batch(spec, batch)}/f{frames}"
+
+    def part(self, spec: str, batch: str, frames: int, part: int) -> str:
+        return f"{self.parts(spec, batch, frames)}/{part:04d}"
+
+    # things with a digest and a pointer
+    def pointed(self, noun: Pointed, digest: str) -> str:
+        return f"{self.url}/{noun}/{_hex(digest)}"
+
+    def latest(self, noun: Pointed) -> str:
+        return f"{self.url}/{noun}/latest.json"
+
+    def withdrawn(self) -> str:
+        return f"{self.url}/withdrawn"
+
+    # what training and evaluation write
+    def recipe_folder(self, recipe: str) -> str:
+        return f"{self.runs_url}/pretrain/{_name(recipe)}"
+
+    def run(self, recipe: str, run: str) -> str:
+        return f"{self.recipe_folder(recipe)}/{_hex(run)}"
+
+    def launch(self, recipe: str, dagster_run: str) -> str:
+        assert re.fullmatch(r"[0-9a-f-]{36}", dagster_run), dagster_run
+        return f"{self.recipe_folder(recipe)}/launches/{dagster_run}.json"
+
+    def latest_run(self, recipe: str) -> str:
+        return f"{self.recipe_folder(recipe)}/latest.json"
+
+    def probe(self, recipe: str, run: str, benchmark: str, digest: str) -> str:
+        return f"{self.runs_url}/probes/{_name(recipe)}/{_hex(run)}/{_name(benchmark)}/{_hex(digest)}"
+
+    def probes(self, recipe: str, run: str) -> str:
+        return f"{self.runs_url}/probes/{_name(recipe)}/{_hex(run)}"
+
+    def samples(self, recipe: str, run: str) -> str:
+        return f"{self.runs_url}/samples/{_name(recipe)}/{_hex(run)}"
+
+    def report(self, recipe: str, run: str, digest: str) -> str:
+        return f"{self.runs_url}/report/{_name(recipe)}/{_hex(run)}/{_hex(digest)}"
+
+    def batches(self, noun: Table = "sources") -> list[str]:
+        """Keys of the batches that have this table, sorted."""
+        fs, path = fsspec.core.url_to_fs(self.folder(noun))
+        if not fs.isdir(path):
+            return []
+        names = [str(entry).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+        return sorted(name.removesuffix(".parquet") for name in names if name.endswith(".parquet"))
