@@ -1,0 +1,52 @@
+# What a person types. `make demo` and `make ui` work on a fresh clone with Python 3.11, make and gcc.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+DEMO := $(CURDIR)/examples/demo/corpus.yaml
+export DAGSTER_HOME := $(CURDIR)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo ui test lint test-services faults autoencoder clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -c constraints.txt torch
+	touch $@
+
+# torch stands first and alone, so that nothing that follows can pull another build of it.
+$(VENV)/ui: $(VENV)/torch pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e ".[ui]"
+	touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e ".[ui,test]"
+	touch $@ $(VENV)/ui
+
+demo: $(VENV)/ui ## the whole graph on a small labelled corpus, through Dagster
+	NEXTVID_CORPUS=$(DEMO) $(BIN)/python examples/demo/run.py
+
+ui: $(VENV)/ui ## the Dagster UI on the demo's instance
+	NEXTVID_CORPUS=$(DEMO) $(BIN)/dagster dev
+
+test: $(VENV)/test ## fast tests, as an ordinary user, without a network
+	$(BIN)/python -m pytest -q -n 2 -m "not services and not faults"
+
+lint: $(VENV)/test ## format, style, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-services: $(VENV)/test ## live daemon, browser and servers
+	$(BIN)/python -m pytest -q -m services
+
+faults: $(VENV)/test ## slow proofs of crash safety
+	$(BIN)/python -m pytest -q -m faults
+
+autoencoder: $(VENV)/ui ## train the demo autoencoder again
+	$(BIN)/python examples/demo/train_autoencoder.py
+
+clean: ## the demo's data and history
+	rm -rf data

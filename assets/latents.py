@@ -1,0 +1,27 @@
+"""Committed shards of frame latents for the encoding spec in force; only rows that are missing are encoded."""
+
+import dagster as dg
+
+from assets import checks, reporting
+from assets.partitions import BATCHES
+from assets.resources import ProjectResource
+from storage import schemas
+
+
+@dg.asset(
+    partitions_def=BATCHES,
+    group_name="latents",
+    deps=["clips"],
+    kinds={"zarr", "pytorch"},
+    owners=reporting.OWNERS,
+    code_version="1",
+    pool="encode",
+    check_specs=checks.specs("latents"),
+    metadata=reporting.columns(schemas.Commits),
+    description=__doc__,
+)
+def latents(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Make the batch's latents."""
+    from nextvid.encode.latents import make_latents
+
+    return reporting.materialised(lambda: make_latents(project.open(), context.partition_key))

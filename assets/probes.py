@@ -1,0 +1,35 @@
+"""Attentive-probe and k-NN accuracies of the frozen encoders, beside a random-init encoder of the same shape and input."""
+
+import dagster as dg
+
+from assets import reporting
+from assets.partitions import RECIPE_BENCHMARK
+from assets.resources import ProjectResource
+
+
+class ProbesConfig(dg.Config):
+    """Which run: empty means the recipe's last complete run without overrides."""
+
+    run_id: str = ""
+
+
+@dg.asset(
+    partitions_def=RECIPE_BENCHMARK,
+    group_name="evaluation",
+    deps=["pretrain", dg.AssetDep("latents", partition_mapping=dg.AllPartitionMapping())],
+    kinds={"pytorch", "scikitlearn"},
+    owners=reporting.OWNERS,
+    code_version="1",
+    pool="gpu",
+    description=__doc__,
+)
+def probes(context: dg.AssetExecutionContext, config: ProbesConfig, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Probe one run on one benchmark."""
+    from nextvid.probe.probes import make_probes
+
+    key = context.partition_key
+    assert isinstance(key, dg.MultiPartitionKey)
+    names = key.keys_by_dimension
+    return reporting.materialised(
+        lambda: make_probes(project.open(), names["recipe"], names["benchmark"], run=config.run_id or None)
+    )

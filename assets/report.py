@@ -1,0 +1,30 @@
+"""The model card: scores beside random initialisation, curves, t-SNE, samples, and the lineage down to datasets; HTML and Markdown."""
+
+import dagster as dg
+
+from assets import reporting
+from assets.partitions import RECIPE
+from assets.resources import ProjectResource
+
+
+class ReportConfig(dg.Config):
+    """Which run: empty means the recipe's last complete run without overrides."""
+
+    run_id: str = ""
+
+
+@dg.asset(
+    partitions_def=RECIPE,
+    group_name="evaluation",
+    deps=["probes", "samples"],
+    kinds={"html"},
+    owners=reporting.OWNERS,
+    code_version="1",
+    pool="gpu",
+    description=__doc__,
+)
+def report(context: dg.AssetExecutionContext, config: ReportConfig, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Make the report of a run."""
+    from nextvid.report.model_card import make_report
+
+    return reporting.materialised(lambda: make_report(project.open(), context.partition_key, run=config.run_id or None))

@@ -1,0 +1,110 @@
+"""An Outcome as Dagster sees it: metadata, data version, check results, pictures; and errors a person can read.
+
+Holds no knowledge of any single asset.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import dataframely as dy
+from PIL import Image
+
+from nextvid.outcome import Outcome
+from storage.errors import NExTVidError
+
+OWNERS = ["team:nextvid"]
+PREVIEW_WIDTH = 960  # pixels; an event with a 640 px picture is 5 kB (research: dagster, 5)
+
+
+def materialised(make: Callable[[], Outcome]) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Run a maker and report what it made; a user's error becomes a failure without a stack trace."""
+    with readable_errors():
+        return result(make())
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn an error of ours into a step failure that shows its message; retrying the same data would fail again."""
+    try:
+        yield
+    except NExTVidError as error:
+        raise dg.Failure(description=f"{error.kind}: {error}", allow_retries=False) from error
+
+
+def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Everything that every materialisation reports (design, section 4)."""
+    metadata: dict[str, Any] = {
+        "dagster/row_count": outcome.rows,
+        "made": outcome.made,
+        "size_bytes": outcome.size_bytes,
+        "seconds": round(outcome.seconds, 3),
+        "quarantined": outcome.quarantined,
+    }
+    if outcome.seconds > 0:
+        metadata["rows_per_s"] = round(outcome.rows / outcome.seconds, 2)
+    if outcome.digest:
+        metadata["digest"] = outcome.digest
+    metadata.update(_values(outcome.numbers))
+    for title, path in outcome.pictures.items():
+        if Path(path).is_file():
+            metadata[title] = dg.MetadataValue.md(picture_markdown(Path(path), title))
+    return dg.MaterializeResult(
+        metadata=metadata,
+        data_version=dg.DataVersion(outcome.digest) if outcome.digest else None,
+        check_results=[
+            dg.AssetCheckResult(
+                check_name=check.name,
+                passed=check.passed,
+                severity=dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN,
+                metadata=_values(check.numbers),
+                description=check.description or None,
+            )
+            for check in outcome.checks
+        ],
+    )
+
+
+def picture_markdown(path: Path, title: str) -> str:
+    """A PNG inside Markdown, scaled down so that events stay small."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    if picture.width > PREVIEW_WIDTH:
+        picture = picture.resize((PREVIEW_WIDTH, max(1, picture.height * PREVIEW_WIDTH // picture.width)))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=80)
+    return f"![{title}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"
+
+
+def columns(schema: type[dy.Schema]) -> dict[str, Any]:
+    """The column schema of a table, as the UI's Columns tab shows it."""
+    described = [
+        dg.TableColumn(
+            name=name,
+            type=str(column.dtype),
+            constraints=dg.TableColumnConstraints(nullable=column.nullable, unique=False),
+        )
+        for name, column in schema.columns().items()
+    ]
+    return {"dagster/column_schema": dg.TableSchema(columns=described)}
+
+
+def _values(numbers: Mapping[str, int | float | str]) -> dict[str, Any]:
+    return {name: value if isinstance(value, int | float) else str(value) for name, value in numbers.items()}
+
+
+def follows() -> dg.AutomationCondition:  # type: ignore[type-arg]
+    """Eager, but one missing or running batch does not hold it: the trainset itself decides what is complete.
+
+    Never `all_deps_blocking_checks_passed`: check status is not by partition, so one stopped batch would stop the corpus.
+    """
+    return (
+        dg.AutomationCondition.eager()
+        .without(~dg.AutomationCondition.any_deps_missing())
+        .without(~dg.AutomationCondition.any_deps_in_progress())
+        .with_label("follows")
+    )

@@ -1,0 +1,30 @@
+"""Generated next frames as pictures: masked and autoregressive, beside the autoencoder's own reconstruction and the last frame copied."""
+
+import dagster as dg
+
+from assets import reporting
+from assets.partitions import RECIPE
+from assets.resources import ProjectResource
+
+
+class SamplesConfig(dg.Config):
+    """Which run: empty means the recipe's last complete run without overrides."""
+
+    run_id: str = ""
+
+
+@dg.asset(
+    partitions_def=RECIPE,
+    group_name="evaluation",
+    deps=["pretrain"],
+    kinds={"pytorch"},
+    owners=reporting.OWNERS,
+    code_version="1",
+    pool="gpu",
+    description=__doc__,
+)
+def samples(context: dg.AssetExecutionContext, config: SamplesConfig, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Make the samples of a run."""
+    from nextvid.sample.samples import make_samples
+
+    return reporting.materialised(lambda: make_samples(project.open(), context.partition_key, run=config.run_id or None))

@@ -1,0 +1,27 @@
+"""Cut-free runs of frames with times, crop box, motion, freeze, luma, blur and perceptual hashes: scores, not decisions."""
+
+import dagster as dg
+
+from assets import checks, reporting
+from assets.partitions import BATCHES
+from assets.resources import ProjectResource
+from storage import schemas
+
+
+@dg.asset(
+    partitions_def=BATCHES,
+    group_name="corpus",
+    deps=["media"],
+    kinds={"polars", "parquet"},
+    owners=reporting.OWNERS,
+    code_version="1",
+    pool="decode",
+    check_specs=checks.specs("shots"),
+    metadata=reporting.columns(schemas.Shots),
+    description=__doc__,
+)
+def shots(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Make the batch's shots."""
+    from nextvid.corpus.shots import make_shots
+
+    return reporting.materialised(lambda: make_shots(project.open(), context.partition_key))

@@ -1,0 +1,21 @@
+"""Files as the datasets' listings show them, in batches; nothing is opened yet.
+
+Observed, never made: the sensor `new_sources` lists each dataset's URI, assigns files to batches for ever, and reports the
+fingerprint of each batch's listing as its data version.
+"""
+
+import dagster as dg
+
+from assets.partitions import BATCHES
+from assets.resources import ProjectResource
+
+
+@dg.observable_source_asset(
+    partitions_def=BATCHES, group_name="corpus", description=__doc__, metadata={"table": "sources/<batch>.parquet"}
+)
+def sources(project: ProjectResource) -> dg.DataVersionsByPartition:
+    """Observe every batch by hand; the sensor does the same on its own."""
+    from nextvid.corpus.discover import batch_fingerprint
+
+    opened = project.open()
+    return dg.DataVersionsByPartition({batch: batch_fingerprint(opened, batch) for batch in opened.root.batches()})

@@ -1,0 +1,37 @@
+"""What runs by the clock: the nightly look at every batch, which also retries what was quarantined or failed."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from assets.resources import ProjectResource
+from orchestration.jobs import ingest
+from orchestration.sensors import partition_requests, run_key
+
+NIGHT = "0 3 * * *"  # once a night, when a trainer's users sleep
+
+
+@dg.schedule(
+    job=ingest,
+    cron_schedule=NIGHT,
+    description="Every night: list the sources, and request the batches that changed or hold quarantined rows.",
+)
+def nightly(context: dg.ScheduleEvaluationContext, project: ProjectResource) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """One run a batch that needs one. The date is in the key, so that what failed yesterday is tried again."""
+    from nextvid.corpus.discover import update_sources
+    from nextvid.corpus.unfinished import unfinished
+
+    opened = project.open()
+    update_sources(opened)
+    for request in partition_requests(context.instance, opened):
+        if isinstance(request, dg.AddDynamicPartitionsRequest):
+            context.instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
+    day = context.scheduled_execution_time.strftime("%Y-%m-%d")
+    waiting = [batch for batch in opened.root.batches() if unfinished(opened, batch)]
+    if not waiting:
+        yield dg.SkipReason("every batch is complete and nothing is quarantined")
+    for batch in waiting:
+        yield dg.RunRequest(run_key=f"{day}:{run_key(opened, batch)}", partition_key=batch)
+
+
+SCHEDULES = [nightly]
