@@ -1,0 +1,82 @@
+"""Autoencoders for these tests: random weights of the demo's family, and one that is exact arithmetic.
+
+The exact one is an AutoencoderTiny whose convolutions hold a cosine transform: it keeps the lowest frequencies of every
+8 x 8 patch, so that latents are known in closed form and decoded frames resemble their source, without any training.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+PATCH = 8  # pixels a side of a patch, folded to depth by nextvid.json
+KEPT = 5  # frequencies kept per axis and colour: 3 * 25 = 75 of 192 numbers
+SCALE = 0.02  # latents stay where the decoder's tanh(x / 3) * 3 is linear to 1e-5
+
+
+def cosine_basis() -> np.ndarray:
+    """Orthonormal rows [3 * KEPT^2, 3 * PATCH^2], columns in pixel_unshuffle's order (colour, row, column)."""
+    k, n = np.arange(PATCH)[:, None], np.arange(PATCH)[None]
+    one = np.sqrt(2 / PATCH) * np.cos(np.pi * (n + 0.5) * k / PATCH)
+    one[0] /= np.sqrt(2)
+    two = np.einsum("ui,vj->uvij", one[:KEPT], one[:KEPT]).reshape(KEPT**2, PATCH**2)
+    return np.kron(np.eye(3), two)
+
+
+@pytest.fixture(scope="session")
+def random_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AutoencoderKL of the demo's family with random weights: patch 4, f8, 8 channels."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        in_channels=48,
+        out_channels=48,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    folder = tmp_path_factory.mktemp("random_autoencoder")
+    model.save_pretrained(folder)
+    (folder / "nextvid.json").write_text(json.dumps({"kind": "autoencoder_kl", "patch": 4}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cosine_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AutoencoderTiny whose latents are SCALE times the low cosine coefficients of (pixel / 255 - 0.5)."""
+    from diffusers import AutoencoderTiny
+
+    basis = torch.from_numpy(cosine_basis()).float()
+    kept, pixels = basis.shape
+    model = AutoencoderTiny(
+        in_channels=pixels,
+        out_channels=pixels,
+        encoder_block_out_channels=(kept,),
+        decoder_block_out_channels=(2 * kept,),
+        num_encoder_blocks=(0,),
+        num_decoder_blocks=(0,),
+        latent_channels=kept,
+    )
+    first_in, last_in = model.encoder.layers[0], model.encoder.layers[1]
+    first_out, last_out = model.decoder.layers[0], model.decoder.layers[-1]
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.zero_()
+        first_in.weight[:, :, 1, 1] = SCALE * basis
+        first_in.bias[:] = -0.5 * SCALE * basis.sum(1)
+        last_in.weight[:, :, 1, 1] = torch.eye(kept)
+        # positive and negative parts pass the rectifier in channels of their own
+        first_out.weight[:, :, 1, 1] = torch.cat([torch.eye(kept), -torch.eye(kept)])
+        last_out.weight[:, :, 1, 1] = torch.cat([basis, -basis]).T / SCALE
+        last_out.bias[:] = 0.5
+    folder = tmp_path_factory.mktemp("cosine_autoencoder")
+    model.save_pretrained(folder)
+    (folder / "nextvid.json").write_text(json.dumps({"kind": "autoencoder_tiny", "patch": PATCH}))
+    return folder
