@@ -1,0 +1,178 @@
+"""An opened media file: which containers are let in, packets and frames with true times, upright pixels.
+
+Holds everything that touches PyAV's demuxer and decoder, for probe, decode and shots. Holds no choice of frames (decode.py)
+and no scores. Containers are an allow-list, so that playlists and network protocols never reach FFmpeg; error detection is
+that of research: video, 5 (7 of 9 silently damaged files caught, 0 of 5 clean ones flagged). Times are the file's own
+timestamps in integer microseconds; a file covers start_us to start_us + duration_us.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from jaxtyping import UInt8
+
+from storage.errors import MediaError
+
+# libavformat's demuxers of VIDEO_EXTENSIONS; everything else (hls, concat, sdp, image sequences, lavfi) is refused.
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,h264,hevc,m4v,ivf"
+ERROR_DETECTION = "crccheck+bitstream+buffer+explode"  # research video 5
+MICROSECONDS = 1_000_000
+BACK_OFF_US = 1_000_000  # first step of an earlier seek, doubled each time; keyframes are at most some seconds apart
+
+
+def micros(value: int, time_base: Fraction) -> int:
+    """A timestamp in microseconds, rounded half to even."""
+    return round(Fraction(value * time_base.numerator * MICROSECONDS, time_base.denominator))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its best video stream, single-threaded, without network; every FFmpeg error as MediaError."""
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    try:
+        container = av.open(f"file:{path.absolute()}", options=options)
+    except FileNotFoundError:
+        raise MediaError("missing", f"{path}: no such file; list the dataset again") from None
+    except PermissionError:
+        raise MediaError("forbidden", f"{path}: no permission to read it; check its mode and owner") from None
+    except (av.FFmpegError, ValueError, OverflowError, UnicodeError) as error:
+        raise MediaError("unknown_format", f"{path}: not a video container we read: {error}") from None
+    try:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream) or stream.time_base is None or stream.codec_context is None:
+            raise MediaError("no_video", f"{path}: holds no video stream that can be decoded")
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1  # research video 3: one thread a worker
+        stream.codec_context.options = {"err_detect": ERROR_DETECTION}
+        yield container, stream
+    except MemoryError:
+        raise
+    except (av.FFmpegError, OverflowError, UnicodeError) as error:
+        raise MediaError("corrupt", f"{path}: {error}") from None
+    finally:
+        container.close()
+
+
+def family(container: InputContainer) -> str:
+    """Short name of the container: mp4, matroska, avi, mpegts, ... ."""
+    name = container.format.name
+    return {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "matroska"}.get(name, name.split(",")[0])
+
+
+def decoded(
+    container: InputContainer, stream: VideoStream, from_us: int | None = None
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames in presentation order with their times, from the start or from a keyframe at or before `from_us`.
+
+    A naive seek may land behind the wanted time (research video 4: 1 of 192 wrong), hence the back-off. Pictures that lead
+    their keyframe cannot be decoded after a seek and are dropped. AVI stores no presentation times: its frames get the
+    packets' times in order, which needs decoding from the start. Raises MediaError `corrupt` or `bad_times`.
+    """
+    if family(container) == "avi":
+        yield from _checked(_avi_frames(container, stream))
+        return
+    if from_us is None:
+        yield from _checked(_frames(container, stream, None))
+        return
+    base = stream.time_base
+    assert base is not None, "opened() refuses streams without a time base"
+    first_us = micros(stream.start_time or 0, base)
+    target_us, step_us = max(from_us, first_us), BACK_OFF_US
+    while True:
+        at_start = target_us <= first_us
+        _seek(container, stream, target_us, at_start=at_start)
+        frames = _frames(container, stream, None if at_start else from_us)
+        first = next(frames, None)
+        if first is not None or at_start:
+            break
+        target_us, step_us = max(target_us - step_us, first_us), step_us * 2
+    if first is not None:
+        yield first
+    yield from _checked(frames, first[0] if first else None)
+
+
+def _seek(container: InputContainer, stream: VideoStream, target_us: int, *, at_start: bool) -> None:
+    """To a keyframe near `target_us`; MPEG streams have no index, so their start is byte 0."""
+    base = stream.time_base
+    assert base is not None, "opened() refuses streams without a time base"
+    if at_start and family(container) in {"mpegts", "mpeg"}:
+        container.seek(0, stream=stream, unsupported_byte_offset=True)
+    else:
+        container.seek(int(Fraction(target_us, MICROSECONDS) / base), stream=stream, backward=True)
+
+
+def upright(
+    frame: VideoFrame, width: int, height: int, pixel_format: str, filter_name: str
+) -> UInt8[np.ndarray, "..."]:
+    """The frame scaled to upright `width` x `height` and turned; uint8 [height, width] or [height, width, 3]."""
+    turns = frame.rotation // 90 % 4  # the display matrix turns counter-clockwise, as numpy does
+    wide, high = (height, width) if turns % 2 else (width, height)
+    image = frame.reformat(
+        width=wide, height=high, format=pixel_format, interpolation=filter_name, threads=1
+    ).to_ndarray()
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def upright_size(frame: VideoFrame) -> tuple[int, int]:
+    """(width, height) after rotation."""
+    return (frame.height, frame.width) if frame.rotation // 90 % 2 else (frame.width, frame.height)
+
+
+def _frames(container: InputContainer, stream: VideoStream, wanted_us: int | None) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames from the container's position on; nothing at all where the first keyframe lies behind `wanted_us`."""
+    base = stream.time_base
+    assert base is not None, "opened() refuses streams without a time base"
+    anchor: int | None = None
+    for packet in container.demux(stream):
+        if anchor is None and packet.pts is not None:
+            if not packet.is_keyframe and wanted_us is not None:
+                continue
+            if wanted_us is not None and micros(packet.pts, base) > wanted_us:
+                return
+            anchor = packet.pts
+        try:
+            frames = stream.decode(packet)
+        except (av.InvalidDataError, av.PatchWelcomeError) as error:
+            if packet.pts is not None and anchor is not None and packet.pts < anchor:
+                continue  # leads its keyframe: refers to pictures before the seek point
+            raise MediaError("corrupt", f"{container.name}: damaged near {packet.pts} x {base} s: {error}") from None
+        for frame in frames:
+            if frame.pts is None:
+                raise MediaError("bad_times", f"{container.name}: a frame has no timestamp")
+            if anchor is None or frame.pts >= anchor:
+                yield micros(frame.pts, base), frame
+
+
+def _avi_frames(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
+    base = stream.time_base
+    assert base is not None, "opened() refuses streams without a time base"
+    waiting: list[int] = []
+    for packet in container.demux(stream):
+        if packet.dts is not None and packet.size:
+            waiting.append(packet.dts)
+        try:
+            frames = stream.decode(packet)
+        except (av.InvalidDataError, av.PatchWelcomeError) as error:
+            raise MediaError("corrupt", f"{container.name}: damaged near packet {packet.dts}: {error}") from None
+        for frame in frames:
+            if not waiting:
+                raise MediaError("bad_times", f"{container.name}: more frames than packets; remux the file")
+            frame.pts = waiting.pop(0)
+            yield micros(frame.pts, base), frame
+
+
+def _checked(frames: Iterator[tuple[int, VideoFrame]], last_us: int | None = None) -> Iterator[tuple[int, VideoFrame]]:
+    for pts_us, frame in frames:
+        if frame.is_corrupt:
+            raise MediaError("corrupt", f"the frame at {pts_us} us is damaged")
+        if last_us is not None and pts_us <= last_us:
+            raise MediaError("bad_times", f"the frame at {pts_us} us follows one at {last_us} us; remux the file")
+        last_us = pts_us
+        yield pts_us, frame

@@ -1,0 +1,185 @@
+"""Facts about a media file from one demux: container, codec, size, rate, times, hazards and the decoder to use.
+
+Holds the table of extensions and the routing rule (design 6; research: video, 1 and 4). Decodes no more than the first frame,
+the only place where PyAV shows the display rotation. Holds no scores and no frame access. Hazards are what makes decord return
+wrong frames without an error; a file that has one goes to PyAV.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import av
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from nextvid.video.container import family, micros, opened, upright_size
+from nextvid.video.images import MAX_PIXELS, open_image, upright_image_size
+from storage.errors import MediaError
+
+Decoder = Literal["decord", "pyav", "pillow"]
+
+VIDEO_EXTENSIONS = frozenset(
+    (
+        ".mp4 .m4v .mov .3gp .3g2 .mkv .webm .avi .ts .m2ts .mts .mpg .mpeg .ps .vob .flv .f4v .wmv .asf .ogv .gif"
+    ).split()
+)
+IMAGE_EXTENSIONS = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .avif".split())
+
+# Measured with 0 wrong frames, closed GOP (research video 4): what decord may read when no hazard is set.
+DECORD_READS = frozenset({("mp4", "h264"), ("matroska", "h264"), ("matroska", "vp9")})
+HAZARD_CONTAINERS = frozenset({"avi", "mpegts", "mpeg", "flv"})  # design 6
+HAZARD_CODECS = frozenset({"hevc", "av1", "mpeg4"})  # design 6
+VFR_RATIO = 1.5  # research video 1: longest over median frame gap
+
+
+@dataclass(frozen=True)
+class MediaFacts:
+    """What the `media` table says of a file. Sizes are upright; `rotation` is in degrees counter-clockwise."""
+
+    kind: Literal["video", "image"]
+    container: str
+    codec: str
+    pix_fmt: str
+    width: int
+    height: int
+    rotation: int
+    fps_hz: float  # 0.0 for an image
+    frames: int | None  # packets shown; None where frames hide in the packets (vp8 and its alternate references)
+    duration_us: int
+    start_us: int
+    hazards: tuple[str, ...]
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
+class Packets:
+    """Every video packet in decode order: arrays of length n, times in `time_base`."""
+
+    pts: Int64[np.ndarray, "n"]
+    key: Bool[np.ndarray, "n"]
+    discard: Bool[np.ndarray, "n"]
+
+
+def kind_of(uri: str) -> Literal["video", "image"] | None:
+    """Kind by extension; None for anything that is not media."""
+    suffix = PurePosixPath(uri.split("?")[0]).suffix.lower()
+    if suffix in VIDEO_EXTENSIONS:
+        return "video"
+    return "image" if suffix in IMAGE_EXTENSIONS else None
+
+
+def probe(path: Path) -> MediaFacts:
+    """Facts of the file at `path`; a file whose content is not of its extension's kind raises. Raises MediaError."""
+    return _probe_image(path) if kind_of(path.name) == "image" else _probe_video(path)
+
+
+def decord_installed() -> bool:
+    """Whether decord can be imported; it has no wheel on some platforms."""
+    return importlib.util.find_spec("decord") is not None
+
+
+def _probe_image(path: Path) -> MediaFacts:
+    with open_image(path) as image:
+        width, height = upright_image_size(image)
+        name = (image.format or "unknown").lower()
+        return MediaFacts("image", name, name, image.mode, width, height, 0, 0.0, 1, 0, 0, (), "pillow")
+
+
+def _probe_video(path: Path) -> MediaFacts:
+    with opened(path) as (container, stream):
+        name, codec, base = family(container), stream.codec_context.codec.canonical_name, stream.time_base
+        assert base is not None, "opened() refuses streams without a time base"
+        frame, packets = _demux(path, container, stream, by_dts=name == "avi")
+        rotation = frame.rotation % 360
+        hazards = _hazards(name, codec, packets, stream.frames, rotation)
+        shown = np.unique(packets.pts[~packets.discard])
+        rate = _rate(shown, base, stream.average_rate)
+        start_us, last_us = micros(int(shown[0]), base), micros(int(shown[-1]), base)
+        width, height = upright_size(frame)
+        pix_fmt = frame.format.name
+    if width * height > MAX_PIXELS:
+        raise MediaError("too_large", f"{path}: {width} x {height} pixels a frame; at most {MAX_PIXELS} are decoded")
+    plain = (name, codec) in DECORD_READS and not hazards and decord_installed()
+    return MediaFacts(
+        kind="video",
+        container=name,
+        codec=codec,
+        pix_fmt=pix_fmt,
+        width=width,
+        height=height,
+        rotation=rotation,
+        fps_hz=float(rate),
+        frames=None if codec == "vp8" else len(shown),
+        duration_us=last_us - start_us + round(1_000_000 / rate),
+        start_us=start_us,
+        hazards=hazards,
+        decoder="decord" if plain else "pyav",
+    )
+
+
+def _demux(
+    path: Path, container: av.container.InputContainer, stream: av.VideoStream, *, by_dts: bool
+) -> tuple[av.VideoFrame, Packets]:
+    frame: av.VideoFrame | None = None
+    pts: list[int] = []
+    key: list[bool] = []
+    discard: list[bool] = []
+    for packet in container.demux(stream):
+        if frame is None:
+            frame = next(iter(stream.decode(packet)), None)
+        time = packet.dts if by_dts else packet.pts
+        if time is None or packet.size == 0:
+            continue
+        if packet.is_corrupt:
+            raise MediaError("truncated", f"{path}: its last packet is incomplete; fetch the file again")
+        pts.append(time)
+        key.append(packet.is_keyframe)
+        discard.append(packet.is_discard)
+    if frame is None or all(discard):
+        raise MediaError("empty", f"{path}: no frame can be decoded from it")
+    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(discard))
+
+
+def _hazards(container: str, codec: str, packets: Packets, declared: int, rotation: int) -> tuple[str, ...]:
+    """Names of what decord is known to get wrong in this file, sorted."""
+    found = set()
+    if container in HAZARD_CONTAINERS:
+        found.add(f"container_{container}")
+    if codec in HAZARD_CODECS:
+        found.add(f"codec_{codec}")
+    pts = packets.pts
+    if _open_gop(packets):
+        found.add("open_gop")
+    if codec == "mpeg4" and bool((np.diff(pts) < 0).any()):
+        found.add("mpeg4_bframes")
+    if packets.discard.any() or pts.min() < 0 or (declared > 0 and declared != len(pts)):
+        found.add("edit_list")
+    shown = np.unique(pts[~packets.discard])
+    gaps = np.diff(shown)
+    if gaps.size and gaps.max() > VFR_RATIO * np.median(gaps):
+        found.add("vfr")
+    if shown[0] != 0:
+        found.add("start_offset")
+    if rotation:
+        found.add("rotation")
+    return tuple(sorted(found))
+
+
+def _open_gop(packets: Packets) -> bool:
+    """Whether a packet that follows a keyframe in decode order is shown before it."""
+    index = np.maximum.accumulate(np.where(packets.key, np.arange(len(packets.key)), -1))
+    known = index >= 0
+    return bool((packets.pts[known] < packets.pts[index[known]]).any())
+
+
+def _rate(shown: Int64[np.ndarray, "n"], base: Fraction, declared: Fraction | None) -> Fraction:
+    """Frames a second: the declared rate where the median gap agrees within a tick or 1 %, else the counted one."""
+    if len(shown) < 2:
+        return declared or Fraction(1)
+    gap = Fraction(float(np.median(np.diff(shown)))) * base
+    if declared and abs(1 / declared - gap) <= max(base, gap / 100):
+        return declared
+    return Fraction(len(shown) - 1) / (int(shown[-1] - shown[0]) * base)

@@ -1,0 +1,158 @@
+"""Long-lived processes that can be killed: every decode of foreign bytes runs in one, with a deadline and limits.
+
+Holds the processes and their replacement. Holds no decoding and no limits themselves (worker.py). A crash, a hang or too much
+memory costs one task a MediaError with reason crashed, timeout or memory, and the next task gets a fresh process. Processes
+are spawned (no inherited locks, no torch) and never import the caller's `__main__`. One pebble pool a process, since processes
+that share a pipe can damage it for each other by dying.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import context, popen_spawn_posix, spawn
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pebble import ProcessExpired, ProcessPool
+
+from nextvid.video import worker
+from storage.errors import MediaError
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+MEMORY_BYTES = 4 << 30  # 16 frames of 8192 x 4320 as RGB are 1.7 GB; twice that and the decoder's own
+OUTPUT_BYTES = 2 << 30  # what one task may return
+START_S = 60.0  # our measurement: a process is ready in 0.6 s; a loaded machine takes ten times that
+IN_FLIGHT = 2  # tasks waiting a process in map_unordered: keeps it busy, bounds memory
+
+
+class Sandbox:
+    """`workers` processes; use as a context manager, from any thread. Functions and arguments must be importable and picklable."""
+
+    def __init__(self, workers: int = 1, memory_bytes: int = MEMORY_BYTES, output_bytes: int = OUTPUT_BYTES) -> None:
+        assert workers > 0, "a sandbox needs a process"
+        self.workers = workers
+        self._limits = (memory_bytes, output_bytes)
+        self._free: SimpleQueue[ProcessPool | None] = SimpleQueue()
+        for _ in range(workers):
+            self._free.put(None)  # started by the first task that needs it
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def call(self, function: Callable[..., T], *args: object, timeout_s: float) -> T:
+        """The function's result. Raises MediaError: its own, or crashed, timeout, memory, too_large, failed."""
+        return self.submit(function, *args, timeout_s=timeout_s).result()
+
+    def submit(self, function: Callable[..., T], *args: object, timeout_s: float) -> "Future[T]":
+        """As `call`, at once; the deadline counts from the task's start, not from now."""
+        return self._threads.submit(self._run, function, args, timeout_s)
+
+    def map_unordered(
+        self, function: Callable[[Item], T], items: Iterable[Item], timeout_s: float
+    ) -> Iterator[tuple[Item, T | MediaError]]:
+        """(item, result or error) as they finish; reads `items` only as fast as tasks finish."""
+        running: dict[Future[T], Item] = {}
+        source = iter(items)
+        try:
+            while True:
+                while len(running) < self.workers * IN_FLIGHT and (pair := next(((i,) for i in source), None)):
+                    running[self.submit(function, pair[0], timeout_s=timeout_s)] = pair[0]
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    item = running.pop(future)
+                    try:
+                        yield item, future.result()
+                    except MediaError as error:
+                        yield item, error
+        finally:
+            for future in running:
+                future.cancel()
+
+    def close(self) -> None:
+        """Cancel what waits, let running tasks end, end the processes."""
+        self._threads.shutdown(cancel_futures=True)
+        while not self._free.empty():
+            _end(self._free.get())
+
+    def _run(self, function: Callable[..., T], args: tuple[object, ...], timeout_s: float) -> T:
+        pool = self._free.get()
+        try:
+            if pool is None:
+                pool = ProcessPool(1, initializer=worker.limit, initargs=self._limits, context=_Spawn())
+            outcome = _outcome(pool, function, args, timeout_s, self._limits[1])
+        except BaseException:
+            _end(pool)  # its state is unknown
+            pool = None
+            raise
+        finally:
+            self._free.put(pool)
+        if outcome.reason is not None:
+            raise MediaError(outcome.reason, outcome.message)
+        return outcome.value  # type: ignore[return-value]  # what `function` returned, carried as an object
+
+
+def _outcome(
+    pool: ProcessPool, function: Callable[..., object], args: tuple[object, ...], timeout_s: float, output_bytes: int
+) -> worker.Outcome:
+    task = pool.schedule(worker.run, args=(function, args, output_bytes), timeout=timeout_s)
+    try:
+        return task.result(timeout=timeout_s + START_S)
+    except (FutureTimeoutError, TimeoutError):
+        raise MediaError("timeout", f"took longer than {timeout_s} s and was stopped") from None
+    except ProcessExpired as error:
+        raise MediaError("crashed", f"the process that read it died with exit code {error.exitcode}") from None
+    except BrokenProcessPool as error:
+        raise MediaError("crashed", f"the process that read it died: {error}") from None
+
+
+def _end(pool: ProcessPool | None) -> None:
+    if pool is not None:
+        pool.stop()
+        pool.join()
+
+
+_LAUNCHING = threading.Lock()
+
+
+class _Popen(popen_spawn_posix.Popen):
+    """Spawns without the caller's `__main__`: a script without a guard would run again, a Dagster step import Dagster."""
+
+    def _launch(self, process_obj: context.SpawnProcess) -> None:
+        thread = threading.get_ident()
+        with _LAUNCHING:
+            prepare = spawn.get_preparation_data
+
+            def without_main(name: str) -> dict[str, Any]:
+                data = prepare(name)
+                if threading.get_ident() == thread:
+                    data.pop("init_main_from_name", None)
+                    data.pop("init_main_from_path", None)
+                return data
+
+            spawn.get_preparation_data = without_main
+            try:
+                super()._launch(process_obj)  # type: ignore[misc]  # typeshed leaves it out
+            finally:
+                spawn.get_preparation_data = prepare
+
+
+class _SpawnProcess(context.SpawnProcess):
+    @staticmethod
+    def _Popen(process_obj: context.SpawnProcess) -> popen_spawn_posix.Popen:
+        return _Popen(process_obj)
+
+
+class _Spawn(context.SpawnContext):
+    Process = _SpawnProcess
