@@ -1,20 +1,20 @@
 """Frozen, strict models of everything that a training run is configured by.
 
-Holds shapes, losses, masks, optimiser and stages ("what": digested) and how a run is carried out ("how": never digested).
-Holds no corpus (nextvid/corpus/project.py) and no named values (recipes.py). Defaults are the paper's (Tab. 7, 8;
+Holds shapes, losses, masks, optimiser and stages ("what": digested) and how a run is carried out ("how": never
+digested). Holds no corpus (nextvid/corpus/project.py) and no named values (recipes.py). Defaults are the paper's (Tab. 7, 8;
 method.md 2, 4, 6, 7) unless the line says otherwise.
 """
 
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from storage.digest import digest_config
-from storage.errors import ConfigError
+from storage.errors import ConfigError as ConfigError  # re-exported: nextvid.model imports no storage
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -170,6 +170,12 @@ class RecipeConfig(Strict):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if problems := list(_disagreements(self)):
+            raise ValueError("; ".join(problems))
+        return self
+
     @property
     def steps(self) -> int:
         """Optimiser steps of all stages."""
@@ -205,6 +211,31 @@ def parse(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     except ValidationError as error:
         lines = [f"{where}: {_explain(model, problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+def _disagreements(recipe: RecipeConfig) -> Iterator[str]:
+    """What in a recipe contradicts itself, in words."""
+    model, losses = recipe.model, recipe.losses
+    predictor, decoder = model.predictor.kind, model.decoder.kind
+    crossed = decoder in ("xattn", "xattn_self")
+    used = {"encoder": True, "predictor": predictor != "none", "decoder": decoder != "none"}
+    for name, part in (("encoder", model.encoder), ("predictor", model.predictor), ("decoder", model.decoder)):
+        if used[name] and part.width % (2 * part.heads):
+            yield f"{name}: width {part.width} is not {part.heads} heads of an even number of dimensions"
+    if (decoder == "none") != (losses.flow == 0):
+        yield "losses.flow > 0 needs a decoder, and losses.flow = 0 needs decoder.kind 'none'"
+    if predictor == "none" and losses.align > 0:
+        yield "losses.align > 0 needs a predictor (predictor.kind is 'none')"
+    if (predictor == "none") != crossed:
+        yield "predictor.kind 'none' goes with decoder.kind 'xattn' or 'xattn_self', and these with no predictor"
+    if decoder == "xattn_self" and losses.tau_share != "clip":
+        yield "decoder.kind 'xattn_self' mixes tubelets and needs losses.tau_share = 'clip'"
+    if model.predictor.support == "masked" and recipe.masks.keep not in ("fixed", "bucket"):
+        yield "predictor.support 'masked' needs masked tubes: masks.keep 'fixed' or 'bucket'"
+    if model.encoder.input == "latents" and losses.target != "latents":
+        yield "encoder.input 'latents' needs losses.target = 'latents'"
+    if losses.target == "pixels" and model.frame_channels != 3 * model.patch**2:
+        yield f"losses.target 'pixels' needs model.frame_channels = 3 * patch^2 = {3 * model.patch**2}"
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:

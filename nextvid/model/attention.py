@@ -1,0 +1,152 @@
+"""Attention by tubelet, and the two attention modules that the encoder, predictor and decoder are built from.
+
+Tokens lie tubelet by tubelet, [frames * n], with n tokens in each. Queries of the predictor are tubelets 1..T-1 and
+its context is 0..T-2, so that "strictly earlier" is the same block structure as the encoder's "not later" (method.md 3;
+research: training 0). It holds no rotary tables (rope.py) and no masks but those of block structure and of ids.
+
+Axes: B clips, h heads, Q and K tokens of queries and keys, e head dimension, d width.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Complex, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from nextvid.config import ConfigError
+from nextvid.model.rope import rotate
+
+Backend = Literal["loop", "dense", "flash"]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> values, all [B, h, L, e]
+
+
+def frame_attention(
+    q: Float[Tensor, "B h Q e"],
+    k: Float[Tensor, "B h K e"],
+    v: Float[Tensor, "B h K e"],
+    frames: int,
+    backend: Backend = "loop",
+) -> Float[Tensor, "B h Q e"]:
+    """Queries of block t attend the keys of blocks 0..t; queries and keys may differ in tokens per block.
+
+    `loop` is one unmasked call a block (0.57 to 0.64 of the dense mask's time, research: training 1), `dense` the slow
+    reference, `flash` the same loop through flash-attn. Raises ConfigError if flash-attn is asked for and missing.
+    """
+    assert q.shape[2] % frames == 0, f"{q.shape[2]} queries are not {frames} equal blocks"
+    assert k.shape[2] % frames == 0, f"{k.shape[2]} keys are not {frames} equal blocks"
+    match backend:
+        case "loop":
+            return _by_block(q, k, v, frames, scaled_dot_product_attention)
+        case "dense":
+            return scaled_dot_product_attention(q, k, v, attn_mask=_block_mask(q, k, frames))
+        case "flash":
+            return _by_block(q, k, v, frames, flash_kernel())
+
+
+def masked_attention(
+    q: Float[Tensor, "B h Q e"],
+    k: Float[Tensor, "B h K e"],
+    v: Float[Tensor, "B h K e"],
+    allow: Bool[Tensor, "b Q K"],
+) -> Float[Tensor, "B h Q e"]:
+    """Attention under any mask (True = may attend); no row may be empty. For ablations and ragged context."""
+    return scaled_dot_product_attention(q, k, v, attn_mask=allow[:, None])
+
+
+def allow_by_id(
+    query_ids: Int[Tensor, "b Q"], key_ids: Int[Tensor, "c K"], cells: int, strict: bool
+) -> Bool[Tensor, "r Q K"]:
+    """Mask from original ids: the key's tubelet is earlier than the query's, or with `strict=False` also the same."""
+    query, key = query_ids[:, :, None] // cells, key_ids[:, None, :] // cells
+    return key < query if strict else key <= query
+
+
+def flash_kernel() -> Attend:
+    """flash-attn's kernel on our axis order. Raises ConfigError with the way to install it."""
+    try:
+        from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise ConfigError(
+            "model.attention = 'flash' needs the package flash-attn, which is not installed: "
+            "pip install 'nextvid[flash]' on a machine with CUDA, or set model.attention = 'loop'"
+        ) from None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (rearrange(x.to(v.dtype), "b h l e -> b l h e") for x in (q, k, v))
+        return rearrange(flash_attn_func(q, k, v), "b l h e -> b h l e")
+
+    return attend
+
+
+class SelfAttention(nn.Module):
+    """Rotated multi-head self-attention with biases (method.md 6.1)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Float[Tensor, "B L d"], table: Complex[Tensor, "b 1 L p"], attend: Attend
+    ) -> Float[Tensor, "B L d"]:
+        q, k, v = rearrange(self.qkv(x), "b l (c h e) -> c b h l e", c=3, h=self.heads)
+        out = attend(rotate(q, table), rotate(k, table), v)
+        return self.proj(rearrange(out, "b h l e -> b l (h e)"))
+
+
+class CrossAttention(nn.Module):
+    """Rotated cross-attention: queries and keys turn by their own ids; the context is only read (method.md 3, 6.1)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B Q d"],
+        context: Float[Tensor, "B K d"],
+        query_table: Complex[Tensor, "b 1 Q p"],
+        key_table: Complex[Tensor, "c 1 K p"],
+        attend: Attend,
+    ) -> Float[Tensor, "B Q d"]:
+        q = rearrange(self.q(x), "b l (h e) -> b h l e", h=self.heads)
+        k, v = rearrange(self.kv(context), "b l (c h e) -> c b h l e", c=2, h=self.heads)
+        out = attend(rotate(q, query_table), rotate(k, key_table), v)
+        return self.proj(rearrange(out, "b h l e -> b l (h e)"))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (exact, or its tanh form in the decoder), Linear."""
+
+    def __init__(self, width: int, hidden: int, approximate: Literal["none", "tanh"] = "none") -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def _by_block(q: Tensor, k: Tensor, v: Tensor, frames: int, attend: Attend) -> Tensor:
+    if frames == 1:
+        return attend(q, k, v)
+    rows, keys = q.shape[2] // frames, k.shape[2] // frames
+    blocks = [
+        attend(q[:, :, t * rows : (t + 1) * rows], k[:, :, : (t + 1) * keys], v[:, :, : (t + 1) * keys])
+        for t in range(frames)
+    ]
+    return torch.cat(blocks, dim=2)
+
+
+def _block_mask(q: Tensor, k: Tensor, frames: int) -> Tensor:
+    row = torch.arange(q.shape[2], device=q.device) // (q.shape[2] // frames)
+    column = torch.arange(k.shape[2], device=k.device) // (k.shape[2] // frames)
+    return column[None, :] <= row[:, None]

@@ -1,0 +1,167 @@
+"""The flow decoder: a DiT inside each tubelet, conditioned by concatenating channels (method.md 4.3, 6.1).
+
+AdaLN-Zero modulates on tau alone; the prediction z enters through the input layer only, as W_z z + W_x h_tau + b with
+W_z z computed once for all copies. It holds no noise and no losses (flow.py).
+
+Axes: k copies, B clips, F predicted tubelets, n tokens per tubelet, N = k*B*F sequences, C target channels, c condition
+channels, d width, m modulations, p rotated pairs of a head.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Complex, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from nextvid.config import ModelConfig
+from nextvid.model.attention import Mlp, SelfAttention
+from nextvid.model.encoder import NORM_EPS
+from nextvid.model.rope import rotary
+
+MLP_RATIO = 4  # DiT, method.md 6.1
+SINUSOID = 256  # numbers in the timestep's sinusoid, DiT
+MAX_PERIOD = 10000.0  # of the sinusoid, DiT
+TIME_SCALE = 1000.0  # tau is embedded on a scale of 0..1000, method.md 4.2
+EMBED_STD = 0.02  # of the timestep MLP, DiT
+
+
+@dataclass(frozen=True)
+class Place:
+    """Original ids of the predicted tokens and of the context, and tubelets in each (None: ragged)."""
+
+    query_ids: Int[Tensor, "b Q"]
+    context_ids: Int[Tensor, "b K"]
+    frames: int | None
+
+
+def condition_width(model: ModelConfig) -> int:
+    """Channels of what the decoder is conditioned on."""
+    reads_hidden = model.decoder.kind == "dit_iso" and model.decoder.condition == "hidden"
+    return model.predictor.width if reads_hidden else model.encoder.width
+
+
+def sinusoid(tau: Float[Tensor, "*N"]) -> Float[Tensor, "*N 256"]:
+    """Cosines and sines of 1000*tau at 128 frequencies, fp32."""
+    half = SINUSOID // 2
+    rates = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=tau.device, dtype=torch.float32) / half)
+    angles = TIME_SCALE * tau.float()[..., None] * rates
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid and two linear layers, in fp32 even under autocast: bf16 cannot tell timesteps 998 and 999 apart."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(SINUSOID, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, tau: Float[Tensor, "*N"]) -> Float[Tensor, "*N d"]:
+        with torch.autocast(tau.device.type, enabled=False):
+            return self.fc2(silu(self.fc1(sinusoid(tau))))
+
+
+def modulate(
+    x: Float[Tensor, "*N n d"], shift: Float[Tensor, "*N d"], scale: Float[Tensor, "*N d"]
+) -> Float[Tensor, "*N n d"]:
+    """DiT's adaptive normalisation after the plain one."""
+    return x * (1 + scale[..., None, :]) + shift[..., None, :]
+
+
+class DiTBlock(nn.Module):
+    """Attention inside one sequence and MLP, both scaled, shifted and gated by tau."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.mlp = Mlp(width, MLP_RATIO * width, approximate="tanh")
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(
+        self, x: Float[Tensor, "N n d"], time: Float[Tensor, "N d"], table: Complex[Tensor, "b 1 n p"]
+    ) -> Float[Tensor, "N n d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time).chunk(6, dim=-1)
+        inner = self.attn(modulate(self.norm1(x), shift1, scale1), table, scaled_dot_product_attention)
+        x = x + gate1[:, None] * inner
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class Head(nn.Module):
+    """Last modulated normalisation and the linear map to a velocity."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, channels)
+
+    def forward(self, x: Float[Tensor, "*N n d"], time: Float[Tensor, "*N d"]) -> Float[Tensor, "*N n C"]:
+        shift, scale = self.modulation(time).chunk(2, dim=-1)
+        return self.out(modulate(self.norm(x), shift, scale))
+
+
+class FlowDecoder(nn.Module):
+    """DiT over the tokens of one tubelet; tubelets, clips and copies are folded into the batch and never meet."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        config = model.decoder
+        self.model = model
+        self.embed_condition = nn.Linear(condition_width(model), config.width, bias=False)
+        self.embed_noisy = nn.Linear(model.target_channels, config.width)
+        self.time = TimeEmbedding(config.width)
+        self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads) for _ in range(config.depth))
+        self.head = Head(config.width, model.target_channels)
+        initialise_dit(self)
+        _as_one_layer(self.embed_condition.weight, self.embed_noisy.weight)
+
+    def forward(
+        self,
+        condition: Float[Tensor, "B Q c"],
+        noisy: Float[Tensor, "k B F n C"],
+        tau: Float[Tensor, "k B F"],
+        place: Place,
+    ) -> Float[Tensor, "k B F n C"]:
+        """Velocities at (noisy, tau); `condition` is z or the predictor's hidden state of the same positions."""
+        model = self.model
+        copies, clips, frames, cells, _ = noisy.shape
+        once = rearrange(self.embed_condition(condition), "b (f n) d -> b f n d", f=frames)
+        x = rearrange(self.embed_noisy(noisy) + once, "k b f n d -> (k b f) n d")
+        # Inside one tubelet the rotation by time cancels (method.md 5), so the first tubelet's ids serve all.
+        head_dim = model.decoder.width // model.decoder.heads
+        table = rotary(place.query_ids[:, :cells], head_dim, model.grid_height, model.grid_width)
+        if table.shape[0] > 1:
+            table = repeat(table, "b one n p -> (k b f) one n p", k=copies, f=frames)
+        time = silu(self.time(rearrange(tau, "k b f -> (k b f)")))
+        for block in self.blocks:
+            x = block(x, time, table)
+        return rearrange(self.head(x, time), "(k b f) n c -> k b f n c", k=copies, b=clips)
+
+
+def initialise_dit(module: nn.Module) -> None:
+    """Xavier-uniform linears, timestep MLP normal 0.02, zero modulations and zero output layer (method.md 6.1)."""
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        last = name.rsplit(".", 1)[-1]
+        if last == "modulation" or name == "head.out":
+            nn.init.zeros_(layer.weight)
+        elif name.startswith("time."):
+            nn.init.normal_(layer.weight, std=EMBED_STD)
+        else:
+            nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def _as_one_layer(*weights: Tensor) -> None:
+    """Xavier bounds of the one linear layer on concatenated channels that these weights stand for."""
+    fan_in = sum(weight.shape[1] for weight in weights)
+    bound = math.sqrt(6.0 / (fan_in + weights[0].shape[0]))
+    for weight in weights:
+        nn.init.uniform_(weight, -bound, bound)

@@ -1,0 +1,127 @@
+"""The frame-causal ViT that is trained, and the initialisation it shares with the predictor (method.md 3, 5, 6.1).
+
+Reads patches that were gathered before the first linear layer, so that masked tokens cost nothing. It holds no masks:
+which tokens it sees is told by ids. It ends in its own affine LayerNorm.
+
+Axes: B clips, T tubelets, n tokens per tubelet, L = T*n, i numbers in a token, D width, p rotated pairs of a head.
+"""
+
+import math
+from functools import partial
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor, nn
+
+from nextvid.config import ModelConfig
+from nextvid.model.attention import Attend, Mlp, SelfAttention, allow_by_id, frame_attention, masked_attention
+from nextvid.model.rope import rotary
+
+NORM_EPS = 1e-6  # method.md 6.1
+WIDE = 512  # design 8: from this width on std 0.02, below it 1/sqrt(fan_in)
+WIDE_STD = 0.02  # method.md 6.1
+PIXEL_CHANNELS = 3
+
+
+def input_width(model: ModelConfig) -> int:
+    """Numbers in one input token: pixels of a patch over `tubelet` frames, or channels of a latent cell over them."""
+    match model.encoder.input:
+        case "pixels":
+            return model.tubelet * model.patch**2 * PIXEL_CHANNELS
+        case "latents":
+            return model.tubelet * model.frame_channels
+
+
+def all_ids(tubelets: int, cells: int, device: torch.device | str | None = None) -> Int[Tensor, "1 L"]:
+    """Ids of every token of `tubelets` tubelets, from 0."""
+    return torch.arange(tubelets * cells, device=device)[None]
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm attention and MLP; also the block of the `joint` predictor."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, hidden)
+
+    def forward(
+        self, x: Float[Tensor, "B L D"], table: Complex[Tensor, "b 1 L p"], attend: Attend
+    ) -> Float[Tensor, "B L D"]:
+        x = x + self.attn(self.norm1(x), table, attend)
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """ViT in which tubelet t sees tubelets 0..t."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        config = model.encoder
+        self.model = model
+        self.embed = nn.Linear(input_width(model), config.width)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config.width, config.heads, config.mlp_hidden) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        initialise(self, config.width)
+
+    def forward(
+        self, tokens: Float[Tensor, "B L i"], frames: int | None, ids: Int[Tensor, "b L"] | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """Features of the tokens given.
+
+        `frames` tubelets of equally many tokens each, or None where tubelets differ (`flat` masks): then the mask is
+        built from `ids`. Without `ids` the tokens are those of the whole clip.
+        """
+        return self.norm(self._run(tokens, frames, ids, levels=())[0])
+
+    def levels(
+        self, tokens: Float[Tensor, "B L i"], frames: int, levels: tuple[int, ...]
+    ) -> list[Float[Tensor, "B L D"]]:
+        """Outputs of the blocks named, each through the final norm: features for probes of whole clips (method.md 9)."""
+        return [self.norm(x) for x in self._run(tokens, frames, None, levels)[1]]
+
+    def _run(
+        self, tokens: Tensor, frames: int | None, ids: Tensor | None, levels: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        model = self.model
+        if ids is None:
+            assert frames is not None and tokens.shape[1] == frames * model.cells, "a whole clip needs every cell"
+            ids = all_ids(frames, model.cells, tokens.device)
+        table = rotary(ids, model.encoder.width // model.encoder.heads, model.grid_height, model.grid_width)
+        attend = causal(model, frames, ids, ids, strict=False)
+        x, taken = self.embed(tokens), []
+        for index, block in enumerate(self.blocks):
+            x = block(x, table, attend)
+            if index in levels:
+                taken.append(x)
+        return x, taken
+
+
+def causal(model: ModelConfig, frames: int | None, queries: Tensor, keys: Tensor, strict: bool) -> Attend:
+    """Attention of the layout: by block where every tubelet has as many tokens, else a mask from ids."""
+    if frames is not None:
+        return partial(frame_attention, frames=frames, backend=model.attention)
+    return partial(masked_attention, allow=allow_by_id(queries, keys, model.cells, strict))
+
+
+def initialise(module: nn.Module, width: int) -> None:
+    """Truncated normal, zero biases, residual outputs of block l (from 1) divided by sqrt(2l) (method.md 6.1).
+
+    The cut at +-2 is absolute, as in the ancestors' code. Blocks are those in `module.blocks`.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            std = WIDE_STD if width >= WIDE else 1.0 / math.sqrt(layer.in_features)
+            nn.init.trunc_normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    blocks = module.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList)
+    with torch.no_grad():
+        for number, block in enumerate(blocks, start=1):
+            for name in ("attn.proj", "mlp.fc2"):
+                block.get_submodule(name).get_parameter("weight").div_(math.sqrt(2 * number))

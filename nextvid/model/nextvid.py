@@ -1,0 +1,199 @@
+"""NExT-Vid as one module: encoder, predictor and flow decoder, whose forward returns the losses (method.md 0, 4).
+
+The reference encoder stands beside it (reference.py). Masks come in as visible ids, features and targets as tensors, noise
+as a key; so the losses are a pure function of its arguments. It holds no optimiser, no data and no devices.
+
+Axes: B clips, T tubelets, S cells, N = T*S tokens, L visible tokens, i numbers in a token, P = (T-1)*S, Q predicted
+positions, D encoder width, c condition channels, C target channels, k copies, F predicted tubelets, n positions in each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nextvid.config import MaskConfig, RecipeConfig
+from nextvid.model.attention import flash_kernel
+from nextvid.model.cross_decoder import CrossFlowDecoder
+from nextvid.model.decoder import FlowDecoder, Place
+from nextvid.model.encoder import Encoder, all_ids
+from nextvid.model.flow import ODE_STEPS, NoiseKey, draw_flow, euler, flow_loss, interpolate
+from nextvid.model.predictor import Predictor
+from nextvid.model.tokens import gather_tokens, tube_ids
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total` is what to minimise; the others are the unweighted means by strategy name, for the log."""
+
+    total: Float[Tensor, ""]
+    align: dict[str, Tensor]
+    flow: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """Predictions for tubelets 1..F and where they stand; `z` is None for the model without predictor."""
+
+    z: Float[Tensor, "B Q D"] | None
+    condition: Float[Tensor, "B R c"]
+    place: Place
+    frames: int
+
+
+def strategy_names(masks: MaskConfig) -> tuple[str, ...]:
+    """The passes of a step, in order: one a strategy, or a single one without masks."""
+    return ("all",) if masks.keep == "all" else tuple(strategy.name for strategy in masks.strategies)
+
+
+class NExTVid(nn.Module):
+    """The online branch. Parameters are initialised from torch's global generator: seed it first."""
+
+    def __init__(self, recipe: RecipeConfig) -> None:
+        super().__init__()
+        model = recipe.model
+        if model.attention == "flash":
+            flash_kernel()
+        self.recipe = recipe
+        self.encoder = Encoder(model)
+        self.predictor = None if model.predictor.kind == "none" else Predictor(model)
+        self.decoder: FlowDecoder | CrossFlowDecoder | None
+        match model.decoder.kind:
+            case "dit_iso":
+                self.decoder = FlowDecoder(model)
+            case "xattn" | "xattn_self":
+                self.decoder = CrossFlowDecoder(model)
+            case "none":
+                self.decoder = None
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B N i"],
+        targets: Float[Tensor, "B T S C"] | None,
+        features: Float[Tensor, "B P D"] | None,
+        visible: Sequence[Int[Tensor, "B L"]],
+        key: NoiseKey,
+        copies: int = 1,
+        only: int | None = None,
+    ) -> Losses:
+        """Losses of whole clips.
+
+        `tokens` are the encoder's inputs of every cell, `targets` the normalised latents (None if the flow loss is off),
+        `features` what `reference_features` gives (None if the alignment is off), `visible` the ids each strategy keeps,
+        sorted, over all T tubelets. `only` runs one strategy; totals of the strategies run one by one add up to the total
+        of all, so that each can have its own backward.
+        """
+        weights, names = self.recipe.losses, strategy_names(self.recipe.masks)
+        assert len(visible) == len(names), f"{len(visible)} sets of visible ids for strategies {names}"
+        assert len(key.draws) == tokens.shape[0], f"{len(key.draws)} draw numbers for {tokens.shape[0]} clips"
+        total = torch.zeros((), device=tokens.device)
+        align: dict[str, Tensor] = {}
+        flow: dict[str, Tensor] = {}
+        for index, (name, ids) in enumerate(zip(names, visible, strict=True)):
+            if only is not None and index != only:
+                continue
+            seen, query_ids = self._see(tokens, ids)
+            if weights.align > 0:
+                assert features is not None and seen.z is not None, "alignment needs features and a predictor"
+                align[name] = self._align(seen.z, features, query_ids)
+                total = total + weights.align * align[name] / len(names)
+            if weights.flow > 0:
+                assert targets is not None, "the flow loss needs targets"
+                flow[name] = self._flow(seen, targets, query_ids, key, index, copies)
+                total = total + weights.flow * flow[name] / len(names)
+        return Losses(total, align, flow)
+
+    def condition(self, tokens: Float[Tensor, "B L i"], ids: Int[Tensor, "b L"], frames: int) -> Conditioned:
+        """Predictions for all cells of tubelets 1..frames from the visible tokens of tubelets 0..frames-1.
+
+        `tokens` are those with `ids`, equally many in each tubelet; real ones at every step (teacher forcing).
+        """
+        cells = self.recipe.model.cells
+        queries = all_ids(frames, cells, tokens.device) + cells
+        return self._predict(tokens, ids, queries, frames, frames)
+
+    def last(self, seen: Conditioned) -> Conditioned:
+        """The prediction of the last tubelet alone, for generating one after the other."""
+        cells = self.recipe.model.cells
+        place = Place(seen.place.query_ids[:, -cells:], seen.place.context_ids, frames=1)
+        by_position = self.recipe.model.decoder.kind == "dit_iso"
+        condition = seen.condition[:, -cells:] if by_position else seen.condition
+        return Conditioned(None if seen.z is None else seen.z[:, -cells:], condition, place, frames=1)
+
+    def velocity(
+        self, seen: Conditioned, noisy: Float[Tensor, "k B F n C"], tau: Float[Tensor, "k B F"]
+    ) -> Float[Tensor, "k B F n C"]:
+        """The decoder's velocity at (noisy, tau); tau in 0..1."""
+        assert self.decoder is not None, "this recipe has no decoder"
+        return self.decoder(seen.condition, noisy, tau, seen.place)
+
+    @torch.no_grad()
+    def sample(
+        self, seen: Conditioned, steps: int = ODE_STEPS, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B F n C"]:
+        """Generate normalised latents for the predicted tubelets, by Euler's rule from fresh noise."""
+        clips, frames = seen.condition.shape[0], seen.frames
+        shape = (1, clips, frames, seen.place.query_ids.shape[1] // frames, self.recipe.model.target_channels)
+        device = seen.condition.device
+        noise = torch.randn(shape, generator=generator, device=device)
+
+        def velocity(h: Tensor, tau: float) -> Tensor:
+            return self.velocity(seen, h, torch.full(shape[:3], tau, device=device)).float()
+
+        return euler(velocity, noise, steps)[0]
+
+    def _see(self, tokens: Tensor, ids: Tensor) -> tuple[Conditioned, Tensor]:
+        """Encode what a strategy keeps of tubelets 0..T-2 and predict tubelets 1..T-1."""
+        model, cells = self.recipe.model, self.recipe.model.cells
+        tubelets = tokens.shape[1] // cells
+        queries = all_ids(tubelets - 1, cells, tokens.device) + cells
+        if self.recipe.masks.keep == "flat":
+            return self._predict(gather_tokens(tokens, ids), ids, queries, None, tubelets - 1), queries
+        assert ids.shape[1] % tubelets == 0, "a tube keeps equally many cells in every tubelet"
+        kept = ids.shape[1] // tubelets
+        # The last tubelet reaches no loss (method.md 1): queries end at T-1 and attend strictly earlier tubelets.
+        context_ids = ids[:, : (tubelets - 1) * kept]
+        if model.predictor.support == "masked":
+            queries = tube_ids(hidden_cells(ids[:, :kept], cells), tubelets - 1, cells) + cells
+        context = gather_tokens(tokens, context_ids)
+        return self._predict(context, context_ids, queries, tubelets - 1, tubelets - 1), queries
+
+    def _predict(self, tokens: Tensor, ids: Tensor, query_ids: Tensor, blocks: int | None, frames: int) -> Conditioned:
+        context = self.encoder(tokens, blocks, ids)
+        place = Place(query_ids, ids, blocks)
+        if self.predictor is None:
+            return Conditioned(None, context, place, frames)
+        predicted = self.predictor(context, ids, query_ids, blocks)
+        reads_hidden = self.recipe.model.decoder.condition == "hidden"
+        return Conditioned(predicted.z, predicted.hidden if reads_hidden else predicted.z, place, frames)
+
+    def _align(self, z: Tensor, features: Tensor, query_ids: Tensor) -> Tensor:
+        """Mean over every element of (z - y)^2 in fp32 (method.md 4.1)."""
+        if self.recipe.model.predictor.support == "masked":
+            features = gather_tokens(features, query_ids - self.recipe.model.cells)
+        return (z.float() - features.float()).square().mean()
+
+    def _flow(
+        self, seen: Conditioned, targets: Tensor, query_ids: Tensor, key: NoiseKey, strategy: int, copies: int
+    ) -> Tensor:
+        clips, tubelets, cells, channels = targets.shape
+        shape = (tubelets - 1, cells, channels)
+        draws = draw_flow(key, strategy, range(copies), shape, self.recipe.losses, targets.device)
+        target, noisy = targets[:, 1:], interpolate(draws, targets[:, 1:])
+        if self.recipe.model.predictor.support == "masked":
+            chosen = rearrange(query_ids, "b (f n) -> b f n", f=tubelets - 1)[:, 0] % cells
+            index = chosen[:, None, :, None].expand(clips, tubelets - 1, -1, channels)
+            target = target.gather(2, index)
+            draws = draws._replace(noise=draws.noise.gather(3, index.expand(copies, *index.shape)))
+            noisy = interpolate(draws, target)
+        return flow_loss(self.velocity(seen, noisy, draws.tau), draws, target)
+
+
+def hidden_cells(visible: Int[Tensor, "B n"], cells: int) -> Int[Tensor, "B m"]:
+    """Cells that are not visible, ascending."""
+    hidden = torch.ones(visible.shape[0], cells, dtype=torch.int8, device=visible.device).scatter(1, visible, 0)
+    order = torch.argsort(hidden, dim=1, descending=True, stable=True)
+    return order[:, : cells - visible.shape[1]]

@@ -1,0 +1,126 @@
+"""From encoded tubelets to predictions of the next ones (method.md 2.5, 4.3, 6.1).
+
+`cross`: one learned query at every position, which reads the context of earlier tubelets and never writes to it; queries
+do not see each other (the paper's 22M parameters leave no room for that). `joint`: the ablation without context isolation
+(method.md 10). It holds no losses; gradients do flow back into the context.
+
+Axes: B clips, K context tokens, Q query tokens, D encoder width, d width, p rotated pairs of a head.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Complex, Float, Int
+from torch import Tensor, nn
+
+from nextvid.config import ModelConfig
+from nextvid.model.attention import Attend, CrossAttention, Mlp, allow_by_id, masked_attention
+from nextvid.model.encoder import NORM_EPS, EncoderBlock, causal, initialise
+from nextvid.model.rope import rotary
+
+MLP_RATIO = 4  # method.md 6.1
+
+
+class Predicted(NamedTuple):
+    """`z` is what is aligned with the reference; `hidden` the normalised state before the last projection."""
+
+    z: Float[Tensor, "B Q D"]
+    hidden: Float[Tensor, "B Q d"]
+
+
+class PredictorBlock(nn.Module):
+    """Cross-attention and MLP; the context passes its own LayerNorm in each block and stays as it is."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm_context = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = CrossAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, MLP_RATIO * width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B Q d"],
+        context: Float[Tensor, "B K d"],
+        query_table: Complex[Tensor, "b 1 Q p"],
+        key_table: Complex[Tensor, "c 1 K p"],
+        attend: Attend,
+    ) -> Float[Tensor, "B Q d"]:
+        x = x + self.attn(self.norm1(x), self.norm_context(context), query_table, key_table, attend)
+        return x + self.mlp(self.norm2(x))
+
+
+class Predictor(nn.Module):
+    """Predictions for the positions `query_ids` from context in strictly earlier tubelets."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        config = model.predictor
+        self.model = model
+        self.embed = nn.Linear(model.encoder.width, config.width)
+        self.query = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.blocks = nn.ModuleList(
+            PredictorBlock(config.width, config.heads)
+            if config.kind == "cross"
+            else EncoderBlock(config.width, config.heads, MLP_RATIO * config.width)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.out = nn.Linear(config.width, model.encoder.width)
+        initialise(self, config.width)
+
+    def forward(
+        self,
+        context: Float[Tensor, "B K D"],
+        context_ids: Int[Tensor, "b K"],
+        query_ids: Int[Tensor, "c Q"],
+        frames: int | None,
+    ) -> Predicted:
+        """`frames` context tubelets 0..frames-1 and as many query tubelets 1..frames; None builds the mask from ids."""
+        model = self.model
+        head_dim = model.predictor.width // model.predictor.heads
+        embedded = self.embed(context)
+        queries = self.query.expand(context.shape[0], query_ids.shape[1], -1)
+        query_table = rotary(query_ids, head_dim, model.grid_height, model.grid_width)
+        key_table = rotary(context_ids, head_dim, model.grid_height, model.grid_width)
+        if model.predictor.kind == "joint":
+            hidden = self._joint(embedded, queries, context_ids, query_ids, key_table, query_table)
+        else:
+            hidden = queries
+            attend = causal(model, frames, query_ids, context_ids, strict=True)
+            for block in self.blocks:
+                hidden = block(hidden, embedded, query_table, key_table, attend)
+        hidden = self.norm(hidden)
+        return Predicted(self.out(hidden), hidden)
+
+    def _joint(
+        self,
+        context: Tensor,
+        queries: Tensor,
+        context_ids: Tensor,
+        query_ids: Tensor,
+        key_table: Tensor,
+        query_table: Tensor,
+    ) -> Tensor:
+        """Self-attention over context and queries, every token updated."""
+        tokens = context.shape[1]
+        allow = joint_mask(context_ids, query_ids, self.model.cells)
+        rows = max(key_table.shape[0], query_table.shape[0])
+        table = torch.cat((key_table.expand(rows, -1, -1, -1), query_table.expand(rows, -1, -1, -1)), dim=2)
+        attend = partial(masked_attention, allow=allow)
+        x = torch.cat((context, queries.to(context.dtype)), dim=1)
+        for block in self.blocks:
+            x = block(x, table, attend)
+        return x[:, tokens:]
+
+
+def joint_mask(context_ids: Int[Tensor, "b K"], query_ids: Int[Tensor, "c Q"], cells: int) -> Bool[Tensor, "e A A"]:
+    """Context sees context of its own and earlier tubelets; a query sees context of earlier ones and itself."""
+    rows, keys, queries = max(len(context_ids), len(query_ids)), context_ids.shape[1], query_ids.shape[1]
+    allow = torch.zeros(rows, keys + queries, keys + queries, dtype=torch.bool, device=context_ids.device)
+    allow[:, :keys, :keys] = allow_by_id(context_ids, context_ids, cells, strict=False)
+    allow[:, keys:, :keys] = allow_by_id(query_ids, context_ids, cells, strict=True)
+    allow[:, keys:, keys:] = torch.eye(queries, dtype=torch.bool, device=context_ids.device)
+    return allow

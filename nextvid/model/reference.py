@@ -1,0 +1,51 @@
+"""The reference encoder: an exponential moving average of the online one, and the targets it gives (method.md 4.1, 4.6).
+
+Kept in fp32 and paired by name. It sees the whole clip under the same frame-causal mask and never takes a gradient.
+It is no part of NExTVid, so that neither optimiser nor DDP meets it.
+
+Axes: B clips, N = T*S tokens, i numbers in a token, P = (T-1)*S, D width.
+"""
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from nextvid.model.encoder import Encoder
+
+
+def reference_encoder(online: Encoder) -> Encoder:
+    """An exact copy in fp32, frozen and in evaluation mode."""
+    return copy.deepcopy(online).float().requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def reference_features(reference: Encoder, tokens: Float[Tensor, "B N i"], target_norm: bool) -> Float[Tensor, "B P D"]:
+    """Targets y of tubelets 1..T-1 from the whole clip, fp32; with `target_norm` through a LayerNorm without affine."""
+    cells = reference.model.cells
+    features = reference(tokens, tokens.shape[1] // cells)[:, cells:].float()
+    return layer_norm(features, features.shape[-1:]) if target_norm else features
+
+
+@torch.no_grad()
+def ema_update(reference: nn.Module, online: nn.Module, momentum: float) -> None:
+    """theta_ref <- m theta_ref + (1 - m) theta for every parameter, by name; call once after each optimiser step.
+
+    Names may carry the prefixes of DDP and torch.compile. There are no buffers to average: tables are not stored.
+    """
+    averaged, current = _by_name(reference), _by_name(online)
+    assert averaged.keys() == current.keys(), f"unpaired parameters: {sorted(averaged.keys() ^ current.keys())}"
+    assert all(weight.dtype == torch.float32 for weight in averaged.values()), "an average below fp32 loses updates"
+    assert not list(reference.buffers()), "buffers are not averaged"
+    names = list(averaged)
+    torch._foreach_lerp_([averaged[name] for name in names], [current[name] for name in names], 1.0 - momentum)
+
+
+def _by_name(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters without the prefixes of wrappers."""
+    return {
+        name.replace("_orig_mod.", "").removeprefix("module."): parameter.detach()
+        for name, parameter in module.named_parameters()
+    }

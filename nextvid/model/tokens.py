@@ -1,0 +1,71 @@
+"""Between stored arrays and tokens: patches, latent cells, stacked targets, gathering by id (method.md 1; trap 15).
+
+Channels of a token run frame by frame: 0..C-1 are the first frame of the tubelet, C..2C-1 the second. Flat ids are
+t*S + h*W + w. It holds no weights; every function here is a rearrangement, the last two an affine map per channel.
+
+Axes: B clips, F frames, u frames per tubelet, T tubelets, C channels of one frame, h and w cells, s sub-cells per side,
+S = h*w cells, N = T*S tokens, L tokens gathered, i numbers in a token.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def pixel_tokens(pixels: Float[Tensor, "B 3 F H W"], patch: int, tubelet: int) -> Float[Tensor, "B N i"]:
+    """Patches of `tubelet` frames and `patch` x `patch` pixels, in the order of a convolution's kernel (c, u, y, x)."""
+    return rearrange(pixels, "b c (t u) (h y) (w x) -> b (t h w) (c u y x)", u=tubelet, y=patch, x=patch)
+
+
+def latent_tokens(latents: Float[Tensor, "B F C h w"], tubelet: int) -> Float[Tensor, "B N i"]:
+    """Latent cells as encoder input."""
+    return rearrange(latents, "b (t u) c h w -> b (t h w) (u c)", u=tubelet)
+
+
+def stack_target(latents: Float[Tensor, "B F C h w"], tubelet: int) -> Float[Tensor, "B T S i"]:
+    """Latents as targets: the frames of a tubelet stacked on channels."""
+    return rearrange(latents, "b (t u) c h w -> b t (h w) (u c)", u=tubelet)
+
+
+def unstack_target(tokens: Float[Tensor, "B T S i"], tubelet: int, height: int) -> Float[Tensor, "B F C h w"]:
+    """The inverse of `stack_target`."""
+    return rearrange(tokens, "b t (h w) (u c) -> b (t u) c h w", u=tubelet, h=height)
+
+
+def space_to_depth(latents: Float[Tensor, "B F C H W"], factor: int) -> Float[Tensor, "B F C2 h w"]:
+    """Fold `factor` x `factor` cells into channels: stride-8 latents to a grid of 16 pixels, pixels to targets."""
+    return rearrange(latents, "b f c (h y) (w x) -> b f (c y x) h w", y=factor, x=factor)
+
+
+def depth_to_space(folded: Float[Tensor, "B F C2 h w"], factor: int) -> Float[Tensor, "B F C H W"]:
+    """The inverse of `space_to_depth`."""
+    return rearrange(folded, "b f (c y x) h w -> b f c (h y) (w x)", y=factor, x=factor)
+
+
+def gather_tokens(tokens: Float[Tensor, "B N i"], ids: Int[Tensor, "b L"]) -> Float[Tensor, "B L i"]:
+    """The tokens with the given ids, in their order; one row of ids serves all clips."""
+    if ids.shape[0] == 1:
+        return tokens[:, ids[0]]
+    rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+    return tokens[rows, ids]
+
+
+def tube_ids(cells: Int[Tensor, "B n"], tubelets: int, per_tubelet: int) -> Int[Tensor, "B L"]:
+    """The same cells in every tubelet, as flat ids in the order t, cell; `per_tubelet` is S."""
+    starts = per_tubelet * torch.arange(tubelets, device=cells.device, dtype=cells.dtype)
+    return (starts[None, :, None] + cells[:, None, :]).flatten(1)
+
+
+def normalise(
+    latents: Float[Tensor, "B F C h w"], mean: Float[Tensor, " C"], std: Float[Tensor, " C"]
+) -> Float[Tensor, "B F C h w"]:
+    """Per-channel (x - mean) / std, shared by the frames of a tubelet (method.md 4.2)."""
+    return (latents - mean[:, None, None]) / std[:, None, None]
+
+
+def denormalise(
+    latents: Float[Tensor, "B F C h w"], mean: Float[Tensor, " C"], std: Float[Tensor, " C"]
+) -> Float[Tensor, "B F C h w"]:
+    """The inverse of `normalise`, before decoding."""
+    return latents * std[:, None, None] + mean[:, None, None]
