@@ -1,8 +1,8 @@
 """Frozen, strict models of everything that a training run is configured by.
 
 Holds shapes, losses, masks, optimiser and stages ("what": digested) and how a run is carried out ("how": never
-digested). Holds no corpus (nextvid/corpus/project.py) and no named values (recipes.py). Defaults are the paper's (Tab. 7, 8;
-method.md 2, 4, 6, 7) unless the line says otherwise.
+digested). Holds no corpus (nextvid/corpus/project.py) and no named values (recipes.py). Defaults are the paper's
+(Tab. 7, 8; method.md 2, 4, 6, 7) unless the line says otherwise.
 """
 
 import difflib
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from storage.digest import digest_config
 from storage.errors import ConfigError as ConfigError  # re-exported: nextvid.model imports no storage
@@ -238,7 +239,7 @@ def _disagreements(recipe: RecipeConfig) -> Iterator[str]:
         yield f"losses.target 'pixels' needs model.frame_channels = 3 * patch^2 = {3 * model.patch**2}"
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
+def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = sorted(_fields_at(model, problem["loc"][:-1]))
@@ -257,7 +258,7 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
     return set(current.model_fields)
 
 
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
+def _inner_model(annotation: object) -> type[BaseModel] | None:
     """The configuration inside `X`, `X | None`, `list[X]`, `tuple[X, ...]` or `dict[str, X]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None

@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm
 
 @torch.no_grad()
 def effective_rank(features: Float[Tensor, "*M D"]) -> float:
-    """Exp of the entropy of the covariance's eigenvalues, of features through a LayerNorm without affine.
+    """Exponential of the entropy of the covariance's eigenvalues, of features through a LayerNorm without affine.
 
     1 when all tokens lie on one line, D when every direction holds as much. Raises nothing on constant features: 1.
     """

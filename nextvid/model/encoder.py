@@ -81,7 +81,7 @@ class Encoder(nn.Module):
     def levels(
         self, tokens: Float[Tensor, "B L i"], frames: int, levels: tuple[int, ...]
     ) -> list[Float[Tensor, "B L D"]]:
-        """Outputs of the blocks named, each through the final norm: features for probes of whole clips (method.md 9)."""
+        """Outputs of the blocks named, each through the final norm: probe features of whole clips (method.md 9)."""
         return [self.norm(x) for x in self._run(tokens, frames, None, levels)[1]]
 
     def _run(
@@ -89,7 +89,8 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         model = self.model
         if ids is None:
-            assert frames is not None and tokens.shape[1] == frames * model.cells, "a whole clip needs every cell"
+            assert frames is not None, "a whole clip has tubelets of equal size"
+            assert tokens.shape[1] == frames * model.cells, "a whole clip has every cell"
             ids = all_ids(frames, model.cells, tokens.device)
         table = rotary(ids, model.encoder.width // model.encoder.heads, model.grid_height, model.grid_width)
         attend = causal(model, frames, ids, ids, strict=False)

@@ -1,7 +1,7 @@
-"""Flow matching: draws of time and noise, the straight path between them, its loss, and Euler's rule (method.md 4.2, 11).
+"""Flow matching: draws of time and noise, the straight path, its loss, and Euler's rule (method.md 4.2, 11).
 
-tau = 0 is noise and tau = 1 is data, in training and in sampling alike. Draws are keyed by what they are for and never by
-rank or batch position, so that ranks, micro-batches and resumption change nothing. It holds no network.
+tau = 0 is noise and tau = 1 is data, in training and in sampling alike. Draws are keyed by what they are for and never
+by rank or batch position, so that ranks, micro-batches and resumption change nothing. It holds no network.
 
 Axes: k copies, B clips, F predicted tubelets, n tokens per tubelet, C target channels.
 """
@@ -41,7 +41,7 @@ def draw_flow(
 ) -> FlowDraws:
     """Draws of each clip for one mask strategy; `shape` is (F, n, C).
 
-    Every (seed, step, draw, strategy, copy) has its own generator. The CPU's keeps 32 bits of the key, the GPU's all 64;
+    Every (seed, step, draw, strategy, copy) has its own generator. The CPU's keeps 32 bits of the key, the GPU's all;
     the two give different numbers, so results are reproducible on one kind of device.
     """
     frames, cells, channels = shape

@@ -1,10 +1,11 @@
 """NExT-Vid as one module: encoder, predictor and flow decoder, whose forward returns the losses (method.md 0, 4).
 
-The reference encoder stands beside it (reference.py). Masks come in as visible ids, features and targets as tensors, noise
-as a key; so the losses are a pure function of its arguments. It holds no optimiser, no data and no devices.
+The reference encoder stands beside it (reference.py). Masks come in as visible ids, features and targets as tensors,
+noise as a key; so the losses are a pure function of the arguments. It holds no optimiser, no data and no devices.
 
 Axes: B clips, T tubelets, S cells, N = T*S tokens, L visible tokens, i numbers in a token, P = (T-1)*S, Q predicted
-positions, D encoder width, c condition channels, C target channels, k copies, F predicted tubelets, n positions in each.
+positions, D encoder width, c condition channels, C target channels, k copies, F predicted tubelets, n positions in
+each, R tokens of the condition.
 """
 
 from collections.abc import Sequence
@@ -81,10 +82,10 @@ class NExTVid(nn.Module):
     ) -> Losses:
         """Losses of whole clips.
 
-        `tokens` are the encoder's inputs of every cell, `targets` the normalised latents (None if the flow loss is off),
-        `features` what `reference_features` gives (None if the alignment is off), `visible` the ids each strategy keeps,
-        sorted, over all T tubelets. `only` runs one strategy; totals of the strategies run one by one add up to the total
-        of all, so that each can have its own backward.
+        `tokens` are the encoder's inputs of every cell, `targets` the normalised latents (None if the flow loss is
+        off), `features` what `reference_features` gives (None if the alignment is off), `visible` the ids each strategy
+        keeps, sorted, over all T tubelets. `only` runs one strategy; totals of the strategies run one by one add up to
+        the total of all, so that each can have its own backward.
         """
         weights, names = self.recipe.losses, strategy_names(self.recipe.masks)
         assert len(visible) == len(names), f"{len(visible)} sets of visible ids for strategies {names}"
@@ -97,7 +98,8 @@ class NExTVid(nn.Module):
                 continue
             seen, query_ids = self._see(tokens, ids)
             if weights.align > 0:
-                assert features is not None and seen.z is not None, "alignment needs features and a predictor"
+                assert features is not None, "alignment needs reference features"
+                assert seen.z is not None, "alignment needs a predictor"
                 align[name] = self._align(seen.z, features, query_ids)
                 total = total + weights.align * align[name] / len(names)
             if weights.flow > 0:

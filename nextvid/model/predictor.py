@@ -1,8 +1,8 @@
 """From encoded tubelets to predictions of the next ones (method.md 2.5, 4.3, 6.1).
 
-`cross`: one learned query at every position, which reads the context of earlier tubelets and never writes to it; queries
-do not see each other (the paper's 22M parameters leave no room for that). `joint`: the ablation without context isolation
-(method.md 10). It holds no losses; gradients do flow back into the context.
+`cross`: one learned query at every position, which reads the context of earlier tubelets and never writes to it;
+queries do not see each other (the paper's 22M parameters leave no room for that). `joint`: the ablation without context
+isolation (method.md 10). It holds no losses; gradients do flow back into the context.
 
 Axes: B clips, K context tokens, Q query tokens, D encoder width, d width, p rotated pairs of a head.
 """

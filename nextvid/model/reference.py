@@ -1,4 +1,4 @@
-"""The reference encoder: an exponential moving average of the online one, and the targets it gives (method.md 4.1, 4.6).
+"""The reference encoder: a moving average of the online one, and the targets it gives (method.md 4.1, 4.6).
 
 Kept in fp32 and paired by name. It sees the whole clip under the same frame-causal mask and never takes a gradient.
 It is no part of NExTVid, so that neither optimiser nor DDP meets it.

@@ -1,8 +1,8 @@
 """Three-dimensional rotary positions from original token ids (method.md 5).
 
-A true rotation: each pair (2i, 2i+1) of a head turns by one angle, so that norms are kept and scores depend on relative
-positions alone (the public V-JEPA 2 code tiles its table and does neither). Angles are fp32 whatever the activations are.
-It holds no learned positions and no packed indices: tokens that were dropped shift nobody.
+A true rotation: each pair (2i, 2i+1) of a head turns by one angle, so that norms are kept and scores depend on
+relative positions alone (the public V-JEPA 2 code tiles its table and does neither). Angles are fp32 whatever the
+activations are. It holds no learned positions and no packed indices: tokens that were dropped shift nobody.
 
 Axes: B clips (or 1), L tokens, h heads, e head dimension, p = e/2 pairs.
 """

@@ -1,0 +1,209 @@
+"""Which cells each strategy leaves visible: blocks, thinning, and their statistics (method.md 2).
+
+numpy only. A mask is spatial and holds for every tubelet (a tube), so a drawn entry is S booleans. Row i of a plan depends
+on (seed, strategy, i) alone, never on how many rows there are; which entry a clip takes is decided elsewhere
+(storage/draws.py). It holds no files: the packed bits are what the plan's asset writes.
+
+Axes: E entries, b blocks, H and W cells, S = H*W.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from nextvid.config import ConfigError, MaskConfig, MaskStrategy
+
+ATTEMPTS = (
+    1000  # redraws of an entry before the geometry is refused; the paper's needs 3 (acceptance 97 %, method.md 2.4)
+)
+CHUNK = 8192  # entries drawn at once: bounds memory at about 70 MB on a 16x16 grid
+GRID = 8  # `bucket` keeps a multiple of this many cells (method.md 2.4)
+FLAT_BATCH = 32  # local batch whose truncation `flat` reproduces: 3072 clips on 96 GPUs (method.md 2.3)
+
+Bits = Bool[np.ndarray, "E S"]
+
+
+@dataclass(frozen=True)
+class StrategyPlan:
+    """Visible cells of one strategy: as drawn, and what thinning keeps (None where the step decides: `bucket`)."""
+
+    name: str
+    raw: Bits
+    kept: Bits | None
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Entries of every strategy; none for `all` and `flat`."""
+
+    grid_height: int
+    grid_width: int
+    strategies: tuple[StrategyPlan, ...]
+
+
+@dataclass(frozen=True)
+class MaskStatistics:
+    """Visible cells per tubelet over the entries, and how often each cell is visible, [H, W]."""
+
+    mean: float
+    sd: float
+    least: int
+    most: int
+    visible: Float[np.ndarray, "H W"]
+
+
+def draw_plan(masks: MaskConfig, grid_height: int, grid_width: int) -> MaskPlan:
+    """Draw every entry of a mask configuration.
+
+    Raises ConfigError where a strategy's blocks hardly ever leave its budget visible.
+    """
+    plans = []
+    if masks.keep in ("fixed", "bucket"):
+        for index, strategy in enumerate(masks.strategies):
+            least = strategy.budget if masks.keep == "fixed" else GRID
+            raw = draw_visible(strategy, grid_height, grid_width, masks.entries, (masks.seed, index), least)
+            kept = thin(raw, strategy.budget, (masks.seed, index)) if masks.keep == "fixed" else None
+            plans.append(StrategyPlan(strategy.name, raw, kept))
+    return MaskPlan(grid_height, grid_width, tuple(plans))
+
+
+def draw_visible(
+    strategy: MaskStrategy, height: int, width: int, entries: int, key: tuple[int, int], least: int = 1
+) -> Bits:
+    """Complements of the union of blocks, one block size an entry; entries with fewer than `least` cells are redrawn.
+
+    With `least=1` this is the raw sampler of the ancestors, but for its block size shared by a batch. `key` is (seed,
+    strategy). Raises ConfigError if some entry fails every attempt.
+    """
+    visible = np.zeros((entries, height * width), dtype=bool)
+    todo = np.arange(entries)
+    for attempt in range(ATTEMPTS):
+        rng = np.random.default_rng([*key, attempt])
+        uniform = rng.random((int(todo[-1]) + 1, 1 + 2 * strategy.blocks))[todo]
+        drawn = np.concatenate([_blocks(strategy, height, width, part) for part in _chunks(uniform)])
+        enough = drawn.sum(axis=1) >= least
+        visible[todo[enough]] = drawn[enough]
+        todo = todo[~enough]
+        if todo.size == 0:
+            return visible
+    raise ConfigError(
+        f"mask strategy '{strategy.name}': {strategy.blocks} blocks of {strategy.scale} of a {height}x{width} grid leave "
+        f"{least} cells visible too rarely ({todo.size} of {entries} entries failed {ATTEMPTS} draws); "
+        "lower the budget, the scale or the number of blocks"
+    )
+
+
+def thin(raw: Bits, budget: int, key: tuple[int, int]) -> Bits:
+    """A uniformly random subset of exactly `budget` visible cells in each entry. Every entry must have that many."""
+    assert raw.sum(axis=1).min(initial=budget) >= budget, "an entry has fewer visible cells than the budget"
+    rng = np.random.default_rng([*key, ATTEMPTS])  # no attempt of the blocks has this number
+    return np.concatenate([_subset(part, budget, rng) for part in _chunks(raw)])
+
+
+def cells_of(kept: Bits) -> Int[np.ndarray, "E n"]:
+    """Ascending cell indices of entries that all keep equally many, int64."""
+    counts = kept.sum(axis=1)
+    assert counts.size == 0 or (counts == counts[0]).all(), "entries keep different numbers of cells"
+    return np.nonzero(kept)[1].reshape(len(kept), -1)
+
+
+def pack(bits: Bits) -> UInt8[np.ndarray, "E bytes"]:
+    """Row-major bits, little-endian in each byte: cell i of an entry is bit i % 8 of byte i // 8."""
+    return np.packbits(bits, axis=1, bitorder="little")
+
+
+def unpack(packed: UInt8[np.ndarray, "E bytes"], cells: int) -> Bits:
+    """The inverse of `pack` for entries of `cells` cells."""
+    return np.unpackbits(packed, axis=1, count=cells, bitorder="little").astype(bool)
+
+
+def statistics(bits: Bits, height: int, width: int) -> MaskStatistics:
+    """Counts and the map of visibility over entries."""
+    counts = bits.sum(axis=1)
+    return MaskStatistics(
+        mean=float(counts.mean()),
+        sd=float(counts.std()),
+        least=int(counts.min()),
+        most=int(counts.max()),
+        visible=bits.mean(axis=0).reshape(height, width),
+    )
+
+
+def step_bucket(raw: Bits, key: tuple[int, int], step: int) -> int:
+    """Cells that every clip keeps at this step under `bucket`: the count of a random entry, down to a multiple of 8.
+
+    A function of (seed, strategy, step) alone, so that all ranks have the same shapes.
+    """
+    rng = np.random.default_rng([*key, ATTEMPTS + 1, step])
+    return int(raw[rng.integers(len(raw))].sum()) // GRID * GRID
+
+
+def bucket_entry(raw: Bits, bucket: int, key: tuple[int, int], draw: int) -> Int[np.ndarray, " n"]:
+    """The `bucket` cells of draw number `draw`: a random entry of that bucket, thinned to it; ascending, int64."""
+    members = np.flatnonzero(raw.sum(axis=1) // GRID == bucket // GRID)
+    rng = np.random.default_rng([*key, ATTEMPTS + 2, draw])
+    entry = raw[members[rng.integers(len(members))]][None]
+    return cells_of(_subset(entry, bucket, rng))[0]
+
+
+def flat_ids(
+    strategy: MaskStrategy, height: int, width: int, tubelets: int, key: tuple[int, int], step: int, draws: list[int]
+) -> Int[np.ndarray, "E L"]:
+    """Visible flat ids of `flat`, the ancestors' truncation, for the clips with these draw numbers; int64.
+
+    One block size a step. The length is the shortest of 32 emulated clips of the step, so that neither ranks nor
+    micro-batches change it; a clip's own blocks are drawn from (step, draw) until they leave as much, and the sorted list
+    of (t, h, w) is cut to a prefix, which empties late tubelets.
+    """
+    shape = np.random.default_rng([*key, ATTEMPTS + 3, step]).random((1, 1))
+    emulated = [
+        _flat_entry(strategy, height, width, shape, [*key, ATTEMPTS + 4, step, i], 1) for i in range(FLAT_BATCH)
+    ]
+    least = min(int(entry.sum()) for entry in emulated)
+    entries = [_flat_entry(strategy, height, width, shape, [*key, ATTEMPTS + 5, step, draw], least) for draw in draws]
+    tubes = [np.flatnonzero(np.tile(entry, tubelets))[: least * tubelets] for entry in entries]
+    return np.stack(tubes)
+
+
+def _flat_entry(
+    strategy: MaskStrategy, height: int, width: int, shape: np.ndarray, key: list[int], least: int
+) -> np.ndarray:
+    rng = np.random.default_rng(key)
+    while True:
+        uniform = np.concatenate([shape, rng.random((1, 2 * strategy.blocks))], axis=1)
+        entry: np.ndarray = _blocks(strategy, height, width, uniform)[0]
+        if entry.sum() >= least:
+            return entry
+
+
+def _blocks(strategy: MaskStrategy, height: int, width: int, uniform: Float[np.ndarray, "E u"]) -> Bits:
+    """Visible cells from uniform numbers: the aspect ratio, then top and left of each block (method.md 2.2)."""
+    area = int(height * width * strategy.scale)
+    aspect = strategy.aspect_min + uniform[:, 0] * (strategy.aspect_max - strategy.aspect_min)
+    tall = np.minimum(height, np.rint(np.sqrt(area * aspect))).astype(np.int64)[:, None]
+    wide = np.minimum(width, np.rint(np.sqrt(area / aspect))).astype(np.int64)[:, None]
+    top = np.floor(uniform[:, 1::2] * (height - tall + 1)).astype(np.int64)
+    left = np.floor(uniform[:, 2::2] * (width - wide + 1)).astype(np.int64)
+    row, column = np.arange(height), np.arange(width)
+    hidden = np.zeros((len(uniform), height, width), dtype=bool)
+    for block in range(strategy.blocks):
+        first_row, first_column = top[:, block, None], left[:, block, None]
+        rows = (row >= first_row) & (row < first_row + tall)
+        columns = (column >= first_column) & (column < first_column + wide)
+        hidden |= rows[:, :, None] & columns[:, None, :]
+    return ~hidden.reshape(len(uniform), -1)
+
+
+def _subset(raw: Bits, budget: int, rng: np.random.Generator) -> Bits:
+    """Keep the `budget` visible cells with the smallest random numbers."""
+    order = np.where(raw, rng.random(raw.shape), math.inf)
+    chosen = np.argpartition(order, budget - 1, axis=1)[:, :budget]
+    kept = np.zeros_like(raw)
+    np.put_along_axis(kept, chosen, values=True, axis=1)
+    return kept
+
+
+def _chunks(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
