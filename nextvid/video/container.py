@@ -1,9 +1,9 @@
 """An opened media file: which containers are let in, packets and frames with true times, upright pixels.
 
-Holds everything that touches PyAV's demuxer and decoder, for probe, decode and shots. Holds no choice of frames (decode.py)
-and no scores. Containers are an allow-list, so that playlists and network protocols never reach FFmpeg; error detection is
-that of research: video, 5 (7 of 9 silently damaged files caught, 0 of 5 clean ones flagged). Times are the file's own
-timestamps in integer microseconds; a file covers start_us to start_us + duration_us.
+Holds everything that touches PyAV's demuxer and decoder, for probe, decode and shots. Holds no choice of frames
+(decode.py) and no scores. Containers are an allow-list, so that playlists and network protocols never reach FFmpeg;
+error detection is that of research: video, 5 (7 of 9 silently damaged files caught, 0 of 5 clean ones flagged). Times are
+the file's own timestamps in integer microseconds; a file covers start_us to start_us + duration_us.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
@@ -71,9 +72,9 @@ def decoded(
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Frames in presentation order with their times, from the start or from a keyframe at or before `from_us`.
 
-    A naive seek may land behind the wanted time (research video 4: 1 of 192 wrong), hence the back-off. Pictures that lead
-    their keyframe cannot be decoded after a seek and are dropped. AVI stores no presentation times: its frames get the
-    packets' times in order, which needs decoding from the start. Raises MediaError `corrupt` or `bad_times`.
+    A naive seek may land behind the wanted time (research video 4: 1 of 192 wrong), hence the back-off. Pictures that
+    lead their keyframe cannot be decoded after a seek and are dropped. AVI stores no presentation times: its frames get
+    the packets' times in order, which needs decoding from the start. Raises MediaError `corrupt` or `bad_times`.
     """
     if family(container) == "avi":
         yield from _checked(_avi_frames(container, stream))
@@ -108,16 +109,25 @@ def _seek(container: InputContainer, stream: VideoStream, target_us: int, *, at_
         container.seek(int(Fraction(target_us, MICROSECONDS) / base), stream=stream, backward=True)
 
 
-def upright(
-    frame: VideoFrame, width: int, height: int, pixel_format: str, filter_name: str
-) -> UInt8[np.ndarray, "..."]:
-    """The frame scaled to upright `width` x `height` and turned; uint8 [height, width] or [height, width, 3]."""
-    turns = frame.rotation // 90 % 4  # the display matrix turns counter-clockwise, as numpy does
-    wide, high = (height, width) if turns % 2 else (width, height)
-    image = frame.reformat(
-        width=wide, height=high, format=pixel_format, interpolation=filter_name, threads=1
-    ).to_ndarray()
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+class Scaler:
+    """Frames scaled to upright `width` x `height`, as uint8 [height, width] or [height, width, 3].
+
+    Keeps swscale's tables between frames, which a frame's own `reformat` would build anew each time.
+    """
+
+    def __init__(self, width: int, height: int, pixel_format: str, filter_name: str) -> None:
+        self.width, self.height = width, height
+        self.pixel_format, self.filter_name = pixel_format, filter_name
+        self._scaler = VideoReformatter()
+
+    def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "..."]:
+        turns = frame.rotation // 90 % 4  # the display matrix turns counter-clockwise, as numpy does
+        width, height = (self.height, self.width) if turns % 2 else (self.width, self.height)
+        scaled = self._scaler.reformat(
+            frame, width=width, height=height, format=self.pixel_format, interpolation=self.filter_name, threads=1
+        )
+        image = scaled.to_ndarray()
+        return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
 
 def upright_size(frame: VideoFrame) -> tuple[int, int]:

@@ -1,10 +1,12 @@
 """Times in, frames and their true times out; never frame indices.
 
-Holds the choice of the frame for a time, the contract that the frame is near enough, and both decoders behind it. Holds no
-routing (probe.py says which decoder a file gets) and no scores. The frame of a time is the nearest; of two equally near (within
-a millisecond, the tick of Matroska) the earlier, so that both decoders agree: 30 fps sampled at 4 Hz meets such ties.
+Holds the choice of the frame for a time, the contract that the frame is near enough, and both decoders behind it. Holds
+no routing (probe.py says which decoder a file gets) and no scores. The frame of a time is the nearest; of two equally
+near (within a millisecond, the tick of Matroska) the earlier, so that both decoders agree: 30 fps sampled at 4 Hz meets
+such ties.
 """
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from jaxtyping import Int64, UInt8
 
-from nextvid.video.container import MICROSECONDS, decoded, micros, opened, upright, upright_size
+from nextvid.video.container import MICROSECONDS, Scaler, decoded, micros, opened, upright_size
 from storage.errors import MediaError
 
 Frames = UInt8[np.ndarray, "T H W 3"]
@@ -31,8 +33,8 @@ def frames_at(
 ) -> tuple[Frames, Times]:
     """Upright RGB frames uint8 [T, H, W, 3] nearest to the times, and their own times int64 [T] in microseconds.
 
-    `size` is (height, width); None keeps the source's. Every frame is within one source frame of its time, else MediaError
-    `pts_mismatch`.
+    `size` is (height, width); None keeps the source's. Every frame is within one source frame of its time, else
+    MediaError `pts_mismatch`.
     """
     return clips_at(path, [times_us], decoder, size)[0]
 
@@ -43,7 +45,7 @@ def clips_at(
     decoder: Literal["decord", "pyav"],
     size: tuple[int, int] | None = None,
 ) -> list[tuple[Frames, Times]]:
-    """As `frames_at` for several lists of times of one file, each source frame decoded once (1.5 to 4 times cheaper)."""
+    """As `frames_at` for several lists of times of one file, each source frame decoded once: 1.5 to 4 times cheaper."""
     wanted = sorted({time for times in times_us for time in times})
     assert wanted, "no times were asked for"
     pictures: list[UInt8[np.ndarray, "H W 3"]] = []
@@ -64,16 +66,16 @@ def clips_at(
 def placed(
     path: Path, times_us: Sequence[int], decoder: Literal["decord", "pyav"], size: tuple[int, int] | None = None
 ) -> Iterator[Placed]:
-    """(wanted time, actual time, upright frame) in ascending order of `times_us`, one decoded frame in memory at a time.
+    """(wanted time, actual time, upright frame) in ascending order of `times_us`, one frame in memory at a time.
 
     Consecutive times that fall on one source frame get the same array object. Raises MediaError.
     """
-    assert all(a < b for a, b in zip(times_us, times_us[1:], strict=False)), "times must ascend"
+    assert all(a < b for a, b in itertools.pairwise(times_us)), "times must ascend"
     return _by_decord(path, times_us, size) if decoder == "decord" else _by_pyav(path, times_us, size)
 
 
 def stream(path: Path) -> Iterator[tuple[int, VideoFrame]]:
-    """Every frame of a file in order with its time, through PyAV; not yet upright (see `container.upright`).
+    """Every frame of a file in order with its time, through PyAV; not yet upright (see `container.Scaler`).
 
     Raises MediaError `corrupt` or `bad_times` where the file stops being trustworthy.
     """
@@ -94,6 +96,7 @@ def _by_pyav(path: Path, times_us: Sequence[int], size: tuple[int, int] | None) 
         rate = video.average_rate
         clock = _Clock(path, round(MICROSECONDS / rate) if rate else 0)
         frames = decoded(container, video, times_us[0])
+        pictures = _Pictures(size)
         waiting = list(reversed(times_us))
         before: tuple[int, VideoFrame] | None = None
         sought = times_us[0]
@@ -106,7 +109,7 @@ def _by_pyav(path: Path, times_us: Sequence[int], size: tuple[int, int] | None) 
             while waiting and (current is None or current[0] >= waiting[-1]):
                 pts_us, frame = clock.choose(before, current, waiting[-1])
                 if image is None or image[0] is not frame:
-                    image = (frame, _picture(frame, size))
+                    image = (frame, pictures.of(frame))
                 yield waiting.pop(), pts_us, image[1]
             before = current
             if waiting and current is not None and waiting[-1] - current[0] > JUMP_US and sought != waiting[-1]:
@@ -146,13 +149,22 @@ def _check(path: Path, time_us: int, pts_us: int, frame_us: int) -> None:
     if abs(pts_us - time_us) > frame_us + TIE_US:
         raise MediaError(
             "pts_mismatch",
-            f"{path}: the frame nearest to {time_us} us stands at {pts_us} us, further than one source frame ({frame_us} us)",
+            f"{path}: the frame nearest to {time_us} us is at {pts_us} us, further than one source frame ({frame_us} us)",
         )
 
 
-def _picture(frame: VideoFrame, size: tuple[int, int] | None) -> UInt8[np.ndarray, "H W 3"]:
-    width, height = upright_size(frame) if size is None else (size[1], size[0])
-    return upright(frame, width, height, "rgb24", "BICUBIC")  # research video 3: the best of swscale's filters
+class _Pictures:
+    """RGB arrays of one size, through swscale's bicubic filter: the best of those measured (research: video, 3)."""
+
+    def __init__(self, size: tuple[int, int] | None) -> None:
+        self.size = size
+        self.scaler: Scaler | None = None
+
+    def of(self, frame: VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        width, height = upright_size(frame) if self.size is None else (self.size[1], self.size[0])
+        if self.scaler is None or (self.scaler.width, self.scaler.height) != (width, height):
+            self.scaler = Scaler(width, height, "rgb24", "BICUBIC")
+        return self.scaler(frame)
 
 
 def _by_decord(path: Path, times_us: Sequence[int], size: tuple[int, int] | None) -> Iterator[Placed]:
@@ -173,6 +185,7 @@ def _by_decord(path: Path, times_us: Sequence[int], size: tuple[int, int] | None
     indices = nearest(pts_us, np.array(times_us, np.int64))
     for time_us, index in zip(times_us, indices, strict=True):
         _check(path, time_us, int(pts_us[index]), frame_us)
+    pictures = _Pictures(size)
     distinct = np.unique(indices)
     for at in range(0, len(distinct), DECORD_BATCH):
         some = distinct[at : at + DECORD_BATCH]
@@ -181,6 +194,6 @@ def _by_decord(path: Path, times_us: Sequence[int], size: tuple[int, int] | None
         except errors as error:
             raise MediaError("corrupt", f"{path}: decord: {error}") from None
         for index, image in zip(some, batch, strict=True):
-            picture = image if size is None else _picture(VideoFrame.from_ndarray(image, format="rgb24"), size)
+            picture = image if size is None else pictures.of(VideoFrame.from_ndarray(image, format="rgb24"))
             for place in np.flatnonzero(indices == index):
                 yield times_us[int(place)], int(pts_us[index]), picture

@@ -1,7 +1,7 @@
 """Image files to upright RGB arrays.
 
-Holds what Pillow needs to be told: EXIF rotation, palettes, alpha, CMYK, 16 bits, bombs, truncation. Holds no scores and
-no video. Alpha is laid over black, the colour of letterbox bars, so that a cut-out adds no pattern of its own.
+Holds what Pillow needs to be told: EXIF rotation, palettes, alpha, CMYK, 16 bits, bombs, truncation. Holds no scores
+and no video. Alpha is laid over black, the colour of letterbox bars, so that a cut-out adds no pattern of its own.
 """
 
 import warnings

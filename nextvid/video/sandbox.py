@@ -1,9 +1,9 @@
 """Long-lived processes that can be killed: every decode of foreign bytes runs in one, with a deadline and limits.
 
-Holds the processes and their replacement. Holds no decoding and no limits themselves (worker.py). A crash, a hang or too much
-memory costs one task a MediaError with reason crashed, timeout or memory, and the next task gets a fresh process. Processes
-are spawned (no inherited locks, no torch) and never import the caller's `__main__`. One pebble pool a process, since processes
-that share a pipe can damage it for each other by dying.
+Holds the processes and their replacement. Holds no decoding and no limits themselves (worker.py). A crash, a hang or
+too much memory costs one task a MediaError with reason crashed, timeout or memory, and the next task gets a fresh
+process. Processes are spawned (no inherited locks, no torch) and never import the caller's `__main__`. One pebble pool
+a process, since processes that share a pipe can damage it for each other by dying.
 """
 
 import threading
@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import context, popen_spawn_posix, spawn
+from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -31,7 +32,10 @@ IN_FLIGHT = 2  # tasks waiting a process in map_unordered: keeps it busy, bounds
 
 
 class Sandbox:
-    """`workers` processes; use as a context manager, from any thread. Functions and arguments must be importable and picklable."""
+    """`workers` processes; use as a context manager, from any thread.
+
+    Functions must be importable by name, arguments and results picklable.
+    """
 
     def __init__(self, workers: int = 1, memory_bytes: int = MEMORY_BYTES, output_bytes: int = OUTPUT_BYTES) -> None:
         assert workers > 0, "a sandbox needs a process"
@@ -108,7 +112,8 @@ def _outcome(
 ) -> worker.Outcome:
     task = pool.schedule(worker.run, args=(function, args, output_bytes), timeout=timeout_s)
     try:
-        return task.result(timeout=timeout_s + START_S)
+        outcome: worker.Outcome = task.result(timeout=timeout_s + START_S)
+        return outcome
     except (FutureTimeoutError, TimeoutError):
         raise MediaError("timeout", f"took longer than {timeout_s} s and was stopped") from None
     except ProcessExpired as error:
@@ -127,9 +132,9 @@ _LAUNCHING = threading.Lock()
 
 
 class _Popen(popen_spawn_posix.Popen):
-    """Spawns without the caller's `__main__`: a script without a guard would run again, a Dagster step import Dagster."""
+    """Spawns without the caller's `__main__`: an unguarded script would run again, a Dagster step import Dagster."""
 
-    def _launch(self, process_obj: context.SpawnProcess) -> None:
+    def _launch(self, process_obj: BaseProcess) -> None:
         thread = threading.get_ident()
         with _LAUNCHING:
             prepare = spawn.get_preparation_data
@@ -150,7 +155,7 @@ class _Popen(popen_spawn_posix.Popen):
 
 class _SpawnProcess(context.SpawnProcess):
     @staticmethod
-    def _Popen(process_obj: context.SpawnProcess) -> popen_spawn_posix.Popen:
+    def _Popen(process_obj: BaseProcess) -> popen_spawn_posix.Popen:  # noqa: N802 - multiprocessing's name
         return _Popen(process_obj)
 
 

@@ -1,7 +1,7 @@
 """What runs inside a sandbox's process: its limits, and each task turned into a plain outcome.
 
-Holds no process management (sandbox.py) and imports what tasks need once, before memory is limited. Limits are relative to what
-the libraries take at the start, since address space of an idle process differs by machine.
+Holds no process management (sandbox.py) and imports what tasks need once, before memory is limited. Limits are relative
+to what the libraries take at the start, since the address space of an idle process differs by machine.
 """
 
 import resource
@@ -30,9 +30,9 @@ def limit(memory_bytes: int, output_bytes: int) -> None:
     """Import the decoders, then bound this process: memory beyond now, open files, size of files, no core dumps."""
     import cv2
 
-    from nextvid.video import decode
+    from nextvid.video import decode, shots
 
-    assert decode, "imported here so that a task costs milliseconds, not their import"
+    assert decode and shots, "imported here so that a task costs milliseconds, not their import"
     cv2.setNumThreads(1)  # research video 3: one thread a worker
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     ceiling = pages * resource.getpagesize() + memory_bytes

@@ -1,0 +1,176 @@
+"""Scores of a shot from frames sampled a few times a second: motion, freeze, light, blur, letterbox, perceptual hashes.
+
+Holds how a sample is measured and how samples of one shot become its scores. Holds no thresholds that decide on a shot
+(clips.py) and no cuts (transitions.py). Definitions and constants are those of research: video, 8.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import pdqhash
+from av.video.frame import VideoFrame
+from jaxtyping import UInt8
+
+from nextvid.video.container import Scaler, upright_size
+
+FLOW_SIDE = 64  # research video 8: Farneback at 64 pixels of the short side
+FLOW_S = 0.25  # motion is stated per quarter second
+GREY_SIDE = 256  # research video 8: blur and letterbox on 256 pixels of the short side
+PICTURE_SIDE = 160  # longest side of the kept picture: preview, and what is hashed (PDQ itself works on 64 x 64)
+FREEZE = 0.05  # research video 8: grey levels of difference between thumbnails below which nothing moved
+BAR_MEAN = 24.0  # ours: grey level of a bar, with room for coding noise and lifted blacks
+BAR_STD = 8.0  # ours: a bar is flat
+BAR_SHARE = 0.02  # research video 8: a bar counts from 2 % of a side on ...
+BAR_FRAMES = 0.9  # ... when it is there in 90 % of the frames
+FARNEBACK = (
+    0.5,
+    3,
+    15,
+    3,
+    5,
+    1.2,
+    0,
+)  # OpenCV's documented example: pyramid, levels, window, iterations, poly n and sigma
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled frame. The first five numbers are grey levels; bars are shares of height and width."""
+
+    time_us: int
+    luma_mean: float
+    luma_std: float
+    blur: float
+    change: float | None  # mean difference of thumbnails from the sample before; None for the first
+    motion: float | None  # mean |flow| from the sample before, % of the diagonal per 0.25 s
+    bars: tuple[float, float, float, float] | None  # top, bottom, left, right; None where the frame is dark all over
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one shot, as in the `shots` table."""
+
+    motion_mean: float
+    motion_p90: float
+    freeze_share: float
+    luma_mean: float
+    luma_std: float
+    blur: float
+    black_share: float
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in upright source pixels."""
+
+    x: int
+    y: int
+    w: int
+    h: int
+
+
+class Sampler:
+    """Measures sampled frames of one file, each against the one before."""
+
+    def __init__(self, frame: VideoFrame) -> None:
+        width, height = upright_size(frame)
+        self.size = (width, height)
+        shrink = min(1.0, GREY_SIDE / min(width, height))
+        self._grey = Scaler(max(1, round(width * shrink)), max(1, round(height * shrink)), "gray", "AREA")
+        shrink = min(1.0, PICTURE_SIDE / max(width, height))
+        self._picture = Scaler(max(1, round(width * shrink)), max(1, round(height * shrink)), "rgb24", "AREA")
+        shrink = FLOW_SIDE / min(width, height)
+        self._flow_size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+        self._before: tuple[int, UInt8[np.ndarray, "h w"], UInt8[np.ndarray, "h w"]] | None = None
+
+    def measure(
+        self, time_us: int, frame: VideoFrame, thumb: UInt8[np.ndarray, "h w"]
+    ) -> tuple[Sample, UInt8[np.ndarray, "h w 3"]]:
+        """The sample and its RGB picture, at most 160 pixels a side. `thumb` is the grey thumbnail."""
+        grey = self._grey(frame)
+        small = cv2.resize(grey, self._flow_size, interpolation=cv2.INTER_AREA)
+        change = motion = None
+        if self._before is not None:
+            before_us, before_thumb, before_small = self._before
+            change = float(cv2.norm(thumb, before_thumb, cv2.NORM_L1)) / thumb.size
+            motion = _motion(before_small, small, (time_us - before_us) / 1e6)
+        self._before = (time_us, thumb, small)
+        mean, std = cv2.meanStdDev(thumb)
+        luma_mean = float(mean[0, 0])
+        sample = Sample(
+            time_us=time_us,
+            luma_mean=luma_mean,
+            luma_std=float(std[0, 0]),
+            blur=float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))[1][0, 0] ** 2),
+            change=change,
+            motion=motion,
+            bars=_bars(grey),
+        )
+        return sample, self._picture(frame)
+
+
+def scores(samples: Sequence[Sample], black_luma: float) -> Scores:
+    """Scores of the samples of one shot, in order. What needs pairs of samples is 0 where there is only one."""
+    assert samples, "a shot has at least one sample"
+    pairs = samples[1:]  # the first sample's pair began in the shot before
+    motion = [s.motion for s in pairs if s.motion is not None] or [0.0]
+    frozen = [s.change < FREEZE for s in pairs if s.change is not None] or [False]
+    luma = [s.luma_mean for s in samples]
+    return Scores(
+        motion_mean=float(np.mean(motion)),
+        motion_p90=float(np.percentile(motion, 90)),
+        freeze_share=float(np.mean(frozen)),
+        luma_mean=float(np.mean(luma)),
+        luma_std=float(np.mean([s.luma_std for s in samples])),
+        blur=float(np.median([s.blur for s in samples])),
+        black_share=float(np.mean([value < black_luma for value in luma])),
+    )
+
+
+def crop_box(samples: Sequence[Sample], width: int, height: int) -> Box:
+    """The picture without bars that stand in 90 % of the samples; the whole frame where there are none."""
+    seen = [sample.bars for sample in samples if sample.bars is not None]
+    if not seen:
+        return Box(0, 0, width, height)
+    steady = np.quantile(np.array(seen), 1 - BAR_FRAMES, axis=0, method="lower")
+    sides = np.array([height, height, width, width])
+    top, bottom, left, right = (np.ceil(np.where(steady >= BAR_SHARE, steady, 0.0) * sides - 1e-9)).astype(int).tolist()
+    if width - left - right < width // 4 or height - top - bottom < height // 4:  # ours: no letterbox leaves a strip
+        return Box(0, 0, width, height)
+    return Box(left, top, width - left - right, height - top - bottom)
+
+
+def perceptual_hash(picture: UInt8[np.ndarray, "h w 3"], box: Box, width: int, height: int) -> tuple[bytes, int]:
+    """PDQ (32 bytes) and its quality (0 to 100) of what `box` shows, in a picture of a width x height source."""
+    down, across = picture.shape[0] / height, picture.shape[1] / width
+    top, left = int(np.ceil(box.y * down)), int(np.ceil(box.x * across))
+    bottom, right = int((box.y + box.h) * down), int((box.x + box.w) * across)
+    inside = np.ascontiguousarray(picture[top : max(bottom, top + 1), left : max(right, left + 1)])
+    bits, quality = pdqhash.compute(inside)
+    return np.packbits(bits.astype(np.uint8)).tobytes(), int(quality)
+
+
+def _motion(before: UInt8[np.ndarray, "h w"], after: UInt8[np.ndarray, "h w"], seconds: float) -> float:
+    flow = cv2.calcOpticalFlowFarneback(before, after, None, *FARNEBACK)
+    mean = float(np.sqrt(np.square(flow).sum(axis=-1)).mean())
+    return 100.0 * mean / float(np.hypot(*before.shape)) * FLOW_S / max(seconds, 1e-3)
+
+
+def _bars(grey: UInt8[np.ndarray, "h w"]) -> tuple[float, float, float, float] | None:
+    """Shares of the frame that are flat and black at top, bottom, left, right."""
+    rows = _dark(grey, axis=1)
+    columns = _dark(grey, axis=0)
+    if rows.all() or columns.all():
+        return None
+    high, wide = grey.shape
+    top, bottom = int(np.argmin(rows)), int(np.argmin(rows[::-1]))
+    left, right = int(np.argmin(columns)), int(np.argmin(columns[::-1]))
+    # one line more where there is a bar: the line on its edge mixes bar and picture
+    return tuple((n + 1) / side if n else 0.0 for n, side in ((top, high), (bottom, high), (left, wide), (right, wide)))
+
+
+def _dark(grey: UInt8[np.ndarray, "h w"], axis: int) -> np.ndarray:
+    values = grey.astype(np.float32)
+    return (values.mean(axis=axis) < BAR_MEAN) & (values.std(axis=axis) < BAR_STD)
