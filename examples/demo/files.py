@@ -1,8 +1,8 @@
 """Files of the demo: frames into H.264, VP9 and MPEG-4 containers, pictures into JPEG and PNG, and broken files.
 
-Holds codecs and containers only: what is drawn stands in scenes.py, what becomes which file in plan.py and write_corpus.py.
-Encoders run on one thread and containers without random identifiers, so that equal frames give equal bytes with the same
-libraries. Qualities are our choice: the digits stay sharp, and the noise is a real codec's.
+Holds codecs and containers only: what is drawn stands in scenes.py, what becomes which file in plan.py and
+write_corpus.py. Encoders run on one thread and containers without random identifiers, so that equal frames give equal
+bytes with the same libraries. Qualities are our choice: the digits stay sharp, and the noise is a real codec's.
 """
 
 from fractions import Fraction
@@ -56,7 +56,10 @@ def write_image(path: Path, frame: Frames, side: int, quality: Quality = "first"
     """Write one frame [h, w, c] as JPEG or PNG of `side` pixels."""
     if side != frame.shape[0]:
         frame = np.asarray(cv2.resize(frame, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
-    Image.fromarray(frame).save(path, **({} if path.suffix == ".png" else {"quality": _JPEG[quality]}))
+    if path.suffix == ".png":
+        Image.fromarray(frame).save(path)
+    else:
+        Image.fromarray(frame).save(path, quality=_JPEG[quality])
 
 
 def read_image(path: Path) -> Frames:
@@ -74,8 +77,8 @@ def write_broken(folder: Path, number: int, sound: Path) -> Path:
             content = b""
         case "text.mp4":
             content = b"This is not a video.\n" * 40
-        case "no_index.mp4":
-            content = sound.read_bytes()[: sound.stat().st_size // 2]  # the index stands at the end: an upload cut short
+        case "no_index.mp4":  # an upload cut short: the index stood at the end
+            content = sound.read_bytes()[: sound.stat().st_size // 2]
         case "noise.webm":
             content = np.random.default_rng(number).bytes(20_000)
         case _:

@@ -1,8 +1,9 @@
 """What the demo corpus consists of: files, their shots, transitions, labels and splits, drawn from a seed.
 
-Holds decisions only: no pixel (scenes.py), no codec (files.py), no disk (write_corpus.py). Labels are balanced: 120 shots in
-a row of one split hold each of the 12 motions with each of the 10 digits once. Shares are our choice, made so that every
-path of curation is walked: cuts, dissolves, stills, copies, re-encodings, a leak of test files into train, broken files.
+Holds decisions only: no codec (files.py), no disk (write_corpus.py), and drawing by calls to scenes.py. Labels are
+balanced: 120 shots in a row of one split hold each of the 12 motions with each of the 10 digits once. Shares are our
+choice, made so that every path of curation is walked: cuts, dissolves, stills, copies, re-encodings, a leak of test
+files into train, broken files.
 """
 
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def plan_videos(seed: int, count: int) -> list[VideoPlan]:
         labels: list[tuple[int, str | None]] = [*mine]
         if n % STILL_EVERY == 3:  # an early, training one, so that small corpora have a still too
             labels.insert(int(rng.integers(SHOTS + 1)), (int(rng.integers(10)), None))
-        turns = [i > 0 and (rng.uniform() < 1 / DISSOLVE_EVERY or (n == 0 and i == 2)) for i in range(len(labels))]
+        turns = [i > 0 and bool(rng.uniform() < 1 / DISSOLVE_EVERY) for i in range(len(labels))]
+        turns[2] |= n == 0  # so that small corpora have a dissolve too
         parts = tuple(
             Part(
                 digit=int(rng.choice(digit_images(split, shape))),
@@ -115,7 +117,8 @@ def render_video(plan: VideoPlan) -> Frames:
     for part in plan.parts:
         shot = draw_shot(rng, part.digit, part.motion, MARGIN, before, part.dissolve_in)
         if part.dissolve_in:
-            assert before is not None and old is not None
+            assert before is not None
+            assert old is not None
             ending = render(before, old.frames, DISSOLVE_FRAMES, old.frames)
             pieces.append(dissolve(ending, render(shot, -DISSOLVE_FRAMES, DISSOLVE_FRAMES, part.frames)))
         pieces.append(render(shot, 0, part.frames, part.frames))

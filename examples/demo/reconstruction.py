@@ -1,8 +1,8 @@
 """The demo's autoencoder as frames in and frames out: its shape, its patches of pixels, and how good it is.
 
-Holds what training and tests both need and no training (train_autoencoder.py). The pipeline itself reads the folder through
-its own adapter (nextvid/encode/autoencoders.py). Shape and sizes are the measured ones (research, vae 6): diffusers'
-AutoencoderKL behind a pixel-unshuffle of 4, because convolutions at full resolution cost 4 to 7 times as much.
+Holds what training and tests both need and no training (train_autoencoder.py). The pipeline itself reads the folder
+through its own adapter (nextvid/encode/autoencoders.py). Shape and sizes are the measured ones (research, vae 6):
+diffusers' AutoencoderKL behind a pixel-unshuffle of 4: convolutions at full resolution cost 4 to 7 times as much.
 Axes: n frames, c channels, h rows, w columns, p rows and q columns of a patch.
 """
 
@@ -66,7 +66,7 @@ def encode(model: AutoencoderKL, frames: Frames, batch: int = 64) -> Float[Tenso
 def reconstruct(model: AutoencoderKL, frames: Frames, batch: int = 64) -> Frames:
     """Frames [n, h, w, c] through the autoencoder and back, rounded to uint8."""
     latents = encode(model, frames, batch)
-    parts = [to_frames(model.decode(part).sample) for part in latents.split(batch)]
+    parts = [to_frames(model.decode(latents[i : i + batch]).sample) for i in range(0, len(latents), batch)]
     return np.asarray(torch.cat(parts).round().to(torch.uint8).numpy())
 
 

@@ -1,8 +1,9 @@
 """Scenes of the demo: a handwritten digit moving over a textured background, as numpy frames.
 
-Holds the drawing alone: digits, textures, shots and dissolves, each a function of numbers that were drawn before. It writes no
-file and knows no container (files.py), no label and no split (plan.py). The numbers are those of the laptop study (research,
-demo 1): it moved per frame and read every second one, so the speeds here are per source frame and double per stored step.
+Holds the drawing alone: digits, textures, shots and dissolves, each a function of numbers that were drawn before. It
+writes no file and knows no container (files.py) and no label table (plan.py). The numbers are those of the laptop study
+(research, demo 1): it moved per frame and read every second one, so the speeds here are per source frame and double per
+stored step.
 Axes: n frames, h rows, w columns, c red, green, blue; frames are uint8, textures and masks float32 in 0..1.
 """
 
@@ -22,7 +23,7 @@ Picture = NDArray[np.float32]
 Rng = np.random.Generator
 
 SIZE = 64  # pixels; research demo 1: 64 px
-SOURCE_FPS = 8  # our choice: every second frame is a stored step at 4 a second, so motion between stored steps is smooth
+SOURCE_FPS = 8  # our choice: every second frame is a stored step at 4 a second, as the study read its clips
 TRAIN_DIGITS = 1300  # research demo 1: the first 1300 digit images train, the other 497 test
 GLYPH = 32  # pixels of a digit before it is warped onto the canvas: 4 times the 8 of scikit-learn's images
 DIGIT_PX = (19.0, 24.0)  # research demo 1: digit canvas
@@ -32,9 +33,10 @@ LOG_SCALE = (0.035, 0.06)  # research demo 1: per source frame
 DRIFTING = 0.75  # research demo 1: share of scenes whose background drifts, independently of the digit
 DRIFT_PX = 1.0  # research demo 1: fastest drift per source frame
 BLOBS = (4, 11)  # research demo 1: 4 to 10 blobs
+CLOUD, CLOUD_PX = 0.05, 7.0  # brightness and spacing of clouds; our measurement: no two of 5000 scenes within 31 bits
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-CUT_CONTENT = 40.0  # neighbouring scenes differ by this in ContentDetector's measure: half as much again as its threshold of 27
-DISSOLVE_LUMA = 50.0  # mean change of luma that a dissolve must span: the detector asks for 20 between frames 0.24 s apart
+CUT_CONTENT = 40.0  # neighbouring scenes differ by this in ContentDetector's measure, whose threshold is 27
+DISSOLVE_LUMA = 50.0  # mean change of luma over a dissolve: the detector asks for 20 within 0.48 s (research video 8)
 DIRECTIONS = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
 MOTIONS = (*DIRECTIONS, "turn_clockwise", "turn_anticlockwise", "grow", "shrink")  # research demo 1: 8 + 2 + 2
 
@@ -105,6 +107,7 @@ def draw_scene(rng: Rng, margin: int, moving: bool = True) -> Scene:
     wave = np.sin((np.cos(theta) * x + np.sin(theta) * y) * np.float32(2 * math.pi / period) + rng.uniform(0, 6.28))
     texture += (np.float32(rng.uniform(0.03, 0.09)) * wave)[..., None]
     _add_blobs(rng, texture, side)
+    texture += _clouds(rng, side)[..., None]
     speed = rng.uniform(0, DRIFT_PX) if moving and rng.uniform() < DRIFTING else 0.0
     heading = rng.uniform(0, 2 * math.pi)
     drift = (speed * math.cos(heading), speed * math.sin(heading))
@@ -120,6 +123,13 @@ def _add_blobs(rng: Rng, texture: Picture, side: int) -> None:
         colour = rng.uniform(-0.3, 0.3, 3).astype(np.float32)
         rows, columns = (np.exp(-0.5 * ((axis - at) / width) ** 2) for at in (y, x))
         texture += rows[:, None, None] * columns[None, :, None] * colour
+
+
+def _clouds(rng: Rng, side: int) -> Picture:
+    """A smooth random field [h, w]: what makes two scenes with like stripes differ in their perceptual hashes."""
+    knots = math.ceil(side / CLOUD_PX) + 1
+    field = rng.standard_normal((knots, knots)).astype(np.float32) * np.float32(CLOUD)
+    return np.asarray(cv2.resize(field, (side, side), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
 def draw_shot(rng: Rng, digit: int, motion: str | None, margin: int, before: Shot | None, dissolve: bool) -> Shot:

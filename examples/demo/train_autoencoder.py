@@ -1,8 +1,8 @@
-"""Trains the demo's autoencoder on decoded frames of a demo corpus of its own, whitens it and saves it with its provenance.
+"""Trains the demo's autoencoder on decoded frames of a corpus of its own, whitens it, saves it with its provenance.
 
-Holds data, loop, saving and the command line; shape and measures stand in reconstruction.py, whitening in whitening.py. The
-recipe is the measured one (research, vae 6 and demo 1). The corpus has another seed than the demo's, so the demo's scenes are
-new to the model; held-out frames show digits of the test images. It is a small autoencoder of the family, not VA-VAE.
+Holds data, loop, saving and the command line; shape and measures stand in reconstruction.py, whitening in whitening.py.
+The recipe is the measured one (research, vae 6 and demo 1). The corpus has another seed than the demo's, so the demo's
+scenes are new to the model; held-out frames show digits of the test images. It is a small autoencoder, not VA-VAE.
 
     python examples/demo/train_autoencoder.py CORPUS OUT [--steps N] [--threads N] [--photos FOLDER --photos-name NAME]
 """
@@ -45,8 +45,8 @@ STRIDE = 4  # source frames: neighbours differ by a pixel, so every fourth is ke
 WHITENING_FRAMES = 4000  # research demo 1: the covariance of 500 clips of 8 frames
 HELD_OUT = 256  # research demo 1: frames of the measured PSNR
 NOTE = (
-    "This is not VA-VAE. It is a small autoencoder of the same family (diffusers' AutoencoderKL), trained from scratch on "
-    "frames of this demo's generator at 64 x 64 pixels, with no alignment to a vision foundation model."
+    "This is not VA-VAE. It is a small autoencoder of the same family (diffusers' AutoencoderKL), trained from scratch "
+    "on frames of this demo's generator at 64 x 64 pixels, with no alignment to a vision foundation model."
 )
 
 
@@ -60,11 +60,11 @@ class Trained:
 
 
 def read_frames(corpus: Path, split: str, stride: int = STRIDE) -> Frames:
-    """Every `stride`-th decoded frame [n, h, w, c] of a demo corpus's own videos of a split, in order of their names."""
+    """Every `stride`-th decoded frame [n, h, w, c] of a demo corpus's own videos of a split, by name."""
     with (corpus / "videos.csv").open(encoding="utf-8", newline="") as file:
         names = sorted({row["path"] for row in csv.DictReader(file) if row["split"] == split})
     own = [name for name in names if name.startswith("scene_")]
-    return np.concatenate([files.read_video(corpus / "videos" / name)[::stride] for name in own])
+    return np.concatenate([files.read_video(corpus / "videos" / name)[::stride].copy() for name in own])
 
 
 def train(frames: Frames, steps: int, seed: int, log_every: int = 0) -> Trained:
@@ -170,7 +170,7 @@ def _average(average: AutoencoderKL, model: AutoencoderKL, step: int) -> None:
 
 def _spread(frames: Frames, count: int) -> Frames:
     """`count` frames at even distances."""
-    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    return np.asarray(frames[np.linspace(0, len(frames) - 1, count).round().astype(int)])
 
 
 def main() -> None:
@@ -200,7 +200,12 @@ def main() -> None:
         "steps": asked.steps,
         "batch": BATCH,
         "parameters": sum(p.numel() for p in trained.model.parameters()),
-        "data": {"generator_version": plan.VERSION, "seed": CORPUS_SEED, "videos": CORPUS_VIDEOS, "frames": len(frames)},
+        "data": {
+            "generator_version": plan.VERSION,
+            "seed": CORPUS_SEED,
+            "videos": CORPUS_VIDEOS,
+            "frames": len(frames),
+        },
         "training_seconds": round(trained.seconds),
         "threads": asked.threads,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},

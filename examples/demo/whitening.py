@@ -1,7 +1,7 @@
 """Whitening of an autoencoder's latents, folded into its own weights.
 
-Holds the linear algebra alone. Why: three directions hold 91 % of the latents' variance, and a predictor learns those first
-(research, demo 3a). ZCA, z' = C^(-1/2) (z - m), goes into the mean rows of `quant_conv` and its inverse into
+Holds the linear algebra alone. Why: three directions hold 91 % of the latents' variance, and a predictor learns those
+first (research, demo 3a). ZCA, z' = C^(-1/2) (z - m), goes into the mean rows of `quant_conv` and its inverse into
 `post_quant_conv`: both are 1x1 convolutions, so reconstructions stay what they were. Axes: c, d channels; n samples.
 """
 
@@ -24,8 +24,8 @@ def fold_whitening(
 ) -> None:
     """Make `model` give whitened latents, in place.
 
-    `variance` is the posterior's mean variance per channel [c] before. A full matrix turns a diagonal posterior into one that
-    is not; its diagonal, averaged over the data, becomes the constant log-variance of the new one.
+    `variance` is the posterior's mean variance per channel [c] before. A full matrix turns a diagonal posterior into
+    one that is not; its diagonal, averaged over the data, becomes the constant log-variance of the new one.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     assert float(values.min()) > 0, "latents do not span their channels"

@@ -1,8 +1,8 @@
 """Writes the demo corpus: real encoded files and their label tables, from a seed, once.
 
-Holds the folder: names, copies, label CSVs, the finished marker, and the command line. What is drawn stands in scenes.py, what
-is planned in plan.py, how a file is encoded in files.py. Everything is written under a temporary name and renamed at the end,
-so a folder that exists is complete; asked again for the same corpus, nothing is written.
+Holds the folder: names, copies, label CSVs, the finished marker, and the command line. What is drawn stands in
+scenes.py, what is planned in plan.py, how a file is encoded in files.py. Everything is written under a temporary name
+and renamed at the end, so a folder that exists is complete; asked again for the same corpus, nothing is written.
 
     python examples/demo/write_corpus.py FOLDER [--videos N] [--images N] [--seed S]
 """
@@ -58,7 +58,7 @@ class CorpusSummary:
 
 @dataclass(frozen=True)
 class Derived:
-    """A file made from another one: its name, kind (copy, recoded, leak, broken) and source, relative to the dataset."""
+    """A file made from another: name, kind (copy, recoded, leak, broken) and source, relative to the dataset."""
 
     path: str
     kind: str
@@ -95,7 +95,7 @@ def _standing(folder: Path, seed: int, videos: int, images: int) -> CorpusSummar
     asked = (plan.VERSION, seed, videos, images)
     if (summary.version, summary.seed, summary.videos, summary.images) != asked:
         raise CorpusError(
-            f"{folder}: holds version {summary.version}, seed {summary.seed}, {summary.videos} videos and {summary.images}"
+            f"{folder}: holds version {summary.version}, seed {summary.seed}, {summary.videos} videos, {summary.images}"
             f" images, not {asked}; remove it to write the corpus again, or name another folder"
         )
     return summary
@@ -159,7 +159,9 @@ def _plan_derived(seed: int, videos: Sequence[plan.VideoPlan]) -> list[Derived]:
     test = [_path(v) for v in videos if v.split == "test"]
     copies, recoded = (plan.one_in(len(videos), every) for every in (plan.COPY_EVERY, plan.RECODE_EVERY))
     chosen = [train[i] for i in plan.generator(seed, 0).permutation(len(train))[: copies + recoded]]
-    leaked = [test[i] for i in plan.generator(seed, 1).permutation(len(test))[: plan.one_in(len(videos), plan.LEAK_EVERY)]]
+    leaked = [
+        test[i] for i in plan.generator(seed, 1).permutation(len(test))[: plan.one_in(len(videos), plan.LEAK_EVERY)]
+    ]
     made = [Derived(f"copy_{n:02d}{Path(of).suffix}", "copy", of) for n, of in enumerate(chosen[:copies])]
     for n, of in enumerate(chosen[copies:]):
         made.append(Derived(f"recoded_{n:02d}.{'mp4' if n % 2 or of.endswith('webm') else 'webm'}", "recoded", of))
@@ -196,7 +198,7 @@ def _write_tables(
             source = by_path[derived.of]
             rows += _video_rows(derived.path, source, "train" if derived.kind == "leak" else source.split)
     shapes = {_path(i): i.shape for i in images}
-    named = [(path, shape) for path, shape in shapes.items()]
+    named = list(shapes.items())
     named += [(d.path, shapes[d.of]) for d in made_images if d.kind != "broken"]
     _write_csv(folder / "videos.csv", VIDEO_COLUMNS, rows)
     _write_csv(folder / "images.csv", IMAGE_COLUMNS, [(p, "", "", f"digit_{s}", "train") for p, s in named])
