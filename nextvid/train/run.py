@@ -1,0 +1,130 @@
+"""A run: its id, its folder, and the one file that says what it is (config.json).
+
+What is digested: recipe (its seed included), trainset, mask plan, repeat. What is not: how it is carried out (design 2,
+"run"). Holds no training and starts no process.
+"""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nextvid
+from nextvid.config import HowConfig, RecipeConfig, parse
+from nextvid.train import checkpoint
+from nextvid.train.checkpoint import Identity
+from storage import atomic
+from storage.digest import digest
+from storage.errors import RefusedError, UpstreamError
+from storage.root import DataRoot
+
+ID_DIGITS = 12  # design 2, "run"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training execution and what it reads."""
+
+    id: str
+    folder: Path
+    recipe: RecipeConfig
+    how: HowConfig
+    trainset: str
+    mask_plan: str
+    repeat: int
+    overrides: tuple[str, ...]
+
+    @property
+    def identity(self) -> Identity:
+        """What every checkpoint of this run carries."""
+        return Identity(self.id, self.recipe.digest(), self.trainset, self.mask_plan)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of all checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step's checkpoint and both exported encoders are there."""
+        exported = all((self.folder / name / "config.json").is_file() for name in ("encoder", "encoder_online"))
+        return exported and self.newest_step() == self.recipe.steps
+
+    def newest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        found = checkpoint.complete(self.checkpoints)
+        return checkpoint.step_of(found[-1]) if found else None
+
+
+def run_id(recipe: RecipeConfig, trainset: str, mask_plan: str, repeat: int = 0) -> str:
+    """First 12 hex digits of the digest of what is trained, on what, with which masks, the how-manieth time."""
+    return digest({"what": recipe.digest(), "trainset": trainset, "mask_plan": mask_plan, "repeat": repeat})[:ID_DIGITS]
+
+
+def plan_run(
+    root: DataRoot,
+    recipe: RecipeConfig,
+    how: HowConfig,
+    trainset: str,
+    mask_plan: str,
+    repeat: int,
+    overrides: Sequence[str],
+) -> Run:
+    """The run that these inputs make, whether or not it has begun."""
+    name = run_id(recipe, trainset, mask_plan, repeat)
+    folder = Path(root.run(recipe.name, name))
+    return Run(name, folder, recipe, how, trainset, mask_plan, repeat, tuple(overrides))
+
+
+def write_run(run: Run) -> None:
+    """Publish config.json. What a run is never changes; how it is carried out may, between attempts."""
+    if (run.folder / CONFIG).is_file():
+        there = open_run(run.folder)
+        if there.identity != run.identity:
+            raise RefusedError(
+                f"{run.folder / CONFIG} describes another run: {there.identity} instead of {run.identity}; "
+                "somebody edited it: restore it, or remove the folder"
+            )
+    atomic.publish_json(
+        str(run.folder / CONFIG),
+        {
+            "run": run.id,
+            "recipe_digest": run.recipe.digest(),
+            "recipe": run.recipe.model_dump(mode="json"),
+            "overrides": list(run.overrides),
+            "trainset": run.trainset,
+            "mask_plan": run.mask_plan,
+            "repeat": run.repeat,
+            "how": run.how.model_dump(mode="json"),
+            "versions": {"nextvid": nextvid.__version__, "torch": version("torch"), "python": platform.python_version()},
+        },
+    )
+
+
+def open_run(folder: Path) -> Run:
+    """Read config.json. Raises UpstreamError where it is missing, ConfigError where it is not understood."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UpstreamError(f"{path} does not exist: there is no such run; `nextvid make pretrain` makes one")
+    values: dict[str, Any] = atomic.read_json(str(path))
+    recipe = parse(RecipeConfig, values["recipe"], f"{path}, recipe")
+    how = parse(HowConfig, values["how"], f"{path}, how")
+    return Run(
+        values["run"],
+        folder,
+        recipe,
+        how,
+        values["trainset"],
+        values["mask_plan"],
+        values["repeat"],
+        tuple(values["overrides"]),
+    )
+
+
+def with_how(run: Run, how: HowConfig) -> Run:
+    """The same run, carried out differently."""
+    return dataclasses.replace(run, how=how)

@@ -1,0 +1,66 @@
+"""A recipe small enough for milliseconds a step, and parts of a run that need no files."""
+
+import torch
+
+from nextvid.config import (
+    DecoderConfig,
+    EncoderConfig,
+    HowConfig,
+    MaskConfig,
+    MaskStrategy,
+    ModelConfig,
+    OptimConfig,
+    PredictorConfig,
+    RecipeConfig,
+    StageConfig,
+)
+from nextvid.train.distributed import Ranks
+
+CHANNELS = 4
+GRID = 4
+
+HOW = HowConfig(device="cpu", log_every_steps=1, diagnose_every_steps=5, checkpoint_every_steps=100)
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def tiny_recipe(name: str = "tiny", steps: tuple[int, ...] = (3, 3, 3, 3), keep: str = "fixed") -> RecipeConfig:
+    """Four stages as Tab. 8's: rising, falling, separate decoder rate, longer clips at half the batch."""
+    shapes = ((4, 4, 2, None), (4, 4, 2, None), (4, 4, 1, 1.6e-3), (8, 2, 1, 6e-4))
+    edges = (2e-4, 1e-3, 9e-4, 2e-4, 2e-6)
+    return RecipeConfig(
+        name=name,
+        model=ModelConfig(
+            grid_height=GRID,
+            grid_width=GRID,
+            patch=8,
+            frame_channels=CHANNELS,
+            encoder=EncoderConfig(input="latents", depth=2, width=24, heads=2, mlp_hidden=48),
+            predictor=PredictorConfig(depth=1, width=24, heads=2),
+            decoder=DecoderConfig(depth=1, width=24, heads=2),
+        ),
+        masks=MaskConfig(
+            keep=keep,  # type: ignore[arg-type]
+            strategies=(
+                MaskStrategy(name="short", blocks=2, scale=0.15, budget=10),
+                MaskStrategy(name="long", blocks=1, scale=0.45, budget=6),
+            ),
+            entries=256,
+        ),
+        optim=OptimConfig(ema=0.9),
+        stages=tuple(
+            StageConfig(
+                name=stage,
+                steps=count,
+                frames=frames,
+                batch=batch,
+                tau_copies=copies,
+                lr_start=edges[index],
+                lr_end=edges[index + 1],
+                decoder_lr=decoder,
+            )
+            for index, (stage, count, (frames, batch, copies, decoder)) in enumerate(
+                zip(("warmup", "stable1", "stable2", "cooldown"), steps, shapes, strict=True)
+            )
+        ),
+        precision="fp32",
+    )
