@@ -4,10 +4,11 @@ The data root, as `root.py` builds it (every path of the project comes from ther
 
     <root>/accepted.json                              digests of encoding and curation in force
            sources/<batch>.parquet                    batch = <dataset>.<nnnnnn>: the listing, append-only
-           media/ labels/ shots/ clips/               <batch>.parquet and, beside it, <batch>.json: outcome of its checks
+           media/ labels/ shots/ clips/               <batch>.parquet, and <batch>.json: outcome of its checks
            latents/<spec>/spec.json                   the encoding spec in words
            latents/<spec>/<batch>.json                outcome of the checks of the batch in this spec
-           latents/<spec>/<batch>/f16/<part>/         Zarr v3 group: array `latent`; plan.parquet; commits/<shard>.parquet
+           latents/<spec>/<batch>/f16/<part>/         Zarr v3 group with array `latent`; plan.parquet,
+                                                      commits/<shard>.parquet
            latent_stats/<digest>/  duplicates/<digest>/  mask_plan/<digest>/  withdrawn/<media>.json
            trainset/<digest>/                         trainset.json rows.f16.npy lineage.parquet
     <runs_root>/pretrain/<recipe>/<run>/              config.json events.jsonl checkpoints/ encoder/ lock

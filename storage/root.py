@@ -1,7 +1,7 @@
 """DataRoot: every path or URL of the project is built here, and stays under its root.
 
 A path is a plain string that fsspec understands: an absolute local path or a URL. Names that come from data (datasets,
-batches, recipes, digests) are checked, so that no `..` or slash leaves the root. Draws of the tree: storage/__init__.py.
+batches, recipes, digests) are checked, so that no `..` or slash leaves the root. The tree: storage/__init__.py.
 """
 
 import re

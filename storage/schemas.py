@@ -1,8 +1,9 @@
 """Every table of the project as a schema with rules (dataframely: rules are polars expressions).
 
-One schema a noun; the noun is the asset, the folder and the heading. Times are integer microseconds, ids 16 bytes, sizes
-pixels of the upright source. A row is never dropped for being bad: `status` says ok, rejected (understood, not wanted) or
-quarantined (could not be read; retried by the nightly schedule), and `reason` says why in one word (design, 4 and 6).
+One schema a noun; the noun is the asset, the folder and the heading. Times are integer microseconds, ids 16 bytes,
+sizes pixels of the upright source. A row is never dropped for being bad: `status` says ok, rejected (understood, not
+wanted) or quarantined (could not be read; retried by the nightly schedule), and `reason` says why in one word (design,
+sections 4 and 6).
 """
 
 import dataframely as dy

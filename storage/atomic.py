@@ -1,0 +1,226 @@
+"""How bytes come to stand under a name: whole or not at all. The only module that renames, links or replaces files.
+
+Locally: a temporary name in the same folder, fsync, then rename over the target (hard link where the name must be
+new), then fsync of the folder: after a crash a name holds its old bytes or its new ones (design, section 12). On object
+stores one put is atomic already, and `mode="create"` makes it conditional. Temporary names begin with a dot and end
+with `.partial`; a killed writer leaves them behind and `sweep_litter` removes them. Must not know what bytes mean.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UpstreamError
+from storage.root import is_local
+
+SUFFIX = ".partial"
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems without hard links answer
+
+
+def publish_bytes(path: str, data: bytes) -> None:
+    """Put `data` under `path`, replacing what stood there in one step."""
+    if not is_local(path):
+        _remote(path, lambda fs, key: fs.pipe_file(key, data))
+        return
+    with staged_file(path) as temporary:
+        _write(temporary, data)
+
+
+def create_exclusively(path: str, data: bytes) -> None:
+    """Put `data` under `path` if the name is new; else ConflictError, and the winner's bytes stand."""
+    if not is_local(path):
+        _remote(path, lambda fs, key: fs.pipe_file(key, data, mode="create"))
+        return
+    with staged_file(path, exclusive=True) as temporary:
+        _write(temporary, data)
+
+
+def publish_json(path: str, value: object) -> None:
+    """Publish strict JSON (no NaN, no infinities), indented, as people read these files."""
+    publish_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_bytes(path: str) -> bytes:
+    """Bytes under `path`; UpstreamError where nothing stands there."""
+    fs, key = fsspec.core.url_to_fs(path)
+    try:
+        return bytes(fs.cat_file(key))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UpstreamError(f"{path} does not exist: make it first") from error
+
+
+def read_json(path: str) -> Any:  # noqa: ANN401 - JSON is Any
+    """Value of a JSON file; UpstreamError where it is missing, DamagedError where it is not JSON."""
+    data = read_bytes(path)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DamagedError(f"{path} is not JSON ({error}): restore it, or remove it and make it again") from error
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder stands under `path`."""
+    fs, key = fsspec.core.url_to_fs(path)
+    return bool(fs.exists(key))
+
+
+@contextmanager
+def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
+    """A temporary local file that becomes `path` when the block ends well and vanishes when it does not.
+
+    The block writes and closes the file; bytes and folder are synced here. With `exclusive` a taken name is a
+    ConflictError. An OSError of the system (no space, no permission) passes through, the old bytes untouched.
+    """
+    if not is_local(path):
+        with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
+            temporary = Path(folder) / "staged"
+            yield temporary
+            mode = "create" if exclusive else "overwrite"
+            _remote(path, lambda fs, key: fs.put_file(str(temporary), key, mode=mode))
+        return
+    target = _local(path)
+    _make_folder(target.parent)
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        _sync(temporary)
+        if exclusive:
+            _link(temporary, target)
+        else:
+            os.replace(temporary, target)  # noqa: PTH105 - the one place
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(target.parent)
+
+
+@contextmanager
+def staged_folder(path: str) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well; ConflictError if it is taken."""
+    if not is_local(path):
+        raise ConfigError(f"{path} is on an object store: folders appear in one step on file systems only")
+    target = _local(path)
+    if target.exists():
+        raise ConflictError(f"{path} exists already")
+    _make_folder(target.parent)
+    temporary = _temporary(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        try:
+            os.rename(temporary, target)  # noqa: PTH104 - the one place
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise ConflictError(f"{path} was created by somebody else in the meantime") from error
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(target.parent)
+
+
+def sweep_litter(folder: str, older_than_s: float) -> list[str]:
+    """Remove temporary files and folders under `folder` untouched for `older_than_s`; their paths, sorted."""
+    if not is_local(folder):
+        return []  # puts leave none
+    newest_kept = time.time() - older_than_s
+    removed = []
+    for place, folders, names in os.walk(_local(folder)):
+        litter = [name for name in [*folders, *names] if _is_temporary(name)]
+        folders[:] = [name for name in folders if name not in litter]
+        for found in (Path(place, name) for name in litter):
+            if _last_touched(found) <= newest_kept:
+                remove_tree(str(found))
+                removed.append(str(found))
+    return sorted(removed)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file or a whole folder, for sweeps and litter only. What is not there is no error."""
+    fs, key = fsspec.core.url_to_fs(path)
+    with suppress(FileNotFoundError):
+        fs.rm(key, recursive=bool(fs.isdir(key)))
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(SUFFIX)
+
+
+def _last_touched(path: Path) -> float:
+    """Newest modification time at or under `path`; 0 where it vanished meanwhile."""
+    with suppress(FileNotFoundError):
+        return max(found.lstat().st_mtime for found in [path, *path.rglob("*")])
+    return 0.0
+
+
+def _local(path: str) -> Path:
+    return Path(path.removeprefix("file://"))
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}{SUFFIX}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of `data` into a new file, with the modes of the umask; os.write may take less than it is given."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(file, left) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # os.write names no file
+    finally:
+        os.close(file)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(file)
+
+
+def _make_folder(folder: Path) -> None:
+    """Folder and its parents, each new name synced: a file in a folder that a crash forgets is lost too."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
+
+
+def _link(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)  # fails where the name is taken, unlike a rename
+    except FileExistsError as error:
+        raise ConflictError(f"{target} exists already: somebody else was first") from error
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            message = f"{target.parent} is on a file system without hard links: choose another folder as root"
+            raise StoreError(message) from error
+        raise
+
+
+def _remote(path: str, put: Callable[[Any, str], object]) -> None:
+    fs, key = fsspec.core.url_to_fs(path)
+    try:
+        put(fs, key)
+    except FileExistsError as error:
+        raise ConflictError(f"{path} exists already: somebody else was first") from error

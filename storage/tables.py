@@ -1,0 +1,173 @@
+"""Tables on disk: parquet with a schema, written whole, read whole or refused; and the JSON of their checks.
+
+Every table carries the crc32c of its own file in its parquet metadata (computed with that field zeroed), since parquet
+readers find flipped bytes only by luck; any parquet reader still opens it. Dtypes are widened, never bent: strings
+become enums, integers another width if they fit; all else that breaks the schema is a TableError. Knows no one table.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dataframely as dy
+import numpy as np
+import polars as pl
+from polars.exceptions import PolarsError
+
+from storage import atomic
+from storage.digest import crc32c
+from storage.errors import TableError, UpstreamError
+from storage.root import DataRoot, Table
+
+_KEY = "nextvid.crc32c"
+_BLANK = b"crc32c=00000000"
+_FIELD = re.compile(rb"crc32c=[0-9a-f]{8}")
+
+
+def write_table(path: str, frame: pl.DataFrame, schema: type[dy.Schema]) -> None:
+    """Check `frame` against its schema and publish it as parquet; TableError, and nothing written, if it breaks it."""
+    atomic.publish_bytes(path, encode_table(frame, schema, path))
+
+
+def encode_table(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> bytes:
+    """Parquet bytes of a checked table, sealed with their own crc32c. `path` is for messages only."""
+    checked = _validate(_widened(frame, schema, path), schema, path)
+    buffer = io.BytesIO()
+    checked.write_parquet(buffer, metadata={_KEY: _BLANK.decode()})
+    data = buffer.getvalue()
+    start = data.rindex(_BLANK)  # the footer stands at the end
+    return data[:start] + b"crc32c=%08x" % crc32c(data) + data[start + len(_BLANK) :]
+
+
+def read_table(path: str, schema: type[dy.Schema]) -> pl.DataFrame:
+    """The table at `path`; UpstreamError where there is none, TableError where it is damaged or breaks its schema."""
+    return decode_table(atomic.read_bytes(path), schema, path)
+
+
+def decode_table(data: bytes, schema: type[dy.Schema], path: str) -> pl.DataFrame:
+    """Table of parquet bytes, checked against their seal and the schema."""
+    _check_seal(data, path)
+    try:
+        frame = pl.read_parquet(io.BytesIO(data))
+    except PolarsError as error:
+        raise TableError(f"{path} cannot be read as parquet ({error}): remove it and make it again") from error
+    return _validate(_widened(frame, schema, path), schema, path)
+
+
+def read_tables(root: DataRoot, noun: Table, batches: Sequence[str] | None, schema: type[dy.Schema]) -> pl.DataFrame:
+    """Tables of these batches one under the other (all that exist for None); an empty frame where there are none."""
+    keys = root.batches(noun) if batches is None else batches
+    return pl.concat([schema.create_empty(), *(read_table(root.table(noun, key), schema) for key in keys)])
+
+
+def missing_rows(wanted: pl.DataFrame, done: pl.DataFrame, on: str | Sequence[str]) -> pl.DataFrame:
+    """Rows of `wanted`, in their order, whose key `on` is not in `done`."""
+    return wanted.join(done.select(on), on=on, how="anti", maintain_order="left")
+
+
+def publish_checks(path: str, asset: str, checks: Sequence[Mapping[str, Any]]) -> None:
+    """Write the verdicts on an asset: mappings with `name`, `passed`, and, where known, numbers, blocking, description.
+
+    A check without `blocking` blocks. Numbers that are not finite are written as text, since JSON has none.
+    """
+    plain = [_plain(check) for check in checks]
+    passed = all(check["passed"] for check in plain if check.get("blocking", True))
+    atomic.publish_json(path, {"asset": asset, "passed": passed, "checks": plain})
+
+
+def read_checks(path: str) -> dict[str, Any] | None:
+    """What `publish_checks` wrote, or None where nothing was published."""
+    try:
+        found = atomic.read_json(path)
+    except UpstreamError:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("passed"), bool):
+        raise TableError(f"{path} is no file of checks: remove it and make the asset again")
+    return found
+
+
+def require_checks(path: str, asset: str) -> None:
+    """UpstreamError unless the checks of `asset` at `path` exist and no blocking one failed."""
+    found = read_checks(path)
+    if found is None:
+        raise UpstreamError(f"'{asset}' has not been made: {path} does not exist. Make '{asset}' first")
+    if found.get("asset") != asset:
+        raise TableError(f"{path} holds the checks of '{found.get('asset')}', not of '{asset}'")
+    if not found["passed"]:
+        blocking = [check for check in found["checks"] if check.get("blocking", True) and not check["passed"]]
+        said = "; ".join(f"{check['name']} {json.dumps(check.get('numbers', {}))}" for check in blocking)
+        raise UpstreamError(f"'{asset}' failed its checks ({path}): {said}")
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
+    match value:
+        case np.generic():
+            return _plain(value.item())
+        case float() if not math.isfinite(value):
+            return str(value)
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
+
+
+def _check_seal(data: bytes, path: str) -> None:
+    found = list(_FIELD.finditer(data, max(0, len(data) - _footer_size(data))))
+    for field in found[::-1]:
+        blank = data[: field.start()] + _BLANK + data[field.end() :]
+        if field.group() == b"crc32c=%08x" % crc32c(blank):
+            return
+    raise TableError(f"{path} is damaged: its bytes differ from their checksum. Remove it and make it again")
+
+
+def _footer_size(data: bytes) -> int:
+    """Bytes of a parquet file's footer: it ends with its length (4 bytes, little-endian) and the magic."""
+    if len(data) < 12 or data[-4:] != b"PAR1":
+        return 0
+    return int.from_bytes(data[-8:-4], "little") + 8
+
+
+def _widened(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> pl.DataFrame:
+    """Columns of the schema in its order and dtypes; TableError where a column is missing, unknown or would change."""
+    wanted = schema.create_empty().schema
+    if set(frame.columns) != set(wanted):
+        missing, unknown = sorted(set(wanted) - set(frame.columns)), sorted(set(frame.columns) - set(wanted))
+        raise TableError(f"{path}: columns of {schema.__name__} missing: {missing}, unknown: {unknown}")
+    for name, dtype in wanted.items():
+        if not _fits(frame.schema[name], dtype):
+            raise TableError(f"{path}: column '{name}' is {frame.schema[name]}, {schema.__name__} wants {dtype}")
+    try:
+        return frame.select(pl.col(name).cast(dtype) for name, dtype in wanted.items())
+    except PolarsError as error:
+        raise TableError(f"{path}: a value does not fit {schema.__name__}: {error}") from error
+
+
+def _fits(found: pl.DataType, wanted: pl.DataType) -> bool:
+    """Whether a strict cast keeps the meaning; a value out of range still fails in the cast itself."""
+    if found == wanted or found == pl.Null:
+        return True
+    if isinstance(wanted, pl.List):
+        return isinstance(found, pl.List) and _fits(_inner(found), _inner(wanted))
+    if isinstance(wanted, pl.Enum):
+        return found in (pl.String, pl.Categorical) or isinstance(found, pl.Enum)
+    if isinstance(wanted, pl.Datetime):
+        return isinstance(found, pl.Datetime) and found.time_zone == wanted.time_zone and found.time_unit != "ns"
+    if wanted.is_integer():
+        return found.is_integer()
+    return wanted.is_float() and found.is_numeric()
+
+
+def _inner(dtype: pl.List) -> pl.DataType:
+    return dtype.inner() if isinstance(dtype.inner, type) else dtype.inner
+
+
+def _validate(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> pl.DataFrame:
+    try:
+        return schema.validate(frame)
+    except (dy.exc.ValidationError, dy.exc.SchemaError) as error:
+        raise TableError(f"{path} breaks the rules of {schema.__name__}: {error}") from error

@@ -1,0 +1,34 @@
+"""Fixtures that every package's tests share, and how hypothesis runs: few examples by default, never a deadline.
+
+`HYPOTHESIS_PROFILE=thorough` is the long run. Seeds stay fixed, so that a red test is red for everybody.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from storage.root import DataRoot
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> DataRoot:
+    """An empty data root on the local file system; runs stand under it too."""
+    return DataRoot.open(str(tmp_path / "root"))
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The checkout's top folder."""
+    return Path(__file__).resolve().parents[1]

@@ -1,0 +1,178 @@
+"""storage/tables.py: what is read back equals what was written, and nothing else is ever read."""
+
+import io
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+
+from storage import tables
+from storage.errors import TableError, UpstreamError
+from storage.root import DataRoot
+from storage.schemas import Plan, Shots, Sources
+
+
+def plan(count: int) -> pl.DataFrame:
+    return pl.DataFrame(
+        {"row_id": [slot.to_bytes(16, "big") for slot in range(count)], "slot": range(count)},
+        schema_overrides={"slot": pl.UInt32},
+    )
+
+
+def sources(paths: list[str]) -> pl.DataFrame:
+    rows = [
+        {
+            "uri": f"file:///videos/{path}",
+            "revision": 0,
+            "dataset": "demo",
+            "batch": "demo.000000",
+            "path": path,
+            "kind": "video",
+            "size_bytes": 5,
+            "fingerprint": "t",
+            "found_at": datetime(2026, 1, 1, tzinfo=UTC),
+            "gone_at": None,
+        }
+        for path in paths
+    ]
+    return pl.DataFrame(rows)
+
+
+@given(ids=st.lists(st.binary(min_size=16, max_size=16), unique=True, max_size=20))
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, ids: list[bytes]) -> None:
+    path = str(tmp_path_factory.mktemp("t") / "plan.parquet")
+    frame = pl.DataFrame({"row_id": ids, "slot": range(len(ids))}, schema={"row_id": pl.Binary, "slot": pl.UInt32})
+    tables.write_table(path, frame, Plan)
+    assert_frame_equal(tables.read_table(path, Plan), frame)
+
+
+def test_any_parquet_reader_opens_it(tmp_path: Path) -> None:
+    tables.write_table(str(tmp_path / "plan.parquet"), plan(3), Plan)
+    assert_frame_equal(pl.read_parquet(tmp_path / "plan.parquet"), plan(3))
+
+
+def test_works_on_an_object_store(tmp_path: Path) -> None:
+    path = f"memory://{tmp_path.name}/plan.parquet"
+    tables.write_table(path, plan(2), Plan)
+    assert_frame_equal(tables.read_table(path, Plan), plan(2))
+
+
+def test_strings_become_enums_and_nulls_their_dtype(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.parquet")
+    tables.write_table(path, sources(["a.mp4", "b.mp4"]), Sources)
+    found = tables.read_table(path, Sources)
+    assert found.schema["kind"] == pl.Enum(["video", "image"])
+    assert found.schema["gone_at"] == pl.Datetime("us", "UTC")
+    assert found["path"].to_list() == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (plan(2).drop("slot"), "missing: \\['slot'\\]"),
+        (plan(2).with_columns(extra=1), "unknown: \\['extra'\\]"),
+        (plan(2).with_columns(slot=0.5), "column 'slot' is Float64"),
+        (plan(2).with_columns(slot=-1), "does not fit"),
+        (plan(2).with_columns(row_id=pl.lit(b"short")), "breaks the rules of Plan"),
+        (plan(2).with_columns(row_id=pl.lit(b"x" * 16)), "primary_key"),
+        (plan(2).with_columns(row_id=None), "breaks the rules of Plan"),
+    ],
+)
+def test_a_frame_that_breaks_the_schema_is_not_written(tmp_path: Path, frame: pl.DataFrame, message: str) -> None:
+    with pytest.raises(TableError, match=message):
+        tables.write_table(str(tmp_path / "plan.parquet"), frame, Plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_enum_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="does not fit"):
+        tables.write_table(str(tmp_path / "s"), sources(["a"]).with_columns(kind=pl.lit("audio")), Sources)
+
+
+def test_missing_table(tmp_path: Path) -> None:
+    with pytest.raises(UpstreamError, match="make it first"):
+        tables.read_table(str(tmp_path / "none.parquet"), Plan)
+
+
+def test_every_flipped_bit_is_found() -> None:
+    data = tables.encode_table(plan(3), Plan, "plan")
+    assert_frame_equal(tables.decode_table(data, Plan, "plan"), plan(3))
+    for place in range(len(data)):
+        torn = bytearray(data)
+        torn[place] ^= 1 << (place % 8)
+        with pytest.raises(TableError):
+            tables.decode_table(bytes(torn), Plan, "plan")
+
+
+@given(keep=st.integers(0, 400))
+def test_truncation_is_found(keep: int) -> None:
+    data = tables.encode_table(plan(3), Plan, "plan")
+    with pytest.raises(TableError, match="damaged"):
+        tables.decode_table(data[:keep], Plan, "plan")
+
+
+def test_a_foreign_parquet_is_refused() -> None:
+    buffer = io.BytesIO()
+    plan(3).write_parquet(buffer)
+    with pytest.raises(TableError, match="checksum"):
+        tables.decode_table(buffer.getvalue(), Plan, "plan")
+
+
+def test_another_schema_is_refused() -> None:
+    with pytest.raises(TableError, match="columns of Shots"):
+        tables.decode_table(tables.encode_table(plan(3), Plan, "p"), Shots, "p")
+
+
+def test_read_tables(data_root: DataRoot) -> None:
+    assert tables.read_tables(data_root, "sources", None, Sources).height == 0
+    for number in range(3):
+        tables.write_table(data_root.table("sources", f"demo.{number:06d}"), sources([f"{number}.mp4"]), Sources)
+    assert tables.read_tables(data_root, "sources", None, Sources)["path"].to_list() == ["0.mp4", "1.mp4", "2.mp4"]
+    some = tables.read_tables(data_root, "sources", ["demo.000002", "demo.000000"], Sources)
+    assert some["path"].to_list() == ["2.mp4", "0.mp4"]
+    assert tables.read_tables(data_root, "sources", [], Sources).height == 0
+
+
+@given(st.sets(st.integers(0, 30)), st.sets(st.integers(0, 30)))
+def test_missing_rows_is_set_difference(wanted: set[int], done: set[int]) -> None:
+    frames = [pl.DataFrame({"k": sorted(keys, reverse=True)}, schema={"k": pl.Int64}) for keys in (wanted, done)]
+    assert tables.missing_rows(frames[0], frames[1], "k")["k"].to_list() == sorted(wanted - done, reverse=True)
+
+
+def test_checks_are_read_back_and_required(tmp_path: Path) -> None:
+    path = str(tmp_path / "demo.000000.json")
+    assert tables.read_checks(path) is None
+    with pytest.raises(UpstreamError, match="'media' has not been made"):
+        tables.require_checks(path, "media")
+    tables.publish_checks(path, "media", [{"name": "rows", "passed": True, "numbers": {"rows": np.int64(3)}}])
+    tables.require_checks(path, "media")
+    assert tables.read_checks(path) == {
+        "asset": "media",
+        "passed": True,
+        "checks": [{"name": "rows", "passed": True, "numbers": {"rows": 3}}],
+    }
+    with pytest.raises(TableError, match="not of 'shots'"):
+        tables.require_checks(path, "shots")
+
+
+def test_failed_checks_stop_the_next_step(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.json")
+    warned = {"name": "slow", "passed": False, "blocking": False}
+    tables.publish_checks(path, "latents", [warned])
+    tables.require_checks(path, "latents")
+    failed = {"name": "finite", "passed": False, "numbers": {"psnr_db": float("nan")}}
+    tables.publish_checks(path, "latents", [warned, failed])
+    with pytest.raises(UpstreamError, match=r'failed its checks .*: finite \{"psnr_db": "nan"\}$'):
+        tables.require_checks(path, "latents")
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '{"passed": 1}'])
+def test_a_file_that_is_no_checks(tmp_path: Path, value: str) -> None:
+    (tmp_path / "c.json").write_text(value)
+    with pytest.raises(TableError, match="no file of checks"):
+        tables.require_checks(str(tmp_path / "c.json"), "media")
