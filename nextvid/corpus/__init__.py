@@ -1,1 +1,3 @@
-"""Which files there are and which rows they give: corpus.yaml, listings, batches, labels, splits, trainset. No torch."""
+"""Which files there are and which rows they give: corpus.yaml, listings, batches, labels, splits, trainset. No
+torch.
+"""

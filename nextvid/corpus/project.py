@@ -1,7 +1,7 @@
 """corpus.yaml: the one file that configures a project, as frozen, strict models, and how it is found and read.
 
-Holds what a user writes: root, encoding, curation, datasets, benchmarks (design, sections 1, 2, 5, 6). Holds no training
-configuration (nextvid/config.py) and touches no data. Curation's defaults are those of research: video, 8.
+Holds what a user writes: root, encoding, curation, datasets, benchmarks (design, sections 1, 2, 5, 6). Holds no
+training configuration (nextvid/config.py) and touches no data. Curation's defaults are those of research: video, 8.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nextvid.config import Strict, parse
 from storage.digest import digest_config
@@ -19,6 +19,7 @@ from storage.errors import ConfigError
 from storage.root import DataRoot
 
 NAME = re.compile(r"[a-z0-9_]+")  # design 2: dataset names are part of paths and partition keys
+RESERVED_TARGETS = frozenset({"split", "group"})  # design 2
 
 
 class EncodingConfig(Strict):
@@ -78,12 +79,12 @@ class CurationConfig(Strict):
 class ClipPolicy(Strict):
     """How clips are cut from a shot: F frames at `fps` or every `stride`-th source frame."""
 
-    frames: int
-    fps: float | None = None
-    stride: int | None = None
-    clips_per_shot: int = 1
+    frames: int = Field(ge=1)
+    fps: float | None = Field(default=None, gt=0)
+    stride: int | None = Field(default=None, ge=1)
+    clips_per_shot: int = Field(default=1, ge=1)
     starts: Literal["tile", "random"] = "tile"
-    views: int = 1
+    views: int = Field(default=1, ge=1)
     crop: Literal["whole", "centre", "random"] = "random"  # random: area 0.3-1.0, aspect 0.75-1.35 (method.md 8)
     flip: bool = False  # flip half of the views
     pad: Literal["skip", "fit", "repeat_last"] = "fit"
@@ -98,33 +99,61 @@ class ClipPolicy(Strict):
 class SplitConfig(Strict):
     """Shares of the hash split, for files without an official one. What is left is train."""
 
-    val: float = 0.0
-    test: float = 0.2  # design 4: 80 to 20
+    val: float = Field(default=0.0, ge=0, le=1)
+    test: float = Field(default=0.2, ge=0, le=1)  # design 4: 80 to 20
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.val + self.test > 1:
+            raise ValueError(f"shares val {self.val} and test {self.test} add up to more than 1")
+        return self
 
 
 class LabelConfig(Strict):
-    """Where labels stand: `none`, `folders` (the last folder's name) or `csv` (columns by name)."""
+    """Where labels stand: `none`, `folders` (the last folder's name) or `csv` (columns by name).
+
+    A csv file may have two columns more, in seconds of the file's own clock: a line with both labels that span alone.
+    """
 
     layout: Literal["none", "folders", "csv"] = "none"
     file: str | None = None  # csv: path relative to corpus.yaml
-    path_column: str = "path"  # relative to the dataset's URI
-    targets: dict[str, str] = {}  # target -> column; folders: {"target": ""} is implied as `class`
+    path_column: str = "path"
+    path_base: str | None = None  # folder that the file's paths start from; the dataset's URI unless given
+    targets: dict[str, str] = Field(
+        default_factory=dict
+    )  # csv: target -> column; folders: {target: ""}, by default the target is `class`
     split_column: str | None = None
     group_column: str | None = None
+    start_column: str = "start_s"
+    end_column: str = "end_s"
+
+    @model_validator(mode="after")
+    def _fits_layout(self) -> Self:
+        if self.layout == "csv" and self.file is None:
+            raise ValueError("labels of layout 'csv' need 'file'")
+        if self.layout != "csv" and (self.file or self.path_base or self.split_column or self.group_column):
+            raise ValueError(f"'file', 'path_base' and columns belong to layout 'csv', not '{self.layout}'")
+        if self.layout == "folders" and len(self.targets) > 1:
+            raise ValueError("layout 'folders' has one target: the last folder's name")
+        if RESERVED_TARGETS & set(self.targets):
+            raise ValueError("targets 'split' and 'group' are reserved: use 'split_column' and 'group_column'")
+        return self
 
 
 class DatasetConfig(Strict):
     """One dataset. With a weight it is pretrained on, by its clip policies; benchmarks name it for probing."""
 
     uri: str  # folder or fsspec URL, relative to corpus.yaml
-    weight: float | None = None
+    weight: float | None = Field(default=None, gt=0)
     clips: tuple[ClipPolicy, ...] = ()
     labels: LabelConfig = LabelConfig()
     split: SplitConfig = SplitConfig()
-    quarantine_budget: float = 0.05  # largest share of files that may be quarantined before the batch stops
+    quarantine_budget: float = Field(
+        default=0.05, ge=0, le=1
+    )  # largest share of files that may be quarantined before the batch stops
     licence: str = "unknown"
-    max_batch_videos: int = 1000  # design 2
-    max_batch_images: int = 10000
+    max_batch_videos: int = Field(default=1000, ge=1)  # design 2
+    max_batch_images: int = Field(default=10000, ge=1)
 
     @model_validator(mode="after")
     def _weight_needs_clips(self) -> Self:
@@ -152,7 +181,7 @@ class CorpusConfig(Strict):
     encoding: EncodingConfig
     curation: CurationConfig = CurationConfig()
     datasets: dict[str, DatasetConfig]
-    benchmarks: dict[str, BenchmarkConfig] = {}
+    benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict)
     reencode: Literal["ask", "auto"] = "ask"
     min_complete: float = 1.0
 
@@ -182,7 +211,8 @@ class CorpusConfig(Strict):
             n: d.model_dump(mode="json", include={"clips", "split", "labels"}) for n, d in self.datasets.items()
         }
         for value in datasets.values():
-            value["labels"].pop("file")  # a path changes no row; its content belongs to the listing
+            for place in ("file", "path_base"):  # a path changes no row; its content belongs to the listing
+                value["labels"].pop(place)
         benchmarks = {
             n: b.model_dump(mode="json", include={"datasets", "target", "policy"}) for n, b in self.benchmarks.items()
         }
@@ -221,7 +251,10 @@ def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
             update={
                 "uri": resolve(dataset.uri),
                 "labels": dataset.labels.model_copy(
-                    update={"file": resolve(dataset.labels.file) if dataset.labels.file else None}
+                    update={
+                        "file": resolve(dataset.labels.file) if dataset.labels.file else None,
+                        "path_base": resolve(dataset.labels.path_base) if dataset.labels.path_base else None,
+                    }
                 ),
             }
         )

@@ -1,0 +1,228 @@
+"""What is in the datasets' folders, and what changed since: listings to `sources`, nothing is opened.
+
+Holds listing through fsspec, the wait until a file holds still, and the fingerprint that says whether a batch must be
+made again. Holds no rule of assignment (batches.py), no writing order (journal.py) and no content of files
+(media.py). A listing that fails is an error, never "all files deleted" (design 4).
+"""
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+
+from nextvid.corpus import journal
+from nextvid.corpus.batches import BatchChange, dataset_of, latest, merge
+from nextvid.corpus.labels import label_bytes
+from nextvid.corpus.project import Project
+from nextvid.video.probe import kind_of
+from storage import atomic, tables
+from storage.digest import digest, digest_bytes
+from storage.errors import ConflictError, CorpusError
+from storage.root import is_local
+from storage.schemas import KINDS, Sources
+
+Held = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint)
+
+TRIES = 8  # our choice: so many writers in a row may win before we give up
+# Where file systems of fsspec keep what changes with the content: s3fs, gcsfs and adlfs, http, memory, local.
+FINGERPRINTS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A dataset's media files: columns uri, path, kind, size_bytes, fingerprint; sorted by uri."""
+
+    dataset: str
+    files: pl.DataFrame
+    waiting: pl.DataFrame  # seen, but not yet twice with the same size and fingerprint
+    ignored: int  # files whose extension is of no media
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The digests in force: of the encoding spec and of curation."""
+
+    encoding: str
+    curation: str
+
+
+def list_dataset(project: Project, name: str, held: Held | None = None) -> Listing:
+    """List a dataset's folder. With `held`, what an earlier listing saw, a file joins only if it is there unchanged.
+
+    Raises CorpusError where the folder is missing or any part of it cannot be listed.
+    """
+    uri = project.corpus.datasets[name].uri
+    fs, top = fsspec.core.url_to_fs(uri)
+    rows: list[tuple[str, str, str, int, str]] = []
+    ignored = 0
+    try:
+        if not fs.isdir(top):
+            raise CorpusError(f"dataset {name}: {uri} is not a folder; correct its 'uri' or mount it")
+        for _, _, files in fs.walk(top, detail=True, on_error="raise"):
+            for info in files.values():
+                row = _row(top, uri, info)
+                ignored += row is None
+                if row is not None:
+                    rows.append(row)
+    except CorpusError:
+        raise
+    except Exception as error:  # object stores raise their clients' own classes; any failure means an unknown listing
+        raise CorpusError(f"dataset {name}: listing {uri} failed ({error!r}); nothing was changed") from error
+    frame = _frame(rows)
+    if held is None:
+        return Listing(name, frame, frame.clear(), ignored)
+    still = pl.Series([held.get(row[0]) == (row[3], row[4]) for row in frame.iter_rows()], dtype=pl.Boolean)
+    return Listing(name, frame.filter(still), frame.filter(~still), ignored)
+
+
+def update_sources(project: Project, settle: bool = False, datasets: Sequence[str] | None = None) -> list[BatchChange]:
+    """List the datasets (all unless named) and write `sources/`; returns what changed by batch, nothing if nothing did.
+
+    `settle=False` takes files at once; `settle=True` takes those that an earlier settling listing saw with the same
+    size and fingerprint. Raises CorpusError; then nothing is written.
+    """
+    names = sorted(datasets if datasets is not None else project.corpus.datasets)
+    for _ in range(TRIES):
+        read = journal.catch_up(project.root)
+        listings, tables_after, changes = [], [], []
+        for name in names:
+            known = known_sources(project, name)
+            listing = list_dataset(project, name, _held(project, name, known) if settle else None)
+            _refuse_vanished(project, listing, known)
+            config = project.corpus.datasets[name]
+            now = datetime.now(UTC)
+            rows, changed = merge(known, listing.files, listing.waiting["uri"].to_list(), name, config, now)
+            listings.append(listing)
+            tables_after.append(rows.filter(pl.col("batch").is_in([change.batch for change in changed])))
+            changes += changed
+        try:
+            if changes:
+                journal.publish(project.root, read, pl.concat(tables_after).sort("batch", "uri", "revision"))
+        except ConflictError:
+            continue
+        if settle:
+            _remember(project, listings)
+        return sorted(changes, key=lambda change: change.batch)
+    raise CorpusError(f"{project.root.folder('sources')}: {TRIES} other writers were faster; list again later")
+
+
+def known_sources(project: Project, name: str) -> pl.DataFrame:
+    """Every row of `sources` of one dataset, sorted by uri and revision."""
+    batches = [batch for batch in project.root.batches("sources") if dataset_of(batch) == name]
+    return tables.read_tables(project.root, "sources", batches, Sources).sort("uri", "revision")
+
+
+def batch_fingerprint(project: Project, batch: str) -> str:
+    """Digest of a batch's listing and of its label file's bytes: what changes asks for a new run of the batch."""
+    rows = tables.read_table(project.root.table("sources", batch), Sources).sort("uri", "revision")
+    files = rows.select("uri", "revision", "size_bytes", "fingerprint", pl.col("gone_at").is_not_null().alias("gone"))
+    config = project.corpus.datasets.get(dataset_of(batch))
+    labels = digest_bytes(label_bytes(config.labels.file)) if config and config.labels.file else None
+    return digest({"files": [list(row) for row in files.iter_rows()], "labels": labels})
+
+
+def accepted(project: Project) -> Accepted | None:
+    """The digests in force, or None where nothing was accepted yet. Raises CorpusError for a damaged accepted.json."""
+    path = project.root.accepted()
+    if not atomic.exists(path):
+        return None
+    value = atomic.read_json(path)
+    try:
+        return Accepted(str(value["encoding"]), str(value["curation"]))
+    except (KeyError, TypeError):
+        raise CorpusError(f"{path}: keys 'encoding' and 'curation' were expected; accept the plan again") from None
+
+
+def accept(project: Project, encoding: str) -> Accepted:
+    """Put corpus.yaml's curation and the encoding spec of this digest into force."""
+    value = Accepted(encoding, project.corpus.curation_digest())
+    atomic.publish_json(project.root.accepted(), {"encoding": value.encoding, "curation": value.curation})
+    return value
+
+
+def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, int, str] | None:
+    """One file as (uri, path, kind, size, fingerprint); None where it is no media."""
+    name = str(info["name"])
+    if info.get("islink") and Path(name).is_dir():
+        raise CorpusError(f"{name} is a link to a folder, which listings do not follow; name that folder as a dataset")
+    kind = kind_of(name)
+    path = name.removeprefix(top.rstrip("/") + "/")
+    if kind is None or any(part.startswith(".") for part in path.split("/")):
+        return None
+    size, fingerprint = int(info.get("size") or 0), _fingerprint(info)
+    if is_local(uri):
+        size, fingerprint, regular = _local(Path(name))
+        if not regular:
+            return None
+    return f"{uri.rstrip('/')}/{path}", path, kind, size, fingerprint
+
+
+def _local(path: Path) -> tuple[int, str, bool]:
+    """Size, modification time and whether it is a file, links followed; a link to nothing counts as an unreadable
+    file.
+    """
+    try:
+        found = os.stat(path)  # noqa: PTH116 - one call per file of a listing
+    except FileNotFoundError:
+        return 0, "broken link", True
+    return found.st_size, f"mtime {found.st_mtime_ns}", stat.S_ISREG(found.st_mode)
+
+
+def _fingerprint(info: Mapping[str, Any]) -> str:
+    for key in FINGERPRINTS:
+        if info.get(key) is not None:
+            return f"{key} {info[key]}"
+    return "none"
+
+
+def _frame(rows: list[tuple[str, str, str, int, str]]) -> pl.DataFrame:
+    schema = {
+        "uri": pl.String(),
+        "path": pl.String(),
+        "kind": pl.Enum(KINDS),
+        "size_bytes": pl.Int64(),
+        "fingerprint": pl.String(),
+    }
+    return pl.DataFrame(rows, schema, orient="row").sort("uri")
+
+
+def _refuse_vanished(project: Project, listing: Listing, known: pl.DataFrame) -> None:
+    """An empty folder where files were known is an unmounted disk more often than a wish."""
+    seen = listing.files.height + listing.waiting.height
+    present = latest(known).filter(pl.col("gone_at").is_null()).height
+    if present and not seen:
+        uri = project.corpus.datasets[listing.dataset].uri
+        raise CorpusError(
+            f"dataset {listing.dataset}: {uri} holds none of its {present} files; mount it, or, if they were deleted "
+            "on purpose, remove the dataset from corpus.yaml"
+        )
+
+
+def _pending(project: Project) -> str:
+    return f"{project.root.folder('sources')}/pending.json"
+
+
+def _held(project: Project, name: str, known: pl.DataFrame) -> dict[str, tuple[int, str]]:
+    """What the tables and the last settling listing hold of a dataset."""
+    rows = latest(known).select("uri", "size_bytes", "fingerprint")
+    held = {uri: (size, fingerprint) for uri, size, fingerprint in rows.iter_rows()}
+    pending = atomic.read_json(_pending(project)) if atomic.exists(_pending(project)) else {}
+    return held | {uri: (size, text) for uri, (size, text) in pending.get(name, {}).items()}
+
+
+def _remember(project: Project, listings: Sequence[Listing]) -> None:
+    """Keep what is waiting, so that the next settling listing can compare; the file is no table and may be lost."""
+    before = atomic.read_json(_pending(project)) if atomic.exists(_pending(project)) else {}
+    after = dict(before)
+    for listing in listings:
+        rows = listing.waiting.select("uri", "size_bytes", "fingerprint")
+        after[listing.dataset] = {uri: [size, text] for uri, size, text in rows.iter_rows()}
+    after = {name: files for name, files in after.items() if files}
+    if after != before:
+        atomic.publish_json(_pending(project), after)

@@ -1,0 +1,158 @@
+"""What is known of files: label files to rows by path, and what contradicts itself.
+
+Holds the three layouts of corpus.yaml (none, folders, csv) and the rules of the long label table (design 2): a null
+span means the whole file; `split` and `group` are reserved targets and always speak of the whole file. Holds no media
+(media.py joins rows to files) and no decision about splits (splits.py). Empty cells are no labels; wrong cells are
+errors that name the file and line.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+import polars as pl
+
+from nextvid.corpus.project import RESERVED_TARGETS, DatasetConfig, LabelConfig
+from storage import atomic
+from storage.errors import CorpusError, UpstreamError
+from storage.schemas import SPLITS
+
+SCHEMA = {"path": pl.String, "start_us": pl.Int64, "end_us": pl.Int64, "target": pl.String, "value": pl.String}
+# Names of official splits in public data sets' lists (ImageNet, Kinetics, SSv2, Diving48) beside our own words.
+SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
+FOLDER_TARGET = "class"
+
+
+def label_bytes(file: str) -> bytes:
+    """A label file's bytes. Raises CorpusError."""
+    try:
+        return atomic.read_bytes(file)
+    except (UpstreamError, OSError) as error:
+        raise CorpusError(
+            f"label file {file} cannot be read: {error}; correct 'labels: file:' in corpus.yaml"
+        ) from None
+
+
+def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
+    """Labels of the files at `paths` (relative to the dataset's URI): columns path, start_us, end_us, target, value.
+
+    Unique and sorted. Raises CorpusError for a file that cannot be read or lacks a column, and for wrong cells.
+    """
+    match config.labels.layout:
+        case "none":
+            return pl.DataFrame(schema=SCHEMA)
+        case "folders":
+            target = next(iter(config.labels.targets), FOLDER_TARGET)
+            return _from_folders(paths, target)
+        case "csv":
+            return _from_csv(config, paths)
+
+
+def contradictions(labels: pl.DataFrame, key: str) -> pl.DataFrame:
+    """(key, what): files or media with two values of one target for one span, one row each, sorted."""
+    spans = labels.group_by(key, "start_us", "end_us", "target").agg(pl.col("value").unique().sort())
+    several = spans.filter(pl.col("value").list.len() > 1).with_columns(
+        pl.concat_str([pl.col("target"), pl.lit(" is "), pl.col("value").list.join(" and ")]).alias("what")
+    )
+    return (
+        several.sort(key, "start_us", "end_us", "target").group_by(key, maintain_order=True).agg(pl.col("what").first())
+    )
+
+
+def _from_folders(paths: Sequence[str], target: str) -> pl.DataFrame:
+    rows = [(path, None, None, target, PurePosixPath(path).parent.name) for path in sorted(set(paths))]
+    return pl.DataFrame([row for row in rows if row[4]], SCHEMA, orient="row")  # files at the top have no class
+
+
+def _from_csv(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
+    labels = config.labels
+    assert labels.file is not None, "LabelConfig refuses csv without a file"
+    table = _table(labels)
+    table = table.with_columns(_relative(table[labels.path_column], labels, config.uri).alias("path"))
+    table = table.filter(pl.col("path").is_in(pl.Series(sorted(set(paths)), dtype=pl.String).implode()))
+    spanned = table.with_columns(
+        _micros(table, labels.start_column, labels.file).alias("start_us"),
+        _micros(table, labels.end_column, labels.file).alias("end_us"),
+    )
+    _check_spans(spanned, labels.file)
+    nowhere = [pl.lit(None, pl.Int64).alias("start_us"), pl.lit(None, pl.Int64).alias("end_us")]
+    parts = [
+        spanned.select("path", "start_us", "end_us", pl.lit(target).alias("target"), pl.col(column).alias("value"))
+        for target, column in labels.targets.items()
+    ]
+    if labels.group_column:
+        parts.append(_whole(spanned, labels.group_column, "group", nowhere))
+    if labels.split_column:
+        parts.append(_splits(_whole(spanned, labels.split_column, "split", nowhere), labels.file))
+    rows = pl.concat([pl.DataFrame(schema=SCHEMA), *parts]) if parts else pl.DataFrame(schema=SCHEMA)
+    rows = rows.filter(pl.col("value").is_not_null() & (pl.col("value") != ""))
+    return rows.unique().sort("path", "target", "start_us", "end_us", "value")
+
+
+def _table(labels: LabelConfig) -> pl.DataFrame:
+    """The csv file, all text, with the columns that the configuration names and a column `line`."""
+    assert labels.file is not None
+    try:
+        table = pl.read_csv(io.BytesIO(label_bytes(labels.file)), infer_schema=False)
+    except pl.exceptions.PolarsError as error:
+        raise CorpusError(f"label file {labels.file} is no csv table with a header: {error}") from None
+    named = [labels.path_column, *labels.targets.values(), labels.split_column, labels.group_column]
+    missing = sorted({name for name in named if name is not None} - set(table.columns))
+    if missing:
+        raise CorpusError(
+            f"label file {labels.file} has no column {', '.join(missing)}; it has {', '.join(table.columns)}"
+        )
+    # header is line 1
+    return table.with_columns(pl.all().str.strip_chars(), (pl.int_range(pl.len()) + 2).alias("_line"))
+
+
+def _relative(paths: pl.Series, labels: LabelConfig, uri: str) -> pl.Series:
+    """Paths relative to the dataset's URI; what lies outside of it is null, as another dataset's files are."""
+    if labels.path_base is None:
+        return paths.str.strip_prefix("./")
+    base, top = labels.path_base.rstrip("/"), uri.rstrip("/") + "/"
+    whole = base + "/" + paths.str.strip_prefix("./")
+    frame = pl.DataFrame({"whole": whole})
+    inside = pl.col("whole").str.starts_with(top)
+    return frame.select(pl.when(inside).then(pl.col("whole").str.strip_prefix(top)).alias("path"))["path"]
+
+
+def _micros(table: pl.DataFrame, column: str, file: str) -> pl.Series:
+    """A column of seconds as whole microseconds; null where it is missing or empty."""
+    if column not in table.columns:
+        return pl.Series(column, [None] * table.height, pl.Int64)
+    text = table[column].replace("", None)
+    seconds = text.cast(pl.Float64, strict=False)
+    wrong = (seconds.is_null() & text.is_not_null()) | ~seconds.is_finite().fill_null(True)
+    if wrong.any():
+        row = table.filter(wrong).row(0, named=True)
+        raise CorpusError(f"{file}, line {row['_line']}: {column} is {row[column]!r}; seconds were expected")
+    return (seconds * 1_000_000).round(0, mode="half_to_even").cast(pl.Int64)
+
+
+def _check_spans(table: pl.DataFrame, file: str) -> None:
+    half = table["start_us"].is_null() != table["end_us"].is_null()
+    wrong = table.filter(half | (table["end_us"] <= table["start_us"]).fill_null(False))
+    if wrong.height:
+        raise CorpusError(
+            f"{file}, line {wrong['_line'][0]}: a span needs a start and a later end, found "
+            f"{wrong['start_us'][0]} to {wrong['end_us'][0]} microseconds"
+        )
+
+
+def _whole(table: pl.DataFrame, column: str, target: str, nowhere: list[pl.Expr]) -> pl.DataFrame:
+    assert target in RESERVED_TARGETS
+    return table.select("path", *nowhere, pl.lit(target).alias("target"), pl.col(column).alias("value"))
+
+
+def _splits(rows: pl.DataFrame, file: str) -> pl.DataFrame:
+    """Official splits in our words: train, val, test."""
+    value = pl.col("value").str.to_lowercase().replace(SPLIT_NAMES)
+    named = rows.with_columns(value.alias("value"))
+    wrong = named.filter(pl.col("value").is_not_null() & ~pl.col("value").is_in([*SPLITS, ""]))
+    if wrong.height:
+        raise CorpusError(
+            f"{file}: {wrong['path'][0]} has the split {wrong['value'][0]!r}; expected one of {', '.join(SPLITS)} or "
+            f"{', '.join(sorted(SPLIT_NAMES))}"
+        )
+    return named

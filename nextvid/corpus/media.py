@@ -1,0 +1,250 @@
+"""`media` and `labels`: one row per listed file with its identity, facts, decoder and verdict; and what is known of it.
+
+Every file is read in the sandbox, once per revision; failures are rows that the next call tries again. Labels are
+joined afresh at each call, so a changed label file costs no reading. Withdrawn media and contradictory labels reject
+a file; lifting the cause lifts the verdict. Holds no listing (discover.py), no label layouts (labels.py) and no
+shots.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+
+from nextvid.corpus.batches import config_of, latest
+from nextvid.corpus.fetch import fetch, release
+from nextvid.corpus.inspection import Inspection, identify, inspect_file
+from nextvid.corpus.labels import contradictions, read_labels
+from nextvid.corpus.project import Project
+from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict
+from nextvid.outcome import Check, Outcome
+from nextvid.video.sandbox import Sandbox
+from storage import tables
+from storage.errors import MediaError
+from storage.root import DataRoot
+from storage.schemas import Labels, Media, Sources
+
+Progress = Callable[[int, int], None]
+Row = dict[str, Any]
+
+WORKERS = 2  # our choice: probing waits for the disk, two processes keep one busy
+TIMEOUT_S = 60.0  # our choice: a probe takes milliseconds; the rest is for reading the file, below
+READ_BYTES_PER_S = 10_000_000  # our choice: a slow network disk
+LIFTABLE = ("contradictory", "withdrawn")  # verdicts on a file that was read: they fall when their cause does
+
+
+def make_media(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
+    """Probe what is new in the batch, join labels, publish both tables and their checks.
+
+    Raises UpstreamError where the batch is unknown and CorpusError for its label file.
+    """
+    started_s = time.perf_counter()
+    root, config = project.root, config_of(project, batch)
+    sources = tables.read_table(root.table("sources", batch), Sources).sort("uri", "revision")
+    before = existing(root, "media", batch, Media)
+    kept, wanted = _kept(before, sources), _wanted(before, sources)
+    rows = _unreadable(sources, before, config.licence) + _inspect(wanted, config.licence, progress)
+    media = pl.concat([kept, _frame(rows)]).sort("uri", "revision")
+    labels = _join(media, read_labels(config, media["path"].to_list()))
+    media = _judge(media, labels, withdrawn_media(root))
+    checks = _checks(sources, media, config.quarantine_budget)
+    written = publish_table(root, "media", batch, media, Media)
+    written |= publish_table(root, "labels", batch, labels, Labels)
+    written |= publish_verdict(root.checks("media", batch), "media", checks)
+    named = media.filter(pl.col("media_id").is_in(labels["media_id"].implode()))
+    return Outcome(
+        asset="media",
+        partition=batch,
+        made=written,
+        rows=media.height,
+        size_bytes=int(media["size_bytes"].sum()),
+        seconds=time.perf_counter() - started_s,
+        quarantined=media.filter(pl.col("status") == "quarantined").height,
+        numbers={
+            **counts(media),
+            "read": wanted.height,
+            "video_s": int(media["duration_us"].fill_null(0).sum()) / 1e6,
+            "labels": labels.height,
+            "labelled_files": named.height,
+        },
+        checks=checks,
+    )
+
+
+def withdrawn_media(root: DataRoot) -> set[bytes]:
+    """Ids of withdrawn media: the names of the files in `withdrawn/`."""
+    fs, path = fsspec.core.url_to_fs(root.withdrawn())
+    if not fs.isdir(path):
+        return set()
+    names = [str(entry).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+    return {bytes.fromhex(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[0] != "."}
+
+
+def _kept(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
+    """Rows that need no reading: read well, or rejected for good; verdicts that can fall are lifted for now."""
+    lift = pl.col("reason").is_in(LIFTABLE) & pl.col("decoder").is_not_null()
+    status = pl.when(lift).then(pl.lit("ok")).otherwise(pl.col("status").cast(pl.String))
+    empty = pl.lit(None, pl.String)
+    rows = before.with_columns(
+        status.cast(before.schema["status"]).alias("status"),
+        pl.when(lift).then(empty).otherwise(pl.col("reason")).alias("reason"),
+        pl.when(lift).then(empty).otherwise(pl.col("error")).alias("error"),
+    )
+    return tables.missing_rows(rows, _wanted(before, sources), ["uri", "revision"])
+
+
+def _wanted(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
+    """Listed files to read: present, newest revision, and not read well yet."""
+    readable = latest(sources).filter(pl.col("gone_at").is_null())
+    failed = (pl.col("status") == "quarantined") | (pl.col("reason") == "gone").fill_null(False)
+    lost = pl.col("reason").is_in(LIFTABLE).fill_null(False) & pl.col("decoder").is_null()
+    return tables.missing_rows(readable, before.filter(~(failed | lost)), ["uri", "revision"])
+
+
+def _unreadable(sources: pl.DataFrame, before: pl.DataFrame, licence: str) -> list[Row]:
+    """Rows for revisions that went before anybody read them."""
+    never = tables.missing_rows(sources, before, ["uri", "revision"])
+    newest = latest(sources).select("uri", newest=pl.col("revision"))
+    rows = []
+    for row in never.join(newest, on="uri").iter_rows(named=True):
+        if row["revision"] < row["newest"]:
+            rows.append(_row(row, licence, reason="replaced", error="a newer revision was listed", rejected=True))
+        elif row["gone_at"] is not None:
+            rows.append(_row(row, licence, reason="gone", error="the file went before it was read", rejected=True))
+    return rows
+
+
+def _inspect(wanted: pl.DataFrame, licence: str, progress: Progress | None) -> list[Row]:
+    """One row per file, read in the sandbox."""
+    if wanted.is_empty():
+        return []
+    files = {row["uri"]: row for row in wanted.iter_rows(named=True)}
+    timeout_s = TIMEOUT_S + max(row["size_bytes"] for row in files.values()) / READ_BYTES_PER_S
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(_workers(wanted.height)) as sandbox:
+        paths: dict[Path, str] = {}
+        items = _fetched(files, Path(folder), paths, rows, licence)
+        for path, result in sandbox.map_unordered(inspect_file, items, timeout_s):
+            uri = paths[path]
+            if isinstance(result, MediaError):
+                result = _identity_of(sandbox, path, result, timeout_s)
+            release(uri, path)
+            rows.append(_inspected(files[uri], licence, result))
+            if progress:
+                progress(len(rows), len(files))
+    return rows
+
+
+def _fetched(
+    files: dict[str, Row], folder: Path, paths: dict[Path, str], failed: list[Row], licence: str
+) -> Iterator[Path]:
+    """Local paths, copied as they are asked for; those that cannot be copied go to `failed`."""
+    for uri, source in files.items():
+        try:
+            path = fetch(uri, folder)
+        except MediaError as error:
+            failed.append(_row(source, licence, reason=error.reason, error=str(error)))
+            continue
+        paths[path] = uri
+        yield path
+
+
+def _identity_of(sandbox: Sandbox, path: Path, error: MediaError, timeout_s: float) -> Inspection | MediaError:
+    """What crashed or hung the probe still has an identity, so that it can be withdrawn or recognised."""
+    try:
+        media, size_bytes = sandbox.call(identify, path, timeout_s=timeout_s)
+    except MediaError:
+        return error
+    return Inspection(media, size_bytes, None, error.reason, str(error))
+
+
+def _inspected(source: Row, licence: str, result: Inspection | MediaError) -> Row:
+    if isinstance(result, MediaError):
+        return _row(source, licence, reason=result.reason, error=str(result))
+    media_id = bytes.fromhex(result.media)
+    if result.size_bytes != source["size_bytes"]:
+        error = f"{result.size_bytes} bytes were read, {source['size_bytes']} were listed: list the dataset again"
+        return _row(source, licence, media_id, reason="changed", error=error)
+    if result.facts is None:
+        return _row(source, licence, media_id, reason=result.reason, error=result.error)
+    facts = result.facts
+    row = _row(source, licence, media_id)
+    row.update({name: getattr(facts, name) for name in row if hasattr(facts, name)})
+    return row | {"hazards": list(facts.hazards), "status": "ok"}
+
+
+def _row(
+    source: Row,
+    licence: str,
+    media_id: bytes | None = None,
+    *,
+    reason: str | None = None,
+    error: str | None = None,
+    rejected: bool = False,
+) -> Row:
+    """A row of Media without facts, quarantined unless `rejected`."""
+    row = dict.fromkeys(Media.column_names())
+    row.update({name: source[name] for name in ("uri", "revision", "dataset", "batch", "path", "kind", "size_bytes")})
+    status = "rejected" if rejected else "quarantined"
+    return row | {
+        "media_id": media_id,
+        "hazards": [],
+        "licence": licence,
+        "status": status,
+        "reason": reason,
+        "error": error,
+    }
+
+
+def _frame(rows: list[Row]) -> pl.DataFrame:
+    return pl.DataFrame(rows, Media.create_empty().schema, orient="row")
+
+
+def _join(media: pl.DataFrame, by_path: pl.DataFrame) -> pl.DataFrame:
+    """Labels by media id: those of all copies of a file united."""
+    newest = latest(media).filter(pl.col("media_id").is_not_null()).select("path", "media_id")
+    rows = newest.join(by_path, on="path").select(Labels.column_names())
+    return rows.unique().sort("media_id", "target", "start_us", "end_us", "value")
+
+
+def _judge(media: pl.DataFrame, labels: pl.DataFrame, withdrawn: set[bytes]) -> pl.DataFrame:
+    """Reject what is withdrawn, and what has labels that contradict each other."""
+    against = dict(contradictions(labels, "media_id").iter_rows())
+    rows = []
+    for media_id, status, reason, error in media.select("media_id", "status", "reason", "error").iter_rows():
+        if media_id in withdrawn:
+            rows.append(("rejected", "withdrawn", "withdrawn by request; its latents are zeroed"))
+        elif media_id in against and status == "ok":
+            rows.append(("rejected", "contradictory", f"its labels contradict each other: {against[media_id]}"))
+        else:
+            rows.append((status, reason, error))
+    schema = {"status": media.schema["status"], "reason": pl.String(), "error": pl.String()}
+    return media.with_columns(pl.DataFrame(rows, schema, orient="row").get_columns())
+
+
+def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float) -> tuple[Check, ...]:
+    quarantined = media.filter(pl.col("status") == "quarantined").height
+    share = quarantined / max(1, media.height)
+    return (
+        Check(
+            "rows_are_files_listed",
+            media.height == sources.height,
+            {"rows": media.height, "files": sources.height},
+            description="every listed file has a row, whatever became of it",
+        ),
+        Check(
+            "quarantined_within_budget",
+            share <= budget,
+            {"share": share, "quarantined": quarantined, "budget": budget},
+            description="share of files that could not be read; raise 'quarantine_budget' if they are as expected",
+        ),
+    )
+
+
+def _workers(files: int) -> int:
+    return max(1, min(WORKERS, os.cpu_count() or 1, files))
