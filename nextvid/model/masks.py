@@ -1,7 +1,7 @@
 """Which cells each strategy leaves visible: blocks, thinning, and their statistics (method.md 2).
 
-numpy only. A mask is spatial and holds for every tubelet (a tube), so a drawn entry is S booleans. Row i of a plan depends
-on (seed, strategy, i) alone, never on how many rows there are; which entry a clip takes is decided elsewhere
+numpy only. A mask is spatial and holds for every tubelet (a tube), so a drawn entry is S booleans. Row i of a plan
+depends on (seed, strategy, i) alone, never on how many rows there are; which entry a clip takes is decided elsewhere
 (storage/draws.py). It holds no files: the packed bits are what the plan's asset writes.
 
 Axes: E entries, b blocks, H and W cells, S = H*W.
@@ -15,9 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from nextvid.config import ConfigError, MaskConfig, MaskStrategy
 
-ATTEMPTS = (
-    1000  # redraws of an entry before the geometry is refused; the paper's needs 3 (acceptance 97 %, method.md 2.4)
-)
+ATTEMPTS = 1000  # draws of an entry before the geometry is refused; the paper's are accepted in 97 % (method.md 2.4)
 CHUNK = 8192  # entries drawn at once: bounds memory at about 70 MB on a 16x16 grid
 GRID = 8  # `bucket` keeps a multiple of this many cells (method.md 2.4)
 FLAT_BATCH = 32  # local batch whose truncation `flat` reproduces: 3072 clips on 96 GPUs (method.md 2.3)
@@ -89,8 +87,8 @@ def draw_visible(
         if todo.size == 0:
             return visible
     raise ConfigError(
-        f"mask strategy '{strategy.name}': {strategy.blocks} blocks of {strategy.scale} of a {height}x{width} grid leave "
-        f"{least} cells visible too rarely ({todo.size} of {entries} entries failed {ATTEMPTS} draws); "
+        f"mask strategy '{strategy.name}': {strategy.blocks} blocks of {strategy.scale} of a {height}x{width} grid "
+        f"leave {least} cells visible too rarely ({todo.size} of {entries} entries failed {ATTEMPTS} draws); "
         "lower the budget, the scale or the number of blocks"
     )
 
@@ -154,17 +152,17 @@ def flat_ids(
     """Visible flat ids of `flat`, the ancestors' truncation, for the clips with these draw numbers; int64.
 
     One block size a step. The length is the shortest of 32 emulated clips of the step, so that neither ranks nor
-    micro-batches change it; a clip's own blocks are drawn from (step, draw) until they leave as much, and the sorted list
-    of (t, h, w) is cut to a prefix, which empties late tubelets.
+    micro-batches change it; a clip's own blocks are drawn from (step, draw) until they leave as much, and the sorted
+    list of (t, h, w) is cut to a prefix, which empties late tubelets.
     """
     shape = np.random.default_rng([*key, ATTEMPTS + 3, step]).random((1, 1))
-    emulated = [
-        _flat_entry(strategy, height, width, shape, [*key, ATTEMPTS + 4, step, i], 1) for i in range(FLAT_BATCH)
-    ]
-    least = min(int(entry.sum()) for entry in emulated)
-    entries = [_flat_entry(strategy, height, width, shape, [*key, ATTEMPTS + 5, step, draw], least) for draw in draws]
-    tubes = [np.flatnonzero(np.tile(entry, tubelets))[: least * tubelets] for entry in entries]
-    return np.stack(tubes)
+
+    def entry(purpose: int, number: int, least: int) -> np.ndarray:
+        return _flat_entry(strategy, height, width, shape, [*key, ATTEMPTS + purpose, step, number], least)
+
+    least = min(int(entry(4, number, 1).sum()) for number in range(FLAT_BATCH))
+    tubes = [np.flatnonzero(np.tile(entry(5, draw, least), tubelets)) for draw in draws]
+    return np.stack([tube[: least * tubelets] for tube in tubes])
 
 
 def _flat_entry(
