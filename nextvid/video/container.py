@@ -2,8 +2,8 @@
 
 Holds everything that touches PyAV's demuxer and decoder, for probe, decode and shots. Holds no choice of frames
 (decode.py) and no scores. Containers are an allow-list, so that playlists and network protocols never reach FFmpeg;
-error detection is that of research: video, 5 (7 of 9 silently damaged files caught, 0 of 5 clean ones flagged). Times are
-the file's own timestamps in integer microseconds; a file covers start_us to start_us + duration_us.
+error detection is that of research: video, 5 (7 of 9 silently damaged files caught, 0 of 5 clean ones flagged). Times
+are the file's own timestamps in integer microseconds; a file covers start_us to start_us + duration_us.
 """
 
 from collections.abc import Iterator

@@ -149,7 +149,7 @@ def _check(path: Path, time_us: int, pts_us: int, frame_us: int) -> None:
     if abs(pts_us - time_us) > frame_us + TIE_US:
         raise MediaError(
             "pts_mismatch",
-            f"{path}: the frame nearest to {time_us} us is at {pts_us} us, further than one source frame ({frame_us} us)",
+            f"{path}: the frame nearest to {time_us} us is at {pts_us} us, over one source frame ({frame_us} us) away",
         )
 
 

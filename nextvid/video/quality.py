@@ -168,9 +168,11 @@ def _bars(grey: UInt8[np.ndarray, "h w"]) -> tuple[float, float, float, float] |
     top, bottom = int(np.argmin(rows)), int(np.argmin(rows[::-1]))
     left, right = int(np.argmin(columns)), int(np.argmin(columns[::-1]))
     # one line more where there is a bar: the line on its edge mixes bar and picture
-    return tuple((n + 1) / side if n else 0.0 for n, side in ((top, high), (bottom, high), (left, wide), (right, wide)))
+    shares = [(n + 1) / side if n else 0.0 for n, side in ((top, high), (bottom, high), (left, wide), (right, wide))]
+    return shares[0], shares[1], shares[2], shares[3]
 
 
 def _dark(grey: UInt8[np.ndarray, "h w"], axis: int) -> np.ndarray:
     values = grey.astype(np.float32)
-    return (values.mean(axis=axis) < BAR_MEAN) & (values.std(axis=axis) < BAR_STD)
+    dark: np.ndarray = (values.mean(axis=axis) < BAR_MEAN) & (values.std(axis=axis) < BAR_STD)
+    return dark

@@ -1,8 +1,8 @@
 """The first pass: one decode of a file to its shots, with scores, hashes and a preview each.
 
-Holds the pass and the facts of a shot. Holds no decision on shots (clips.py) and no detectors (transitions.py, quality.py).
-Everything is measured while frames go by, since decoding dominates (research: video, 8); of the pictures, four a second are kept
-for the last minutes and one a second before that: an hour takes under 200 MB.
+Holds the pass and the facts of a shot. Holds no decision on shots (clips.py) and no detectors (transitions.py,
+quality.py). Everything is measured while frames go by, since decoding dominates (research: video, 8); of the
+pictures, four a second are kept for the last minutes and one a second before that: an hour takes under 200 MB.
 """
 
 from collections.abc import Iterable
@@ -35,8 +35,8 @@ DECODED_SLACK = 2  # frames: leading pictures at the start of a cut file
 class ShotFacts:
     """One shot: a run of frames without a cut, from start_us to before end_us (0 and 0 for an image), and its scores.
 
-    The crop box is in upright source pixels. Hashes are PDQ of what the crop box shows. `preview` is uint8 [h, w, 3], RGB,
-    at most 160 pixels a side, from the middle of the shot.
+    The crop box is in upright source pixels. Hashes are PDQ of what the crop box shows. `preview` is uint8 [h, w, 3],
+    RGB, at most 160 pixels a side, from the middle of the shot.
     """
 
     start_us: int
@@ -71,7 +71,7 @@ class _Span:
 
 
 def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFacts]:
-    """The shots of a video in order, in one decode. A shot too short to hold a sample is left out. Raises MediaError."""
+    """The shots of a video in order, in one decode; one too short to hold a sample is left out. Raises MediaError."""
     if facts.kind == "image":
         return [image_shot(path, facts, config)]
     transitions = Transitions(config, facts.fps_hz)

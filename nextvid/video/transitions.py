@@ -1,8 +1,9 @@
 """Where one shot ends and the next begins: hard cuts, dissolves, fades and holes in time.
 
-Holds a detector fed one thumbnail a frame, in order; keeps a few numbers a frame and the last half second of thumbnails, so an
-hour of video costs megabytes. Hard cuts are PySceneDetect's ContentDetector; the dissolve test is that of research: video, 8
-(a blend is the mean of its ends, motion is not), fades are runs of dark frames and the ramps beside them. Holds no decoding.
+Holds a detector fed one thumbnail a frame, in order; keeps a few numbers a frame and the last half second of
+thumbnails, so an hour of video costs megabytes. Hard cuts are PySceneDetect's ContentDetector; the dissolve test is
+that of research: video, 8 (a blend is the mean of its ends, motion is not), fades are runs of dark frames and the
+ramps beside them. Holds no decoding.
 """
 
 from collections import deque
@@ -27,7 +28,7 @@ MARGIN = 0.5  # of the lag: the test holds from a quarter lag inside a linear bl
 
 @dataclass(frozen=True)
 class Transition:
-    """Frames from start_us to before end_us belong to no shot; a hard cut has none. `score` is the change in grey levels."""
+    """Frames from start_us to before end_us belong to no shot; a hard cut has none. `score`: change in grey levels."""
 
     start_us: int
     end_us: int
@@ -53,7 +54,7 @@ class Transitions:
 
     def see(self, time_us: int, thumb: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
         """One frame as a BGR thumbnail; returns the grey thumbnail made of it."""
-        grey = cv2.cvtColor(thumb, cv2.COLOR_BGR2GRAY)
+        grey: UInt8[np.ndarray, "h w"] = cv2.cvtColor(thumb, cv2.COLOR_BGR2GRAY)
         index = len(self.times_us)
         cuts = self._cuts.process_frame(FrameTimecode(index, fps=self.fps_hz), thumb)
         self._hard += [cut.frame_num for cut in cuts]
@@ -70,7 +71,7 @@ class Transitions:
         if not self.times_us:
             return []
         times = [*self.times_us, end_us]
-        spans = [(*span, "dissolve") for span in self._dissolves()]
+        spans: list[tuple[int, int, Kind]] = [(*span, "dissolve") for span in self._dissolves()]
         fades: list[tuple[int, int, Kind]] = [(*span, "fade") for span in self._fades()]
         merged = _merged(sorted([*spans, *fades]))
         change = np.maximum(self._padded(self._change), np.array(self._step))

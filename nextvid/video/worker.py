@@ -32,7 +32,7 @@ def limit(memory_bytes: int, output_bytes: int) -> None:
 
     from nextvid.video import decode, shots
 
-    assert decode and shots, "imported here so that a task costs milliseconds, not their import"
+    assert {decode, shots}, "imported here so that a task costs milliseconds, not their import"
     cv2.setNumThreads(1)  # research video 3: one thread a worker
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     ceiling = pages * resource.getpagesize() + memory_bytes
