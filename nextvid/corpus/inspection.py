@@ -1,13 +1,15 @@
-"""What the sandbox does to a file when it is first met: identity and facts of one demux.
+"""What the sandbox does to a file before any clip is cut: identity and facts of one demux, then the first pass.
 
 Imported by the sandbox's processes, so it holds no tables (polars would cost each process half a second). Facts are
-probe.py's.
+probe.py's, shots those of video/shots.py. probe.py's.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from nextvid.corpus.project import ShotConfig
 from nextvid.video.probe import MediaFacts, probe
+from nextvid.video.shots import ShotFacts, first_pass
 from storage.digest import digest_file
 from storage.errors import MediaError
 
@@ -40,3 +42,17 @@ def identify(path: Path) -> tuple[str, int]:
         raise MediaError("missing", f"{path}: no such file; list the dataset again") from None
     except OSError as error:
         raise MediaError("unreadable", f"{path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Viewing:
+    """One first pass: a local file, what is known of it, and how it is cut."""
+
+    path: Path
+    facts: MediaFacts
+    config: ShotConfig
+
+
+def view_file(viewing: Viewing) -> list[ShotFacts]:
+    """The first pass over a file. Raises MediaError."""
+    return first_pass(viewing.path, viewing.facts, viewing.config)

@@ -1,0 +1,268 @@
+"""`shots`: one first pass over each media, cut-free runs with scores; and the contact sheet.
+
+Bytes that stand in a batch twice are looked at once. A media that fails is one row without a shot id, tried again by
+the next call. Everything is made again when the first pass's configuration changes; thresholds are none of it
+(clips.py). Holds no decoding and no detectors (nextvid/video).
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from nextvid.corpus.batches import config_of, latest
+from nextvid.corpus.fetch import fetch, release
+from nextvid.corpus.inspection import Viewing, view_file
+from nextvid.corpus.project import Project, ShotConfig
+from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict
+from nextvid.outcome import Check, Outcome
+from nextvid.report.sheets import SheetRow, Tile, contact_sheet
+from nextvid.video.clips import shot_id
+from nextvid.video.probe import MediaFacts
+from nextvid.video.sandbox import Sandbox
+from nextvid.video.shots import ShotFacts
+from storage import atomic, tables
+from storage.errors import MediaError
+from storage.root import DataRoot
+from storage.schemas import Media, Shots, Sources
+
+Progress = Callable[[int, int], None]
+Row = dict[str, Any]
+
+WORKERS = 2  # research video 3: one thread a worker; more workers belong to more batches
+TIMEOUT_S = 120.0  # our choice, for what does not grow with the video
+TIMEOUT_A_SECOND = 2.0  # seconds a second of video: research video 8 measures 0.1 at 1080p; the rest is for 4K and load
+LONGEST_S = 6 * 3600.0  # our choice: what a file declares about itself may be wrong
+SHEET_FILES, SHEET_SHOTS = 12, 16  # our choice: a sheet that loads at once
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A media row and what its first pass came to."""
+
+    media: Row
+    result: list[ShotFacts] | MediaError
+
+
+def make_shots(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
+    """First pass over the batch's media that have no shots yet; publish the table, the contact sheet and the checks.
+
+    Raises UpstreamError where `media` is missing or failed its checks.
+    """
+    started_s = time.perf_counter()
+    root, config = project.root, project.corpus.curation.shots
+    config_of(project, batch)
+    tables.require_checks(root.checks("media", batch), "media")
+    media = tables.read_table(root.table("media", batch), Media)
+    sources = tables.read_table(root.table("sources", batch), Sources)
+    before = _before(root, batch, config)
+    wanted, lost = _wanted(media, sources, before)
+    rows: list[Row] = [_failed(row, "gone", "the file went before its first pass", "rejected") for row in lost]
+    pictured = _Sheet([bytes(row["media_id"]) for row in wanted])
+    for number, seen in enumerate(_first_passes(wanted, config), 1):
+        rows += _rows(seen)
+        pictured.add(seen)
+        if progress:
+            progress(number, len(wanted))
+    redone = pl.Series([row["media_id"] for row in rows], dtype=pl.Binary).unique()
+    shots = pl.concat([before.filter(~pl.col("media_id").is_in(redone.implode())), _frame(rows)])
+    shots = shots.sort("media_id", "shot_index")
+    checks = _checks(shots, media, config)
+    written = publish_table(root, "shots", batch, shots, Shots)
+    if pictured.rows:
+        atomic.publish_bytes(root.preview("shots", batch), pictured.png())
+        written = True
+    written |= publish_verdict(root.checks("shots", batch), "shots", checks)
+    return _outcome(project, batch, shots, checks, written, len(wanted), started_s)
+
+
+def _outcome(
+    project: Project,
+    batch: str,
+    shots: pl.DataFrame,
+    checks: tuple[Check, ...],
+    made: bool,
+    viewed: int,
+    started_s: float,
+) -> Outcome:
+    good = shots.filter(pl.col("status") == "ok")
+    preview = project.root.preview("shots", batch)
+    return Outcome(
+        asset="shots",
+        partition=batch,
+        made=made,
+        rows=shots.height,
+        size_bytes=int(shots.estimated_size()),
+        seconds=time.perf_counter() - started_s,
+        quarantined=shots.filter(pl.col("status") == "quarantined").height,
+        digest=project.corpus.curation.shots.digest(),
+        numbers={
+            **counts(shots),
+            "viewed": viewed,
+            "files": shots["media_id"].n_unique(),
+            "video_s": int((good["end_us"] - good["start_us"]).sum()) / 1e6,
+            "hashes": int(good["hashes"].list.len().sum()),
+        },
+        pictures={"shots": preview} if atomic.exists(preview) else {},
+        checks=checks,
+    )
+
+
+def _before(root: DataRoot, batch: str, config: ShotConfig) -> pl.DataFrame:
+    """The rows there are, if they were made with this configuration."""
+    found = tables.read_checks(root.checks("shots", batch))
+    made_with = {check.get("numbers", {}).get("first_pass") for check in found["checks"]} if found else set()
+    return existing(root, "shots", batch, Shots) if config.digest() in made_with else Shots.create_empty()
+
+
+def _wanted(media: pl.DataFrame, sources: pl.DataFrame, before: pl.DataFrame) -> tuple[list[Row], list[Row]]:
+    """(one present file of each media to look at, one row of each media whose files went), sorted by media id."""
+    good = media.filter(pl.col("status") == "ok").sort("media_id", "uri", "revision")
+    done = before.filter(
+        (pl.col("status") != "quarantined") & (pl.col("reason").is_null() | (pl.col("reason") != "gone"))
+    )
+    missing = tables.missing_rows(good, done, "media_id")
+    present = latest(sources).filter(pl.col("gone_at").is_null()).select("uri", "revision")
+    here = missing.join(present, on=["uri", "revision"], how="semi", maintain_order="left")
+    first = here.unique("media_id", keep="first", maintain_order=True)
+    lost = tables.missing_rows(missing, here, "media_id").unique("media_id", keep="first", maintain_order=True)
+    return list(first.iter_rows(named=True)), list(lost.iter_rows(named=True))
+
+
+def _first_passes(wanted: Sequence[Row], config: ShotConfig) -> Iterator[_Seen]:
+    """Results as they finish."""
+    if not wanted:
+        return
+    longest_s = min(LONGEST_S, max(row["duration_us"] for row in wanted) / 1e6)
+    timeout_s = TIMEOUT_S + TIMEOUT_A_SECOND * longest_s
+    workers = max(1, min(WORKERS, os.cpu_count() or 1, len(wanted)))
+    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
+        rows: dict[Path, Row] = {}
+        failed: list[_Seen] = []
+
+        def viewings() -> Iterator[Viewing]:
+            for row in wanted:
+                try:
+                    path = fetch(row["uri"], Path(folder))
+                except MediaError as error:
+                    failed.append(_Seen(row, error))
+                    continue
+                rows[path] = row
+                yield Viewing(path, facts_of(row), config)
+
+        for viewing, result in sandbox.map_unordered(view_file, viewings(), timeout_s):
+            row = rows.pop(viewing.path)
+            release(row["uri"], viewing.path)
+            yield _Seen(row, result)
+        yield from failed
+
+
+def facts_of(media: Row) -> MediaFacts:
+    """The facts that a row of `media` with status ok holds."""
+    names = MediaFacts.__dataclass_fields__
+    return MediaFacts(**{name: media[name] for name in names if name != "hazards"}, hazards=tuple(media["hazards"]))
+
+
+def _rows(seen: _Seen) -> list[Row]:
+    match seen.result:
+        case MediaError() as error:
+            return [_failed(seen.media, error.reason, str(error), "quarantined")]
+        case []:
+            return [_failed(seen.media, "no_shot", "every run of frames is too short to hold a sample", "rejected")]
+        case shots:
+            return [_row(seen.media, index, shot) for index, shot in enumerate(shots)]
+
+
+def _row(media: Row, index: int, shot: ShotFacts) -> Row:
+    row = _blank(media)
+    row.update({name: getattr(shot, name) for name in row if hasattr(shot, name)})
+    return row | {
+        "shot_index": index,
+        "shot_id": bytes.fromhex(shot_id(media["media_id"].hex(), shot.start_us, shot.end_us)),
+        "hashes": list(shot.hashes),
+        "hash_quality": list(shot.hash_quality),
+        "hash_times_us": list(shot.hash_times_us),
+        "status": "ok",
+    }
+
+
+def _failed(media: Row, reason: str, error: str, status: str) -> Row:
+    return _blank(media) | {
+        "start_us": 0,
+        "end_us": 0,
+        "cut_in": "edge",
+        "cut_out": "edge",
+        "shot_index": 0,
+        "status": status,
+        "reason": reason,
+        "error": error,
+    }
+
+
+def _blank(media: Row) -> Row:
+    row: Row = dict.fromkeys(Shots.column_names())
+    row.update({name: media[name] for name in ("media_id", "dataset", "batch", "uri", "kind")})
+    return row | {"hashes": [], "hash_quality": [], "hash_times_us": []}
+
+
+def _frame(rows: list[Row]) -> pl.DataFrame:
+    return pl.DataFrame(rows, Shots.create_empty().schema, orient="row")
+
+
+def _checks(shots: pl.DataFrame, media: pl.DataFrame, config: ShotConfig) -> tuple[Check, ...]:
+    """Whether shots lie in their file, to one frame, and not in each other."""
+    files = (
+        media.filter(pl.col("status") == "ok")
+        .unique("media_id")
+        .select("media_id", "fps_hz", "duration_us", begin="start_us")
+    )
+    videos = shots.filter((pl.col("status") == "ok") & (pl.col("kind") == "video")).sort("media_id", "start_us")
+    joined = videos.join(files, on="media_id")
+    frame_us = 1e6 / pl.col("fps_hz")
+    outside = joined.filter(
+        (pl.col("start_us") < pl.col("begin") - frame_us)
+        | (pl.col("end_us") > pl.col("begin") + pl.col("duration_us") + frame_us)
+    )
+    over = videos.filter(pl.col("start_us") < pl.col("end_us").shift(1).over("media_id"))
+    return (
+        Check(
+            "intervals_inside_file",
+            outside.is_empty(),
+            {"outside": outside.height, "shots": videos.height, "first_pass": config.digest()},
+            description="every shot lies within its file's first and last frame",
+        ),
+        Check("no_overlap", over.is_empty(), {"overlapping": over.height}, description="shots of a file are disjoint"),
+    )
+
+
+class _Sheet:
+    """Pictures of the shots of a few files, evenly chosen from those that are looked at."""
+
+    def __init__(self, media: Sequence[bytes]) -> None:
+        step = max(1, len(media) // SHEET_FILES)
+        self.chosen = set(media[::step][:SHEET_FILES])
+        self.rows: dict[bytes, SheetRow] = {}
+
+    def add(self, seen: _Seen) -> None:
+        """Keep the pictures of a chosen file."""
+        media_id = seen.media["media_id"]
+        if media_id not in self.chosen or isinstance(seen.result, MediaError):
+            return
+        tiles = [Tile(shot.preview, _caption(shot), shot.cut_in) for shot in seen.result[:SHEET_SHOTS]]
+        left_out = len(seen.result) - len(tiles)
+        header = f"{seen.media['path']}" + (f"  (and {left_out} shots more)" if left_out > 0 else "")
+        self.rows[media_id] = SheetRow(header, tiles)
+
+    def png(self) -> bytes:
+        """The sheet, files sorted by media id."""
+        return contact_sheet([self.rows[key] for key in sorted(self.rows)])
+
+
+def _caption(shot: ShotFacts) -> str:
+    times = f"{shot.start_us / 1e6:.2f}-{shot.end_us / 1e6:.2f} s, {shot.cut_in}"
+    return f"{times}\nmotion {shot.motion_mean:.2f} luma {shot.luma_mean:.0f} blur {shot.blur:.0f}"
