@@ -167,10 +167,17 @@ class BenchmarkConfig(Strict):
 
     datasets: tuple[str, ...]
     target: str
-    policy: ClipPolicy  # segments: clips_per_shot; views: views
+    policy: ClipPolicy  # segments: clips_per_shot; views: views; `crop` is `centre` unless the protocol names another
     epochs: int = 20  # Tab. 10
     batch: int = 32
     seeds: int = 3  # research demo 5: one probe seed is noise for claims under 6 points
+
+    @field_validator("policy")
+    @classmethod
+    def _protocol(cls, policy: ClipPolicy) -> ClipPolicy:
+        if policy.flip:
+            raise ValueError("clips of a benchmark are never flipped (method.md 9): leave 'flip' out")
+        return policy if "crop" in policy.model_fields_set else policy.model_copy(update={"crop": "centre"})
 
 
 class CorpusConfig(Strict):

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ WORKERS = 2  # research video 3: one thread a worker; more workers belong to mor
 TIMEOUT_S = 120.0  # our choice, for what does not grow with the video
 TIMEOUT_A_SECOND = 2.0  # seconds a second of video: research video 8 measures 0.1 at 1080p; the rest is for 4K and load
 LONGEST_S = 6 * 3600.0  # our choice: what a file declares about itself may be wrong
-SHEET_FILES, SHEET_SHOTS = 12, 16  # our choice: a sheet that loads at once
+SHEET_FILES, SHEET_SHOTS = 16, 16  # our choice: a sheet that loads at once
+NAME_LETTERS = 28  # as many as a tile is wide
 
 
 @dataclass(frozen=True)
@@ -259,8 +260,16 @@ class _Sheet:
         self.rows[media_id] = SheetRow(header, tiles)
 
     def png(self) -> bytes:
-        """The sheet, files sorted by media id."""
-        return contact_sheet([self.rows[key] for key in sorted(self.rows)])
+        """The sheet, files sorted by media id; those of one shot share lines, their names cut to a tile's width."""
+        rows = [self.rows[key] for key in sorted(self.rows)]
+        single = [row for row in rows if len(row.tiles) == 1]
+        named = [replace(row.tiles[0], caption=_named(row.header, row.tiles[0].caption)) for row in single]
+        several = [row for row in rows if len(row.tiles) > 1]
+        return contact_sheet([*several, SheetRow("files of one shot", named)] if named else several)
+
+
+def _named(name: str, caption: str) -> str:
+    return f"{name[-NAME_LETTERS:]}\n{caption.splitlines()[-1]}"
 
 
 def _caption(shot: ShotFacts) -> str:

@@ -1,0 +1,199 @@
+"""`clips`: the curated clip manifest, one row a view; and the labels that benchmarks read from it.
+
+Made again at every call from `shots`, `media`, `labels` and corpus.yaml, and written only where it differs: nothing
+is decoded, so new thresholds, labels or policies cost seconds. Splits are decided here, once (splits.py). Holds no
+rule of what a shot gives (manifest.py) and no geometry (nextvid/video/clips.py).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import polars as pl
+
+from nextvid.corpus.batches import config_of, dataset_of, latest
+from nextvid.corpus.manifest import Label, MediaNow, Row, rows_of
+from nextvid.corpus.project import DatasetConfig, Project
+from nextvid.corpus.publishing import counts, publish_table, publish_verdict
+from nextvid.corpus.splits import split_of
+from nextvid.outcome import Check, Outcome
+from nextvid.video.clips import ROUNDING_US, View, clip_id, row_id
+from storage import tables
+from storage.errors import ConfigError, UpstreamError
+from storage.schemas import Clips, Labels, Media, Shots, Sources
+
+Progress = Callable[[int, int], None]
+LABEL_COLUMNS = ("row_id", "split", "value", "media_id", "group", "batch", "frames")
+
+
+def make_clips(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
+    """Cut the batch's shots into clips and views for pretraining and every benchmark; publish table and checks.
+
+    Raises UpstreamError where `media` or `shots` is missing or failed its checks.
+    """
+    started_s = time.perf_counter()
+    root, config = project.root, config_of(project, batch)
+    for noun in ("media", "shots"):
+        tables.require_checks(root.checks(noun, batch), noun)
+    shots = tables.read_table(root.table("shots", batch), Shots)
+    media = _media_now(project, batch, config)
+    benchmarks = {n: b for n, b in project.corpus.benchmarks.items() if dataset_of(batch) in b.datasets}
+    good = shots.filter(pl.col("status") == "ok")
+    rows: list[Row] = []
+    unlabelled: Counter[str] = Counter()
+    for number, shot in enumerate(good.iter_rows(named=True), 1):
+        made = rows_of(shot, media[shot["media_id"]], config, project.corpus.curation.filters, benchmarks)
+        rows += made.rows
+        unlabelled.update(made.unlabelled)
+        if progress:
+            progress(number, good.height)
+    clips = pl.DataFrame(rows, Clips.create_empty().schema, orient="row")
+    clips = clips.sort("media_id", "shot_id", "frames", "row_id", "reason")
+    checks = _checks(clips, shots, project.corpus.curation_digest())
+    written = publish_table(root, "clips", batch, clips, Clips)
+    written |= publish_verdict(root.checks("clips", batch), "clips", checks)
+    return _outcome(project, batch, clips, checks, written, unlabelled, started_s)
+
+
+def clip_labels(project: Project, benchmark: str) -> pl.DataFrame:
+    """Rows of a benchmark with their values: columns of LABEL_COLUMNS, sorted by batch and row id.
+
+    Reads every batch of its datasets whose clips passed. Rows without exactly one value are left out; `make_clips`
+    counts them. Raises ConfigError for an unknown benchmark, UpstreamError where no batch is made.
+    """
+    config = project.corpus.benchmarks.get(benchmark)
+    if config is None:
+        known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
+        raise ConfigError(f"{project.path}: there is no benchmark '{benchmark}'; there are: {known}")
+    batches = [batch for batch in project.root.batches("clips") if dataset_of(batch) in config.datasets]
+    passed = [
+        batch for batch in batches if (tables.read_checks(project.root.checks("clips", batch)) or {}).get("passed")
+    ]
+    if not passed:
+        raise UpstreamError(
+            f"benchmark {benchmark}: no batch of {', '.join(config.datasets)} has clips; make them first"
+        )
+    frames = [_batch_labels(project, batch, benchmark, config.target) for batch in passed]
+    return pl.concat(frames).sort("batch", "row_id")
+
+
+def _batch_labels(project: Project, batch: str, benchmark: str, target: str) -> pl.DataFrame:
+    """The rule of `manifest.value_of` for all clips of a batch at once."""
+    clips = tables.read_table(project.root.table("clips", batch), Clips)
+    clips = clips.filter((pl.col("status") == "ok") & pl.col("uses").list.contains(benchmark))
+    labels = tables.read_table(project.root.table("labels", batch), Labels).filter(pl.col("target") == target)
+    joined = clips.join(labels.select("media_id", "start_us", "end_us", "value"), on="media_id")
+    first, last = pl.col("times_us").list.first(), pl.col("times_us").list.last()
+    inside = joined.filter(
+        (pl.col("start_us").is_null() | (first >= pl.col("start_us") - ROUNDING_US))
+        & (pl.col("end_us").is_null() | (last < pl.col("end_us") + ROUNDING_US))
+    )
+    values = inside.group_by("row_id").agg(pl.col("value").unique()).filter(pl.col("value").list.len() == 1)
+    return clips.join(values.with_columns(pl.col("value").list.first()), on="row_id").select(LABEL_COLUMNS)
+
+
+def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[bytes, MediaNow]:
+    """By media id: the file to read (a present copy before a gone one, then by name), split, group, labels."""
+    root = project.root
+    media = tables.read_table(root.table("media", batch), Media).filter(pl.col("media_id").is_not_null())
+    newest = latest(tables.read_table(root.table("sources", batch), Sources))
+    labels = _labels(tables.read_table(root.table("labels", batch), Labels))
+    ranked = media.join(newest.select("uri", "revision", "gone_at", current=True), on=["uri", "revision"], how="left")
+    ranked = ranked.with_columns(
+        pl.when(pl.col("status") != "ok")
+        .then(pl.col("reason"))
+        .when(pl.col("current").is_null())
+        .then(pl.lit("replaced"))  # other bytes stand there now: what is encoded stays, more cannot be
+        .alias("refused")
+    ).sort(pl.col("refused").is_not_null(), pl.col("gone_at").is_not_null(), "uri", "revision")
+    found = {}
+    for row in ranked.unique("media_id", keep="first", maintain_order=True).iter_rows(named=True):
+        known = labels.get(row["media_id"], [])
+        reserved = {label.target: label.value for label in known if label.target in ("split", "group")}
+        group = reserved.get("group")
+        official = None if row["refused"] == "contradictory" else reserved.get("split")
+        found[row["media_id"]] = MediaNow(
+            uri=row["uri"],
+            decoder=row["decoder"] or "pyav",  # of a file that may not be used
+            fps_hz=row["fps_hz"] or 0.0,
+            split=split_of(config.split, official, group, row["media_id"]),
+            group=group,
+            labels=tuple(known),
+            refused=row["refused"],
+        )
+    return found
+
+
+def _labels(labels: pl.DataFrame) -> Mapping[bytes, list[Label]]:
+    found: dict[bytes, list[Label]] = {}
+    for media_id, start_us, end_us, target, value in labels.select(Labels.column_names()).iter_rows():
+        found.setdefault(media_id, []).append(Label(target, value, start_us, end_us))
+    return found
+
+
+def _checks(clips: pl.DataFrame, shots: pl.DataFrame, curation: str) -> tuple[Check, ...]:
+    good = clips.filter(pl.col("status") == "ok")
+    joined = good.join(shots.select("shot_id", "start_us", "end_us"), on="shot_id", how="left")
+    first, last, end = pl.col("times_us").list.first(), pl.col("times_us").list.last(), pl.col("end_us")
+    moving = pl.col("end_us") > pl.col("start_us")  # an image is one moment, which ends where it starts
+    after = pl.when(moving).then(last >= end).otherwise(last > end)
+    across = joined.filter(end.is_null() | (first < pl.col("start_us")) | after)
+    foreign = sum(not _own_ids(row) for row in good.iter_rows(named=True))
+    without = shots.filter(pl.col("status") == "ok").join(clips, on="shot_id", how="anti")
+    return (
+        Check(
+            "no_clip_crosses_a_cut",
+            across.is_empty(),
+            {"crossing": across.height, "rows": good.height, "curation": curation},
+            description="every frame's time lies in the shot that the clip is cut from",
+        ),
+        Check(
+            "ids_derive_from_content",
+            foreign == 0 and good["row_id"].n_unique() == good.height,
+            {"foreign": foreign, "repeated": good.height - good["row_id"].n_unique()},
+            description="clip and view ids, and so the seeds of views, derive from media, times and crop; each row once",
+        ),
+        Check(
+            "every_shot_has_a_row",
+            without.is_empty(),
+            {"shots_without_row": without.height},
+            description="a shot that gives no clip says why",
+        ),
+    )
+
+
+def _own_ids(row: Row) -> bool:
+    clip = clip_id(row["media_id"].hex(), row["times_us"])
+    view = View(row["crop_x"], row["crop_y"], row["crop_w"], row["crop_h"], row["flip"])
+    return bool(row["clip_id"].hex() == clip and row["row_id"].hex() == row_id(clip, view))
+
+
+def _outcome(
+    project: Project,
+    batch: str,
+    clips: pl.DataFrame,
+    checks: tuple[Check, ...],
+    made: bool,
+    unlabelled: Mapping[str, int],
+    started_s: float,
+) -> Outcome:
+    good = clips.filter(pl.col("status") == "ok")
+    by_use = good.explode("uses").group_by("uses").len()
+    by_split = good.group_by(pl.col("split").cast(pl.String)).len()
+    return Outcome(
+        asset="clips",
+        partition=batch,
+        made=made,
+        rows=clips.height,
+        size_bytes=int(clips.estimated_size()),
+        seconds=time.perf_counter() - started_s,
+        digest=project.corpus.curation_digest(),
+        numbers={
+            **counts(clips),
+            "clips": good["clip_id"].n_unique(),
+            **{f"for_{name}": int(number) for name, number in sorted(by_use.iter_rows())},
+            **{f"split_{name}": int(number) for name, number in sorted(by_split.iter_rows())},
+            **{f"unlabelled_{name}": number for name, number in sorted(unlabelled.items())},
+        },
+        checks=checks,
+    )

@@ -1,0 +1,188 @@
+"""From one shot to its rows of the manifest: what is wanted of it, by whom, and why not.
+
+Pure functions of a shot's row, its media, labels and corpus.yaml. Filters are pretraining's: a benchmark takes what
+its protocol says, so that scores compare (design 6). A clip serves a benchmark only where the benchmark's target has
+one value for it. Holds no tables (clips.py) and no geometry (nextvid/video/clips.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nextvid.corpus.project import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
+from nextvid.corpus.splits import Split
+from nextvid.video.clips import ROUNDING_US, clip_id, clips_of, filter_reason, row_id, views
+from nextvid.video.quality import Box
+from storage.schemas import Clips
+
+Row = dict[str, Any]
+PRETRAIN = "pretrain"
+
+
+@dataclass(frozen=True)
+class Label:
+    """One value of one target; without a span it speaks of the whole file."""
+
+    target: str
+    value: str
+    start_us: int | None
+    end_us: int | None
+
+
+@dataclass(frozen=True)
+class MediaNow:
+    """What clips need of a media: the file to read, how, and why not, if it may not be used."""
+
+    uri: str
+    decoder: str
+    fps_hz: float
+    split: Split
+    group: str | None
+    labels: tuple[Label, ...]
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class ShotScores:
+    """The columns of a row of `shots` that decide."""
+
+    start_us: int
+    end_us: int
+    cut_in: str
+    cut_out: str
+    motion_mean: float
+    freeze_share: float
+    luma_mean: float
+    blur: float
+
+    @staticmethod
+    def of(shot: Mapping[str, Any]) -> "ShotScores":
+        """From a row of `shots` with status ok."""
+        return ShotScores(**{name: shot[name] for name in ShotScores.__dataclass_fields__})
+
+
+@dataclass
+class ShotRows:
+    """Rows of one shot, and how many clips each benchmark left out for want of one value."""
+
+    rows: list[Row]
+    unlabelled: dict[str, int]
+
+
+def value_of(labels: Sequence[Label], target: str, times_us: Sequence[int]) -> str | None:
+    """The one value of `target` for a clip; None where there is none or several.
+
+    A span counts if every frame lies in it, to the millisecond that containers round times to.
+    """
+    values = {
+        label.value
+        for label in labels
+        if label.target == target
+        and (label.start_us is None or times_us[0] >= label.start_us - ROUNDING_US)
+        and (label.end_us is None or times_us[-1] < label.end_us + ROUNDING_US)
+    }
+    return values.pop() if len(values) == 1 else None
+
+
+def rows_of(
+    shot: Mapping[str, Any],
+    media: MediaNow,
+    dataset: DatasetConfig,
+    filters: FilterConfig,
+    benchmarks: Mapping[str, BenchmarkConfig],
+) -> ShotRows:
+    """Every row of one shot: a view wanted by several is one row; a shot that gives none is one row with its reason."""
+    if media.refused is not None:
+        return ShotRows([_refused(shot, media, media.refused, [])], {})
+    scores, found = ShotScores.of(shot), _Found(shot, media, filters.trim_s)
+    reason = _not_pretrained(dataset, media, scores, filters)
+    wants_pretrain = dataset.weight is not None and media.split == "train"
+    if reason is None:
+        for policy in dataset.clips:
+            found.add(PRETRAIN, policy, None)
+        reason = None if found.rows else "too_short"
+    for name, benchmark in sorted(benchmarks.items()):
+        found.add(name, benchmark.policy, benchmark.target)
+    rows = [row | {"uses": sorted(row["uses"])} for row in found.rows.values()]
+    if reason is not None and wants_pretrain:
+        rows.append(_refused(shot, media, reason, [PRETRAIN]))
+    elif not rows:
+        rows.append(_refused(shot, media, _why_nothing(found, reason), []))
+    return ShotRows(rows, found.unlabelled)
+
+
+class _Found:
+    """Rows of a shot by row id, as policies ask for them."""
+
+    def __init__(self, shot: Mapping[str, Any], media: MediaNow, trim_s: float) -> None:
+        self.shot, self.media, self.trim_s = shot, media, trim_s
+        self.scores = ShotScores.of(shot)
+        self.rows: dict[bytes, Row] = {}
+        self.unlabelled: dict[str, int] = {}
+
+    def add(self, use: str, policy: ClipPolicy, target: str | None) -> None:
+        """Add the policy's views; with a target, of clips that have a value of it."""
+        media_hex = self.shot["media_id"].hex()
+        box = Box(*(self.shot[name] for name in ("crop_x", "crop_y", "crop_w", "crop_h")))
+        fps_hz = self.media.fps_hz or 1.0  # an image has no rate, and its one time needs none
+        for times in clips_of(media_hex, self.scores, policy, self.trim_s, fps_hz):
+            if target is not None and value_of(self.media.labels, target, times) is None:
+                self.unlabelled[use] = self.unlabelled.get(use, 0) + 1
+                continue
+            clip = clip_id(media_hex, times)
+            for index, view in enumerate(views(clip, box, policy)):
+                key = bytes.fromhex(row_id(clip, view))
+                if key not in self.rows:
+                    self.rows[key] = _blank(self.shot, self.media) | {
+                        "row_id": key,
+                        "clip_id": bytes.fromhex(clip),
+                        "frames": len(times),
+                        "times_us": times,
+                        "view_index": index,
+                        "crop_x": view.x,
+                        "crop_y": view.y,
+                        "crop_w": view.w,
+                        "crop_h": view.h,
+                        "flip": view.flip,
+                        "uses": [],
+                        "status": "ok",
+                    }
+                if use not in self.rows[key]["uses"]:
+                    self.rows[key]["uses"].append(use)
+
+
+def _not_pretrained(dataset: DatasetConfig, media: MediaNow, scores: ShotScores, filters: FilterConfig) -> str | None:
+    """Why pretraining leaves the shot out; None where it takes it."""
+    if dataset.weight is None:
+        return "unused"
+    if media.split != "train":
+        return "held_out"
+    return filter_reason(scores, filters)
+
+
+def _why_nothing(found: _Found, reason: str | None) -> str:
+    """Of a shot that nobody takes: no label where a benchmark asked for one, else what pretraining says."""
+    if found.unlabelled:
+        return "unlabelled"
+    return reason or "too_short"
+
+
+def _refused(shot: Mapping[str, Any], media: MediaNow, reason: str, uses: list[str]) -> Row:
+    """The row of a shot that gives no clip; `uses` names what refused it."""
+    crop = {name: shot[name] for name in ("crop_x", "crop_y", "crop_w", "crop_h")}
+    return _blank(shot, media) | crop | {"uses": uses, "status": "rejected", "reason": reason}
+
+
+def _blank(shot: Mapping[str, Any], media: MediaNow) -> Row:
+    row: Row = dict.fromkeys(Clips.column_names())
+    row.update({name: shot[name] for name in ("shot_id", "media_id", "dataset", "batch", "kind")})
+    return row | {
+        "uri": media.uri,
+        "decoder": media.decoder,
+        "split": media.split,
+        "group": media.group,
+        "frames": 0,
+        "times_us": [],
+        "view_index": 0,
+        "flip": False,
+    }
