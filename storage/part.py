@@ -1,0 +1,174 @@
+"""Part: one planned encode of a batch at one clip length. Its plan never changes, its shards are written once.
+
+A part appears whole (Zarr metadata and plan in one rename). A shard is the file, then its commit, both created
+exclusively while the part's lock is held: a file without a commit is a dead writer's litter, which the next writer
+replaces. The commit is the truth; readers look at nothing else. Must not know how rows were chosen or encoded.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+
+from storage import atomic, shard, tables
+from storage.errors import ConflictError, DamagedError, StoreError, TableError, UpstreamError
+from storage.schemas import Commits, Plan
+from storage.shard import ROWS_PER_SHARD
+from storage.spec import EncodingSpec
+
+AXES = ("row", "frame", "channel", "y", "x")
+
+
+class Part:
+    """A part that exists. `path` is its folder; slots number its rows from 0, shard = slot // 256."""
+
+    def __init__(self, path: str, spec: EncodingSpec, batch: str, frames: int, number: int) -> None:
+        self.path = path
+        self.spec = spec
+        self.batch = batch
+        self.frames = frames
+        self.number = number
+        self._guard = threading.RLock()
+        self._lock_file: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Part({self.path!r})"
+
+    @cached_property
+    def plan(self) -> pl.DataFrame:
+        """Columns of Plan, by slot."""
+        path = f"{self.path}/plan.parquet"
+        try:
+            plan = tables.read_table(path, Plan).sort("slot")
+        except (UpstreamError, TableError) as error:
+            remedy = f"Remove the folder {self.path} and make the latents of the batch again"
+            raise DamagedError(f"{path} is missing or damaged ({error}). {remedy}") from error
+        if plan["slot"].to_list() != list(range(plan.height)):
+            raise DamagedError(f"{path}: slots are not 0 to {plan.height - 1}")
+        return plan
+
+    @property
+    def shards(self) -> int:
+        """Number of shards that the plan asks for."""
+        return -(-self.plan.height // ROWS_PER_SHARD)
+
+    def rows_of(self, number: int) -> pl.DataFrame:
+        """Columns of Plan of one shard, by slot (of the part, not of the shard)."""
+        assert 0 <= number < self.shards, f"shard {number} of {self.shards}"
+        return self.plan.slice(number * ROWS_PER_SHARD, ROWS_PER_SHARD)
+
+    def shard_path(self, number: int) -> Path:
+        return Path(self.path, "latent", "c", str(number), "0", "0", "0", "0")
+
+    def commit_path(self, number: int) -> Path:
+        return Path(self.path, "commits", f"{number:06d}.parquet")
+
+    def committed(self, number: int) -> bool:
+        return self.commit_path(number).exists()
+
+    def commit(self, number: int) -> pl.DataFrame:
+        """Columns of Commits of a committed shard, by slot; DamagedError where it does not fit the plan."""
+        path = str(self.commit_path(number))
+        commits = tables.read_table(path, Commits).sort("slot")
+        if not commits.select("row_id", "slot").equals(self.rows_of(number)):
+            raise DamagedError(f"{path} names other rows than the plan: remove it and make the latents again")
+        return commits
+
+    def write_shard(self, number: int, latents: Float[np.ndarray, "n F C h w"], commits: pl.DataFrame) -> None:
+        """Write one shard, then its commit; ConflictError if another writer committed it first.
+
+        `latents` stand in slot order, one for each planned row; what stands in the slot of a failed row is replaced by
+        NaN. `commits` has the columns of Commits; its crc32c, sums and sums_squared are measured here on the stored
+        values and may come in null or empty. StoreError where rows do not fit the plan or are not finite.
+        """
+        rows = self.rows_of(number)
+        commits = commits.sort("slot")
+        if (
+            commits["row_id"].to_list() != rows["row_id"].to_list()
+            or commits["slot"].to_list() != rows["slot"].to_list()
+        ):
+            raise StoreError(f"shard {number} of {self.path}: the commit's rows are not the planned ones")
+        wanted = (rows.height, *self.spec.row_shape(self.frames))
+        if latents.shape != wanted:
+            raise StoreError(f"shard {number} of {self.path}: latents have shape {latents.shape}, not {wanted}")
+        stored = shard.stored_values(latents, (commits["status"] == "ok").to_numpy(), self.spec.storage)
+        sealed = tables.encode_table(shard.measured(stored, commits), Commits, str(self.commit_path(number)))
+        with self.lock():
+            self._refuse_committed(number)
+            self.shard_path(number).unlink(missing_ok=True)  # litter of a writer that died before its commit
+            with (
+                atomic.staged_file(str(self.shard_path(number)), exclusive=True) as temporary,
+                temporary.open("xb") as file,
+            ):
+                file.write(stored.data)
+                file.write(shard.index(rows.height, self.spec.row_bytes(self.frames)))
+            atomic.create_exclusively(str(self.commit_path(number)), sealed)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Exclusive lock of the part among threads, processes and machines (flock); waits; the holder may nest it."""
+        with self._guard:
+            if self._lock_file is not None:
+                yield
+                return
+            self._lock_file = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(self._lock_file)  # and with it the lock
+                self._lock_file = None
+
+    def erase(self, slots: Sequence[int]) -> None:
+        """Zero the bytes of these slots in place, for withdrawn media only. Nothing else moves or changes."""
+        row_bytes = self.spec.row_bytes(self.frames)
+        with self.lock():
+            for slot in slots:
+                number, within = divmod(slot, ROWS_PER_SHARD)
+                if not self.committed(number):
+                    continue
+                with self.shard_path(number).open("r+b") as file:
+                    file.seek(within * row_bytes)
+                    file.write(bytes(row_bytes))
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def _refuse_committed(self, number: int) -> None:
+        if self.committed(number):
+            raise ConflictError(f"shard {number} of {self.path} is committed already: another writer was first")
+
+
+def create_part(part: Part, row_ids: Sequence[bytes]) -> None:
+    """Bring a part into being: Zarr metadata and plan, in one step; ConflictError if the number is taken."""
+    assert row_ids, "a part without rows"
+    plan = pl.DataFrame({"row_id": list(row_ids), "slot": range(len(row_ids))}, schema=Plan.create_empty().schema)
+    with atomic.staged_folder(part.path) as folder:
+        _write_metadata(folder, part, len(row_ids))
+        tables.write_table(str(folder / "plan.parquet"), plan, Plan)
+        (folder / "commits").mkdir()
+
+
+def _write_metadata(folder: Path, part: Part, rows: int) -> None:
+    import zarr  # here, since readers do without it and it takes half a second to import
+
+    shape = part.spec.row_shape(part.frames)
+    about = {"encoding": part.spec.digest(), "batch": part.batch, "frames": part.frames, "part": part.number}
+    group = zarr.create_group(store=str(folder), zarr_format=3, attributes=about)
+    group.create_array(
+        "latent",
+        shape=(rows, *shape),
+        chunks=(1, *shape),
+        shards={"shape": (ROWS_PER_SHARD, *shape), "index_location": "end"},
+        dtype="float16",
+        compressors=None,
+        filters=None,
+        fill_value=float("nan"),
+        dimension_names=AXES,
+    )

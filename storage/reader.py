@@ -1,0 +1,150 @@
+"""RowReader: rows of a latent store by address, through memory maps and arithmetic. The read path of training.
+
+The offset of a row is slot * row_bytes, so a read is one copy out of a mapped file (research: store, B and F). A file
+is checked when it is mapped (its commit exists, its size and index are right) and each row's crc32c the first time it
+is read through that map, before anybody sees it. Threads may share a reader. `read_row` is the slow oracle through
+zarr-python. Must not know draws, batches of clips or torch.
+"""
+
+import mmap
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float16
+
+from storage import shard
+from storage.digest import crc32c
+from storage.errors import DamagedError
+from storage.latents import LatentStore
+from storage.part import Part
+from storage.root import DataRoot
+from storage.shard import ROWS_PER_SHARD
+from storage.spec import EncodingSpec
+from storage.verify import encode_again
+
+# One row of a store; `slot` counts within the shard. Little-endian on disk.
+ADDRESS = np.dtype(
+    [("row_id", "<u8", 2), ("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("slot", "<u2"), ("crc", "<u4")]
+)
+_OPEN_MAPS = 512  # Linux allows 65530 maps a process (vm.max_map_count); opening one costs 20 us (research: store, F)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """One shard's file: its bytes, and which rows passed their checksum in this map."""
+
+    memory: mmap.mmap
+    rows: np.ndarray  # uint8 [n, row_bytes]
+    checked: np.ndarray  # bool [n]
+
+
+class RowReader:
+    """Reads rows of one spec; `batches` are the keys that the addresses' `batch` counts."""
+
+    def __init__(self, root: DataRoot, spec: EncodingSpec, batches: Sequence[str], open_maps: int = _OPEN_MAPS) -> None:
+        self._store = LatentStore(root, spec)
+        self._batches = tuple(batches)
+        self._open_maps = open_maps
+        self._maps: OrderedDict[tuple[int, int, int, int], _Mapped] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def read_into(self, frames: int, address: np.void, out: Float16[np.ndarray, "F C h w"]) -> None:
+        """Copy one row into `out` (float16, C order); DamagedError where its file or its bytes are not as committed."""
+        mapped = self._mapped(frames, address)
+        slot = int(address["slot"])
+        if slot >= len(mapped.rows):
+            what = f"has {len(mapped.rows)} rows, none in slot {slot}"
+            raise self._damaged(frames, address, what)
+        assert out.dtype == np.float16, f"out is {out.dtype}"
+        assert out.flags.c_contiguous, "out is not in C order"
+        assert out.shape == self._store.spec.row_shape(frames), f"out has shape {out.shape}"
+        flat = out.reshape(-1).view(np.uint8)
+        np.copyto(flat, mapped.rows[slot])
+        if not mapped.checked[slot]:
+            if crc32c(flat) != int(address["crc"]):
+                out.fill(np.nan)  # nobody trains on what failed its check
+                raise self._damaged(frames, address, "holds other bytes than were committed (or a withdrawn row)")
+            mapped.checked[slot] = True
+
+    def will_need(self, frames: int, addresses: np.ndarray) -> None:
+        """Tell the kernel that these rows are read soon; waits at most for indexes of shards not mapped yet."""
+        row_bytes = self._store.spec.row_bytes(frames)
+        for address in addresses:
+            mapped = self._mapped(frames, address)
+            start = int(address["slot"]) * row_bytes
+            page = start - start % mmap.PAGESIZE
+            mapped.memory.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)
+
+    def close(self) -> None:
+        """Forget all maps; the reader stays usable and maps again."""
+        with self._guard:
+            self._maps.clear()
+
+    def _mapped(self, frames: int, address: np.void) -> _Mapped:
+        key = (frames, int(address["batch"]), int(address["part"]), int(address["shard"]))
+        with self._guard:
+            mapped = self._maps.get(key)
+            if mapped is not None:
+                self._maps.move_to_end(key)
+                return mapped
+        fresh = self._map(frames, address)  # outside the guard: it waits for the disk
+        with self._guard:
+            mapped = self._maps.setdefault(key, fresh)  # another thread may have been faster
+            while len(self._maps) > self._open_maps:
+                self._maps.popitem(last=False)  # unmapped once no thread copies from it
+            return mapped
+
+    def _map(self, frames: int, address: np.void) -> _Mapped:
+        part, row_bytes = self._part(frames, address), self._store.spec.row_bytes(frames)
+        number = int(address["shard"])
+        if not part.committed(number):
+            raise self._damaged(frames, address, "is not committed")
+        try:
+            with part.shard_path(number).open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: the file is empty
+            raise self._damaged(frames, address, f"cannot be read ({error})") from error
+        rows = shard.rows_in(len(memory), row_bytes)
+        if rows is None or memory[rows * row_bytes :] != shard.index(rows, row_bytes):
+            raise self._damaged(frames, address, f"is short or its index was changed ({len(memory)} bytes)")
+        data = np.frombuffer(memory, np.uint8, rows * row_bytes).reshape(rows, row_bytes)
+        return _Mapped(memory, data, np.zeros(rows, dtype=bool))
+
+    def _part(self, frames: int, address: np.void) -> Part:
+        return self._store.part(self._batches[int(address["batch"])], frames, int(address["part"]))
+
+    def _damaged(self, frames: int, address: np.void, what: str) -> DamagedError:
+        part, number = self._part(frames, address), int(address["shard"])
+        row = row_id(address).hex()
+        return DamagedError(f"{part.shard_path(number)}, row {row}: {what}. Remedy: {encode_again(part, number)}")
+
+
+def addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:
+    """ADDRESS of each ok row of `LatentStore.commits`, in its order; `batches` are the keys to count."""
+    ok = commits.filter(pl.col("status") == "ok")
+    found = np.zeros(ok.height, dtype=ADDRESS)
+    found["row_id"] = np.frombuffer(b"".join(ok["row_id"].to_list()), dtype=">u8").reshape(-1, 2)
+    found["batch"] = ok["batch"].replace_strict({key: n for n, key in enumerate(batches)}, return_dtype=pl.UInt32)
+    found["part"] = ok["part"]
+    found["shard"] = ok["shard"]
+    found["slot"] = ok["slot"] % ROWS_PER_SHARD
+    found["crc"] = ok["crc32c"]
+    return found
+
+
+def row_id(address: np.void) -> bytes:
+    """The 16 bytes of a row's id: two big-endian halves, so that addresses sort as ids do."""
+    return bytes(address["row_id"].astype(">u8"))
+
+
+def read_row(store: LatentStore, batch: str, frames: int, part: int, slot: int) -> Float16[np.ndarray, "F C h w"]:
+    """One row through zarr-python; `slot` counts within the part. Unchecked and slow: the oracle of the tests."""
+    import zarr
+
+    array = zarr.open_array(str(Path(store.part(batch, frames, part).path, "latent")), mode="r")
+    return np.asarray(array[slot])

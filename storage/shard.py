@@ -1,0 +1,85 @@
+"""The bytes of one shard: dense rows, then the index that any Zarr reader expects. Pure functions, no files.
+
+Zarr v3 `sharding_indexed`, inner chunk = one row, no compressor, index at the end: per inner chunk offset and size as
+little-endian u64, absent ones 2^64-1, then the crc32c of the index. Rows stand in slot order without gaps, so that the
+offset of slot s is s * row_bytes and a reader needs no index (research: store, F). What an option does to values: here.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float, Float16
+from numcodecs.bitround import BitRound
+
+from storage.digest import crc32c
+from storage.errors import StoreError
+
+ROWS_PER_SHARD = 256  # 67 MB at 16 frames of 32x16x16; size does not change read speed (research: store, B)
+INDEX_BYTES = 16 * ROWS_PER_SHARD + 4  # offset and size a row, crc32c of both
+_ABSENT = np.uint64(2**64 - 1)  # Zarr v3 specification, sharding codec
+_KEEP_BITS = 7  # design, section 5
+
+
+@lru_cache(maxsize=64)  # nearly all shards are full ones
+def index(rows: int, row_bytes: int) -> bytes:
+    """Index of a dense shard with `rows` rows."""
+    table = np.full((ROWS_PER_SHARD, 2), _ABSENT, dtype="<u8")
+    table[:rows, 0] = np.arange(rows, dtype="<u8") * np.uint64(row_bytes)
+    table[:rows, 1] = row_bytes
+    data = table.tobytes()
+    return data + crc32c(data).to_bytes(4, "little")
+
+
+def shard_bytes(rows: int, row_bytes: int) -> int:
+    """Size of a shard's file."""
+    return rows * row_bytes + INDEX_BYTES
+
+
+def rows_in(size_bytes: int, row_bytes: int) -> int | None:
+    """Rows of a dense shard file of this size; None where no shard has this size."""
+    rows, rest = divmod(size_bytes - INDEX_BYTES, row_bytes)
+    return rows if rest == 0 and 1 <= rows <= ROWS_PER_SHARD else None
+
+
+def stored_values(
+    latents: Float[np.ndarray, "n F C h w"], ok: np.ndarray, storage: str
+) -> Float16[np.ndarray, "n F C h w"]:
+    """What the store will hold: float16 after the storage option, NaN in the slots of failed rows.
+
+    StoreError where a row that is said to be ok is not finite or leaves the range of float16.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # told below, with the row
+        stored = np.array(latents, dtype="<f2", order="C")
+    stored[~ok] = 0
+    if storage == "keepbits7":
+        stored = np.asarray(BitRound(keepbits=_KEEP_BITS).encode(stored)).reshape(stored.shape)
+    broken = np.flatnonzero(~np.isfinite(stored).all(axis=(1, 2, 3, 4)))
+    if broken.size:
+        raise StoreError(
+            f"rows {broken.tolist()} of this shard are not finite as {storage}: give them a status other than ok"
+        )
+    stored[~ok] = np.nan
+    return stored
+
+
+def measured(stored: Float16[np.ndarray, "n F C h w"], commits: pl.DataFrame) -> pl.DataFrame:
+    """The commits with crc32c, sums and sums of squares per channel of the stored values; none for failed rows."""
+    crcs: list[int | None] = []
+    sums: list[list[float]] = []
+    squares: list[list[float]] = []
+    for row, status in zip(stored, commits["status"], strict=True):
+        if status != "ok":
+            crcs.append(None)
+            sums.append([])
+            squares.append([])
+            continue
+        exact = row.astype(np.float64)
+        crcs.append(crc32c(row))
+        sums.append(exact.sum(axis=(0, 2, 3)).tolist())
+        squares.append(np.square(exact).sum(axis=(0, 2, 3)).tolist())
+    return commits.with_columns(
+        pl.Series("crc32c", crcs, dtype=pl.UInt32),
+        pl.Series("sums", sums, dtype=pl.List(pl.Float64)),
+        pl.Series("sums_squared", squares, dtype=pl.List(pl.Float64)),
+    )

@@ -1,0 +1,71 @@
+"""EncodingSpec: how given frames become the bytes of a latent store. Frames and rates belong to clips, not here.
+
+Its digest names the store's folder, so two specs never share a row; `spec.json` says it in words. Must not read media
+or load an autoencoder: it holds names and sizes only (design, sections 2 and 5).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from storage.digest import digest
+from storage.errors import ConfigError
+
+POSTERIORS = ("mean", "sample")
+STORED = ("float16", "keepbits7")  # keepbits7: float16 whose mantissa is rounded to 7 of its 10 bits
+TIME_MAPS = ("frame",)  # axis 1 is source frames; autoencoders over time will add theirs
+
+
+@dataclass(frozen=True)
+class EncodingSpec:
+    """One way to encode. Sizes are those of a latent frame: channels, rows and columns of cells."""
+
+    autoencoder: str  # digest of weights and config, 32 hex digits
+    resolution: int  # pixels
+    resize: str
+    precision: str
+    posterior: str
+    storage: str
+    channels: int
+    height: int
+    width: int
+    time_map: str = "frame"
+
+    def __post_init__(self) -> None:
+        if self.storage == "int8":
+            raise ConfigError("encoding.storage: 'int8' is not implemented yet: use 'float16' or 'keepbits7'")
+        for name, value, known in (
+            ("storage", self.storage, STORED),
+            ("posterior", self.posterior, POSTERIORS),
+            ("time_map", self.time_map, TIME_MAPS),
+        ):
+            if value not in known:
+                raise ConfigError(f"encoding.{name}: '{value}' is none of {', '.join(known)}")
+        if min(self.resolution, self.channels, self.height, self.width) < 1:
+            raise ConfigError("encoding: resolution, channels, height and width must be at least 1")
+
+    def digest(self) -> str:
+        """32 hex digits that name the store."""
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, str | int]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "EncodingSpec":
+        """Spec of what `to_json` gave; ConfigError where a key is missing, unknown or of another type."""
+        types = {field.name: (int if field.type in ("int", int) else str) for field in fields(EncodingSpec)}
+        if not isinstance(value, Mapping) or set(value) != set(types):
+            raise ConfigError(f"an encoding spec has the keys {sorted(types)}, not {sorted(value)}")
+        for name, kind in types.items():
+            if type(value[name]) is not kind:
+                raise ConfigError(f"encoding.{name}: {value[name]!r} is not of type {kind.__name__}")
+        return EncodingSpec(**value)
+
+    def row_shape(self, frames: int) -> tuple[int, int, int, int]:
+        """(F, C, h, w) of one row."""
+        return (frames, self.channels, self.height, self.width)
+
+    def row_bytes(self, frames: int) -> int:
+        """Bytes of one row: two a value in every storage option so far."""
+        return 2 * frames * self.channels * self.height * self.width

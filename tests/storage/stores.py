@@ -1,0 +1,78 @@
+"""Small stores for tests: 2 channels, 2x3 cells, so that a row of 4 frames has 96 bytes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from storage.latents import EncodingSpec, LatentStore, Part
+from storage.root import DataRoot
+from storage.schemas import Commits
+
+BATCH = "demo.000000"
+FRAMES = 4
+
+
+def spec(**changes: str | int) -> EncodingSpec:
+    value: dict[str, str | int] = {
+        "autoencoder": "ab" * 16,
+        "resolution": 48,
+        "resize": "bicubic",
+        "precision": "float32",
+        "posterior": "mean",
+        "storage": "float16",
+        "channels": 2,
+        "height": 2,
+        "width": 3,
+        "time_map": "frame",
+    }
+    return EncodingSpec.from_json(value | changes)
+
+
+def new_store(root: DataRoot, **changes: str | int) -> LatentStore:
+    store = LatentStore(root, spec(**changes))
+    store.create()
+    return store
+
+
+def ids(count: int, first: int = 0) -> list[bytes]:
+    """Row ids whose order is not that of their numbers."""
+    return [((number * 0x9E3779B97F4A7C15) % 2**64).to_bytes(8, "little") * 2 for number in range(first, first + count)]
+
+
+def values(row_ids: Sequence[bytes], frames: int = FRAMES) -> np.ndarray:
+    """Latents that depend on the row id alone."""
+    seeds = [int.from_bytes(row_id[:8], "little") for row_id in row_ids]
+    rows = [np.random.default_rng(seed).standard_normal((frames, 2, 2, 3), dtype=np.float32) for seed in seeds]
+    return np.stack(rows)
+
+
+def commit_of(part: Part, shard: int, failed: Sequence[bytes] = ()) -> pl.DataFrame:
+    rows = part.rows_of(shard)
+    bad = pl.col("row_id").is_in(list(failed))
+    return rows.select(
+        "row_id",
+        "slot",
+        pl.when(bad).then(pl.lit("quarantined")).otherwise(pl.lit("ok")).alias("status"),
+        pl.when(bad).then(pl.lit("undecodable")).otherwise(None).alias("reason"),
+        pl.lit(None, pl.UInt32).alias("crc32c"),
+        pl.lit([], pl.List(pl.Float64)).alias("sums"),
+        pl.lit([], pl.List(pl.Float64)).alias("sums_squared"),
+        pl.lit(None, pl.Float32).alias("posterior_std"),
+        pl.lit(None, pl.Float32).alias("psnr_db"),
+        pl.lit(0.5, pl.Float32).alias("decode_s"),
+        pl.lit(0.25, pl.Float32).alias("encode_s"),
+    ).select(Commits.column_names())
+
+
+def write(part: Part, shard: int, failed: Sequence[bytes] = ()) -> None:
+    latents = values(part.rows_of(shard)["row_id"].to_list(), part.frames)
+    part.write_shard(shard, latents, commit_of(part, shard, failed))
+
+
+def full_store(root: DataRoot, rows: int = 300, failed: Sequence[bytes] = ()) -> tuple[LatentStore, Part]:
+    store = new_store(root)
+    part = store.plan_part(BATCH, FRAMES, ids(rows))
+    for shard in range(part.shards):
+        write(part, shard, failed)
+    return store, part
