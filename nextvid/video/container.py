@@ -23,7 +23,8 @@ from storage.errors import MediaError
 
 # libavformat's demuxers of VIDEO_EXTENSIONS; everything else (hls, concat, sdp, image sequences, lavfi) is refused.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,h264,hevc,m4v,ivf"
-ERROR_DETECTION = "crccheck+bitstream+buffer+explode"  # research video 5
+ERROR_DETECTION = "crccheck+bitstream+buffer"  # research video 5
+STRICT = "+explode"  # every flaw is an error; after a seek into an open GOP missing references are no flaw of the file
 MICROSECONDS = 1_000_000
 BACK_OFF_US = 1_000_000  # first step of an earlier seek, doubled each time; keyframes are at most some seconds apart
 
@@ -34,8 +35,11 @@ def micros(value: int, time_base: Fraction) -> int:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its best video stream, single-threaded, without network; every FFmpeg error as MediaError."""
+def opened(path: Path, *, strict: bool) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its best video stream, single-threaded, without network; every FFmpeg error as MediaError.
+
+    `strict` is for passes from the start, which decide whether a file is sound; seeking needs it off.
+    """
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
         container = av.open(f"file:{path.absolute()}", options=options)
@@ -51,7 +55,7 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise MediaError("no_video", f"{path}: holds no video stream that can be decoded")
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1  # research video 3: one thread a worker
-        stream.codec_context.options = {"err_detect": ERROR_DETECTION}
+        stream.codec_context.options = {"err_detect": ERROR_DETECTION + (STRICT if strict else "")}
         yield container, stream
     except MemoryError:
         raise

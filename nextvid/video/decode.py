@@ -16,7 +16,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from jaxtyping import Int64, UInt8
 
-from nextvid.video.container import MICROSECONDS, Scaler, decoded, micros, opened, upright_size
+from nextvid.video.container import MICROSECONDS, Scaler, decoded, family, micros, opened, upright_size
 from storage.errors import MediaError
 
 Frames = UInt8[np.ndarray, "T H W 3"]
@@ -79,7 +79,7 @@ def stream(path: Path) -> Iterator[tuple[int, VideoFrame]]:
 
     Raises MediaError `corrupt` or `bad_times` where the file stops being trustworthy.
     """
-    with opened(path) as (container, video):
+    with opened(path, strict=True) as (container, video):
         yield from decoded(container, video)
 
 
@@ -92,10 +92,11 @@ def nearest(pts_us: Int64[np.ndarray, "n"], times_us: Int64[np.ndarray, "T"]) ->
 
 
 def _by_pyav(path: Path, times_us: Sequence[int], size: tuple[int, int] | None) -> Iterator[Placed]:
-    with opened(path) as (container, video):
+    with opened(path, strict=False) as (container, video):
         rate = video.average_rate
         clock = _Clock(path, round(MICROSECONDS / rate) if rate else 0)
         frames = decoded(container, video, times_us[0])
+        jumps = family(container) != "avi"  # its times are counted from the start
         pictures = _Pictures(size)
         waiting = list(reversed(times_us))
         before: tuple[int, VideoFrame] | None = None
@@ -112,7 +113,8 @@ def _by_pyav(path: Path, times_us: Sequence[int], size: tuple[int, int] | None) 
                     image = (frame, pictures.of(frame))
                 yield waiting.pop(), pts_us, image[1]
             before = current
-            if waiting and current is not None and waiting[-1] - current[0] > JUMP_US and sought != waiting[-1]:
+            far = jumps and waiting and current is not None and waiting[-1] - current[0] > JUMP_US
+            if far and sought != waiting[-1]:
                 sought, before = waiting[-1], None
                 frames = decoded(container, video, sought)
 

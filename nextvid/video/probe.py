@@ -90,7 +90,7 @@ def _probe_image(path: Path) -> MediaFacts:
 
 
 def _probe_video(path: Path) -> MediaFacts:
-    with opened(path) as (container, stream):
+    with opened(path, strict=True) as (container, stream):
         name, codec, base = family(container), stream.codec_context.codec.canonical_name, stream.time_base
         assert base is not None, "opened() refuses streams without a time base"
         frame, packets = _demux(path, container, stream, by_dts=name == "avi")

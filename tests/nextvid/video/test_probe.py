@@ -1,0 +1,119 @@
+"""Facts and refusals: kinds by extension, wrong extensions, playlists, damaged and empty files."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nextvid.video import probe as module
+from nextvid.video.probe import kind_of, probe
+from storage.errors import MediaError
+from tests.nextvid.video.film import write_barcodes
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind"),
+    [
+        ("a.MP4", "video"),
+        ("s3://bucket/b.webm", "video"),
+        ("https://host/c.mkv?version=2", "video"),
+        ("d.gif", "video"),
+        ("e.JPEG", "image"),
+        ("f.webp", "image"),
+        ("notes.txt", None),
+        ("mp4", None),
+    ],
+)
+def test_kind_is_by_extension(uri: str, kind: str | None) -> None:
+    assert kind_of(uri) == kind
+
+
+def test_facts_of_a_plain_film(tmp_path: Path) -> None:
+    facts = probe(write_barcodes(tmp_path / "a.mp4", 48))
+    assert (facts.kind, facts.container, facts.codec, facts.pix_fmt) == ("video", "mp4", "h264", "yuv420p")
+    assert (facts.width, facts.height, facts.rotation, facts.frames) == (96, 64, 0, 48)
+    assert (facts.fps_hz, facts.duration_us, facts.start_us, facts.hazards) == (24.0, 2_000_000, 0, ())
+
+
+def test_without_decord_everything_is_pyavs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "decord_installed", lambda: False)
+    assert probe(write_barcodes(tmp_path / "a.mp4", 12)).decoder == "pyav"
+
+
+def test_facts_of_an_image_turned_by_exif(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    facts = probe(tmp_path / "a.jpg")
+    assert (facts.kind, facts.width, facts.height, facts.decoder) == ("image", 20, 40, "pillow")
+    assert (facts.frames, facts.duration_us, facts.fps_hz) == (1, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{film}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile '{film}'\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "<html><body>not found</body></html>",
+        "",
+    ],
+    ids=["hls", "concat", "sdp", "html", "empty"],
+)
+@pytest.mark.parametrize("extension", [".mp4", ".ts", ".m3u8"])
+def test_playlists_and_pages_are_refused(tmp_path: Path, text: str, extension: str) -> None:
+    film = write_barcodes(tmp_path / "film.mp4", 12)
+    path = tmp_path / f"x{extension}"
+    path.write_text(text.format(film=film))
+    with pytest.raises(MediaError) as caught:
+        probe(path)
+    assert caught.value.reason == "unknown_format"
+
+
+def test_wrong_extensions_are_refused(tmp_path: Path) -> None:
+    film = write_barcodes(tmp_path / "film.mp4", 12)
+    (tmp_path / "film.jpg").write_bytes(film.read_bytes())
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    (tmp_path / "image.mp4").write_bytes((tmp_path / "image.png").read_bytes())
+    for name in ("film.jpg", "image.mp4"):
+        with pytest.raises(MediaError) as caught:
+            probe(tmp_path / name)
+        assert caught.value.reason == "unknown_format"
+
+
+def test_a_container_under_another_containers_name_is_read_for_what_it_is(tmp_path: Path) -> None:
+    film = write_barcodes(tmp_path / "film.mkv", 12)
+    (tmp_path / "film.mp4").write_bytes(film.read_bytes())
+    assert probe(tmp_path / "film.mp4").container == "matroska"
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_barcodes(tmp_path / "a.mp4", 12).rename(tmp_path / "concat:a.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert probe(Path("concat:a.mp4")).frames == 12
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
+def test_truncated_films_are_refused_or_shorter(tmp_path: Path, share: float) -> None:
+    for name in ("a.mp4", "a.mkv"):
+        whole = write_barcodes(tmp_path / name, 48).read_bytes()
+        path = tmp_path / f"cut_{name}"
+        path.write_bytes(whole[: int(len(whole) * share)])
+        try:
+            assert (probe(path).frames or 0) < 48
+        except MediaError as error:
+            assert error.reason in {"unknown_format", "truncated", "empty", "corrupt", "no_video"}
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.jpg"):
+        with pytest.raises(MediaError) as caught:
+            probe(tmp_path / name)
+        assert caught.value.reason == "missing"
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.jpg"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(MediaError):
+            probe(tmp_path / name)
