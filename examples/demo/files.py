@@ -103,4 +103,6 @@ def _codec(ending: str, quality: Quality, b_frames: int) -> tuple[str, dict[str,
         case ".avi":
             return "mpeg4", {"qscale": "3" if quality == "first" else "8", "flags": "+qscale"}
         case _:
-            return "libx264", {"crf": _CRF[quality], "preset": "veryfast", "bf": str(b_frames)}
+            # no mbtree: with it and B frames, x264 wrote three different files of the same frames in 40 tries
+            quiet = {"x264-params": "mbtree=0"}
+            return "libx264", {"crf": _CRF[quality], "preset": "veryfast", "bf": str(b_frames), **quiet}

@@ -159,9 +159,8 @@ def _plan_derived(seed: int, videos: Sequence[plan.VideoPlan]) -> list[Derived]:
     test = [_path(v) for v in videos if v.split == "test"]
     copies, recoded = (plan.one_in(len(videos), every) for every in (plan.COPY_EVERY, plan.RECODE_EVERY))
     chosen = [train[i] for i in plan.generator(seed, 0).permutation(len(train))[: copies + recoded]]
-    leaked = [
-        test[i] for i in plan.generator(seed, 1).permutation(len(test))[: plan.one_in(len(videos), plan.LEAK_EVERY)]
-    ]
+    leaks = plan.one_in(len(videos), plan.LEAK_EVERY)
+    leaked = [test[i] for i in plan.generator(seed, 1).permutation(len(test))[:leaks]]
     made = [Derived(f"copy_{n:02d}{Path(of).suffix}", "copy", of) for n, of in enumerate(chosen[:copies])]
     for n, of in enumerate(chosen[copies:]):
         made.append(Derived(f"recoded_{n:02d}.{'mp4' if n % 2 or of.endswith('webm') else 'webm'}", "recoded", of))
