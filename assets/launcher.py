@@ -1,5 +1,6 @@
 """torchrun as a child of a Dagster step: its own process group, metrics streamed through Pipes, cancel within 10 s."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,9 +11,7 @@ import dagster as dg
 GRACE_S = 8.0  # design 4: a cancelled group ends within 10 s; SIGKILL follows after this
 
 
-def run_group(
-    context: dg.AssetExecutionContext, command: Sequence[str], env: Mapping[str, str], log_path: str
-) -> None:
+def run_group(context: dg.AssetExecutionContext, command: Sequence[str], env: Mapping[str, str], log_path: str) -> None:
     """Run a command to its end in a process group of its own. Raises dg.Failure with the end of its output."""
     with (
         open(log_path, "ab") as log,  # noqa: PTH123 - a plain append handle for the child
@@ -44,14 +43,10 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     """End what is left of the process group: SIGTERM, then SIGKILL after the grace."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -1,6 +1,7 @@
-"""One row per file: digest of its bytes, container facts, hazard flags, the decoder to use, status and reason; and the labels.
+"""One row per file: digest, container facts, hazard flags, the decoder to use, status and reason; and the labels.
 
-A file that cannot be read is a row with its reason, never a missing row."""
+A file that cannot be read is a row with its reason, never a missing row.
+"""
 
 import dagster as dg
 

@@ -5,6 +5,7 @@ complete; the metadata names the digests of trainset and mask plan.
 """
 
 import dagster as dg
+from pydantic import Field
 
 from assets import checks, launcher, reporting
 from assets.partitions import RECIPE
@@ -14,7 +15,7 @@ from assets.resources import ProjectResource
 class PretrainConfig(dg.Config):
     """What the launchpad offers: overrides change the recipe (and the run's id), ranks change nothing but speed."""
 
-    overrides: list[str] = []
+    overrides: list[str] = Field(default=[])
     ranks: int = 1
 
 
@@ -37,7 +38,13 @@ def pretrain(
 
     opened = project.open()
     with reporting.readable_errors():
-        run = prepare_run(opened, context.partition_key, config.overrides, ranks=config.ranks, launch=context.run.root_run_id or context.run_id)
+        run = prepare_run(
+            opened,
+            context.partition_key,
+            config.overrides,
+            ranks=config.ranks,
+            launch=context.run.root_run_id or context.run_id,
+        )
         context.log.info(f"run {run.run_id} in {run.folder}")
         if not run.complete:
             launcher.run_group(context, run.command, run.env, f"{run.folder}/trainer.log")

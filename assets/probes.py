@@ -1,4 +1,4 @@
-"""Attentive-probe and k-NN accuracies of the frozen encoders, beside a random-init encoder of the same shape and input."""
+"""Attentive-probe and k-NN accuracies of the frozen encoders, beside a random-init one of the same shape and input."""
 
 import dagster as dg
 

@@ -1,4 +1,7 @@
-"""The model card: scores beside random initialisation, curves, t-SNE, samples, and the lineage down to datasets; HTML and Markdown."""
+"""The model card: scores beside random initialisation, curves, t-SNE, samples, lineage down to datasets.
+
+HTML and Markdown.
+"""
 
 import dagster as dg
 

@@ -100,7 +100,8 @@ def _values(numbers: Mapping[str, int | float | str]) -> dict[str, Any]:
 def follows() -> dg.AutomationCondition:  # type: ignore[type-arg]
     """Eager, but one missing or running batch does not hold it: the trainset itself decides what is complete.
 
-    Never `all_deps_blocking_checks_passed`: check status is not by partition, so one stopped batch would stop the corpus.
+    Never `all_deps_blocking_checks_passed`: check status is not by partition, so one stopped batch would stop the
+    corpus.
     """
     return (
         dg.AutomationCondition.eager()

@@ -1,4 +1,7 @@
-"""Generated next frames as pictures: masked and autoregressive, beside the autoencoder's own reconstruction and the last frame copied."""
+"""Generated next frames as pictures: masked and autoregressive.
+
+Beside them stand the autoencoder's own reconstruction and the last frame copied.
+"""
 
 import dagster as dg
 
@@ -27,4 +30,6 @@ def samples(context: dg.AssetExecutionContext, config: SamplesConfig, project: P
     """Make the samples of a run."""
     from nextvid.sample.samples import make_samples
 
-    return reporting.materialised(lambda: make_samples(project.open(), context.partition_key, run=config.run_id or None))
+    return reporting.materialised(
+        lambda: make_samples(project.open(), context.partition_key, run=config.run_id or None)
+    )

@@ -1,4 +1,7 @@
-"""Cut-free runs of frames with times, crop box, motion, freeze, luma, blur and perceptual hashes: scores, not decisions."""
+"""Cut-free runs of frames with times, crop box and scores: motion, freeze, luma, blur, perceptual hashes.
+
+Scores, not decisions: thresholds stand in the curation configuration.
+"""
 
 import dagster as dg
 

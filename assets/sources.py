@@ -1,21 +1,26 @@
 """Files as the datasets' listings show them, in batches; nothing is opened yet.
 
-Observed, never made: the sensor `new_sources` lists each dataset's URI, assigns files to batches for ever, and reports the
-fingerprint of each batch's listing as its data version.
+Observed, never made: the sensor `new_sources` lists each dataset's URI, assigns files to batches for ever, and reports
+the fingerprint of each batch's listing as its data version.
 """
+
+import warnings
 
 import dagster as dg
 
 from assets.partitions import BATCHES
 from assets.resources import ProjectResource
 
+with warnings.catch_warnings():
+    # The one beta feature used: an observation that downstream automation counts (research: dagster, 2).
+    warnings.simplefilter("ignore", dg.BetaWarning)
 
-@dg.observable_source_asset(
-    partitions_def=BATCHES, group_name="corpus", description=__doc__, metadata={"table": "sources/<batch>.parquet"}
-)
-def sources(project: ProjectResource) -> dg.DataVersionsByPartition:
-    """Observe every batch by hand; the sensor does the same on its own."""
-    from nextvid.corpus.discover import batch_fingerprint
+    @dg.observable_source_asset(
+        partitions_def=BATCHES, group_name="corpus", description=__doc__, metadata={"table": "sources/<batch>.parquet"}
+    )
+    def sources(project: ProjectResource) -> dg.DataVersionsByPartition:
+        """Observe every batch by hand; the sensor does the same on its own."""
+        from nextvid.corpus.discover import batch_fingerprint
 
-    opened = project.open()
-    return dg.DataVersionsByPartition({batch: batch_fingerprint(opened, batch) for batch in opened.root.batches()})
+        opened = project.open()
+        return dg.DataVersionsByPartition({batch: batch_fingerprint(opened, batch) for batch in opened.root.batches()})

@@ -27,7 +27,8 @@ from orchestration.sensors import SENSORS
 
 # In pipeline order, as the UI's groups read: corpus, latents, trainset, training, evaluation.
 MODULES = (
-    sources, media, shots, clips, latents, latent_stats, duplicates, mask_plan, trainset, pretrain, probes, samples, report,
+    sources, media, shots, clips, latents, latent_stats, duplicates, mask_plan, trainset, pretrain, probes, samples,
+    report,
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import dagster as dg
 
 from assets.resources import ProjectResource
 from orchestration.jobs import ingest
-from orchestration.sensors import partition_requests, run_key
+from orchestration.sensors import apply_partitions, run_key
 
 NIGHT = "0 3 * * *"  # once a night, when a trainer's users sleep
 
@@ -19,13 +19,11 @@ NIGHT = "0 3 * * *"  # once a night, when a trainer's users sleep
 def nightly(context: dg.ScheduleEvaluationContext, project: ProjectResource) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """One run a batch that needs one. The date is in the key, so that what failed yesterday is tried again."""
     from nextvid.corpus.discover import update_sources
-    from nextvid.corpus.unfinished import unfinished
+    from nextvid.encode.unfinished import unfinished
 
     opened = project.open()
     update_sources(opened)
-    for request in partition_requests(context.instance, opened):
-        if isinstance(request, dg.AddDynamicPartitionsRequest):
-            context.instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
+    apply_partitions(context.instance, opened)
     day = context.scheduled_execution_time.strftime("%Y-%m-%d")
     waiting = [batch for batch in opened.root.batches() if unfinished(opened, batch)]
     if not waiting:

@@ -1,10 +1,8 @@
 """What looks for change: the sensor of new sources, and the automation sensor that lets the corpus follow.
 
-The cursor holds only sizes of files that have not yet held still over two listings; losing it costs one tick. Everything
-else stands in sources/*.parquet (design, section 4).
+The sensors keep no state of their own: what was listed, and what has not yet held still over two listings, stands beside
+the tables in sources/ (design, section 4).
 """
-
-import json
 
 import dagster as dg
 
@@ -24,25 +22,26 @@ TICK_S = 30  # a listing a tick; object stores bill listings
 def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg.SensorResult:
     """One listing: partitions equal to sources/, observations of what changed, one run a changed batch."""
     from nextvid.corpus.discover import update_sources
+    from nextvid.encode.acceptance import in_force, outdated
 
     opened = project.open()
-    held = json.loads(context.cursor) if context.cursor else {}
-    update = update_sources(opened, held=held)
-    wanted = opened.root.batches()
+    changes = update_sources(opened, settle=True)
+    in_force(opened)
+    if waiting := outdated(opened):
+        context.log.info(f"corpus.yaml asks for another {' and '.join(waiting)}; `nextvid plan` says what it costs")
     return dg.SensorResult(
         run_requests=[
-            dg.RunRequest(run_key=run_key(opened, batch), partition_key=batch, job_name=ingest.name) for batch in wanted
+            dg.RunRequest(run_key=run_key(opened, batch), partition_key=batch) for batch in opened.root.batches()
         ],
         dynamic_partitions_requests=partition_requests(context.instance, opened),
-        asset_events=[observation(opened, batch) for batch in update.changed],
-        cursor=json.dumps(update.held, sort_keys=True),
+        asset_events=[observation(opened, change.batch) for change in changes],
     )
 
 
 def run_key(project: Project, batch: str) -> str:
-    """The same batch, listing, curation and encoding spec ask for one run only."""
+    """The same batch, listing, curation and encoding spec ask for one run only: Dagster never repeats a key."""
     from nextvid.corpus.discover import batch_fingerprint
-    from nextvid.corpus.accepted import in_force
+    from nextvid.encode.acceptance import in_force
 
     accepted = in_force(project)
     return f"{batch}:{batch_fingerprint(project, batch)}:{accepted.curation}:{accepted.encoding}"
@@ -69,6 +68,18 @@ def partition_requests(
         if gone := [key for key in known if key not in wanted]:
             requests.append(definition.build_delete_request(gone))
     return requests
+
+
+def apply_partitions(instance: dg.DagsterInstance, project: Project) -> None:
+    """The same, at once: for schedules and scripts, which cannot return requests."""
+    for request in partition_requests(instance, project):
+        name, keys = request.partitions_def_name, list(request.partition_keys)
+        match request:
+            case dg.AddDynamicPartitionsRequest():
+                instance.add_dynamic_partitions(name, keys)
+            case dg.DeleteDynamicPartitionsRequest():
+                for key in keys:
+                    instance.delete_dynamic_partition(name, key)
 
 
 follow = dg.AutomationConditionSensorDefinition(

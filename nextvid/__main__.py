@@ -1,0 +1,116 @@
+"""The command line: `nextvid COMMAND`. The same functions and the same nouns as the graph.
+
+Exit codes: 0 done, 2 the user's configuration or corpus is wrong, 3 something upstream is missing or failed its checks,
+4 a store is damaged, 1 anything else. Progress is a plain line an outcome; `--json` prints what a script would read.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from nextvid.corpus.project import open_project
+from nextvid.make import Asset, Wish, make
+from nextvid.outcome import Outcome
+from storage.errors import NExTVidError
+
+app = SubcommandApp()
+
+Corpus = Annotated[str | None, tyro.conf.arg(help="path of corpus.yaml; else NEXTVID_CORPUS, else ./corpus.yaml")]
+Json = Annotated[bool, tyro.conf.arg(help="print JSON")]
+
+
+@app.command(name="make")
+def make_command(
+    asset: Annotated[Asset, tyro.conf.Positional],
+    corpus: Corpus = None,
+    batch: str | None = None,
+    recipe: str | None = None,
+    benchmark: str | None = None,
+    set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", help="overrides of the recipe, key.path=value")] = (),
+    ranks: int = 1,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Make an asset and what it lacks upstream."""
+    wish = Wish(asset, batch, recipe, benchmark, set_, ranks)
+    for outcome in make(open_project(corpus), wish):
+        print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
+
+
+@app.command
+def inspect(recipe: Annotated[str, tyro.conf.Positional]) -> None:
+    """Print a recipe in full, with its digest."""
+    from nextvid.recipes import recipe as recipe_by_name
+
+    found = recipe_by_name(recipe)
+    print(json.dumps({"digest": found.digest(), **found.model_dump(mode="json")}, indent=2))
+
+
+@app.command
+def plan(batch: str | None = None, corpus: Corpus = None) -> None:
+    """Show what `make latents` would encode, and why; nothing is changed."""
+    from nextvid.encode.plan import plan_encode
+
+    project = open_project(corpus)
+    for key in [batch] if batch else project.root.batches():
+        print(f"{key}: {plan_encode(project, key).summary()}")
+
+
+@app.command
+def draws(first: int = 10, recipe: str = "demo", corpus: Corpus = None, json_: Json = False) -> None:
+    """Print the first draws of a recipe on the newest trainset: dataset, row and mask entries, without data or GPU."""
+    from nextvid.train.loader import first_draws
+
+    for drawn in first_draws(open_project(corpus), recipe, first):
+        print(json.dumps(drawn) if json_ else "  ".join(f"{k}={v}" for k, v in drawn.items()))
+
+
+@app.command
+def verify(batch: str | None = None, corpus: Corpus = None) -> None:
+    """Read every committed byte of the latent store again and name what is damaged."""
+    from storage.latents import LatentStore
+
+    from nextvid.encode.plan import encoding_spec
+
+    project = open_project(corpus)
+    problems = LatentStore(project.root, encoding_spec(project)).verify(batch)
+    for problem in problems:
+        print(problem)
+    if problems:
+        sys.exit(4)
+    print("every committed row is as it was written")
+
+
+@app.command
+def lineage(what: Annotated[str, tyro.conf.Positional], corpus: Corpus = None, json_: Json = False) -> None:
+    """Trace a run, checkpoint or score down to its files, or a file up to the runs that saw it."""
+    from nextvid.lineage.trace import trace
+
+    found = trace(open_project(corpus), what)
+    print(json.dumps(asdict(found), default=str, indent=2) if json_ else found.text())
+
+
+def line(outcome: Outcome) -> str:
+    """One outcome on one line."""
+    name = outcome.asset if outcome.partition is None else f"{outcome.asset} {outcome.partition}"
+    state = "made" if outcome.made else "up to date"
+    bad = f", {outcome.quarantined} quarantined" if outcome.quarantined else ""
+    failed = [check.name for check in outcome.checks if not check.passed]
+    verdict = f", failed: {', '.join(failed)}" if failed else ""
+    return f"{name:38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}"
+
+
+def main() -> None:
+    """Entry point; errors of ours are one message on stderr and an exit code that says which kind."""
+    try:
+        app.cli(prog="nextvid", description=__doc__.splitlines()[0] if __doc__ else None)
+    except NExTVidError as error:
+        print(f"{error.kind}: {error}", file=sys.stderr)
+        sys.exit({"config": 2, "corpus": 2, "upstream": 3, "damaged": 4}.get(error.kind, 1))
+
+
+if __name__ == "__main__":
+    main()

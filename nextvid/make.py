@@ -1,0 +1,173 @@
+"""Making an asset and what it lacks upstream, without Dagster: the same makers, the same nouns, the same files.
+
+Holds the order of the graph as plain calls. Holds no work of its own and prints nothing: the command line does.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from nextvid.corpus.project import Project
+from nextvid.outcome import Outcome
+from storage.errors import ConfigError, UpstreamError
+
+Asset = Literal[
+    "sources", "media", "shots", "clips", "latents", "latent_stats", "duplicates", "mask_plan",
+    "trainset", "pretrain", "probes", "samples", "report",
+]  # fmt: skip
+ASSETS: tuple[Asset, ...] = get_args(Asset)
+BY_BATCH: tuple[Asset, ...] = ("media", "shots", "clips", "latents")
+
+# What an asset reads, nearest first; `sources` is listed before any of it.
+UPSTREAM: dict[Asset, tuple[Asset, ...]] = {
+    "sources": (),
+    "media": ("sources",),
+    "shots": ("media",),
+    "clips": ("shots",),
+    "latents": ("clips",),
+    "latent_stats": ("latents",),
+    "duplicates": ("clips",),
+    "mask_plan": (),
+    "trainset": ("latents", "latent_stats", "duplicates"),
+    "pretrain": ("trainset", "mask_plan"),
+    "probes": ("pretrain", "latents"),
+    "samples": ("pretrain",),
+    "report": ("probes", "samples"),
+}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for. Without a batch or benchmark: all of them."""
+
+    asset: Asset
+    batch: str | None = None
+    recipe: str | None = None
+    benchmark: str | None = None
+    overrides: tuple[str, ...] = ()
+    ranks: int = 1
+
+
+def chain(asset: Asset) -> list[Asset]:
+    """The asset and everything upstream of it, in the order of the graph."""
+    wanted: set[Asset] = set()
+    todo: list[Asset] = [asset]
+    while todo:
+        name = todo.pop()
+        wanted.add(name)
+        todo.extend(UPSTREAM[name])
+    return [name for name in ASSETS if name in wanted]
+
+
+def make(project: Project, wish: Wish) -> Iterator[Outcome]:
+    """Make what is wished for and what it lacks; yields each outcome as it is there.
+
+    Stops with UpstreamError after an outcome whose blocking check failed, except that one stopped batch does not stop
+    the others.
+    """
+    failed: list[str] = []
+    for name in chain(wish.asset):
+        for partition in partitions(project, name, wish):
+            if name in BY_BATCH and partition in failed:
+                continue
+            try:
+                outcome = make_one(project, name, partition, wish)
+            except UpstreamError:
+                if name in BY_BATCH and wish.batch is None:
+                    failed.append(str(partition))
+                    continue
+                raise
+            yield outcome
+            if not outcome.passed:
+                if name not in BY_BATCH or wish.batch is not None:
+                    raise UpstreamError(f"{name}: blocking checks failed: {_failed(outcome)}")
+                failed.append(str(partition))
+
+
+def partitions(project: Project, asset: Asset, wish: Wish) -> Sequence[str | None]:
+    """Partition keys of one asset that the wish covers."""
+    match asset:
+        case "media" | "shots" | "clips" | "latents":
+            return [wish.batch] if wish.batch else project.root.batches()
+        case "mask_plan" | "pretrain" | "samples" | "report":
+            return [_recipe(wish)]
+        case "probes":
+            return [wish.benchmark] if wish.benchmark else sorted(project.corpus.benchmarks)
+        case _:
+            return [None]
+
+
+def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) -> Outcome:
+    """Make one asset, once: the table of makers."""
+    match asset:
+        case "sources":
+            from nextvid.corpus.discover import make_sources
+
+            return make_sources(project)
+        case "media":
+            from nextvid.corpus.media import make_media
+
+            return make_media(project, _key(partition))
+        case "shots":
+            from nextvid.corpus.shots import make_shots
+
+            return make_shots(project, _key(partition))
+        case "clips":
+            from nextvid.corpus.clips import make_clips
+
+            return make_clips(project, _key(partition))
+        case "latents":
+            from nextvid.encode.latents import make_latents
+
+            return make_latents(project, _key(partition))
+        case "latent_stats":
+            from nextvid.encode.stats import make_latent_stats
+
+            return make_latent_stats(project)
+        case "duplicates":
+            from nextvid.corpus.duplicates import make_duplicates
+
+            return make_duplicates(project)
+        case "trainset":
+            from nextvid.corpus.trainset import make_trainset
+
+            return make_trainset(project)
+        case "mask_plan":
+            from nextvid.train.mask_plan import make_mask_plan
+
+            return make_mask_plan(project, _key(partition))
+        case "pretrain":
+            from nextvid.train.launch import pretrain
+
+            return pretrain(project, _key(partition), wish.overrides, ranks=wish.ranks)
+        case "probes":
+            from nextvid.probe.probes import make_probes
+
+            return make_probes(project, _recipe(wish), _key(partition))
+        case "samples":
+            from nextvid.sample.samples import make_samples
+
+            return make_samples(project, _key(partition))
+        case "report":
+            from nextvid.report.model_card import make_report
+
+            return make_report(project, _key(partition))
+
+
+def _recipe(wish: Wish) -> str:
+    if not wish.recipe:
+        raise ConfigError(f"{wish.asset} is made by recipe: name one with --recipe")
+    return wish.recipe
+
+
+def _key(partition: str | None) -> str:
+    assert partition is not None
+    return partition
+
+
+def _failed(outcome: Outcome) -> str:
+    return ", ".join(
+        f"{check.name} ({', '.join(f'{k}={v}' for k, v in check.numbers.items())})"
+        for check in outcome.checks
+        if check.blocking and not check.passed
+    )
