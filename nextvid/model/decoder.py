@@ -33,7 +33,7 @@ class Place:
     """Original ids of the predicted tokens and of the context, and tubelets in each (None: ragged)."""
 
     query_ids: Int[Tensor, "b Q"]
-    context_ids: Int[Tensor, "b K"]
+    context_ids: Int[Tensor, "c K"]
     frames: int | None
 
 
