@@ -1,4 +1,4 @@
-"""Makes `examples` importable (it is no installed package) and writes one small corpus for all tests that read files."""
+"""Makes `examples` importable (it is no installed package) and writes one small corpus for tests that read files."""
 
 import sys
 from pathlib import Path

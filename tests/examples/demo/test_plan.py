@@ -1,12 +1,13 @@
 """The plan: balance, splits, times, and that small corpora still hold every kind of trouble."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from examples.demo import plan
-from examples.demo.scenes import MOTIONS, SOURCE_FPS, TRAIN_DIGITS
+from examples.demo.scenes import MOTIONS, SOURCE_FPS, TRAIN_DIGITS, draw_shot
 
 VIDEOS = plan.plan_videos(0, 1000)
 
@@ -44,7 +45,7 @@ def test_labels_do_not_tell_the_background() -> None:
         rng = np.random.default_rng((*video.seed, 1))
         before = None
         for part in video.parts:
-            before = plan.draw_shot(rng, part.digit, part.motion, plan.MARGIN, before, part.dissolve_in)
+            before = draw_shot(rng, part.digit, part.motion, plan.MARGIN, before, part.dissolve_in)
             if part.motion is not None:
                 drifts[part.motion][before.scene.drift != (0.0, 0.0)] += 1
     shares = [moving / (still + moving) for still, moving in drifts.values()]
@@ -78,7 +79,7 @@ def test_clear_spans_and_dissolves_tile_the_rendered_video() -> None:
     for video in VIDEOS[:4]:
         found = plan.spans(video)
         assert found[0].start_s == 0
-        for left, right in zip(found, found[1:], strict=False):
+        for left, right in itertools.pairwise(found):
             gap = plan.DISSOLVE_FRAMES / SOURCE_FPS if right.part.dissolve_in else 0
             assert right.start_s - left.end_s == gap
         assert found[-1].end_s * SOURCE_FPS == len(plan.render_video(video))
