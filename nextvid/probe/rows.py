@@ -11,14 +11,36 @@ A *sample* is what the probe sees at once: the segments of one shot and view, in
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 
 from nextvid.corpus.project import BenchmarkConfig
 from storage.digest import digest_config
+from storage.schemas import SPLITS
 
 _32_BITS = 1 << 32
 SAMPLE = ["shot_id", "label", "view_index"]
+
+
+class ProbeRows(dy.Schema):
+    """What a score keeps of its rows, beside score.json: who was asked, and with which answer."""
+
+    sample = dy.Int64(primary_key=True)
+    segment = dy.Int64(primary_key=True)
+    row_id = dy.Binary()
+    clip_id = dy.Binary()
+    shot_id = dy.Binary()
+    media_id = dy.Binary()
+    dataset = dy.String()
+    batch = dy.String()
+    uri = dy.String()
+    split = dy.Enum(SPLITS)
+    held_out = dy.Bool()
+    label = dy.Int64(min=0)
+
+
+ROW_COLUMNS = ProbeRows.column_names()
 
 
 @dataclass(frozen=True)

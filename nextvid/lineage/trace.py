@@ -1,0 +1,285 @@
+"""Which data made what: from a run, checkpoint or score down to files, and from a file up to what saw it.
+
+Holds the walk over config.json, trainset.json, lineage.parquet and score.json; those files are the lineage, nothing else is
+recorded. Writes nothing. "Saw" means that the trainset held rows of the file, or that the probe asked about them; single
+draws follow from (seed, draw number) and are printed by `nextvid draws`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import polars as pl
+
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.probe.rows import ProbeRows
+from nextvid.train.run import CONFIG
+from storage import atomic
+from storage.errors import ConfigError
+from storage.root import DataRoot
+from storage.schemas import Clips, Media
+from storage.tables import read_table, read_tables
+
+Kind = Literal["run", "checkpoint", "score", "trainset", "file"]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run as config.json says it."""
+
+    recipe: str
+    run: str
+    recipe_digest: str
+    trainset: str
+    mask_plan: str
+    overrides: tuple[str, ...]
+    folder: str
+
+
+@dataclass(frozen=True)
+class DatasetShare:
+    """What one dataset, or one batch of it, gives a trainset."""
+
+    name: str
+    weight: float | None
+    files: int
+    clips: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class ScoreFacts:
+    """A score and, where a file is traced, the roles in which its clips were asked about."""
+
+    path: str
+    recipe: str
+    run: str
+    benchmark: str
+    rows: str
+    clips: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MediaFacts:
+    """One revision of a file and what became of it."""
+
+    uri: str
+    media_id: str | None
+    status: str
+    reason: str | None
+    clips: int
+    rows: int
+    split: str | None
+
+
+@dataclass(frozen=True)
+class TrainsetFacts:
+    """A trainset and how much of what is traced it holds."""
+
+    digest: str
+    encoding_spec: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was found, downwards (runs to files) or upwards (a file to runs)."""
+
+    what: str
+    kind: Kind
+    runs: tuple[RunFacts, ...] = ()
+    scores: tuple[ScoreFacts, ...] = ()
+    trainsets: tuple[TrainsetFacts, ...] = ()
+    datasets: tuple[DatasetShare, ...] = ()
+    batches: tuple[DatasetShare, ...] = ()
+    media: tuple[MediaFacts, ...] = ()
+    every_file: str | None = None  # the table that lists them all
+
+    def text(self) -> str:
+        """For people: one line a fact, indented under its kind."""
+        lines = [f"{self.kind} {self.what}"]
+        for title, facts in (
+            ("media", self.media),
+            ("run", self.runs),
+            ("score", self.scores),
+            ("trainset", self.trainsets),
+            ("dataset", self.datasets),
+            ("batch", self.batches),
+        ):
+            for fact in facts:
+                said = "  ".join(f"{key}={_short(value)}" for key, value in asdict(fact).items() if value is not None)
+                lines.append(f"  {title:8} {said}")
+        if self.every_file:
+            lines.append(f"  every file: {self.every_file}")
+        return "\n".join(lines)
+
+
+def trace(project: Project, what: str) -> Trace:
+    """Trace a run id, run or checkpoint folder, score.json, trainset digest, media id or file.
+
+    Raises ConfigError where nothing of that name is known.
+    """
+    root = project.root
+    path = Path(what)
+    if path.name == "score.json" and path.is_file():
+        return _of_score(root, path)
+    for folder in (path, *path.parents[:2]):  # checkpoints/step_n and encoder/ stand inside the run's folder
+        if (folder / CONFIG).is_file() and folder.parent.parent.name == "pretrain":
+            kind: Kind = "run" if folder == path else "checkpoint"
+            return _down(root, what, kind, (_run_facts(folder),), ())
+    for facts in runs_of(root):
+        if facts.run == what:
+            return _down(root, what, "run", (facts,), ())
+    if what in trainsets_of(root):
+        return _down(root, what, "trainset", (), (), what)
+    return _of_file(project, what)
+
+
+def runs_of(root: DataRoot) -> Iterator[RunFacts]:
+    """Every run that has begun, by recipe and id."""
+    for config in sorted(Path(root.runs_url, "pretrain").glob(f"*/*/{CONFIG}")):
+        yield _run_facts(config.parent)
+
+
+def scores_of(root: DataRoot) -> Iterator[Path]:
+    """Every score.json."""
+    yield from sorted(Path(root.runs_url, "probes").glob("*/*/*/*/score.json"))
+
+
+def trainsets_of(root: DataRoot) -> list[str]:
+    """Digests of every trainset."""
+    fs, path = fsspec.core.url_to_fs(f"{root.url}/trainset")
+    if not fs.isdir(path):
+        return []
+    return sorted(str(found).split("/")[-2] for found in fs.glob(f"{path}/*/trainset.json"))
+
+
+def shares(lineage: pl.DataFrame, by: str, weights: dict[str, float]) -> tuple[DatasetShare, ...]:
+    """Files, clips and rows of a trainset by dataset or by batch."""
+    counted = lineage.group_by(by).agg(
+        pl.col("uri").n_unique().alias("files"), pl.col("clip_id").n_unique().alias("clips"), pl.len().alias("rows")
+    )
+    return tuple(
+        DatasetShare(name, weights.get(name), files, clips, rows)
+        for name, files, clips, rows in counted.sort(by).iter_rows()
+    )
+
+
+def _of_score(root: DataRoot, path: Path) -> Trace:
+    facts = _score_facts(path)
+    run = _run_facts(Path(root.run(facts.recipe, facts.run)))
+    return _down(root, str(path), "score", (run,), (facts,))
+
+
+def _down(
+    root: DataRoot,
+    what: str,
+    kind: Kind,
+    runs: tuple[RunFacts, ...],
+    scores: tuple[ScoreFacts, ...],
+    digest: str | None = None,
+) -> Trace:
+    trainset = Trainset.open(root, digest or runs[0].trainset)
+    lineage = trainset.lineage()
+    return Trace(
+        what,
+        kind,
+        runs=runs,
+        scores=scores,
+        trainsets=(TrainsetFacts(trainset.digest, trainset.spec.digest(), lineage.height),),
+        datasets=shares(lineage, "dataset", trainset.weights),
+        batches=shares(lineage, "batch", {}),
+        every_file=f"{root.pointed('trainset', trainset.digest)}/lineage.parquet",
+    )
+
+
+def _of_file(project: Project, what: str) -> Trace:
+    root = project.root
+    media = read_tables(root, "media", None, Media)
+    wanted = pl.col("uri").is_in([what, str(Path(what).absolute())])
+    found = media.filter(wanted | (pl.col("media_id").bin.encode("hex") == what))
+    if found.is_empty():
+        raise ConfigError(
+            f"'{what}' is no run, checkpoint, score.json, trainset, media id or file that {project.path} knows; "
+            "a file is known once 'media' was made for its batch"
+        )
+    ids = found["media_id"].drop_nulls().unique()
+    clips = read_tables(root, "clips", None, Clips).filter(pl.col("media_id").is_in(ids.implode()))
+    holding = list(_trainsets_with(root, ids))
+    digests = {facts.digest for facts in holding}
+    return Trace(
+        what,
+        "file",
+        runs=tuple(run for run in runs_of(root) if run.trainset in digests),
+        scores=tuple(_scores_with(root, ids)),
+        trainsets=tuple(holding),
+        media=tuple(_media_facts(row, clips) for row in found.iter_rows(named=True)),
+    )
+
+
+def _trainsets_with(root: DataRoot, media: pl.Series) -> Iterator[TrainsetFacts]:
+    for digest in trainsets_of(root):
+        trainset = Trainset.open(root, digest)
+        rows = trainset.lineage().filter(pl.col("media_id").is_in(media.implode())).height
+        if rows:
+            yield TrainsetFacts(digest, trainset.spec.digest(), rows)
+
+
+def _scores_with(root: DataRoot, media: pl.Series) -> Iterator[ScoreFacts]:
+    for path in scores_of(root):
+        rows = read_table(str(path.with_name("rows.parquet")), ProbeRows)
+        asked = rows.filter(pl.col("media_id").is_in(media.implode())).unique("sample")
+        if asked.height:
+            counts = asked.group_by("split").len().sort("split").rows()
+            yield _score_facts(path, dict(counts))
+
+
+def _media_facts(row: dict[str, Any], clips: pl.DataFrame) -> MediaFacts:
+    own = clips.filter((pl.col("media_id") == row["media_id"]) & (pl.col("status") == "ok"))
+    return MediaFacts(
+        uri=row["uri"],
+        media_id=row["media_id"].hex() if row["media_id"] else None,
+        status=row["status"],
+        reason=row["reason"],
+        clips=own["clip_id"].n_unique(),
+        rows=own["row_id"].n_unique(),
+        split=own["split"][0] if own.height else None,
+    )
+
+
+def _run_facts(folder: Path) -> RunFacts:
+    said = atomic.read_json(str(folder / CONFIG))
+    return RunFacts(
+        recipe=said["recipe"]["name"],
+        run=said["run"],
+        recipe_digest=said["recipe_digest"],
+        trainset=said["trainset"],
+        mask_plan=said["mask_plan"],
+        overrides=tuple(said["overrides"]),
+        folder=str(folder),
+    )
+
+
+def _score_facts(path: Path, clips: dict[str, int] | None = None) -> ScoreFacts:
+    said = atomic.read_json(str(path))
+    return ScoreFacts(
+        path=str(path),
+        recipe=said["recipe"],
+        run=said["run"],
+        benchmark=said["benchmark"],
+        rows=said["rows"],
+        clips=said["clips"] if clips is None else clips,
+    )
+
+
+def _short(value: object) -> str:
+    match value:
+        case dict():
+            return ",".join(f"{key}:{item}" for key, item in value.items())
+        case tuple():
+            return ",".join(str(item) for item in value) or "none"
+        case _:
+            return str(value)

@@ -1,0 +1,255 @@
+"""The asset `probes`: one run on one benchmark, its accuracies beside its own random initialisation, as score.json.
+
+Holds the order of the work and what is written: rows.parquet (who was asked), features.npz (mean-pooled test features,
+for pictures), score.json last. The row list, labels, protocol and seeds are frozen under the digest in the path; where score.json stands,
+nothing is computed again. Architecture and training of heads are attentive.py and fitting.py.
+
+Axes: N samples, L tokens, D width, Y classes.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from nextvid.config import RecipeConfig
+from nextvid.corpus.pointers import read_latest
+from nextvid.corpus.project import BenchmarkConfig, Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.outcome import Outcome
+from nextvid.probe import neighbours
+from nextvid.probe.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
+from nextvid.probe.encoders import ENCODERS, Trained, device_of, find_run, load_trained, refuse_pixels
+from nextvid.probe.features import LatentSource, features
+from nextvid.probe.fitting import accuracies, fit, normalise
+from nextvid.probe.rows import ROW_COLUMNS, BenchmarkRows, ProbeRows, benchmark_rows, groups_of, labels_of
+from nextvid.train.run import Run
+from storage import atomic, tables
+from storage.digest import digest_config
+from storage.errors import ConfigError, UpstreamError
+from storage.latents import LatentStore
+from storage.root import DataRoot
+from storage.schemas import Clips, Duplicates, Labels
+
+SMALL_LIMITS = {"train": 1000, "test": 1000}  # clips; research demo, part 2: 1000 and 1000 resolve 3 points
+FEATURE_BYTES = 16 << 30  # our bound on features in memory; larger encoders are probed on as many clips as fit
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that decides a score, before anything is computed."""
+
+    run: Run
+    trainset: Trainset
+    config: BenchmarkConfig
+    settings: ProbeSettings
+    rows: BenchmarkRows
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the heads."""
+        return list(range(self.config.seeds))
+
+    def digest(self) -> str:
+        """Id of rows, labels, protocol and seeds."""
+        return digest_config(
+            {
+                "rows": self.rows.digest(),
+                "benchmark": self.config.model_dump(mode="json"),
+                "settings": self.settings.model_dump(mode="json"),
+                "neighbours": neighbours.NEIGHBOURS,
+            }
+        )
+
+
+def make_probes(
+    project: Project,
+    recipe: str,
+    benchmark: str,
+    run: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Score a run's EMA, online and random-init encoders on a benchmark, unless score.json stands.
+
+    Raises ConfigError for an unknown benchmark, UpstreamError where run, rows or labels are missing.
+    """
+    started = time.perf_counter()
+    task = plan_task(project, recipe, benchmark, run)
+    folder = project.root.probe(recipe, task.run.id, benchmark, task.digest())
+    path = f"{folder}/score.json"
+    made = not atomic.exists(path)
+    if made:
+        _score(project, task, folder, progress, started)
+    score = atomic.read_json(path)
+    numbers: dict[str, float | str] = {"run": task.run.id, "trainset": task.run.trainset}
+    for name, found in score["encoders"].items():
+        numbers |= {f"{name}_accuracy": found["accuracy"], f"{name}_knn": found["knn"]}
+    return Outcome(
+        asset="probes",
+        partition=f"{recipe}|{benchmark}",
+        made=made,
+        rows=score["clips"]["test"],
+        size_bytes=len(atomic.read_bytes(path)),
+        seconds=time.perf_counter() - started,
+        digest=task.digest(),
+        numbers=numbers,
+    )
+
+
+def plan_task(project: Project, recipe: str, benchmark: str, run: str | None = None) -> Task:
+    """Rows, labels, protocol and seeds of one score, from tables alone."""
+    config = project.corpus.benchmarks.get(benchmark)
+    if config is None:
+        known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
+        raise ConfigError(f"there is no benchmark '{benchmark}' in {project.path}; known: {known}")
+    found = find_run(project, recipe, run)
+    refuse_pixels(found)
+    trainset = Trainset.open(project.root, found.trainset)
+    settings = probe_settings(found.recipe, config.epochs, config.batch)
+    rows = _rows(project.root, trainset, benchmark, config, settings, _limits(found.recipe, config))
+    for split in ("train", "test"):
+        if rows.part(split).is_empty():
+            raise UpstreamError(
+                f"benchmark '{benchmark}' has no encoded {split} clip with a label '{config.target}' "
+                f"(left out: {dict(rows.left_out)}): check the labels and splits of {', '.join(config.datasets)}"
+            )
+    return Task(found, trainset, config, settings, rows)
+
+
+def _rows(
+    root: DataRoot,
+    trainset: Trainset,
+    name: str,
+    config: BenchmarkConfig,
+    settings: ProbeSettings,
+    limits: Mapping[str, int],
+) -> BenchmarkRows:
+    """The benchmark's rows from the tables of its datasets and the commits of the trainset's encoding spec."""
+    batches = [batch for batch in root.batches("clips") if batch.rsplit(".", 1)[0] in config.datasets]
+    if not batches:
+        raise UpstreamError(f"benchmark '{name}': no clips of {', '.join(config.datasets)} yet; make 'latents' first")
+    store = LatentStore(root, trainset.spec)
+    commits = pl.concat([store.commits(batch) for batch in batches])
+    clips = tables.read_tables(root, "clips", batches, Clips)
+    labels = tables.read_tables(root, "labels", batches, Labels)
+    digest = read_latest(root, "duplicates")
+    if digest is None:
+        raise UpstreamError(f"benchmark '{name}': near-duplicates are not known; make 'duplicates' first")
+    duplicates = tables.read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
+    return benchmark_rows(name, config, clips, labels, duplicates, commits, limits, settings.held_out)
+
+
+def _limits(recipe: RecipeConfig, config: BenchmarkConfig) -> dict[str, int]:
+    """Largest numbers of shots: the study's for small encoders, else what fits in memory beside its normalised copy."""
+    if recipe.model.encoder.width < SMALL_WIDTH:
+        return dict(SMALL_LIMITS)
+    frames = config.policy.frames if config.policy.frames > 1 else recipe.clip_lengths[0]
+    tokens = frames // recipe.model.tubelet * recipe.model.cells * config.policy.clips_per_shot * config.policy.views
+    fitting = FEATURE_BYTES // (2 * 4 * tokens * recipe.model.encoder.width)
+    return {"train": fitting * 3 // 4, "test": fitting // 4}
+
+
+def _score(
+    project: Project, task: Task, folder: str, progress: Callable[[int, int], None] | None, started: float
+) -> None:
+    """Compute and publish: the rows, pooled test features, then score.json."""
+    device = device_of(project.corpus.encoding.device)
+    trained = load_trained(task.run, device)
+    policy, recipe = task.config.policy, task.run.recipe
+    frames = policy.frames if policy.frames > 1 else recipe.clip_lengths[0]
+    batches = task.rows.frame["batch"].unique().sort().to_list()
+    source = LatentSource(project.root, task.trainset, recipe, batches, frames)
+    scores: dict[str, Any] = {}
+    pooled: dict[str, np.ndarray] = {}
+    try:
+        for number, name in enumerate(ENCODERS):
+            parts = {
+                split: features(
+                    trained.encoder(name), recipe, source, task.rows.part(split), task.rows.segments, device
+                )
+                for split in ("train", "test")
+            }
+            scores[name] = score_encoder(parts["train"], parts["test"], task, device)
+            pooled[name] = parts["test"].mean(axis=1)
+            if progress is not None:
+                progress(number + 1, len(ENCODERS))
+    finally:
+        source.close()
+    tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
+    buffer = io.BytesIO()
+    np.savez(buffer, labels=labels_of(task.rows.part("test")), **pooled)  # type: ignore[arg-type]
+    atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
+    atomic.publish_json(f"{folder}/score.json", _described(task, trained, scores, time.perf_counter() - started))
+
+
+def score_encoder(train: np.ndarray, test: np.ndarray, task: Task, device: str = "cpu") -> dict[str, Any]:
+    """Attentive-probe and k-NN accuracy of features [N, L, D].
+
+    Heads train on the part of probe-train that is not held out; the held-out part chooses one rate for all seeds, by
+    their mean. Test clips are looked at once, with that rate. Without held-out clips the first rate stands.
+    """
+    rows = task.rows
+    labels, held = labels_of(rows.part("train")), _held_out(rows.part("train"))
+    answers, groups = labels_of(rows.part("test")), groups_of(rows.part("test"))
+    chosen, choice = normalise(train[held], device), normalise(train[~held], device)
+    probes = fit(choice, labels[~held], len(rows.classes), task.settings, task.seeds)
+    by_rate = accuracies(probes, chosen, labels[held]).mean(axis=0) if held.any() else np.zeros(1)
+    rate = int(by_rate.argmax())
+    by_seed = accuracies(probes, normalise(test, device), answers, groups)[:, rate]
+    clips = len(np.unique(groups))
+    nearest = neighbours.accuracy(train.mean(axis=1), labels, test.mean(axis=1), answers)
+    return {
+        "accuracy": float(by_seed.mean()),
+        "standard_error": standard_error(float(by_seed.mean()), clips),
+        "by_seed": [float(value) for value in by_seed],
+        "rate": task.settings.rates[rate],
+        "held_out_by_rate": [float(value) for value in by_rate],
+        "knn": nearest,
+        "knn_standard_error": standard_error(nearest, len(answers)),
+    }
+
+
+def standard_error(accuracy: float, clips: int) -> float:
+    """Binomial standard error of an accuracy on so many test clips; seeds of heads share the clips and add none."""
+    return math.sqrt(accuracy * (1 - accuracy) / clips)
+
+
+def _held_out(rows: pl.DataFrame) -> np.ndarray:
+    held: np.ndarray = rows.unique("sample").sort("sample")["held_out"].to_numpy()
+    return held
+
+
+def _described(task: Task, trained: Trained, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    rows, train, test = task.rows, task.rows.part("train"), task.rows.part("test")
+    answers = labels_of(test)
+    return {
+        "recipe": task.run.recipe.name,
+        "run": task.run.id,
+        "checkpoint": trained.checkpoint.name,
+        "trainset": task.run.trainset,
+        "mask_plan": task.run.mask_plan,
+        "encoding_spec": task.trainset.spec.digest(),
+        "benchmark": rows.benchmark,
+        "datasets": list(task.config.datasets),
+        "target": rows.target,
+        "classes": list(rows.classes),
+        "rows": rows.digest(),
+        "seeds": task.seeds,
+        "settings": task.settings.model_dump(mode="json"),
+        "neighbours": neighbours.NEIGHBOURS,
+        "clips": {
+            "train": int(train["sample"].n_unique()),
+            "held_out": int(train.filter(pl.col("held_out"))["sample"].n_unique()),
+            "test": int(test["clip_group"].n_unique()),
+        },
+        "segments": rows.segments,
+        "left_out": dict(rows.left_out),
+        "chance": float(np.bincount(answers).max() / len(answers)),
+        "encoders": dict(scores),
+        "seconds": round(seconds, 3),
+    }
