@@ -180,12 +180,12 @@ class Commits(dy.Schema):
 
 
 class Duplicates(dy.Schema):
-    """One row a shot that shares its group with another."""
+    """One row a shot and batch that shares its group with another."""
 
     shot_id = _id(primary_key=True)
     media_id = _id()
     dataset = dy.String()
-    batch = dy.String()
+    batch = dy.String(primary_key=True)  # a copy in another batch has the same shot id
     group = dy.Int64()
     split = dy.Enum(SPLITS)
     benchmarks = dy.List(dy.String())  # whose test or train clips come from this shot

@@ -151,7 +151,7 @@ def _checks(clips: pl.DataFrame, shots: pl.DataFrame, curation: str) -> tuple[Ch
             "ids_derive_from_content",
             foreign == 0 and good["row_id"].n_unique() == good.height,
             {"foreign": foreign, "repeated": good.height - good["row_id"].n_unique()},
-            description="clip and view ids, and so the seeds of views, derive from media, times and crop; each row once",
+            description="clip and view ids, and so the seeds of views, derive from content; each row once",
         ),
         Check(
             "every_shot_has_a_row",

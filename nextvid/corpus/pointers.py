@@ -1,6 +1,7 @@
 """`latest.json`: which of the things with a digest is the newest complete one.
 
-Written last, atomically, after success (design 4), so it never names half a thing. Holds no knowledge of what it points to.
+Written last, atomically, after success (design 4), so it never names half a thing. Holds no knowledge of what it
+points to.
 """
 
 from storage import atomic
