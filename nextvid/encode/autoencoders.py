@@ -8,7 +8,7 @@ Axes: N frames, H W pixels, C channels, h w latent cells, p pixels a side of the
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from jaxtyping import Float32, UInt8
 from nextvid.encode.weights import LatentShape, autoencoder_digest, latent_shape, read_folder, unknown_class
 from storage.errors import ConfigError
 
-Precision = Literal["fp32", "bf16", "fp16"]
 FRAMES_AT_ONCE = 64  # as EncodingConfig.batch_frames: on CPU batching gains nothing (research vae 2), memory decides
 
 
@@ -37,7 +36,7 @@ class Autoencoder:
     ) -> None:
         self.digest, self.channels, self.stride = digest, shape.channels, shape.stride
         self._model: Any = model  # its encode and decode are diffusers', untyped
-        self._patch, self._frames_at_once = patch, frames_at_once
+        self._patch, self.frames_at_once = patch, frames_at_once
         self._like = next(model.parameters())
 
     @classmethod
@@ -45,10 +44,10 @@ class Autoencoder:
         cls,
         folder: str | Path,
         device: str = "cpu",
-        precision: Precision = "fp32",
+        precision: str = "fp32",
         frames_at_once: int = FRAMES_AT_ONCE,
     ) -> Self:
-        """Load a diffusers folder of safetensors; `device` may be `auto`. Raises ConfigError.
+        """Load a diffusers folder of safetensors; `device` may be `auto`, precision fp32, bf16 or fp16. ConfigError.
 
         fp32 uses TF32 convolutions where the device has them, as the paper's public code does (research vae 1).
         """
@@ -59,7 +58,9 @@ class Autoencoder:
             )
         folder = Path(folder)
         shape, digest = latent_shape(folder), autoencoder_digest(folder)
-        model: Any = _load_model(folder, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+        model: Any = _load_model(
+            folder, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        )
         # channels last: 1.45 times faster in fp32 on CPU (research vae 2), and what tensor cores want
         model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         return cls(model, digest, shape, read_folder(folder)[1].patch, frames_at_once)
@@ -76,8 +77,8 @@ class Autoencoder:
             raise ConfigError(f"frames of {frames.shape[1:3]} pixels are no multiple of the stride {self.stride}")
         latents: list[np.ndarray] = []
         widths: list[np.ndarray] = []
-        for first in range(0, len(frames), self._frames_at_once):
-            piece = slice(first, first + self._frames_at_once)
+        for first in range(0, len(frames), self.frames_at_once):
+            piece = slice(first, first + self.frames_at_once)
             mean, std = self._moments(self._to_input(frames[piece]))
             if noise is not None:
                 if std is None:
@@ -92,8 +93,8 @@ class Autoencoder:
     def decode(self, latents: Float32[np.ndarray, "N C h w"]) -> UInt8[np.ndarray, "N H W 3"]:
         """Frames of raw latents, rounded and clamped to bytes."""
         frames = []
-        for first in range(0, len(latents), self._frames_at_once):
-            piece = torch.from_numpy(np.asarray(latents[first : first + self._frames_at_once], np.float32))
+        for first in range(0, len(latents), self.frames_at_once):
+            piece = torch.from_numpy(np.ascontiguousarray(latents[first : first + self.frames_at_once], np.float32))
             pixels = self._model.decode(piece.to(self._like)).sample
             if self._patch > 1:
                 pixels = torch.nn.functional.pixel_shuffle(pixels, self._patch)
@@ -103,7 +104,7 @@ class Autoencoder:
 
     def _to_input(self, frames: np.ndarray) -> torch.Tensor:
         """Bytes to [-1, 1] in the model's dtype, space folded to depth where the wrapper says so."""
-        pixels = rearrange(torch.from_numpy(frames).to(self._like.device), "N H W C -> N C H W")
+        pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)).to(self._like.device), "N H W C -> N C H W")
         pixels = (pixels.float() / 127.5 - 1).to(self._like.dtype)
         return torch.nn.functional.pixel_unshuffle(pixels, self._patch) if self._patch > 1 else pixels
 
@@ -122,6 +123,18 @@ class Autoencoder:
                 return encoded.latent.float(), None
             case name:
                 raise unknown_class(name, None)
+
+
+def _dtype(precision: str) -> torch.dtype:
+    match precision:
+        case "fp32":
+            return torch.float32
+        case "bf16":
+            return torch.bfloat16
+        case "fp16":
+            return torch.float16
+        case _:
+            raise ConfigError(f"precision '{precision}' is none of fp32, bf16, fp16")
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:

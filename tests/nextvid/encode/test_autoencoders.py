@@ -196,7 +196,7 @@ class TestRefusals:
             Autoencoder.load(random_autoencoder, "cpu", "fp16")
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="no config.json"):
+        with pytest.raises(ConfigError, match="no folder of a diffusers"):
             autoencoder_digest(tmp_path)
 
     def test_unknown_class(self, tmp_path: Path) -> None:

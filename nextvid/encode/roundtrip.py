@@ -1,0 +1,108 @@
+"""The round trip: sampled rows, decoded again from their files, must agree with what is about to be committed.
+
+Two rules (design, 5). Encoded again they equal the stored latents: swapped rows, permuted channels and wrong times fail
+here, also for targets without a decoder. Decoded to pixels, the true frames must not lose to frames of another time, a
+flip or another crop. Where an alternative resembles the truth too much to tell (a still, a symmetric frame), the row
+counts as undecidable for it. Holds arithmetic on arrays only: no file, no store, no model.
+
+Axes: F frames, R pixels a side, C channels, h w cells.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+ROWS_PER_SHARD = 4  # k of design 5: at most 1.6 % of a shard's rows are decoded twice
+LOSS_DB = 0.1  # design 5: the truth never loses by more
+APART_DB = 6.0  # design 5: an alternative this much below the reconstruction is told apart for certain
+PSNR_CEILING_DB = 100.0  # for equal frames; 8-bit frames that differ in one value of 10^5 have 98 dB
+
+Frames = UInt8[np.ndarray, "F R R 3"]
+Stored = Float[np.ndarray, "F C h w"]
+
+
+@dataclass(frozen=True)
+class Trip:
+    """One row's verdict. `error` is the RMS difference of both encodings in standard deviations of the stored one."""
+
+    psnr_db: float
+    error: float
+    faults: tuple[str, ...]
+    undecidable: tuple[str, ...]
+
+
+def error_bound(storage: str, precision: str) -> float:
+    """Largest RMS difference, in standard deviations, between a row and itself encoded again in another batch.
+
+    The sum of what storage and batch composition cost (research vae 5 and 7), each with a factor of 3 to 5 of room;
+    one frame's shift of a moving clip, a flip or other channels cost 0.1 and more.
+    """
+    match storage:
+        case "float16":
+            stored = 0.001  # measured 2.1e-4
+        case "keepbits7":
+            stored = 0.006  # measured 1.7e-3
+        case _:
+            raise AssertionError(f"storage option {storage} has no measured error")
+    match precision:
+        case "fp32":
+            computed = 0.005  # measured 1e-5 of std; TF32 has 10 bits of mantissa, so 1e-3 at worst a layer
+        case "bf16":
+            computed = 0.03  # measured 6e-3
+        case _:
+            raise AssertionError(f"precision {precision} has no measured error")
+    return stored + computed
+
+
+def judge(
+    stored: Stored,
+    encoded_again: Float32[np.ndarray, "F C h w"],
+    reconstruction: Frames,
+    truth: Frames,
+    bound: float,
+) -> Trip:
+    """Verdict on one row: its stored latents and their reconstruction against the frames decoded again."""
+    faults = []
+    held = stored.astype(np.float64)
+    error = float(np.sqrt(np.mean((encoded_again - held) ** 2)) / max(float(held.std()), 1e-12))
+    if not error <= bound:  # also where it is NaN
+        faults.append(f"encoded again it differs by {error:.4f} standard deviations; {bound:.4f} are allowed")
+    undecidable = []
+    for name, rebuilt, true, other in alternatives(reconstruction, truth):
+        true_db, other_db, apart_db = psnr(rebuilt, true), psnr(rebuilt, other), psnr(other, true)
+        must_win = apart_db <= true_db - APART_DB
+        if other_db - true_db > LOSS_DB or (must_win and not true_db > other_db):
+            faults.append(f"it looks like {name} ({other_db:.1f} dB), not like its own frames ({true_db:.1f} dB)")
+        elif not must_win:
+            undecidable.append(name)
+    return Trip(psnr(reconstruction, truth), error, tuple(faults), tuple(undecidable))
+
+
+def alternatives(reconstruction: Frames, truth: Frames) -> Iterator[tuple[str, Frames, Frames, Frames]]:
+    """(name, reconstruction, truth, alternative), each cut to the frames and pixels that all three have."""
+    if len(truth) > 1:
+        yield "frames one later", reconstruction[:-1], truth[:-1], truth[1:]
+        yield "frames one earlier", reconstruction[1:], truth[1:], truth[:-1]
+    yield "flipped frames", reconstruction, truth, truth[:, :, ::-1]
+    step = max(1, truth.shape[1] // 8)  # a crop moved by an eighth of its side, each way along each axis
+    for axis, name in ((1, "a crop moved vertically"), (2, "a crop moved horizontally")):
+        near, far = _cut(truth, axis, slice(None, -step)), _cut(truth, axis, slice(step, None))
+        yield name, _cut(reconstruction, axis, slice(None, -step)), near, far
+        yield name, _cut(reconstruction, axis, slice(step, None)), far, near
+
+
+def psnr(a: UInt8[np.ndarray, "..."], b: UInt8[np.ndarray, "..."]) -> float:
+    """Peak signal to noise ratio of bytes in dB over all values at once, at most PSNR_CEILING_DB."""
+    squared = float(np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, dtype=np.float64))
+    return min(PSNR_CEILING_DB, 10 * np.log10(255**2 / squared)) if squared > 0 else PSNR_CEILING_DB
+
+
+def sampled(row_ids: list[bytes]) -> list[bytes]:
+    """Rows of a shard to check: the lowest ids, which are hashes and so know nothing of content or order."""
+    return sorted(row_ids)[:ROWS_PER_SHARD]
+
+
+def _cut(frames: Frames, axis: int, piece: slice) -> Frames:
+    return frames[(slice(None),) * axis + (piece,)]

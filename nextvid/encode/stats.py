@@ -1,0 +1,143 @@
+"""The maker of `latent_stats`: what the latents of each dataset are like, from the sums in their commits.
+
+Reads commits only, never a shard. All of it is float64 arithmetic on sums per row; the pair that training normalises by
+is the trainset's (nextvid/corpus/trainset.py), which keeps other rows and weights them.
+
+Axes: n rows, C channels.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float64
+
+from nextvid.corpus.pointers import publish_latest, read_latest
+from nextvid.corpus.project import Project
+from nextvid.corpus.publishing import publish_verdict
+from nextvid.encode.plan import spec_in_force
+from nextvid.outcome import Check, Outcome
+from storage.atomic import exists, publish_json
+from storage.digest import digest_config
+from storage.errors import UpstreamError
+from storage.latents import EncodingSpec, LatentStore
+from storage.tables import read_checks
+
+ASSET = "latent_stats"
+ENOUGH_VALUES = 1000  # our choice: of independent values, a deviation would then be known to 2 %
+
+Channels = Float64[np.ndarray, " C"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Rows of one kind: how many, and the mean and variance of a value per channel, every row weighing the same."""
+
+    rows: int
+    values: int  # per channel
+    mean: Channels
+    variance: Channels
+    posterior_std: float | None
+
+    @property
+    def std(self) -> Channels:
+        return np.asarray(np.sqrt(self.variance))
+
+
+def moments(commits: pl.DataFrame, spec: EncodingSpec) -> Moments:
+    """Moments of committed rows (columns sums, sums_squared, frames, posterior_std), at least one.
+
+    Each row weighs the same, whatever its frames: an image is repeated to the length of a clip when it is read.
+    """
+    sums = np.array(commits["sums"].to_list(), np.float64)
+    squares = np.array(commits["sums_squared"].to_list(), np.float64)
+    values = commits["frames"].to_numpy().astype(np.float64) * spec.height * spec.width
+    means = sums / values[:, None]
+    mean = means.mean(0)
+    # by the law of total variance: inside rows and between them; exact where the mean is far from zero
+    inside = np.maximum(squares / values[:, None] - means**2, 0)
+    widths = commits["posterior_std"].drop_nulls().to_numpy()
+    width = float(widths.mean()) if len(widths) else None
+    return Moments(len(sums), int(values.sum()), mean, (inside + (means - mean) ** 2).mean(0), width)
+
+
+def mixed(parts: list[tuple[float, Moments]]) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of a mixture of (weight, moments); weights are positive and need not sum to one."""
+    total = sum(weight for weight, _ in parts)
+    mean = sum((weight / total * part.mean for weight, part in parts), np.zeros_like(parts[0][1].mean))
+    variance = sum(
+        (weight / total * (part.variance + (part.mean - mean) ** 2) for weight, part in parts), np.zeros_like(mean)
+    )
+    return mean, np.sqrt(variance)
+
+
+def make_latent_stats(project: Project) -> Outcome:
+    """Mean, deviation and posterior width by dataset and clip length, over every row committed in the spec in force.
+
+    Batches whose checks have not passed are left out. Raises UpstreamError where none has passed.
+    """
+    began = time.perf_counter()
+    root, spec = project.root, spec_in_force(project)
+    taken = [batch for batch in root.batches("clips") if _passed(project, spec, batch)]
+    if not taken:
+        raise UpstreamError(
+            "no batch of 'latents' has passed its checks in the encoding in force: make 'latents' first"
+        )
+    store = LatentStore(root, spec)
+    commits = pl.concat([store.commits(batch) for batch in taken]).filter(pl.col("status") == "ok")
+    found = _by_dataset(commits, spec)
+    said = {"spec": spec.digest(), "batches": taken, "datasets": {name: _plain(parts) for name, parts in found.items()}}
+    digest = digest_config(said)
+    path = f"{root.pointed('latent_stats', digest)}/stats.json"
+    made = not exists(path)
+    if made:
+        publish_json(path, said)
+    checks = _checks([part for parts in found.values() for part in parts.values()])
+    publish_verdict(f"{root.pointed('latent_stats', digest)}/checks.json", ASSET, checks)
+    if read_latest(root, "latent_stats") != digest:
+        publish_latest(root, "latent_stats", digest)
+    numbers = {f"{name}_f{length}_rows": part.rows for name, parts in found.items() for length, part in parts.items()}
+    rows = commits.height
+    return Outcome(
+        ASSET, None, made, rows, 0, time.perf_counter() - began, digest=digest, numbers=numbers, checks=checks
+    )
+
+
+def _passed(project: Project, spec: EncodingSpec, batch: str) -> bool:
+    checks = read_checks(project.root.latents_checks(spec.digest(), batch))
+    return checks is not None and checks["passed"]
+
+
+def _by_dataset(commits: pl.DataFrame, spec: EncodingSpec) -> dict[str, dict[int, Moments]]:
+    """Moments by dataset and frames, both ascending."""
+    found: dict[str, dict[int, Moments]] = {}
+    named = commits.with_columns(dataset=pl.col("batch").str.split(".").list.first()).sort(
+        "dataset", "frames", "row_id"
+    )
+    for group in named.partition_by("dataset", "frames", maintain_order=True):
+        found.setdefault(group["dataset"][0], {})[int(group["frames"][0])] = moments(group, spec)
+    return found
+
+
+def _plain(parts: dict[int, Moments]) -> dict[str, Any]:
+    return {
+        f"f{frames}": {
+            "rows": part.rows,
+            "values": part.values,
+            "mean": part.mean.tolist(),
+            "std": part.std.tolist(),
+            "posterior_std": part.posterior_std,
+        }
+        for frames, part in parts.items()
+    }
+
+
+def _checks(parts: list[Moments]) -> tuple[Check, ...]:
+    lowest = min(float(part.std.min()) for part in parts)
+    fewest = min(part.values for part in parts)
+    return (
+        Check("std_positive", lowest > 0, {"lowest_std": lowest}),
+        Check("enough_rows", fewest >= ENOUGH_VALUES, {"fewest_values": fewest, "needed": ENOUGH_VALUES}),
+    )

@@ -1,0 +1,330 @@
+"""latents, end to end on small files: equal to a slow reading; slips are refused; kills are survived."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from nextvid.corpus.project import Project
+from nextvid.encode import latents as maker
+from nextvid.encode import looks, shard
+from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.frames import Seen
+from nextvid.encode.latents import make_latents
+from nextvid.encode.plan import plan_encode, spec_in_force
+from nextvid.encode.views import CropBox
+from nextvid.outcome import Outcome
+from nextvid.video.decode import frames_at
+from storage import part as parts
+from storage import shard as shards
+from storage.errors import StoreError, UpstreamError
+from storage.latents import LatentStore
+from storage.reader import read_row
+from storage.tables import read_checks, require_checks
+from tests.nextvid.encode.small_corpus import (
+    F,
+    clip_row,
+    films,
+    publish_clips,
+    stills,
+    texture,
+    write_corpus,
+    write_video,
+)
+
+FILMS, STILLS = "films.000000", "stills.000000"
+
+
+def begin(folder: Path, autoencoder: Path) -> Project:
+    made = write_corpus(folder, autoencoder)
+    rows = [clip_row(path, index, view) for path in films(folder) for index in (0, 3) for view in (0, 1)]
+    publish_clips(made, FILMS, rows)
+    publish_clips(made, STILLS, [clip_row(path, 0, view) for path in stills(folder) for view in (0, 1)])
+    return made
+
+
+@pytest.fixture
+def project(tmp_path: Path, cosine_autoencoder: Path) -> Project:
+    return begin(tmp_path, cosine_autoencoder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, cosine_autoencoder: Path) -> tuple[Project, Outcome]:
+    """A project whose films are encoded, for tests that only read it."""
+    project = begin(tmp_path_factory.mktemp("made"), cosine_autoencoder)
+    return project, make_latents(project, FILMS)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of four rows, so that small corpora have several."""
+    for module in (parts, shards):
+        monkeypatch.setattr(module, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shards, "INDEX_BYTES", 16 * 4 + 4)
+
+
+def stored(project: Project, batch: str) -> dict[bytes, np.ndarray]:
+    """Every committed row, read through zarr."""
+    store = LatentStore(project.root, spec_in_force(project))
+    good = store.commits(batch).filter(pl.col("status") == "ok")
+    return {
+        row["row_id"]: read_row(store, batch, row["frames"], row["part"], row["slot"])
+        for row in good.iter_rows(named=True)
+    }
+
+
+def expected(project: Project, row: dict[str, Any]) -> np.ndarray:
+    """One row's latents by the slow way: its own decode, its own resize, its own forward."""
+    frames, _ = frames_at(Path(row["uri"]), row["times_us"], "pyav")
+    box = (row["crop_x"], row["crop_y"], row["crop_x"] + row["crop_w"], row["crop_y"] + row["crop_h"])
+    side = project.corpus.encoding.resolution
+    seen = [Image.fromarray(f).crop(box).resize((side, side), Image.Resampling.BICUBIC) for f in frames]
+    views = np.stack([np.asarray(image) for image in seen])
+    views = views[:, :, ::-1].copy() if row["flip"] else views
+    return Autoencoder.load(project.corpus.encoding.autoencoder).encode(views).latents
+
+
+class TestEncode:
+    def test_every_row_is_what_the_slow_way_gives(self, made: tuple[Project, Outcome]) -> None:
+        project, outcome = made
+        assert outcome.made
+        assert outcome.passed
+        assert outcome.rows == 12
+        clips = pl.read_parquet(project.root.table("clips", FILMS))
+        held = stored(project, FILMS)
+        assert set(held) == set(clips["row_id"])
+        for row in clips.iter_rows(named=True):
+            np.testing.assert_allclose(held[row["row_id"]], expected(project, row), atol=2e-4)
+
+    def test_images_are_rows_of_one_frame(self, project: Project) -> None:
+        outcome = make_latents(project, STILLS)
+        assert outcome.passed
+        assert {row.shape[0] for row in stored(project, STILLS).values()} == {1}
+        assert outcome.rows == 4
+
+    def test_second_call_makes_nothing_and_changes_no_file(self, made: tuple[Project, Outcome]) -> None:
+        project, first = made
+        before = {p: p.stat().st_mtime_ns for p in Path(project.root.url).rglob("*") if p.is_file()}
+        second = make_latents(project, FILMS)
+        assert not second.made
+        assert second.digest == first.digest
+        assert second.passed
+        assert {p: p.stat().st_mtime_ns for p in Path(project.root.url).rglob("*") if p.is_file()} == before
+
+    def test_only_missing_rows_are_encoded_in_a_new_part(self, project: Project, tmp_path: Path) -> None:
+        make_latents(project, FILMS)
+        before = stored(project, FILMS)
+        rows = [clip_row(p, index, view) for p in films(tmp_path, 4) for index in (0, 3) for view in (0, 1, 2)]
+        publish_clips(project, FILMS, rows)
+        plan = plan_encode(project, FILMS)
+        assert plan.reasons == {"new file": 6, "new view": 6}
+        outcome = make_latents(project, FILMS)
+        assert outcome.numbers["encoded"] == 12
+        assert outcome.rows == 24
+        store = LatentStore(project.root, spec_in_force(project))
+        assert store.parts(FILMS, F) == [0, 1]
+        after = stored(project, FILMS)
+        for row, values in before.items():
+            np.testing.assert_array_equal(after[row], values)
+
+    def test_commits_carry_sums_of_what_is_stored(self, made: tuple[Project, Outcome]) -> None:
+        project, _ = made
+        held = stored(project, FILMS)
+        store = LatentStore(project.root, spec_in_force(project))
+        for row in store.commits(FILMS).iter_rows(named=True):
+            exact = held[row["row_id"]].astype(np.float64)
+            np.testing.assert_allclose(row["sums"], exact.sum((0, 2, 3)), rtol=1e-12)
+            np.testing.assert_allclose(row["sums_squared"], (exact**2).sum((0, 2, 3)), rtol=1e-12)
+
+    def test_progress_ends_at_the_total(self, project: Project, small_shards: None) -> None:
+        seen: list[tuple[int, int]] = []
+        make_latents(project, FILMS, lambda done, total: seen.append((done, total)))
+        assert seen == [(4, 12), (8, 12), (12, 12)]
+
+    def test_preview_is_a_picture_of_three_rows_a_clip(self, made: tuple[Project, Outcome]) -> None:
+        (path,) = made[1].pictures.values()
+        with Image.open(path) as picture:
+            assert picture.size == (4 * 96, 4 * 3 * 96 + 3 * 6)
+
+    def test_unchecked_clips_are_refused(self, project: Project) -> None:
+        Path(project.root.checks("clips", FILMS)).unlink()
+        with pytest.raises(UpstreamError):
+            make_latents(project, FILMS)
+
+    def test_keepbits_and_posterior_sample_come_back_too(self, tmp_path: Path, random_autoencoder: Path) -> None:
+        made = write_corpus(tmp_path, random_autoencoder, posterior="sample", storage="keepbits7", precision="bf16")
+        publish_clips(made, STILLS, [clip_row(path, 0) for path in stills(tmp_path)])
+        spec = spec_in_force(made)
+        ids = pl.read_parquet(made.root.table("clips", STILLS))["row_id"].to_list()
+        views = {row: Seen(texture(i, 1), 0.0) for i, row in enumerate(ids)}
+        model = Autoencoder.load(random_autoencoder, precision="bf16")
+        one = shard.encode_shard(model, spec, 1, ids, views)
+        other = shard.encode_shard(model, spec, 1, ids[::-1], views)
+        mean = model.encode(views[ids[0]].frames).latents  # type: ignore[arg-type]
+        assert one.posterior_std is not None
+        # the noise belongs to the row, not to its place in the batch
+        drawn, again = one.latents[0] - mean, other.latents[1] - mean
+        np.testing.assert_allclose(drawn, again, atol=0.1 * drawn.std())
+        assert 0.5 < drawn.std() / one.posterior_std[0] < 1.5
+
+
+class TestFailures:
+    def test_row_that_cannot_be_decoded_is_quarantined_and_tried_again(self, project: Project, tmp_path: Path) -> None:
+        good = films(tmp_path)
+        broken = tmp_path / "films" / "broken.mp4"
+        broken.write_bytes(b"not a video at all")
+        rows = [clip_row(path, index) for path in good for index in range(8)]
+        publish_clips(project, FILMS, [*rows, clip_row(broken, 0)])
+        outcome = make_latents(project, FILMS)
+        assert outcome.rows == 24
+        assert outcome.quarantined == 1
+        assert outcome.passed  # 1 of 25 is within the budget of 5 %
+        assert plan_encode(project, FILMS).reasons == {"failed before": 1}
+        write_video(broken, texture(9))
+        publish_clips(project, FILMS, [*rows, clip_row(broken, 0)])
+        assert make_latents(project, FILMS).quarantined == 0
+
+    def test_one_bad_time_spoils_no_other_row_of_its_file(self, project: Project, tmp_path: Path) -> None:
+        path = films(tmp_path, 1)[0]
+        late = clip_row(path, 1, times_us=[90_000_000 + i for i in range(F)])
+        publish_clips(project, FILMS, [clip_row(path, 0), late, clip_row(path, 2)])
+        outcome = make_latents(project, FILMS)
+        assert outcome.rows == 2
+        assert outcome.quarantined == 1
+        assert not outcome.passed  # a third is over the budget
+        with pytest.raises(UpstreamError, match="counts"):
+            require_checks(project.root.latents_checks(spec_in_force(project).digest(), FILMS), "latents")
+
+    def test_file_that_changed_since_it_was_listed_gives_no_row(self, project: Project, tmp_path: Path) -> None:
+        path = films(tmp_path, 1)[0]
+        publish_clips(project, FILMS, [clip_row(path, 0)])
+        write_video(path, texture(77))
+        make_latents(project, FILMS)
+        commits = LatentStore(project.root, spec_in_force(project)).commits(FILMS)
+        assert commits["reason"].to_list() == ["changed"]
+
+    def test_constant_rows_are_quarantined(self, project: Project, tmp_path: Path) -> None:
+        flat = tmp_path / "stills" / "flat.png"
+        Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(flat)
+        publish_clips(project, STILLS, [clip_row(flat, 0), clip_row(stills(tmp_path)[0], 0)])
+        outcome = make_latents(project, STILLS)
+        counts = next(check for check in outcome.checks if check.name == "counts")
+        assert counts.numbers["reason_constant"] == 1
+        assert next(check for check in outcome.checks if check.name == "finite").passed
+
+    def test_orphans_are_reported_and_stay(self, project: Project, tmp_path: Path) -> None:
+        make_latents(project, FILMS)
+        publish_clips(project, FILMS, [clip_row(films(tmp_path)[0], 0)])
+        outcome = make_latents(project, FILMS)
+        orphan = next(check for check in outcome.checks if check.name == "no_orphan")
+        assert not orphan.passed
+        assert orphan.numbers["orphaned"] == 11
+        assert outcome.passed
+        assert len(stored(project, FILMS)) == 12
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+    def test_fault_finds_what_float16_cannot_hold(self, value: float) -> None:
+        latents = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)
+        assert shard.fault(latents) is None
+        latents[1, 2, 3, 0] = value
+        assert shard.fault(latents) == "not_finite"
+
+
+def _late(views: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.concatenate([v[1:], v[-1:]]) for v in views]
+
+
+def _crop(views: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.roll(v, 8, axis=2) for v in views]
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        "slip",
+        [_late, _crop, lambda views: [v[:, :, ::-1].copy() for v in views], lambda views: views[1:] + views[:1]],
+        ids=["late", "crop", "flipped", "rows swapped"],
+    )
+    def test_shard_made_from_wrong_frames_is_refused(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch, slip: Callable[[list[np.ndarray]], list[np.ndarray]]
+    ) -> None:
+        def slipped(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], seen: dict[bytes, Seen]) -> Any:
+            wrong = slip([seen[row].frames for row in ids])  # type: ignore[misc]
+            return shard.encode_shard(
+                model, spec, frames, ids, {r: Seen(v, 0.0) for r, v in zip(ids, wrong, strict=True)}
+            )
+
+        monkeypatch.setattr(maker, "encode_shard", slipped)
+        with pytest.raises(StoreError, match="round trip"):
+            make_latents(project, FILMS)
+        spec = spec_in_force(project)
+        assert LatentStore(project.root, spec).commits(FILMS).height == 0
+        checks = read_checks(project.root.latents_checks(spec.digest(), FILMS))
+        assert checks is not None
+        assert not checks["passed"]
+        monkeypatch.undo()
+        assert make_latents(project, FILMS).passed
+
+    def test_stills_pass_and_say_that_time_is_undecidable(self, project: Project, tmp_path: Path) -> None:
+        path = tmp_path / "films" / "still.mp4"
+        write_video(path, texture(5, 1).repeat(24, axis=0))
+        publish_clips(project, FILMS, [clip_row(path, 0), clip_row(path, 2)])
+        outcome = make_latents(project, FILMS)
+        assert outcome.passed
+        numbers = next(check for check in outcome.checks if check.name == "round_trip").numbers
+        assert numbers["undecidable frames one later"] == 2
+
+
+class TestKilled:
+    def test_kill_between_shards_leaves_a_part_that_is_finished_row_for_row(
+        self, project: Project, small_shards: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = write_corpus(tmp_path / "whole", Path(project.corpus.encoding.autoencoder))
+        publish_clips(whole, FILMS, pl.read_parquet(project.root.table("clips", FILMS)).to_dicts())
+        make_latents(whole, FILMS)
+        write = parts.Part.write_shard
+
+        def dying(self: parts.Part, number: int, *rest: Any) -> None:
+            if number == 1:
+                raise KeyboardInterrupt
+            write(self, number, *rest)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(parts.Part, "write_shard", dying)
+            with pytest.raises(KeyboardInterrupt):
+                make_latents(project, FILMS)
+        assert len(stored(project, FILMS)) == 4
+        outcome = make_latents(project, FILMS)
+        assert outcome.numbers["encoded"] == 8
+        one, other = stored(project, FILMS), stored(whole, FILMS)
+        assert one.keys() == other.keys()
+        for row, values in one.items():
+            np.testing.assert_array_equal(values, other[row])
+
+    def test_rows_planned_and_then_unwanted_are_rejected(
+        self, project: Project, small_shards: None, tmp_path: Path
+    ) -> None:
+        plan = plan_encode(project, FILMS)
+        store = LatentStore(project.root, plan.spec)
+        store.create()
+        store.plan_part(FILMS, F, plan.rows["row_id"].to_list())
+        publish_clips(project, FILMS, [clip_row(films(tmp_path)[0], 0)])
+        outcome = make_latents(project, FILMS)
+        assert outcome.rows == 1
+        assert outcome.passed
+        assert store.commits(FILMS)["reason"].drop_nulls().unique().to_list() == ["not_wanted"]
+
+
+def test_one_time_asked_twice_gives_two_equal_frames(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, texture(0))
+    row = clip_row(path, 0)
+    look = looks.Look(row["row_id"], (0, 0, 250_000), CropBox(0, 0, 64, 64), False)
+    (views,), seconds = looks.decode(looks.Task(path, row["media_id"], "pyav", 32, (look,)))
+    np.testing.assert_array_equal(views[0], views[1])
+    assert (views[2] != views[1]).any()
+    assert views.shape == (3, 32, 32, 3)
+    assert seconds > 0
