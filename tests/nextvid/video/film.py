@@ -62,8 +62,9 @@ def write_film(
                 settings = dict(X264_CLOSED if codec == "libx264" and options is None else options or {})
                 if crf is not None and codec in {"libx264", "libx265", "libvpx-vp9", "libsvtav1"}:
                     settings["crf"] = crf
-                stream = container.add_stream(codec, rate=fps, options=settings)
-                assert isinstance(stream, VideoStream)
+                added = container.add_stream(codec, rate=fps, options=settings)
+                assert isinstance(added, VideoStream)
+                stream = added
                 stream.width, stream.height, stream.pix_fmt = image.shape[1], image.shape[0], pix_fmt
                 stream.codec_context.thread_count = 1
                 if bframes is not None:

@@ -54,7 +54,7 @@ def test_facts_of_an_image_turned_by_exif(tmp_path: Path) -> None:
     [
         "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{film}\n#EXT-X-ENDLIST\n",
         "ffconcat version 1.0\nfile '{film}'\n",
-        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
         "<html><body>not found</body></html>",
         "",
     ],
@@ -99,10 +99,11 @@ def test_truncated_films_are_refused_or_shorter(tmp_path: Path, share: float) ->
         whole = write_barcodes(tmp_path / name, 48).read_bytes()
         path = tmp_path / f"cut_{name}"
         path.write_bytes(whole[: int(len(whole) * share)])
-        try:
-            assert (probe(path).frames or 0) < 48
-        except MediaError as error:
-            assert error.reason in {"unknown_format", "truncated", "empty", "corrupt", "no_video"}
+        if name == "a.mp4" or share < 0.3:  # the index of an MP4 stands at the end
+            with pytest.raises(MediaError):
+                probe(path)
+        else:
+            assert 0 < (probe(path).frames or 0) < 48
 
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:

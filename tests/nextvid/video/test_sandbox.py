@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +44,15 @@ def test_a_hang_is_killed_and_the_next_call_works(sandbox: Sandbox, film: Path) 
 
 @pytest.mark.parametrize("way", ["exit", "kill", "abort"])
 def test_a_crash_costs_one_task(sandbox: Sandbox, film: Path, way: str) -> None:
+    own = sandbox.call(os.getpid, timeout_s=30)
+    ways: dict[str, tuple[Callable[..., object], tuple[int, ...]]] = {
+        "exit": (os._exit, (3,)),
+        "kill": (os.kill, (own, 9)),
+        "abort": (os.abort, ()),
+    }
+    function, args = ways[way]
     with pytest.raises(MediaError) as caught:
-        match way:
-            case "exit":
-                sandbox.call(os._exit, 3, timeout_s=30)
-            case "kill":
-                sandbox.call(os.kill, sandbox.call(os.getpid, timeout_s=30), 9, timeout_s=30)
-            case _:
-                sandbox.call(os.abort, timeout_s=30)
+        sandbox.call(function, *args, timeout_s=30)
     assert caught.value.reason == "crashed"
     assert sandbox.call(probe, film, timeout_s=30).frames == 12
 
