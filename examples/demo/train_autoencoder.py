@@ -35,7 +35,7 @@ from examples.demo.whitening import fold_whitening, moments
 from examples.demo.write_corpus import write_corpus
 
 CORPUS_SEED, CORPUS_VIDEOS = 1, 2000  # not the demo's seed 0; our choice: 8000 training scenes
-STEPS = 12_000  # our choice: about 20 minutes on two cores; 3600 steps gave 33.2 dB in the study (research demo 1)
+STEPS = 8_000  # our choice, about 10 minutes on two idle cores; 3600 gave 33.2 dB in the study (research demo 1)
 BATCH = 16  # research vae 6
 PEAK_LR = 2e-3  # research vae 6
 WARM_UP = 0.05  # our choice: share of the steps
