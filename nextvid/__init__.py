@@ -10,3 +10,12 @@
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Resolve `load_encoder` when it is asked for, so that importing the package costs no torch."""
+    if name == "load_encoder":
+        from nextvid.train.export import load_encoder
+
+        return load_encoder
+    raise AttributeError(f"module 'nextvid' has no attribute '{name}'")

@@ -98,7 +98,9 @@ def describe(event: Event, steps: int) -> str:
                 f"lr {event['lr']:.2e} {event['clips_per_s']:.1f} clips/s wait {event['wait_share']:.1%}"
             )
         case kind:
-            rest = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("kind", "step", "time_s"))
+            rest = " ".join(
+                f"{name}={value}" for name, value in event.items() if name not in ("kind", "step", "time_s")
+            )
             return f"{head} {kind} {rest}".rstrip()
 
 

@@ -100,7 +100,11 @@ def write_run(run: Run) -> None:
             "mask_plan": run.mask_plan,
             "repeat": run.repeat,
             "how": run.how.model_dump(mode="json"),
-            "versions": {"nextvid": nextvid.__version__, "torch": version("torch"), "python": platform.python_version()},
+            "versions": {
+                "nextvid": nextvid.__version__,
+                "torch": version("torch"),
+                "python": platform.python_version(),
+            },
         },
     )
 

@@ -1,0 +1,62 @@
+"""The trainer's entry point: `python -m nextvid.train --corpus F --recipe R [--run ID] [--set key.path=value ...]`.
+
+Started by torchrun, or alone for one rank. With --run the run was prepared before (launch.py); without it rank 0 prepares
+it, so that torchrun can be called by hand on many machines. Exit codes are those of the command line.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nextvid.corpus.project import open_project
+from nextvid.train.lock import die_with
+from storage.errors import ConfigError, NExTVidError, StoreError, UpstreamError
+
+
+def main(
+    recipe: str,
+    corpus: str | None = None,
+    run: str | None = None,
+    set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", help="overrides, key.path=value")] = (),
+    launcher: Annotated[int | None, tyro.conf.arg(help="process to end with")] = None,
+) -> None:
+    """Train one run to its end."""
+    if launcher is not None:
+        die_with(launcher)
+    from nextvid.config import HowConfig
+    from nextvid.train.distributed import join
+    from nextvid.train.launch import prepare_run
+    from nextvid.train.loop import train
+    from nextvid.train.run import open_run
+
+    project = open_project(corpus)
+    how = open_run(Path(project.root.run(recipe, run))).how if run is not None else HowConfig()
+    with join(how) as ranks:
+        name = run
+        if name is None:
+            name = ranks.from_first(prepare_run(project, recipe, set_, how).run_id if ranks.first else None)
+            assert name is not None, "rank 0 sends the run's id"
+        train(project, open_run(Path(project.root.run(recipe, name))), ranks)
+
+
+def exit_code(error: NExTVidError) -> int:
+    """2 the user's configuration is wrong, 3 upstream is missing, 4 a store is damaged, 1 anything else."""
+    match error:
+        case ConfigError():
+            return 2
+        case UpstreamError():
+            return 3
+        case StoreError():
+            return 4
+        case _:
+            return 1
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, prog="python -m nextvid.train")
+    except NExTVidError as error:
+        sys.stderr.write(f"{error.kind}: {error}\n")
+        sys.exit(exit_code(error))

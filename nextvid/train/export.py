@@ -1,0 +1,138 @@
+"""A trained encoder as a folder that stands for itself: config.json, model.safetensors, and its autoencoder.
+
+Opened with `nextvid.load_encoder(path)`, without corpus, store or Dagster. It takes latents as the store holds them, or,
+where the folder holds the autoencoder (from the corpus whose latents the run was trained on), frames; statistics travel
+with the weights. Holds no probe and no training.
+
+Axes: B clips, F frames, H W pixels, C channels of the store, h w cells of the store, N tokens of a clip, D width.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nextvid.config import ModelConfig, RecipeConfig, parse
+from nextvid.corpus.trainset import Trainset
+from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.weights import autoencoder_digest
+from nextvid.model.encoder import Encoder
+from nextvid.model.reference import reference_encoder
+from nextvid.model.tokens import latent_tokens, normalise, space_to_depth
+from nextvid.train.checkpoint import load_tensors
+from nextvid.train.run import Run
+from nextvid.train.step import build_model
+from storage import atomic
+from storage.errors import ConfigError, RefusedError, UpstreamError
+
+FORMAT = 1  # raise when the folder's meaning changes
+WEIGHTS = "model.safetensors"
+AUTOENCODER = "autoencoder"
+
+
+class ExportedEncoder(nn.Module):
+    """A frozen encoder in evaluation mode, with the statistics of what it was trained on."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: ModelConfig, mean: Float[Tensor, " C"], std: Float[Tensor, " C"]) -> None:
+        super().__init__()
+        self.encoder = Encoder(model)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.autoencoder: Autoencoder | None = None
+        self.resolution: int | None = None
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, clips: Float[Tensor, "B F C h w"] | UInt8[Tensor, "B F H W 3"]) -> Float[Tensor, "B N D"]:
+        """Features of whole clips, token by token in the order t, h, w, after the final norm.
+
+        Latents are raw, as stored; frames are RGB bytes at the resolution of training. Raises RefusedError for frames
+        where the folder holds no autoencoder, or of another size.
+        """
+        latents = self.latents(clips) if clips.dtype == torch.uint8 else clips
+        model = self.encoder.model
+        normalised = normalise(latents.float(), self.mean, self.std)
+        tokens = latent_tokens(space_to_depth(normalised, latents.shape[-1] // model.grid_width), model.tubelet)
+        features: Tensor = self.encoder(tokens, clips.shape[1] // model.tubelet)
+        return features
+
+    def latents(self, frames: UInt8[Tensor, "B F H W 3"]) -> Float[Tensor, "B F C h w"]:
+        """Latents of frames, by the autoencoder's encoder half."""
+        if self.autoencoder is None:
+            raise RefusedError("this export holds no autoencoder: give it latents [B, F, C, h, w] instead of frames")
+        if frames.shape[2:4] != (self.resolution, self.resolution):
+            raise RefusedError(
+                f"frames of {tuple(frames.shape[2:4])} pixels: resize them to {self.resolution} x {self.resolution}"
+            )
+        flat = rearrange(frames, "B F H W c -> (B F) H W c").cpu().numpy()
+        latents = torch.from_numpy(self.autoencoder.encode(flat).latents).to(self.mean.device)
+        return rearrange(latents, "(B F) C h w -> B F C h w", B=frames.shape[0])
+
+
+def export_encoder(folder: Path, encoder: Encoder, trainset: Trainset, run: Run, autoencoder: str) -> None:
+    """Write an encoder's folder, unless it stands there: it appears whole or not at all.
+
+    The autoencoder at the path `autoencoder` goes with it if it is the one whose latents the trainset holds.
+    """
+    if folder.exists():
+        return
+    tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    tensors |= {"mean": torch.from_numpy(np.array(trainset.mean)), "std": torch.from_numpy(np.array(trainset.std))}
+    source = Path(autoencoder)
+    carried = (source / "config.json").is_file() and autoencoder_digest(source) == trainset.spec.autoencoder
+    config = {
+        "format": FORMAT,
+        "model": run.recipe.model.model_dump(mode="json"),
+        "recipe": run.recipe.name,
+        "run": run.id,
+        "trainset": trainset.digest,
+        "encoding": trainset.spec.to_json(),
+        "autoencoder": AUTOENCODER if carried else None,
+    }
+    with atomic.staged_folder(str(folder)) as staged:
+        save_file(
+            {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}, staged / WEIGHTS
+        )
+        if carried:
+            shutil.copytree(source, staged / AUTOENCODER)
+        atomic.publish_json(str(staged / "config.json"), config)
+
+
+def load_encoder(path: str | Path, device: str = "cpu") -> ExportedEncoder:
+    """Open an exported encoder: frozen, in evaluation mode, fp32.
+
+    Raises UpstreamError where there is none, ConfigError for a folder of another format, DamagedError for weights that
+    cannot be read.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UpstreamError(f"{folder} holds no exported encoder: config.json is missing")
+    config: dict[str, Any] = atomic.read_json(str(folder / "config.json"))
+    if config.get("format") != FORMAT:
+        raise ConfigError(
+            f"{folder}: format {config.get('format')!r}, and this version reads {FORMAT}: export it again"
+        )
+    tensors = load_tensors(folder / WEIGHTS)
+    found = ExportedEncoder(
+        parse(ModelConfig, config["model"], f"{folder}/config.json"), tensors["mean"], tensors["std"]
+    )
+    found.load_state_dict(tensors, strict=True)
+    if config["autoencoder"]:
+        found.autoencoder = Autoencoder.load(folder / config["autoencoder"], device, config["encoding"]["precision"])
+        found.resolution = config["encoding"]["resolution"]
+    return found.to(device)
+
+
+def random_encoder(recipe: RecipeConfig, seed: int | None = None) -> Encoder:
+    """The recipe's encoder as initialised, frozen: what every probe is compared with. None takes the recipe's seed."""
+    seeded = recipe if seed is None else recipe.model_copy(update={"seed": seed})
+    return reference_encoder(build_model(seeded).encoder)

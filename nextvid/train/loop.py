@@ -1,0 +1,225 @@
+"""The training loop: from wherever a run stands to its last step, telling what happens and keeping checkpoints.
+
+One path for one CPU and for many GPUs. It holds no mathematics (step.py), starts no processes (launch.py) and opens no
+video: it reads a trainset and a mask plan. Rank 0 alone writes.
+"""
+
+import itertools
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nextvid.config import HowConfig, RecipeConfig
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.model.tokens import latent_tokens
+from nextvid.train import checkpoint
+from nextvid.train.checkpoint import Progress
+from nextvid.train.diagnose import CLIPS, collapsed, diagnose
+from nextvid.train.distributed import Ranks
+from nextvid.train.export import export_encoder
+from nextvid.train.loader import Batch, Loader, open_loader
+from nextvid.train.lock import run_lock
+from nextvid.train.mask_plan import grid_of, open_mask_plan
+from nextvid.train.optim import draws_before, stage_at
+from nextvid.train.report import Reporter
+from nextvid.train.run import Run
+from nextvid.train.step import Stepped, Trained, build, means, take_step
+from storage import atomic
+from storage.errors import NExTVidError, RefusedError
+
+SKIPS_ALLOWED = 2  # research: training 3: "stop after 3 in a row"
+LITTER_S = 0.0  # rank 0 holds the run's lock: whatever lies there half written has no writer
+
+
+def train(project: Project, run: Run, ranks: Ranks) -> None:
+    """Train a run to its end, from its newest checkpoint. Raises ConflictError if another process trains it.
+
+    Raises RefusedError where three steps in a row have no finite gradient, or where the trainset does not fit.
+    """
+    torch.set_flush_denormal(True)  # research: demo (5), "Time"
+    with ExitStack() as stack:
+        if ranks.first:
+            stack.enter_context(run_lock(run.folder))
+            atomic.sweep_litter(str(run.folder), LITTER_S)
+        ranks.wait()
+        trainset = Trainset.open(project.root, run.trainset)
+        plan = open_mask_plan(project.root, run.recipe.masks, grid_of(run.recipe.model))
+        trained = build(run.recipe, ranks)
+        progress = _resume(run, trained)
+        loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks))
+        reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
+        session = _Session(run, trained, loader, reporter, progress)
+        session.go()
+        if reporter:
+            source = project.corpus.encoding.autoencoder
+            export_encoder(run.folder / "encoder", trained.reference, trainset, run, source)
+            export_encoder(run.folder / "encoder_online", trained.model.encoder, trainset, run, source)
+            reporter.event("end", run.recipe.steps, {"complete": run.complete})
+        ranks.wait()
+
+
+def _resume(run: Run, trained: Trained) -> Progress:
+    """Bring everything to the newest checkpoint, or to step 0 where there is none."""
+    found = checkpoint.complete(run.checkpoints)
+    if not found:
+        return Progress(0, 0)
+    return checkpoint.load(found[-1], run.identity, trained.model, trained.reference, trained.optimizer)
+
+
+@dataclass
+class _Meter:
+    """Sums since the last log line; losses stay on the device until they are asked for."""
+
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    steps: int = 0
+    clips: int = 0
+    waited_s: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, stepped: Stepped, clips: int, waited_s: float) -> None:
+        for name, value in stepped.losses.items():
+            self.losses[name] = self.losses.get(name, torch.zeros_like(value)) + value
+        self.steps, self.clips, self.waited_s = self.steps + 1, self.clips + clips, self.waited_s + waited_s
+
+    def read(self, ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean losses over steps and ranks, and speeds."""
+        names = sorted(self.losses)
+        values = ranks.mean(torch.stack([self.losses[name] for name in names]) / self.steps).tolist()
+        seconds = time.perf_counter() - self.since
+        speeds = {
+            "clips_per_s": self.clips / seconds,
+            "step_s": seconds / self.steps,
+            "wait_share": self.waited_s / seconds,
+        }
+        return dict(zip(names, values, strict=True)), speeds
+
+
+class _Session:
+    """One attempt at a run, between its start and its end."""
+
+    def __init__(
+        self, run: Run, trained: Trained, loader: Loader, reporter: Reporter | None, progress: Progress
+    ) -> None:
+        self.run, self.trained, self.loader, self.reporter, self.progress = run, trained, loader, reporter, progress
+        self.recipe: RecipeConfig = run.recipe
+        self.how: HowConfig = run.how
+        self.ranks: Ranks = trained.ranks
+        self.meter = _Meter()
+        self.stage_ends = set(itertools.accumulate(stage.steps for stage in run.recipe.stages))
+        self.fixed: torch.Tensor | None = None
+
+    def go(self) -> None:
+        """All steps that are left; an error of ours is told before it goes on its way."""
+        self._tell("start", self._facts())
+        try:
+            self._steps()
+        except NExTVidError as error:
+            self._tell("error", {"error": error.kind, "message": str(error)})
+            raise
+
+    def _steps(self) -> None:
+        if self.progress.step == 0:
+            self._diagnose()
+        for batch in self.loader.batches(self.progress.step, self.how.threads):
+            stage, inside = stage_at(self.recipe.stages, batch.step)
+            if inside == 0:
+                self._tell("stage", self.recipe.stages[stage].model_dump())
+            self._step(batch)
+            self._after_step()
+
+    def _step(self, batch: Batch) -> None:
+        stepped = take_step(self.trained, batch, batch.step, self.how.micro_batch)
+        step = batch.step + 1
+        skipped = 0 if stepped.finite else self.progress.skipped + 1
+        self.progress = Progress(step, draws_before(self.recipe.stages, step), skipped, self.progress.first_rank)
+        self.meter.add(stepped, len(batch.draws) * self.ranks.count, batch.waited_s)
+        if not stepped.finite:
+            norms = {name: float(norm) for name, norm in stepped.norms.items()}
+            self._tell("skipped", {"in_a_row": skipped, "norm": norms})
+            if skipped > SKIPS_ALLOWED:
+                raise RefusedError(
+                    f"run {self.run.id}: {skipped} steps in a row had no finite gradient (norms at step {step}: {norms}); "
+                    "lower the learning rate, or look at the batch that events.jsonl names"
+                )
+        if step % self.how.log_every_steps == 0 or step in self.stage_ends:
+            self._log(stepped)
+
+    def _after_step(self) -> None:
+        step = self.progress.step
+        if step % self.how.diagnose_every_steps == 0 or step == self.recipe.steps:
+            self._diagnose()
+        if step % self.how.checkpoint_every_steps == 0 or step in self.stage_ends:
+            self._checkpoint()
+
+    def _log(self, stepped: Stepped) -> None:
+        """One event for the steps since the last one. Every rank takes part in the mean, rank 0 tells."""
+        losses, speeds = self.meter.read(self.ranks)
+        self.meter = _Meter()
+        stage, _ = stage_at(self.recipe.stages, self.progress.step - 1)
+        self._tell(
+            "step",
+            {
+                "stage": self.recipe.stages[stage].name,
+                "draws": self.progress.draws,
+                **means(losses),
+                "loss": losses,
+                "norm": {name: float(norm) for name, norm in stepped.norms.items()},
+                "lr": stepped.rates.main,
+                "decoder_lr": stepped.rates.decoder,
+                **speeds,
+            },
+        )
+
+    def _diagnose(self) -> None:
+        """Look at the fixed clips with both encoders; rank 0 alone, the others go on to wait for it."""
+        if not self.ranks.first:
+            return
+        if self.fixed is None:
+            self.fixed = latent_tokens(self.loader.clips(range(CLIPS)), self.recipe.model.tubelet)
+        batch = max(1, self.recipe.stages[0].batch // self.ranks.count)
+        found = diagnose(self.trained.reference, self.fixed, batch)
+        online = diagnose(self.trained.model.encoder, self.fixed, batch)
+        step, rank = self.progress.step, found["effective_rank"]
+        first = self.progress.first_rank
+        if first is None:
+            first = rank
+            self.progress = Progress(step, self.progress.draws, self.progress.skipped, first)
+        self._tell(
+            "diagnostics",
+            {**found, **{f"online_{name}": value for name, value in online.items()}, "rank_over_first": rank / first},
+        )
+        if collapsed(rank, first, step, self.recipe.steps):
+            self._tell("alarm", {"effective_rank": rank, "first_rank": first})
+
+    def _checkpoint(self) -> None:
+        if self.ranks.first:
+            trained = self.trained
+            path = checkpoint.save(
+                self.run.checkpoints,
+                self.run.identity,
+                self.progress,
+                trained.model,
+                trained.reference,
+                trained.optimizer,
+            )
+            checkpoint.prune(self.run.checkpoints, self.how.keep_last, self.stage_ends)
+            self._tell("checkpoint", {"path": path.name})
+        self.ranks.wait()
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "run": self.run.id,
+            "ranks": self.ranks.count,
+            "device": str(self.ranks.device),
+            "threads": torch.get_num_threads(),
+            "process": os.getpid(),
+        }
+
+    def _tell(self, kind: str, values: dict[str, Any]) -> None:
+        if self.reporter:
+            self.reporter.event(kind, self.progress.step, values)

@@ -1,0 +1,123 @@
+"""One optimiser step: reference features once, one backward a mask strategy, clip, step, EMA (method.md 4, 7.4).
+
+Holds the trained state and what happens to it in a step. It reads no files and decides no schedule: rates and copies
+follow from the step number, noise from draw numbers. A step whose gradient is not finite changes nothing.
+
+Axes: B clips, F frames, C channels of one frame, h and w cells.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nextvid.config import RecipeConfig
+from nextvid.model.encoder import Encoder
+from nextvid.model.flow import NoiseKey
+from nextvid.model.nextvid import Losses, NExTVid
+from nextvid.model.reference import ema_update, reference_encoder, reference_features
+from nextvid.model.tokens import latent_tokens, stack_target
+from nextvid.train.distributed import Ranks
+from nextvid.train.loader import Batch
+from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, stage_at, trained_modules
+
+
+@dataclass
+class Trained:
+    """What training changes. `wrapped` is the model with averaged gradients (DDP) or the model itself."""
+
+    recipe: RecipeConfig
+    ranks: Ranks
+    model: NExTVid
+    wrapped: nn.Module
+    reference: Encoder
+    optimizer: torch.optim.AdamW
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Numbers of one step; tensors stay on their device until somebody logs them."""
+
+    losses: dict[str, Tensor]  # `align/<strategy>`, `flow/<strategy>`: unweighted means over this rank's clips
+    norms: dict[str, Tensor]  # by module, before clipping
+    rates: Rates
+    finite: bool
+
+
+def build_model(recipe: RecipeConfig) -> NExTVid:
+    """The model as the recipe's seed initialises it; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return NExTVid(recipe)
+
+
+def build(recipe: RecipeConfig, ranks: Ranks) -> Trained:
+    """Model, reference encoder and optimiser at step 0, on this rank's device."""
+    model = build_model(recipe).to(ranks.device)
+    reference = reference_encoder(model.encoder)
+    partial = min(recipe.losses.align, recipe.losses.flow) <= 0  # ablations leave a part without gradients
+    return Trained(recipe, ranks, model, ranks.wrap(model, partial), reference, build_optimizer(model, recipe.optim))
+
+
+def autocast(recipe: RecipeConfig, device: torch.device) -> AbstractContextManager[None]:
+    """bf16 over fp32 master weights on a GPU, fp32 on the CPU (design 8)."""
+    if recipe.precision == "bf16" and device.type == "cuda":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def take_step(trained: Trained, batch: Batch, step: int, micro_batch: int) -> Stepped:
+    """Train on this rank's share of one global batch, `micro_batch` clips at a time (0: all at once)."""
+    recipe, optimizer = trained.recipe, trained.optimizer
+    now = rates(recipe.stages, recipe.optim.shape, step)
+    set_rates(optimizer, now)
+    optimizer.zero_grad(set_to_none=True)
+    parts = batch.split(micro_batch or len(batch.draws))
+    losses: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        for name, value in _backward(trained, part, step, 1.0 / len(parts), last).items():
+            losses[name] = losses.get(name, 0.0) + value / len(parts)
+    norms = clip_gradients(trained_modules(trained.model), recipe.optim)
+    finite = bool(torch.isfinite(torch.stack(list(norms.values()))).all())
+    if finite:
+        optimizer.step()
+        ema_update(trained.reference, trained.model.encoder, recipe.optim.ema)
+    return Stepped(losses, norms, now, finite)
+
+
+def _backward(trained: Trained, part: Batch, step: int, share: float, last: bool) -> dict[str, Tensor]:
+    """Gradients of one micro-batch, one strategy after the other; averaged over ranks with the very last one."""
+    recipe = trained.recipe
+    copies = recipe.stages[stage_at(recipe.stages, step)[0]].tau_copies
+    key = NoiseKey(recipe.seed, step, part.draws)
+    tokens = latent_tokens(part.latents, recipe.model.tubelet)
+    targets = stack_target(part.latents, recipe.model.tubelet) if recipe.losses.flow > 0 else None
+    features = None
+    if recipe.losses.align > 0:
+        with autocast(recipe, tokens.device):
+            features = reference_features(trained.reference, tokens, recipe.losses.target_norm)
+    found: dict[str, Tensor] = {}
+    for strategy in range(len(part.visible)):
+        final = last and strategy == len(part.visible) - 1
+        with nullcontext() if final else trained.ranks.without_averaging(trained.wrapped):
+            with autocast(recipe, tokens.device):
+                losses: Losses = trained.wrapped(tokens, targets, features, part.visible, key, copies, only=strategy)
+            (losses.total * share).backward()
+        found |= {f"align/{name}": value.detach() for name, value in losses.align.items()}
+        found |= {f"flow/{name}": value.detach() for name, value in losses.flow.items()}
+    return found
+
+
+def means(losses: dict[str, float]) -> dict[str, float]:
+    """`align` and `flow`, each the mean over its strategies; NaN where the recipe has no such loss."""
+    return {
+        kind: _mean([value for name, value in losses.items() if name.startswith(f"{kind}/")])
+        for kind in ("align", "flow")
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,252 @@
+"""Batches are the drawn rows and masks, whatever the ranks, threads and place of resumption."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nextvid.config import RecipeConfig
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.model.tokens import space_to_depth, tube_ids
+from nextvid.recipes import recipe as recipe_by_name
+from nextvid.train.distributed import Ranks
+from nextvid.train.loader import Batch, Loader, open_loader
+from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.train.optim import draws_before, stage_at
+from nextvid.train.order import Order, in_every_tubelet
+from storage import atomic
+from storage.draws import Draws, mask_entry
+from storage.errors import ConfigError, DamagedError, RefusedError
+from storage.latents import LatentStore
+from storage.reader import read_row, row_id
+from storage.withdrawn import record_withdrawal
+from tests.nextvid.train.corpus import BATCHES, WEIGHTS, make_project, tiny_spec
+from tests.nextvid.train.tiny import tiny_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    made = make_project(tmp_path_factory.mktemp("loader"))
+    for keep in ("fixed", "bucket", "flat", "all"):
+        make_plan(made.root, tiny_recipe(keep=keep))
+    return made
+
+
+@contextmanager
+def _loader(project: Project, recipe: RecipeConfig, ranks: Ranks | None = None) -> Iterator[Loader]:
+    plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
+    with open_loader(project.root, Trainset.open(project.root), recipe, plan, ranks or Ranks(0, 1, CPU)) as loader:
+        yield loader
+
+
+def _batches(project: Project, recipe: RecipeConfig, first: int = 0, rank: int = 0, ranks: int = 1) -> list[Batch]:
+    with _loader(project, recipe, Ranks(rank, ranks, CPU)) as loader:
+        return list(loader.batches(first))
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    ids = all(torch.equal(x, y) for x, y in zip(a.visible, b.visible, strict=True))
+    return (a.step, a.draws) == (b.step, b.draws) and torch.equal(a.latents, b.latents) and ids
+
+
+def test_latents_are_the_drawn_rows_read_by_zarr(project: Project) -> None:
+    """The slow way: draw by draw, each row through zarr, normalised in float64."""
+    recipe, trainset = tiny_recipe(), Trainset.open(project.root)
+    store = LatentStore(project.root, trainset.spec)
+    images = 0
+    for batch in _batches(project, recipe):
+        frames = recipe.stages[stage_at(recipe.stages, batch.step)[0]].frames
+        draws = Draws(recipe.seed, WEIGHTS, {"films": {4: 9, 8: 5}[frames], "pictures": 7})
+        for number, latents in zip(batch.draws, batch.latents, strict=True):
+            dataset, row = draws.at(number)
+            length = 1 if draws.datasets[dataset] == "pictures" else frames
+            address = trainset.rows(length)[row]
+            stored = read_row(store, BATCHES[address["batch"]], length, int(address["part"]), int(address["slot"]))
+            wanted = (stored.astype(np.float64) - trainset.mean[:, None, None]) / trainset.std[:, None, None]
+            images += length == 1
+            assert latents.shape[0] == frames
+            np.testing.assert_allclose(latents.numpy(), np.broadcast_to(wanted, latents.shape), atol=1e-5)
+    assert images > 3  # repeated over time, as the broadcast above demands
+
+
+def test_visible_ids_are_the_plans_entries(project: Project) -> None:
+    recipe = tiny_recipe()
+    plan = open_mask_plan(project.root, recipe.masks, (4, 4))
+    for batch in _batches(project, recipe):
+        tubelets = batch.latents.shape[1] // 2
+        for index, strategy in enumerate(recipe.masks.strategies):
+            for number, ids in zip(batch.draws, batch.visible[index].tolist(), strict=True):
+                cells = np.flatnonzero(plan.kept[strategy.name][mask_entry(recipe.seed, index, number, 256)])
+                assert ids == [16 * tubelet + cell for tubelet in range(tubelets) for cell in cells]
+
+
+@pytest.mark.parametrize("keep", ["fixed", "bucket", "flat", "all"])
+@pytest.mark.parametrize("ranks", [2])
+def test_ranks_share_each_batch_in_order(project: Project, keep: str, ranks: int) -> None:
+    recipe = tiny_recipe(keep=keep)
+    alone = _batches(project, recipe)
+    shares = [_batches(project, recipe, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for whole, *parts in zip(alone, *shares, strict=True):
+        assert whole.draws == tuple(number for part in parts for number in part.draws)
+        assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
+        for index, ids in enumerate(whole.visible):
+            assert torch.equal(ids, torch.cat([part.visible[index] for part in parts]))
+
+
+@pytest.mark.parametrize("keep", ["bucket", "flat", "all"])
+def test_other_ways_of_thinning(project: Project, keep: str) -> None:
+    recipe = tiny_recipe(keep=keep)
+    for batch in _batches(project, recipe):
+        tubelets = batch.latents.shape[1] // 2
+        assert len(batch.visible) == (1 if keep == "all" else 2)
+        for ids in batch.visible:
+            assert ids.dtype == torch.int64
+            assert (ids.diff(dim=1) > 0).all()
+            assert int(ids.max()) < 16 * tubelets
+            if keep == "all":
+                assert ids.shape[1] == 16 * tubelets
+            if keep == "bucket":
+                assert ids.shape[1] % (8 * tubelets) == 0
+
+
+@given(first=st.integers(0, 12))
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_resuming_at_any_step_goes_on_with_the_same_batches(project: Project, first: int) -> None:
+    recipe = tiny_recipe()
+    everything = _batches(project, recipe)
+    resumed = _batches(project, recipe, first)
+    assert len(resumed) == recipe.steps - first
+    assert all(_same(a, b) for a, b in zip(everything[first:], resumed, strict=True))
+
+
+def test_draw_numbers_run_on_across_stages(project: Project) -> None:
+    recipe = tiny_recipe()
+    numbers = [number for batch in _batches(project, recipe) for number in batch.draws]
+    assert numbers == list(range(draws_before(recipe.stages, recipe.steps)))
+
+
+def test_threads_change_nothing(project: Project) -> None:
+    with _loader(project, tiny_recipe()) as loader:
+        one, many = list(loader.batches(0, 1)), list(loader.batches(0, 4))
+    assert all(_same(a, b) for a, b in zip(one, many, strict=True))
+
+
+def test_a_batch_that_is_kept_is_not_overwritten_by_the_ring(project: Project) -> None:
+    recipe = tiny_recipe(steps=(12, 1, 1, 1))
+    with _loader(project, recipe) as loader:
+        kept: list[Batch] = []
+        copies: list[torch.Tensor] = []
+        for batch in loader.batches(0):
+            kept.append(batch)
+            copies.append(batch.latents.clone())
+    assert all(torch.equal(batch.latents, copy) for batch, copy in zip(kept, copies, strict=True))
+
+
+def test_an_abandoned_iteration_ends_its_threads(project: Project) -> None:
+    with _loader(project, tiny_recipe()) as loader:
+        batches = loader.batches(0)
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+
+
+def test_micro_batches_are_the_batch(project: Project) -> None:
+    batch = _batches(project, tiny_recipe())[0]
+    parts = batch.split(2)
+    assert [part.draws for part in parts] == [(0, 1), (2, 3)]
+    assert torch.equal(torch.cat([part.latents for part in parts]), batch.latents)
+    with pytest.raises(ConfigError, match="does not divide"):
+        batch.split(3)
+
+
+def test_store_of_half_the_stride_is_folded(tmp_path: Path) -> None:
+    """Latents of 8 x 8 cells and one channel become 4 x 4 cells of four channels."""
+    project = make_project(tmp_path, spec=tiny_spec(height=8, channels=1))
+    recipe = tiny_recipe()
+    make_plan(project.root, recipe)
+    trainset = Trainset.open(project.root)
+    batch = _batches(project, recipe)[0]
+    drawn = Order(trainset, recipe).drawn(4, 0, 4)[0]
+    store = LatentStore(project.root, trainset.spec)
+    address = drawn.address
+    stored = read_row(store, BATCHES[address["batch"]], drawn.frames, int(address["part"]), int(address["slot"]))
+    plain = torch.from_numpy(stored.astype(np.float32))[None].expand(1, 4 if drawn.frames == 1 else -1, -1, -1, -1)
+    torch.testing.assert_close(batch.latents[:1], space_to_depth(plain, 2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "message"),
+    [
+        ((4, 5), {}, "wants 4 channels on a grid of 4 x 4, and the latents are 5 channels"),
+        ((6, 4), {}, "the latents are 4 channels of 6 x 6"),
+        ((4, 4), {"stages.cooldown.frames": 16}, "no clips of 16 frames"),
+        ((4, 4), {"stages.cooldown.batch": 3}, "batch 3 is not divisible by 2 ranks"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, spec: tuple[int, int], change: dict[str, int], message: str
+) -> None:
+    project = make_project(tmp_path, spec=tiny_spec(*spec))
+    recipe = tiny_recipe()
+    for key, value in change.items():
+        last = recipe.stages[-1].model_copy(update={key.rsplit(".", 1)[1]: value})
+        recipe = recipe.model_copy(update={"stages": (*recipe.stages[:-1], last)})
+    make_plan(project.root, recipe)
+    with pytest.raises(RefusedError, match=message):
+        _batches(project, recipe, ranks=2)
+
+
+def test_a_recipe_for_pixels_names_its_latent_twin(project: Project) -> None:
+    recipe = recipe_by_name("nextvid_s")
+    tiny = tiny_recipe()
+    pixels = tiny.model_copy(update={"name": "nextvid_s", "model": tiny.model.model_copy(
+        update={"encoder": tiny.model.encoder.model_copy(update={"input": recipe.model.encoder.input})}
+    )})  # fmt: skip
+    with pytest.raises(RefusedError, match="train nextvid_s_latent"):
+        _batches(project, pixels)
+
+
+def test_a_withdrawn_row_refuses_the_trainset(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    make_plan(project.root, tiny_recipe())
+    trainset = Trainset.open(project.root)
+    record_withdrawal(project.root, "e" * 32, [b"\0" * 16, b"\xff" * 16])
+    _batches(project, tiny_recipe())  # rows of others
+    for frames in (1, 4, 8):
+        for row in (0, -1):
+            withdrawn = row_id(trainset.rows(frames)[row])
+            record_withdrawal(project.root, "f" * 32, [withdrawn])
+            with pytest.raises(RefusedError, match=withdrawn.hex()):
+                _batches(project, tiny_recipe())
+            atomic.remove_tree(f"{project.root.withdrawn()}/{'f' * 32}.json")
+
+
+def test_a_changed_byte_of_a_drawn_row_is_an_error(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    make_plan(project.root, tiny_recipe())
+    trainset = Trainset.open(project.root)
+    part = LatentStore(project.root, trainset.spec).part(BATCHES[0], 4, 0)
+    path = part.shard_path(0)
+    data = bytearray(path.read_bytes())
+    for slot in range(9):
+        data[slot * trainset.spec.row_bytes(4)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError):
+        _batches(project, tiny_recipe())
+
+
+def test_tubes_in_numpy_are_the_models(project: Project) -> None:
+    cells = np.sort(np.random.default_rng(0).permuted(np.tile(np.arange(16), (5, 1)), axis=1)[:, :6], axis=1)
+    assert np.array_equal(in_every_tubelet(cells, 3, 16), tube_ids(torch.from_numpy(cells), 3, 16).numpy())
+
+
+def test_clips_of_the_diagnostics_do_not_depend_on_ranks(project: Project) -> None:
+    with _loader(project, tiny_recipe()) as alone, _loader(project, tiny_recipe(), Ranks(1, 2, CPU)) as second:
+        assert torch.equal(alone.clips(range(48)), second.clips(range(48)))
