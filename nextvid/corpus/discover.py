@@ -7,7 +7,7 @@ made again. Holds no rule of assignment (batches.py), no writing order (journal.
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import fsspec
 import polars as pl
+from fsspec import AbstractFileSystem
 
 from nextvid.corpus import journal
 from nextvid.corpus.batches import BatchChange, dataset_of, latest, merge
@@ -64,12 +65,11 @@ def list_dataset(project: Project, name: str, held: Held | None = None) -> Listi
     try:
         if not fs.isdir(top):
             raise CorpusError(f"dataset {name}: {uri} is not a folder; correct its 'uri' or mount it")
-        for _, _, files in fs.walk(top, detail=True, on_error="raise"):
-            for info in files.values():
-                row = _row(top, uri, info)
-                ignored += row is None
-                if row is not None:
-                    rows.append(row)
+        for info in _walk(fs, top):
+            row = _row(top, uri, info)
+            ignored += row is None
+            if row is not None:
+                rows.append(row)
     except CorpusError:
         raise
     except Exception as error:  # object stores raise their clients' own classes; any failure means an unknown listing
@@ -144,6 +144,19 @@ def accept(project: Project, encoding: str) -> Accepted:
     value = Accepted(encoding, project.corpus.curation_digest())
     atomic.publish_json(project.root.accepted(), {"encoding": value.encoding, "curation": value.curation})
     return value
+
+
+def _walk(fs: AbstractFileSystem, top: str) -> Iterator[Mapping[str, Any]]:
+    """Every file below `top`. Not fsspec's own walk: below the first level that swallows errors, whatever it is told."""
+    fs.invalidate_cache()  # s3fs and gcsfs remember listings
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        for info in fs.ls(folder, detail=True):
+            if info["type"] != "directory":
+                yield info
+            elif info["name"].rstrip("/") != folder.rstrip("/"):  # object stores list a folder's marker within it
+                folders.append(info["name"])
 
 
 def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, int, str] | None:

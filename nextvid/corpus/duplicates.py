@@ -21,7 +21,7 @@ from nextvid.outcome import Check, Outcome
 from nextvid.video.duplicates import groups, near_pairs
 from storage import atomic, tables
 from storage.digest import digest, digest_bytes
-from storage.errors import TableError, UpstreamError
+from storage.errors import UpstreamError
 from storage.schemas import Clips, Duplicates, Shots
 
 Progress = Callable[[int, int], None]
@@ -53,7 +53,12 @@ def make_duplicates(project: Project, progress: Progress | None = None) -> Outco
         found = _judged(shots, _grouped(shots, config.distance, config.quality_min))
         table = found.select(Duplicates.column_names()).sort("group", "batch", "shot_id")
         tables.write_table(f"{folder}/duplicates.parquet", table, Duplicates)
-        said = {"batches": batches, "shots": shots.height, "contamination": contamination(shots, found)}
+        said = {
+            "batches": batches,
+            "inputs": inputs,
+            "shots": shots.height,
+            "contamination": contamination(shots, found),
+        }
         atomic.publish_json(f"{folder}/duplicates.json", said)
     table = tables.read_table(f"{folder}/duplicates.parquet", Duplicates)
     checks = _checks(table)
@@ -203,13 +208,3 @@ def _numbers(table: pl.DataFrame, batches: int) -> dict[str, Any]:
         "files": table.select(pl.struct("batch", "media_id").n_unique()).item() if table.height else 0,
         **{f"dropped_from_{use}_{reason}": int(n) for use, reason, n in sorted(dropped.iter_rows())},
     }
-
-
-def read_duplicates(project: Project, key: str) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """The table of a digest and what duplicates.json says of it. Raises UpstreamError, TableError."""
-    folder = project.root.pointed("duplicates", key)
-    tables.require_checks(f"{folder}/checks.json", "duplicates")
-    said = atomic.read_json(f"{folder}/duplicates.json")
-    if not isinstance(said, dict) or not isinstance(said.get("batches"), list):
-        raise TableError(f"{folder}/duplicates.json does not list its batches: remove the folder and make it again")
-    return tables.read_table(f"{folder}/duplicates.parquet", Duplicates), said

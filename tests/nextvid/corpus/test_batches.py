@@ -1,0 +1,122 @@
+"""Assignment of files to batches, against a slow reference in plain dictionaries."""
+
+from collections import defaultdict
+from datetime import UTC, datetime
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextvid.corpus.batches import assign, batch_key, batch_number, config_of, dataset_of, merge
+from nextvid.corpus.project import DatasetConfig, Project
+from storage.errors import CorpusError
+from storage.schemas import Sources
+from tests.nextvid.corpus.conftest import Made
+
+CONFIG = DatasetConfig(uri="/nowhere", max_batch_videos=3, max_batch_images=4)
+FILES = st.dictionaries(
+    st.builds(lambda n, kind: f"f{n:02d}.{kind}", st.integers(0, 30), st.sampled_from(["mp4", "jpg"])),
+    st.tuples(st.integers(0, 5), st.sampled_from(["a", "b"])),
+    max_size=25,
+)
+
+
+def listed(files: dict[str, tuple[int, str]]) -> pl.DataFrame:
+    rows = [
+        (f"/d/{name}", name, "video" if name.endswith("mp4") else "image", size, mark)
+        for name, (size, mark) in files.items()
+    ]
+    schema = {
+        name: Sources.create_empty().schema[name] for name in ("uri", "path", "kind", "size_bytes", "fingerprint")
+    }
+    return pl.DataFrame(rows, schema, orient="row").sort("uri")
+
+
+def reference(listings: list[dict[str, tuple[int, str]]]) -> dict[str, str]:
+    """URI -> batch by the words of the design: keep, else fill the last open batch of the kind, sorted, else the
+    next."""
+    batch_of: dict[str, int] = {}
+    kind_of: dict[int, str] = {}
+    for listing in listings:
+        for kind in ("jpg", "mp4"):
+            limit = {"mp4": CONFIG.max_batch_videos, "jpg": CONFIG.max_batch_images}[kind]
+            for name in sorted(n for n in listing if n.endswith(kind) and n not in batch_of):
+                mine = [number for number, of in kind_of.items() if of == kind]
+                last = max(mine, default=None)
+                if last is None or sum(b == last for b in batch_of.values()) >= limit:
+                    last = max(kind_of, default=-1) + 1
+                    kind_of[last] = kind
+                batch_of[name] = last
+    return {f"/d/{name}": batch_key("d", number) for name, number in batch_of.items()}
+
+
+@given(st.lists(FILES, min_size=1, max_size=5))
+def test_assignment_agrees_with_the_reference_and_never_moves_a_file(
+    listings: list[dict[str, tuple[int, str]]],
+) -> None:
+    known = Sources.create_empty()
+    before: dict[str, str] = {}
+    for listing in listings:
+        known, _ = merge(known, listed(listing), [], "d", CONFIG, datetime.now(UTC))
+        Sources.validate(known)
+        batches = dict(known.select("uri", "batch").iter_rows())
+        assert before.items() <= batches.items()
+        assert known.group_by("uri").agg(pl.col("batch").n_unique())["batch"].to_list() == [1] * len(batches)
+        before = batches
+    assert before == reference(listings)
+    kinds = known.group_by("batch").agg(pl.col("kind").n_unique(), pl.col("uri").n_unique())
+    assert all(number == 1 for number in kinds["kind"])
+    assert all(files <= 4 for files in kinds["uri"])
+
+
+@given(st.lists(FILES, min_size=2, max_size=5))
+def test_revisions_and_gone_files_follow_the_last_listing(listings: list[dict[str, tuple[int, str]]]) -> None:
+    known = Sources.create_empty()
+    seen: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for listing in listings:
+        known, _ = merge(known, listed(listing), [], "d", CONFIG, datetime.now(UTC))
+        for name, mark in listing.items():
+            if not seen[name] or seen[name][-1] != mark:
+                seen[name].append(mark)
+    for name, marks in seen.items():
+        rows = known.filter(pl.col("uri") == f"/d/{name}").sort("revision")
+        assert list(rows.select("size_bytes", "fingerprint").iter_rows()) == marks
+        assert rows["revision"].to_list() == list(range(len(marks)))
+        assert rows["gone_at"].is_null()[-1] == (name in listings[-1])
+
+
+def test_changes_say_what_happened() -> None:
+    now = datetime.now(UTC)
+    first, changes = merge(Sources.create_empty(), listed({"a.mp4": (1, "a"), "b.mp4": (1, "a")}), [], "d", CONFIG, now)
+    assert [(c.batch, c.added, c.changed, c.gone) for c in changes] == [("d.000000", 2, 0, 0)]
+    second, changes = merge(first, listed({"a.mp4": (2, "a"), "c.jpg": (1, "a")}), [], "d", CONFIG, now)
+    assert [(c.batch, c.added, c.changed, c.gone) for c in changes] == [("d.000000", 0, 1, 1), ("d.000001", 1, 0, 0)]
+    third, changes = merge(
+        second, listed({"a.mp4": (2, "a"), "b.mp4": (1, "a"), "c.jpg": (1, "a")}), [], "d", CONFIG, now
+    )
+    assert [(c.batch, c.returned) for c in changes] == [("d.000000", 1)]
+    _, changes = merge(third, listed({"a.mp4": (2, "a"), "c.jpg": (1, "a")}), ["/d/b.mp4"], "d", CONFIG, now)
+    assert changes == [], "a file that is still being written is neither new nor gone"
+
+
+def test_a_batch_keeps_its_number_when_a_kind_has_room() -> None:
+    known, _ = merge(
+        Sources.create_empty(), listed({"a.mp4": (1, "a"), "b.jpg": (1, "a")}), [], "d", CONFIG, datetime.now(UTC)
+    )
+    assert assign(["/d/x", "/d/y", "/d/z"], "video", "d", known, 3) == {
+        "/d/x": "d.000001",
+        "/d/y": "d.000001",
+        "/d/z": "d.000002",
+    }
+
+
+def test_keys() -> None:
+    assert batch_key("kinetics400", 12) == "kinetics400.000012"
+    assert (dataset_of("kinetics400.000012"), batch_number("kinetics400.000012")) == ("kinetics400", 12)
+
+
+def test_a_batch_of_a_dataset_that_left_the_configuration_is_named(small_corpus: Made) -> None:
+    project: Project = small_corpus.project
+    with pytest.raises(CorpusError, match="names no dataset 'old'"):
+        config_of(project, "old.000000")
