@@ -8,8 +8,8 @@ import dagster as dg
 
 CHECKS: dict[str, dict[str, str]] = {
     "media": {
-        "rows_equal_files": "One row for every file that the listing shows",
-        "quarantine_within_budget": "The share of quarantined files is within the dataset's budget",
+        "rows_are_files_listed": "One row for every file that the listing shows",
+        "quarantined_within_budget": "The share of quarantined files is within the dataset's budget",
     },
     "shots": {
         "intervals_inside_file": "Every shot lies inside its file",
@@ -17,7 +17,8 @@ CHECKS: dict[str, dict[str, str]] = {
     },
     "clips": {
         "no_clip_crosses_a_cut": "Every clip's times lie inside its trimmed shot",
-        "views_derive_from_ids": "Crops and flips drawn again from ids are the same",
+        "ids_derive_from_content": "Ids drawn again from media, times and crops are the same, and none repeats",
+        "every_shot_has_a_row": "Every shot has a row: a clip, or the reason why not",
     },
     "latents": {
         "finite": "No stored value is NaN or infinite, no row is constant",
@@ -29,7 +30,7 @@ CHECKS: dict[str, dict[str, str]] = {
         "std_positive": "Every channel varies",
         "enough_rows": "Enough rows for stable statistics",
     },
-    "duplicates": {"no_giant_group": "No group holds more than 1,000 files"},
+    "duplicates": {"groups_are_small": "No group holds more than 1,000 files"},
     "mask_plan": {
         "budgets_exact": "Every entry keeps exactly the budget",
         "tubes_constant": "The visible set is the same in every tubelet",

@@ -1,20 +1,19 @@
 """torchrun as a child of a Dagster step: its own process group, metrics streamed through Pipes, cancel within 10 s."""
 
-import contextlib
 import os
-import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import dagster as dg
 
-GRACE_S = 8.0  # design 4: a cancelled group ends within 10 s; SIGKILL follows after this
+from nextvid.train.launch import LOG, PreparedRun, end_group
 
 
-def run_group(context: dg.AssetExecutionContext, command: Sequence[str], env: Mapping[str, str], log_path: str) -> None:
-    """Run a command to its end in a process group of its own. Raises dg.Failure with the end of its output."""
+def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
+    """Train in a process group of its own, which ends with this call. Raises dg.Failure with the end of its output."""
+    log_path = Path(run.folder) / LOG
     with (
-        open(log_path, "ab") as log,  # noqa: PTH123 - a plain append handle for the child
+        log_path.open("ab") as log,
         dg.open_pipes_session(
             context=context,
             context_injector=dg.PipesTempFileContextInjector(),
@@ -22,8 +21,8 @@ def run_group(context: dg.AssetExecutionContext, command: Sequence[str], env: Ma
         ) as session,
     ):
         process = subprocess.Popen(
-            list(command),
-            env={**os.environ, **env, **session.get_bootstrap_env_vars()},
+            run.command,
+            env={**os.environ, **run.env, **session.get_bootstrap_env_vars()},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -39,19 +38,8 @@ def run_group(context: dg.AssetExecutionContext, command: Sequence[str], env: Ma
         )
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the process group: SIGTERM, then SIGKILL after the grace."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _tail(path: str, size_bytes: int = 4000) -> str:
-    with open(path, "rb") as file:  # noqa: PTH123
+def _tail(path: Path, size_bytes: int = 4000) -> str:
+    with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - size_bytes))
         return file.read().decode(errors="replace")

@@ -7,7 +7,7 @@ complete; the metadata names the digests of trainset and mask plan.
 import dagster as dg
 from pydantic import Field
 
-from assets import checks, launcher, reporting
+from assets import checks, reporting
 from assets.partitions import RECIPE
 from assets.resources import ProjectResource
 
@@ -34,18 +34,14 @@ def pretrain(
     context: dg.AssetExecutionContext, config: PretrainConfig, project: ProjectResource
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Prepare the run, train until it is complete, verify what is on disk."""
+    from assets.launcher import run_group
     from nextvid.train.launch import finish_run, prepare_run
 
-    opened = project.open()
+    opened, recipe = project.open(), context.partition_key
     with reporting.readable_errors():
-        run = prepare_run(
-            opened,
-            context.partition_key,
-            config.overrides,
-            ranks=config.ranks,
-            launch=context.run.root_run_id or context.run_id,
-        )
+        launch = context.run.root_run_id or context.run_id
+        run = prepare_run(opened, recipe, config.overrides, ranks=config.ranks, launch=launch)
         context.log.info(f"run {run.run_id} in {run.folder}")
         if not run.complete:
-            launcher.run_group(context, run.command, run.env, f"{run.folder}/trainer.log")
-        return reporting.result(finish_run(opened, context.partition_key, run.run_id))
+            run_group(context, run)
+        return reporting.result(finish_run(opened, recipe, run.run_id, made=not run.complete))

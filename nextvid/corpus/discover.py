@@ -7,6 +7,7 @@ made again. Holds no rule of assignment (batches.py), no writing order (journal.
 
 import os
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from nextvid.corpus import journal
 from nextvid.corpus.batches import BatchChange, dataset_of, latest, merge
 from nextvid.corpus.labels import label_bytes
 from nextvid.corpus.project import Project
+from nextvid.outcome import Outcome
 from nextvid.video.probe import kind_of
 from storage import atomic, tables
 from storage.digest import digest, digest_bytes
@@ -110,6 +112,27 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
             _remember(project, listings)
         return sorted(changes, key=lambda change: change.batch)
     raise CorpusError(f"{project.root.folder('sources')}: {TRIES} other writers were faster; list again later")
+
+
+def make_sources(project: Project) -> Outcome:
+    """List all datasets at once and report; what `nextvid make` does first. Raises CorpusError."""
+    started_s = time.perf_counter()
+    changes = update_sources(project)
+    rows = tables.read_tables(project.root, "sources", None, Sources)
+    return Outcome(
+        asset="sources",
+        partition=None,
+        made=bool(changes),
+        rows=rows.height,
+        size_bytes=int(rows["size_bytes"].sum()),
+        seconds=time.perf_counter() - started_s,
+        numbers={
+            "batches": len(project.root.batches()),
+            "added": sum(change.added for change in changes),
+            "changed": sum(change.changed for change in changes),
+            "gone": sum(change.gone for change in changes),
+        },
+    )
 
 
 def known_sources(project: Project, name: str) -> pl.DataFrame:

@@ -17,6 +17,7 @@ import fsspec
 import polars as pl
 
 from nextvid.corpus.batches import config_of, latest
+from nextvid.corpus.discover import batch_fingerprint
 from nextvid.corpus.fetch import fetch, release
 from nextvid.corpus.inspection import Inspection, identify, inspect_file
 from nextvid.corpus.labels import contradictions, read_labels
@@ -45,6 +46,7 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
     """
     started_s = time.perf_counter()
     root, config = project.root, config_of(project, batch)
+    listing = batch_fingerprint(project, batch)  # before the tables are read: what comes later asks for a new run
     sources = tables.read_table(root.table("sources", batch), Sources).sort("uri", "revision")
     before = existing(root, "media", batch, Media)
     kept, wanted = _kept(before, sources), _wanted(before, sources)
@@ -52,7 +54,7 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
     media = pl.concat([kept, _frame(rows)]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()))
     media = _judge(media, labels, withdrawn_media(root))
-    checks = _checks(sources, media, config.quarantine_budget)
+    checks = _checks(sources, media, config.quarantine_budget, listing)
     written = publish_table(root, "media", batch, media, Media)
     written |= publish_table(root, "labels", batch, labels, Labels)
     written |= publish_verdict(root.checks("media", batch), "media", checks)
@@ -227,14 +229,14 @@ def _judge(media: pl.DataFrame, labels: pl.DataFrame, withdrawn: set[bytes]) -> 
     return media.with_columns(pl.DataFrame(rows, schema, orient="row").get_columns())
 
 
-def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float) -> tuple[Check, ...]:
+def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float, listing: str) -> tuple[Check, ...]:
     quarantined = media.filter(pl.col("status") == "quarantined").height
     share = quarantined / max(1, media.height)
     return (
         Check(
             "rows_are_files_listed",
             media.height == sources.height,
-            {"rows": media.height, "files": sources.height},
+            {"rows": media.height, "files": sources.height, "listing": listing},
             description="every listed file has a row, whatever became of it",
         ),
         Check(
