@@ -14,6 +14,7 @@ from functools import lru_cache
 from math import lcm
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Int64, UInt64
 
 from storage.errors import ConfigError
@@ -49,31 +50,31 @@ class Draws:
         """Dataset index and row within the dataset of draw `g` >= 0; the reference."""
         assert g >= 0, g
         block, position = divmod(g, BLOCK)
-        slot = permute(position, BLOCK, self._block_keys(block))
-        before, after = self._quotas(block), self._quotas(block + 1)
-        for dataset, (first, last) in enumerate(zip(before, after, strict=True)):
-            if slot < last - first:
-                taken, place = divmod(first + slot, self._sizes[dataset])
-                return dataset, permute(place, self._sizes[dataset], self._pass_keys(dataset, taken))
-            slot -= last - first
-        raise AssertionError("quotas of a block do not add up")
+        before, after, keys = self._quotas(block), self._quotas(block + 1), self._block_keys(block)
+        dealt = [dataset for dataset in range(len(before)) for _ in range(after[dataset] - before[dataset])]
+        shuffled = [dealt[permute(earlier, BLOCK, keys)] for earlier in range(position + 1)]
+        dataset = shuffled[-1]
+        taken, place = divmod(before[dataset] + shuffled[:-1].count(dataset), self._sizes[dataset])
+        return dataset, permute(place, self._sizes[dataset], self._pass_keys(dataset, taken))
 
     def range(self, start: int, count: int) -> tuple[Int64[np.ndarray, "count"], Int64[np.ndarray, "count"]]:
         """Dataset indices and rows of draws `start` to `start + count - 1`."""
         assert start >= 0, start
-        first, last = start // BLOCK, -(-(start + count) // BLOCK)
-        blocks = range(first, last)
-        positions = np.tile(np.arange(BLOCK, dtype=np.uint64), len(blocks))
-        keys = np.array([self._block_keys(block) for block in blocks], dtype=np.uint64).reshape(-1, _ROUNDS)
-        in_block = np.repeat(np.arange(len(blocks)), BLOCK)
-        asked = slice(start - first * BLOCK, start - first * BLOCK + count)
-        in_block = in_block[asked]
-        slots = permute_many(positions[asked], np.full(count, BLOCK), keys[in_block]).astype(np.int64)
-        quotas = np.array([self._quotas(block) for block in range(first, last + 1)], dtype=np.int64)
-        ends = np.cumsum(np.diff(quotas, axis=0), axis=1)  # [block, dataset]: slots of a block, dataset after dataset
-        datasets = (slots[:, None] >= ends[in_block]).sum(axis=1)
-        numbers = slots - (ends - np.diff(quotas, axis=0))[in_block, datasets] + quotas[in_block, datasets]
-        return datasets, self._rows(datasets, numbers)
+        blocks = range(start // BLOCK, -(-(start + count) // BLOCK))
+        if count == 0:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        quotas = np.array([self._quotas(block) for block in [*blocks, blocks.stop]], dtype=np.int64)
+        sizes = np.diff(quotas, axis=0)
+        ends = np.cumsum(sizes, axis=1)  # [block, dataset]: a block's draws before the shuffle, dataset after dataset
+        keys = np.array([self._block_keys(block) for block in blocks], dtype=np.uint64)
+        places = np.tile(np.arange(BLOCK, dtype=np.uint64), len(blocks))
+        slots = permute_many(places, np.full(len(places), BLOCK), keys.repeat(BLOCK, axis=0)).astype(np.int64)
+        datasets = (rearrange(slots, "(b p) -> b p 1", p=BLOCK) >= rearrange(ends, "b d -> b 1 d")).sum(axis=2)
+        ranks = np.empty_like(datasets)  # among the block's draws in order of dataset, then position
+        np.put_along_axis(ranks, np.argsort(datasets, axis=1, kind="stable"), np.arange(BLOCK)[None], axis=1)
+        numbers = np.take_along_axis(quotas[:-1] - ends + sizes, datasets, axis=1) + ranks
+        asked = slice(start - blocks.start * BLOCK, start - blocks.start * BLOCK + count)
+        return datasets.ravel()[asked], self._rows(datasets.ravel()[asked], numbers.ravel()[asked])
 
     def _rows(self, datasets: Int64[np.ndarray, "n"], numbers: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
         """Rows of the n-th draws of their datasets."""
@@ -81,7 +82,7 @@ class Draws:
         passes, places = np.divmod(numbers, sizes)
         which, inverse = np.unique(np.stack((datasets, passes)), axis=1, return_inverse=True)
         keys = np.array([self._pass_keys(dataset, taken) for dataset, taken in which.T.tolist()], dtype=np.uint64)
-        return permute_many(places.astype(np.uint64), sizes, keys.reshape(-1, _ROUNDS)[inverse]).astype(np.int64)
+        return permute_many(places.astype(np.uint64), sizes, keys[inverse]).astype(np.int64)
 
     def _quotas(self, block: int) -> list[int]:
         """Draws of each dataset in the blocks before `block`: its share of what the datasets before it left, rounded.
@@ -139,7 +140,7 @@ def permute_many(
 ) -> UInt64[np.ndarray, "n"]:
     """`permute` of each place, each with its own size and keys."""
     known, inverse = np.unique(sizes, return_inverse=True)
-    halves = np.array([_halves(size) for size in known.tolist()], dtype=np.uint64).reshape(-1, 2)[inverse]
+    halves = np.array([_halves(size) for size in known.tolist()], dtype=np.uint64)[inverse]
     one, out, outside = np.uint64(1), places.copy(), np.arange(len(places))
     while outside.size:
         shift = halves[outside, 1]

@@ -201,7 +201,7 @@ class Lineage(dy.Schema):
     clip_id = _id()
     shot_id = _id()
     media_id = _id()
-    dataset = dy.String()
+    dataset = dy.String(primary_key=True)  # a copy of one file in two datasets has one row id
     batch = dy.String()
     uri = dy.String()
     frames = dy.Int32()
