@@ -51,8 +51,8 @@ def moments(commits: pl.DataFrame, spec: EncodingSpec) -> Moments:
 
     Each row weighs the same, whatever its frames: an image is repeated to the length of a clip when it is read.
     """
-    sums = np.array(commits["sums"].to_list(), np.float64)
-    squares = np.array(commits["sums_squared"].to_list(), np.float64)
+    sums = commits["sums"].explode().to_numpy().reshape(commits.height, spec.channels)
+    squares = commits["sums_squared"].explode().to_numpy().reshape(commits.height, spec.channels)
     values = commits["frames"].to_numpy().astype(np.float64) * spec.height * spec.width
     means = sums / values[:, None]
     mean = means.mean(0)

@@ -1,0 +1,223 @@
+"""The maker of `trainset`: the frozen snapshot of rows that pretraining reads, under one digest; and how it is opened.
+
+The one gate between a corpus that grows and runs that must not (design, 4): it compares digests itself, lists what it
+leaves out, and moves nothing. Which batches and rows it takes is decided in selection.py; this module freezes and
+opens.
+
+Axes: C channels.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float32
+
+from nextvid.corpus.pointers import publish_latest, read_latest
+from nextvid.corpus.project import Project
+from nextvid.corpus.publishing import publish_verdict
+from nextvid.corpus.selection import Selection, select
+from nextvid.encode.stats import mixed, moments
+from nextvid.outcome import Check, Number, Outcome
+from nextvid.recipes import recipe
+from storage.atomic import exists, publish_json, read_json, staged_folder
+from storage.digest import digest_bytes, digest_config
+from storage.errors import DamagedError, RefusedError, UpstreamError
+from storage.latents import EncodingSpec
+from storage.reader import ADDRESS
+from storage.root import DataRoot
+from storage.schemas import Lineage
+from storage.tables import read_table, write_table
+
+ASSET = "trainset"
+
+
+def make_trainset(project: Project, recipe_names: Sequence[str] | None = None) -> Outcome:
+    """Freeze the rows of every batch that passed, is complete and is known to the latest `duplicates`.
+
+    With `recipe_names`, their clip lengths must be there. Raises UpstreamError where too few batches are ready or no
+    row is left, RefusedError where a recipe lacks a clip length.
+    """
+    began = time.perf_counter()
+    chosen = select(project)
+    _refuse_missing_lengths(chosen, recipe_names or ())
+    by_frames = _addresses(chosen)
+    weights = _weights(project, chosen)
+    digest = _digest(chosen, weights, by_frames)
+    folder = project.root.pointed("trainset", digest)
+    made = not exists(f"{folder}/trainset.json")
+    if made:
+        _freeze(project, chosen, weights, by_frames, digest, folder)
+    checks = _checks(chosen, weights)
+    publish_verdict(f"{folder}/checks.json", ASSET, checks)
+    if all(check.passed for check in checks) and read_latest(project.root, "trainset") != digest:
+        publish_latest(project.root, "trainset", digest)
+    numbers: dict[str, Number] = {f"rows_f{frames}": len(rows) for frames, rows in by_frames.items()}
+    numbers |= {f"weight_{name}": weight for name, weight in weights.items()}
+    numbers |= {"batches": len(chosen.batches), "batches_left_out": len(chosen.left_out), "spec": chosen.spec.digest()}
+    numbers |= {f"dropped_{reason}": count for reason, count in chosen.dropped.items()}
+    size_bytes = sum(rows.nbytes for rows in by_frames.values())
+    seconds = time.perf_counter() - began
+    rows = chosen.rows.height
+    return Outcome(ASSET, None, made, rows, size_bytes, seconds, digest=digest, numbers=numbers, checks=checks)
+
+
+class Trainset:
+    """A frozen trainset, opened for reading: rows are memory-mapped, so opening costs the same at any size."""
+
+    def __init__(self, folder: str, said: Mapping[str, Any]) -> None:
+        self._folder, self._said = folder, said
+        self.digest: str = said["digest"]
+        self.spec = EncodingSpec.from_json(said["spec"])
+        self.weights: dict[str, float] = said["weights"]
+        self.batches: tuple[str, ...] = tuple(said["batches"])  # an address's `batch` is an index into these
+        self.mean: Float32[np.ndarray, " C"] = np.array(said["mean"], np.float32)
+        self.std: Float32[np.ndarray, " C"] = np.array(said["std"], np.float32)
+
+    @classmethod
+    def open(cls, root: DataRoot, digest: str | None = None) -> Self:
+        """The trainset of a digest, else the latest. Raises UpstreamError where there is none."""
+        found = digest or read_latest(root, "trainset")
+        if found is None:
+            raise UpstreamError("there is no trainset yet: make 'trainset' first")
+        folder = root.pointed("trainset", found)
+        return cls(folder, read_json(f"{folder}/trainset.json"))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Clip lengths in frames that it holds, ascending; 1 are images."""
+        return tuple(sorted(int(name[1:]) for name in self._said["offsets"]))
+
+    def rows(self, frames: int) -> np.ndarray:
+        """Addresses of all rows of a clip length, memory-mapped; sorted by dataset, then row id.
+
+        Raises RefusedError for a length it has not, DamagedError where the file is not what was frozen.
+        """
+        wanted = sum(count for _, count in self.offsets(frames).values())
+        path = Path(self._folder) / f"rows.f{frames}.npy"
+        try:
+            rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path}: {error}; remove {self._folder} and make 'trainset' again") from None
+        if rows.dtype != ADDRESS or rows.shape != (wanted,):
+            raise DamagedError(f"{path}: {rows.shape} rows of {rows.dtype}, {wanted} addresses were frozen")
+        return rows
+
+    def offsets(self, frames: int) -> dict[str, tuple[int, int]]:
+        """(first row, count) of each dataset that has rows of this length."""
+        found = self._said["offsets"].get(f"f{frames}")
+        if found is None:
+            held = ", ".join(str(length) for length in self.lengths)
+            raise RefusedError(f"trainset {self.digest} has no clips of {frames} frames; it has {held}")
+        return {name: (int(first), int(count)) for name, (first, count) in found.items()}
+
+    def lineage(self) -> pl.DataFrame:
+        """One line a row, back to its file (schema Lineage)."""
+        return read_table(f"{self._folder}/lineage.parquet", Lineage)
+
+
+def _refuse_missing_lengths(chosen: Selection, names: Sequence[str]) -> None:
+    held = set(chosen.rows["frames"].unique().to_list())
+    for name in names:
+        if missing := sorted(set(recipe(name).clip_lengths) - held):
+            raise RefusedError(
+                f"recipe {name} needs clips of {missing} frames, and the rows have {sorted(held)}: add a clip policy"
+            )
+
+
+def _addresses(chosen: Selection) -> dict[int, np.ndarray]:
+    """Structured rows by frames, ascending, each sorted by dataset, then row id."""
+    number = {batch: index for index, batch in enumerate(chosen.batches)}
+    found = {}
+    for frames in sorted(chosen.rows["frames"].unique().to_list()):
+        rows = chosen.rows.filter(pl.col("frames") == frames)
+        out = np.zeros(rows.height, ADDRESS)
+        out["row_id"] = np.frombuffer(b"".join(rows["row_id"].to_list()), "<u8").reshape(-1, 2)
+        out["batch"] = rows["batch"].replace_strict(number, return_dtype=pl.UInt32).to_numpy()
+        for name in ("part", "shard", "slot"):
+            out[name] = rows[name].to_numpy()
+        out["crc"] = rows["crc32c"].to_numpy()
+        found[int(frames)] = out
+    return found
+
+
+def _offsets(chosen: Selection, frames: int) -> dict[str, tuple[int, int]]:
+    counts = chosen.rows.filter(pl.col("frames") == frames).group_by("dataset").len().sort("dataset")
+    found, first = {}, 0
+    for name, count in counts.iter_rows():
+        found[name] = (first, count)
+        first += count
+    return found
+
+
+def _weights(project: Project, chosen: Selection) -> dict[str, float]:
+    """Mixture weights over the datasets that have rows; they sum to one."""
+    held = set(chosen.rows["dataset"].unique().to_list())
+    written = {name: weight for name, weight in sorted(project.corpus.weights().items()) if name in held and weight > 0}
+    total = sum(written.values())
+    return {name: weight / total for name, weight in written.items()}
+
+
+def _digest(chosen: Selection, weights: Mapping[str, float], by_frames: Mapping[int, np.ndarray]) -> str:
+    """Of the spec, the weights and (dataset, row id, crc) in order: a row that moved is the same row."""
+    rows: dict[str, dict[str, str]] = {}
+    for frames, addresses in by_frames.items():
+        for name, (first, count) in _offsets(chosen, frames).items():
+            some = addresses[first : first + count]
+            content = some["row_id"].astype("<u8").tobytes() + some["crc"].astype("<u4").tobytes()
+            rows.setdefault(f"f{frames}", {})[name] = digest_bytes(content)
+    return digest_config({"spec": chosen.spec.digest(), "weights": dict(weights), "rows": rows})
+
+
+def statistics(chosen: Selection, weights: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation per channel [C], float64: images and clips of the base length, weighted as the mixture."""
+    lengths = [frames for frames in chosen.rows["frames"].unique().to_list() if frames > 1]
+    base = min(lengths, default=1)
+    parts = []
+    for name, weight in weights.items():
+        rows = chosen.rows.filter((pl.col("dataset") == name) & pl.col("frames").is_in([1, base]))
+        if rows.height:
+            parts.append((weight, moments(rows, chosen.spec)))
+    return mixed(parts)
+
+
+def _freeze(
+    project: Project,
+    chosen: Selection,
+    weights: Mapping[str, float],
+    by_frames: Mapping[int, np.ndarray],
+    digest: str,
+    folder: str,
+) -> None:
+    mean, std = statistics(chosen, weights)
+    said = {
+        "digest": digest,
+        "parent": read_latest(project.root, "trainset"),
+        "spec": chosen.spec.to_json(),
+        "weights": dict(weights),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "batches": list(chosen.batches),
+        "offsets": {f"f{frames}": _offsets(chosen, frames) for frames in by_frames},
+        "duplicates": chosen.duplicates,
+        "left_out": dict(chosen.left_out),
+        "dropped": dict(chosen.dropped),
+    }
+    lineage = chosen.rows.select(*Lineage.column_names())
+    with staged_folder(folder) as temporary:
+        for frames, rows in by_frames.items():
+            np.save(temporary / f"rows.f{frames}.npy", rows, allow_pickle=False)
+        write_table(str(temporary / "lineage.parquet"), lineage, Lineage)
+        publish_json(str(temporary / "trainset.json"), said)
+
+
+def _checks(chosen: Selection, weights: Mapping[str, float]) -> tuple[Check, ...]:
+    leaked = chosen.rows.filter(pl.col("shot_id").is_in(chosen.test_shots.implode())).height
+    total = sum(weights.values())
+    return (
+        Check("no_test_duplicate", leaked == 0, {"rows": chosen.rows.height, "leaked": leaked}),
+        Check("weights_sum_to_one", abs(total - 1) < 1e-9, {"sum": total}),
+    )
