@@ -75,7 +75,7 @@ class NExTVid(nn.Module):
         tokens: Float[Tensor, "B N i"],
         targets: Float[Tensor, "B T S C"] | None,
         features: Float[Tensor, "B P D"] | None,
-        visible: Sequence[Int[Tensor, "B L"]],
+        visible: Sequence[Int[Tensor, "B _"]],
         key: NoiseKey,
         copies: int = 1,
         only: int | None = None,

@@ -100,7 +100,7 @@ def test_trap_06_a_thousand_timesteps_are_told_apart_under_autocast() -> None:
     torch.manual_seed(0)
     embedding = TimeEmbedding(64)
     tau = torch.arange(1000) / 1000
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         plain, mapped = sinusoid(tau), embedding(tau)
     assert plain.dtype == mapped.dtype == torch.float32
     assert len(torch.unique(plain, dim=0)) == 1000
