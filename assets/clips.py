@@ -15,7 +15,6 @@ from storage import schemas
     kinds={"polars", "parquet"},
     owners=reporting.OWNERS,
     code_version="1",
-    pool="decode",
     check_specs=checks.specs("clips"),
     metadata=reporting.columns(schemas.Clips),
     description=__doc__,

@@ -4,7 +4,6 @@ Writes the corpus, lets Dagster materialise every asset, prints a line for each,
 the same numbers go to demo.json in the data root. Run again, it finds everything done. No accuracy is judged here.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 from rich.console import Console
 from rich.table import Table
 
@@ -22,10 +22,14 @@ sys.path.insert(0, str(HERE.parent.parent))
 from examples.demo.write_corpus import write_corpus  # noqa: E402
 from nextvid.corpus.discover import update_sources  # noqa: E402
 from nextvid.corpus.project import Project, open_project  # noqa: E402
-from nextvid.corpus.unfinished import unfinished  # noqa: E402
+from nextvid.encode.acceptance import in_force  # noqa: E402
+from nextvid.encode.unfinished import unfinished  # noqa: E402
+from nextvid.train.events import read_events  # noqa: E402
 from orchestration.definitions import build_defs  # noqa: E402
-from orchestration.sensors import observation, partition_requests  # noqa: E402
-from storage.atomic import publish_json  # noqa: E402
+from orchestration.sensors import apply_partitions, observation  # noqa: E402
+from storage.atomic import publish_json, read_json  # noqa: E402
+from storage.schemas import Clips, Media, Shots  # noqa: E402
+from storage.tables import read_tables  # noqa: E402
 
 RECIPE = "demo"
 
@@ -47,7 +51,9 @@ class Ledger:
         partition = str(event.partition or "").replace("|", " ")
         self.seconds[asset] = self.seconds.get(asset, 0.0) + float(values["seconds"])
         self.rows[asset] = self.rows.get(asset, 0) + int(values["dagster/row_count"])
-        self.numbers.setdefault(asset, {})[partition] = {k: v for k, v in values.items() if isinstance(v, int | float | str)}
+        self.numbers.setdefault(asset, {})[partition] = {
+            k: v for k, v in values.items() if isinstance(v, int | float | str)
+        }
         self.made += bool(values["made"])
         state = "made" if values["made"] else "up to date"
         bad = f", {values['quarantined']} quarantined" if values["quarantined"] else ""
@@ -64,35 +70,28 @@ def main() -> None:
     project = open_project()
     corpus_began = time.monotonic()
     summary = write_corpus(Path(project.root.url) / "corpus")
-    console.print(f"corpus        {summary.files} files in {Path(project.root.url) / 'corpus'}  {time.monotonic() - corpus_began:.1f} s")
+    console.print(
+        f"corpus        {summary.files} files in {Path(project.root.url) / 'corpus'}  {time.monotonic() - corpus_began:.1f} s"
+    )
     instance = dg.DagsterInstance.get()
     ledger = Ledger(console)
-    changed = list_sources(project, instance)
+    list_sources(project, instance)
     for job, partition in runs(project):
         execute(instance, job, partition, ledger)
-    seconds = time.monotonic() - began
-    numbers = collect(project, ledger, seconds)
+    numbers = collect(project, ledger, time.monotonic() - began)
     publish_json(f"{project.root.url}/demo.json", numbers)
+    if ledger.made == 0:
+        console.print("\nNothing was new, so nothing was made.")
     print_table(console, numbers)
-    if not changed and ledger.made == 0:
-        console.print("Nothing was new, so nothing was made.")
-    console.print(f"report  {numbers['report']}")
-    console.print("UI      make ui, then http://127.0.0.1:3000")
 
 
-def list_sources(project: Project, instance: dg.DagsterInstance) -> Sequence[str]:
+def list_sources(project: Project, instance: dg.DagsterInstance) -> None:
     """List the datasets, make Dagster's partitions equal to the batches, observe what changed."""
-    update = update_sources(project)
-    for request in partition_requests(instance, project):
-        match request:
-            case dg.AddDynamicPartitionsRequest():
-                instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
-            case dg.DeleteDynamicPartitionsRequest():
-                for key in request.partition_keys:
-                    instance.delete_dynamic_partition(request.partitions_def_name, key)
-    for batch in update.changed:
-        instance.report_runless_asset_event(observation(project, batch))
-    return update.changed
+    changes = update_sources(project)
+    in_force(project)
+    apply_partitions(instance, project)
+    for change in changes:
+        instance.report_runless_asset_event(observation(project, change.batch))
 
 
 def runs(project: Project) -> Iterator[tuple[str, str | None]]:
@@ -113,7 +112,9 @@ def execute(instance: dg.DagsterInstance, name: str, partition: str | None, ledg
     """Run a job, or the implicit job of one asset, in this process, and print what it materialised."""
     defs = build_defs()
     if name in ("ingest", "freeze"):
-        result = defs.resolve_job_def(name).execute_in_process(instance=instance, partition_key=partition, raise_on_error=False)
+        result = defs.resolve_job_def(name).execute_in_process(
+            instance=instance, partition_key=partition, raise_on_error=False
+        )
     else:
         job = defs.resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
@@ -130,14 +131,66 @@ def execute(instance: dg.DagsterInstance, name: str, partition: str | None, ledg
 
 
 def collect(project: Project, ledger: Ledger, seconds: float) -> dict[str, Any]:
-    """The numbers of the closing table, as demo.json holds them; scores come from the files that probes wrote."""
-    raise NotImplementedError
+    """The numbers of the closing table, as demo.json holds them, read from what the assets left on disk."""
+    run = str(ledger.numbers["pretrain"][RECIPE]["run"])
+    events = read_events(Path(project.root.run(RECIPE, run)))
+    media, shots, clips = (
+        read_tables(project.root, noun, None, schema)
+        for noun, schema in (("media", Media), ("shots", Shots), ("clips", Clips))
+    )
+    return {
+        "files": by_status(media),
+        "shots": by_status(shots),
+        "clips": by_status(clips),
+        "rows": ledger.numbers["trainset"][""]["dagster/row_count"],
+        "made": ledger.made,
+        "asset_seconds": {name: round(value, 1) for name, value in ledger.seconds.items()},
+        "seconds": round(seconds, 1),
+        "run": run,
+        "first": curve_point(events, 0),
+        "last": curve_point(events, -1),
+        "probes": {
+            name: read_json(f"{project.root.probe(RECIPE, run, name, str(said['digest']))}/score.json")
+            for name, said in ((key.split()[0], value) for key, value in ledger.numbers["probes"].items())
+        },
+        "report": ledger.numbers["report"][RECIPE]["report"],
+    }
+
+
+def by_status(table: pl.DataFrame) -> dict[str, int]:
+    """Rows of a table by status."""
+    counted = table.group_by(pl.col("status").cast(pl.String)).len().sort("status")
+    return dict(zip(counted["status"].to_list(), counted["len"].to_list(), strict=True))
+
+
+def curve_point(events: Sequence[Mapping[str, Any]], index: int) -> dict[str, float]:
+    """Losses and effective rank at the first or last logged step."""
+    step = [event for event in events if event["kind"] == "step"][index]
+    look = [event for event in events if event["kind"] == "diagnostics"][index]
+    return {"step": step["step"], "align": step["align"], "flow": step["flow"], "rank": look["effective_rank"]}
 
 
 def print_table(console: Console, numbers: Mapping[str, Any]) -> None:
     """The short table at the end."""
-    table = Table(show_header=False, box=None)
+    table = Table(title="What was measured", title_justify="left", box=None, show_header=False)
+    for noun in ("files", "shots", "clips"):
+        table.add_row(noun, ", ".join(f"{count} {status}" for status, count in numbers[noun].items()))
+    table.add_row("trainset", f"{numbers['rows']} rows")
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in numbers["asset_seconds"].items())
+    table.add_row("seconds", f"{numbers['seconds']:.0f} in all: {seconds}")
+    for name, meaning in (("align", "align loss"), ("flow", "flow loss"), ("rank", "effective rank")):
+        table.add_row(meaning, f"{numbers['first'][name]:.3f} first, {numbers['last'][name]:.3f} last")
+    for benchmark, score in numbers["probes"].items():
+        table.add_row(f"probe: {benchmark}", describe_score(score))
     console.print(table)
+    console.print(f"report  {numbers['report']}\nUI      make ui, then http://127.0.0.1:3000", soft_wrap=True)
+
+
+def describe_score(score: Mapping[str, Any]) -> str:
+    """Accuracy of the trained encoders and of random initialisation, with binomial standard errors."""
+    found = score["encoders"]
+    parts = [f"{name} {found[name]['accuracy']:.3f} +- {found[name]['standard_error']:.3f}" for name in found]
+    return f"{', '.join(parts)} on {score['clips']['test']} test clips"
 
 
 if __name__ == "__main__":
