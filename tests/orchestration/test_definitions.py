@@ -1,0 +1,74 @@
+"""The Definitions: what they hold, that they load without torch, and that checks are those the makers report."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from assets.checks import CHECKS
+from orchestration.definitions import build_defs
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOLDEN = REPOSITORY / "tests" / "golden" / "definitions.json"
+
+
+def snapshot(defs: dg.Definitions) -> dict[str, object]:
+    """Everything a user of the UI would miss if it went: keys, groups, upstream, partitions, checks, jobs."""
+    graph = defs.resolve_asset_graph()
+    assets = {}
+    for key in sorted(graph.get_all_asset_keys(), key=lambda k: k.to_user_string()):
+        node = graph.get(key)
+        assets[key.to_user_string()] = {
+            "group": node.group_name,
+            "upstream": sorted(parent.to_user_string() for parent in node.parent_keys),
+            "partitions": type(node.partitions_def).__name__ if node.partitions_def else None,
+            "checks": sorted(check.name for check in node.check_keys),
+            "kinds": sorted(node.kinds),
+            "described": bool(node.description),
+            "owners": sorted(node.owners),
+        }
+    repository = defs.get_repository_def()
+    return {
+        "assets": assets,
+        "jobs": sorted(job for job in repository.job_names if not job.startswith("__")),
+        "sensors": sorted(sensor.name for sensor in repository.sensor_defs),
+        "schedules": sorted(schedule.name for schedule in repository.schedule_defs),
+    }
+
+
+def test_definitions_are_as_pinned() -> None:
+    found = snapshot(build_defs())
+    assert found == json.loads(GOLDEN.read_text()), f"if this is meant, write {GOLDEN.name} anew and say why in the CHANGELOG"
+
+
+def test_loading_definitions_leaves_torch_unloaded() -> None:
+    heavy = "torch", "diffusers", "transformers", "decord", "sklearn", "matplotlib"
+    code = f"import orchestration.definitions, sys; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("asset", sorted(CHECKS))
+def test_the_names_of_checks_stand_in_the_makers(asset: str) -> None:
+    """A check that Dagster waits for and no maker reports would fail every step of its asset."""
+    text = "\n".join(path.read_text() for path in (REPOSITORY / "nextvid").rglob("*.py"))
+    for name in CHECKS[asset]:
+        assert re.search(rf'Check\(\s*"{name}"', text), f"no maker reports '{name}' of {asset}"
+
+
+def test_every_step_that_computes_waits_in_a_pool() -> None:
+    pools = {
+        key.to_user_string(): definition.op.pool
+        for definition in build_defs().resolve_asset_graph().assets_defs
+        if definition.is_executable
+        for key in definition.keys
+        if definition.op
+    }
+    assert {name: pool for name, pool in pools.items() if pool} == {
+        "media": "decode", "shots": "decode", "latents": "encode",
+        "pretrain": "gpu", "probes": "gpu", "samples": "gpu", "report": "gpu",
+    }  # fmt: skip
