@@ -230,8 +230,10 @@ def _judge(media: pl.DataFrame, labels: pl.DataFrame, withdrawn: set[bytes]) -> 
 
 
 def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float, listing: str) -> tuple[Check, ...]:
-    quarantined = media.filter(pl.col("status") == "quarantined").height
-    share = quarantined / max(1, media.height)
+    present = latest(sources).filter(pl.col("gone_at").is_null()).select("uri", "revision")
+    current = media.join(present, on=["uri", "revision"], how="semi")  # a broken file mended or removed weighs no more
+    quarantined = current.filter(pl.col("status") == "quarantined").height
+    share = quarantined / max(1, current.height)
     return (
         Check(
             "rows_are_files_listed",
@@ -243,7 +245,7 @@ def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float, listing: 
             "quarantined_within_budget",
             share <= budget,
             {"share": share, "quarantined": quarantined, "budget": budget},
-            description="share of files that could not be read; raise 'quarantine_budget' if they are as expected",
+            description="share of present files that could not be read; raise 'quarantine_budget' if they are as expected",
         ),
     )
 

@@ -1,0 +1,120 @@
+"""Label files: layouts, spans, reserved targets, contradictions, and cells that are wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextvid.corpus.labels import contradictions, label_bytes, read_labels
+from nextvid.corpus.project import DatasetConfig, LabelConfig
+from storage.errors import CorpusError
+
+
+def dataset(folder: Path, text: str, **labels: Any) -> DatasetConfig:
+    file = folder / "labels.csv"
+    file.write_text(text, encoding="utf-8")
+    given = {"layout": "csv", "file": str(file), "targets": {"action": "label"}} | labels
+    return DatasetConfig(uri=str(folder / "d"), labels=LabelConfig.model_validate(given))
+
+
+def rows(config: DatasetConfig, *paths: str) -> list[tuple[Any, ...]]:
+    return list(read_labels(config, paths).iter_rows())
+
+
+def test_without_labels_there_are_none() -> None:
+    assert rows(DatasetConfig(uri="/d"), "a.mp4") == []
+
+
+def test_folders_name_the_class() -> None:
+    config = DatasetConfig(uri="/d", labels=LabelConfig(layout="folders"))
+    assert rows(config, "train/cat/1.jpg", "dog/2.jpg", "top.jpg") == [
+        ("dog/2.jpg", None, None, "class", "dog"),
+        ("train/cat/1.jpg", None, None, "class", "cat"),
+    ]
+    renamed = DatasetConfig(uri="/d", labels=LabelConfig(layout="folders", targets={"animal": ""}))
+    assert rows(renamed, "dog/2.jpg") == [("dog/2.jpg", None, None, "animal", "dog")]
+
+
+def test_columns_become_targets_and_empty_cells_no_label(tmp_path: Path) -> None:
+    text = (
+        "path,label,colour,split,who,extra\na.mp4, run ,red,training,anna,1\nb.mp4,,blue,,,2\nother.mp4,x,y,test,z,3\n"
+    )
+    config = dataset(
+        tmp_path, text, targets={"action": "label", "colour": "colour"}, split_column="split", group_column="who"
+    )
+    assert rows(config, "a.mp4", "b.mp4") == [
+        ("a.mp4", None, None, "action", "run"),
+        ("a.mp4", None, None, "colour", "red"),
+        ("a.mp4", None, None, "group", "anna"),
+        ("a.mp4", None, None, "split", "train"),
+        ("b.mp4", None, None, "colour", "blue"),
+    ]
+
+
+def test_spans_label_their_part_and_splits_the_whole(tmp_path: Path) -> None:
+    text = "path,label,split,start_s,end_s\na.mp4,run,val,0,1.5\na.mp4,sit,val,1.5,2.0000005\na.mp4,all,val,,\n"
+    assert rows(dataset(tmp_path, text, split_column="split"), "a.mp4") == [
+        ("a.mp4", None, None, "action", "all"),
+        ("a.mp4", 0, 1_500_000, "action", "run"),
+        ("a.mp4", 1_500_000, 2_000_000, "action", "sit"),
+        ("a.mp4", None, None, "split", "val"),
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 10**6)), min_size=1, max_size=5, unique=True))
+def test_spans_are_exact_to_the_microsecond(tmp_path: Path, spans: list[tuple[int, int]]) -> None:
+    lines = [f"a.mp4,v{n},{start / 1e3!r},{(start + length) / 1e3!r}" for n, (start, length) in enumerate(spans)]
+    config = dataset(tmp_path, "path,label,start_s,end_s\n" + "\n".join(lines) + "\n")
+    found = {(start, end) for _, start, end, _, _ in rows(config, "a.mp4")}
+    assert found == {(start * 1000, (start + length) * 1000) for start, length in spans}
+
+
+def test_paths_may_start_from_another_folder(tmp_path: Path) -> None:
+    text = "path,label\nd/a.mp4,run\n./d/sub/b.mp4,sit\nelsewhere/a.mp4,no\n"
+    config = dataset(tmp_path, text, path_base=str(tmp_path))
+    assert [row[0] for row in rows(config, "a.mp4", "sub/b.mp4")] == ["a.mp4", "sub/b.mp4"]
+
+
+def test_lines_that_repeat_are_one_label(tmp_path: Path) -> None:
+    assert len(rows(dataset(tmp_path, "path,label\na.mp4,run\na.mp4,run\n"), "a.mp4")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,name\na.mp4,run\n", "no column label; it has path, name"),
+        ("path,label,start_s,end_s\na.mp4,run,soon,2\n", "line 2: start_s is 'soon'"),
+        ("path,label,start_s,end_s\na.mp4,sit,1,2\na.mp4,run,nan,2\n", "line 3: start_s is 'nan'"),
+        ("path,label,start_s,end_s\na.mp4,run,2,2\n", "line 2: a span needs a start and a later end"),
+        ("path,label,start_s,end_s\na.mp4,run,2,\n", "line 2: a span needs"),
+        ("path,label\na.mp4,run,and,more\n", "no csv table"),
+        ("", "no csv table"),
+    ],
+)
+def test_wrong_files_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        rows(dataset(tmp_path, text), "a.mp4")
+
+
+def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
+    config = dataset(tmp_path, "path,label,split\na.mp4,run,all\n", split_column="split")
+    with pytest.raises(CorpusError, match="has the split 'all'"):
+        rows(config, "a.mp4")
+
+
+def test_a_missing_label_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="correct 'labels: file:'"):
+        label_bytes(str(tmp_path / "none.csv"))
+
+
+def test_two_values_of_one_target_for_one_span_contradict(tmp_path: Path) -> None:
+    head = "path,label,split,start_s,end_s\n"
+    spans = "a.mp4,run,train,0,1\na.mp4,sit,train,1,2\nb.mp4,run,train,0,1\nb.mp4,sit,train,0,1\n"
+    text = head + spans + "c.mp4,run,train,,\nc.mp4,run,test,,\n"
+    labels = read_labels(dataset(tmp_path, text, split_column="split"), ["a.mp4", "b.mp4", "c.mp4"])
+    assert dict(contradictions(labels, "path").iter_rows()) == {
+        "b.mp4": "action is run and sit",
+        "c.mp4": "split is test and train",
+    }
