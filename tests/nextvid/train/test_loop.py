@@ -1,0 +1,336 @@
+"""A run resumes bit for bit from any step, also after a kill; refuses what is not its own; stops when it must."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nextvid
+from nextvid.config import HowConfig, RecipeConfig
+from nextvid.corpus.pointers import read_latest
+from nextvid.corpus.project import Project
+from nextvid.train import checkpoint, loop
+from nextvid.train.distributed import Ranks
+from nextvid.train.events import read_events
+from nextvid.train.lock import run_lock
+from nextvid.train.loop import train
+from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
+from nextvid.train.run import Run, open_run, plan_run, with_how, write_run
+from storage.errors import ConflictError, DamagedError, RefusedError
+from tests.nextvid.train.corpus import make_project, write_trainset
+from tests.nextvid.train.corpus import tiny_spec
+from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "first_losses.txt"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project(tmp_path)
+
+
+def begin(project: Project, recipe: RecipeConfig | None = None, how: HowConfig = HOW, repeat: int = 0) -> Run:
+    """A run with its config.json and its mask plan."""
+    recipe = recipe or tiny_recipe()
+    make_plan(project.root, recipe)
+    trainset = read_latest(project.root, "trainset")
+    assert trainset is not None
+    plan = plan_digest(recipe.masks, grid_of(recipe.model))
+    run = plan_run(project.root, recipe, how, trainset, plan, repeat, ())
+    write_run(run)
+    return run
+
+
+def tensors(run: Run, step: int) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds."""
+    path = checkpoint.path_at(run.checkpoints, step)
+    names = ("model", "ema", "optimizer")
+    return {
+        f"{name}:{key}": value
+        for name in names
+        for key, value in checkpoint.load_tensors(path / f"{name}.safetensors").items()
+    }
+
+
+def losses(run: Run) -> list[tuple[int, dict[str, float]]]:
+    """Logged losses by step."""
+    return [(event["step"], event["loss"]) for event in read_events(run.folder) if event["kind"] == "step"]
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+class _Stop(Exception):  # noqa: N818 - stands for a kill
+    pass
+
+
+def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let an attempt end as a kill would, right after `step` steps were taken."""
+    original = loop._Session._after_step
+
+    def after_step(self: Any) -> None:
+        original(self)
+        if self.progress.step == step:
+            raise _Stop
+
+    monkeypatch.setattr(loop._Session, "_after_step", after_step)
+
+
+def test_a_whole_run_leaves_what_it_promises(project: Project) -> None:
+    run = begin(project)
+    train(project, run, ALONE)
+    assert run.complete
+    events = read_events(run.folder)
+    kinds = [event["kind"] for event in events]
+    assert kinds[0] == "start" and kinds[-1] == "end"
+    assert [event["name"] for event in events if event["kind"] == "stage"] == [s.name for s in run.recipe.stages]
+    steps = [event for event in events if event["kind"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 13))
+    assert steps[-1]["draws"] == 3 * (4 + 4 + 4 + 2)
+    assert set(steps[0]["loss"]) == {"align/short", "align/long", "flow/short", "flow/long"}
+    assert set(steps[0]["norm"]) == {"encoder", "predictor", "decoder"}
+    assert steps[0]["lr"] == pytest.approx(2e-4)
+    assert [event["step"] for event in events if event["kind"] == "diagnostics"] == [0, 5, 10, 12]
+    ends = list(itertools.accumulate(stage.steps for stage in run.recipe.stages))
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(run.checkpoints)] == ends
+    assert list((run.folder / "tensorboard").iterdir())
+
+
+def test_asking_again_trains_nothing(project: Project) -> None:
+    run = begin(project)
+    train(project, run, ALONE)
+    before = tensors(run, 12)
+    train(project, run, ALONE)
+    assert equal(tensors(run, 12), before)
+    assert [event["step"] for event in read_events(run.folder) if event["kind"] == "start"] == [0, 12]
+
+
+@pytest.mark.parametrize("stopped", [1, 3, 7, 10])
+def test_resuming_is_bit_equal_to_never_having_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    often = HOW.model_copy(update={"checkpoint_every_steps": 1, "diagnose_every_steps": 4})
+    whole, broken = (make_project(_folder(tmp_path, name)) for name in ("whole", "broken"))
+    uninterrupted, resumed = begin(whole), begin(broken, how=often)
+    train(whole, uninterrupted, ALONE)
+    with monkeypatch.context() as patch, pytest.raises(_Stop):
+        _stop_after(patch, stopped)
+        train(broken, resumed, ALONE)
+    assert resumed.newest_step() == stopped
+    train(broken, resumed, ALONE)
+    assert equal(tensors(resumed, 12), tensors(uninterrupted, 12))
+    assert losses(resumed) == losses(uninterrupted)
+
+
+def test_a_kill_between_checkpoints_loses_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = (make_project(_folder(tmp_path, name)) for name in ("whole", "broken"))
+    uninterrupted, resumed = begin(whole), begin(broken)
+    train(whole, uninterrupted, ALONE)
+    for stopped in (5, 5, 11):  # after the checkpoint of step 3 twice, then after that of step 9
+        with monkeypatch.context() as patch, pytest.raises(_Stop):
+            _stop_after(patch, stopped)
+            train(broken, resumed, ALONE)
+    train(broken, resumed, ALONE)
+    assert equal(tensors(resumed, 12), tensors(uninterrupted, 12))
+    assert losses(resumed) == losses(uninterrupted)  # each step once, as the last attempt saw it
+
+
+def _folder(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name
+
+
+def test_a_torn_checkpoint_is_passed_over_when_resuming(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(project)
+    train(project, run, ALONE)
+    last = tensors(run, 12)
+    (checkpoint.path_at(run.checkpoints, 12) / "ema.safetensors").unlink()
+    assert not run.complete
+    train(project, run, ALONE)
+    assert run.complete
+    assert equal(tensors(run, 12), last)
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(project: Project) -> None:
+    run = begin(project)
+    train(project, run, ALONE)
+    path = checkpoint.path_at(run.checkpoints, 12) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="delete the folder"):
+        train(project, run, ALONE)
+
+
+def test_a_checkpoint_of_another_trainset_is_refused(project: Project) -> None:
+    run = begin(project)
+    train(project, run, ALONE)
+    other = write_trainset(project.root, tiny_spec(), seed=1)
+    stranger = begin(project)
+    assert stranger.trainset == other
+    assert stranger.id != run.id
+    stranger.checkpoints.parent.mkdir(exist_ok=True)
+    run.checkpoints.rename(stranger.checkpoints)
+    with pytest.raises(RefusedError, match=f"trainset is {run.trainset} there and {other} here"):
+        train(project, stranger, ALONE)
+
+
+def test_run_id_hangs_on_what_and_not_on_how(project: Project) -> None:
+    run = begin(project)
+    assert len(run.id) == 12
+    assert begin(project, how=HowConfig(threads=3, ranks=2, device="cpu")).id == run.id
+    assert open_run(run.folder).how.threads == 3  # how may change between attempts
+    assert begin(project, repeat=1).id != run.id
+    assert begin(project, tiny_recipe().model_copy(update={"seed": 1})).id != run.id
+
+
+def test_an_edited_config_is_refused(project: Project) -> None:
+    run = begin(project)
+    text = (run.folder / "config.json").read_text()
+    (run.folder / "config.json").write_text(text.replace(run.trainset, "d" * 32))
+    with pytest.raises(RefusedError, match="describes another run"):
+        write_run(run)
+
+
+def test_two_trainers_of_one_run(project: Project) -> None:
+    run = begin(project)
+    with run_lock(run.folder), pytest.raises(ConflictError, match="trains this run"):
+        train(project, run, ALONE)
+
+
+def test_three_steps_that_are_not_finite_stop_the_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(project)
+    poison(monkeypatch, {4, 6, 7, 8})
+    with pytest.raises(RefusedError, match="3 steps in a row had no finite gradient"):
+        train(project, run, ALONE)
+    events = read_events(run.folder)
+    skipped = [(event["step"], event["in_a_row"]) for event in events if event["kind"] == "skipped"]
+    assert skipped == [(5, 1), (7, 1), (8, 2), (9, 3)]
+    assert events[-1]["kind"] == "error"
+    assert "no finite gradient" in events[-1]["message"]
+
+
+def test_skips_in_a_row_are_counted_across_a_resumption(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = with_how(begin(project), HOW.model_copy(update={"checkpoint_every_steps": 1}))
+    poison(monkeypatch, {1, 2, 3})
+    with monkeypatch.context() as patch, pytest.raises(_Stop):
+        _stop_after(patch, 3)
+        train(project, run, ALONE)
+    with pytest.raises(RefusedError, match="3 steps in a row"):
+        train(project, run, ALONE)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the latents of these steps infinite."""
+    original = loop.take_step
+
+    def take_step(trained: Any, batch: Any, step: int, micro_batch: int) -> Any:
+        if step in steps:
+            batch.latents.fill_(float("inf"))
+        return original(trained, batch, step, micro_batch)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+
+
+def test_collapse_sounds_the_alarm(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = iter([20.0, 20.0, 5.9, 5.9, 6.1, 6.1, 5.0, 5.0])
+
+    def diagnose(*_: object) -> dict[str, float]:
+        return {"feature_std": 1.0, "effective_rank": next(ranks)}
+
+    monkeypatch.setattr(loop, "diagnose", diagnose)
+    run = begin(project)
+    train(project, run, ALONE)
+    assert [event["step"] for event in read_events(run.folder) if event["kind"] == "alarm"] == [5, 12]
+    assert checkpoint.read_progress(checkpoint.complete(run.checkpoints)[-1]).first_rank == 20.0
+
+
+def test_exported_encoder_is_the_average_and_takes_raw_latents(project: Project) -> None:
+    run = begin(project)
+    train(project, run, ALONE)
+    exported = nextvid.load_encoder(run.folder / "encoder")
+    weights = checkpoint.load_tensors(checkpoint.path_at(run.checkpoints, 12) / "ema.safetensors")
+    assert all(torch.equal(exported.encoder.state_dict()[name], value) for name, value in weights.items())
+    assert not exported.training
+    assert not any(parameter.requires_grad for parameter in exported.parameters())
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from nextvid.corpus.project import open_project
+from nextvid.train.loop import train
+from nextvid.train.run import open_run
+from tests.nextvid.train.tiny import ALONE
+torch.set_num_threads(1)
+train(open_project(sys.argv[1]), open_run(Path(sys.argv[2])), ALONE)
+"""
+
+
+@pytest.mark.slow
+def test_killed_without_warning_and_resumed_is_bit_equal(tmp_path: Path) -> None:
+    recipe = tiny_recipe(steps=(8, 8, 8, 8))
+    often = HOW.model_copy(update={"checkpoint_every_steps": 1})
+    whole, broken = (make_project(_folder(tmp_path, name)) for name in ("whole", "broken"))
+    uninterrupted, killed = begin(whole, recipe), begin(broken, recipe, often)
+    train(whole, uninterrupted, ALONE)
+    command = [sys.executable, "-c", KILLED, str(broken.path), str(killed.folder)]
+    deaths = 0
+    for wanted in (2, 9, 17):
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while (killed.newest_step() or 0) < wanted and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        deaths += process.poll() is None
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert deaths == 3
+    train(broken, killed, ALONE)
+    assert equal(tensors(killed, 32), tensors(uninterrupted, 32))
+    assert losses(killed) == losses(uninterrupted)
+
+
+def test_first_losses_are_pinned(project: Project) -> None:
+    """A change of mathematics, order or initialisation shows here first; `PIN=1 pytest -k pinned` writes them anew."""
+    run = begin(project, tiny_recipe(steps=(8, 6, 6, 2)))
+    train(project, run, Ranks(0, 1, torch.device("cpu")))
+    found = [line(values) for _, values in losses(run)[:20]]
+    if os.environ.get("PIN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text("\n".join(["align/long align/short flow/long flow/short", *found]) + "\n")
+    pinned = GOLDEN.read_text().splitlines()[1:]
+    assert len(pinned) == 20
+    for step, (wanted, now) in enumerate(zip(pinned, found, strict=True)):
+        assert _floats(now.split()) == pytest.approx(_floats(wanted.split()), rel=1e-5), f"step {step}"
+
+
+def line(values: dict[str, float]) -> str:
+    """Losses of one step, sorted by name."""
+    return " ".join(f"{values[name]:.8f}" for name in sorted(values))
+
+
+def _floats(words: Sequence[str]) -> list[float]:
+    return [float(word) for word in words]
