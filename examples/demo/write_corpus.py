@@ -55,6 +55,11 @@ class CorpusSummary:
     cuts: int
     dissolves: int
 
+    @property
+    def files(self) -> int:
+        """Media files of every kind; tables are not counted."""
+        return self.videos + self.images + self.copies + self.recoded + self.leaks + self.broken
+
 
 @dataclass(frozen=True)
 class Derived:

@@ -133,6 +133,7 @@ def test_asked_again_nothing_is_written(corpus: Path) -> None:
     summary = write_corpus.write_corpus(corpus, videos=12, images=8)
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
     assert (summary.videos, summary.labelled_shots, summary.copies, summary.broken) == (12, 60, 2, 3)
+    assert summary.files == sum(len(list((corpus / kind).iterdir())) for kind in ("videos", "images"))
     assert summary.cuts + summary.dissolves == 48 + summary.stills
 
 
