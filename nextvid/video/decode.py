@@ -179,8 +179,9 @@ def _by_decord(path: Path, times_us: Sequence[int], size: tuple[int, int] | None
         starts_s = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
     except errors as error:
         raise MediaError("undecodable", f"{path}: decord: {error}") from None
-    pts_us = np.rint(np.asarray(starts_s, np.float64) * MICROSECONDS).astype(np.int64)
-    if not len(pts_us) or (np.diff(pts_us) <= 0).any():
+    seconds = np.asarray(starts_s, np.float64)
+    pts_us = np.rint(np.nan_to_num(seconds, posinf=0.0, neginf=0.0) * MICROSECONDS).astype(np.int64)
+    if not len(pts_us) or not np.isfinite(seconds).all() or (np.diff(pts_us) <= 0).any():
         raise MediaError("bad_times", f"{path}: decord: timestamps do not ascend")
     gap_us = int(np.median(np.diff(pts_us))) if len(pts_us) > 1 else 0  # Matroska may declare 1000 fps
     frame_us = max(gap_us, round(MICROSECONDS / reader.get_avg_fps()))

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from nextvid.video import worker
 from storage.errors import MediaError
@@ -44,6 +44,7 @@ class Sandbox:
         self._free: SimpleQueue[ProcessPool | None] = SimpleQueue()
         for _ in range(workers):
             self._free.put(None)  # started by the first task that needs it
+        self._tasks: set[ProcessFuture[worker.Outcome]] = set()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
 
     def __enter__(self) -> Self:
@@ -52,7 +53,7 @@ class Sandbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(kill=kind is not None)
 
     def call(self, function: Callable[..., T], *args: object, timeout_s: float) -> T:
         """The function's result. Raises MediaError: its own, or crashed, timeout, memory, too_large, failed."""
@@ -84,9 +85,13 @@ class Sandbox:
             for future in running:
                 future.cancel()
 
-    def close(self) -> None:
-        """Cancel what waits, let running tasks end, end the processes."""
-        self._threads.shutdown(cancel_futures=True)
+    def close(self, *, kill: bool = False) -> None:
+        """End the processes. Tasks that wait are cancelled; running ones end first, unless `kill` ends them at once."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if kill:
+            for task in list(self._tasks):
+                task.cancel()  # pebble ends the process of a running task
+        self._threads.shutdown()
         while not self._free.empty():
             _end(self._free.get())
 
@@ -95,7 +100,12 @@ class Sandbox:
         try:
             if pool is None:
                 pool = ProcessPool(1, initializer=worker.limit, initargs=self._limits, context=_Spawn())
-            outcome = _outcome(pool, function, args, timeout_s, self._limits[1])
+            task = pool.schedule(worker.run, args=(function, args, self._limits[1]), timeout=timeout_s)
+            self._tasks.add(task)
+            try:
+                outcome = _outcome(task, timeout_s)
+            finally:
+                self._tasks.discard(task)
         except BaseException:
             _end(pool)  # its state is unknown
             pool = None
@@ -107,10 +117,7 @@ class Sandbox:
         return outcome.value  # type: ignore[return-value]  # what `function` returned, carried as an object
 
 
-def _outcome(
-    pool: ProcessPool, function: Callable[..., object], args: tuple[object, ...], timeout_s: float, output_bytes: int
-) -> worker.Outcome:
-    task = pool.schedule(worker.run, args=(function, args, output_bytes), timeout=timeout_s)
+def _outcome(task: "ProcessFuture[worker.Outcome]", timeout_s: float) -> worker.Outcome:
     try:
         outcome: worker.Outcome = task.result(timeout=timeout_s + START_S)
         return outcome

@@ -112,6 +112,17 @@ def test_map_reads_items_only_as_fast_as_they_finish(sandbox: Sandbox) -> None:
     assert len(list(results)) == 99
 
 
+def test_an_error_in_the_owner_ends_running_tasks_at_once() -> None:
+    sandbox = Sandbox(1)
+    sandbox.call(abs, -1, timeout_s=30)
+    running = sandbox.submit(time.sleep, 60, timeout_s=90)
+    time.sleep(0.3)
+    before = time.monotonic()
+    sandbox.__exit__(KeyError, KeyError(), None)
+    assert time.monotonic() - before < 20
+    assert running.exception(timeout=1) is not None
+
+
 @pytest.mark.parametrize("main", ["script", "stdin"])
 def test_an_unguarded_main_is_not_run_again(tmp_path: Path, film: Path, main: str, repository: Path) -> None:
     text = (
