@@ -1,0 +1,129 @@
+"""Planning: the spec says what decides bytes and nothing else; rows wanted are the ok rows with a use."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from nextvid.corpus.project import Project
+from nextvid.encode.plan import encoding_spec, plan_encode, spec_in_force, wanted_clips
+from storage import atomic
+from storage.errors import ConfigError, RefusedError, UpstreamError
+from storage.latents import LatentStore
+from storage.schemas import Commits
+from tests.nextvid.encode.small_corpus import F, clip_row, publish_clips, write_corpus
+
+FILMS = "films.000000"
+
+
+@pytest.fixture
+def project(tmp_path: Path, random_autoencoder: Path) -> Project:
+    return write_corpus(tmp_path, random_autoencoder)
+
+
+def rows_of(folder: Path, count: int) -> list[dict[str, object]]:
+    """Clips of files that need not exist: planning opens none."""
+    return [clip_row(folder / "films" / f"{i // 2}.mp4", i, media_id=bytes([i // 2] * 16)) for i in range(count)]
+
+
+def commit(project: Project, batch: str, rows: list[bytes], failed: int = 0) -> None:
+    """A finished part; its last `failed` rows have failed."""
+    spec = encoding_spec(project)
+    store = LatentStore(project.root, spec)
+    store.create()
+    part = store.plan_part(batch, F, rows)
+    good = len(rows) - failed
+    commits = part.plan.with_columns(
+        status=pl.Series(["ok"] * good + ["quarantined"] * failed),
+        reason=pl.Series([None] * good + ["timeout"] * failed, dtype=pl.String),
+        crc32c=pl.lit(None, pl.UInt32),
+        sums=pl.lit([], pl.List(pl.Float64)),
+        sums_squared=pl.lit([], pl.List(pl.Float64)),
+        posterior_std=pl.lit(None, pl.Float32),
+        psnr_db=pl.lit(None, pl.Float32),
+        decode_s=pl.lit(0.0),
+        encode_s=pl.lit(0.0),
+    )
+    part.write_shard(0, np.ones((len(rows), *spec.row_shape(F)), np.float32), commits.select(Commits.column_names()))
+
+
+class TestSpec:
+    def test_shape_follows_from_the_autoencoder(self, project: Project) -> None:
+        spec = encoding_spec(project)
+        assert (spec.channels, spec.height, spec.width, spec.resolution) == (8, 8, 8, 64)
+        assert spec.resize == "bicubic"
+
+    @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"posterior": "sample"}, {"storage": "keepbits7"}])
+    def test_what_decides_bytes_is_in_it(
+        self, tmp_path: Path, random_autoencoder: Path, change: dict[str, str]
+    ) -> None:
+        one = encoding_spec(write_corpus(tmp_path / "a", random_autoencoder))
+        other = encoding_spec(write_corpus(tmp_path / "b", random_autoencoder, **change))
+        assert one.digest() != other.digest()
+
+    def test_how_it_is_computed_is_not(self, tmp_path: Path, random_autoencoder: Path) -> None:
+        one = encoding_spec(write_corpus(tmp_path / "a", random_autoencoder))
+        other = encoding_spec(write_corpus(tmp_path / "b", random_autoencoder, batch_frames=3, device="auto"))
+        assert one == other
+
+    def test_resolution_that_no_cell_divides_is_refused(self, tmp_path: Path, random_autoencoder: Path) -> None:
+        with pytest.raises(ConfigError, match="no multiple of 8"):
+            encoding_spec(write_corpus(tmp_path, random_autoencoder, resolution=60))
+
+    def test_accepted_spec_stays_in_force_until_another_is_accepted(
+        self, project: Project, tmp_path: Path, random_autoencoder: Path
+    ) -> None:
+        old = encoding_spec(project)
+        LatentStore(project.root, old).create()
+        atomic.publish_json(project.root.accepted(), {"encoding": old.digest(), "curation": "0" * 32})
+        asked = write_corpus(tmp_path, random_autoencoder, resolution=128)
+        assert encoding_spec(asked) != old
+        assert spec_in_force(asked) == old
+
+    def test_accepted_spec_of_other_weights_is_refused(
+        self, project: Project, tmp_path: Path, cosine_autoencoder: Path
+    ) -> None:
+        old = encoding_spec(project)
+        LatentStore(project.root, old).create()
+        atomic.publish_json(project.root.accepted(), {"encoding": old.digest(), "curation": "0" * 32})
+        with pytest.raises(RefusedError, match="put the old weights back, or accept"):
+            spec_in_force(write_corpus(tmp_path, cosine_autoencoder))
+
+
+class TestPlan:
+    def test_only_ok_rows_with_a_use_are_wanted(self, project: Project, tmp_path: Path) -> None:
+        rows = rows_of(tmp_path, 4)
+        rows[1] |= {"status": "rejected", "reason": "still"}
+        rows[2] |= {"uses": []}
+        publish_clips(project, FILMS, rows)
+        assert set(wanted_clips(project, FILMS)["row_id"]) == {rows[0]["row_id"], rows[3]["row_id"]}
+        assert plan_encode(project, FILMS).rows.height == 2
+
+    def test_reasons_kept_and_orphans_add_up(self, project: Project, tmp_path: Path) -> None:
+        rows = rows_of(tmp_path, 8)
+        ids = [row["row_id"] for row in rows]
+        publish_clips(project, FILMS, rows)
+        assert plan_encode(project, FILMS).reasons == {"new encoding": 8}
+        commit(project, FILMS, [b"o" * 16, *ids[:3], ids[4]], failed=1)  # type: ignore[list-item]
+        plan = plan_encode(project, FILMS)
+        assert plan.kept == 3
+        assert plan.orphaned == (b"o" * 16,)
+        # row 3 shares its file with row 2, row 4 failed, rows 5 to 7 are of files that have no row yet
+        assert plan.reasons == {"new view": 1, "failed before": 1, "new file": 3}
+        assert plan.rows.height + plan.kept == 8
+
+    def test_rows_of_a_file_stand_side_by_side(self, project: Project, tmp_path: Path) -> None:
+        publish_clips(project, FILMS, rows_of(tmp_path, 9))
+        uris = plan_encode(project, FILMS).rows["uri"].to_list()
+        assert uris == sorted(uris)
+
+    def test_groups_by_frames(self, project: Project, tmp_path: Path) -> None:
+        rows = rows_of(tmp_path, 3)
+        rows[2] |= {"frames": 2, "times_us": [0, 1]}
+        publish_clips(project, FILMS, rows)
+        assert {frames: found.height for frames, found in plan_encode(project, FILMS).by_frames.items()} == {2: 1, F: 2}
+
+    def test_missing_clips_are_named(self, project: Project) -> None:
+        with pytest.raises(UpstreamError, match="clips"):
+            plan_encode(project, FILMS)
