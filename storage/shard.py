@@ -53,7 +53,7 @@ def stored_values(
         stored = np.array(latents, dtype="<f2", order="C")
     stored[~ok] = 0
     if storage == "keepbits7":
-        stored = np.asarray(BitRound(keepbits=_KEEP_BITS).encode(stored)).reshape(stored.shape)
+        stored = np.asarray(BitRound(keepbits=_KEEP_BITS).encode(stored)).view("<f2")  # it returns integers
     broken = np.flatnonzero(~np.isfinite(stored).all(axis=(1, 2, 3, 4)))
     if broken.size:
         raise StoreError(

@@ -1,0 +1,205 @@
+"""storage/reader.py: the fast read equals zarr's, and nothing damaged comes out of it."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.digest import crc32c
+from storage.errors import DamagedError
+from storage.latents import LatentStore, Part
+from storage.reader import ADDRESS, RowReader, addresses, read_row, row_id
+from storage.root import DataRoot
+from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, new_store, values, write
+
+ROW_BYTES = FRAMES * 2 * 2 * 3 * 2
+BATCHES = ["other.000000", BATCH]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentStore, np.ndarray]:
+    root = DataRoot.open(str(tmp_path_factory.mktemp("store")))
+    store = new_store(root)
+    for count, first in ((300, 0), (7, 1000)):
+        part = store.plan_part(BATCH, FRAMES, ids(count, first))
+        for shard in range(part.shards):
+            write(part, shard, failed=ids(2, first))
+    image = store.plan_part(BATCHES[0], 1, ids(3, 5000))
+    write(image, 0)
+    return store, addresses(store.commits(BATCH), BATCHES)
+
+
+def empty() -> np.ndarray:
+    return np.empty((FRAMES, 2, 2, 3), dtype=np.float16)
+
+
+def test_addresses_say_where(filled: tuple[LatentStore, np.ndarray]) -> None:
+    store, found = filled
+    commits = store.commits(BATCH).filter(status="ok")
+    assert found.dtype == ADDRESS
+    assert len(found) == commits.height == 303
+    assert [row_id(address) for address in found] == commits["row_id"].to_list()
+    assert set(found["batch"]) == {1}
+    assert found["slot"].max() == ROWS_PER_SHARD - 1
+    assert found["shard"].tolist() == commits["shard"].to_list()
+    keys = [tuple(row) for row in found["row_id"].tolist()]
+    by_id = sorted(range(len(found)), key=lambda n: commits["row_id"][n])
+    assert sorted(keys) == [keys[n] for n in by_id]
+
+
+@given(st.lists(st.integers(0, 302), max_size=30), st.integers(1, 3))
+def test_read_equals_the_oracle(filled: tuple[LatentStore, np.ndarray], wanted: list[int], open_maps: int) -> None:
+    store, found = filled
+    reader = RowReader(store.root, store.spec, BATCHES, open_maps=open_maps)
+    reader.will_need(FRAMES, found[wanted])
+    out = empty()
+    for n in wanted:
+        address = found[n]
+        reader.read_into(FRAMES, address, out)
+        np.testing.assert_array_equal(out, values([row_id(address)])[0].astype(np.float16))
+        slot = int(address["shard"]) * ROWS_PER_SHARD + int(address["slot"])
+        oracle = read_row(store, BATCH, FRAMES, int(address["part"]), slot)
+        np.testing.assert_array_equal(out, oracle)
+    assert len(reader._maps) <= open_maps
+
+
+def test_other_lengths_and_batches(filled: tuple[LatentStore, np.ndarray]) -> None:
+    store, _ = filled
+    images = addresses(store.commits(BATCHES[0], 1), BATCHES)
+    out = np.empty((1, 2, 2, 3), dtype=np.float16)
+    RowReader(store.root, store.spec, BATCHES).read_into(1, images[2], out)
+    np.testing.assert_array_equal(out, values([row_id(images[2])], frames=1)[0].astype(np.float16))
+
+
+def test_reads_into_a_slice_of_a_ring(filled: tuple[LatentStore, np.ndarray]) -> None:
+    store, found = filled
+    ring = np.zeros((3, FRAMES, 2, 2, 3), dtype=np.float16)
+    RowReader(store.root, store.spec, BATCHES).read_into(FRAMES, found[9], ring[1])
+    assert not ring[0].any()
+    assert not ring[2].any()
+    np.testing.assert_array_equal(ring[1], values([row_id(found[9])])[0].astype(np.float16))
+
+
+def test_wrong_buffers_are_programmers_errors(filled: tuple[LatentStore, np.ndarray]) -> None:
+    store, found = filled
+    reader = RowReader(store.root, store.spec, BATCHES)
+    for out in (empty().astype(np.float32), empty()[..., ::-1], np.empty((1, 2, 2, 3), np.float16)):
+        with pytest.raises(AssertionError):
+            reader.read_into(FRAMES, found[0], out)
+
+
+def test_threads_share_a_reader(filled: tuple[LatentStore, np.ndarray]) -> None:
+    store, found = filled
+    reader = RowReader(store.root, store.spec, BATCHES, open_maps=1)
+    wrong: list[object] = []
+
+    def read(seed: int) -> None:
+        out = empty()
+        try:
+            for n in np.random.default_rng(seed).integers(0, len(found), 400):
+                reader.read_into(FRAMES, found[n], out)
+                if crc32c(out) != found[n]["crc"]:
+                    wrong.append(n)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    reader.close()
+    assert len(reader._maps) == 0
+    read(0)
+    assert wrong == []
+
+
+def damaged(root: DataRoot, rows: int = 5) -> tuple[LatentStore, Part, np.ndarray]:
+    store, part = full_store(root, rows)
+    return store, part, addresses(store.commits(BATCH), [BATCH])
+
+
+@given(st.integers(0, 5 * ROW_BYTES + INDEX_BYTES - 1), st.integers(0, 7))
+def test_a_flipped_bit_is_found_by_reader_and_verify(
+    tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
+) -> None:
+    store, part, found = damaged(DataRoot.open(str(tmp_path_factory.mktemp("bit"))))
+    data = bytearray(part.shard_path(0).read_bytes())
+    data[place] ^= 1 << bit
+    part.shard_path(0).write_bytes(data)
+    problems = store.verify()
+    assert len(problems) == 1
+    reader, out = RowReader(store.root, store.spec, [BATCH]), empty()
+    for address in found:
+        hit = place >= 5 * ROW_BYTES or place // ROW_BYTES == address["slot"]
+        if not hit:
+            reader.read_into(FRAMES, address, out)
+            continue
+        out[:] = 0
+        with pytest.raises(DamagedError) as caught:
+            reader.read_into(FRAMES, address, out)
+        assert row_id(address).hex() in str(caught.value)
+        assert str(part.shard_path(0)) in str(caught.value)
+        assert f"remove {part.commit_path(0)}" in str(caught.value)
+        assert place >= 5 * ROW_BYTES or np.isnan(out).all()
+    if place < 5 * ROW_BYTES:
+        assert problems[0].row == ids(5)[place // ROW_BYTES].hex()
+
+
+@pytest.mark.parametrize("size", [0, 1, INDEX_BYTES, 4 * ROW_BYTES + INDEX_BYTES, 5 * ROW_BYTES + INDEX_BYTES - 1])
+def test_short_shards_are_errors(data_root: DataRoot, size: int) -> None:
+    store, part, found = damaged(data_root)
+    part.shard_path(0).write_bytes(part.shard_path(0).read_bytes()[:size])
+    with pytest.raises(DamagedError, match=r"short|cannot be read"):
+        RowReader(store.root, store.spec, [BATCH]).read_into(FRAMES, found[0], empty())
+    assert len(store.verify()) == 1
+
+
+def test_missing_shards_are_errors(data_root: DataRoot) -> None:
+    store, part, found = damaged(data_root)
+    part.shard_path(0).unlink()
+    reader = RowReader(store.root, store.spec, [BATCH])
+    with pytest.raises(DamagedError, match="cannot be read"):
+        reader.read_into(FRAMES, found[0], empty())
+    with pytest.raises(DamagedError, match="cannot be read"):
+        reader.will_need(FRAMES, found)
+    assert "cannot be read" in store.verify()[0].what
+
+
+def test_rows_without_a_commit_are_not_seen(data_root: DataRoot) -> None:
+    store, part, found = damaged(data_root)
+    part.commit_path(0).unlink()
+    with pytest.raises(DamagedError, match="not committed"):
+        RowReader(store.root, store.spec, [BATCH]).read_into(FRAMES, found[0], empty())
+
+
+def test_a_slot_beyond_the_shard(data_root: DataRoot) -> None:
+    store, _, found = damaged(data_root)
+    found["slot"][0] = 5
+    with pytest.raises(DamagedError, match="has 5 rows, none in slot 5"):
+        RowReader(store.root, store.spec, [BATCH]).read_into(FRAMES, found[0], empty())
+
+
+def test_an_address_of_another_row(data_root: DataRoot) -> None:
+    """The crc travels with the address, so that a swapped address gives no wrong latents."""
+    store, _, found = damaged(data_root)
+    found["slot"][:2] = found["slot"][1::-1]
+    with pytest.raises(DamagedError, match="other bytes"):
+        RowReader(store.root, store.spec, [BATCH]).read_into(FRAMES, found[0], empty())
+
+
+def test_a_page_is_reread_after_the_map_was_dropped(data_root: DataRoot) -> None:
+    store, part, found = damaged(data_root)
+    reader = RowReader(store.root, store.spec, [BATCH])
+    reader.read_into(FRAMES, found[0], empty())
+    part.erase([0])
+    reader.close()
+    with pytest.raises(DamagedError, match="withdrawn"):
+        reader.read_into(FRAMES, found[0], empty())
+    reader.read_into(FRAMES, found[1], empty())
+    assert Path(part.path).is_dir()

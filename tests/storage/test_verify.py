@@ -1,0 +1,150 @@
+"""storage/verify.py and withdrawn.py: damage is named with file, row and remedy; a sound store says nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from storage.errors import DamagedError
+from storage.latents import LatentStore, Part
+from storage.reader import RowReader, addresses
+from storage.root import DataRoot
+from storage.shard import INDEX_BYTES
+from storage.withdrawn import record_withdrawal, withdrawn_rows
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, write
+
+MEDIA = "ab" * 16
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def change_json(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def fill_failed_slot(part: Part) -> None:
+    with part.shard_path(0).open("r+b") as file:
+        file.seek(2 * part.spec.row_bytes(FRAMES))
+        file.write(b"\0\0")
+
+
+DAMAGE: list[tuple[str, Callable[[Part], object], str, str, int | None]] = [
+    ("data", lambda part: flip(part.shard_path(1), 5), "c/1/0/0/0/0", "differ from their checksum", 256),
+    ("index", lambda part: flip(part.shard_path(0), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
+    ("crc of index", lambda part: flip(part.shard_path(0), -1), "c/0/0/0/0/0", "index at its end", None),
+    ("commit", lambda part: flip(part.commit_path(0), 90), "000000.parquet", "checksum", None),
+    ("plan", lambda part: flip(Path(part.path, "plan.parquet"), 90), "plan.parquet", "damaged", None),
+    ("no shard", lambda part: part.shard_path(1).unlink(), "c/1/0/0/0/0", "cannot be read", None),
+    ("short", lambda part: part.shard_path(1).write_bytes(b"x"), "c/1/0/0/0/0", "1 bytes where", None),
+    ("no commit", lambda part: part.commit_path(1).unlink(), "c/1/0/0/0/0", "without its commit", None),
+    ("failed slot", fill_failed_slot, "c/0/0/0/0/0", "holds values", 2),
+    ("stray", lambda part: Path(part.path, "commits", ".x.partial").write_bytes(b""), ".x.partial", "belongs to", None),
+    ("beyond", lambda part: Path(part.path, "latent/c/2").write_bytes(b""), "c/2", "belongs to", None),
+    (
+        "shape",
+        lambda part: change_json(Path(part.path, "latent/zarr.json"), "300", "301"),
+        "latent/zarr.json",
+        "describes",
+        None,
+    ),
+    (
+        "fill",
+        lambda part: change_json(Path(part.path, "latent/zarr.json"), '"NaN"', "0.0"),
+        "latent/zarr.json",
+        "describes",
+        None,
+    ),
+    ("torn zarr.json", lambda part: flip(Path(part.path, "latent/zarr.json"), 0), "zarr.json", "cannot open", None),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "file", "what", "row"), DAMAGE, ids=[case[0] for case in DAMAGE])
+def test_damage_is_named(
+    data_root: DataRoot, name: str, damage: Callable[[Part], object], file: str, what: str, row: int | None
+) -> None:
+    store, part = full_store(data_root, 300, failed=[ids(300)[2]])
+    assert store.verify() == store.verify(BATCH) == []
+    damage(store.part(BATCH, FRAMES, part.number))
+    (problem,) = store.verify()
+    assert problem.file.endswith(file), name
+    assert what in problem.what
+    assert problem.row == (None if row is None else ids(300)[row].hex())
+    assert problem.remedy
+    assert problem.file in str(problem)
+
+
+def test_the_remedy_heals(data_root: DataRoot) -> None:
+    """A damaged shard: remove its commit, write it again."""
+    store, part = full_store(data_root, 300)
+    flip(part.shard_path(1), 5)
+    (problem,) = store.verify()
+    assert problem.remedy.startswith(f"remove {part.commit_path(1)} ")
+    part.commit_path(1).unlink()
+    unfinished = store.unfinished(BATCH, FRAMES)
+    assert unfinished is not None
+    write(unfinished, 1)
+    assert store.verify() == []
+
+
+def test_a_changed_spec_is_found(data_root: DataRoot) -> None:
+    store, _ = full_store(data_root, 3)
+    change_json(Path(data_root.spec_folder(store.digest), "spec.json"), "48", "49")
+    (problem,) = store.verify()
+    assert "was changed" in problem.what
+
+
+def test_withdrawals_are_recorded_and_united(data_root: DataRoot) -> None:
+    assert withdrawn_rows(data_root) == frozenset()
+    record_withdrawal(data_root, MEDIA, ids(2))
+    record_withdrawal(data_root, MEDIA, ids(2, first=1))
+    record_withdrawal(data_root, "cd" * 16, ids(1, first=9))
+    assert withdrawn_rows(data_root) == frozenset(ids(3) + ids(1, first=9))
+    record = json.loads(Path(data_root.withdrawn(), f"{MEDIA}.json").read_text())
+    assert record["media_id"] == MEDIA
+
+
+def test_a_damaged_withdrawal_is_never_an_empty_one(data_root: DataRoot) -> None:
+    record_withdrawal(data_root, MEDIA, ids(2))
+    Path(data_root.withdrawn(), f"{MEDIA}.json").write_text("{}")
+    with pytest.raises(DamagedError, match="no record of a withdrawal"):
+        withdrawn_rows(data_root)
+    with pytest.raises(DamagedError):
+        record_withdrawal(data_root, MEDIA, ids(1))
+
+
+def test_withdrawn_rows_are_zeros_and_the_rest_stands(data_root: DataRoot) -> None:
+    store, part = full_store(data_root, 300)
+    slots = [0, 255, 256]
+    found = addresses(store.commits(BATCH), [BATCH])
+    record_withdrawal(data_root, MEDIA, [ids(300)[slot] for slot in slots])
+    problems = store.verify()
+    assert [problem.row for problem in problems] == [ids(300)[slot].hex() for slot in slots]
+    assert all("withdraw the file again" in problem.what for problem in problems)
+    part.erase(slots)
+    assert store.verify() == []
+    array = np.asarray(zarr.open_array(f"{part.path}/latent", mode="r")[:])
+    assert not array[slots].any()
+    reader, out = RowReader(data_root, store.spec, [BATCH]), np.empty((FRAMES, 2, 2, 3), np.float16)
+    for slot, address in enumerate(found):
+        if slot in slots:
+            with pytest.raises(DamagedError, match="withdrawn"):
+                reader.read_into(FRAMES, address, out)
+        else:
+            reader.read_into(FRAMES, address, out)
+            np.testing.assert_array_equal(out, array[slot])
+
+
+def test_erasing_skips_shards_that_were_never_committed(data_root: DataRoot) -> None:
+    store = LatentStore(data_root, full_store(data_root, 3)[0].spec)
+    part = store.plan_part(BATCH, FRAMES, ids(3, first=10))
+    part.erase([0])
+    assert not part.shard_path(0).exists()
