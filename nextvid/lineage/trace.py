@@ -1,8 +1,8 @@
 """Which data made what: from a run, checkpoint or score down to files, and from a file up to what saw it.
 
-Holds the walk over config.json, trainset.json, lineage.parquet and score.json; those files are the lineage, nothing else is
-recorded. Writes nothing. "Saw" means that the trainset held rows of the file, or that the probe asked about them; single
-draws follow from (seed, draw number) and are printed by `nextvid draws`.
+Holds the walk over config.json, trainset.json, lineage.parquet and score.json; those files are the lineage, there is
+no other record. Writes nothing. "Saw" means that the trainset held rows of the file, or that the probe asked about
+them; single draws follow from (seed, draw number) and are printed by `nextvid draws`.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """The asset `probes`: one run on one benchmark, its accuracies beside its own random initialisation, as score.json.
 
 Holds the order of the work and what is written: rows.parquet (who was asked), features.npz (mean-pooled test features,
-for pictures), score.json last. The row list, labels, protocol and seeds are frozen under the digest in the path; where score.json stands,
-nothing is computed again. Architecture and training of heads are attentive.py and fitting.py.
+for pictures), score.json last. The row list, labels, protocol and seeds are frozen under the digest in the path; where
+score.json stands, nothing is computed again. Architecture and training of heads are attentive.py and fitting.py.
 
 Axes: N samples, L tokens, D width, Y classes.
 """

@@ -26,7 +26,7 @@ SAMPLE = ["shot_id", "label", "view_index"]
 class ProbeRows(dy.Schema):
     """What a score keeps of its rows, beside score.json: who was asked, and with which answer."""
 
-    sample = dy.Int64(primary_key=True)
+    sample_number = dy.Int64(primary_key=True, alias="sample")  # `sample` is a method of every schema
     segment = dy.Int64(primary_key=True)
     row_id = dy.Binary()
     clip_id = dy.Binary()

@@ -1,8 +1,8 @@
 """Autoregressive generation: from tubelet 0 alone, one tubelet after the other, each seeing what was generated before.
 
 Holds no files and no pictures. Tubelets generated so far are encoded anew at each step by the online encoder; the
-encoder being frame-causal, keeping their keys and values would give the same and cost less. Recipes with latents as input
-take the generated latents themselves (method.md 11 re-encodes pixels, for encoders that read pixels).
+encoder being frame-causal, keeping their keys and values would give the same and cost less. Recipes with latents as
+input take the generated latents themselves (method.md 11 re-encodes pixels, for encoders that read pixels).
 
 Axes: B clips, F frames, C channels of one frame, h and w cells of the grid, n visible cells.
 """

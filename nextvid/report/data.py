@@ -1,0 +1,172 @@
+"""The report's sections on data: what each dataset gave, what was left out, overlap with test sets, digests.
+
+Holds counting over the tables of the trainset's batches, and wording. Decides nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.lineage.trace import DatasetShare, shares
+from nextvid.report.blocks import Block, Section, Table, Text
+from nextvid.train.run import Run
+from storage import atomic
+from storage.schemas import Clips, Media, Shots
+from storage.tables import read_tables
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is read once for both sections."""
+
+    project: Project
+    run: Run
+    trainset: Trainset
+    said: Mapping[str, Any]  # trainset.json
+    shares: tuple[DatasetShare, ...]
+
+    @property
+    def folder(self) -> str:
+        return self.project.root.pointed("trainset", self.trainset.digest)
+
+
+def read_facts(project: Project, run: Run) -> DataFacts:
+    """Facts of a run's trainset."""
+    trainset = Trainset.open(project.root, run.trainset)
+    said = atomic.read_json(f"{project.root.pointed('trainset', run.trainset)}/trainset.json")
+    return DataFacts(project, run, trainset, said, shares(trainset.lineage(), "dataset", trainset.weights))
+
+
+def data_section(facts: DataFacts) -> Section:
+    """Datasets from file to row, batches left out, and the overlap with test sets."""
+    blocks: list[Block] = [_datasets(facts)]
+    if facts.said["left_out"]:
+        listed = ", ".join(f"{batch} ({why})" for batch, why in sorted(facts.said["left_out"].items()))
+        blocks.append(
+            Text(f"Batches left out of the trainset: {listed}.", "caveat", (f"{facts.folder}/trainset.json",))
+        )
+    if facts.said["dropped"]:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(facts.said["dropped"].items()))
+        blocks.append(Text(f"Rows dropped from pretraining: {listed}.", sources=(f"{facts.folder}/trainset.json",)))
+    blocks.append(_contamination(facts))
+    return Section("Data", tuple(blocks))
+
+
+def lineage_section(facts: DataFacts, config: Mapping[str, Any]) -> Section:
+    """Digests from checkpoint to files, and how to walk them."""
+    run = facts.run
+    rows = (
+        ("run", run.id),
+        ("recipe", f"{run.recipe.name}, digest {config['recipe_digest']}"),
+        ("overrides", ", ".join(run.overrides) or "none"),
+        ("trainset", facts.trainset.digest),
+        ("parent trainset", facts.said["parent"] or "none"),
+        ("mask plan", run.mask_plan),
+        ("encoding spec", facts.trainset.spec.digest()),
+        ("autoencoder", facts.trainset.spec.autoencoder),
+        ("versions", ", ".join(f"{name} {version}" for name, version in config["versions"].items())),
+    )
+    table = Table(
+        ("", "digest"),
+        rows,
+        "ll",
+        "What this run was made from.",
+        (f"{run.folder}/config.json", f"{facts.folder}/trainset.json"),
+    )
+    walk = (
+        f"Every row of the trainset, with its file, stands in {facts.folder}/lineage.parquet. "
+        f"'nextvid lineage {run.id}' walks from this run to files, 'nextvid lineage FILE' from a file to the runs and "
+        "scores that saw it."
+    )
+    return Section("Lineage", (table, Text(walk, sources=(f"{facts.folder}/lineage.parquet",))))
+
+
+def _datasets(facts: DataFacts) -> Table:
+    """From files to rows, one line a dataset; counts are of the trainset's batches."""
+    root, batches = facts.project.root, list(facts.trainset.batches)
+    media = read_tables(root, "media", [b for b in batches if b in root.batches("media")], Media)
+    shots = read_tables(root, "shots", [b for b in batches if b in root.batches("shots")], Shots)
+    clips = read_tables(root, "clips", [b for b in batches if b in root.batches("clips")], Clips)
+    rows = []
+    for share in facts.shares:
+        own = [frame.filter(pl.col("dataset") == share.name) for frame in (media, shots, clips)]
+        good = [frame.filter(pl.col("status") == "ok").height for frame in own]
+        bad = own[0].filter(pl.col("status") != "ok").height
+        config = facts.project.corpus.datasets.get(share.name)
+        rows.append(
+            (
+                share.name,
+                "" if share.weight is None else f"{share.weight:.3g}",
+                f"{own[0].height:,}",
+                f"{bad:,}",
+                f"{good[1]:,}",
+                f"{good[2]:,}",
+                f"{share.files:,}",
+                f"{share.clips:,}",
+                f"{share.rows:,}",
+                config.licence if config else "no longer configured",
+            )
+        )
+    return Table(
+        head=(
+            "dataset",
+            "weight",
+            "files",
+            "unusable",
+            "shots",
+            "clips",
+            "files used",
+            "clips used",
+            "rows",
+            "licence",
+        ),
+        rows=tuple(rows),
+        align="lrrrrrrrrl",
+        caption=(
+            "From files to rows of the trainset. Unusable files are quarantined or rejected, with a reason in the "
+            "media table; 'used' is what pretraining reads: training splits without copies of test clips."
+        ),
+        sources=(root.folder("media"), root.folder("shots"), root.folder("clips"), f"{facts.folder}/lineage.parquet"),
+    )
+
+
+def _contamination(facts: DataFacts) -> Table:
+    """Overlap of training with what probes are tested on, before anything was dropped."""
+    path = f"{facts.project.root.pointed('duplicates', facts.said['duplicates'])}/duplicates.json"
+    entries = atomic.read_json(path)["contamination"]
+    rows = tuple(
+        (
+            entry["benchmark"],
+            f"{entry['test_files']:,}",
+            f"{entry['test_files_seen_in_pretraining']:,}",
+            f"{sum(entry['dropped_from_pretrain_shots'].values()):,}",
+            f"{entry['dropped_from_probe_train_shots']:,}",
+            _of(entry["train_files_in_pretraining"], entry["train_files"]),
+        )
+        for entry in entries
+    )
+    return Table(
+        head=(
+            "benchmark",
+            "test files",
+            "with a copy in pretraining",
+            "shots dropped: pretraining",
+            "probe-train",
+            "probe-train files also pretrained on",
+        ),
+        rows=rows,
+        align="lrrrrr",
+        caption=(
+            "Contamination, by file bytes and perceptual hashes. Copies of test clips were dropped from pretraining "
+            "and probe training; probe-train clips may be in pretraining, labels unseen."
+        ),
+        sources=(path,),
+    )
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part:,} ({100 * part / whole:.0f} %)" if whole else "0"

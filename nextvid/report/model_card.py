@@ -1,0 +1,180 @@
+"""The asset `report`: the model card of a run, as one HTML file and as Markdown with its pictures beside it.
+
+Holds what is gathered and in which order it is shown. Reads what other makers wrote and computes nothing new but t-SNE;
+every block names the file its numbers come from. The digest in the path is of those files, so that a report is made
+again only when something that it shows has changed.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nextvid.corpus.project import Project
+from nextvid.outcome import Outcome
+from nextvid.probe.encoders import find_run
+from nextvid.report import scores, study
+from nextvid.report.blocks import Card, Picture
+from nextvid.report.data import DataFacts, data_section, lineage_section, read_facts
+from nextvid.report.html import render_html
+from nextvid.report.markdown import FIGURES, render_markdown
+from nextvid.report.pictures import previews_section, samples_section, training_section
+from nextvid.report.scores import Score, read_features
+from nextvid.train.events import read_events
+from nextvid.train.run import CONFIG, Run
+from storage import atomic
+from storage.digest import digest, digest_bytes
+from storage.errors import UpstreamError
+
+LAYOUT = 1  # raise when the report says the same files differently
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Everything a report shows, read."""
+
+    project: Project
+    run: Run
+    config: dict[str, Any]
+    events: list[dict[str, Any]]
+    scores: list[Score]
+    samples: dict[str, Any] | None  # None where the recipe generates nothing
+    data: DataFacts
+
+
+def make_report(project: Project, recipe: str, run: str | None = None) -> Outcome:
+    """Write report.html and report.md of a run, unless they stand for the same inputs.
+
+    Raises UpstreamError where scores or samples are missing.
+    """
+    started = time.perf_counter()
+    found = find_run(project, recipe, run)
+    gathered = gather(project, found)
+    name = _digest(gathered)
+    folder = project.root.report(recipe, found.id, name)
+    page = f"{folder}/report.html"
+    made = not atomic.exists(page)
+    if made:
+        card = build_card(gathered)
+        for section in card.sections:
+            for block in section.blocks:
+                if isinstance(block, Picture):
+                    atomic.publish_bytes(f"{folder}/{FIGURES}/{block.name}.png", block.png)
+        atomic.publish_bytes(f"{folder}/report.md", render_markdown(card).encode())
+        atomic.publish_bytes(page, render_html(card).encode())  # last: where it stands, the rest does
+    numbers: dict[str, int | float | str] = {"run": found.id, "page": page, "markdown": f"{folder}/report.md"}
+    for score in gathered.scores:
+        numbers[f"{score.benchmark}_points_over_random"] = 100 * scores.difference(score.said, "ema")[0]
+    return Outcome(
+        asset="report",
+        partition=recipe,
+        made=made,
+        rows=len(gathered.scores),
+        size_bytes=len(atomic.read_bytes(page)),
+        seconds=time.perf_counter() - started,
+        digest=name,
+        numbers=numbers,
+        pictures={"training curves": f"{folder}/{FIGURES}/curves.png"},
+    )
+
+
+def gather(project: Project, run: Run) -> Gathered:
+    """Read what the report shows. Raises UpstreamError with what to make first."""
+    root, recipe = project.root, run.recipe
+    found = [_newest(Path(root.probes(recipe.name, run.id), name)) for name in sorted(project.corpus.benchmarks)]
+    if missing := [name for name, path in zip(sorted(project.corpus.benchmarks), found, strict=True) if path is None]:
+        raise UpstreamError(f"run {run.id} has no scores on {', '.join(missing)}: make 'probes' first")
+    samples = None
+    if recipe.losses.flow > 0:
+        samples = atomic.read_json(f"{root.samples(recipe.name, run.id)}/samples.json")
+    return Gathered(
+        project,
+        run,
+        atomic.read_json(str(run.folder / CONFIG)),
+        read_events(run.folder),
+        [_score(path) for path in found if path is not None],
+        samples,
+        read_facts(project, run),
+    )
+
+
+def build_card(gathered: Gathered) -> Card:
+    """The report's blocks, in order, with paths relative to the data root where they are below it."""
+    run, project = gathered.run, gathered.project
+    sections = [scores.section(gathered.scores)] if gathered.scores else []
+    if run.recipe.name == "demo":
+        sections.append(study.section())
+    sections.append(training_section(run, gathered.events))
+    if gathered.samples is not None:
+        sections.append(samples_section(project.root.samples(run.recipe.name, run.id), gathered.samples))
+    sections.append(data_section(gathered.data))
+    if previews := previews_section(project, gathered.data.trainset, run):
+        sections.append(previews)
+    sections.append(lineage_section(gathered.data, gathered.config))
+    return Card(
+        f"Model card: {run.recipe.name}",
+        "A video encoder trained by masked next-frame prediction (NExT-Vid). What was measured, on which data, and "
+        "where each number was read.",
+        _facts(gathered),
+        tuple(sections),
+    )
+
+
+def _facts(gathered: Gathered) -> tuple[tuple[str, str], ...]:
+    run, model = gathered.run, gathered.run.recipe.model
+    steps = [event for event in gathered.events if event["kind"] == "step"]
+    ended = max((event["time_s"] for event in gathered.events), default=0.0)
+    facts = [
+        ("run", run.id),
+        ("finished", datetime.fromtimestamp(ended, UTC).strftime("%d %B %Y, %H:%M UTC")),
+        ("steps", f"{run.recipe.steps:,}"),
+        ("clips drawn", f"{steps[-1]['draws']:,}" if steps else "unknown"),
+        ("encoder", f"{model.encoder.depth} blocks, width {model.encoder.width}, reads {model.encoder.input}"),
+        ("tokens per clip", f"{run.recipe.clip_lengths[0] // model.tubelet} × {model.cells}"),
+        ("masks", _masks(run)),
+        ("seed", str(run.recipe.seed)),
+    ]
+    if steps:
+        mean = sum(float(event["step_s"]) for event in steps) / len(steps)
+        facts.append(("time per step", f"{1000 * mean:.0f} ms"))
+        waited = sum(float(event["wait_share"]) for event in steps) / len(steps)
+        facts.append(("waiting for data", f"{100 * waited:.1f} %"))
+    return tuple(facts)
+
+
+def _masks(run: Run) -> str:
+    masks, cells = run.recipe.masks, run.recipe.model.cells
+    if masks.keep == "all":
+        return "none"
+    visible = " and ".join(str(strategy.budget) for strategy in masks.strategies)
+    return f"{visible} of {cells} cells visible" if masks.keep == "fixed" else masks.keep
+
+
+def _newest(folder: Path) -> Path | None:
+    """The score of a benchmark that was written last; older ones are of other rows or protocols."""
+    found: Sequence[Path] = sorted(folder.glob("*/score.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return found[-1] if found else None
+
+
+def _score(path: Path) -> Score:
+    features = read_features(atomic.read_bytes(str(path.with_name("features.npz"))))
+    return Score(atomic.read_json(str(path)), str(path), features)
+
+
+def _digest(gathered: Gathered) -> str:
+    """Of what is shown: scores, samples, events, configuration and data."""
+    root, run = gathered.project.root, gathered.run
+    said = {score.benchmark: digest_bytes(atomic.read_bytes(score.path)) for score in gathered.scores}
+    shown = {
+        "layout": LAYOUT,
+        "scores": said,
+        "events": digest_bytes((run.folder / "events.jsonl").read_bytes()),
+        "config": digest_bytes((run.folder / CONFIG).read_bytes()),
+        "duplicates": gathered.data.said["duplicates"],
+    }
+    if gathered.samples is not None:
+        path = f"{root.samples(run.recipe.name, run.id)}/samples.json"
+        shown["samples"] = digest_bytes(atomic.read_bytes(path))
+    return digest(shown)

@@ -1,0 +1,26 @@
+"""Fixtures shared by the tests of evaluation."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nextvid.corpus.project import Project, open_project
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with a trainset and a complete run of a few steps. Session-wide: write nothing below pretrain/."""
+    from tests.nextvid.tiny_project import write_project  # torch: most tests here do without
+
+    return write_project(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def own_copy(evaluated: Project, tmp_path: Path) -> Project:
+    """A copy of that project that a test may change."""
+    base = evaluated.path.parent
+    shutil.copytree(base, tmp_path / "copy")
+    said = (tmp_path / "copy" / "corpus.yaml").read_text().replace(str(base), str(tmp_path / "copy"))
+    (tmp_path / "copy" / "corpus.yaml").write_text(said)
+    return open_project(tmp_path / "copy" / "corpus.yaml")
