@@ -245,7 +245,7 @@ def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float, listing: 
             "quarantined_within_budget",
             share <= budget,
             {"share": share, "quarantined": quarantined, "budget": budget},
-            description="share of present files that could not be read; raise 'quarantine_budget' if they are as expected",
+            description="present files that could not be read; raise 'quarantine_budget' if they are as expected",
         ),
     )
 

@@ -22,14 +22,14 @@ def seed_of(name: str) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
 
 
-def scene(name: str, frames: int, speed: float = 1.0, light: float = 0.0) -> np.ndarray:
+def scene(name: str, frames: int, speed: float = 0.6, light: float = 0.0) -> np.ndarray:
     """A texture of this name that drifts by `speed` pixels a frame; uint8 [frames, SIDE, SIDE, 3]. Unlike names look
     unlike."""
     rng = np.random.default_rng(seed_of(name))
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
     base = rng.uniform(70, 180, 3)
     kx, ky = rng.uniform(-0.12, 0.12, (2, 6))
-    phase, size = rng.uniform(0, 2 * np.pi, 6), rng.uniform(8, 18, 6)
+    phase, size = rng.uniform(0, 2 * np.pi, 6), rng.uniform(5, 10, 6)
     out = np.empty((frames, SIDE, SIDE, 3))
     for frame in range(frames):
         at = x + speed * frame

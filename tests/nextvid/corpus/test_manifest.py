@@ -1,0 +1,79 @@
+"""The rule for one clip's value, and what one shot gives."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextvid.corpus.manifest import Label, MediaNow, rows_of, value_of
+from nextvid.corpus.project import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
+
+SHOT = {
+    "shot_id": b"s" * 16,
+    "media_id": b"m" * 16,
+    "dataset": "d",
+    "batch": "d.000000",
+    "kind": "video",
+    "start_us": 0,
+    "end_us": 4_000_000,
+    "cut_in": "edge",
+    "cut_out": "edge",
+    "crop_x": 0,
+    "crop_y": 4,
+    "crop_w": 64,
+    "crop_h": 56,
+    "motion_mean": 1.0,
+    "freeze_share": 0.0,
+    "luma_mean": 100.0,
+    "blur": 50.0,
+}
+SPAN = st.tuples(st.integers(0, 20), st.integers(1, 20)).map(lambda s: (s[0] * 10**5, (s[0] + s[1]) * 10**5))
+
+
+def media(split: str = "train", labels: tuple[Label, ...] = (), refused: str | None = None) -> MediaNow:
+    assert split in ("train", "val", "test")
+    return MediaNow("/d/a.mp4", "pyav", 8.0, split, None, labels, refused)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.tuples(SPAN, st.sampled_from("ab")), max_size=4), SPAN)
+def test_a_span_labels_the_clips_wholly_inside(spans: list[tuple[tuple[int, int], str]], clip: tuple[int, int]) -> None:
+    labels = [Label("t", value, start, end) for (start, end), value in spans]
+    times = list(range(clip[0], clip[1], 10**5))
+    covering = {v for (start, end), v in spans if set(times) <= set(range(start, end, 10**5))}
+    assert value_of(labels, "t", times) == (covering.pop() if len(covering) == 1 else None)
+
+
+def test_other_targets_and_whole_files() -> None:
+    labels = [Label("t", "a", None, None), Label("u", "b", None, None), Label("t", "a", 0, 10)]
+    assert value_of(labels, "t", [5]) == "a"
+    assert value_of(labels, "u", [5]) == "b"
+    assert value_of(labels, "v", [5]) is None
+
+
+def test_a_span_may_be_rounded_to_a_millisecond() -> None:
+    assert value_of([Label("t", "a", 2_667_000, 4_000_000)], "t", [2_666_667, 3_000_000]) == "a"
+    assert value_of([Label("t", "a", 2_669_000, 4_000_000)], "t", [2_666_667, 3_000_000]) is None
+
+
+def test_a_refused_media_is_one_row_with_its_reason() -> None:
+    dataset = DatasetConfig(uri="/d", weight=1.0, clips=(ClipPolicy(frames=4, fps=4),))
+    found = rows_of(SHOT, media(refused="contradictory"), dataset, FilterConfig(), {})
+    assert [(row["status"], row["reason"], row["crop_y"]) for row in found.rows] == [("rejected", "contradictory", 4)]
+
+
+def test_pretraining_takes_train_only() -> None:
+    dataset = DatasetConfig(uri="/d", weight=1.0, clips=(ClipPolicy(frames=4, fps=4),))
+    for split in ("val", "test"):
+        found = rows_of(SHOT, media(split), dataset, FilterConfig(), {})
+        assert [(row["status"], row["reason"]) for row in found.rows] == [("rejected", "held_out")]
+    assert [row["status"] for row in rows_of(SHOT, media(), dataset, FilterConfig(), {}).rows] == ["ok"]
+
+
+def test_benchmarks_share_rows_and_count_what_has_no_label() -> None:
+    policy = ClipPolicy(frames=4, fps=4, clips_per_shot=2, crop="whole")
+    dataset = DatasetConfig(uri="/d", weight=1.0, clips=(policy,))
+    both = {
+        name: BenchmarkConfig(datasets=("d",), target=target, policy=policy)
+        for name, target in (("acts", "action"), ("moods", "mood"))
+    }
+    found = rows_of(SHOT, media(labels=(Label("action", "run", 0, 2_500_000),)), dataset, FilterConfig(), both)
+    assert sorted(row["uses"] for row in found.rows) == [["acts", "pretrain"], ["pretrain"]]
+    assert found.unlabelled == {"acts": 1, "moods": 2}
