@@ -28,7 +28,7 @@ Edge = Literal["edge", "hard", "dissolve", "fade"]
 Picture = UInt8[np.ndarray, "h w 3"]
 
 DENSE_PICTURES = 1200  # five minutes at 4 Hz and 160 x 90 pixels: 52 MB
-DECODED_SHARE = 0.9  # ours: fewer frames than this share of the packets is a damaged file; our 50 clean files lose none (vp8 is not judged)
+DECODED_SHARE = 0.9  # ours: fewer frames than this share of the packets is damage; our 50 clean files lose none
 DECODED_SLACK = 2  # frames: leading pictures at the start of a cut file
 
 
