@@ -1,9 +1,9 @@
 """`duplicates`: which shots look alike across all batches, and what each is left out of because of it.
 
-Shots are joined by exact copies of their file and by near perceptual hashes; shots of one file are never joined with
-each other. The rules are design 4's: no row is moved; where a probe test set is touched, pretraining and probe
-training give way; of copies, pretraining keeps one file a dataset. Holds no search (nextvid/video/duplicates.py); the
-trainset obeys `dropped_from`.
+Shots are joined by exact copies of their file and by near perceptual hashes; shots of one file alone are no group. The
+rules are design 4's: no row is moved; where a probe test set is touched, pretraining and probe training give way; of
+copies, pretraining keeps one file a dataset. Holds no search (nextvid/video/duplicates.py); the trainset obeys
+`dropped_from`.
 """
 
 import time
@@ -137,14 +137,13 @@ def _copies(shots: pl.DataFrame) -> np.ndarray:
 
 
 def _look_alikes(shots: pl.DataFrame, distance: int, quality_min: int) -> np.ndarray:
-    """Pairs of members of different files with a near pair of hashes."""
-    hashed = shots.select("member", "media_id", "hashes", "hash_quality").explode("hashes", "hash_quality").drop_nulls()
+    """Pairs of members with a near pair of hashes; shots of one file too, as links between what they look like."""
+    hashed = shots.select("member", "hashes", "hash_quality").explode("hashes", "hash_quality").drop_nulls()
     if hashed.is_empty():
         return np.empty((0, 2), np.int64)
     bits = np.frombuffer(b"".join(hashed["hashes"]), np.uint8).reshape(hashed.height, -1)
     near = near_pairs(bits, distance, hashed["hash_quality"].to_numpy().astype(np.int64), quality_min)
-    owners, media = hashed["member"].to_numpy(), hashed["media_id"].rank("dense").to_numpy()
-    return np.unique(owners[near[media[near[:, 0]] != media[near[:, 1]]]], axis=0).reshape(-1, 2)
+    return np.unique(hashed["member"].to_numpy()[near], axis=0).reshape(-1, 2)
 
 
 def _judged(shots: pl.DataFrame, grouped: pl.DataFrame) -> pl.DataFrame:
