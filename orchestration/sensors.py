@@ -1,7 +1,7 @@
 """What looks for change: the sensor of new sources, and the automation sensor that lets the corpus follow.
 
-The sensors keep no state of their own: what was listed, and what has not yet held still over two listings, stands beside
-the tables in sources/ (design, section 4).
+The sensors keep no state of their own: what was listed, and what has not yet held still over two listings, stands
+beside the tables in sources/ (design, section 4).
 """
 
 import dagster as dg
@@ -23,6 +23,7 @@ def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -
     """One listing: partitions equal to sources/, observations of what changed, one run a changed batch."""
     from nextvid.corpus.discover import update_sources
     from nextvid.encode.acceptance import in_force, outdated
+    from nextvid.encode.unfinished import unfinished
 
     opened = project.open()
     changes = update_sources(opened, settle=True)
@@ -31,7 +32,9 @@ def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -
         context.log.info(f"corpus.yaml asks for another {' and '.join(waiting)}; `nextvid plan` says what it costs")
     return dg.SensorResult(
         run_requests=[
-            dg.RunRequest(run_key=run_key(opened, batch), partition_key=batch) for batch in opened.root.batches()
+            dg.RunRequest(run_key=run_key(opened, batch), partition_key=batch)
+            for batch in opened.root.batches()
+            if unfinished(opened, batch)
         ],
         dynamic_partitions_requests=partition_requests(context.instance, opened),
         asset_events=[observation(opened, change.batch) for change in changes],

@@ -1,7 +1,8 @@
 """`make demo`: the whole asset graph on a small labelled corpus, through Dagster, on the instance that `make ui` opens.
 
-Writes the corpus, lets Dagster materialise every asset, prints a line for each, and ends with a table of what was measured;
-the same numbers go to demo.json in the data root. Run again, it finds everything done. No accuracy is judged here.
+Writes the corpus, lets Dagster materialise every asset, prints a line for each, and ends with a table of what was
+measured; the same numbers go to demo.json in the data root. Run again, it finds everything done. No accuracy is
+judged here.
 """
 
 import sys
@@ -58,7 +59,8 @@ class Ledger:
         state = "made" if values["made"] else "up to date"
         bad = f", {values['quarantined']} quarantined" if values["quarantined"] else ""
         self.console.print(
-            f"{asset:13} {partition:22} {state:10} {values['dagster/row_count']:>7} rows  {values['seconds']:7.1f} s{bad}",
+            f"{asset:13} {partition:22} {state:10} {values['dagster/row_count']:>7} rows "
+            f"{values['seconds']:7.1f} s{bad}",
             highlight=False,
         )
 
@@ -68,10 +70,11 @@ def main() -> None:
     console = Console()
     began = time.monotonic()
     project = open_project()
-    corpus_began = time.monotonic()
-    summary = write_corpus(Path(project.root.url) / "corpus")
+    folder = Path(project.root.url) / "corpus"
+    summary = write_corpus(folder)
+    files = summary.videos + summary.images
     console.print(
-        f"corpus        {summary.files} files in {Path(project.root.url) / 'corpus'}  {time.monotonic() - corpus_began:.1f} s"
+        f"corpus        {files} videos and images in {folder} {time.monotonic() - began:.1f} s", highlight=False
     )
     instance = dg.DagsterInstance.get()
     ledger = Ledger(console)
@@ -134,14 +137,10 @@ def collect(project: Project, ledger: Ledger, seconds: float) -> dict[str, Any]:
     """The numbers of the closing table, as demo.json holds them, read from what the assets left on disk."""
     run = str(ledger.numbers["pretrain"][RECIPE]["run"])
     events = read_events(Path(project.root.run(RECIPE, run)))
-    media, shots, clips = (
-        read_tables(project.root, noun, None, schema)
-        for noun, schema in (("media", Media), ("shots", Shots), ("clips", Clips))
-    )
     return {
-        "files": by_status(media),
-        "shots": by_status(shots),
-        "clips": by_status(clips),
+        "files": by_status(read_tables(project.root, "media", None, Media)),
+        "shots": by_status(read_tables(project.root, "shots", None, Shots)),
+        "clips": by_status(read_tables(project.root, "clips", None, Clips)),
         "rows": ledger.numbers["trainset"][""]["dagster/row_count"],
         "made": ledger.made,
         "asset_seconds": {name: round(value, 1) for name, value in ledger.seconds.items()},

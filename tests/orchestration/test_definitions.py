@@ -42,7 +42,9 @@ def snapshot(defs: dg.Definitions) -> dict[str, object]:
 
 def test_definitions_are_as_pinned() -> None:
     found = snapshot(build_defs())
-    assert found == json.loads(GOLDEN.read_text()), f"if this is meant, write {GOLDEN.name} anew and say why in the CHANGELOG"
+    assert found == json.loads(GOLDEN.read_text()), (
+        f"if this is meant, write {GOLDEN.name} anew and say why in the CHANGELOG"
+    )
 
 
 def test_loading_definitions_leaves_torch_unloaded() -> None:

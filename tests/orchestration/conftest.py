@@ -1,0 +1,41 @@
+"""A small project of real files with the demo's autoencoder, and an instance of its own."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from examples.demo.write_corpus import write_corpus
+from nextvid.corpus.project import Project, open_project
+
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight videos and eight images with what the writer adds to them: copies, re-encodings, broken files."""
+    folder = tmp_path_factory.mktemp("small") / "corpus"
+    write_corpus(folder, videos=8, images=8)
+    return folder
+
+
+@pytest.fixture
+def project(small_corpus: Path, tmp_path: Path) -> Project:
+    """The demo's corpus.yaml over a copy of the small corpus; a small corpus holds a larger share of broken files."""
+    shutil.copytree(small_corpus, tmp_path / "data" / "corpus")
+    said = (DEMO / "corpus.yaml").read_text()
+    said = said.replace("../../data/demo", str(tmp_path / "data")).replace(
+        "quarantine_budget: 0.05", "quarantine_budget: 0.9"
+    )
+    said = said.replace("autoencoder: autoencoder", f"autoencoder: {DEMO / 'autoencoder'}")
+    (tmp_path / "corpus.yaml").write_text(said)
+    return open_project(tmp_path / "corpus.yaml")
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    """An instance in a temporary folder."""
+    with dg.instance_for_test() as found:
+        yield found
