@@ -9,6 +9,11 @@
 `nextvid.load_encoder(path)` opens an exported encoder.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nextvid.train.export import load_encoder as load_encoder
+
 __version__ = "0.1.0"
 
 

@@ -1,7 +1,7 @@
 """Ranks, devices and gradient averaging: one code path for one CPU and for many GPUs under torchrun.
 
-Holds the process group's life and DDP. A run with one rank has no process group at all. It shares out no data (loader.py)
-and draws nothing: what a clip meets follows from its draw number, so ranks change speed alone.
+Holds the process group's life and DDP. A run with one rank has no process group at all. It shares out no data
+(loader.py) and draws nothing: what a clip meets follows from its draw number, so ranks change speed alone.
 """
 
 import os

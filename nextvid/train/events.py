@@ -1,8 +1,8 @@
 """events.jsonl: what happened in a run, one JSON object a line, and how it is read back.
 
-Every line has `kind`: start | step | diagnostics | stage | checkpoint | skipped | alarm | end | error, `step` (optimiser
-steps taken so far) and `time_s`. A run that was killed and resumed has written some steps twice; the reader keeps what
-the last attempt says, and passes over a line that a kill cut short. Holds no display (report.py).
+Every line has `kind` (start | step | diagnostics | stage | checkpoint | skipped | alarm | end | error), `step` (steps
+taken so far) and `time_s`. A run that was killed and resumed has written some steps twice; the reader keeps what the
+last attempt says, and passes over a line that a kill cut short. Holds no display (report.py).
 """
 
 import json
@@ -69,7 +69,7 @@ def _parse(line: str, path: Path, number: int) -> Event:
     return event
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
     match value:
         case float() if not math.isfinite(value):
             return str(value)

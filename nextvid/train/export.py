@@ -1,8 +1,8 @@
 """A trained encoder as a folder that stands for itself: config.json, model.safetensors, and its autoencoder.
 
-Opened with `nextvid.load_encoder(path)`, without corpus, store or Dagster. It takes latents as the store holds them, or,
-where the folder holds the autoencoder (from the corpus whose latents the run was trained on), frames; statistics travel
-with the weights. Holds no probe and no training.
+Opened with `nextvid.load_encoder(path)`, without corpus, store or Dagster. It takes latents as the store holds them,
+or frames where the folder holds the autoencoder that made those latents; statistics travel with the weights. Holds no
+probe and no training.
 
 Axes: B clips, F frames, H W pixels, C channels of the store, h w cells of the store, N tokens of a clip, D width.
 """

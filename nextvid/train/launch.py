@@ -5,11 +5,11 @@ torchrun happens in other processes. torch is not imported until a checkpoint is
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
 import subprocess
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -64,7 +64,7 @@ def prepare_run(
     """Fix what a run reads and write its config.json. Asking again gives the same run.
 
     `launch` is the id of the Dagster run that asks first: its retries find the same trainset whatever the newest is.
-    Raises ConfigError for wrong overrides, UpstreamError where trainset or mask plan are missing or failed their checks.
+    Raises ConfigError for wrong overrides, UpstreamError where trainset or mask plan are missing or failed checks.
     """
     config = apply_overrides(recipe_by_name(recipe), overrides)
     carried_out = how or HowConfig()
@@ -94,9 +94,8 @@ def pretrain(
     if not prepared.complete:
         code = _run_group(prepared)
         if code:
-            raise RefusedError(
-                f"run {prepared.run_id} ended with exit code {code}{_reason(Path(prepared.folder))}; asking again resumes it"
-            )
+            reason = _reason(Path(prepared.folder))
+            raise RefusedError(f"run {prepared.run_id} ended with exit code {code}{reason}; asking again resumes it")
     return finish_run(project, recipe, prepared.run_id, made=not prepared.complete)
 
 
@@ -163,11 +162,12 @@ def _remember(project: Project, run: Run, launch: str) -> None:
 
 
 def _command(project: Project, run: Run) -> list[str]:
-    """torchrun on this machine; the trainers end when this process does."""
+    """Torchrun on this machine; the trainers end when this process does."""
     return [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.how.ranks)),
-        *("-m", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
+        # the two dashes end torchrun's own options: it would take our --run for its --run-path
+        *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
         *("--run", run.id, "--launcher", str(os.getpid())),
     ]
 

@@ -21,7 +21,7 @@ from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nextvid.config import HowConfig, RecipeConfig
+from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import normalise, space_to_depth
 from nextvid.train.distributed import Ranks
@@ -182,8 +182,8 @@ def _fold(trainset: Trainset, recipe: RecipeConfig) -> int:
     spec, model = trainset.spec, recipe.model
     if model.encoder.input == "pixels" or recipe.losses.target != "latents":
         raise RefusedError(
-            f"recipe {recipe.name} reads {model.encoder.input} and predicts {recipe.losses.target}, and the trainset holds "
-            f"latents only: train {recipe.name.removesuffix('_latent')}_latent"
+            f"recipe {recipe.name} reads {model.encoder.input} and predicts {recipe.losses.target}, and the trainset "
+            f"holds latents only: train {recipe.name.removesuffix('_latent')}_latent"
         )
     fold = max(1, spec.height // model.grid_height)
     stored = (spec.channels, spec.height, spec.width)

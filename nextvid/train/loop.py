@@ -18,6 +18,7 @@ from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import latent_tokens
 from nextvid.train import checkpoint
+from nextvid.train import step as steps
 from nextvid.train.checkpoint import Progress
 from nextvid.train.diagnose import CLIPS, collapsed, diagnose
 from nextvid.train.distributed import Ranks
@@ -28,7 +29,7 @@ from nextvid.train.mask_plan import grid_of, open_mask_plan
 from nextvid.train.optim import draws_before, stage_at
 from nextvid.train.report import Reporter
 from nextvid.train.run import Run
-from nextvid.train.step import Stepped, Trained, build, means, take_step
+from nextvid.train.step import Stepped, Trained, build, means
 from storage import atomic
 from storage.errors import NExTVidError, RefusedError
 
@@ -133,7 +134,7 @@ class _Session:
             self._after_step()
 
     def _step(self, batch: Batch) -> None:
-        stepped = take_step(self.trained, batch, batch.step, self.how.micro_batch)
+        stepped = steps.take_step(self.trained, batch, batch.step, self.how.micro_batch)
         step = batch.step + 1
         skipped = 0 if stepped.finite else self.progress.skipped + 1
         self.progress = Progress(step, draws_before(self.recipe.stages, step), skipped, self.progress.first_rank)
@@ -143,8 +144,8 @@ class _Session:
             self._tell("skipped", {"in_a_row": skipped, "norm": norms})
             if skipped > SKIPS_ALLOWED:
                 raise RefusedError(
-                    f"run {self.run.id}: {skipped} steps in a row had no finite gradient (norms at step {step}: {norms}); "
-                    "lower the learning rate, or look at the batch that events.jsonl names"
+                    f"run {self.run.id}: {skipped} steps in a row had no finite gradient (norms of the last: {norms}); "
+                    "lower the learning rate, or look at the rows of these steps with 'nextvid draws'"
                 )
         if step % self.how.log_every_steps == 0 or step in self.stage_ends:
             self._log(stepped)

@@ -1,7 +1,7 @@
 """The optimiser of Tab. 8: parameter groups, learning rates by step, clipping by module.
 
-Holds AdamW's four groups, the rates of both groups at any step (method.md 7.2, 7.4) and the norm limits. Holds no loop
-and no state of its own: rates are a pure function of (stages, step), so a resumed run needs nothing but its step number.
+Holds AdamW's four groups, the rates of both parts at any step (method.md 7.2, 7.4) and the norm limits. Holds no loop
+and no state of its own: rates are a pure function of (stages, step), so a resumed run needs its step number alone.
 """
 
 import math

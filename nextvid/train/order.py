@@ -1,7 +1,7 @@
 """Which row and which masks a draw number means: a pure function of the seed and that number (design, 5 "Order").
 
-Clips of a stage are the dataset's images first, then its clips of the stage's length. Draw numbers run on across stages,
-so ranks, workers, micro-batches and resumption change nothing. It reads addresses and mask bits, never latents.
+Clips of a stage are the dataset's images first, then its clips of the stage's length. Draw numbers run on across
+stages, so ranks, workers, micro-batches and resumption change nothing. It reads addresses and mask bits, no latents.
 
 Axes: B clips, n visible cells, L visible tokens.
 """
@@ -51,8 +51,8 @@ class Order:
             lacking = sorted(name for name, size in sizes.items() if size == 0)
             if lacking:
                 raise RefusedError(
-                    f"trainset {trainset.digest} has no clips of {frames} frames and no images of {', '.join(lacking)}, "
-                    f"which recipe {recipe.name} draws from: add a clip policy to corpus.yaml and make the trainset again"
+                    f"trainset {trainset.digest} has no clips of {frames} frames and no images of "
+                    f"{', '.join(lacking)}, which recipe {recipe.name} draws from: add a clip policy to corpus.yaml"
                 )
             self._draws[frames] = Draws(recipe.seed, trainset.weights, sizes)
 
@@ -74,8 +74,8 @@ class Order:
                     place = bisect.bisect_left(rows, wanted, key=row_id)
                     if place < count and row_id(rows[place]) == wanted:
                         raise RefusedError(
-                            f"trainset {trainset.digest} holds row {wanted.hex()}, which was withdrawn: make the trainset "
-                            "again and train on the new one"
+                            f"trainset {trainset.digest} holds row {wanted.hex()}, which was withdrawn: make the "
+                            "trainset again and train on the new one"
                         )
 
     def _images(self, dataset: str) -> int:
@@ -127,7 +127,7 @@ class Masks:
 
 
 def in_every_tubelet(kept: Int[np.ndarray, "B n"], tubelets: int, cells: int) -> Int[np.ndarray, "B L"]:
-    """The same cells in every tubelet as flat ids, in the order t, cell (as nextvid.model.tokens.tube_ids, in numpy)."""
+    """The same cells in every tubelet as flat ids, in the order t, cell: nextvid.model.tokens.tube_ids in numpy."""
     starts = cells * np.arange(tubelets)
     return (starts[None, :, None] + kept[:, None, :]).reshape(len(kept), -1)
 
@@ -138,15 +138,11 @@ def first_draws(project: Project, recipe: str, count: int) -> Iterator[dict[str,
     order = Order(Trainset.open(project.root), config)
     entries = config.masks.strategies if config.masks.keep == "fixed" else ()
     for drawn in order.drawn(config.stages[0].frames, 0, count):
-        yield {
-            "draw": drawn.draw,
-            "dataset": drawn.dataset,
-            "frames": drawn.frames,
-            "row": row_id(drawn.address).hex(),
-        } | {
-            f"mask_{strategy.name}": mask_entry(config.seed, index, drawn.draw, config.masks.entries)
-            for index, strategy in enumerate(entries)
-        }
+        found: dict[str, int | str] = {"draw": drawn.draw, "dataset": drawn.dataset, "frames": drawn.frames}
+        found["row"] = row_id(drawn.address).hex()
+        for index, strategy in enumerate(entries):
+            found[f"mask_{strategy.name}"] = mask_entry(config.seed, index, drawn.draw, config.masks.entries)
+        yield found
 
 
 def _held(trainset: Trainset, recipe: RecipeConfig) -> list[int]:

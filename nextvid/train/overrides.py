@@ -26,21 +26,21 @@ def apply_overrides(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeCon
     return parse(RecipeConfig, values, f"recipe {recipe.name} with {', '.join(overrides)}")
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> Any:  # noqa: ANN401 - JSON is Any
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
 
 
-def _put(values: Any, path: Sequence[str], value: Any, override: str) -> None:
+def _put(values: Any, path: Sequence[str], value: Any, override: str) -> None:  # noqa: ANN401 - JSON is Any
     holder = values
     for part in path[:-1]:
         holder = holder[_key(holder, part, override)]
     holder[_key(holder, path[-1], override)] = value
 
 
-def _key(holder: Any, part: str, override: str) -> str | int:
+def _key(holder: Any, part: str, override: str) -> str | int:  # noqa: ANN401 - JSON is Any
     """The key or index that `part` names in a mapping, or in a list by number or by its members' names."""
     match holder:
         case dict():

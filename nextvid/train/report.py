@@ -10,9 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from nextvid.train.events import Event, EventLog
+
+if TYPE_CHECKING:
+    from dagster_pipes import PipesContext
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 PIPES_VARIABLE = "DAGSTER_PIPES_CONTEXT"  # set by Dagster's Pipes clients (dagster_pipes: env var params loader)
 
@@ -64,7 +69,7 @@ class Lines:
 class Pipes:
     """Events as custom messages, so that the asset sees them while the run goes on, and as log lines in the UI."""
 
-    def __init__(self, context: Any, steps: int) -> None:
+    def __init__(self, context: "PipesContext", steps: int) -> None:
         self._context = context
         self._steps = steps
 
@@ -76,7 +81,7 @@ class Pipes:
 class Bar:
     """A progress bar at a terminal; events other than steps stand above it."""
 
-    def __init__(self, progress: Any, steps: int) -> None:
+    def __init__(self, progress: "Progress", steps: int) -> None:
         self._progress = progress
         self._steps = steps
         self._task = progress.add_task("training", total=steps)
@@ -120,7 +125,7 @@ def _display(steps: int) -> Iterator[Display]:
         yield Lines(steps)
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder))

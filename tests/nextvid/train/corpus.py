@@ -58,8 +58,9 @@ def write_trainset(root: DataRoot, spec: EncodingSpec, seed: int = 0) -> str:
             found = addresses(store.commits(batch, frames), BATCHES)
             ids = [tuple(found["row_id"][row]) for row in range(len(found))]
             by_frames.setdefault(frames, []).append(found[sorted(range(len(found)), key=ids.__getitem__)])
+    name = digest_config({"seed": seed, "spec": spec.digest()})
     said = {
-        "digest": digest_config({"seed": seed, "spec": spec.digest()}),
+        "digest": name,
         "spec": spec.to_json(),
         "weights": WEIGHTS,
         "mean": np.resize(MEAN, spec.channels).tolist(),
@@ -70,24 +71,23 @@ def write_trainset(root: DataRoot, spec: EncodingSpec, seed: int = 0) -> str:
             for frames, parts in by_frames.items()
         },
     }
-    folder = root.pointed("trainset", said["digest"])
+    folder = root.pointed("trainset", name)
     with atomic.staged_folder(folder) as staged:
         for frames, parts in by_frames.items():
             np.save(staged / f"rows.f{frames}.npy", np.concatenate(parts).astype(ADDRESS), allow_pickle=False)
         atomic.publish_json(str(staged / "trainset.json"), said)
     tables.publish_checks(f"{folder}/checks.json", "trainset", [{"name": "weights_sum_to_one", "passed": True}])
-    publish_latest(root, "trainset", said["digest"])
-    return str(said["digest"])
+    publish_latest(root, "trainset", name)
+    return name
 
 
-def write_part(
-    store: LatentStore, batch: str, frames: int, names: Sequence[str], rng: np.random.Generator
-) -> None:
+def write_part(store: LatentStore, batch: str, frames: int, names: Sequence[str], rng: np.random.Generator) -> None:
     """One part of random rows around the statistics, committed."""
     spec = store.spec
     part = store.plan_part(batch, frames, [bytes.fromhex(name) for name in names])
     shape = (len(names), frames, spec.channels, spec.height, spec.width)
-    mean, std = (np.resize(values, spec.channels)[:, None, None] for values in (MEAN, STD))
+    mean = np.resize(MEAN, (spec.channels, 1, 1))
+    std = np.resize(STD, (spec.channels, 1, 1))
     latents = (mean + std * rng.standard_normal(shape)).astype(np.float32)
     planned = part.rows_of(0)
     commits = planned.select("row_id", "slot").with_columns(

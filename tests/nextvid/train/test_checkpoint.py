@@ -157,7 +157,8 @@ def test_killed_while_writing_leaves_complete_checkpoints_only(tmp_path: Path) -
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[3])
     deadline = time.monotonic() + 60
     while len(checkpoint.complete(tmp_path)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -80,7 +80,11 @@ def test_the_command_stands_for_itself(project: Project) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["sed=1"], "did you mean 'seed'"), (["stages.warmup.steps=many"], "stages.0.steps"), (["seed"], "key.path=value")],
+    [
+        (["sed=1"], "did you mean 'seed'"),
+        (["stages.warmup.steps=many"], "stages.0.steps"),
+        (["seed"], "key.path=value"),
+    ],
 )
 def test_wrong_overrides(project: Project, overrides: Sequence[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -195,18 +199,6 @@ ENDLESS = ["stages.warmup.steps=1000000"]
 
 
 @pytest.mark.slow
-def test_pretrain_through_torchrun_then_again_does_nothing(project: Project) -> None:
-    outcome = pretrain(project, "tiny", how=HOW)
-    assert outcome.made and outcome.passed
-    folder = Path(project.root.run("tiny", str(outcome.numbers["run"])))
-    stamps = {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")}
-    again = pretrain(project, "tiny", how=HOW)
-    assert not again.made
-    assert again.passed
-    assert {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").rglob("*")} == stamps
-
-
-@pytest.mark.slow
 def test_a_cancelled_group_is_gone_within_ten_seconds(project: Project) -> None:
     prepared = prepare_run(project, "tiny", ENDLESS, HOW)
     process = subprocess.Popen(
@@ -259,7 +251,7 @@ def test_a_failed_trainer_says_why(project: Project) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    """The same draws at equal global batch, and the same losses but for the order of sums."""
+    """The same draws at equal global batch, the same losses but for the order of sums; then nothing is left to do."""
     recipe = tiny_recipe()
     runs = []
     for ranks in (1, 2):
@@ -267,8 +259,12 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         project = make_project(tmp_path / str(ranks))
         make_plan(project.root, recipe)
         outcome = pretrain(project, "tiny", how=HOW, ranks=ranks)
+        assert outcome.made
         assert outcome.passed
         runs.append(Path(project.root.run("tiny", str(outcome.numbers["run"]))))
+        stamps = {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")}
+        assert not pretrain(project, "tiny", how=HOW, ranks=ranks).made
+        assert {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")} == stamps
     one, two = ([e for e in read_events(folder) if e["kind"] == "step"] for folder in runs)
     assert read_events(runs[1])[0]["ranks"] == 2
     assert [event["draws"] for event in one] == [event["draws"] for event in two]

@@ -27,7 +27,7 @@ from storage.latents import LatentStore
 from storage.reader import read_row, row_id
 from storage.withdrawn import record_withdrawal
 from tests.nextvid.train.corpus import BATCHES, WEIGHTS, make_project, tiny_spec
-from tests.nextvid.train.tiny import tiny_recipe
+from tests.nextvid.train.tiny import Keep, tiny_recipe
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     made = make_project(tmp_path_factory.mktemp("loader"))
-    for keep in ("fixed", "bucket", "flat", "all"):
+    ways: tuple[Keep, ...] = ("fixed", "bucket", "flat", "all")
+    for keep in ways:
         make_plan(made.root, tiny_recipe(keep=keep))
     return made
 
@@ -90,7 +91,7 @@ def test_visible_ids_are_the_plans_entries(project: Project) -> None:
 
 @pytest.mark.parametrize("keep", ["fixed", "bucket", "flat", "all"])
 @pytest.mark.parametrize("ranks", [2])
-def test_ranks_share_each_batch_in_order(project: Project, keep: str, ranks: int) -> None:
+def test_ranks_share_each_batch_in_order(project: Project, keep: Keep, ranks: int) -> None:
     recipe = tiny_recipe(keep=keep)
     alone = _batches(project, recipe)
     shares = [_batches(project, recipe, rank=rank, ranks=ranks) for rank in range(ranks)]
@@ -102,7 +103,7 @@ def test_ranks_share_each_batch_in_order(project: Project, keep: str, ranks: int
 
 
 @pytest.mark.parametrize("keep", ["bucket", "flat", "all"])
-def test_other_ways_of_thinning(project: Project, keep: str) -> None:
+def test_other_ways_of_thinning(project: Project, keep: Keep) -> None:
     recipe = tiny_recipe(keep=keep)
     for batch in _batches(project, recipe):
         tubelets = batch.latents.shape[1] // 2

@@ -18,6 +18,7 @@ from nextvid.config import HowConfig, RecipeConfig
 from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.project import Project
 from nextvid.train import checkpoint, loop
+from nextvid.train import step as step_module
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import read_events
 from nextvid.train.lock import run_lock
@@ -25,8 +26,7 @@ from nextvid.train.loop import train
 from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
 from nextvid.train.run import Run, open_run, plan_run, with_how, write_run
 from storage.errors import ConflictError, DamagedError, RefusedError
-from tests.nextvid.train.corpus import make_project, write_trainset
-from tests.nextvid.train.corpus import tiny_spec
+from tests.nextvid.train.corpus import make_project, tiny_spec, write_trainset
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "first_losses.txt"
@@ -84,8 +84,8 @@ class _Stop(Exception):  # noqa: N818 - stands for a kill
     pass
 
 
-def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let an attempt end as a kill would, right after `step` steps were taken."""
+def _train_until(monkeypatch: pytest.MonkeyPatch, step: int, project: Project, run: Run) -> None:
+    """One attempt that ends as a kill would, right after `step` steps were taken."""
     original = loop._Session._after_step
 
     def after_step(self: Any) -> None:
@@ -93,7 +93,10 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         if self.progress.step == step:
             raise _Stop
 
-    monkeypatch.setattr(loop._Session, "_after_step", after_step)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Session, "_after_step", after_step)
+        with pytest.raises(_Stop):
+            train(project, run, ALONE)
 
 
 def test_a_whole_run_leaves_what_it_promises(project: Project) -> None:
@@ -102,7 +105,7 @@ def test_a_whole_run_leaves_what_it_promises(project: Project) -> None:
     assert run.complete
     events = read_events(run.folder)
     kinds = [event["kind"] for event in events]
-    assert kinds[0] == "start" and kinds[-1] == "end"
+    assert (kinds[0], kinds[-1]) == ("start", "end")
     assert [event["name"] for event in events if event["kind"] == "stage"] == [s.name for s in run.recipe.stages]
     steps = [event for event in events if event["kind"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, 13))
@@ -133,9 +136,7 @@ def test_resuming_is_bit_equal_to_never_having_stopped(
     whole, broken = (make_project(_folder(tmp_path, name)) for name in ("whole", "broken"))
     uninterrupted, resumed = begin(whole), begin(broken, how=often)
     train(whole, uninterrupted, ALONE)
-    with monkeypatch.context() as patch, pytest.raises(_Stop):
-        _stop_after(patch, stopped)
-        train(broken, resumed, ALONE)
+    _train_until(monkeypatch, stopped, broken, resumed)
     assert resumed.newest_step() == stopped
     train(broken, resumed, ALONE)
     assert equal(tensors(resumed, 12), tensors(uninterrupted, 12))
@@ -147,9 +148,7 @@ def test_a_kill_between_checkpoints_loses_only_time(tmp_path: Path, monkeypatch:
     uninterrupted, resumed = begin(whole), begin(broken)
     train(whole, uninterrupted, ALONE)
     for stopped in (5, 5, 11):  # after the checkpoint of step 3 twice, then after that of step 9
-        with monkeypatch.context() as patch, pytest.raises(_Stop):
-            _stop_after(patch, stopped)
-            train(broken, resumed, ALONE)
+        _train_until(monkeypatch, stopped, broken, resumed)
     train(broken, resumed, ALONE)
     assert equal(tensors(resumed, 12), tensors(uninterrupted, 12))
     assert losses(resumed) == losses(uninterrupted)  # each step once, as the last attempt saw it
@@ -233,23 +232,21 @@ def test_three_steps_that_are_not_finite_stop_the_run(project: Project, monkeypa
 def test_skips_in_a_row_are_counted_across_a_resumption(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     run = with_how(begin(project), HOW.model_copy(update={"checkpoint_every_steps": 1}))
     poison(monkeypatch, {1, 2, 3})
-    with monkeypatch.context() as patch, pytest.raises(_Stop):
-        _stop_after(patch, 3)
-        train(project, run, ALONE)
+    _train_until(monkeypatch, 3, project, run)
     with pytest.raises(RefusedError, match="3 steps in a row"):
         train(project, run, ALONE)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the latents of these steps infinite."""
-    original = loop.take_step
+    original = step_module.take_step
 
     def take_step(trained: Any, batch: Any, step: int, micro_batch: int) -> Any:
         if step in steps:
             batch.latents.fill_(float("inf"))
         return original(trained, batch, step, micro_batch)
 
-    monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(step_module, "take_step", take_step)
 
 
 def test_collapse_sounds_the_alarm(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan, plan_dig
 from storage import atomic
 from storage.errors import DamagedError, UpstreamError
 from storage.root import DataRoot
-from tests.nextvid.train.tiny import tiny_recipe
+from tests.nextvid.train.tiny import Keep, tiny_recipe
 
 
 @pytest.fixture
@@ -31,7 +31,8 @@ def _open(root: DataRoot, config: RecipeConfig) -> mask_plan.OpenedPlan:
 def test_what_is_opened_is_what_was_drawn(root: DataRoot) -> None:
     config = tiny_recipe()
     outcome = make_plan(root, config)
-    assert outcome.made and outcome.passed
+    assert outcome.made
+    assert outcome.passed
     assert outcome.digest == plan_digest(config.masks, (4, 4))
     opened = _open(root, config)
     for strategy in draw_plan(config.masks, 4, 4).strategies:
@@ -40,7 +41,7 @@ def test_what_is_opened_is_what_was_drawn(root: DataRoot) -> None:
         assert np.array_equal(opened.kept[strategy.name], strategy.kept)
     assert opened.cells("short").shape == (256, 10)
     picture = Image.open(io.BytesIO(atomic.read_bytes(outcome.pictures["mask gallery"])))
-    assert picture.getcolors(1 << 20) is not None and len(picture.getcolors(1 << 20) or []) >= 4
+    assert len(picture.getcolors(1 << 20) or []) >= 4
 
 
 def test_making_again_writes_nothing_and_reports_the_same_checks(root: DataRoot) -> None:
@@ -54,7 +55,7 @@ def test_making_again_writes_nothing_and_reports_the_same_checks(root: DataRoot)
 
 
 @pytest.mark.parametrize("keep", ["bucket", "flat", "all"])
-def test_every_way_of_thinning_has_a_plan_and_a_digest(root: DataRoot, keep: str) -> None:
+def test_every_way_of_thinning_has_a_plan_and_a_digest(root: DataRoot, keep: Keep) -> None:
     config = tiny_recipe(keep=keep)
     outcome = make_plan(root, config)
     assert outcome.passed

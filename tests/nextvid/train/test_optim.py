@@ -99,8 +99,8 @@ def test_groups_hold_every_trained_parameter_once_and_nothing_else() -> None:
 def test_biases_and_norms_do_not_decay_but_the_query_does() -> None:
     tiny = tiny_recipe()
     model = build_model(tiny)
-    shapes = {name: parameter for name, parameter in model.named_parameters()}
-    decay = {}
+    shapes = dict(model.named_parameters())
+    decay: dict[str, float] = {}
     for group in build_optimizer(model, tiny.optim).param_groups:
         decay |= dict.fromkeys(group["parameter_names"], group["weight_decay"])
     assert decay.keys() == shapes.keys()

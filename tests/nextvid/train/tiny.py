@@ -1,5 +1,7 @@
 """A recipe small enough for milliseconds a step, and parts of a run that need no files."""
 
+from typing import Literal
+
 import torch
 
 from nextvid.config import (
@@ -16,6 +18,7 @@ from nextvid.config import (
 )
 from nextvid.train.distributed import Ranks
 
+Keep = Literal["fixed", "bucket", "flat", "all"]
 CHANNELS = 4
 GRID = 4
 
@@ -23,7 +26,7 @@ HOW = HowConfig(device="cpu", log_every_steps=1, diagnose_every_steps=5, checkpo
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def tiny_recipe(name: str = "tiny", steps: tuple[int, ...] = (3, 3, 3, 3), keep: str = "fixed") -> RecipeConfig:
+def tiny_recipe(name: str = "tiny", steps: tuple[int, ...] = (3, 3, 3, 3), keep: Keep = "fixed") -> RecipeConfig:
     """Four stages as Tab. 8's: rising, falling, separate decoder rate, longer clips at half the batch."""
     shapes = ((4, 4, 2, None), (4, 4, 2, None), (4, 4, 1, 1.6e-3), (8, 2, 1, 6e-4))
     edges = (2e-4, 1e-3, 9e-4, 2e-4, 2e-6)
@@ -39,7 +42,7 @@ def tiny_recipe(name: str = "tiny", steps: tuple[int, ...] = (3, 3, 3, 3), keep:
             decoder=DecoderConfig(depth=1, width=24, heads=2),
         ),
         masks=MaskConfig(
-            keep=keep,  # type: ignore[arg-type]
+            keep=keep,
             strategies=(
                 MaskStrategy(name="short", blocks=2, scale=0.15, budget=10),
                 MaskStrategy(name="long", blocks=1, scale=0.45, budget=6),
