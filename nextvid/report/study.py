@@ -30,7 +30,7 @@ NO_EVIDENCE = (
 )
 CAVEATS = (
     "Choosing the masks used the study's test set at one seed; the table is of later seeds. Images enter training "
-    "here with weight .05, which the study did not test. The autoencoder is a small one made for this demo, not VA- "
+    "here with weight .05, which the study did not test. The autoencoder is a small one made for this demo, not VA-"
     "VAE. k-NN on mean-pooled tokens stays near chance and is no headline."
 )
 

@@ -18,9 +18,9 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def own_copy(evaluated: Project, tmp_path: Path) -> Project:
-    """A copy of that project that a test may change."""
+    """A copy of that project, before evaluation, that a test may change."""
     base = evaluated.path.parent
-    shutil.copytree(base, tmp_path / "copy")
+    shutil.copytree(base, tmp_path / "copy", ignore=shutil.ignore_patterns("probes", "samples", "report"))
     said = (tmp_path / "copy" / "corpus.yaml").read_text().replace(str(base), str(tmp_path / "copy"))
     (tmp_path / "copy" / "corpus.yaml").write_text(said)
     return open_project(tmp_path / "copy" / "corpus.yaml")

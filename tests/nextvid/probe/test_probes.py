@@ -25,15 +25,15 @@ from storage.tables import read_table, write_table
 from tests.nextvid.tiny_project import FRAMES, RECIPE
 
 
-def test_scores_are_written_once_with_their_sources(evaluated: Project) -> None:
-    first = make_probes(evaluated, RECIPE, "species")
+def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
+    first = make_probes(own_copy, RECIPE, "species")
     assert first.made
-    again = make_probes(evaluated, RECIPE, "species")
+    again = make_probes(own_copy, RECIPE, "species")
     assert not again.made
     assert again.numbers == first.numbers
-    run = find_run(evaluated, RECIPE)
+    run = find_run(own_copy, RECIPE)
     assert first.digest is not None
-    folder = Path(evaluated.root.probe(RECIPE, run.id, "species", first.digest))
+    folder = Path(own_copy.root.probe(RECIPE, run.id, "species", first.digest))
     score = json.loads((folder / "score.json").read_text())
     assert (score["run"], score["trainset"], score["mask_plan"]) == (run.id, run.trainset, run.mask_plan)
     assert score["clips"] == {"train": 60, "held_out": score["clips"]["held_out"], "test": 30}

@@ -1,0 +1,85 @@
+"""Both ways through the files of a tiny run: from a score down to files, from a file up to runs and scores."""
+
+from pathlib import Path
+
+import pytest
+
+from nextvid.corpus.project import Project
+from nextvid.lineage.trace import trace
+from nextvid.probe.encoders import find_run
+from nextvid.probe.probes import make_probes
+from storage.errors import ConfigError
+from tests.nextvid.tiny_project import CLIPS_A_VIDEO, IMAGES, RECIPE, uri_of
+
+
+def test_a_run_leads_to_its_files_with_counts(evaluated: Project) -> None:
+    run = find_run(evaluated, RECIPE)
+    found = trace(evaluated, run.id)
+    assert found.kind == "run"
+    assert found.trainsets[0].digest == run.trainset
+    assert [(s.name, s.files, s.clips, s.rows) for s in found.datasets] == [
+        ("pets", 20, 20 * CLIPS_A_VIDEO, 20 * CLIPS_A_VIDEO),
+        ("stills", IMAGES, IMAGES, IMAGES),
+    ]
+    assert [s.name for s in found.batches] == ["pets.000000", "stills.000000"]
+    assert found.every_file is not None
+    assert Path(found.every_file).is_file()
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/step_000000005", "encoder"])
+def test_folders_of_a_run_are_the_run(evaluated: Project, inside: str) -> None:
+    run = find_run(evaluated, RECIPE)
+    found = trace(evaluated, str(run.folder / inside))
+    assert found.kind == ("checkpoint" if inside else "run")
+    assert [facts.run for facts in found.runs] == [run.id]
+
+
+def test_a_score_leads_to_run_and_trainset(evaluated: Project) -> None:
+    outcome = make_probes(evaluated, RECIPE, "species")
+    run = find_run(evaluated, RECIPE)
+    assert outcome.digest is not None
+    path = Path(evaluated.root.probe(RECIPE, run.id, "species", outcome.digest), "score.json")
+    found = trace(evaluated, str(path))
+    assert found.kind == "score"
+    assert found.scores[0].benchmark == "species"
+    assert found.runs[0].run == run.id
+    assert found.trainsets[0].digest == run.trainset
+
+
+def test_a_training_file_leads_to_every_use_of_it(evaluated: Project) -> None:
+    make_probes(evaluated, RECIPE, "species")
+    run = find_run(evaluated, RECIPE)
+    found = trace(evaluated, uri_of(3))
+    assert found.kind == "file"
+    assert (found.media[0].clips, found.media[0].rows, found.media[0].split) == (3, 3, "train")
+    assert [(t.digest, t.rows) for t in found.trainsets] == [(run.trainset, 3)]
+    assert [facts.run for facts in found.runs] == [run.id]
+    assert [score.clips for score in found.scores] == [{"train": 3}]
+    assert found.media[0].media_id is not None
+    assert trace(evaluated, found.media[0].media_id).media == found.media
+
+
+def test_a_test_file_was_seen_by_scores_only(evaluated: Project) -> None:
+    make_probes(evaluated, RECIPE, "species")
+    found = trace(evaluated, uri_of(21))
+    assert found.trainsets == found.runs == ()
+    assert [score.clips for score in found.scores] == [{"test": 3}]
+
+
+def test_a_trainset_by_its_digest(evaluated: Project) -> None:
+    digest = find_run(evaluated, RECIPE).trainset
+    found = trace(evaluated, digest)
+    assert found.kind == "trainset"
+    assert found.trainsets[0].rows == 20 * CLIPS_A_VIDEO + IMAGES
+
+
+def test_text_names_what_was_found(evaluated: Project) -> None:
+    text = trace(evaluated, uri_of(3)).text()
+    assert text.startswith(f"file {uri_of(3)}")
+    assert find_run(evaluated, RECIPE).id in text
+    assert "clips=train:3" in text or "score" not in text
+
+
+def test_the_unknown_says_what_would_be_known(evaluated: Project) -> None:
+    with pytest.raises(ConfigError, match="is no run, checkpoint"):
+        trace(evaluated, "/nowhere/else.mp4")

@@ -1,0 +1,100 @@
+"""The report end to end on a tiny run: what it needs, what it says, and that it is written once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nextvid.corpus.project import Project
+from nextvid.probe.encoders import find_run
+from nextvid.probe.probes import make_probes
+from nextvid.report import scores
+from nextvid.report.model_card import build_card, gather, make_report
+from nextvid.report.scores import Score
+from nextvid.sample.samples import make_samples
+from storage.errors import UpstreamError
+from tests.nextvid.tiny_project import RECIPE
+
+
+@pytest.fixture(scope="module")
+def scored(evaluated: Project) -> Project:
+    make_probes(evaluated, RECIPE, "species")
+    make_samples(evaluated, RECIPE)
+    return evaluated
+
+
+def test_page_and_markdown_are_written_once(scored: Project) -> None:
+    first, again = make_report(scored, RECIPE), make_report(scored, RECIPE)
+    assert not again.made
+    assert first.digest == again.digest
+    page = Path(str(first.numbers["page"]))
+    text = page.read_text()
+    run = find_run(scored, RECIPE)
+    for digest in (run.id, run.trainset, run.mask_plan):
+        assert digest in text
+    markdown = Path(str(first.numbers["markdown"]))
+    for figure in (markdown.parent / "figures").iterdir():
+        assert f"figures/{figure.name}" in markdown.read_text()
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_every_source_is_there(scored: Project) -> None:
+    """Every number has a source: each file that the report names exists."""
+    card = build_card(gather(scored, find_run(scored, RECIPE)))
+    assert len(card.sources()) > 8
+    absent = [path for path in card.sources() if not Path(path).exists()]
+    assert [Path(path).name for path in absent] == ["shots"]  # this project has no shots
+    for section in card.sections:
+        if section.title != "What this recipe is, and is not":
+            assert any(block.sources for block in section.blocks), section.title
+
+
+def test_the_demo_says_what_it_is_not(scored: Project) -> None:
+    text = Path(str(make_report(scored, RECIPE).numbers["page"])).read_text()
+    for words in ("No evidence for masking", "Not found: a gain in appearance", "not VA-VAE"):
+        assert words in text
+
+
+def test_numbers_are_those_of_the_files(scored: Project) -> None:
+    gathered = gather(scored, find_run(scored, RECIPE))
+    found = gathered.scores[0].said["encoders"]["ema"]
+    table = scores.table(gathered.scores[0])
+    assert table.rows[0][1] == f"{found['accuracy']:.3f} ± {found['standard_error']:.3f}".replace("0.", ".")
+    assert table.rows[2][2] == ""
+    shares = {share.name: share for share in gathered.data.shares}
+    assert (shares["pets"].files, shares["stills"].rows) == (20, 6)
+
+
+def test_missing_scores_and_samples_are_named(own_copy: Project) -> None:
+    with pytest.raises(UpstreamError, match="no scores on species: make 'probes' first"):
+        make_report(own_copy, RECIPE)
+    make_probes(own_copy, RECIPE, "species")
+    with pytest.raises(UpstreamError, match=r"samples\.json"):
+        make_report(own_copy, RECIPE)
+
+
+def test_a_changed_score_makes_another_report(scored: Project, own_copy: Project) -> None:
+    make_probes(own_copy, RECIPE, "species")
+    make_samples(own_copy, RECIPE)
+    first = make_report(own_copy, RECIPE)
+    path = Path(gather(own_copy, find_run(own_copy, RECIPE)).scores[0].path)
+    said = json.loads(path.read_text())
+    said["encoders"]["ema"]["accuracy"] = 0.25
+    path.write_text(json.dumps(said))
+    second = make_report(own_copy, RECIPE)
+    assert second.made
+    assert second.digest != first.digest
+
+
+def score(ema: float, random: float, error: float) -> Score:
+    entry = {"standard_error": error, "by_seed": [0.0], "rate": 1e-3, "knn": 0.1, "knn_standard_error": 0.01}
+    encoders = {"ema": {"accuracy": ema, **entry}, "random": {"accuracy": random, **entry}}
+    return Score({"benchmark": "motion", "encoders": encoders}, "/score.json", {})
+
+
+def test_a_gain_is_claimed_beyond_two_standard_errors_only() -> None:
+    clear, unclear = scores.headline(score(0.783, 0.659, 0.014)), scores.headline(score(0.431, 0.411, 0.0155))
+    assert ".783 against .659" in clear
+    assert "+12.4 points, 6.3 standard errors" in clear
+    assert "two standard errors (4.4) cover" in unclear
+    assert "−12.4" in scores.headline(score(0.659, 0.783, 0.014))
