@@ -1,0 +1,69 @@
+"""The trainer as a child of a step: its end, its failure and its process group, with real processes."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from assets.launcher import run_group
+from nextvid.train.launch import PreparedRun
+
+PARENT = (
+    "import subprocess, sys, time; "
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+    "open(sys.argv[1], 'w').write(str(child.pid)); {then}"
+)
+
+
+def step(prepared: PreparedRun) -> dg.ExecuteInProcessResult:
+    """Run a prepared run inside a real step."""
+
+    @dg.asset
+    def pretrain(context: dg.AssetExecutionContext) -> None:
+        run_group(context, prepared)
+
+    return dg.materialize([pretrain], raise_on_error=False)
+
+
+def prepared(folder: Path, code: str, *arguments: str) -> PreparedRun:
+    """A run whose command is a line of Python."""
+    return PreparedRun("0" * 12, str(folder), [sys.executable, "-c", code, *arguments], False)
+
+
+def gone(process: int, within_s: float = 10.0) -> bool:
+    """Whether a process ends within the time that the design grants."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        if Path(f"/proc/{process}/stat").read_text().split(") ")[-1].startswith("Z"):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_what_a_trainer_prints_stands_in_its_log(tmp_path: Path) -> None:
+    assert step(prepared(tmp_path, "print('trained')")).success
+    assert (tmp_path / "trainer.log").read_text() == "trained\n"
+
+
+def test_a_failed_trainer_fails_the_step_and_says_why(tmp_path: Path) -> None:
+    result = step(prepared(tmp_path, "raise SystemExit('no trainset')"))
+    assert not result.success
+    (failure,) = [event for event in result.all_events if event.is_step_failure]
+    said = failure.step_failure_data.user_failure_data
+    assert said is not None
+    assert "exit code 1" in str(said.description)
+    assert "no trainset" in str(said.description)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads process states from /proc")
+def test_nothing_of_the_group_outlives_the_step(tmp_path: Path) -> None:
+    note = tmp_path / "child"
+    assert step(prepared(tmp_path, PARENT.format(then="raise SystemExit(0)"), str(note))).success
+    assert gone(int(note.read_text()))

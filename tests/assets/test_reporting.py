@@ -1,0 +1,75 @@
+"""An Outcome as Dagster sees it."""
+
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from PIL import Image
+
+from assets import reporting
+from nextvid.outcome import Check, Outcome
+from storage.errors import UpstreamError
+from storage.schemas import Media
+
+
+def outcome(**changes: object) -> Outcome:
+    """A plain outcome with some fields changed."""
+    values = {"asset": "media", "partition": "d.000000", "made": True, "rows": 4, "size_bytes": 10, "seconds": 2.0}
+    return Outcome(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_rows_seconds_throughput_and_numbers_are_metadata() -> None:
+    found = reporting.result(outcome(numbers={"video_s": 3.5}, quarantined=1)).metadata
+    assert found is not None
+    assert found["dagster/row_count"] == 4
+    assert found["rows_per_s"] == 2.0
+    assert found["quarantined"] == 1
+    assert found["video_s"] == 3.5
+
+
+def test_the_digest_is_the_data_version() -> None:
+    assert reporting.result(outcome(digest="ab" * 16)).data_version == dg.DataVersion("ab" * 16)
+    assert reporting.result(outcome()).data_version is None
+
+
+def test_checks_carry_their_numbers_and_severity() -> None:
+    checks = (Check("one", True, {"rows": 4}), Check("two", False, {"share": 0.5}, blocking=False))
+    one, two = reporting.result(outcome(checks=checks)).check_results or ()
+    assert (one.passed, one.severity, one.metadata["rows"].value) == (True, dg.AssetCheckSeverity.ERROR, 4)
+    assert (two.passed, two.severity, two.metadata["share"].value) == (False, dg.AssetCheckSeverity.WARN, 0.5)
+
+
+def test_a_picture_is_scaled_into_the_metadata_and_a_missing_one_is_left_out(tmp_path: Path) -> None:
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (4000, 100), (200, 30, 30)).save(wide)
+    pictures = {"sheet": str(wide), "gone": str(tmp_path / "gone.png")}
+    found = reporting.result(outcome(pictures=pictures)).metadata
+    assert found is not None
+    assert "gone" not in found
+    text = found["sheet"].value
+    assert text.startswith("![sheet](data:image/jpeg;base64,")
+    assert len(text) < 20_000
+
+
+def test_an_error_of_ours_is_a_failure_that_is_not_retried() -> None:
+    def make() -> Outcome:
+        raise UpstreamError("'clips' has not been made: make it first")
+
+    with pytest.raises(dg.Failure, match="upstream: 'clips' has not been made") as raised:
+        reporting.materialised(make)
+    assert raised.value.allow_retries is False
+
+
+def test_an_error_of_the_program_keeps_its_trace() -> None:
+    def make() -> Outcome:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        reporting.materialised(make)
+
+
+def test_a_schema_becomes_the_columns_tab() -> None:
+    schema = reporting.columns(Media)["dagster/column_schema"]
+    names = [column.name for column in schema.columns]
+    assert names == list(Media.column_names())
+    assert {column.name: column.constraints.nullable for column in schema.columns}["media_id"] is True
