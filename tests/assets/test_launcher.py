@@ -22,8 +22,9 @@ def step(prepared: PreparedRun) -> dg.ExecuteInProcessResult:
     """Run a prepared run inside a real step."""
 
     @dg.asset
-    def pretrain(context: dg.AssetExecutionContext) -> None:
+    def pretrain(context: dg.AssetExecutionContext) -> dg.MaterializeResult:  # type: ignore[type-arg]
         run_group(context, prepared)
+        return dg.MaterializeResult()
 
     return dg.materialize([pretrain], raise_on_error=False)
 
