@@ -170,7 +170,7 @@ def accept(project: Project, encoding: str) -> Accepted:
 
 
 def _walk(fs: AbstractFileSystem, top: str) -> Iterator[Mapping[str, Any]]:
-    """Every file below `top`. Not fsspec's own walk, which below the first level swallows errors whatever it is told."""
+    """Every file below `top`. Not fsspec's own walk: below the first level it swallows errors, whatever it is told."""
     fs.invalidate_cache()  # s3fs and gcsfs remember listings
     folders = [top]
     while folders:

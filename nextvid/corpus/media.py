@@ -9,7 +9,7 @@ shots.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ Progress = Callable[[int, int], None]
 Row = dict[str, Any]
 
 WORKERS = 2  # our choice: probing waits for the disk, two processes keep one busy
+# A process starts in 0.6 s (nextvid/video/sandbox.py); our measurement: in which one probes 500 pictures or hashes 750 MB.
+FILES_A_WORKER, BYTES_A_WORKER = 500, 750_000_000
 TIMEOUT_S = 60.0  # our choice: a probe takes milliseconds; the rest is for reading the file, below
 READ_BYTES_PER_S = 10_000_000  # our choice: a slow network disk
 LIFTABLE = ("contradictory", "withdrawn")  # verdicts on a file that was read: they fall when their cause does
@@ -128,7 +130,10 @@ def _inspect(wanted: pl.DataFrame, licence: str, progress: Progress | None) -> l
     files = {row["uri"]: row for row in wanted.iter_rows(named=True)}
     timeout_s = TIMEOUT_S + max(row["size_bytes"] for row in files.values()) / READ_BYTES_PER_S
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(_workers(wanted.height)) as sandbox:
+    with (
+        tempfile.TemporaryDirectory(prefix="nextvid-") as folder,
+        Sandbox(_workers(wanted["size_bytes"].to_list())) as sandbox,
+    ):
         paths: dict[Path, str] = {}
         items = _fetched(files, Path(folder), paths, rows, licence)
         for path, result in sandbox.map_unordered(inspect_file, items, timeout_s):
@@ -250,5 +255,6 @@ def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float, listing: 
     )
 
 
-def _workers(files: int) -> int:
-    return max(1, min(WORKERS, os.cpu_count() or 1, files))
+def _workers(sizes_bytes: Sequence[int]) -> int:
+    worth = max(len(sizes_bytes) // FILES_A_WORKER, sum(sizes_bytes) // BYTES_A_WORKER)
+    return max(1, min(WORKERS, os.cpu_count() or 1, worth))

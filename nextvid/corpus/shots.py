@@ -35,6 +35,9 @@ Progress = Callable[[int, int], None]
 Row = dict[str, Any]
 
 WORKERS = 2  # research video 3: one thread a worker; more workers belong to more batches
+# A process starts in 0.6 s (nextvid/video/sandbox.py); our measurement: in which one passes over 25 videos of 3 s at 64 pixels;
+# research video 8: or over 20 s of video at 360p.
+FILES_A_WORKER, SECONDS_A_WORKER = 25, 20
 TIMEOUT_S = 120.0  # our choice, for what does not grow with the video
 TIMEOUT_A_SECOND = 2.0  # seconds a second of video: research video 8 measures 0.1 at 1080p; the rest is for 4K and load
 LONGEST_S = 6 * 3600.0  # our choice: what a file declares about itself may be wrong
@@ -141,7 +144,9 @@ def _first_passes(wanted: Sequence[Row], config: ShotConfig) -> Iterator[_Seen]:
         return
     longest_s = min(LONGEST_S, max(row["duration_us"] for row in wanted) / 1e6)
     timeout_s = TIMEOUT_S + TIMEOUT_A_SECOND * longest_s
-    workers = max(1, min(WORKERS, os.cpu_count() or 1, len(wanted)))
+    seconds = sum(row["duration_us"] for row in wanted) / 1e6
+    worth = max(len(wanted) // FILES_A_WORKER, int(seconds / SECONDS_A_WORKER))
+    workers = max(1, min(WORKERS, os.cpu_count() or 1, worth))
     with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
         rows: dict[Path, Row] = {}
         failed: list[_Seen] = []

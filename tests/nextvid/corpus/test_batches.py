@@ -55,7 +55,7 @@ def reference(listings: list[dict[str, tuple[int, str]]]) -> dict[str, str]:
 def test_assignment_agrees_with_the_reference_and_never_moves_a_file(
     listings: list[dict[str, tuple[int, str]]],
 ) -> None:
-    known = Sources.create_empty()
+    known: pl.DataFrame = Sources.create_empty()
     before: dict[str, str] = {}
     for listing in listings:
         known, _ = merge(known, listed(listing), [], "d", CONFIG, datetime.now(UTC))
@@ -72,7 +72,7 @@ def test_assignment_agrees_with_the_reference_and_never_moves_a_file(
 
 @given(st.lists(FILES, min_size=2, max_size=5))
 def test_revisions_and_gone_files_follow_the_last_listing(listings: list[dict[str, tuple[int, str]]]) -> None:
-    known = Sources.create_empty()
+    known: pl.DataFrame = Sources.create_empty()
     seen: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for listing in listings:
         known, _ = merge(known, listed(listing), [], "d", CONFIG, datetime.now(UTC))

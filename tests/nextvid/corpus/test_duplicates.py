@@ -108,7 +108,7 @@ def write_tables(project: Project, shots: list[Shot]) -> None:
         ]
         tables.write_table(project.root.table("clips", batch), filled(Clips, clips), Clips)
         for noun in ("shots", "clips"):
-            tables.publish_checks(project.root.checks(noun, batch), noun, [{"name": "good", "passed": True}])  # type: ignore[arg-type]
+            tables.publish_checks(project.root.checks(noun, batch), noun, [{"name": "good", "passed": True}])
 
 
 def searched(tmp_path: Path, shots: list[Shot]) -> tuple[dict[tuple[str, int, str], tuple[list[str], str | None]], Any]:

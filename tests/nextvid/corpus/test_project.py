@@ -84,7 +84,7 @@ def test_what_is_refused_is_named(tmp_path: Path, values: Any, message: str) -> 
 
 
 def test_no_file_and_no_yaml(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no corpus.yaml"):
+    with pytest.raises(ConfigError, match=r"there is no corpus\.yaml"):
         load_corpus(tmp_path / "corpus.yaml")
     (tmp_path / "corpus.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not readable as YAML"):

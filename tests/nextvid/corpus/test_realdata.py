@@ -18,7 +18,7 @@ from tests.nextvid.corpus.small_media import write_project
 
 pytestmark = pytest.mark.realdata
 
-SMALLEST = 12  # of the assorted files, by size: the first pass over all of them takes 10 s
+SMALLEST = 8  # of the assorted files, by size: the first pass over all of them takes 10 s
 POLICY = {"frames": 8, "fps": 4, "crop": "whole"}
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.corpus.project import SplitConfig
-from nextvid.corpus.splits import split_of
+from nextvid.corpus.splits import Split, split_of
 
 
 def ids(n: int) -> list[bytes]:
@@ -29,7 +29,8 @@ def test_the_official_split_wins(media: bytes) -> None:
 def test_shares_are_as_configured() -> None:
     config = SplitConfig(val=0.1, test=0.2)
     found = [split_of(config, None, None, media) for media in ids(20_000)]
-    for name, share in (("test", 0.2), ("val", 0.1), ("train", 0.7)):
+    shares: dict[Split, float] = {"test": 0.2, "val": 0.1, "train": 0.7}
+    for name, share in shares.items():
         # four standard deviations of a binomial share over 20,000 files
         assert found.count(name) / 20_000 == pytest.approx(share, abs=4 * (share * (1 - share) / 20_000) ** 0.5)
 
