@@ -34,7 +34,8 @@ Progress = Callable[[int, int], None]
 Row = dict[str, Any]
 
 WORKERS = 2  # our choice: probing waits for the disk, two processes keep one busy
-# A process starts in 0.6 s (nextvid/video/sandbox.py); our measurement: in which one probes 500 pictures or hashes 750 MB.
+# A process starts in 0.6 s (nextvid/video/sandbox.py); our measurement: in that time one probes 500 pictures or hashes
+# 750 MB.
 FILES_A_WORKER, BYTES_A_WORKER = 500, 750_000_000
 TIMEOUT_S = 60.0  # our choice: a probe takes milliseconds; the rest is for reading the file, below
 READ_BYTES_PER_S = 10_000_000  # our choice: a slow network disk
