@@ -39,7 +39,7 @@ class _Mapped:
     """One shard's file: its bytes, and which rows passed their checksum in this map."""
 
     memory: mmap.mmap
-    rows: np.ndarray  # uint8 [n, row_bytes]
+    rows: Float16[np.ndarray, "n F C h w"]
     checked: np.ndarray  # bool [n]
 
 
@@ -55,18 +55,18 @@ class RowReader:
 
     def read_into(self, frames: int, address: np.void, out: Float16[np.ndarray, "F C h w"]) -> None:
         """Copy one row into `out` (float16, C order); DamagedError where its file or its bytes are not as committed."""
-        mapped = self._mapped(frames, address)
-        slot = int(address["slot"])
+        _, batch, part, number, slot, crc = address.item()
+        mapped = self._mapped((frames, batch, part, number), address)
         if slot >= len(mapped.rows):
             what = f"has {len(mapped.rows)} rows, none in slot {slot}"
             raise self._damaged(frames, address, what)
+        row = mapped.rows[slot]
         assert out.dtype == np.float16, f"out is {out.dtype}"
         assert out.flags.c_contiguous, "out is not in C order"
-        assert out.shape == self._store.spec.row_shape(frames), f"out has shape {out.shape}"
-        flat = out.reshape(-1).view(np.uint8)
-        np.copyto(flat, mapped.rows[slot])
+        assert out.shape == row.shape, f"out has shape {out.shape}, not {row.shape}"
+        np.copyto(out, row)
         if not mapped.checked[slot]:
-            if crc32c(flat) != int(address["crc"]):
+            if crc32c(out) != crc:
                 out.fill(np.nan)  # nobody trains on what failed its check
                 raise self._damaged(frames, address, "holds other bytes than were committed (or a withdrawn row)")
             mapped.checked[slot] = True
@@ -75,8 +75,9 @@ class RowReader:
         """Tell the kernel that these rows are read soon; waits at most for indexes of shards not mapped yet."""
         row_bytes = self._store.spec.row_bytes(frames)
         for address in addresses:
-            mapped = self._mapped(frames, address)
-            start = int(address["slot"]) * row_bytes
+            _, batch, part, number, slot, _ = address.item()
+            mapped = self._mapped((frames, batch, part, number), address)
+            start = slot * row_bytes
             page = start - start % mmap.PAGESIZE
             mapped.memory.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)
 
@@ -85,14 +86,14 @@ class RowReader:
         with self._guard:
             self._maps.clear()
 
-    def _mapped(self, frames: int, address: np.void) -> _Mapped:
-        key = (frames, int(address["batch"]), int(address["part"]), int(address["shard"]))
+    def _mapped(self, key: tuple[int, int, int, int], address: np.void) -> _Mapped:
+        """Map of a shard, by frames, batch, part and shard; `address` is one of its rows, for messages."""
         with self._guard:
             mapped = self._maps.get(key)
             if mapped is not None:
                 self._maps.move_to_end(key)
                 return mapped
-        fresh = self._map(frames, address)  # outside the guard: it waits for the disk
+        fresh = self._map(key[0], address)  # outside the guard: it waits for the disk
         with self._guard:
             mapped = self._maps.setdefault(key, fresh)  # another thread may have been faster
             while len(self._maps) > self._open_maps:
@@ -112,7 +113,8 @@ class RowReader:
         rows = shard.rows_in(len(memory), row_bytes)
         if rows is None or memory[rows * row_bytes :] != shard.index(rows, row_bytes):
             raise self._damaged(frames, address, f"is short or its index was changed ({len(memory)} bytes)")
-        data = np.frombuffer(memory, np.uint8, rows * row_bytes).reshape(rows, row_bytes)
+        shape = self._store.spec.row_shape(frames)
+        data = np.frombuffer(memory, "<f2", rows * row_bytes // 2).reshape(rows, *shape)
         return _Mapped(memory, data, np.zeros(rows, dtype=bool))
 
     def _part(self, frames: int, address: np.void) -> Part:

@@ -30,16 +30,15 @@ def some_draws(draw: st.DrawFn) -> Draws:
 def test_range_equals_at(draws: Draws, start: int, count: int) -> None:
     datasets, rows = draws.range(start, count)
     assert datasets.shape == rows.shape == (count,)
-    for n in range(0, count, 41):
+    for n in range(0, count, 211):
         assert draws.at(start + n) == (datasets[n], rows[n])
 
 
 def test_range_equals_at_across_blocks() -> None:
     draws = Draws(3, {"a": 0.5, "b": 0.3, "c": 0.2}, {"a": 100, "b": 7, "c": 10**9})
     datasets, rows = draws.range(BLOCK - 5, 2 * BLOCK)
-    assert [draws.at(BLOCK - 5 + n) for n in range(2 * BLOCK)] == list(
-        zip(datasets.tolist(), rows.tolist(), strict=True)
-    )
+    for n in [*range(8), *range(8, 2 * BLOCK, 97)]:
+        assert draws.at(BLOCK - 5 + n) == (datasets[n], rows[n])
 
 
 @given(some_draws(), st.integers(1, 6))
