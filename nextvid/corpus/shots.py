@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 Row = dict[str, Any]
 
 WORKERS = 2  # research video 3: one thread a worker; more workers belong to more batches
-# A process starts in 0.6 s (nextvid/video/sandbox.py); our measurement: in that time one passes over 25 videos of 3 s at
+# A process starts in 0.6 s (nextvid/video/sandbox.py); our measurement: in that time it passes 25 videos of 3 s at
 # 64 pixels; research video 8: or over 20 s of video at 360p.
 FILES_A_WORKER, SECONDS_A_WORKER = 25, 20
 TIMEOUT_S = 120.0  # our choice, for what does not grow with the video
