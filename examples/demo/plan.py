@@ -12,7 +12,7 @@ import numpy as np
 
 from examples.demo.scenes import MOTIONS, SIZE, SOURCE_FPS, Frames, Rng, Shot, digit_images, dissolve, draw_shot, render
 
-VERSION = 1  # of the generator: any change of a pixel or a label raises it
+VERSION = 2  # of the generator: any change of a pixel or a label raises it
 SHOTS = 5  # labelled shots a video: 800 training videos hold the study's 4000 training clips (research demo 1)
 SHOT_FRAMES = 22  # 2.75 s: one clip of 8 frames at 4 a second, 0.25 s trimmed at both cuts, 0.125 s of room at each
 DISSOLVE_FRAMES = 4  # 0.5 s

@@ -1,5 +1,6 @@
 """Training and whitening: a short run learns, and folding changes latents but not pictures."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -109,6 +110,12 @@ def test_schedule_warms_up_to_one_and_falls_to_zero() -> None:
 def test_same_seed_same_losses(frames: Frames) -> None:
     first, second = (train_autoencoder.train(frames[:32], steps=3, seed=5).losses for _ in range(2))
     assert first == second
+
+
+def test_training_further_begins_where_the_start_ended(trained: train_autoencoder.Trained, frames: Frames) -> None:
+    start = copy.deepcopy(trained.model)
+    further = train_autoencoder.train(frames, steps=2, seed=0, start=start)
+    assert further.losses[0] < 0.8 * trained.losses[0]
 
 
 def test_frames_are_read_from_own_videos_of_the_split(corpus: Path) -> None:

@@ -144,13 +144,13 @@ def test_script_runs_as_a_file_and_finds_the_corpus(corpus: Path) -> None:
     assert '"labelled_shots": 60' in done.stdout
     done = subprocess.run([*command, "--seed", "9"], capture_output=True, text=True, cwd=corpus, timeout=60)
     assert done.returncode == 1
-    assert "holds version 1, seed 0" in done.stderr
+    assert f"holds version {plan.VERSION}, seed 0" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"videos": 13}, {"images": 9}])
 def test_another_corpus_is_refused_with_what_stands_there(corpus: Path, change: dict[str, int]) -> None:
-    with pytest.raises(CorpusError, match="holds version 1, seed 0, 12 videos, 8 images"):
+    with pytest.raises(CorpusError, match=f"holds version {plan.VERSION}, seed 0, 12 videos, 8 images"):
         write_corpus.write_corpus(corpus, **{"videos": 12, "images": 8, **change})
 
 
