@@ -62,7 +62,7 @@ def test_a_training_file_leads_to_every_use_of_it(evaluated: Project) -> None:
 def test_a_test_file_was_seen_by_scores_only(evaluated: Project) -> None:
     make_probes(evaluated, RECIPE, "species")
     found = trace(evaluated, uri_of(21))
-    assert found.trainsets == found.runs == ()
+    assert (len(found.trainsets), len(found.runs)) == (0, 0)
     assert [score.clips for score in found.scores] == [{"test": 3}]
 
 
