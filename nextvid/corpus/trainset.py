@@ -135,7 +135,7 @@ def _addresses(chosen: Selection) -> dict[int, np.ndarray]:
     for frames in sorted(chosen.rows["frames"].unique().to_list()):
         rows = chosen.rows.filter(pl.col("frames") == frames)
         out = np.zeros(rows.height, ADDRESS)
-        out["row_id"] = np.frombuffer(b"".join(rows["row_id"].to_list()), "<u8").reshape(-1, 2)
+        out["row_id"] = np.frombuffer(b"".join(rows["row_id"].to_list()), ">u8").reshape(-1, 2)
         out["batch"] = rows["batch"].replace_strict(number, return_dtype=pl.UInt32).to_numpy()
         for name in ("part", "shard", "slot"):
             out[name] = rows[name].to_numpy()
@@ -167,7 +167,7 @@ def _digest(chosen: Selection, weights: Mapping[str, float], by_frames: Mapping[
     for frames, addresses in by_frames.items():
         for name, (first, count) in _offsets(chosen, frames).items():
             some = addresses[first : first + count]
-            content = some["row_id"].astype("<u8").tobytes() + some["crc"].astype("<u4").tobytes()
+            content = some["row_id"].astype(">u8").tobytes() + some["crc"].astype("<u4").tobytes()
             rows.setdefault(f"f{frames}", {})[name] = digest_bytes(content)
     return digest_config({"spec": chosen.spec.digest(), "weights": dict(weights), "rows": rows})
 

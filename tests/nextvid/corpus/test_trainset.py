@@ -19,7 +19,7 @@ from nextvid.encode.stats import make_latent_stats, mixed, moments
 from storage import atomic
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.latents import LatentStore
-from storage.reader import RowReader
+from storage.reader import RowReader, row_id
 from storage.schemas import Commits
 from storage.tables import publish_checks
 from storage.withdrawn import record_withdrawal
@@ -66,7 +66,7 @@ class TestRows:
             for address in opened.rows(frames):
                 out = np.empty(opened.spec.row_shape(frames), np.float16)
                 reader.read_into(frames, address, out)
-                seen[address["row_id"].tobytes()] = out
+                seen[row_id(address)] = out
         assert seen.keys() == corpus.latents.keys()
         for row, values in seen.items():
             np.testing.assert_array_equal(values, corpus.latents[row])
@@ -79,7 +79,7 @@ class TestRows:
         make_trainset(corpus.project)
         opened = Trainset.open(corpus.project.root)
         assert opened.offsets(FRAMES) == {"films": (0, 15)}
-        ids = [row["row_id"].tobytes() for row in opened.rows(FRAMES)]
+        ids = [row_id(row) for row in opened.rows(FRAMES)]
         assert ids == sorted(ids)
         assert opened.lineage().filter(pl.col("frames") == FRAMES)["row_id"].to_list() == ids
 
@@ -112,7 +112,7 @@ class TestRows:
         out = np.empty(spec.row_shape(FRAMES), np.float16)
         for address in opened.rows(FRAMES):
             reader.read_into(FRAMES, address, out)
-            np.testing.assert_array_equal(out, corpus.latents[address["row_id"].tobytes()])
+            np.testing.assert_array_equal(out, corpus.latents[row_id(address)])
 
     @pytest.mark.parametrize(
         ("changes", "why"),
