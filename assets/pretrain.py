@@ -39,7 +39,7 @@ def pretrain(
 
     opened, recipe = project.open(), context.partition_key
     with reporting.readable_errors():
-        launch = context.run.root_run_id or context.run_id
+        launch = context.run.root_run_id or context.run.run_id
         run = prepare_run(opened, recipe, config.overrides, ranks=config.ranks, launch=launch)
         context.log.info(f"run {run.run_id} in {run.folder}")
         if not run.complete:

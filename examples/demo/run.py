@@ -114,15 +114,15 @@ def runs(project: Project) -> Iterator[tuple[str, str | None]]:
 def execute(instance: dg.DagsterInstance, name: str, partition: str | None, ledger: Ledger) -> None:
     """Run a job, or the implicit job of one asset, in this process, and print what it materialised."""
     defs = build_defs()
-    if name in ("ingest", "freeze"):
-        result = defs.resolve_job_def(name).execute_in_process(
-            instance=instance, partition_key=partition, raise_on_error=False
-        )
-    else:
-        job = defs.resolve_implicit_global_asset_job_def()
-        result = job.execute_in_process(
-            instance=instance, partition_key=partition, asset_selection=[dg.AssetKey(name)], raise_on_error=False
-        )
+    whole = name in ("ingest", "freeze")
+    job = defs.resolve_job_def(name) if whole else defs.resolve_implicit_global_asset_job_def()
+    result = job.execute_in_process(
+        instance=instance,
+        partition_key=partition,
+        asset_selection=None if whole else [dg.AssetKey(name)],
+        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # our own lines are enough
+        raise_on_error=False,
+    )
     for event in result.get_asset_materialization_events():
         ledger.add(event.materialization)
     if not result.success:
