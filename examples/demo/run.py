@@ -62,6 +62,7 @@ class Ledger:
             f"{asset:13} {partition:22} {state:10} {values['dagster/row_count']:>7} rows "
             f"{values['seconds']:7.1f} s{bad}",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -152,7 +153,7 @@ def collect(project: Project, ledger: Ledger, seconds: float) -> dict[str, Any]:
             name: read_json(f"{project.root.probe(RECIPE, run, name, str(said['digest']))}/score.json")
             for name, said in ((key.split()[0], value) for key, value in ledger.numbers["probes"].items())
         },
-        "report": ledger.numbers["report"][RECIPE]["report"],
+        "report": ledger.numbers["report"][RECIPE]["page"],
     }
 
 

@@ -46,7 +46,10 @@ def test_a_picture_is_scaled_into_the_metadata_and_a_missing_one_is_left_out(tmp
     found = reporting.result(outcome(pictures=pictures)).metadata
     assert found is not None
     assert "gone" not in found
-    text = found["sheet"].value
+    sheet = found["sheet"]
+    assert isinstance(sheet, dg.MarkdownMetadataValue)
+    text = sheet.value
+    assert text is not None
     assert text.startswith("![sheet](data:image/jpeg;base64,")
     assert len(text) < 20_000
 

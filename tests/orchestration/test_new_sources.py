@@ -1,7 +1,7 @@
 """Files dropped into a folder become committed rows: the sensor's ticks and the runs that it requests."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,6 +39,12 @@ def run(project: Project, instance: dg.DagsterInstance, requests: Sequence[dg.Ru
         job.execute_in_process(instance=instance, partition_key=request.partition_key, raise_on_error=False).success
         for request in requests
     ]
+
+
+def requested(said: object) -> list[dg.RunRequest]:
+    """The run requests among what a schedule yields."""
+    assert isinstance(said, Iterable)
+    return [request for request in said if isinstance(request, dg.RunRequest)]
 
 
 def committed(project: Project) -> pl.DataFrame:
@@ -112,10 +118,10 @@ def test_the_night_asks_again_for_what_is_quarantined(project: Project, instance
     resources = {"project": ProjectResource(corpus=str(project.path))}
     night = datetime(2026, 11, 21, 3, tzinfo=UTC)
     context = dg.build_schedule_context(instance=instance, resources=resources, scheduled_execution_time=night)
-    asked = [request for request in nightly(context) if isinstance(request, dg.RunRequest)]
+    asked = requested(nightly(context))
     assert len(asked) == 2
     assert all(run(project, instance, asked))
-    again = [request for request in nightly(context) if isinstance(request, dg.RunRequest)]
+    again = requested(nightly(context))
     assert {request.partition_key for request in again} == {"demo_images.000000", "demo_videos.000000"}, (
         "the small corpus holds broken files of both kinds"
     )

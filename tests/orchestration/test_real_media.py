@@ -117,4 +117,4 @@ def test_every_file_is_a_row_and_the_graph_ends_in_a_report(real: Project, insta
     report = run(real, instance, "report", "demo", chosen)
     (score,) = Path(real.root.probes("demo", trained["run"])).rglob("score.json")
     assert read_json(str(score))["trainset"] == trained["trainset"]
-    assert trained["trainset"] in Path(report["report"]).read_text()
+    assert trained["trainset"] in Path(report["page"]).read_text()
