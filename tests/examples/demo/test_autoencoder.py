@@ -47,7 +47,9 @@ def test_provenance_says_what_it_is_and_is_not(model: AutoencoderKL) -> None:
     assert told["real_photos"]["set"] == "clothing10"
     assert told["data"]["generator_version"] == plan.VERSION
     assert told["parameters"] == sum(p.numel() for p in model.parameters())
-    assert abs(told["before_whitening"]["mean_psnr_db"] - told["held_out_demo_frames"]["mean_psnr_db"]) < 0.02
+    assert (
+        abs(told["before_whitening"]["mean_psnr_db"] - told["held_out_demo_frames"]["mean_psnr_db"]) < 0.05
+    )  # fp16 weights
     assert {"seed", "steps", "date", "training_seconds"} <= set(told)
 
 
@@ -66,14 +68,15 @@ def test_the_pipelines_adapter_gives_the_same_latents_and_pictures(model: Autoen
     encoded = adapter.encode(held_out[:6])
     wanted = reconstruction.encode(model, held_out[:6]).numpy()
     assert encoded.latents.shape == (6, 16, 8, 8)
-    assert np.abs(encoded.latents - wanted).max() < 1e-4
+    assert np.abs(encoded.latents - wanted).max() < 1e-3  # of unit variance; memory formats differ (research vae 7)
     decoded = adapter.decode(encoded.latents)
     assert np.abs(decoded.astype(int) - reconstruction.reconstruct(model, held_out[:6]).astype(int)).max() <= 1
 
 
-def test_posterior_is_narrow_beside_the_whitened_latents(model: AutoencoderKL, held_out: Frames) -> None:
+def test_no_channel_died(model: AutoencoderKL, held_out: Frames) -> None:
+    """A channel that the decoder ignores has a posterior wider than its unit variance; these are a tenth of it."""
     inputs = reconstruction.to_patches(torch.from_numpy(held_out[:4]).float())
     with torch.inference_mode():
         width = model.encode(inputs).latent_dist.std
     assert width.min() > 0
-    assert width.max() < 0.6
+    assert width.max() < 0.2
