@@ -25,7 +25,7 @@ $(VENV)/test: $(VENV)/torch pyproject.toml constraints.txt
 	touch $@ $(VENV)/ui
 
 demo: $(VENV)/ui ## the whole graph on a small labelled corpus, through Dagster
-	NEXTVID_CORPUS=$(DEMO) $(BIN)/python examples/demo/run.py
+	NEXTVID_CORPUS=$(DEMO) $(BIN)/python -m examples.demo.run
 
 ui: $(VENV)/ui ## the Dagster UI on the demo's instance
 	NEXTVID_CORPUS=$(DEMO) $(BIN)/dagster dev
@@ -46,7 +46,7 @@ faults: $(VENV)/test ## slow proofs of crash safety
 	$(BIN)/python -m pytest -q -m faults
 
 autoencoder: $(VENV)/ui ## train the demo autoencoder again
-	$(BIN)/python examples/demo/train_autoencoder.py
+	$(BIN)/python -m examples.demo.train_autoencoder
 
 clean: ## the demo's data and history
 	rm -rf data

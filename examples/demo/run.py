@@ -17,20 +17,18 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
-
-from examples.demo.write_corpus import write_corpus  # noqa: E402
-from nextvid.corpus.discover import update_sources  # noqa: E402
-from nextvid.corpus.project import Project, open_project  # noqa: E402
-from nextvid.encode.acceptance import in_force  # noqa: E402
-from nextvid.encode.unfinished import unfinished  # noqa: E402
-from nextvid.train.events import read_events  # noqa: E402
-from orchestration.definitions import build_defs  # noqa: E402
-from orchestration.sensors import apply_partitions, observation  # noqa: E402
-from storage.atomic import publish_json, read_json  # noqa: E402
-from storage.schemas import Clips, Media, Shots  # noqa: E402
-from storage.tables import read_tables  # noqa: E402
+from examples.demo.write_corpus import write_corpus
+from nextvid.corpus.discover import update_sources
+from nextvid.corpus.project import Project, open_project
+from nextvid.encode.acceptance import in_force
+from nextvid.encode.unfinished import unfinished
+from nextvid.train.events import read_events
+from orchestration.definitions import build_defs
+from orchestration.sensors import apply_partitions, observation
+from storage.atomic import publish_json, read_json
+from storage.errors import NExTVidError
+from storage.schemas import Clips, Media, Shots
+from storage.tables import read_tables
 
 RECIPE = "demo"
 
@@ -129,9 +127,9 @@ def execute(instance: dg.DagsterInstance, name: str, partition: str | None, ledg
     if not result.success:
         for failure in result.filter_events(lambda event: event.is_step_failure):
             data = failure.step_failure_data
-            ledger.console.print(f"{failure.step_key}: {data.user_failure_data or data.error}", style="red")
-        if name != "ingest":
-            sys.exit(1)
+            said = data.user_failure_data.description if data.user_failure_data else data.error
+            ledger.console.print(f"{failure.step_key}: {said}", style="red", soft_wrap=True)
+        sys.exit(1)
 
 
 def collect(project: Project, ledger: Ledger, seconds: float) -> dict[str, Any]:
@@ -194,4 +192,7 @@ def describe_score(score: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NExTVidError as error:
+        sys.exit(f"{error.kind}: {error}")
