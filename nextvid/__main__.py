@@ -20,7 +20,7 @@ from storage.errors import NExTVidError
 app = SubcommandApp()
 
 Corpus = Annotated[str | None, tyro.conf.arg(help="path of corpus.yaml; else NEXTVID_CORPUS, else ./corpus.yaml")]
-Json = Annotated[bool, tyro.conf.arg(help="print JSON")]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON")]
 
 
 @app.command(name="make")
@@ -32,7 +32,7 @@ def make_command(
     benchmark: str | None = None,
     set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", help="overrides of the recipe, key.path=value")] = (),
     ranks: int = 1,
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_: Json = False,
 ) -> None:
     """Make an asset and what it lacks upstream."""
     wish = Wish(asset, batch, recipe, benchmark, set_, ranks)
@@ -50,13 +50,16 @@ def inspect(recipe: Annotated[str, tyro.conf.Positional]) -> None:
 
 
 @app.command
-def plan(batch: str | None = None, corpus: Corpus = None) -> None:
-    """Show what `make latents` would encode, and why; nothing is changed."""
-    from nextvid.encode.plan import plan_encode
+def plan(batch: str | None = None, accept: bool = False, corpus: Corpus = None, json_: Json = False) -> None:
+    """Show what `make latents` would encode, why and at what cost; --accept puts corpus.yaml's encoding in force."""
+    from nextvid.encode.acceptance import accept_asked
+    from nextvid.encode.costs import forecast
 
     project = open_project(corpus)
-    for key in [batch] if batch else project.root.batches():
-        print(f"{key}: {plan_encode(project, key).summary()}")
+    if accept:
+        accept_asked(project)
+    found = forecast(project, batch)
+    print(json.dumps(asdict(found), indent=2) if json_ else found.text())
 
 
 @app.command

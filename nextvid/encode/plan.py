@@ -83,9 +83,12 @@ def spec_in_force(project: Project) -> EncodingSpec:
     return spec
 
 
-def plan_encode(project: Project, batch: str) -> EncodePlan:
-    """Rows of a batch that the store of the spec in force lacks, and why. Raises UpstreamError without clips."""
-    spec = spec_in_force(project)
+def plan_encode(project: Project, batch: str, spec: EncodingSpec | None = None) -> EncodePlan:
+    """Rows of a batch that a store lacks, that of the spec in force unless told, and why.
+
+    Raises UpstreamError without clips.
+    """
+    spec = spec or spec_in_force(project)
     clips = wanted_clips(project, batch)
     store = LatentStore(project.root, spec)
     commits = store.commits(batch)

@@ -29,12 +29,18 @@ def unfinished(project: Project, batch: str) -> tuple[str, ...]:
     reasons += [f"{noun} failed its checks" for noun, found in verdicts.items() if found and not found["passed"]]
     if _recorded(verdicts["media"], "listing") != batch_fingerprint(project, batch):
         reasons.append("the listing or a label file changed")
-    if _recorded(verdicts["clips"], "curation") != project.corpus.curation_digest():
+    if curation_of(project, batch) != project.corpus.curation_digest():
         reasons.append("the curation changed")
     reasons += _quarantined(project, batch)
     if not reasons and (missing := plan_encode(project, batch).rows.height):
         reasons.append(f"{missing} rows are not encoded")
     return tuple(reasons)
+
+
+def curation_of(project: Project, batch: str) -> str | None:
+    """Digest of the curation that the batch's clips were cut by; None where they were not made."""
+    found: str | None = _recorded(read_checks(project.root.checks("clips", batch)), "curation")
+    return found
 
 
 def _recorded(verdict: dict[str, Any] | None, name: str) -> Any:  # noqa: ANN401 - JSON is Any

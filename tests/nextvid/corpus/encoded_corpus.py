@@ -67,7 +67,14 @@ class Corpus:
         atomic.publish_bytes(self.project.root.table("shots", batch), b"shots of " + batch.encode())
 
     def encode(
-        self, batch: str, rows: Sequence[dict[str, Any]], failed: Sequence[int] = (), passed: bool = True, seed: int = 0
+        self,
+        batch: str,
+        rows: Sequence[dict[str, Any]],
+        failed: Sequence[int] = (),
+        passed: bool = True,
+        seed: int = 0,
+        encode_s: float = 0.0,
+        decode_s: float = 0.0,
     ) -> None:
         """Commit random latents; channel c of dataset-dependent mean and width."""
         spec = encoding_spec(self.project)
@@ -91,8 +98,8 @@ class Corpus:
                 "sums_squared": [[]] * len(rows),
                 "posterior_std": 0.01,
                 "psnr_db": 30.0,
-                "decode_s": 0.0,
-                "encode_s": 0.0,
+                "decode_s": decode_s,
+                "encode_s": encode_s,
             },
             schema=empty,
         )
