@@ -1,12 +1,13 @@
 """Named, complete training configurations: functions that return recipes; every value cites its source.
 
-The paper's three models, scaled ones for one GPU and one day, each also with latents as encoder input, and the demo.
-It holds no corpus and nothing of how a run is carried out.
+The paper's three models, scaled ones for one GPU and one day, each also with latents as encoder input, the demo, and by
+name the ablations (ablations.py). It holds no corpus and nothing of how a run is carried out.
 """
 
 import difflib
 import math
 
+from nextvid.ablations import ABLATIONS, ablation
 from nextvid.config import (
     DecoderConfig,
     EncoderConfig,
@@ -42,11 +43,14 @@ RECIPES: tuple[str, ...] = (
     "nextvid_b_latent",
     "nextvid_s_latent",
     "demo",
+    *ABLATIONS,
 )
 
 
 def recipe(name: str) -> RecipeConfig:
     """The recipe of that name. Raises ConfigError with the nearest known name."""
+    if name in ABLATIONS:
+        return ablation(name, latent(nextvid_b()))
     base, _, suffix = name.partition("_latent")
     match (base, suffix, name == base):
         case ("demo", "", True):

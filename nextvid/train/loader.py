@@ -24,6 +24,7 @@ from torch import Tensor
 from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import normalise, space_to_depth
+from nextvid.recipes import RECIPES
 from nextvid.train.distributed import Ranks
 from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import draws_before, stage_at
@@ -181,9 +182,11 @@ def _fold(trainset: Trainset, recipe: RecipeConfig) -> int:
     """Cells of the store per cell and side of the model's grid; refuses what does not fit."""
     spec, model = trainset.spec, recipe.model
     if model.encoder.input == "pixels" or recipe.losses.target != "latents":
+        twin = f"{recipe.name}_latent"
+        remedy = f"train {twin}" if twin in RECIPES else "choose a recipe that reads and predicts latents"
         raise RefusedError(
             f"recipe {recipe.name} reads {model.encoder.input} and predicts {recipe.losses.target}, and the trainset "
-            f"holds latents only: train {recipe.name.removesuffix('_latent')}_latent"
+            f"holds latents only: {remedy}"
         )
     fold = max(1, spec.height // model.grid_height)
     stored = (spec.channels, spec.height, spec.width)
