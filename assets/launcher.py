@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import warnings
 from pathlib import Path
 
 import dagster as dg
@@ -14,6 +15,7 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     log_path = Path(run.folder) / LOG
     with (
         log_path.open("ab") as log,
+        warnings.catch_warnings(action="ignore", category=dg.PreviewWarning),  # dagster's, of its own message reader
         dg.open_pipes_session(
             context=context,
             context_injector=dg.PipesTempFileContextInjector(),

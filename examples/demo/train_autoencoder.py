@@ -12,15 +12,11 @@ import copy
 import csv
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-
-if not __package__:  # run as a file: Python then looks for modules beside it, not in the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cv2
 import diffusers

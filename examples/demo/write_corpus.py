@@ -13,16 +13,12 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-
-if not __package__:  # run as a file: Python then looks for modules beside it, not in the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cv2
 
