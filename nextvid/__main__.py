@@ -15,11 +15,12 @@ from tyro.extras import SubcommandApp
 from nextvid.corpus.project import open_project
 from nextvid.make import Asset, Wish, make
 from nextvid.outcome import Outcome
-from storage.errors import NExTVidError
+from storage.errors import NExTVidError, UpstreamError
 
 app = SubcommandApp()
 
 Corpus = Annotated[str | None, tyro.conf.arg(help="path of corpus.yaml; else NEXTVID_CORPUS, else ./corpus.yaml")]
+Yes = Annotated[bool, tyro.conf.arg(help="do it; without, only say what would be done")]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON")]
 
 
@@ -73,13 +74,13 @@ def draws(first: int = 10, recipe: str = "demo", corpus: Corpus = None, json_: J
 
 @app.command
 def verify(batch: str | None = None, corpus: Corpus = None) -> None:
-    """Read every committed byte of the latent store again and name what is damaged."""
+    """Read every committed byte of every latent store again and name what is damaged."""
     from storage.latents import LatentStore
 
-    from nextvid.encode.plan import encoding_spec
-
-    project = open_project(corpus)
-    problems = LatentStore(project.root, encoding_spec(project)).verify(batch)
+    stores = LatentStore.every(open_project(corpus).root)
+    if not stores:
+        raise UpstreamError("there are no latents yet: 'nextvid make latents' makes them")
+    problems = [problem for store in stores for problem in store.verify(batch)]
     for problem in problems:
         print(problem)
     if problems:
@@ -94,6 +95,38 @@ def lineage(what: Annotated[str, tyro.conf.Positional], corpus: Corpus = None, j
 
     found = trace(open_project(corpus), what)
     print(json.dumps(asdict(found), default=str, indent=2) if json_ else found.text())
+
+
+@app.command(name="import-vavae")
+def import_vavae(
+    checkpoint: Annotated[str, tyro.conf.Positional],
+    out: Annotated[str, tyro.conf.Positional],
+    stats: Annotated[str | None, tyro.conf.arg(help="the published latents_stats.pt, kept for reference")] = None,
+) -> None:
+    """Convert the published VA-VAE checkpoint to a folder that encoding.autoencoder can name."""
+    from nextvid.encode.vavae import import_vavae as convert
+
+    print(f"{convert(checkpoint, out, stats)} tensors in {out}: name it as encoding.autoencoder in corpus.yaml")
+
+
+@app.command
+def withdraw(
+    file: Annotated[str, tyro.conf.Positional], yes: Yes = False, corpus: Corpus = None, json_: Json = False
+) -> None:
+    """Zero what was stored of a file, refuse it from now on, and list what has seen it; a plan without --yes."""
+    from nextvid.lineage.withdraw import withdraw as withdraw_file
+
+    found = withdraw_file(open_project(corpus), file, yes=yes)
+    print(json.dumps(asdict(found), indent=2) if json_ else found.text())
+
+
+@app.command
+def sweep(yes: Yes = False, corpus: Corpus = None, json_: Json = False) -> None:
+    """Free shards that no trainset cites and no clip wants, and litter older than a day; a plan without --yes."""
+    from nextvid.lineage.sweep import sweep as sweep_stores
+
+    found = sweep_stores(open_project(corpus), yes=yes)
+    print(json.dumps(asdict(found), indent=2) if json_ else found.text())
 
 
 def line(outcome: Outcome) -> str:

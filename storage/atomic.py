@@ -131,20 +131,25 @@ def staged_folder(path: str) -> Iterator[Path]:
     _sync(target.parent)
 
 
-def sweep_litter(folder: str, older_than_s: float) -> list[str]:
-    """Remove temporary files and folders under `folder` untouched for `older_than_s`; their paths, sorted."""
+def litter(folder: str, older_than_s: float) -> list[str]:
+    """Temporary files and folders under `folder` untouched for `older_than_s`; their paths, sorted."""
     if not is_local(folder):
         return []  # puts leave none
     newest_kept = time.time() - older_than_s
-    removed = []
+    found = []
     for place, folders, names in os.walk(_local(folder)):
-        litter = [name for name in [*folders, *names] if _is_temporary(name)]
-        folders[:] = [name for name in folders if name not in litter]
-        for found in (Path(place, name) for name in litter):
-            if _last_touched(found) <= newest_kept:
-                remove_tree(str(found))
-                removed.append(str(found))
-    return sorted(removed)
+        temporary = [name for name in [*folders, *names] if _is_temporary(name)]
+        folders[:] = [name for name in folders if name not in temporary]
+        found += [str(path) for path in (Path(place, name) for name in temporary) if _last_touched(path) <= newest_kept]
+    return sorted(found)
+
+
+def sweep_litter(folder: str, older_than_s: float) -> list[str]:
+    """Remove what `litter` finds; the paths removed, sorted."""
+    removed = litter(folder, older_than_s)
+    for path in removed:
+        remove_tree(path)
+    return removed
 
 
 def remove_tree(path: str) -> None:

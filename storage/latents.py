@@ -49,6 +49,13 @@ class LatentStore:
             raise DamagedError(f"{path} was changed: its digest is {spec.digest()}. Restore it")
         return cls(root, spec)
 
+    @classmethod
+    def every(cls, root: DataRoot) -> "list[LatentStore]":
+        """Every store that the root holds, by digest; DamagedError where a spec is not its own."""
+        if not is_local(root.url):
+            return []
+        return [cls.open(root, digest) for digest in sorted(_folders(Path(root.stores()), r"[0-9a-f]{32}"))]
+
     def create(self) -> None:
         """Write the spec in words; nothing to do where it stands already."""
         try:

@@ -24,6 +24,7 @@ from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
 
 AXES = ("row", "frame", "channel", "y", "x")
+SWEPT = "swept"  # reason in the commit of a shard whose bytes a sweep has freed
 
 
 class Part:
@@ -72,6 +73,10 @@ class Part:
 
     def committed(self, number: int) -> bool:
         return self.commit_path(number).exists()
+
+    def stands(self, number: int) -> bool:
+        """Whether a shard is committed and its file is there; a swept one has none."""
+        return self.committed(number) and self.shard_path(number).exists()
 
     def commit(self, number: int) -> pl.DataFrame:
         """Columns of Commits of a committed shard, by slot; DamagedError where it does not fit the plan."""
@@ -132,13 +137,32 @@ class Part:
         with self.lock():
             for slot in slots:
                 number, within = divmod(slot, ROWS_PER_SHARD)
-                if not self.committed(number):
+                if not self.stands(number):
                     continue
                 with self.shard_path(number).open("r+b") as file:
                     file.seek(within * row_bytes)
                     file.write(bytes(row_bytes))
                     file.flush()
                     os.fsync(file.fileno())
+
+    def discard(self, number: int) -> int:
+        """Free the bytes of a committed shard, for sweeps only; the bytes freed.
+
+        Its commit then says `swept` of every row, and comes first: a shard without one is taken for a dead writer's and
+        encoded again. Any Zarr reader sees the fill value. Asking again frees what a killed sweep left.
+        """
+        path = self.shard_path(number)
+        with self.lock():
+            commits = self.commit(number)
+            if (commits["reason"] != SWEPT).fill_null(True).any():
+                empty = pl.lit([], pl.List(pl.Float64))
+                swept = commits.with_columns(
+                    status=pl.lit("rejected"), reason=pl.lit(SWEPT), crc32c=None, sums=empty, sums_squared=empty
+                )
+                tables.write_table(str(self.commit_path(number)), swept, Commits)
+            size_bytes = path.stat().st_size if path.exists() else 0
+            path.unlink(missing_ok=True)
+        return size_bytes
 
     def _refuse_committed(self, number: int) -> None:
         if self.committed(number):

@@ -70,8 +70,11 @@ class DataRoot:
         return f"{self.url}/{noun}/{_name(batch)}.png"
 
     # latent store
+    def stores(self) -> str:
+        return f"{self.url}/latents"
+
     def spec_folder(self, spec: str) -> str:
-        return f"{self.url}/latents/{_hex(spec)}"
+        return f"{self.stores()}/{_hex(spec)}"
 
     def latents_checks(self, spec: str, batch: str) -> str:
         return f"{self.spec_folder(spec)}/{_name(batch)}.json"

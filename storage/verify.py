@@ -12,7 +12,7 @@ import numpy as np
 from storage import shard
 from storage.digest import crc32c
 from storage.errors import NExTVidError
-from storage.part import Part
+from storage.part import SWEPT, Part
 from storage.shard import ROWS_PER_SHARD
 
 
@@ -89,6 +89,9 @@ def _shard(part: Part, number: int, withdrawn: frozenset[bytes]) -> list[Problem
         commits = part.commit(number)
     except NExTVidError as error:
         return [Problem(str(part.commit_path(number)), None, str(error), remedy)]
+    if (commits["reason"] == SWEPT).fill_null(False).all():
+        swept = "a sweep was killed before it removed this file"
+        return [Problem(path, None, swept, "sweep again, or remove it")] if Path(path).exists() else []
     row_bytes = part.spec.row_bytes(part.frames)
     wanted_bytes = shard.shard_bytes(commits.height, row_bytes)
     try:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import polars as pl
-from storage.latents import EncodingSpec, LatentStore
-from storage.tables import read_table
 
 from nextvid.corpus.discover import accepted
 from nextvid.corpus.project import Project
 from nextvid.encode.weights import autoencoder_digest, latent_shape
 from storage.errors import ConfigError, RefusedError
+from storage.latents import EncodingSpec, LatentStore
 from storage.schemas import Clips
+from storage.tables import read_table
 
 
 @dataclass(frozen=True)

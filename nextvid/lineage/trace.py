@@ -238,7 +238,7 @@ def _scores_with(root: DataRoot, media: pl.Series) -> Iterator[ScoreFacts]:
 
 
 def _media_facts(row: dict[str, Any], clips: pl.DataFrame) -> MediaFacts:
-    own = clips.filter((pl.col("media_id") == row["media_id"]) & (pl.col("status") == "ok"))
+    own = clips.filter(pl.col("media_id").eq_missing(pl.lit(row["media_id"], pl.Binary)) & (pl.col("status") == "ok"))
     return MediaFacts(
         uri=row["uri"],
         media_id=row["media_id"].hex() if row["media_id"] else None,

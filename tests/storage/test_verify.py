@@ -14,7 +14,7 @@ from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES
 from storage.withdrawn import record_withdrawal, withdrawn_rows
-from tests.storage.stores import BATCH, FRAMES, full_store, ids, write
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, spec, write
 
 MEDIA = "ab" * 16
 
@@ -148,3 +148,38 @@ def test_erasing_skips_shards_that_were_never_committed(data_root: DataRoot) -> 
     part = store.plan_part(BATCH, FRAMES, ids(3, first=10))
     part.erase([0])
     assert not part.shard_path(0).exists()
+
+
+def test_a_discarded_shard_is_free_and_sound(data_root: DataRoot) -> None:
+    store, part = full_store(data_root, 300)
+    kept = part.shard_path(1).read_bytes()
+    size_bytes = part.shard_path(0).stat().st_size
+    assert part.discard(0) == size_bytes
+    assert (part.stands(0), part.committed(0), part.stands(1)) == (False, True, True)
+    assert part.shard_path(1).read_bytes() == kept
+    assert store.verify() == []
+    assert store.unfinished(BATCH, FRAMES) is None
+    assert store.commits(BATCH)["reason"].to_list() == ["swept"] * 256 + [None] * 44
+    array = np.asarray(zarr.open_array(f"{part.path}/latent", mode="r")[:])
+    assert np.isnan(array[:256]).all()
+    assert np.isfinite(array[256:]).all()
+    assert part.discard(0) == 0
+    part.erase([0])  # nothing is left to erase
+    assert store.verify() == []
+
+
+def test_a_row_cited_from_a_discarded_shard_is_an_error(data_root: DataRoot) -> None:
+    store, part = full_store(data_root, 3)
+    (address, *_) = addresses(store.commits(BATCH), [BATCH])
+    part.discard(0)
+    with pytest.raises(DamagedError, match="cannot be read"):
+        RowReader(data_root, store.spec, [BATCH]).read_into(FRAMES, address, np.empty((FRAMES, 2, 2, 3), np.float16))
+
+
+def test_every_store_is_found(data_root: DataRoot) -> None:
+    assert LatentStore.every(data_root) == []
+    stores = [full_store(data_root, 3)[0], LatentStore(data_root, spec(resolution=96))]
+    stores[1].create()
+    assert [store.spec for store in LatentStore.every(data_root)] == [
+        store.spec for store in sorted(stores, key=lambda store: store.digest)
+    ]

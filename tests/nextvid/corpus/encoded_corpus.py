@@ -1,5 +1,6 @@
 """A project whose clips, latents and duplicates are written by hand: what the trainset reads, without any file."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ from storage.tables import publish_checks, write_table
 from tests.nextvid.encode.small_corpus import clip_row, publish_clips
 
 FRAMES = 4
+
+
+def write_autoencoder(folder: Path) -> Path:
+    """As much of an autoencoder's folder as planning reads: 3 channels, 8 pixels a cell."""
+    folder.mkdir()
+    config = {"_class_name": "AutoencoderKL", "latent_channels": 3, "block_out_channels": [8] * 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    return folder
 
 
 class Corpus:

@@ -1,6 +1,5 @@
 """trainset: which batches and rows join, what its statistics and digest are, and what its checks catch."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +22,14 @@ from storage.reader import RowReader, row_id
 from storage.schemas import Commits
 from storage.tables import publish_checks
 from storage.withdrawn import record_withdrawal
-from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, doubled
+from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, doubled, write_autoencoder
 
 FILMS, MORE, STILLS, PROBE = "films.000000", "films.000001", "stills.000000", "probe.000000"
 
 
 @pytest.fixture
 def autoencoder(tmp_path: Path) -> Path:
-    """As much of an autoencoder's folder as planning reads: 3 channels, 8 pixels a cell."""
-    folder = tmp_path / "autoencoder"
-    folder.mkdir()
-    config = {"_class_name": "AutoencoderKL", "latent_channels": 3, "block_out_channels": [8] * 4}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
-    return folder
+    return write_autoencoder(tmp_path / "autoencoder")
 
 
 @pytest.fixture

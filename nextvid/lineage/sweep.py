@@ -1,0 +1,174 @@
+"""What may be deleted: whole shards that no trainset cites and whose rows no clip wants, and writers' old litter.
+
+Decides from tables and addresses, reads no latent, rewrites no shard (design 4). A row is wanted where a clips table
+that passed its checks names it and its encoding is in force, asked for by corpus.yaml or a trainset's, whose probes
+read rows beside it. A batch whose clips are not known, or did not pass, loses nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from nextvid.corpus.discover import accepted
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.encode.plan import encoding_spec, wanted_clips
+from nextvid.lineage.trace import scores_of, trainsets_of
+from nextvid.probe.rows import ProbeRows
+from storage.atomic import litter, remove_tree
+from storage.latents import LatentStore, Part
+from storage.root import DataRoot, is_local
+from storage.tables import read_checks, read_table
+
+LITTER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name
+Place = tuple[str, str, int, int, int]  # spec digest, batch, frames, part, shard
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One committed shard, and why it goes or stays."""
+
+    path: str
+    rows: int
+    size_bytes: int
+    trainsets: tuple[str, ...]  # that cite it
+    wanted: int  # rows that clips want, or all of them where that is not known
+    asked: int  # rows that scores asked about; they keep nothing, since a score is a record
+
+    @property
+    def goes(self) -> bool:
+        """Whether nothing keeps it."""
+        return not self.trainsets and not self.wanted
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What goes or went, and what nearly did: shards that no clip wants in part or whole and something still holds."""
+
+    done: bool
+    gone: tuple[Shard, ...]
+    kept: tuple[Shard, ...]
+    litter: tuple[str, ...]
+    litter_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes freed or to be freed."""
+        return sum(shard.size_bytes for shard in self.gone) + self.litter_bytes
+
+    def text(self) -> str:
+        """For people."""
+        state = "removed" if self.done else "would go"
+        lines = [f"{state}  {s.path}  {s.size_bytes:,} bytes{_said(s)}" for s in self.gone]
+        lines += [f"{state}  {path}  (litter)" for path in self.litter]
+        lines += [f"stays  {s.path}  {s.rows - s.wanted} of {s.rows} rows unwanted{_said(s)}" for s in self.kept]
+        tail = "" if self.done or not (self.gone or self.litter) else "; nothing is changed without --yes"
+        lines.append(
+            f"{len(self.gone)} shards and {len(self.litter)} pieces of litter, {self.size_bytes:,} bytes {state}{tail}"
+        )
+        return "\n".join(lines)
+
+
+def sweep(project: Project, *, yes: bool = False) -> Sweep:
+    """Find what nothing refers to; delete it where `yes`. Doing it again finishes what a killed sweep began."""
+    root = project.root
+    shards = list(_shards(project))
+    if yes:
+        for part, number, shard in shards:
+            if shard.goes:
+                part.discard(number)
+    found = [shard for _, _, shard in shards]
+    folders = sorted({folder for folder in (root.url, root.runs_url) if is_local(folder)})
+    old = sorted({path for folder in folders for path in litter(folder, LITTER_AGE_S)})
+    litter_bytes = sum(_size_bytes(Path(path)) for path in old)
+    if yes:
+        for path in old:
+            remove_tree(path)
+    return Sweep(
+        done=yes,
+        gone=tuple(shard for shard in found if shard.goes),
+        kept=tuple(shard for shard in found if not shard.goes and shard.wanted < shard.rows),
+        litter=tuple(old),
+        litter_bytes=litter_bytes,
+    )
+
+
+def _shards(project: Project) -> Iterator[tuple[Part, int, Shard]]:
+    """Every shard that stands, judged."""
+    root = project.root
+    cited, asked = _cited(root), _asked(root)
+    specs = _specs(project)
+    for store in LatentStore.every(root):
+        for batch in store.batches():
+            wanted = _wanted(project, batch) if store.digest in specs else _NOTHING
+            for part in _parts(store, batch):
+                for number in (number for number in range(part.shards) if part.stands(number)):
+                    ids = part.rows_of(number)["row_id"]
+                    place = (store.digest, batch, part.frames, part.number, number)
+                    yield (
+                        part,
+                        number,
+                        Shard(
+                            path=str(part.shard_path(number)),
+                            rows=len(ids),
+                            size_bytes=part.shard_path(number).stat().st_size,
+                            trainsets=tuple(sorted(cited.get(place, ()))),
+                            wanted=len(ids) if wanted is None else int(ids.is_in(wanted.implode()).sum()),
+                            asked=int(ids.is_in(asked.implode()).sum()),
+                        ),
+                    )
+
+
+_NOTHING = pl.Series("row_id", [], dtype=pl.Binary)
+
+
+def _parts(store: LatentStore, batch: str) -> Iterator[Part]:
+    for frames in store.frames_of(batch):
+        yield from (store.part(batch, frames, number) for number in store.parts(batch, frames))
+
+
+def _wanted(project: Project, batch: str) -> pl.Series | None:
+    """Row ids that the batch's clips want; None where that is not known."""
+    verdict = read_checks(project.root.checks("clips", batch))
+    if verdict is None or not verdict["passed"]:
+        return None
+    return wanted_clips(project, batch)["row_id"]
+
+
+def _specs(project: Project) -> set[str]:
+    """Digests of the encodings in which rows may still be wanted."""
+    stands = accepted(project)
+    used = {Trainset.open(project.root, digest).spec.digest() for digest in trainsets_of(project.root)}
+    return used | {encoding_spec(project).digest()} | ({stands.encoding} if stands else set())
+
+
+def _cited(root: DataRoot) -> dict[Place, set[str]]:
+    """Digests of the trainsets that cite a shard, by its place."""
+    found: dict[Place, set[str]] = {}
+    for digest in trainsets_of(root):
+        trainset = Trainset.open(root, digest)
+        for frames in trainset.lengths:
+            for batch, part, shard in np.unique(trainset.rows(frames)[["batch", "part", "shard"]]).tolist():
+                place = (trainset.spec.digest(), trainset.batches[batch], frames, part, shard)
+                found.setdefault(place, set()).add(digest)
+    return found
+
+
+def _asked(root: DataRoot) -> pl.Series:
+    """Rows that any score asked about."""
+    tables = [read_table(str(path.with_name("rows.parquet")), ProbeRows)["row_id"] for path in scores_of(root)]
+    return pl.concat([_NOTHING, *tables]).unique()
+
+
+def _said(shard: Shard) -> str:
+    """What refers to a shard."""
+    said = [f"trainset {digest}" for digest in shard.trainsets]
+    said += [f"{shard.asked} rows that scores asked about"] if shard.asked else []
+    return f"; referred to by {', '.join(said)}" if said else ""
+
+
+def _size_bytes(path: Path) -> int:
+    return sum(found.lstat().st_size for found in [path, *path.rglob("*")] if found.is_file())

@@ -1,0 +1,138 @@
+"""Withdrawing a file: its rows are named in withdrawn/<media>.json, then zeroed in every store, and what saw it listed.
+
+The record comes first (design 4): from then on loaders refuse trainsets that hold such a row and `media` rejects the
+file, wherever copies of its bytes stand. Rows are those of every clips table, trainset and score; a row that none of
+them names any more cannot be told from others, hence `unexplained`. Holds no format of records (storage/withdrawn.py)
+and touches neither the file itself, nor tables, nor runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import polars as pl
+
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.lineage.trace import Trace, scores_of, trace, trainsets_of
+from nextvid.probe.rows import ProbeRows
+from storage.errors import ConfigError
+from storage.latents import ROWS_PER_SHARD, LatentStore, Part
+from storage.root import DataRoot
+from storage.schemas import Clips, Media
+from storage.tables import read_table, read_tables
+from storage.withdrawn import record_withdrawal
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """What is or would be withdrawn, and what has seen it."""
+
+    done: bool
+    media: tuple[str, ...]  # ids in hex; several where other bytes stood under the name before
+    rows: int  # rows known by id
+    stored: int  # places in stores where they stand
+    size_bytes: int  # of these places
+    unexplained: int  # committed rows of the same batches that no clip, trainset or score names any more
+    affected: Trace
+
+    def text(self) -> str:
+        """For people."""
+        state = "withdrawn" if self.done else "would be withdrawn (nothing is changed without --yes)"
+        found = self.affected
+        seen = f"{len(found.trainsets)} trainsets, {len(found.runs)} runs and {len(found.scores)} scores"
+        lines = [
+            f"{state}: {', '.join(self.media)}",
+            f"  {self.rows} rows, {self.stored} places in stores, {self.size_bytes:,} bytes of zeros in their stead",
+            f"  seen by {seen}, which stay as they are:",
+            *("  " + line for line in self.affected.text().splitlines()[1:]),
+        ]
+        if self.unexplained:
+            lines.append(
+                f"  {self.unexplained} stored rows of its batches belong to clips of an earlier curation and may be of "
+                "this file: 'nextvid sweep --yes' frees whole shards of such rows"
+            )
+        lines.append(
+            "  the file, checkpoints and pictures made of it are yours to remove; then 'nextvid make trainset'"
+        )
+        return "\n".join(lines)
+
+
+def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
+    """Withdraw a file by URI, path or media id (32 hex digits); only a plan of it unless `yes`. Doing it again is safe.
+
+    Raises ConfigError where nobody knows the file, or its bytes could never be read and so have no id.
+    """
+    root = project.root
+    affected = trace(project, what)
+    if affected.kind != "file":
+        raise ConfigError(f"'{what}' is a {affected.kind}: files are withdrawn, by URI, path or media id")
+    media = sorted({facts.media_id for facts in affected.media if facts.media_id is not None})
+    if not media:
+        raise ConfigError(f"'{what}' could not be read and has no id, so nothing was made of it: remove the file")
+    rows = _rows_of(root, media)
+    wanted = pl.Series(sorted(set().union(*rows.values())), dtype=pl.Binary)
+    if yes:
+        for media_id, ids in rows.items():
+            record_withdrawal(root, media_id, ids)
+    places = list(_places(root, wanted))
+    if yes:
+        for part, slots in places:
+            part.erase(slots)
+    return Withdrawal(
+        done=yes,
+        media=tuple(media),
+        rows=len(wanted),
+        stored=sum(len(slots) for _, slots in places),
+        size_bytes=sum(len(slots) * part.spec.row_bytes(part.frames) for part, slots in places),
+        unexplained=_unexplained(root, media),
+        affected=affected,
+    )
+
+
+def _named_rows(root: DataRoot) -> Iterator[pl.DataFrame]:
+    """Columns media_id, row_id, batch of everything that names rows of files: clips, trainsets, scores."""
+    columns = "media_id", "row_id", "batch"
+    yield read_tables(root, "clips", None, Clips).select(columns).drop_nulls("row_id")
+    for digest in trainsets_of(root):
+        yield Trainset.open(root, digest).lineage().select(columns)
+    for path in scores_of(root):
+        yield read_table(str(path.with_name("rows.parquet")), ProbeRows).select(columns)
+
+
+def _rows_of(root: DataRoot, media: list[str]) -> dict[str, set[bytes]]:
+    """Row ids by media id in hex; a media without any row has an empty set, and is recorded all the same."""
+    found: dict[str, set[bytes]] = {media_id: set() for media_id in media}
+    ids = pl.Series([bytes.fromhex(media_id) for media_id in media], dtype=pl.Binary)
+    for named in _named_rows(root):
+        for media_id, row_id, _ in named.filter(pl.col("media_id").is_in(ids.implode())).iter_rows():
+            found[media_id.hex()].add(row_id)
+    return found
+
+
+def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[Part, list[int]]]:
+    """Parts of every store that planned such rows, and the slots whose shards are committed and still hold bytes."""
+    for part in _parts(root):
+        planned = part.plan.filter(pl.col("row_id").is_in(rows.implode()))["slot"].to_list()
+        slots = [slot for slot in planned if part.stands(slot // ROWS_PER_SHARD)]
+        if slots:
+            yield part, slots
+
+
+def _parts(root: DataRoot) -> Iterator[Part]:
+    for store in LatentStore.every(root):
+        for batch in store.batches():
+            for frames in store.frames_of(batch):
+                yield from (store.part(batch, frames, number) for number in store.parts(batch, frames))
+
+
+def _unexplained(root: DataRoot, media: list[str]) -> int:
+    """Committed rows, in batches that hold one of these media, that nothing names any more."""
+    ids = pl.Series([bytes.fromhex(media_id) for media_id in media], dtype=pl.Binary)
+    named = pl.concat(list(_named_rows(root)))
+    files = read_tables(root, "media", None, Media).filter(pl.col("media_id").is_in(ids.implode()))
+    count = 0
+    for store in LatentStore.every(root):
+        for batch in files["batch"].unique().sort().to_list():
+            done = store.commits(batch).filter(pl.col("status") == "ok")
+            count += done.join(named, on="row_id", how="anti").height
+    return count
