@@ -107,6 +107,16 @@ def export_encoder(folder: Path, encoder: Encoder, trainset: Trainset, run: Run,
         atomic.publish_json(str(staged / "config.json"), config)
 
 
+def copy_encoder(folder: Path, out: Path) -> ExportedEncoder:
+    """Copy an exported encoder to a folder that did not exist, after it was opened once: no damage is handed on.
+
+    Raises what `load_encoder` does, and ConflictError where `out` exists.
+    """
+    with atomic.staged_folder(str(out.absolute())) as staged:
+        shutil.copytree(folder, staged, dirs_exist_ok=True)
+        return load_encoder(staged)
+
+
 def load_encoder(path: str | Path, device: str = "cpu") -> ExportedEncoder:
     """Open an exported encoder: frozen, in evaluation mode, fp32.
 

@@ -32,14 +32,13 @@ from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamEr
 GRACE_S = 8.0  # design 4: a cancelled group is gone within 10 s; what is left of it is killed after this
 LOG = "trainer.log"
 STDERR = 2  # progress is not what a command prints: stdout stays free for it
+# research: demo (5), "Time": 4.04 -> 3.30 s for 11 steps, by keeping freed pages. How threads wait is left to the user:
+# for `demo` on 2 cores spinning takes 0.18 s a step and OMP_WAIT_POLICY=PASSIVE 0.25 to 0.31; beside other programs
+# (load 5) PASSIVE takes 0.6 to 0.9, one thread 0.4, and spinning did not end 36 steps in 60 s.
 CPU_VARIABLES = {
-    # research: demo (5), "Time": 4.04 -> 3.30 s for 11 steps, by keeping freed pages
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "268435456",
-    # threads that wait sleep: measured with the demo recipe, 2 threads on 2 cores under a load of 6 from other
-    # programs, 0.69 s a step; spinning, 36 steps did not end in 100 s
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
