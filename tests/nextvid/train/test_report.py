@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from dagster_pipes import encode_param
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nextvid.train.diagnose import collapsed
 from nextvid.train.events import read_events
