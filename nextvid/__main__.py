@@ -42,12 +42,19 @@ def make_command(
 
 
 @app.command
-def inspect(recipe: Annotated[str, tyro.conf.Positional]) -> None:
-    """Print a recipe in full, with its digest."""
+def inspect(recipe: Annotated[str, tyro.conf.Positional], json_: Json = False) -> None:
+    """Print what a recipe costs: parameters, tokens, FLOPs and memory by part; with --json the recipe in full too."""
+    from nextvid.model.cost import cost
+    from nextvid.recipe_summary import summary
     from nextvid.recipes import recipe as recipe_by_name
 
     found = recipe_by_name(recipe)
-    print(json.dumps({"digest": found.digest(), **found.model_dump(mode="json")}, indent=2))
+    reckoned = cost(found)
+    if json_:
+        values = {"digest": found.digest(), **found.model_dump(mode="json"), "cost": asdict(reckoned)}
+        print(json.dumps(values, indent=2))
+    else:
+        print(summary(found, reckoned))
 
 
 @app.command

@@ -1,0 +1,223 @@
+"""What a recipe costs: parameters, tokens, FLOPs and memory of every part, before anything is allocated.
+
+FLOPs are the formulas of method.md 12 (a multiply-add is 2; backward is twice forward), with T-1 tubelets in the online
+encoder; tests compare them with torch's counter. Memory of activations follows one rule, `_kept`. Parameters are
+counted on the meta device. `flat` and `bucket` draw their counts and are reckoned at their strategies' budgets.
+
+Letters: T tubelets, F = T-1 predicted ones, S cells, n visible cells a tubelet, D and H width and MLP of the encoder,
+d width of predictor or decoder, C target channels, k copies.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nextvid.config import ModelConfig, RecipeConfig, StageConfig
+from nextvid.model.decoder import MLP_RATIO, SINUSOID, condition_width
+from nextvid.model.encoder import input_width
+from nextvid.model.nextvid import NExTVid
+
+FP32 = 4  # bytes; weights, gradients, moments and average are kept in fp32 (method.md 7.4)
+BACKWARD = 3  # forward and backward over forward, method.md 12
+# Numbers kept for backward, in widths a token and block; autograd's own count in tests/nextvid/model/test_cost.py
+ATTENTION = 7  # input and output of the norm, rotated q and k, v, the attention's output twice
+CROSS_ATTENTION = 5  # as above without keys and values, which are counted by context token
+FEED_FORWARD = 2  # input and output of the norm; beside it the hidden layer before and after GELU
+MODULATED = 2  # normalised and gated inputs that AdaLN multiplies
+# Bytes a kept number, with norm statistics, rotary tables and fp32 norm inputs: 4.34 to 4.46 and 2.22 to 2.37, ibid.
+KEPT_BYTES = {"fp32": 4.4, "bf16": 2.3}
+BF16 = 2  # bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part in one pass over one clip: tokens that enter, FLOPs forward, numbers kept for backward."""
+
+    tokens: int
+    flops: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One mask strategy of one clip; a part that the recipe lacks costs nothing."""
+
+    name: str
+    visible: int  # cells a tubelet
+    encoder: Part
+    predictor: Part
+    decoder: Part
+
+    @property
+    def flops(self) -> int:
+        """Forward."""
+        return self.encoder.flops + self.predictor.flops + self.decoder.flops
+
+    @property
+    def kept(self) -> int:
+        """Numbers kept for backward."""
+        return self.encoder.kept + self.predictor.kept + self.decoder.kept
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A clip and a step of one stage."""
+
+    name: str
+    clips: int
+    frames: int
+    reference: int  # FLOPs forward, 0 without alignment
+    passes: tuple[Pass, ...]
+
+    @property
+    def clip_flops(self) -> int:
+        """Forward and backward of one clip, reference included."""
+        return self.reference + BACKWARD * sum(each.flops for each in self.passes)
+
+    @property
+    def step_flops(self) -> int:
+        """All clips of a global batch."""
+        return self.clips * self.clip_flops
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a rank holds; activations for one clip in a backward, of the largest pass (passes follow one another).
+
+    `copies` are weights in bf16 that autocast makes.
+    """
+
+    weights: int
+    copies: int
+    gradients: int
+    moments: int
+    average: int
+    activations_a_clip: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Everything of a recipe; `parameters` by part, the reference encoder not among the trained ones."""
+
+    parameters: dict[str, int]
+    stages: tuple[StageCost, ...]
+    memory: Memory
+
+
+def cost(recipe: RecipeConfig) -> Cost:
+    """What the recipe costs. Raises ConfigError as the model itself does, and allocates no weights."""
+    parameters = count_parameters(recipe)
+    stages = tuple(stage_cost(recipe, stage) for stage in recipe.stages)
+    trained = sum(parameters.values())
+    kept = max(each.kept for stage in stages for each in stage.passes)
+    memory = Memory(
+        weights=FP32 * trained,
+        copies=BF16 * trained if recipe.precision == "bf16" else 0,
+        gradients=FP32 * trained,
+        moments=2 * FP32 * trained,
+        average=FP32 * parameters["encoder"],
+        activations_a_clip=round(kept * KEPT_BYTES[recipe.precision]),
+    )
+    return Cost(parameters, stages, memory)
+
+
+def count_parameters(recipe: RecipeConfig) -> dict[str, int]:
+    """Parameters of encoder, predictor and decoder; 0 for a part that is not there."""
+    with torch.device("meta"):
+        model = NExTVid(recipe)
+    parts: dict[str, nn.Module | None] = {
+        "encoder": model.encoder,
+        "predictor": model.predictor,
+        "decoder": model.decoder,
+    }
+    return {name: sum(p.numel() for p in part.parameters()) if part else 0 for name, part in parts.items()}
+
+
+def stage_cost(recipe: RecipeConfig, stage: StageConfig) -> StageCost:
+    """One clip of a stage, pass by pass."""
+    model, masks = recipe.model, recipe.masks
+    tubelets = stage.frames // model.tubelet
+    budgets = {each.name: each.budget for each in masks.strategies}
+    if masks.keep == "all":
+        budgets = {"all": model.cells}
+    ragged = masks.keep == "flat"
+    reference = encoder(model, model.cells, tubelets, ragged=False).flops if recipe.losses.align > 0 else 0
+    passes = tuple(
+        Pass(
+            name,
+            visible,
+            encoder(model, visible, tubelets if ragged else tubelets - 1, ragged),
+            predictor(model, visible, tubelets - 1, ragged),
+            decoder(model, visible, tubelets - 1, stage.tau_copies, ragged),
+        )
+        for name, visible in budgets.items()
+    )
+    return StageCost(stage.name, stage.batch, stage.frames, reference, passes)
+
+
+def encoder(model: ModelConfig, visible: int, tubelets: int, ragged: bool) -> Part:
+    """L blocks over `visible` cells of each tubelet, each attending its own and earlier tubelets."""
+    D, H, depth = model.encoder.width, model.encoder.mlp_hidden, model.encoder.depth
+    tokens, inputs = tubelets * visible, input_width(model)
+    dense = depth * 2 * tokens * (4 * D**2 + 2 * D * H) + 2 * inputs * D * tokens
+    attention = depth * 4 * D * _pairs(model, visible, visible, tubelets, ragged)
+    return Part(tokens, dense + attention, tokens * (inputs + depth * _kept(D, H) + D))
+
+
+def predictor(model: ModelConfig, visible: int, frames: int, ragged: bool) -> Part:
+    """Queries at every cell of F tubelets (or hidden ones), reading `visible` cells of each earlier tubelet."""
+    config, D = model.predictor, model.encoder.width
+    if config.kind == "none":
+        return Part(0, 0, 0)
+    d, depth = config.width, config.depth
+    asked = model.cells - visible if config.support == "masked" else model.cells
+    context, queries = frames * visible + (visible if ragged else 0), frames * asked
+    around = 2 * D * d * (context + queries)
+    if config.kind == "joint":
+        both = context + queries  # under a mask by ids, so every pair is computed
+        inside = depth * (2 * both * (4 * d**2 + 2 * MLP_RATIO * d**2) + 4 * d * both**2)
+        return Part(queries, around + inside, both * depth * _kept(d, MLP_RATIO * d) + queries * 2 * d)
+    linear = 4 * d**2 * context + 2 * (2 + 2 * MLP_RATIO) * d**2 * queries
+    attention = 4 * d * (context * queries if ragged else _pairs(model, asked, visible, frames, ragged=False))
+    kept = depth * (queries * _kept(d, MLP_RATIO * d, cross=True) + context * 3 * d) + context * d + queries * 2 * d
+    return Part(queries, around + depth * (linear + attention), kept)
+
+
+def decoder(model: ModelConfig, visible: int, frames: int, copies: int, ragged: bool) -> Part:
+    """Copies of F tubelets of noisy tokens, each tubelet for itself (`dit_iso`) or reading the encoder."""
+    config, C = model.decoder, model.target_channels
+    if config.kind == "none":
+        return Part(0, 0, 0)
+    d, depth = config.width, config.depth
+    asked = model.cells - visible if model.predictor.support == "masked" else model.cells
+    once, tokens, sequences = frames * asked, copies * frames * asked, copies * frames
+    modulations = {"dit_iso": 6, "xattn": 6, "xattn_self": 9}[config.kind]
+    time = sequences * 2 * (SINUSOID * d + d**2 + depth * modulations * d**2 + 2 * d**2)
+    ends, around = 2 * 2 * C * d * tokens, tokens * (2 * C + 3 * d)
+    mlp = 2 * 2 * MLP_RATIO * d**2
+    if config.kind == "dit_iso":
+        block = tokens * (8 * d**2 + mlp + 4 * d * asked)
+        flops = ends + time + 2 * condition_width(model) * d * once + depth * block
+        return Part(tokens, flops, around + tokens * depth * (_kept(d, MLP_RATIO * d) + MODULATED * 2 * d))
+    context = frames * visible + (visible if ragged else 0)
+    seen = copies * (context * frames * asked if ragged else _pairs(model, asked, visible, frames, ragged=False))
+    block = tokens * (4 * d**2 + mlp) + 4 * d**2 * copies * context + 4 * d * seen
+    kept = tokens * (_kept(d, MLP_RATIO * d, cross=True) + MODULATED * 2 * d) + copies * context * 3 * d
+    if config.kind == "xattn_self":
+        block += tokens * (8 * d**2 + 4 * d * once)
+        kept += tokens * ((ATTENTION + MODULATED) * d)
+    flops = ends + time + 2 * model.encoder.width * d * context + depth * block
+    return Part(tokens, flops, around + depth * kept)
+
+
+def _pairs(model: ModelConfig, rows: int, keys: int, tubelets: int, ragged: bool) -> int:
+    """Pairs of query and key that are computed: by block those that may attend, else all (method.md 3)."""
+    by_block = not ragged and model.attention != "dense"
+    return rows * keys * (tubelets * (tubelets + 1) // 2 if by_block else tubelets**2)
+
+
+def _kept(width: int, hidden: int, cross: bool = False) -> int:
+    """Numbers a block keeps for backward for each token of its stream."""
+    attention = CROSS_ATTENTION if cross else ATTENTION
+    return (attention + FEED_FORWARD) * width + 2 * hidden

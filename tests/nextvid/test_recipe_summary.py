@@ -1,0 +1,43 @@
+"""`nextvid inspect`: the numbers of the model, in words and as JSON."""
+
+import json
+import re
+
+import pytest
+
+from nextvid.__main__ import inspect
+from nextvid.model.cost import cost
+from nextvid.recipe_summary import GIB, summary
+from nextvid.recipes import recipe
+
+
+def test_every_part_stage_and_byte_is_named() -> None:
+    found, reckoned = recipe("nextvid_l_latent"), cost(recipe("nextvid_l_latent"))
+    text = summary(found, reckoned)
+    assert text.splitlines()[0] == f"nextvid_l_latent  {found.digest()}"
+    assert re.search(r"encoder +302\.38 M", text)  # 303.9 less the embedding of 1536 numbers, plus one of 64
+    for stage in reckoned.stages:
+        assert f"stage {stage.name}: {stage.clips} clips of {stage.frames} frames" in text
+        assert f"{stage.clip_flops / 1e12:.3f} TFLOP" in text
+    assert re.search(r"short \(60 cells\), encoder +420 tokens", text)
+    total = reckoned.memory.weights * 4 + reckoned.memory.average + reckoned.memory.copies
+    assert f"{total / GIB:.3f} GiB" in text.splitlines()[-1]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_parts_that_are_not_there_are_not_listed() -> None:
+    text = summary(recipe("ablation_gen_isolated"), cost(recipe("ablation_gen_isolated")))
+    assert ", predictor" not in text
+    assert "reference encoder" not in text
+    assert ", decoder" in text
+
+
+def test_command_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    inspect("demo")
+    assert capsys.readouterr().out.startswith("demo  ")
+    inspect("demo", json_=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["digest"] == recipe("demo").digest()
+    assert found["model"]["encoder"]["width"] == 128
+    assert found["cost"]["parameters"] == cost(recipe("demo")).parameters
+    assert found["cost"]["stages"][3]["name"] == "cooldown"
