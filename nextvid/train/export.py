@@ -112,6 +112,8 @@ def copy_encoder(folder: Path, out: Path) -> ExportedEncoder:
 
     Raises what `load_encoder` does, and ConflictError where `out` exists.
     """
+    if not (folder / "config.json").is_file():
+        raise UpstreamError(f"{folder} holds no exported encoder yet: the run writes it when it is complete")
     with atomic.staged_folder(str(out.absolute())) as staged:
         shutil.copytree(folder, staged, dirs_exist_ok=True)
         return load_encoder(staged)

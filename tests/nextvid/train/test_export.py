@@ -17,10 +17,10 @@ from nextvid.corpus.trainset import Trainset
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.tokens import latent_tokens
-from nextvid.train.export import export_encoder, load_encoder, random_encoder
+from nextvid.train.export import copy_encoder, export_encoder, load_encoder, random_encoder
 from nextvid.train.run import Run, plan_run
 from nextvid.train.step import build_model
-from storage.errors import ConfigError, DamagedError, RefusedError, UpstreamError
+from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError, UpstreamError
 from storage.latents import EncodingSpec
 from tests.nextvid.train.corpus import MEAN, STD, make_project
 from tests.nextvid.train.tiny import CHANNELS, GRID, HOW, tiny_recipe
@@ -131,3 +131,21 @@ def test_importing_the_package_costs_no_torch_until_an_encoder_is_asked_for() ->
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'load_decoder'"):
         nextvid.load_decoder  # noqa: B018
+
+
+def test_a_copy_is_the_same_encoder_and_never_half_there(project: Project, tmp_path: Path) -> None:
+    folder, out = _export(project, tmp_path / "encoder"), tmp_path / "shared" / "copy"
+    copy_encoder(folder, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in folder.iterdir())
+    latents = torch.randn(1, 4, CHANNELS, GRID, GRID)
+    torch.testing.assert_close(load_encoder(out)(latents), load_encoder(folder)(latents), rtol=0, atol=0)
+    with pytest.raises(ConflictError, match="exists already"):
+        copy_encoder(folder, out)
+    with pytest.raises(UpstreamError, match="no exported encoder yet"):
+        copy_encoder(tmp_path / "nothing", tmp_path / "other")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(DamagedError):
+        copy_encoder(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert not list(tmp_path.glob(".*"))

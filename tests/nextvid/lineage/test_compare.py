@@ -1,0 +1,93 @@
+"""Two runs side by side: every field that differs is shown once, the rest is counted."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextvid.corpus.project import Project
+from nextvid.lineage.compare import Difference, compare, find
+from nextvid.probe.encoders import find_run
+from nextvid.train.run import CONFIG
+from storage.errors import ConfigError
+from tests.nextvid.tiny_project import RECIPE
+
+OTHER = "0123456789ab"
+
+
+def second_run(project: Project, **recipe: Any) -> str:
+    """A copy of the run's config.json under another id, with other values."""
+    folder = find_run(project, RECIPE).folder
+    (folder.parent / OTHER).mkdir()
+    said = json.loads((folder / CONFIG).read_text())
+    said["recipe"] |= recipe
+    said["run"] = OTHER
+    (folder.parent / OTHER / CONFIG).write_text(json.dumps(said))
+    return OTHER
+
+
+def add_score(project: Project, run: str, rows: str, accuracy: float) -> None:
+    folder = Path(project.root.probe(RECIPE, run, "species", rows))
+    folder.mkdir(parents=True)
+    encoders = {"ema": {"accuracy": accuracy, "knn": 0.5}}
+    said = {
+        "run": run,
+        "recipe": RECIPE,
+        "benchmark": "species",
+        "rows": rows,
+        "seconds": accuracy,
+        "encoders": encoders,
+    }
+    (folder / "score.json").write_text(json.dumps(said))
+
+
+def test_a_run_differs_from_itself_in_nothing(own_copy: Project) -> None:
+    run = find_run(own_copy, RECIPE)
+    found = compare(own_copy, run.id, str(run.folder))
+    assert (found.config, found.scores) == ((), ())
+    assert found.same > 50  # a recipe has more fields than this
+
+
+def test_fields_that_differ_are_named_with_both_values(own_copy: Project) -> None:
+    run = find_run(own_copy, RECIPE)
+    masks = run.recipe.masks.model_dump(mode="json")
+    other = second_run(own_copy, seed=run.recipe.seed + 1, masks={**masks, "seed": 99})
+    found = compare(own_copy, run.id, other)
+    by_field = {difference.field: difference for difference in found.config}
+    assert by_field["recipe.seed"] == Difference("recipe.seed", run.recipe.seed, run.recipe.seed + 1)
+    assert by_field["recipe.masks.seed"] == Difference("recipe.masks.seed", masks["seed"], 99)
+    assert "run" not in by_field
+    text = found.text()
+    assert "recipe.seed" in text
+    assert "fields differ" in text
+
+
+def test_scores_on_the_same_rows_stand_side_by_side(own_copy: Project) -> None:
+    run, other = find_run(own_copy, RECIPE).id, second_run(own_copy)
+    add_score(own_copy, run, "ab" * 16, 0.5)
+    add_score(own_copy, other, "ab" * 16, 0.75)
+    found = compare(own_copy, run, other)
+    assert found.config == ()
+    assert found.scores == (Difference("species[abababababab].encoders.ema.accuracy", 0.5, 0.75),)
+
+
+def test_scores_on_other_rows_stand_against_nothing(own_copy: Project) -> None:
+    run, other = find_run(own_copy, RECIPE).id, second_run(own_copy)
+    add_score(own_copy, run, "ab" * 16, 0.5)
+    add_score(own_copy, other, "cd" * 16, 0.5)
+    found = compare(own_copy, run, other)
+    accuracies = [(d.first, d.second) for d in found.scores if d.field.endswith("accuracy")]
+    assert accuracies == [(0.5, None), (None, 0.5)]
+    assert " - " in found.text()
+
+
+def test_an_unknown_run_is_an_error_that_names_the_known(own_copy: Project) -> None:
+    run = find_run(own_copy, RECIPE).id
+    with pytest.raises(ConfigError, match=f"'nothing' is no run of .*{run}"):
+        compare(own_copy, run, "nothing")
+    assert find(own_copy, run).run == run
+    shutil.rmtree(Path(own_copy.root.recipe_folder(RECIPE)))
+    with pytest.raises(ConfigError, match="there are: none"):
+        find(own_copy, run)
