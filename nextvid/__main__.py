@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 the user's configuration or corpus is wrong, 3 something u
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -134,6 +135,33 @@ def sweep(yes: Yes = False, corpus: Corpus = None, json_: Json = False) -> None:
 
     found = sweep_stores(open_project(corpus), yes=yes)
     print(json.dumps(asdict(found), indent=2) if json_ else found.text())
+
+
+@app.command
+def compare(
+    first: Annotated[str, tyro.conf.Positional],
+    second: Annotated[str, tyro.conf.Positional],
+    corpus: Corpus = None,
+    json_: Json = False,
+) -> None:
+    """Show in which fields of configuration and scores two runs differ."""
+    from nextvid.lineage.compare import compare as compare_runs
+
+    found = compare_runs(open_project(corpus), first, second)
+    print(json.dumps(asdict(found), indent=2) if json_ else found.text())
+
+
+@app.command
+def export(
+    run: Annotated[str, tyro.conf.Positional], out: Annotated[str, tyro.conf.Positional], corpus: Corpus = None
+) -> None:
+    """Copy a run's EMA encoder to a folder that nextvid.load_encoder opens."""
+    from nextvid.lineage.compare import find
+    from nextvid.train.export import copy_encoder
+
+    facts = find(open_project(corpus), run)
+    copy_encoder(Path(facts.folder, "encoder"), Path(out))
+    print(f"encoder of run {facts.run} (recipe {facts.recipe}, trainset {facts.trainset}) in {out}")
 
 
 def line(outcome: Outcome) -> str:
