@@ -144,11 +144,24 @@ def _load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of "float32 modules: []" that nobody asked for (research vae 7)
     try:
-        model: torch.nn.Module = getattr(diffusers, read_folder(folder)[0]["_class_name"]).from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+        kind = getattr(diffusers, read_folder(folder)[0]["_class_name"])
+        model: torch.nn.Module
+        model, told = kind.from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
-        return model
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder}: diffusers cannot load this autoencoder: {error}") from error
     finally:
         logging.set_verbosity(said)
+    if told["missing_keys"] or told["unexpected_keys"]:  # diffusers only warns, and leaves them at random (trap 18)
+        lacking, unknown = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
+        raise ConfigError(
+            f"{folder}: the weights do not fit config.json: {len(lacking)} tensors missing {lacking[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}; put the whole checkpoint there"
+        )
+    return model

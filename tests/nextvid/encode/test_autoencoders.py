@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest, latent_shape
@@ -45,7 +46,7 @@ class TestEncode:
         assert again.dtype == np.uint8
         assert np.abs(again.astype(int) - frames).max() <= 2
 
-    def test_posterior_mean_and_width_are_diffusers_own(self, random_autoencoder: Path) -> None:
+    def test_trap_18_posterior_mean_and_width_are_diffusers_own(self, random_autoencoder: Path) -> None:
         from diffusers import AutoencoderKL
 
         frames = _frames()
@@ -208,6 +209,16 @@ class TestRefusals:
         shutil.copy(random_autoencoder / "config.json", tmp_path)
         torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
         with pytest.raises(ConfigError, match="never from a pickle"):
+            Autoencoder.load(tmp_path)
+
+    def test_trap_18_a_missing_tensor(self, random_autoencoder: Path, tmp_path: Path) -> None:
+        """Loaders that are not strict leave such a tensor at random."""
+        shutil.copytree(random_autoencoder, tmp_path, dirs_exist_ok=True)
+        file = tmp_path / "diffusion_pytorch_model.safetensors"
+        held = load_file(file)
+        del held["decoder.conv_out.weight"]
+        save_file(held, file)
+        with pytest.raises(ConfigError, match=r"1 tensors missing .*decoder\.conv_out\.weight"):
             Autoencoder.load(tmp_path)
 
     def test_wrapper_of_another_kind(self, random_autoencoder: Path, tmp_path: Path) -> None:

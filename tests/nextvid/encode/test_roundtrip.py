@@ -47,7 +47,7 @@ def trip(model: Autoencoder, encoded: np.ndarray, truth: np.ndarray) -> Trip:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_true_moving_clip_passes_with_everything_decided(autoencoder: Autoencoder, seed: int) -> None:
+def test_trap_17_and_18_true_moving_clip_passes_with_everything_decided(autoencoder: Autoencoder, seed: int) -> None:
     clip = scene(8, seed)
     verdict = trip(autoencoder, clip, clip)
     assert verdict.faults == ()
@@ -57,7 +57,7 @@ def test_true_moving_clip_passes_with_everything_decided(autoencoder: Autoencode
 
 @pytest.mark.parametrize("slip", ["late", "early", "flipped", "crop", "other row", "channels", "frames reversed"])
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_slips_are_caught(autoencoder: Autoencoder, slip: str, seed: int) -> None:
+def test_trap_18_and_19_planted_slips_are_caught(autoencoder: Autoencoder, slip: str, seed: int) -> None:
     longer = scene(10, seed, margin=8)
     truth = longer[1:9, :SIDE, :SIDE]
     wrong = {
@@ -74,7 +74,7 @@ def test_planted_slips_are_caught(autoencoder: Autoencoder, slip: str, seed: int
 
 
 @pytest.mark.parametrize("slip", ["late", "early", "flipped", "crop"])
-def test_decoded_pixels_alone_catch_what_they_are_for(autoencoder: Autoencoder, slip: str) -> None:
+def test_trap_19_decoded_pixels_alone_catch_what_they_are_for(autoencoder: Autoencoder, slip: str) -> None:
     longer = scene(10, 0, margin=8)
     truth = longer[1:9, :SIDE, :SIDE]
     wrong = {

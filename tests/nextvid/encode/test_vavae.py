@@ -98,7 +98,7 @@ def test_converted_model_computes_the_same(small: torch.nn.Module, tmp_path: Pat
 
 
 @pytest.mark.parametrize("spoil", ["missing", "shape", "extra"])
-def test_another_model_is_refused(small: torch.nn.Module, tmp_path: Path, spoil: str) -> None:
+def test_trap_18_another_model_is_refused(small: torch.nn.Module, tmp_path: Path, spoil: str) -> None:
     state = as_ldm(small)
     match spoil:
         case "missing":

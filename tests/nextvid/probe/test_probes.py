@@ -51,7 +51,7 @@ def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
         assert kept["labels"].shape == (30,)
 
 
-def test_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: Project) -> None:
+def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: Project) -> None:
     """Trap 31 of method.md 13: final norm, frame-causal, every cell, one token after the other."""
     task = plan_task(evaluated, RECIPE, "species")
     trained = load_trained(task.run)
@@ -67,7 +67,7 @@ def test_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: 
     torch.testing.assert_close(torch.from_numpy(found[:, cells:]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_segments_stand_one_after_the_other(evaluated: Project) -> None:
+def test_trap_31_segments_stand_one_after_the_other(evaluated: Project) -> None:
     task = plan_task(evaluated, RECIPE, "species")
     encoder = load_trained(task.run).ema
     source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
@@ -78,7 +78,7 @@ def test_segments_stand_one_after_the_other(evaluated: Project) -> None:
     np.testing.assert_array_equal(paired[1, single.shape[1] :], single[3])
 
 
-def test_features_do_not_see_the_future(evaluated: Project) -> None:
+def test_trap_31_features_do_not_see_the_future(evaluated: Project) -> None:
     task = plan_task(evaluated, RECIPE, "species")
     trained = load_trained(task.run)
     source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)

@@ -52,7 +52,7 @@ def test_test_clips_come_first_and_ids_decide(evaluated: Project) -> None:
         choose_clips(evaluated, trainset, 64)
 
 
-def test_truth_is_the_autoencoder_s_reconstruction_of_stored_latents(evaluated: Project) -> None:
+def test_trap_17_truth_is_the_autoencoder_s_reconstruction_of_stored_latents(evaluated: Project) -> None:
     run = find_run(evaluated, RECIPE)
     scene = open_scene(evaluated, run, Trainset.open(evaluated.root), "cpu")
     raw = scene.source.latents(scene.rows.head(1)).astype(np.float32)[0]

@@ -78,6 +78,20 @@ def test_latents_are_the_drawn_rows_read_by_zarr(project: Project) -> None:
     assert images > 3  # repeated over time, as the broadcast above demands
 
 
+def test_trap_17_drawn_latents_have_mean_0_and_deviation_1_by_channel(project: Project) -> None:
+    drawn = torch.cat([batch.latents.transpose(1, 2).flatten(2) for batch in _batches(project, tiny_recipe())[:6]])
+    assert drawn.mean((0, 2)).tolist() == pytest.approx([0.0] * 4, abs=0.1)
+    assert drawn.std((0, 2)).tolist() == pytest.approx([1.0] * 4, abs=0.1)
+
+
+def test_trap_25_neighbouring_clips_and_ranks_see_different_cells(project: Project) -> None:
+    recipe = tiny_recipe()
+    shares = [_batches(project, recipe, rank=rank, ranks=2)[:3] for rank in range(2)]
+    for index in range(2):
+        rows = [tuple(ids.tolist()) for share in shares for batch in share for ids in batch.visible[index]]
+        assert len(set(rows)) > 0.8 * len(rows)
+
+
 def test_visible_ids_are_the_plans_entries(project: Project) -> None:
     recipe = tiny_recipe()
     plan = open_mask_plan(project.root, recipe.masks, (4, 4))
@@ -91,7 +105,7 @@ def test_visible_ids_are_the_plans_entries(project: Project) -> None:
 
 @pytest.mark.parametrize("keep", ["fixed", "bucket", "flat", "all"])
 @pytest.mark.parametrize("ranks", [2])
-def test_ranks_share_each_batch_in_order(project: Project, keep: Keep, ranks: int) -> None:
+def test_trap_25_ranks_share_each_batch_in_order(project: Project, keep: Keep, ranks: int) -> None:
     recipe = tiny_recipe(keep=keep)
     alone = _batches(project, recipe)
     shares = [_batches(project, recipe, rank=rank, ranks=ranks) for rank in range(ranks)]
@@ -120,7 +134,7 @@ def test_other_ways_of_thinning(project: Project, keep: Keep) -> None:
 
 @given(first=st.integers(0, 12))
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_resuming_at_any_step_goes_on_with_the_same_batches(project: Project, first: int) -> None:
+def test_trap_25_resuming_at_any_step_goes_on_with_the_same_batches(project: Project, first: int) -> None:
     recipe = tiny_recipe()
     everything = _batches(project, recipe)
     resumed = _batches(project, recipe, first)

@@ -129,7 +129,7 @@ def test_asking_again_trains_nothing(project: Project) -> None:
 
 
 @pytest.mark.parametrize("stopped", [1, 3, 7, 10])
-def test_resuming_is_bit_equal_to_never_having_stopped(
+def test_trap_12_resuming_is_bit_equal_to_never_having_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
 ) -> None:
     often = HOW.model_copy(update={"checkpoint_every_steps": 1, "diagnose_every_steps": 4})

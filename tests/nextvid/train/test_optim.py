@@ -43,7 +43,7 @@ PAPER = recipe("nextvid_l").stages
         (132_000 - 1, 1e-4 - 9.9e-5 * 11_999 / 12_000),
     ],
 )
-def test_rates_of_the_paper(step: int, main: float) -> None:
+def test_trap_27_rates_of_the_paper(step: int, main: float) -> None:
     now = rates(PAPER, "linear", step)
     assert now.main == pytest.approx(main, rel=1e-9)
     fixed = 3e-4 if step >= 120_000 else 8e-4 if step >= 40_000 else None
@@ -58,7 +58,7 @@ def test_cosine_is_one_curve_between_warmup_and_cooldown() -> None:
         assert rates(PAPER, "cosine", step) == rates(PAPER, "linear", step)
 
 
-def test_both_groups_get_their_rate() -> None:
+def test_trap_27_both_groups_get_their_rate() -> None:
     tiny = tiny_recipe()
     optimizer = build_optimizer(build_model(tiny), tiny.optim)
     for step in range(tiny.steps):
@@ -84,7 +84,7 @@ def test_all_clips_of_the_paper() -> None:
         stage_at(PAPER, 132_000)
 
 
-def test_groups_hold_every_trained_parameter_once_and_nothing_else() -> None:
+def test_trap_14_groups_hold_every_trained_parameter_once_and_nothing_else() -> None:
     tiny = tiny_recipe()
     model = build_model(tiny)
     reference = reference_encoder(model.encoder)
@@ -96,7 +96,7 @@ def test_groups_hold_every_trained_parameter_once_and_nothing_else() -> None:
     assert not {id(parameter) for parameter in found} & {id(parameter) for parameter in reference.parameters()}
 
 
-def test_biases_and_norms_do_not_decay_but_the_query_does() -> None:
+def test_trap_14_biases_and_norms_do_not_decay_but_the_query_does() -> None:
     tiny = tiny_recipe()
     model = build_model(tiny)
     shapes = dict(model.named_parameters())
@@ -152,7 +152,7 @@ def test_a_gradient_that_is_no_number_shows_in_its_norm() -> None:
     assert torch.isfinite(norms["encoder"])
 
 
-def test_moments_survive_a_checkpoint_between_two_stages(tmp_path: Path) -> None:
+def test_trap_27_moments_survive_a_checkpoint_between_two_stages(tmp_path: Path) -> None:
     tiny = tiny_recipe()
     model = build_model(tiny)
     optimizer = build_optimizer(model, tiny.optim)

@@ -58,7 +58,7 @@ def test_one_backward_a_strategy_is_the_gradient_of_the_total() -> None:
     )
 
 
-def test_micro_batches_give_the_gradient_of_the_whole() -> None:
+def test_trap_28_micro_batches_give_the_gradient_of_the_whole() -> None:
     """Trap 28."""
     recipe = _unclipped(tiny_recipe())
     results = []
@@ -75,7 +75,7 @@ def test_micro_batches_give_the_gradient_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("micro", [0, 1])
-def test_the_average_moves_once_a_step_after_the_optimiser(micro: int) -> None:
+def test_trap_13_the_average_moves_once_a_step_after_the_optimiser(micro: int) -> None:
     """Traps 11 to 13: the reference is the closed form of the online weights after each step."""
     recipe = tiny_recipe()
     trained = build(recipe, ALONE)
