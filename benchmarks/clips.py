@@ -1,0 +1,119 @@
+"""The clips that benchmarks/loader.py reads: random latents of the VA-VAE's shape, in our store with a trainset.
+
+Holds the data and our own way of storing it; other formats stand in sources.py and peers.py. The values are standard
+normal numbers from a seed, since latents are incompressible to within 10 % (research: vae, 5).
+
+Axes: n clips, F frames, C channels, h w cells.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float16
+
+from nextvid.config import RecipeConfig
+from nextvid.corpus.trainset import Trainset
+from nextvid.recipes import recipe
+from nextvid.train.distributed import Ranks
+from nextvid.train.loader import Loader
+from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.train.order import Masks, Order
+from storage import atomic
+from storage.digest import digest
+from storage.latents import EncodingSpec, LatentStore
+from storage.reader import RowReader, addresses
+from storage.root import DataRoot
+from storage.schemas import Commits
+from storage.shard import ROWS_PER_SHARD
+
+FRAMES, CHANNELS, SIDE = 16, 32, 16  # VA-VAE f16d32 at 256 pixels, the paper's clip length
+SHAPE = (FRAMES, CHANNELS, SIDE, SIDE)
+CLIP_BYTES = 2 * FRAMES * CHANNELS * SIDE * SIDE
+BATCH = 32  # clips a step, research: store, C
+BATCH_KEY = "random.000000"
+TRAINSET = "0" * 32  # the digest it goes by; nothing compares it
+MASK_ENTRIES = 1 << 13  # of the mask plan: enough for its checks; how many there are does not change a draw's cost
+
+Clips = Float16[np.ndarray, "n F C h w"]
+
+
+def random_clips(count: int) -> Clips:
+    """Standard normal numbers in float16; the same for the same count."""
+    rng = np.random.default_rng(0)
+    out = np.empty((count, *SHAPE), np.float16)
+    for clip in out:
+        clip[:] = rng.standard_normal(SHAPE, dtype=np.float32)
+    return out
+
+
+def write_store(clips: Clips, folder: Path) -> None:
+    """Our store, one part of all clips, and a trainset of it."""
+    root = DataRoot.open(str(folder))
+    spec = EncodingSpec("0" * 32, 16 * SIDE, "bicubic", "fp32", "mean", "float16", CHANNELS, SIDE, SIDE)
+    store = LatentStore(root, spec)
+    store.create()
+    part = store.plan_part(BATCH_KEY, FRAMES, [bytes.fromhex(digest(["clip", n])) for n in range(len(clips))])
+    for shard in range(part.shards):
+        rows = part.rows_of(shard)
+        defaults = {
+            name: pl.lit([] if isinstance(kind, pl.List) else None, kind)
+            for name, kind in Commits.create_empty().schema.items()
+            if name not in rows.columns
+        }
+        defaults |= {"status": pl.lit("ok"), "decode_s": pl.lit(0.0, pl.Float32), "encode_s": pl.lit(0.0, pl.Float32)}
+        first = int(rows["slot"][0])
+        commits = rows.with_columns(**defaults).select(Commits.column_names())
+        part.write_shard(shard, clips[first : first + rows.height], commits)
+    # one part, so that clip n is row n: the trainset need not be sorted by id for anything that is measured here
+    found = addresses(store.commits(BATCH_KEY, FRAMES), [BATCH_KEY])
+    said = {
+        "digest": TRAINSET,
+        "spec": spec.to_json(),
+        "weights": {"random": 1.0},
+        "mean": [0.0] * CHANNELS,
+        "std": [1.0] * CHANNELS,
+        "batches": [BATCH_KEY],
+        "offsets": {f"f{FRAMES}": {"random": [0, len(found)]}},
+    }
+    with atomic.staged_folder(root.pointed("trainset", TRAINSET)) as staged:
+        np.save(staged / f"rows.f{FRAMES}.npy", found, allow_pickle=False)
+        atomic.publish_json(str(staged / "trainset.json"), said)
+
+
+class Store:
+    """Our store, opened: rows by number, and the loader of the trainer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._root = DataRoot.open(str(folder))
+        self._trainset = Trainset.open(self._root, TRAINSET)
+        self.rows = np.array(self._trainset.rows(FRAMES))
+        self.reader = RowReader(self._root, self._trainset.spec, self._trainset.batches)
+        self.array_path = LatentStore(self._root, self._trainset.spec).part(BATCH_KEY, FRAMES, 0).path + "/latent"
+
+    def read_into(self, clip: int, out: np.ndarray) -> None:
+        """One clip by its number, as the trainer's threads read it."""
+        self.reader.read_into(FRAMES, self.rows[clip], out)
+
+    def loader(self, steps: int) -> tuple[Loader, RecipeConfig]:
+        """The trainer's loader for so many steps of one rank on the CPU, masks included."""
+        config = _recipe(steps)
+        make_plan(self._root, config)
+        plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
+        order = Order(self._trainset, config)
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        return Loader(self._trainset, config, order, Masks(config, plan), self.reader, ranks), config
+
+    def order(self, steps: int) -> list[int]:
+        """The numbers of the clips that the loader draws, in its order."""
+        drawn = Order(self._trainset, _recipe(steps)).drawn(FRAMES, 0, steps * BATCH)
+        return [int(clip.address["shard"]) * ROWS_PER_SHARD + int(clip.address["slot"]) for clip in drawn]
+
+
+def _recipe(steps: int) -> RecipeConfig:
+    """The paper's ViT-L on latents with one stage of this batch and length."""
+    paper = recipe("nextvid_l_latent")
+    stage = paper.stages[0].model_copy(update={"steps": steps, "frames": FRAMES, "batch": BATCH})
+    masks = paper.masks.model_copy(update={"entries": MASK_ENTRIES})
+    return paper.model_copy(update={"stages": (stage,), "masks": masks})

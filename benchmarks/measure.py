@@ -1,0 +1,88 @@
+"""What the benchmarks share: time and CPU time of a piece of work, a cold page cache, tables and the JSON file.
+
+Machines swing by a factor of two within minutes (research: store), so arms are measured in turns and only ratios inside
+one turn are compared; a median over turns is what is printed. Holds no workload.
+"""
+
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from storage.atomic import publish_json
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds by the wall clock, and of CPU in this process and in children that have ended."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def timed(work: Callable[[], None]) -> Took:
+    """Run a piece of work once."""
+    cpu_before, before = _cpu_s(), time.perf_counter()
+    work()
+    return Took(time.perf_counter() - before, _cpu_s() - cpu_before)
+
+
+def evict(folder: Path) -> None:
+    """Ask the kernel to drop the folder's files from its page cache; what lies below a virtual disk may stay warm."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # dirty pages cannot be dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over turns of above / below within a turn."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What a reader of a figure has to know of the machine; `load` says whether it was shared."""
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table: text to the left, numbers to the right with three digits that count."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(
+            *(f"{cell:.3g}" if isinstance(cell, float) and cell < 1000 else escape(_plain(cell)) for cell in row)
+        )
+    Console(width=max(100, Console().width)).print(table)
+
+
+def write(path: Path | None, found: Mapping[str, Any]) -> None:
+    """Write the JSON file, if one was asked for."""
+    if path is not None:
+        publish_json(str(path), found)
+
+
+def _plain(cell: object) -> str:
+    return f"{cell:.0f}" if isinstance(cell, float) else "-" if cell is None else str(cell)
+
+
+def _cpu_s() -> float:
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime

@@ -1,0 +1,210 @@
+"""Formats with packages of their own (extra `bench`): each written uncompressed and read as its documentation says.
+
+A package that cannot be imported is named as absent. Lance, HF datasets, MDS and litdata give clips by number; batches
+of Lance come in stored order, those of MDS, litdata and WebDataset in a shuffled order of their own, as users have it.
+
+Axes: F frames, C channels, h w cells.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.clips import BATCH, CLIP_BYTES, SHAPE, Clips
+from benchmarks.sources import Read, Source, by_number, stacked
+
+SHARD_BYTES = 1 << 26  # 64 MiB, as our shards (67 MB) and the formats' own defaults
+SHUFFLE_BUFFER = 256  # clips, WebDataset: as many as one of our shards
+
+
+def found_peers() -> tuple[tuple[Source, ...], list[dict[str, str]]]:
+    """Those that can be imported, and the name and reason of each that cannot."""
+    peers = {
+        "lance": Source("Lance", _write_lance, _open_lance, _lance_batches),
+        "datasets": Source("HF datasets (arrow)", _write_arrow, _open_arrow, _arrow_batches),
+        "streaming": Source("mosaicml-streaming MDS", _write_mds, _open_mds, _mds_batches),
+        "litdata": Source("litdata, batch_decode off", _write_litdata, _open_litdata, _litdata_batches),
+        "webdataset": Source("WebDataset", _write_tar, None, _tar_batches),
+    }
+    found, absent = [], []
+    for package, source in peers.items():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            absent.append({"name": source.name, "reason": str(error)})
+        else:
+            found.append(source)
+    return tuple(found), absent
+
+
+def _clip(data: bytes | memoryview) -> np.ndarray:
+    """A clip from bytes or a buffer, without a copy."""
+    return np.frombuffer(data, np.float16).reshape(SHAPE)
+
+
+def _passes(once: Callable[[], Iterable[Tensor]], order: Sequence[int]) -> Iterator[Tensor]:
+    """Passes in the format's own order until as many clips came as `order` has."""
+    left = len(order)
+    while left > 0:
+        before = left
+        for batch in once():
+            left -= len(batch)
+            yield batch
+        assert left < before, "a pass without a clip"
+
+
+def _write_lance(clips: Clips, folder: Path) -> None:
+    import lance
+    import pyarrow
+
+    column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(clips.reshape(-1)), CLIP_BYTES // 2)
+    lance.write_dataset(pyarrow.table({"clip": column}), str(folder / "clips.lance"))
+
+
+def _open_lance(folder: Path) -> Read:
+    import lance
+
+    data = lance.dataset(str(folder / "clips.lance"))
+
+    def read(clip: int) -> np.ndarray:
+        values = data.take([clip]).column("clip").chunk(0).flatten()
+        return np.asarray(values.to_numpy(zero_copy_only=True)).reshape(SHAPE)
+
+    return read
+
+
+def _lance_tensor(batch: Any, **_: object) -> Tensor:  # noqa: ANN401 - pyarrow is not always there
+    # Lance passes options that do not apply to one column
+    values = batch.column("clip").flatten().to_numpy(zero_copy_only=True)
+    return torch.from_numpy(values.reshape(-1, *SHAPE).copy())
+
+
+def _lance_batches(folder: Path, order: Sequence[int], _workers: int) -> Iterator[Tensor]:
+    """Without workers always: Lance reads ahead in threads of its own and must not be forked (its documentation)."""
+    from lance.torch.data import LanceDataset
+
+    data = LanceDataset(str(folder / "clips.lance"), BATCH, columns=["clip"], to_tensor_fn=_lance_tensor)
+    return _passes(lambda: data, order)
+
+
+def _write_arrow(clips: Clips, folder: Path) -> None:
+    import datasets
+
+    def rows() -> Iterator[dict[str, bytes]]:
+        for clip in clips:
+            yield {"clip": clip.tobytes()}
+
+    features = datasets.Features({"clip": datasets.Value("large_binary")})
+    written = datasets.Dataset.from_generator(rows, features=features, cache_dir=str(folder / "cache"))
+    written.save_to_disk(str(folder / "clips"))
+
+
+def _open_arrow(folder: Path) -> Read:
+    import datasets
+
+    data = datasets.load_from_disk(str(folder / "clips")).with_format("arrow")
+
+    def read(clip: int) -> np.ndarray:
+        return _clip(memoryview(data[clip].column("clip")[0].as_buffer()))
+
+    return read
+
+
+def _arrow_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+    return by_number(_open_arrow, folder, order, workers)
+
+
+def _write_mds(clips: Clips, folder: Path) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder), columns={"clip": "bytes"}, size_limit=SHARD_BYTES) as writer:
+        for clip in clips:
+            writer.write({"clip": clip.tobytes()})
+
+
+def _open_mds(folder: Path) -> Read:
+    from streaming import StreamingDataset
+
+    data = StreamingDataset(local=str(folder), batch_size=BATCH)
+
+    def read(clip: int) -> np.ndarray:
+        return _clip(data[clip]["clip"])
+
+    return read
+
+
+def _mds_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+    from streaming import StreamingDataset
+
+    data = StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True, shuffle_algo="py1br")
+    return _passes(lambda: DataLoader(data, BATCH, num_workers=workers, collate_fn=_stacked_values), order)
+
+
+def _write_litdata(clips: Clips, folder: Path) -> None:
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(str(folder), chunk_bytes=SHARD_BYTES)
+    for number, clip in enumerate(clips):
+        cache[number] = {"clip": clip.tobytes()}
+    cache.done()
+    cache.merge()
+
+
+def _open_litdata(folder: Path) -> Read:
+    from litdata import StreamingDataset
+
+    data = StreamingDataset(str(folder), batch_decode=False)
+
+    def read(clip: int) -> np.ndarray:
+        return _clip(data[clip]["clip"])
+
+    return read
+
+
+def _litdata_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    def once() -> Iterable[Tensor]:
+        data = StreamingDataset(str(folder), shuffle=True, batch_decode=False)
+        found: Iterable[Tensor] = StreamingDataLoader(
+            data, batch_size=BATCH, num_workers=workers, collate_fn=_stacked_values
+        )
+        return found
+
+    return _passes(once, order)
+
+
+def _stacked_values(samples: Sequence[dict[str, bytes]]) -> Tensor:
+    return stacked([_clip(sample["clip"]) for sample in samples])
+
+
+def _write_tar(clips: Clips, folder: Path) -> None:
+    import webdataset
+
+    with webdataset.ShardWriter(f"{folder}/%04d.tar", maxsize=SHARD_BYTES, verbose=0) as writer:
+        for number, clip in enumerate(clips):
+            writer.write({"__key__": f"{number:06d}", "clip": clip.tobytes()})
+
+
+def _tar_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+    import webdataset
+
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+
+    def once() -> Iterable[Tensor]:
+        data = webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False).shuffle(SHUFFLE_BUFFER)
+        return webdataset.WebLoader(
+            data.map(_tar_clip).batched(BATCH, collation_fn=stacked), batch_size=None, num_workers=workers
+        )
+
+    return _passes(once, order)
+
+
+def _tar_clip(sample: dict[str, bytes]) -> np.ndarray:
+    return _clip(sample["clip"])
