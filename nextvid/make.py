@@ -3,13 +3,15 @@
 Holds the order of the graph as plain calls. Holds no work of its own and prints nothing: the command line does.
 """
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from nextvid.corpus.project import Project
 from nextvid.outcome import Outcome
-from storage.errors import ConfigError, UpstreamError
+from nextvid.recipes import recipe as recipe_by_name
+from storage.errors import ConfigError, CorpusError, UpstreamError
 
 Asset = Literal[
     "sources", "media", "shots", "clips", "latents", "latent_stats", "duplicates", "mask_plan",
@@ -62,26 +64,56 @@ def chain(asset: Asset) -> list[Asset]:
 def make(project: Project, wish: Wish) -> Iterator[Outcome]:
     """Make what is wished for and what it lacks; yields each outcome as it is there.
 
-    Stops with UpstreamError after an outcome whose blocking check failed, except that one stopped batch does not stop
-    the others.
+    One stopped batch does not stop the others; what reads all batches decides itself which it does without. Raises
+    UpstreamError where a blocking check of anything else failed, or, at the end, where a batch never came to the asset
+    asked for; CorpusError where no dataset holds a file, ConfigError for an unknown batch.
     """
-    failed: list[str] = []
+    _refuse_names(project, wish)
+    stopped: dict[str, str] = {}  # batch -> why
     for name in chain(wish.asset):
         for partition in partitions(project, name, wish):
-            if name in BY_BATCH and partition in failed:
+            if name in BY_BATCH and partition in stopped:
                 continue
             try:
                 outcome = make_one(project, name, partition, wish)
-            except UpstreamError:
-                if name in BY_BATCH and wish.batch is None:
-                    failed.append(str(partition))
-                    continue
-                raise
+            except UpstreamError as error:
+                if name not in BY_BATCH:
+                    raise
+                stopped[_key(partition)] = str(error)
+                continue
             yield outcome
             if not outcome.passed:
-                if name not in BY_BATCH or wish.batch is not None:
+                if name not in BY_BATCH:
                     raise UpstreamError(f"{name}: blocking checks failed: {_failed(outcome)}")
-                failed.append(str(partition))
+                stopped[_key(partition)] = f"{name}: blocking checks failed: {_failed(outcome)}"
+        if name == "sources" and wish.asset != "sources":
+            _refuse_nothing(project, wish)
+        if stopped and name in BY_BATCH and (name == wish.asset or wish.batch is not None):
+            listed = "; ".join(f"{batch}: {why}" for batch, why in sorted(stopped.items()))
+            raise UpstreamError(f"{wish.asset} was not made for {len(stopped)} batches: {listed}")
+
+
+def _refuse_names(project: Project, wish: Wish) -> None:
+    """What would only be missed after hours of encoding."""
+    if "mask_plan" in chain(wish.asset):
+        recipe_by_name(_recipe(wish))
+    if wish.benchmark is not None and wish.benchmark not in project.corpus.benchmarks:
+        known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
+        raise ConfigError(f"{project.path}: there is no benchmark '{wish.benchmark}'; there are: {known}")
+
+
+def _refuse_nothing(project: Project, wish: Wish) -> None:
+    """No file at all, or no such batch: a loop over nothing would say that all is well."""
+    known = project.root.batches()
+    if not known:
+        places = ", ".join(f"{name}: {dataset.uri}" for name, dataset in sorted(project.corpus.datasets.items()))
+        raise CorpusError(f"no dataset holds a video or image ({places}): correct their 'uri', or put files there")
+    if wish.batch is not None and wish.batch not in known:
+        near = difflib.get_close_matches(wish.batch, known, n=1)
+        raise ConfigError(
+            f"there is no batch '{wish.batch}'; "
+            + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}")
+        )
 
 
 def partitions(project: Project, asset: Asset, wish: Wish) -> Sequence[str | None]:

@@ -1,0 +1,184 @@
+"""Making without Dagster: the order is the asset graph's, one stopped batch stops no other, nothing is no success."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nextvid import make as module
+from nextvid.corpus.project import Project
+from nextvid.make import ASSETS, BY_BATCH, UPSTREAM, Asset, Wish, chain, make
+from nextvid.outcome import Check, Outcome
+from storage.errors import ConfigError, CorpusError, UpstreamError
+from tests.nextvid.corpus.small_media import write_picture, write_project
+
+Maker = Callable[[Project, Asset, str | None, Wish], Outcome]
+FIRST, SECOND = "stills.000000", "stills.000001"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """Three pictures in two batches."""
+    for number in range(3):
+        write_picture(tmp_path / "stills" / f"{number}.jpg", f"{number}")
+    stills = {"uri": str(tmp_path / "stills"), "weight": 1.0, "clips": [{"frames": 1}], "max_batch_images": 2}
+    return write_project(tmp_path, {"stills": stills}, benchmarks={})
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Makers after `sources` only note that they were called; `broken` below changes what they say."""
+    noted: list[tuple[str, str | None]] = []
+    real = module.make_one
+
+    def noting(project: Project, asset: Asset, partition: str | None, wish: Wish) -> Outcome:
+        if asset == "sources":
+            return real(project, asset, partition, wish)
+        noted.append((asset, partition))
+        return Outcome(asset, partition, made=True, rows=1, size_bytes=1, seconds=0.0)
+
+    monkeypatch.setattr(module, "make_one", noting)
+    return noted
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, where: tuple[str, str | None], how: str) -> None:
+    """One maker of one partition raises, or reports a failed check."""
+    before: Maker = module.make_one
+
+    def broken(project: Project, asset: Asset, partition: str | None, wish: Wish) -> Outcome:
+        outcome = before(project, asset, partition, wish)
+        if (asset, partition) != where:
+            return outcome
+        if how == "raises":
+            raise UpstreamError("it failed before")
+        blocking = how == "blocking"
+        checks = (Check("budget", False, {"share": 0.5}, blocking=blocking),)
+        return Outcome(asset, partition, made=True, rows=1, size_bytes=1, seconds=0.0, checks=checks)
+
+    monkeypatch.setattr(module, "make_one", broken)
+
+
+def test_upstream_is_that_of_the_asset_graph() -> None:
+    from orchestration.definitions import build_defs
+
+    graph = build_defs().resolve_asset_graph()
+    parents = {
+        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
+        for key in graph.get_all_asset_keys()
+    }
+    assert {asset: set(upstream) for asset, upstream in UPSTREAM.items()} == parents
+
+
+@pytest.mark.parametrize("asset", ASSETS)
+def test_a_chain_is_the_asset_and_its_ancestors_each_after_what_it_reads(asset: Asset) -> None:
+    found = chain(asset)
+    assert found[-1] == asset
+    assert len(found) == len(set(found))
+    for place, name in enumerate(found):
+        assert set(UPSTREAM[name]) <= set(found[:place])
+    needed = set(UPSTREAM[asset]).union(*(chain(parent) for parent in UPSTREAM[asset]))
+    assert set(found) == {asset} | needed
+
+
+def test_every_batch_goes_through_every_maker_in_order(project: Project, calls: list[tuple[str, str | None]]) -> None:
+    outcomes = list(make(project, Wish("latents")))
+    assert outcomes[0].asset == "sources"
+    assert calls == [(asset, batch) for asset in BY_BATCH for batch in (FIRST, SECOND)]
+
+
+def test_one_batch_leaves_the_others_alone(project: Project, calls: list[tuple[str, str | None]]) -> None:
+    list(make(project, Wish("clips", batch=SECOND)))
+    assert calls == [(asset, SECOND) for asset in ("media", "shots", "clips")]
+
+
+@pytest.mark.parametrize("how", ["raises", "blocking"])
+def test_a_stopped_batch_stops_no_other_and_is_told_at_the_end(
+    project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    breaking(monkeypatch, ("shots", FIRST), how)
+    with pytest.raises(UpstreamError, match=rf"latents was not made for 1 batches: {FIRST}: ") as caught:
+        list(make(project, Wish("latents")))
+    assert ("latents", SECOND) in calls
+    assert not {("clips", FIRST), ("latents", FIRST)} & set(calls)
+    assert ("it failed before" if how == "raises" else "budget (share=0.5)") in str(caught.value)
+
+
+def test_what_reads_all_batches_decides_without_the_stopped(
+    project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, ("media", FIRST), "blocking")
+    list(make(project, Wish("trainset")))
+    assert calls[-1] == ("trainset", None)
+    assert ("latents", FIRST) not in calls
+
+
+def test_the_batch_asked_for_stops_at_once(
+    project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, ("media", FIRST), "blocking")
+    with pytest.raises(UpstreamError, match=FIRST):
+        list(make(project, Wish("trainset", batch=FIRST)))
+    assert calls == [("media", FIRST)]
+
+
+@pytest.mark.parametrize("how", ["raises", "blocking"])
+def test_a_failure_of_what_reads_all_batches_stops(
+    project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    breaking(monkeypatch, ("latent_stats", None), how)
+    with pytest.raises(UpstreamError):
+        list(make(project, Wish("trainset")))
+    assert ("trainset", None) not in calls
+
+
+def test_a_warning_stops_nothing(
+    project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, ("media", FIRST), "warning")
+    list(make(project, Wish("clips")))
+    assert ("clips", FIRST) in calls
+
+
+@pytest.mark.parametrize("asset", ["mask_plan", "pretrain", "probes", "samples", "report"])
+def test_a_missing_or_unknown_recipe_is_told_before_any_work(
+    project: Project, calls: list[tuple[str, str | None]], asset: Asset
+) -> None:
+    with pytest.raises(ConfigError, match="--recipe"):
+        next(make(project, Wish(asset)))
+    with pytest.raises(ConfigError, match="nothing_like_it"):
+        next(make(project, Wish(asset, recipe="nothing_like_it")))
+    assert calls == []
+
+
+def test_an_unknown_benchmark_is_told_before_any_work(project: Project, calls: list[tuple[str, str | None]]) -> None:
+    with pytest.raises(ConfigError, match="no benchmark 'none_such'"):
+        next(make(project, Wish("probes", recipe="demo", benchmark="none_such")))
+    assert calls == []
+
+
+def test_an_unknown_batch_names_the_nearest(project: Project) -> None:
+    with pytest.raises(ConfigError, match=r"no batch 'stils\.000001'; did you mean 'stills\.000001'"):
+        list(make(project, Wish("media", batch="stils.000001")))
+
+
+def test_folders_without_media_are_an_error_beyond_sources(project: Project, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "stills")
+    (tmp_path / "stills").mkdir()
+    (tmp_path / "stills" / "notes.txt").write_text("no media")
+    (outcome,) = make(project, Wish("sources"))
+    assert outcome.rows == 0
+    with pytest.raises(CorpusError, match=r"no dataset holds a video or image .*stills"):
+        list(make(project, Wish("media")))
+
+
+def test_real_makers_find_done_what_they_made(project: Project) -> None:
+    first = list(make(project, Wish("clips")))
+    assert [(outcome.asset, outcome.partition) for outcome in first] == [
+        ("sources", None),
+        *[(asset, batch) for asset in ("media", "shots", "clips") for batch in (FIRST, SECOND)],
+    ]
+    assert all(outcome.made for outcome in first)
+    again = list(make(project, Wish("clips")))
+    assert [outcome.rows for outcome in again] == [outcome.rows for outcome in first]
+    assert not any(outcome.made for outcome in again)
