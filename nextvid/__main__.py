@@ -1,7 +1,8 @@
 """The command line: `nextvid COMMAND`. The same functions and the same nouns as the graph.
 
-Exit codes: 0 done, 2 the user's configuration or corpus is wrong, 3 something upstream is missing or failed its checks,
-4 a store is damaged, 1 anything else. Progress is a plain line an outcome; `--json` prints what a script would read.
+Exit codes: 0 done, 2 the user's configuration or corpus is wrong (or the command itself), 3 something upstream is
+missing or failed its checks, 4 a store or table is damaged, 5 the system refused (disk full, no permission), 1 anything
+else. Progress is a plain line an outcome; `--json` prints what a script would read.
 """
 
 import json
@@ -174,13 +175,25 @@ def line(outcome: Outcome) -> str:
     return f"{name:38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}"
 
 
+def exit_code(error: NExTVidError | OSError) -> int:
+    """Which kind of error, for scripts."""
+    match error:
+        case NExTVidError():  # first: a ConflictError is an OSError too
+            return {"config": 2, "corpus": 2, "upstream": 3, "damaged": 4, "table": 4}.get(error.kind, 1)
+        case OSError():
+            return 5
+
+
 def main() -> None:
     """Entry point; errors of ours are one message on stderr and an exit code that says which kind."""
     try:
         app.cli(prog="nextvid", description=__doc__.splitlines()[0] if __doc__ else None)
     except NExTVidError as error:
         print(f"{error.kind}: {error}", file=sys.stderr)
-        sys.exit({"config": 2, "corpus": 2, "upstream": 3, "damaged": 4}.get(error.kind, 1))
+        sys.exit(exit_code(error))
+    except OSError as error:
+        print(f"system: {error}; what was done before stands whole, ask again once this is mended", file=sys.stderr)
+        sys.exit(exit_code(error))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def mixed(parts: list[tuple[float, Moments]]) -> tuple[Channels, Channels]:
 def make_latent_stats(project: Project) -> Outcome:
     """Mean, deviation and posterior width by dataset and clip length, over every row committed in the spec in force.
 
-    Batches whose checks have not passed are left out. Raises UpstreamError where none has passed.
+    Batches whose checks have not passed are left out. Raises UpstreamError where none has passed or no row is left.
     """
     began = time.perf_counter()
     root, spec = project.root, spec_in_force(project)
@@ -87,6 +87,11 @@ def make_latent_stats(project: Project) -> Outcome:
         )
     store = LatentStore(root, spec)
     commits = pl.concat([store.commits(batch) for batch in taken]).filter(pl.col("status") == "ok")
+    if commits.is_empty():
+        raise UpstreamError(
+            f"no row of {', '.join(taken)} is encoded: no clip was cut, or every one failed; the column 'reason' of "
+            "the media, shots and clips tables says why"
+        )
     found = _by_dataset(commits, spec)
     said = {"spec": spec.digest(), "batches": taken, "datasets": {name: _plain(parts) for name, parts in found.items()}}
     digest = digest_config(said)

@@ -1,0 +1,293 @@
+"""The command line as a user meets it: what is printed, which exit code, and that bad input never ends in a traceback.
+
+Commands run inside this process, since the import costs a second; one runs as users run it.
+"""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nextvid.__main__ import exit_code, line, main
+from nextvid.corpus.project import Project
+from nextvid.outcome import Check, Outcome
+from nextvid.probe.encoders import find_run
+from storage.errors import (
+    ConfigError,
+    ConflictError,
+    CorpusError,
+    DamagedError,
+    RefusedError,
+    TableError,
+    UpstreamError,
+)
+from storage.latents import LatentStore
+from storage.schemas import Media
+from storage.tables import read_table
+from tests.nextvid.corpus.encoded_corpus import Corpus, write_autoencoder
+from tests.nextvid.corpus.small_media import write_picture
+from tests.nextvid.tiny_project import RECIPE, uri_of
+
+FILMS = "films.000000"
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def nextvid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `nextvid ...` here: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nextvid", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """Four clips wanted, two of them encoded."""
+    made = Corpus(tmp_path, write_autoencoder(tmp_path / "autoencoder"))
+    films = [made.row(FILMS, i) for i in range(4)]
+    made.clips(FILMS, films)
+    made.encode(FILMS, films[:2], encode_s=0.5)
+    return made
+
+
+def write_yaml(folder: Path, **changes: Any) -> str:
+    """corpus.yaml over the folder `stills` beside it."""
+    stills = {"uri": "stills", "weight": 1.0, "clips": [{"frames": 1}]}
+    encoding = {"autoencoder": "autoencoder", "resolution": 16}
+    said = {"root": "root", "encoding": encoding, "datasets": {"stills": stills}} | changes
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(said))
+    return str(folder / "corpus.yaml")
+
+
+def broken_pictures(folder: Path, count: int = 2) -> None:
+    (folder / "stills").mkdir()
+    for number in range(count):
+        (folder / "stills" / f"{number}.jpg").write_bytes(b"no picture at all" * number)
+
+
+class TestExitCodes:
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (ConfigError(""), 2), (CorpusError(""), 2), (UpstreamError(""), 3), (DamagedError(""), 4),
+            (TableError(""), 4), (RefusedError(""), 1), (ConflictError(""), 1), (OSError(errno.ENOSPC, ""), 5),
+        ],
+    )  # fmt: skip
+    def test_each_kind_of_error_has_one(self, error: Any, code: int) -> None:
+        assert exit_code(error) == code
+
+    def test_as_users_run_it(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "nextvid", "plan", "--corpus", str(tmp_path / "none.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("config: ")
+        assert "none.yaml: there is no corpus.yaml" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        "wrong", [["plann"], ["make", "nothing"], ["make", "media", "--batches", "x"], ["withdraw"]]
+    )
+    def test_a_wrong_command_is_2(self, nextvid: Command, wrong: list[str]) -> None:
+        assert nextvid(*wrong)[0] == 2
+
+
+class TestLine:
+    def test_an_outcome_is_one_line(self) -> None:
+        failed = (Check("budget", False), Check("finite", True))
+        said = line(Outcome("media", FILMS, True, rows=7, size_bytes=1, seconds=1.25, quarantined=2, checks=failed))
+        assert said.split() == [
+            "media",
+            FILMS,
+            "made",
+            "7",
+            "rows,",
+            "2",
+            "quarantined",
+            "1.2",
+            "s,",
+            "failed:",
+            "budget",
+        ]
+
+    def test_what_stood_there_is_up_to_date(self) -> None:
+        assert "up to date" in line(Outcome("sources", None, False, rows=7, size_bytes=1, seconds=0.0))
+
+
+class TestPlan:
+    def test_rows_bytes_and_seconds(self, nextvid: Command, corpus: Corpus) -> None:
+        code, said, _ = nextvid("plan", "--corpus", str(corpus.project.path))
+        assert code == 0
+        assert "films.000000: 2 rows (2 new file), 2 kept, 0 orphaned" in said
+        assert "1.0 device-s" in said
+
+    def test_accepting_puts_another_encoding_in_force(self, nextvid: Command, corpus: Corpus) -> None:
+        where = ("--corpus", str(corpus.project.path))
+        assert nextvid("plan", "--accept", *where)[0] == 0
+        corpus.configure(encoding={"autoencoder": str(corpus.autoencoder), "resolution": 32})
+        assert json.loads(nextvid("plan", "--json", *where)[1])["outdated"] == ["encoding"]
+        assert "outdated" in nextvid("plan", *where)[1]
+        found = json.loads(nextvid("plan", "--accept", "--json", *where)[1])
+        assert (found["outdated"], found["now"][0]["rows"], found["now"][0]["encode_s"]) == ([], 4, None)
+
+    def test_a_batch_that_is_not_there_is_3(self, nextvid: Command, corpus: Corpus) -> None:
+        code, _, said = nextvid("plan", "--batch", "films.000009", "--corpus", str(corpus.project.path))
+        assert code == 3
+        assert "films.000009" in said
+
+
+class TestStores:
+    def test_a_sound_store_a_damaged_one_and_none(self, nextvid: Command, corpus: Corpus) -> None:
+        where = ("--corpus", str(corpus.project.path))
+        assert nextvid("verify", *where)[0] == 0
+        (store,) = LatentStore.every(corpus.project.root)
+        path = store.part(FILMS, 4, 0).shard_path(0)
+        data = bytearray(path.read_bytes())
+        data[0] ^= 1
+        path.write_bytes(data)
+        code, said, _ = nextvid("verify", *where)
+        assert code == 4
+        assert f"{path}, row " in said
+        for found in Path(corpus.project.root.stores()).iterdir():
+            (found / "spec.json").write_text("{}")
+        assert nextvid("verify", *where)[0] == 4
+
+    def test_no_store_is_3(self, nextvid: Command, tmp_path: Path) -> None:
+        code, _, said = nextvid("verify", "--corpus", write_yaml(tmp_path))
+        assert code == 3
+        assert "nextvid make latents" in said
+
+    def test_a_sweep_is_a_plan_until_yes(self, nextvid: Command, corpus: Corpus) -> None:
+        where = ("--corpus", str(corpus.project.path))
+        corpus.clips(FILMS, [corpus.row(FILMS, i) for i in (2, 3)])
+        (store,) = LatentStore.every(corpus.project.root)
+        path = store.part(FILMS, 4, 0).shard_path(0)
+        code, said, _ = nextvid("sweep", *where)
+        assert (code, path.exists()) == (0, True)
+        assert f"would go  {path}" in said
+        found = json.loads(nextvid("sweep", "--yes", "--json", *where)[1])
+        assert (found["done"], [shard["path"] for shard in found["gone"]], path.exists()) == (True, [str(path)], False)
+
+
+class TestRuns:
+    def test_a_withdrawal_is_a_plan_until_yes(self, nextvid: Command, own_copy: Project) -> None:
+        where = ("--corpus", str(own_copy.path))
+        code, said, _ = nextvid("withdraw", uri_of(3), *where)
+        assert (code, Path(own_copy.root.withdrawn()).exists()) == (0, False)
+        assert "would be withdrawn" in said
+        assert json.loads(nextvid("withdraw", uri_of(3), "--yes", "--json", *where)[1])["done"]
+        assert nextvid("verify", *where)[0] == 0
+        code, _, said = nextvid("withdraw", "/nowhere/else.mp4", "--yes", *where)
+        assert (code, "is no run, checkpoint" in said) == (2, True)
+
+    def test_reading_what_was_made(self, nextvid: Command, evaluated: Project, tmp_path: Path) -> None:
+        where, run = ("--corpus", str(evaluated.path)), find_run(evaluated, RECIPE).id
+        assert "0 fields differ" in nextvid("compare", run, run, *where)[1]
+        assert json.loads(nextvid("lineage", run, "--json", *where)[1])["kind"] == "run"
+        assert nextvid("compare", run, "none", *where)[0] == 2
+        assert nextvid("export", run, str(tmp_path / "out"), *where)[0] == 0
+        assert (tmp_path / "out" / "config.json").is_file()
+        code, _, said = nextvid("export", run, str(tmp_path / "out"), *where)
+        assert (code, "exists already" in said) == (1, True)
+
+    def test_no_trainset_is_3(self, nextvid: Command, tmp_path: Path) -> None:
+        code, _, said = nextvid("draws", "--corpus", write_yaml(tmp_path))
+        assert code == 3
+        assert "make 'trainset' first" in said
+
+    def test_a_file_that_is_no_checkpoint_is_2(self, nextvid: Command, tmp_path: Path) -> None:
+        (tmp_path / "a.pt").write_bytes(b"no checkpoint")
+        code, _, said = nextvid("import-vavae", str(tmp_path / "a.pt"), str(tmp_path / "out"))
+        assert code == 2
+        assert "not a checkpoint of plain tensors" in said
+        assert nextvid("import-vavae", str(tmp_path / "none.pt"), str(tmp_path / "out"))[0] == 2
+        assert not (tmp_path / "out").exists()
+
+
+class TestBadInput:
+    def test_a_misspelt_key_names_the_nearest(self, nextvid: Command, tmp_path: Path) -> None:
+        encoding = {"autoencoder": "autoencoder", "resolutoin": 16}
+        code, _, said = nextvid("make", "media", "--corpus", write_yaml(tmp_path, encoding=encoding))
+        assert code == 2
+        assert "unknown key 'encoding.resolutoin'; did you mean 'resolution'?" in said
+
+    def test_a_missing_folder_is_named(self, nextvid: Command, tmp_path: Path) -> None:
+        code, _, said = nextvid("make", "media", "--corpus", write_yaml(tmp_path))
+        assert code == 2
+        assert f"dataset stills: {tmp_path / 'stills'} is not a folder" in said
+
+    def test_a_missing_autoencoder_is_named(self, nextvid: Command, tmp_path: Path) -> None:
+        code, _, said = nextvid("plan", "--corpus", write_yaml(tmp_path))
+        assert code == 2
+        assert str(tmp_path / "autoencoder") in said
+
+    def test_an_empty_folder_is_an_error_where_something_is_to_be_made(self, nextvid: Command, tmp_path: Path) -> None:
+        (tmp_path / "stills").mkdir()
+        code, said, error = nextvid("make", "media", "--corpus", write_yaml(tmp_path))
+        assert code == 2
+        assert "no dataset holds a video or image" in error
+        assert "sources" in said  # the listing itself went well
+
+    def test_only_broken_files_are_rows_and_a_failed_check(self, nextvid: Command, tmp_path: Path) -> None:
+        broken_pictures(tmp_path)
+        code, said, error = nextvid("make", "clips", "--corpus", write_yaml(tmp_path))
+        assert code == 3
+        assert "2 quarantined" in said
+        assert "quarantined_within_budget (share=1.0, quarantined=2, budget=0.05)" in error
+        rows = read_table(str(tmp_path / "root" / "media" / "stills.000000.parquet"), Media)
+        assert rows["status"].to_list() == ["quarantined"] * 2
+        assert rows["reason"].null_count() == 0
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file, whatever its mode")
+    def test_an_unreadable_file_is_a_row(self, nextvid: Command, tmp_path: Path) -> None:
+        write_picture(tmp_path / "stills" / "a.jpg", "a")
+        (tmp_path / "stills" / "a.jpg").chmod(0)
+        assert nextvid("make", "media", "--corpus", write_yaml(tmp_path))[0] == 3
+        rows = read_table(str(tmp_path / "root" / "media" / "stills.000000.parquet"), Media)
+        assert rows.select("status", "reason").rows() == [("quarantined", "unreadable")]
+
+    def test_a_trainset_of_nothing_is_3_and_says_why(self, nextvid: Command, tmp_path: Path) -> None:
+        """Every file is broken and the budget allows it: all steps pass, and nothing is left to train on."""
+        broken_pictures(tmp_path)
+        write_autoencoder(tmp_path / "autoencoder")
+        stills = {"uri": "stills", "weight": 1.0, "clips": [{"frames": 1}], "quarantine_budget": 1.0}
+        code, _, said = nextvid("make", "trainset", "--corpus", write_yaml(tmp_path, datasets={"stills": stills}))
+        assert code == 3
+        assert said.startswith("upstream: no row of stills.000000 is encoded: no clip was cut")
+
+    def test_a_full_disk_is_5_and_leaves_what_stood(
+        self, nextvid: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_picture(tmp_path / "stills" / "a.jpg", "a")
+        where = ("--corpus", write_yaml(tmp_path))
+        assert nextvid("make", "media", *where)[0] == 0
+        write_picture(tmp_path / "stills" / "b.jpg", "b")
+        before = {path: path.read_bytes() for path in (tmp_path / "root").rglob("*") if path.is_file()}
+
+        def full(path: Path, data: bytes) -> None:
+            path.write_bytes(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        with monkeypatch.context() as patched:
+            patched.setattr("storage.atomic._write", full)
+            code, _, said = nextvid("make", "media", *where)
+        assert code == 5
+        assert said.startswith("system: [Errno 28] No space left on device")
+        assert {path: path.read_bytes() for path in (tmp_path / "root").rglob("*") if path.is_file()} == before
+        assert nextvid("make", "media", *where)[0] == 0
+        assert read_table(str(tmp_path / "root" / "media" / "stills.000000.parquet"), Media).height == 2
