@@ -253,10 +253,21 @@ class TestBadInput:
         assert rows["status"].to_list() == ["quarantined"] * 2
         assert rows["reason"].null_count() == 0
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file, whatever its mode")
-    def test_an_unreadable_file_is_a_row(self, nextvid: Command, tmp_path: Path) -> None:
-        write_picture(tmp_path / "stills" / "a.jpg", "a")
-        (tmp_path / "stills" / "a.jpg").chmod(0)
+    @pytest.mark.parametrize(
+        "how",
+        [
+            pytest.param("mode", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root reads it whatever its mode")),
+            pytest.param("disk", marks=pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")),
+        ],
+    )
+    def test_an_unreadable_file_is_a_row(self, nextvid: Command, tmp_path: Path, how: str) -> None:
+        path = tmp_path / "stills" / "a.jpg"
+        write_picture(path, "a")
+        if how == "mode":
+            path.chmod(0)
+        else:
+            path.unlink()
+            path.symlink_to("/proc/self/mem")  # reading its first bytes is an I/O error, for root too
         assert nextvid("make", "media", "--corpus", write_yaml(tmp_path))[0] == 3
         rows = read_table(str(tmp_path / "root" / "media" / "stills.000000.parquet"), Media)
         assert rows.select("status", "reason").rows() == [("quarantined", "unreadable")]
