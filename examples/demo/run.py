@@ -66,7 +66,7 @@ class Ledger:
 
 def main() -> None:
     """Make the demo and print where everything is."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     began = time.monotonic()
     project = open_project()
     folder = Path(project.root.url) / "corpus"

@@ -14,7 +14,7 @@ import polars as pl
 from nextvid.corpus.batches import config_of, dataset_of, latest
 from nextvid.corpus.manifest import Label, MediaNow, Row, rows_of
 from nextvid.corpus.project import DatasetConfig, Project
-from nextvid.corpus.publishing import counts, publish_table, publish_verdict
+from nextvid.corpus.publishing import counts, publish_table, publish_verdict, table_digest
 from nextvid.corpus.splits import split_of
 from nextvid.outcome import Check, Outcome
 from nextvid.video.clips import ROUNDING_US, View, clip_id, row_id
@@ -187,7 +187,7 @@ def _outcome(
         rows=clips.height,
         size_bytes=int(clips.estimated_size()),
         seconds=time.perf_counter() - started_s,
-        digest=project.corpus.curation_digest(),
+        digest=table_digest(project.root, "clips", batch),
         numbers={
             **counts(clips),
             "clips": good["clip_id"].n_unique(),

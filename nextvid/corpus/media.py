@@ -22,7 +22,7 @@ from nextvid.corpus.fetch import fetch, release
 from nextvid.corpus.inspection import Inspection, identify, inspect_file
 from nextvid.corpus.labels import contradictions, read_labels
 from nextvid.corpus.project import Project
-from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict
+from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.outcome import Check, Outcome
 from nextvid.video.sandbox import Sandbox
 from storage import tables
@@ -70,6 +70,7 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
         size_bytes=int(media["size_bytes"].sum()),
         seconds=time.perf_counter() - started_s,
         quarantined=media.filter(pl.col("status") == "quarantined").height,
+        digest=table_digest(root, "media", batch),
         numbers={
             **counts(media),
             "read": wanted.height,

@@ -11,6 +11,7 @@ import polars as pl
 
 from nextvid.outcome import Check
 from storage import atomic, tables
+from storage.digest import digest_bytes
 from storage.errors import TableError
 from storage.root import DataRoot, Table
 
@@ -33,6 +34,11 @@ def publish_table(root: DataRoot, noun: Table, batch: str, frame: pl.DataFrame, 
         return False
     tables.write_table(path, frame, schema)
     return True
+
+
+def table_digest(root: DataRoot, noun: Table, batch: str) -> str:
+    """Id of the batch's table as it stands: its data version."""
+    return digest_bytes(atomic.read_bytes(root.table(noun, batch)))
 
 
 def publish_verdict(path: str, asset: str, checks: Sequence[Check]) -> bool:

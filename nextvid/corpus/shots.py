@@ -19,7 +19,7 @@ from nextvid.corpus.batches import config_of, latest
 from nextvid.corpus.fetch import fetch, release
 from nextvid.corpus.inspection import Viewing, view_file
 from nextvid.corpus.project import Project, ShotConfig
-from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict
+from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.outcome import Check, Outcome
 from nextvid.report.sheets import SheetRow, Tile, contact_sheet
 from nextvid.video.clips import shot_id
@@ -104,7 +104,7 @@ def _outcome(
         size_bytes=int(shots.estimated_size()),
         seconds=time.perf_counter() - started_s,
         quarantined=shots.filter(pl.col("status") == "quarantined").height,
-        digest=project.corpus.curation.shots.digest(),
+        digest=table_digest(project.root, "shots", batch),
         numbers={
             **counts(shots),
             "viewed": viewed,
