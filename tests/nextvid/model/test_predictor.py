@@ -83,6 +83,10 @@ def test_trap_08_context_is_read_and_never_written() -> None:
     predictions(model, clip(recipe)[0], visible()[0])
     assert len(taken) == 2 * recipe.model.predictor.depth
     assert all(torch.equal(each, taken[0]) for each in taken)
+    context = torch.randn(2, FRAMES * 3, 32, generator=torch.Generator().manual_seed(0))
+    before, ids = context.clone(), visible()[1][:, : FRAMES * 3]
+    model.predictor(context, ids, all_ids(FRAMES, CELLS) + CELLS, FRAMES)
+    assert torch.equal(context, before)
 
 
 def test_queries_do_not_see_each_other() -> None:
