@@ -96,14 +96,14 @@ class Store:
         """One clip by its number, as the trainer's threads read it."""
         self.reader.read_into(FRAMES, self.rows[clip], out)
 
-    def loader(self, steps: int) -> tuple[Loader, RecipeConfig]:
+    def loader(self, steps: int) -> Loader:
         """The trainer's loader for so many steps of one rank on the CPU, masks included."""
         config = _recipe(steps)
         make_plan(self._root, config)
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         order = Order(self._trainset, config)
         ranks = Ranks(0, 1, torch.device("cpu"))
-        return Loader(self._trainset, config, order, Masks(config, plan), self.reader, ranks), config
+        return Loader(self._trainset, config, order, Masks(config, plan), self.reader, ranks)
 
     def order(self, steps: int) -> list[int]:
         """The numbers of the clips that the loader draws, in its order."""

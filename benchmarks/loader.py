@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,14 +109,10 @@ def _arms(clips: Clips, sources: tuple[Source, ...], base: Path, workers: tuple[
     ours.mkdir()
     write_store(clips, ours)
 
-    def order(passes: int) -> list[int]:
-        return Store(ours).order(steps * passes)
-
-    yield Arm("read", READ, ours, 0, lambda passes: _reading(Store(ours).read_into, order(passes)))
+    yield Arm("read", READ, ours, 0, partial(_reading_ours, ours, steps))
     for count in workers:
-        yield Arm("loader", LOADER, ours, count, lambda passes, c=count: _loading(ours, steps * passes, c))
-    for count in workers:
-        yield Arm("loader", CONVERSION, base / "none", count, lambda passes: _converting(steps * passes))
+        yield Arm("loader", LOADER, ours, count, partial(_loading, ours, steps, count))
+        yield Arm("loader", CONVERSION, base / "none", count, partial(_converting, steps))
     for number, source in enumerate(sources):
         folder = ours
         if source.write is not write_store:
@@ -123,22 +120,22 @@ def _arms(clips: Clips, sources: tuple[Source, ...], base: Path, workers: tuple[
             folder.mkdir()
             source.write(clips, folder)
         if source.opened is not None:
-            opened = source.opened
-            yield Arm(
-                "read",
-                source.name,
-                folder,
-                0,
-                lambda passes, o=opened, f=folder: _reading(_copying(o(f)), order(passes)),
-            )
+            yield Arm("read", source.name, folder, 0, partial(_reading_other, source.opened, folder, ours, steps))
         for count in workers:
-            yield Arm(
-                "loader",
-                source.name,
-                folder,
-                count,
-                lambda passes, s=source, f=folder, c=count: _batches(s, f, order(passes), c),
-            )
+            yield Arm("loader", source.name, folder, count, partial(_batches, source, folder, count, ours, steps))
+
+
+def _reading_ours(folder: Path, steps: int, passes: int) -> Callable[[], None]:
+    store = Store(folder)
+    return _reading(store.read_into, store.order(steps * passes))
+
+
+def _reading_other(
+    opened: Callable[[Path], Read], folder: Path, ours: Path, steps: int, passes: int
+) -> Callable[[], None]:
+    """Work: another format's clips in the order of our draws, each copied as ours are."""
+    read = opened(folder)
+    return _reading(lambda clip, out: np.copyto(out, read(clip)), Store(ours).order(steps * passes))
 
 
 def _reading(read_into: Callable[[int, np.ndarray], None], order: list[int]) -> Callable[[], None]:
@@ -152,31 +149,29 @@ def _reading(read_into: Callable[[int, np.ndarray], None], order: list[int]) -> 
     return work
 
 
-def _copying(read: Read) -> Callable[[int, np.ndarray], None]:
-    return lambda clip, out: np.copyto(out, read(clip))
-
-
-def _loading(folder: Path, steps: int, workers: int) -> Callable[[], None]:
+def _loading(folder: Path, steps: int, workers: int, passes: int) -> Callable[[], None]:
     """Work: the trainer's loader, once through its steps."""
-    loader, _ = Store(folder).loader(steps)
+    loader = Store(folder).loader(steps * passes)
 
     def work() -> None:
         seen = 0
         for batch in loader.batches(0, threads=max(1, workers)):
             seen += len(batch.latents)
-        assert seen == steps * BATCH, f"{seen} clips"
+        assert seen == steps * passes * BATCH, f"{seen} clips"
 
     return work
 
 
-def _batches(source: Source, folder: Path, order: list[int], workers: int) -> Callable[[], None]:
+def _batches(source: Source, folder: Path, workers: int, ours: Path, steps: int, passes: int) -> Callable[[], None]:
+    """Work: batches of another format, as many as ours."""
+    order = Store(ours).order(steps * passes)
     return lambda: _consume(source.batches(folder, order, workers), len(order))
 
 
-def _converting(steps: int) -> Callable[[], None]:
+def _converting(steps: int, passes: int) -> Callable[[], None]:
     """Work: what all arms do after reading, on one batch that lies in memory: no loader on a CPU is faster."""
     batch = torch.from_numpy(random_clips(BATCH))
-    return lambda: _consume((batch for _ in range(steps)), steps * BATCH)
+    return lambda: _consume((batch for _ in range(steps * passes)), steps * passes * BATCH)
 
 
 def _consume(batches: Iterator[torch.Tensor], wanted: int) -> None:
