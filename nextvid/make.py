@@ -149,8 +149,10 @@ def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) 
 
             return make_clips(project, _key(partition))
         case "latents":
+            from nextvid.encode.acceptance import in_force
             from nextvid.encode.latents import make_latents
 
+            in_force(project)  # first use, or `reencode: auto`; else what stands goes on, as in the graph
             return make_latents(project, _key(partition))
         case "latent_stats":
             from nextvid.encode.stats import make_latent_stats

@@ -8,9 +8,11 @@ import pytest
 
 from nextvid import make as module
 from nextvid.corpus.project import Project
+from nextvid.encode.plan import spec_in_force
 from nextvid.make import ASSETS, BY_BATCH, UPSTREAM, Asset, Wish, chain, make
 from nextvid.outcome import Check, Outcome
 from storage.errors import ConfigError, CorpusError, UpstreamError
+from tests.nextvid.corpus.encoded_corpus import write_autoencoder
 from tests.nextvid.corpus.small_media import write_picture, write_project
 
 Maker = Callable[[Project, Asset, str | None, Wish], Outcome]
@@ -182,3 +184,22 @@ def test_real_makers_find_done_what_they_made(project: Project) -> None:
     again = list(make(project, Wish("clips")))
     assert [outcome.rows for outcome in again] == [outcome.rows for outcome in first]
     assert not any(outcome.made for outcome in again)
+
+
+@pytest.mark.parametrize(("reencode", "follows"), [("ask", False), ("auto", True)])
+def test_a_changed_encoding_waits_for_a_person_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reencode: str, follows: bool
+) -> None:
+    """As in the graph: the first encoding is taken, a later one is accepted by hand or follows corpus.yaml."""
+    folder, specs = write_autoencoder(tmp_path / "autoencoder"), []
+
+    def noting(project: Project, batch: str) -> Outcome:
+        specs.append(spec_in_force(project).resolution)
+        return Outcome("latents", batch, made=True, rows=1, size_bytes=1, seconds=0.0)
+
+    monkeypatch.setattr("nextvid.encode.latents.make_latents", noting)
+    for resolution in (16, 32):
+        encoding = {"autoencoder": str(folder), "resolution": resolution}
+        project = write_project(tmp_path, {"stills": {"uri": "stills"}}, encoding=encoding, reencode=reencode)
+        module.make_one(project, "latents", FIRST, Wish("latents"))
+    assert specs == [16, 32 if follows else 16]
