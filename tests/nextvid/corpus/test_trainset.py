@@ -141,6 +141,14 @@ class TestRows:
         said = atomic.read_json(f"{corpus.project.root.pointed('trainset', str(second.digest))}/trainset.json")
         assert said["parent"] == first.digest
 
+    def test_nothing_left_is_an_error_that_says_why(self, corpus: Corpus) -> None:
+        for batch, count in ((FILMS, 10), (STILLS, 6)):
+            rows = [corpus.row(batch, index) for index in range(count)]
+            for row in rows:
+                record_withdrawal(corpus.project.root, row["media_id"].hex(), [row["row_id"]])
+        with pytest.raises(UpstreamError, match=r"no row for pretraining is left in .*'withdrawn': 16"):
+            make_trainset(corpus.project)
+
     def test_one_row_id_in_two_datasets_stays_in_both(self, corpus: Corpus) -> None:
         films = [corpus.row(FILMS, index) for index in range(2)]
         copies = [corpus.row("empty.000000", index, row_id=films[index]["row_id"]) for index in range(2)]
