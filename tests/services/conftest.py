@@ -53,9 +53,9 @@ class Live:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """`dagster dev` over eight videos and eight images; ended with its whole process group."""
+    """`dagster dev` over eight videos and 32 images: enough for statistics; ended with its whole process group."""
     folder = tmp_path_factory.mktemp("live")
-    write_corpus(folder / "data" / "corpus", videos=8, images=8)
+    write_corpus(folder / "data" / "corpus", videos=8, images=32)
     said = (DEMO / "corpus.yaml").read_text().replace("../../data/demo", str(folder / "data"))
     said = said.replace("quarantine_budget: 0.05", "quarantine_budget: 0.9")
     said = said.replace("autoencoder: autoencoder", f"autoencoder: {DEMO / 'autoencoder'}")
