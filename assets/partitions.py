@@ -1,6 +1,7 @@
 """Partition sets: batches of files (dynamic, equal to the folder sources/), recipes, and recipe x benchmark."""
 
 import dagster as dg
+
 from nextvid.recipes import RECIPES
 
 BATCHES = dg.DynamicPartitionsDefinition(name="batch")
