@@ -25,7 +25,7 @@ from nextvid.encode.unfinished import unfinished
 from nextvid.train.events import read_events
 from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions, observation
-from storage.atomic import publish_json, read_json
+from storage.atomic import exists, publish_json, read_json
 from storage.errors import NExTVidError
 from storage.schemas import Clips, Media, Shots
 from storage.tables import read_tables
@@ -80,11 +80,12 @@ def main() -> None:
     list_sources(project, instance)
     for job, partition in runs(project):
         execute(instance, job, partition, ledger)
-    numbers = collect(project, ledger, time.monotonic() - began)
-    publish_json(f"{project.root.url}/demo.json", numbers)
-    if ledger.made == 0:
-        console.print("\nNothing was new, so nothing was made.")
-    print_table(console, numbers)
+    written = f"{project.root.url}/demo.json"
+    if ledger.made == 0 and exists(written):
+        console.print("\nNothing was new, so nothing was made. The run that made it measured:")
+    else:
+        publish_json(written, collect(project, ledger, time.monotonic() - began))
+    print_table(console, read_json(written))
 
 
 def list_sources(project: Project, instance: dg.DagsterInstance) -> None:
@@ -127,6 +128,8 @@ def execute(instance: dg.DagsterInstance, name: str, partition: str | None, ledg
     if not result.success:
         for failure in result.filter_events(lambda event: event.is_step_failure):
             data = failure.step_failure_data
+            if data.error and data.error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
+                raise KeyboardInterrupt
             said = data.user_failure_data.description if data.user_failure_data else data.error
             ledger.console.print(f"{failure.step_key}: {said}", style="red", soft_wrap=True)
         sys.exit(1)
@@ -196,3 +199,5 @@ if __name__ == "__main__":
         main()
     except NExTVidError as error:
         sys.exit(f"{error.kind}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; `make demo` again goes on from here")
