@@ -38,7 +38,7 @@ datasets:
     labels: {{layout: csv, file: {media}/weizmann4_mp4.csv, path_base: {media}, targets: {{action: label}},
              split_column: split, group_column: group}}
   clothing10:
-    uri: {media}/images/clothing10/hat
+    uri: {media}/images/clothing10
     weight: 0.2
     clips: [{{frames: 1, crop: centre}}]
     labels: {{layout: folders}}
