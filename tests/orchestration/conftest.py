@@ -1,5 +1,6 @@
 """A small project of real files with the demo's autoencoder, and an instance of its own."""
 
+import contextvars
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from examples.demo.write_corpus import write_corpus
 from nextvid.corpus.project import Project, open_project
+from orchestration.definitions import build_defs
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
@@ -32,6 +34,21 @@ def project(small_corpus: Path, tmp_path: Path) -> Project:
     said = said.replace("autoencoder: autoencoder", f"autoencoder: {DEMO / 'autoencoder'}")
     (tmp_path / "corpus.yaml").write_text(said)
     return open_project(tmp_path / "corpus.yaml")
+
+
+def load_defs(project: Project) -> dg.Definitions:
+    """The project's Definitions with their repository built, in a context of its own.
+
+    Dagster keeps the newest instance's state storage in a context variable; a test's instance that is gone by the time
+    another loads definitions would be asked for state, and fail.
+    """
+
+    def load() -> dg.Definitions:
+        defs = build_defs(str(project.path))
+        defs.get_repository_def()
+        return defs
+
+    return contextvars.Context().run(load)
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 from assets.resources import ProjectResource
 from nextvid.corpus.project import Project
 from nextvid.encode.plan import spec_in_force
-from orchestration.definitions import build_defs
 from orchestration.schedules import nightly
 from orchestration.sensors import apply_partitions, new_sources
 from storage.errors import CorpusError
 from storage.latents import LatentStore
+from tests.orchestration.conftest import load_defs
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def tick(project: Project, instance: dg.DagsterInstance) -> list[dg.RunRequest]:
 
 def run(project: Project, instance: dg.DagsterInstance, requests: Sequence[dg.RunRequest]) -> list[bool]:
     """What the daemon does with requests: one run of the job each."""
-    job = build_defs(str(project.path)).resolve_job_def("ingest")
+    job = load_defs(project).resolve_job_def("ingest")
     return [
         job.execute_in_process(instance=instance, partition_key=request.partition_key, raise_on_error=False).success
         for request in requests

@@ -10,11 +10,11 @@ import pytest
 
 from nextvid.corpus.discover import update_sources
 from nextvid.corpus.project import Project, open_project
-from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions
 from storage.atomic import read_json
 from storage.schemas import Clips, Media, Shots
 from storage.tables import read_tables
+from tests.orchestration.conftest import load_defs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MEDIA = Path(os.environ.get("NEXTVID_REALDATA", REPOSITORY.parent / "shared" / "data"))
@@ -73,7 +73,7 @@ def run(
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run a job, or one asset, to its success; the metadata of what it materialised last."""
-    defs = build_defs(str(project.path))
+    defs = load_defs(project)
     if name in ("ingest", "freeze"):
         result = defs.resolve_job_def(name).execute_in_process(instance=instance, partition_key=partition)
     else:
