@@ -1,5 +1,6 @@
 """The trainer as a child of a step: its end, its failure and its process group, with real processes."""
 
+import contextvars
 import os
 import sys
 import time
@@ -26,7 +27,8 @@ def step(prepared: PreparedRun) -> dg.ExecuteInProcessResult:
         run_group(context, prepared)
         return dg.MaterializeResult()
 
-    return dg.materialize([pretrain], raise_on_error=False)
+    # in a context of its own: an instance of another test, gone by now, is not asked for its state
+    return contextvars.Context().run(lambda: dg.materialize([pretrain], raise_on_error=False))
 
 
 def prepared(folder: Path, code: str, *arguments: str) -> PreparedRun:
