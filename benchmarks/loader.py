@@ -156,7 +156,7 @@ def _loading(folder: Path, steps: int, workers: int, passes: int) -> Callable[[]
     def work() -> None:
         seen = 0
         for batch in loader.batches(0, threads=max(1, workers)):
-            seen += len(batch.latents)
+            seen += len(batch.draws)
         assert seen == steps * passes * BATCH, f"{seen} clips"
 
     return work

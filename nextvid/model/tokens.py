@@ -9,13 +9,18 @@ S = h*w cells, N = T*S tokens, L tokens gathered, i numbers in a token.
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 
-def pixel_tokens(pixels: Float[Tensor, "B 3 F H W"], patch: int, tubelet: int) -> Float[Tensor, "B N i"]:
+def pixel_values(frames: UInt8[Tensor, "B F H W 3"]) -> Float[Tensor, "B F 3 H W"]:
+    """Bytes as the encoder, the decoder's targets and the autoencoders see them: (u/255 - 0.5) / 0.5 (method.md 1)."""
+    return rearrange(frames.float() / 127.5 - 1.0, "b f h w c -> b f c h w")
+
+
+def pixel_tokens(pixels: Float[Tensor, "B F 3 H W"], patch: int, tubelet: int) -> Float[Tensor, "B N i"]:
     """Patches of `tubelet` frames and `patch` x `patch` pixels, in the order of a convolution's kernel (c, u, y, x)."""
-    return rearrange(pixels, "b c (t u) (h y) (w x) -> b (t h w) (c u y x)", u=tubelet, y=patch, x=patch)
+    return rearrange(pixels, "b (t u) c (h y) (w x) -> b (t h w) (c u y x)", u=tubelet, y=patch, x=patch)
 
 
 def latent_tokens(latents: Float[Tensor, "B F C h w"], tubelet: int) -> Float[Tensor, "B N i"]:

@@ -4,7 +4,7 @@ Threads of this process fill buffers from memory maps; statistics, folding and t
 device after one copy (design, 5). What is drawn is decided elsewhere (order.py). It keeps no state of its own: batches
 from any step on are the same batches. Opens no video.
 
-Axes: B clips, F frames, C channels of the store, h and w its cells; L visible tokens.
+Axes: B clips, F frames, C channels of the store, h and w its cells.
 """
 
 import collections
@@ -18,49 +18,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from einops import repeat
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import normalise, space_to_depth
 from nextvid.recipes import RECIPES
+from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import draws_before, stage_at
 from nextvid.train.order import Drawn, Masks, Order, first_draws
-from storage.errors import ConfigError, RefusedError
+from storage.errors import RefusedError
 from storage.reader import RowReader
 from storage.root import DataRoot
 
-__all__ = ["READ_AHEAD", "Batch", "Loader", "first_draws", "open_loader"]
+__all__ = ["READ_AHEAD", "Loader", "first_draws", "open_loader"]
 
 READ_AHEAD = 4  # batches in flight: our choice; covers a step's jitter at 70 MB a batch of 32 clips (research: store)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's share of a global batch, on its device."""
-
-    step: int
-    draws: tuple[int, ...]
-    latents: Float[Tensor, "B F C h w"]  # normalised, on the model's grid
-    visible: list[Int[Tensor, "B L"]]  # a strategy each
-    waited_s: float = 0.0
-
-    def split(self, clips: int) -> list["Batch"]:
-        """Micro-batches of `clips` each; they must divide the batch, so that their means average to the whole's."""
-        if len(self.draws) % clips:
-            raise ConfigError(f"micro_batch {clips} does not divide the {len(self.draws)} clips of a rank")
-        return [
-            Batch(
-                self.step,
-                self.draws[first : first + clips],
-                self.latents[first : first + clips],
-                [ids[first : first + clips] for ids in self.visible],
-            )
-            for first in range(0, len(self.draws), clips)
-        ]
 
 
 @dataclass
@@ -108,13 +84,13 @@ class Loader:
                     ring.append(buffer)
                     yield batch
 
-    def clips(self, draws: range) -> Float[Tensor, "B F C h w"]:
-        """Clips of the first stage by draw number, ready for the encoder: the fixed set of the diagnostics."""
+    def clips(self, draws: range) -> Batch:
+        """Clips of the first stage by draw number, without masks: the fixed set of the diagnostics."""
         frames = self._recipe.stages[0].frames
         drawn = self._order.drawn(frames, draws.start, len(draws))
         buffer = self._buffer(len(drawn) * frames)
         self._fill(0, drawn, buffer)
-        return self._on_device(self._view(0, len(drawn), buffer), drawn)
+        return Batch(0, tuple(draws), self._on_device(self._view(0, len(drawn), buffer), drawn), visible=[])
 
     def _share(self, step: int) -> list[Drawn]:
         """This rank's contiguous share of the step's draws."""
@@ -147,7 +123,7 @@ class Loader:
             buffer.copied = torch.cuda.Event()
             buffer.copied.record()
         ids = [torch.from_numpy(ids).to(self._device) for ids in self._masks.visible(step, numbers)]
-        return Batch(step, numbers, latents, ids, waited_s)
+        return Batch(step, numbers, latents, ids, waited_s=waited_s)
 
     def _on_device(self, stored: Tensor, drawn: Sequence[Drawn]) -> Tensor:
         """Copy, repeat images over time, normalise, fold to the model's grid."""

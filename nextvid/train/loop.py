@@ -16,14 +16,14 @@ import torch
 from nextvid.config import HowConfig, RecipeConfig
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
-from nextvid.model.tokens import latent_tokens
 from nextvid.train import checkpoint
 from nextvid.train import step as steps
+from nextvid.train.batch import Batch, encoder_tokens
 from nextvid.train.checkpoint import Progress
 from nextvid.train.diagnose import CLIPS, collapsed, diagnose
 from nextvid.train.distributed import Ranks
 from nextvid.train.export import export_encoder
-from nextvid.train.loader import Batch, Loader, open_loader
+from nextvid.train.loader import Loader, open_loader
 from nextvid.train.lock import run_lock
 from nextvid.train.mask_plan import grid_of, open_mask_plan
 from nextvid.train.optim import draws_before, stage_at
@@ -181,7 +181,7 @@ class _Session:
         if not self.ranks.first:
             return
         if self.fixed is None:
-            self.fixed = latent_tokens(self.loader.clips(range(CLIPS)), self.recipe.model.tubelet)
+            self.fixed = encoder_tokens(self.loader.clips(range(CLIPS)), self.recipe.model)
         batch = max(1, self.recipe.stages[0].batch // self.ranks.count)
         found = diagnose(self.trained.reference, self.fixed, batch)
         online = diagnose(self.trained.model.encoder, self.fixed, batch)

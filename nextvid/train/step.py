@@ -2,8 +2,6 @@
 
 Holds the trained state and what happens to it in a step. It reads no files and decides no schedule: rates and copies
 follow from the step number, noise from draw numbers. A step whose gradient is not finite changes nothing.
-
-Axes: B clips, F frames, C channels of one frame, h and w cells.
 """
 
 import math
@@ -18,9 +16,8 @@ from nextvid.model.encoder import Encoder
 from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import Losses, NExTVid
 from nextvid.model.reference import ema_update, reference_encoder, reference_features
-from nextvid.model.tokens import latent_tokens, stack_target
+from nextvid.train.batch import Batch, encoder_tokens, flow_targets
 from nextvid.train.distributed import Ranks
-from nextvid.train.loader import Batch
 from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, stage_at, trained_modules
 
 
@@ -93,8 +90,7 @@ def _backward(trained: Trained, part: Batch, step: int, share: float, last: bool
     recipe = trained.recipe
     copies = recipe.stages[stage_at(recipe.stages, step)[0]].tau_copies
     key = NoiseKey(recipe.seed, step, part.draws)
-    tokens = latent_tokens(part.latents, recipe.model.tubelet)
-    targets = stack_target(part.latents, recipe.model.tubelet) if recipe.losses.flow > 0 else None
+    tokens, targets = encoder_tokens(part, recipe.model), flow_targets(part, recipe)
     features = None
     if recipe.losses.align > 0:
         with autocast(recipe, tokens.device):

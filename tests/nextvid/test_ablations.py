@@ -8,18 +8,16 @@ import torch
 from nextvid.ablation_table import BASE, ROWS, differences, flat, markdown
 from nextvid.ablations import ABLATIONS
 from nextvid.config import RecipeConfig
-from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import strategy_names
-from nextvid.model.reference import ema_update, reference_features
 from nextvid.model.tokens import tube_ids
 from nextvid.recipes import recipe
-from nextvid.train.loader import Batch
-from nextvid.train.optim import rates, set_rates, trained_modules
+from nextvid.train.batch import Batch
+from nextvid.train.optim import trained_modules
 from nextvid.train.overrides import apply_overrides
-from nextvid.train.step import Trained, build, take_step
+from nextvid.train.step import build, take_step
 from tests.nextvid.train.tiny import ALONE
 
-CLIPS, TUBELETS, CELLS, PATCH = 2, 2, 16, 2
+CLIPS, FRAMES, TUBELETS, CELLS, PATCH = 2, 4, 2, 16, 2
 
 
 def shrunken(name: str) -> RecipeConfig:
@@ -40,22 +38,19 @@ def visible(config: RecipeConfig) -> list[torch.Tensor]:
     return [tube_ids(each.expand(CLIPS, -1), TUBELETS, CELLS) for each in cells]
 
 
-def step_by_hand(trained: Trained, number: int) -> dict[str, torch.Tensor]:
-    """A step on pixels, which no trainset holds: the model's losses, the trainer's optimiser and average."""
-    config, frames = trained.recipe, TUBELETS * trained.recipe.model.tubelet
-    generator = torch.Generator().manual_seed(number)
-    tokens = torch.randn(CLIPS, TUBELETS * CELLS, 3 * 2 * PATCH**2, generator=generator)
-    targets = torch.randn(CLIPS, TUBELETS, CELLS, config.model.target_channels, generator=generator)
-    assert frames == 4
-    features = reference_features(trained.reference, tokens, config.losses.target_norm)
-    set_rates(trained.optimizer, rates(config.stages, config.optim.shape, number))
-    trained.optimizer.zero_grad()
-    key = NoiseKey(config.seed, number, tuple(range(CLIPS)))
-    losses = trained.model(tokens, targets, features, visible(config), key, config.stages[0].tau_copies)
-    losses.total.backward()
-    trained.optimizer.step()
-    ema_update(trained.reference, trained.model.encoder, config.optim.ema)
-    return {f"align/{k}": v for k, v in losses.align.items()} | {f"flow/{k}": v for k, v in losses.flow.items()}
+def drawn(config: RecipeConfig, step: int) -> Batch:
+    """Random clips of what the recipe reads: latents, unless the decoder gives pixels; pixels where it reads them."""
+    generator = torch.Generator().manual_seed(step)
+    latents = torch.randn(CLIPS, FRAMES, config.model.frame_channels, 4, 4, generator=generator)
+    shape = (CLIPS, FRAMES, 4 * PATCH, 4 * PATCH, 3)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return Batch(
+        step,
+        tuple(range(CLIPS * step, CLIPS * (step + 1))),
+        None if config.losses.target == "pixels" else latents,
+        visible(config),
+        pixels if config.model.encoder.input == "pixels" else None,
+    )
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -66,11 +61,7 @@ def test_two_steps_change_every_part_it_has(name: str) -> None:
     before = {part: [p.clone() for p in module.parameters()] for part, module in trained_modules(trained.model).items()}
     losses: dict[str, torch.Tensor] = {}
     for number in range(2):
-        if config.model.encoder.input == "pixels":
-            losses = step_by_hand(trained, number)
-            continue
-        latents = torch.randn(CLIPS, 4, 4, 4, 4, generator=torch.Generator().manual_seed(number))
-        stepped = take_step(trained, Batch(number, (0, 1), latents, visible(config)), number, micro_batch=0)
+        stepped = take_step(trained, drawn(config, number), number, micro_batch=1)
         assert stepped.finite
         losses = stepped.losses
     kinds = {kind for kind, weight in (("align", config.losses.align), ("flow", config.losses.flow)) if weight > 0}

@@ -13,6 +13,7 @@ from nextvid.model.tokens import (
     latent_tokens,
     normalise,
     pixel_tokens,
+    pixel_values,
     space_to_depth,
     stack_target,
     tube_ids,
@@ -58,7 +59,7 @@ def test_trap_16_input_and_target_tokens_of_one_id_are_one_cell() -> None:
     tokens, target = latent_tokens(watermark, 2), stack_target(watermark, 2)
     assert torch.equal(tokens[0, :, 0], torch.arange(3.0 * H * W))
     assert torch.equal(target[:, 1:].flatten(1, 2)[..., 0], tokens[:, H * W :, 0])
-    pixels = watermark.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4).transpose(1, 2).expand(-1, 3, -1, -1, -1)
+    pixels = watermark.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4).expand(-1, -1, 3, -1, -1)
     assert torch.equal(pixel_tokens(pixels, 2, 2)[..., 0], tokens[..., 0])
 
 
@@ -67,9 +68,19 @@ def test_pixel_tokens_are_a_convolutions_patches() -> None:
     convolution = nn.Conv3d(3, 7, kernel_size=(2, 4, 4), stride=(2, 4, 4)).double()
     pixels = torch.randn(2, 3, 4, 8, 12, dtype=torch.float64)
     expected = convolution(pixels).flatten(2).transpose(1, 2)
-    patches = pixel_tokens(pixels, 4, 2)
+    patches = pixel_tokens(pixels.transpose(1, 2), 4, 2)
     assert convolution.bias is not None
     assert torch.allclose(patches @ convolution.weight.flatten(1).T + convolution.bias, expected)
+
+
+def test_trap_18_pixels_are_rgb_between_minus_one_and_one() -> None:
+    frames = torch.arange(256, dtype=torch.uint8).reshape(1, 2, 8, 16, 1).repeat(1, 1, 1, 1, 3)
+    frames[..., 2] = 255
+    values = pixel_values(frames)
+    assert values.shape == (1, 2, 3, 8, 16)
+    assert torch.allclose(values[:, :, 0].flatten(), (torch.arange(256) / 255 - 0.5) / 0.5, atol=1e-6)
+    assert (values[:, :, 2] == 1).all()
+    assert (float(values.min()), float(values.max())) == (-1.0, 1.0)
 
 
 @given(st.integers(1, 3))

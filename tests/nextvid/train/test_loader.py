@@ -15,8 +15,9 @@ from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import space_to_depth, tube_ids
 from nextvid.recipes import recipe as recipe_by_name
+from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
-from nextvid.train.loader import Batch, Loader, open_loader
+from nextvid.train.loader import Loader, open_loader
 from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.train.optim import draws_before, stage_at
 from nextvid.train.order import Order, in_every_tubelet
@@ -27,7 +28,7 @@ from storage.latents import LatentStore
 from storage.reader import read_row, row_id
 from storage.withdrawn import record_withdrawal
 from tests.nextvid.train.corpus import BATCHES, WEIGHTS, make_project, tiny_spec
-from tests.nextvid.train.tiny import Keep, tiny_recipe
+from tests.nextvid.train.tiny import Keep, latents_of, tiny_recipe
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def _batches(project: Project, recipe: RecipeConfig, first: int = 0, rank: int =
 
 def _same(a: Batch, b: Batch) -> bool:
     ids = all(torch.equal(x, y) for x, y in zip(a.visible, b.visible, strict=True))
-    return (a.step, a.draws) == (b.step, b.draws) and torch.equal(a.latents, b.latents) and ids
+    return (a.step, a.draws) == (b.step, b.draws) and torch.equal(latents_of(a), latents_of(b)) and ids
 
 
 def test_latents_are_the_drawn_rows_read_by_zarr(project: Project) -> None:
@@ -66,7 +67,7 @@ def test_latents_are_the_drawn_rows_read_by_zarr(project: Project) -> None:
     for batch in _batches(project, recipe):
         frames = recipe.stages[stage_at(recipe.stages, batch.step)[0]].frames
         draws = Draws(recipe.seed, WEIGHTS, {"films": {4: 9, 8: 5}[frames], "pictures": 7})
-        for number, latents in zip(batch.draws, batch.latents, strict=True):
+        for number, latents in zip(batch.draws, latents_of(batch), strict=True):
             dataset, row = draws.at(number)
             length = 1 if draws.datasets[dataset] == "pictures" else frames
             address = trainset.rows(length)[row]
@@ -79,7 +80,7 @@ def test_latents_are_the_drawn_rows_read_by_zarr(project: Project) -> None:
 
 
 def test_trap_17_drawn_latents_have_mean_0_and_deviation_1_by_channel(project: Project) -> None:
-    drawn = torch.cat([batch.latents.transpose(1, 2).flatten(2) for batch in _batches(project, tiny_recipe())[:6]])
+    drawn = torch.cat([latents_of(batch).transpose(1, 2).flatten(2) for batch in _batches(project, tiny_recipe())[:6]])
     assert drawn.mean((0, 2)).tolist() == pytest.approx([0.0] * 4, abs=0.1)
     assert drawn.std((0, 2)).tolist() == pytest.approx([1.0] * 4, abs=0.1)
 
@@ -96,7 +97,7 @@ def test_visible_ids_are_the_plans_entries(project: Project) -> None:
     recipe = tiny_recipe()
     plan = open_mask_plan(project.root, recipe.masks, (4, 4))
     for batch in _batches(project, recipe):
-        tubelets = batch.latents.shape[1] // 2
+        tubelets = latents_of(batch).shape[1] // 2
         for index, strategy in enumerate(recipe.masks.strategies):
             for number, ids in zip(batch.draws, batch.visible[index].tolist(), strict=True):
                 cells = np.flatnonzero(plan.kept[strategy.name][mask_entry(recipe.seed, index, number, 256)])
@@ -111,7 +112,7 @@ def test_trap_25_ranks_share_each_batch_in_order(project: Project, keep: Keep, r
     shares = [_batches(project, recipe, rank=rank, ranks=ranks) for rank in range(ranks)]
     for whole, *parts in zip(alone, *shares, strict=True):
         assert whole.draws == tuple(number for part in parts for number in part.draws)
-        assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
+        assert torch.equal(latents_of(whole), torch.cat([latents_of(part) for part in parts]))
         for index, ids in enumerate(whole.visible):
             assert torch.equal(ids, torch.cat([part.visible[index] for part in parts]))
 
@@ -120,7 +121,7 @@ def test_trap_25_ranks_share_each_batch_in_order(project: Project, keep: Keep, r
 def test_other_ways_of_thinning(project: Project, keep: Keep) -> None:
     recipe = tiny_recipe(keep=keep)
     for batch in _batches(project, recipe):
-        tubelets = batch.latents.shape[1] // 2
+        tubelets = latents_of(batch).shape[1] // 2
         assert len(batch.visible) == (1 if keep == "all" else 2)
         for ids in batch.visible:
             assert ids.dtype == torch.int64
@@ -161,8 +162,8 @@ def test_a_batch_that_is_kept_is_not_overwritten_by_the_ring(project: Project) -
         copies: list[torch.Tensor] = []
         for batch in loader.batches(0):
             kept.append(batch)
-            copies.append(batch.latents.clone())
-    assert all(torch.equal(batch.latents, copy) for batch, copy in zip(kept, copies, strict=True))
+            copies.append(latents_of(batch).clone())
+    assert all(torch.equal(latents_of(batch), copy) for batch, copy in zip(kept, copies, strict=True))
 
 
 def test_an_abandoned_iteration_ends_its_threads(project: Project) -> None:
@@ -176,7 +177,7 @@ def test_micro_batches_are_the_batch(project: Project) -> None:
     batch = _batches(project, tiny_recipe())[0]
     parts = batch.split(2)
     assert [part.draws for part in parts] == [(0, 1), (2, 3)]
-    assert torch.equal(torch.cat([part.latents for part in parts]), batch.latents)
+    assert torch.equal(torch.cat([latents_of(part) for part in parts]), latents_of(batch))
     with pytest.raises(ConfigError, match="does not divide"):
         batch.split(3)
 
@@ -193,7 +194,7 @@ def test_store_of_half_the_stride_is_folded(tmp_path: Path) -> None:
     address = drawn.address
     stored = read_row(store, BATCHES[address["batch"]], drawn.frames, int(address["part"]), int(address["slot"]))
     plain = torch.from_numpy(stored.astype(np.float32))[None].expand(1, 4 if drawn.frames == 1 else -1, -1, -1, -1)
-    torch.testing.assert_close(batch.latents[:1], space_to_depth(plain, 2))
+    torch.testing.assert_close(latents_of(batch)[:1], space_to_depth(plain, 2))
 
 
 @pytest.mark.parametrize(
@@ -264,4 +265,4 @@ def test_tubes_in_numpy_are_the_models(project: Project) -> None:
 
 def test_clips_of_the_diagnostics_do_not_depend_on_ranks(project: Project) -> None:
     with _loader(project, tiny_recipe()) as alone, _loader(project, tiny_recipe(), Ranks(1, 2, CPU)) as second:
-        assert torch.equal(alone.clips(range(48)), second.clips(range(48)))
+        assert torch.equal(latents_of(alone.clips(range(48))), latents_of(second.clips(range(48))))

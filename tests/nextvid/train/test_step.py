@@ -8,10 +8,10 @@ import torch
 from nextvid.config import RecipeConfig
 from nextvid.model.flow import NoiseKey
 from nextvid.model.tokens import latent_tokens, stack_target
-from nextvid.train.loader import Batch
+from nextvid.train.batch import Batch
 from nextvid.train.order import in_every_tubelet
 from nextvid.train.step import Trained, build, build_model, means, take_step
-from tests.nextvid.train.tiny import ALONE, CHANNELS, GRID, tiny_recipe
+from tests.nextvid.train.tiny import ALONE, CHANNELS, GRID, latents_of, tiny_recipe
 
 
 def _batch(step: int = 0, clips: int = 4, frames: int = 4) -> Batch:
@@ -39,10 +39,10 @@ def test_one_backward_a_strategy_is_the_gradient_of_the_total() -> None:
     for parameter in trained.model.decoder.parameters():  # past its zero initialisation, so that all gradients live
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     model = trained.model
-    tokens = latent_tokens(batch.latents, 2)
+    tokens = latent_tokens(latents_of(batch), 2)
     features = torch.nn.functional.layer_norm(trained.reference(tokens, 2)[:, 16:], (24,))
     losses = model(
-        tokens, stack_target(batch.latents, 2), features, batch.visible, NoiseKey(0, 0, batch.draws), copies=2
+        tokens, stack_target(latents_of(batch), 2), features, batch.visible, NoiseKey(0, 0, batch.draws), copies=2
     )
     losses.total.backward()
     wanted = _gradients(trained)
@@ -105,7 +105,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     before = {name: value.clone() for name, value in trained.model.state_dict().items()}
     average = {name: value.clone() for name, value in trained.reference.state_dict().items()}
     poisoned = _batch(1)
-    poisoned.latents[2, 1, 0, 0, 0] = float("inf")
+    latents_of(poisoned)[2, 1, 0, 0, 0] = float("inf")
     stepped = take_step(trained, poisoned, 1, 0)
     assert not stepped.finite
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
@@ -129,7 +129,7 @@ def test_a_step_is_a_function_of_draw_numbers_not_of_the_place_in_the_batch() ->
     turned = replace(
         batch,
         draws=tuple(batch.draws[i] for i in order),
-        latents=batch.latents[order],
+        latents=latents_of(batch)[order],
         visible=[ids[order] for ids in batch.visible],
     )
     one, other = (take_step(build(recipe, ALONE), some, 0, 0) for some in (batch, turned))

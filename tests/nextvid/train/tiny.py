@@ -16,6 +16,7 @@ from nextvid.config import (
     RecipeConfig,
     StageConfig,
 )
+from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 
 Keep = Literal["fixed", "bucket", "flat", "all"]
@@ -24,6 +25,12 @@ GRID = 4
 
 HOW = HowConfig(device="cpu", log_every_steps=1, diagnose_every_steps=5, checkpoint_every_steps=100)
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def latents_of(batch: Batch) -> torch.Tensor:
+    """The latents of a batch that has them."""
+    assert batch.latents is not None
+    return batch.latents
 
 
 def tiny_recipe(name: str = "tiny", steps: tuple[int, ...] = (3, 3, 3, 3), keep: Keep = "fixed") -> RecipeConfig:
