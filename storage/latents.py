@@ -1,94 +1,115 @@
 """LatentStore: the latents of one encoding spec, as batches, clip lengths, parts and committed shards.
 
-Any number of processes write at once, each shard once; readers see committed rows only, and a missing or short shard
-is an error, never zeros or NaN (design, section 5). Lives on file systems; object stores are refused for now. Must not
-know media, autoencoders or training. Reading rows fast: reader.py.
+RowStore is what it shares with the store of pixels (storage/pixels.py): everything but what a row is. Any number
+of processes write at once, each shard once; readers see committed rows only, and a missing or short shard is an error,
+never zeros or NaN (design, section 5). Lives on file systems; object stores are refused for now. Must not know media,
+autoencoders or training. Reading rows fast: reader.py.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import dataframely as dy
 import polars as pl
 
 from storage import atomic
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError
-from storage.part import Part, create_part
-from storage.root import DataRoot, is_local
+from storage.part import Part, PlannedPart, Spec, create_part
+from storage.root import DataRoot, Stored, is_local
 from storage.schemas import Commits
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
-from storage.verify import Problem, verify_part
+from storage.verify import Problem, verify_latents
 from storage.withdrawn import withdrawn_rows
 
 __all__ = ["ROWS_PER_SHARD", "EncodingSpec", "LatentStore", "Part", "Problem"]
 
+S = TypeVar("S", bound=Spec)
+P = TypeVar("P", bound=PlannedPart)
+
 _WHERE = {"batch": pl.String, "frames": pl.Int32, "part": pl.UInt16, "shard": pl.UInt32}
 
 
-class LatentStore:
-    """A store; nothing is read or written before a method asks for it."""
+class RowStore(ABC, Generic[S, P]):
+    """A store of one spec; nothing is read or written before a method asks for it."""
 
-    def __init__(self, root: DataRoot, spec: EncodingSpec) -> None:
+    noun: ClassVar[Stored]  # names the folder, and the store in messages
+    schema: ClassVar[type[dy.Schema]]  # of its commits
+
+    def __init__(self, root: DataRoot, spec: S) -> None:
         if not is_local(root.url):
-            raise ConfigError(f"root {root.url}: latents on object stores are not supported yet; use a file system")
+            raise ConfigError(f"root {root.url}: {self.noun} on object stores are not supported yet; use a file system")
         self.root = root
         self.spec = spec
         self.digest = spec.digest()
 
+    @staticmethod
+    @abstractmethod
+    def spec_of(value: Mapping[str, Any]) -> S:
+        """The spec of what its `to_json` gave; ConfigError where it is none."""
+
+    @abstractmethod
+    def part(self, batch: str, frames: int, number: int) -> P:
+        """A part by its number, whether or not it exists."""
+
+    @abstractmethod
+    def check(self, part: P, withdrawn: frozenset[bytes]) -> list[Problem]:
+        """Read every byte of a part; what is wrong with it."""
+
     @classmethod
-    def open(cls, root: DataRoot, digest: str) -> "LatentStore":
+    def open(cls, root: DataRoot, digest: str) -> Self:
         """The store of that digest; UpstreamError where there is none, DamagedError where its spec is not its own."""
-        path = f"{root.spec_folder(digest)}/spec.json"
+        path = f"{root.spec_folder(digest, cls.noun)}/spec.json"
         try:
-            spec = EncodingSpec.from_json(atomic.read_json(path))
+            spec = cls.spec_of(atomic.read_json(path))
         except ConfigError as error:
-            raise DamagedError(f"{path} is no encoding spec ({error}): restore it") from error
+            raise DamagedError(f"{path} is no spec of {cls.noun} ({error}): restore it") from error
         if spec.digest() != digest:
             raise DamagedError(f"{path} was changed: its digest is {spec.digest()}. Restore it")
         return cls(root, spec)
 
     @classmethod
-    def every(cls, root: DataRoot) -> "list[LatentStore]":
+    def every(cls, root: DataRoot) -> list[Self]:
         """Every store that the root holds, by digest; DamagedError where a spec is not its own."""
         if not is_local(root.url):
             return []
-        return [cls.open(root, digest) for digest in sorted(_folders(Path(root.stores()), r"[0-9a-f]{32}"))]
+        return [cls.open(root, digest) for digest in sorted(_folders(Path(root.stores(cls.noun)), r"[0-9a-f]{32}"))]
 
     def create(self) -> None:
         """Write the spec in words; nothing to do where it stands already."""
         try:
             words = json.dumps(self.spec.to_json(), indent=1) + "\n"
-            atomic.create_exclusively(f"{self.root.spec_folder(self.digest)}/spec.json", words.encode())
+            atomic.create_exclusively(f"{self._folder}/spec.json", words.encode())
         except ConflictError:
             self.open(self.root, self.digest)  # refuses one that was changed
 
     def batches(self) -> list[str]:
         """Batches that have at least one part, sorted."""
-        folder = Path(self.root.spec_folder(self.digest))
-        return sorted(name for name in _folders(folder, r"[a-z0-9_]+(\.[0-9]{6})?") if self.frames_of(name))
+        found = _folders(Path(self._folder), r"[a-z0-9_]+(\.[0-9]{6})?")
+        return sorted(name for name in found if self.frames_of(name))
 
     def frames_of(self, batch: str) -> list[int]:
         """Clip lengths (frames) of which the batch has parts, sorted."""
-        folder = Path(self.root.latents_batch(self.digest, batch))
+        folder = Path(self.root.stored_batch(self.digest, batch, self.noun))
         found = sorted(int(name[1:]) for name in _folders(folder, r"f[1-9][0-9]*"))
         return [frames for frames in found if self.parts(batch, frames)]
 
     def parts(self, batch: str, frames: int) -> list[int]:
         """Numbers of the parts, sorted."""
-        return sorted(int(name) for name in _folders(Path(self.root.parts(self.digest, batch, frames)), r"[0-9]{4,5}"))
+        folder = Path(self.root.parts(self.digest, batch, frames, self.noun))
+        return sorted(int(name) for name in _folders(folder, r"[0-9]{4,5}"))
 
-    def part(self, batch: str, frames: int, number: int) -> Part:
-        return Part(self.root.part(self.digest, batch, frames, number), self.spec, batch, frames, number)
-
-    def plan_part(self, batch: str, frames: int, row_ids: Sequence[bytes]) -> Part:
+    def plan_part(self, batch: str, frames: int, row_ids: Sequence[bytes]) -> P:
         """Open the next part for these rows, in this order; ConflictError if another planner took its number."""
         part = self.part(batch, frames, max(self.parts(batch, frames), default=-1) + 1)
         create_part(part, row_ids)
         return part
 
-    def unfinished(self, batch: str, frames: int) -> Part | None:
+    def unfinished(self, batch: str, frames: int) -> P | None:
         """The first part with a shard that is not committed."""
         for number in self.parts(batch, frames):
             part = self.part(batch, frames, number)
@@ -97,12 +118,13 @@ class LatentStore:
         return None
 
     def commits(self, batch: str, frames: int | None = None) -> pl.DataFrame:
-        """Columns of Commits and batch, frames, part, shard: one line a committed row, failed ones too.
+        """Columns of `schema` and batch, frames, part, shard: one line a committed row, failed ones too.
 
         A row id found twice counts once: ok before failed, then in the lowest (part, shard). `slot` numbers the part.
         """
         lengths = self.frames_of(batch) if frames is None else [frames]
-        found = [Commits.create_empty().with_columns(pl.lit(None, dtype).alias(name) for name, dtype in _WHERE.items())]
+        empty = self.schema.create_empty()
+        found = [empty.with_columns(pl.lit(None, dtype).alias(name) for name, dtype in _WHERE.items())]
         for length in lengths:
             for number in self.parts(batch, length):
                 part = self.part(batch, length, number)
@@ -117,16 +139,37 @@ class LatentStore:
         try:
             self.open(self.root, self.digest)
         except NExTVidError as error:
-            problems.append(Problem(f"{self.root.spec_folder(self.digest)}/spec.json", None, str(error), "restore it"))
+            problems.append(Problem(f"{self._folder}/spec.json", None, str(error), "restore it"))
         withdrawn = withdrawn_rows(self.root)
         for name in self.batches() if batch is None else [batch]:
             for frames in self.frames_of(name):
                 for number in self.parts(name, frames):
-                    problems += verify_part(self.part(name, frames, number), withdrawn)
+                    problems += self.check(self.part(name, frames, number), withdrawn)
         return problems
 
+    @property
+    def _folder(self) -> str:
+        return self.root.spec_folder(self.digest, self.noun)
 
-def _located(part: Part, shard: int) -> pl.DataFrame:
+
+class LatentStore(RowStore[EncodingSpec, Part]):
+    """The latents of one encoding spec."""
+
+    noun = "latents"
+    schema = Commits
+
+    @staticmethod
+    def spec_of(value: Mapping[str, Any]) -> EncodingSpec:
+        return EncodingSpec.from_json(value)
+
+    def part(self, batch: str, frames: int, number: int) -> Part:
+        return Part(self.root.part(self.digest, batch, frames, number), self.spec, batch, frames, number)
+
+    def check(self, part: Part, withdrawn: frozenset[bytes]) -> list[Problem]:
+        return verify_latents(part, withdrawn)
+
+
+def _located(part: PlannedPart, shard: int) -> pl.DataFrame:
     values = {"batch": part.batch, "frames": part.frames, "part": part.number, "shard": shard}
     return part.commit(shard).with_columns(pl.lit(values[name], dtype).alias(name) for name, dtype in _WHERE.items())
 

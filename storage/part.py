@@ -2,17 +2,21 @@
 
 A part appears whole (Zarr metadata and plan in one rename). A shard is the file, then its commit, both created
 exclusively while the part's lock is held: a file without a commit is a dead writer's litter, which the next writer
-replaces. The commit is the truth; readers look at nothing else. Must not know how rows were chosen or encoded.
+replaces. The commit is the truth; readers look at nothing else. PlannedPart holds what all parts share, Part what is
+the latents' own, storage/pixels.py what is the pixels'. Must not know how rows were chosen or encoded.
 """
 
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 from jaxtyping import Float
@@ -27,10 +31,22 @@ AXES = ("row", "frame", "channel", "y", "x")
 SWEPT = "swept"  # reason in the commit of a shard whose bytes a sweep has freed
 
 
-class Part:
+class Spec(Protocol):
+    """What the stores of one kind differ by; its digest names the store."""
+
+    def digest(self) -> str: ...
+
+    def to_json(self) -> Mapping[str, str | int]: ...
+
+
+class PlannedPart(ABC):
     """A part that exists. `path` is its folder; slots number its rows from 0, shard = slot // 256."""
 
-    def __init__(self, path: str, spec: EncodingSpec, batch: str, frames: int, number: int) -> None:
+    array: ClassVar[str]  # name of the Zarr array in the part's group
+    schema: ClassVar[type[dy.Schema]]  # of its commits
+    freed: ClassVar[Mapping[str, Any]]  # what their columns say of a shard whose bytes are gone
+
+    def __init__(self, path: str, spec: Spec, batch: str, frames: int, number: int) -> None:
         self.path = path
         self.spec = spec
         self.batch = batch
@@ -40,7 +56,15 @@ class Part:
         self._lock_file: int | None = None
 
     def __repr__(self) -> str:
-        return f"Part({self.path!r})"
+        return f"{type(self).__name__}({self.path!r})"
+
+    @abstractmethod
+    def describe(self, folder: Path, rows: int) -> None:
+        """Write the Zarr metadata of the part's array for so many rows into its new folder."""
+
+    @abstractmethod
+    def extent(self, slot: int) -> tuple[int, int]:
+        """(offset, size) in bytes of a committed row in the file of its shard; size 0 where it has none."""
 
     @cached_property
     def plan(self) -> pl.DataFrame:
@@ -66,7 +90,7 @@ class Part:
         return self.plan.slice(number * ROWS_PER_SHARD, ROWS_PER_SHARD)
 
     def shard_path(self, number: int) -> Path:
-        return Path(self.path, "latent", "c", str(number), "0", "0", "0", "0")
+        return Path(self.path, self.array, "c", str(number), "0", "0", "0", "0")
 
     def commit_path(self, number: int) -> Path:
         return Path(self.path, "commits", f"{number:06d}.parquet")
@@ -79,32 +103,26 @@ class Part:
         return self.committed(number) and self.shard_path(number).exists()
 
     def commit(self, number: int) -> pl.DataFrame:
-        """Columns of Commits of a committed shard, by slot; DamagedError where it does not fit the plan."""
+        """Columns of `schema` of a committed shard, by slot; DamagedError where it does not fit the plan."""
         path = str(self.commit_path(number))
-        commits = tables.read_table(path, Commits).sort("slot")
+        commits = tables.read_table(path, self.schema).sort("slot")
         if not commits.select("row_id", "slot").equals(self.rows_of(number)):
             raise DamagedError(f"{path} names other rows than the plan: remove it and make the latents again")
         return commits
 
-    def write_shard(self, number: int, latents: Float[np.ndarray, "n F C h w"], commits: pl.DataFrame) -> None:
-        """Write one shard, then its commit; ConflictError if another writer committed it first.
-
-        `latents` stand in slot order, one for each planned row; what stands in the slot of a failed row is replaced by
-        NaN. `commits` has the columns of Commits; its crc32c, sums and sums_squared are measured here on the stored
-        values and may come in null or empty. StoreError where rows do not fit the plan or are not finite.
-        """
-        rows = self.rows_of(number)
-        commits = commits.sort("slot")
+    def planned(self, number: int, commits: pl.DataFrame) -> pl.DataFrame:
+        """The commits by slot; StoreError where their rows are not the planned ones of the shard."""
+        rows, ordered = self.rows_of(number), commits.sort("slot")
         if (
-            commits["row_id"].to_list() != rows["row_id"].to_list()
-            or commits["slot"].to_list() != rows["slot"].to_list()
+            ordered["row_id"].to_list() != rows["row_id"].to_list()
+            or ordered["slot"].to_list() != rows["slot"].to_list()
         ):
             raise StoreError(f"shard {number} of {self.path}: the commit's rows are not the planned ones")
-        wanted = (rows.height, *self.spec.row_shape(self.frames))
-        if latents.shape != wanted:
-            raise StoreError(f"shard {number} of {self.path}: latents have shape {latents.shape}, not {wanted}")
-        stored = shard.stored_values(latents, (commits["status"] == "ok").to_numpy(), self.spec.storage)
-        sealed = tables.encode_table(shard.measured(stored, commits), Commits, str(self.commit_path(number)))
+        return ordered
+
+    def publish(self, number: int, pieces: Iterable[bytes | memoryview], commits: pl.DataFrame) -> None:
+        """Write a shard's file from its pieces, then its commit; ConflictError if another writer committed it first."""
+        sealed = tables.encode_table(commits, self.schema, str(self.commit_path(number)))
         with self.lock():
             self._refuse_committed(number)
             self.shard_path(number).unlink(missing_ok=True)  # litter of a writer that died before its commit
@@ -112,8 +130,8 @@ class Part:
                 atomic.staged_file(str(self.shard_path(number)), exclusive=True) as temporary,
                 temporary.open("xb") as file,
             ):
-                file.write(stored.data)
-                file.write(shard.index(rows.height, self.spec.row_bytes(self.frames)))
+                for piece in pieces:
+                    file.write(piece)
             atomic.create_exclusively(str(self.commit_path(number)), sealed)
 
     @contextmanager
@@ -133,15 +151,15 @@ class Part:
 
     def erase(self, slots: Sequence[int]) -> None:
         """Zero the bytes of these slots in place, for withdrawn media only. Nothing else moves or changes."""
-        row_bytes = self.spec.row_bytes(self.frames)
         with self.lock():
             for slot in slots:
-                number, within = divmod(slot, ROWS_PER_SHARD)
+                number = slot // ROWS_PER_SHARD
                 if not self.stands(number):
                     continue
+                offset, size_bytes = self.extent(slot)
                 with self.shard_path(number).open("r+b") as file:
-                    file.seek(within * row_bytes)
-                    file.write(bytes(row_bytes))
+                    file.seek(offset)
+                    file.write(bytes(size_bytes))
                     file.flush()
                     os.fsync(file.fileno())
 
@@ -155,11 +173,8 @@ class Part:
         with self.lock():
             commits = self.commit(number)
             if (commits["reason"] != SWEPT).fill_null(True).any():
-                empty = pl.lit([], pl.List(pl.Float64))
-                swept = commits.with_columns(
-                    status=pl.lit("rejected"), reason=pl.lit(SWEPT), crc32c=None, sums=empty, sums_squared=empty
-                )
-                tables.write_table(str(self.commit_path(number)), swept, Commits)
+                swept = commits.with_columns(status=pl.lit("rejected"), reason=pl.lit(SWEPT), **self.freed)
+                tables.write_table(str(self.commit_path(number)), swept, self.schema)
             size_bytes = path.stat().st_size if path.exists() else 0
             path.unlink(missing_ok=True)
         return size_bytes
@@ -169,30 +184,65 @@ class Part:
             raise ConflictError(f"shard {number} of {self.path} is committed already: another writer was first")
 
 
-def create_part(part: Part, row_ids: Sequence[bytes]) -> None:
+class Part(PlannedPart):
+    """A part of latents: dense rows of one size (storage/shard.py)."""
+
+    array = "latent"
+    schema = Commits
+    freed: ClassVar[Mapping[str, Any]] = {
+        "crc32c": None,
+        "sums": pl.lit([], pl.List(pl.Float64)),
+        "sums_squared": pl.lit([], pl.List(pl.Float64)),
+    }
+    spec: EncodingSpec
+
+    def write_shard(self, number: int, latents: Float[np.ndarray, "n F C h w"], commits: pl.DataFrame) -> None:
+        """Write one shard, then its commit; ConflictError if another writer committed it first.
+
+        `latents` stand in slot order, one for each planned row; what stands in the slot of a failed row is replaced by
+        NaN. `commits` has the columns of Commits; its crc32c, sums and sums_squared are measured here on the stored
+        values and may come in null or empty. StoreError where rows do not fit the plan or are not finite.
+        """
+        commits = self.planned(number, commits)
+        wanted = (commits.height, *self.spec.row_shape(self.frames))
+        if latents.shape != wanted:
+            raise StoreError(f"shard {number} of {self.path}: latents have shape {latents.shape}, not {wanted}")
+        stored = shard.stored_values(latents, (commits["status"] == "ok").to_numpy(), self.spec.storage)
+        index = shard.index(commits.height, self.spec.row_bytes(self.frames))
+        self.publish(number, (stored.data, index), shard.measured(stored, commits))
+
+    def extent(self, slot: int) -> tuple[int, int]:
+        row_bytes = self.spec.row_bytes(self.frames)
+        return slot % ROWS_PER_SHARD * row_bytes, row_bytes
+
+    def describe(self, folder: Path, rows: int) -> None:
+        shape = self.spec.row_shape(self.frames)
+        new_group(folder, self).create_array(
+            self.array,
+            shape=(rows, *shape),
+            chunks=(1, *shape),
+            shards={"shape": (ROWS_PER_SHARD, *shape), "index_location": "end"},
+            dtype="float16",
+            compressors=None,
+            filters=None,
+            fill_value=float("nan"),
+            dimension_names=AXES,
+        )
+
+
+def create_part(part: PlannedPart, row_ids: Sequence[bytes]) -> None:
     """Bring a part into being: Zarr metadata and plan, in one step; ConflictError if the number is taken."""
     assert row_ids, "a part without rows"
     plan = pl.DataFrame({"row_id": list(row_ids), "slot": range(len(row_ids))}, schema=Plan.create_empty().schema)
     with atomic.staged_folder(part.path) as folder:
-        _write_metadata(folder, part, len(row_ids))
+        part.describe(folder, len(row_ids))
         tables.write_table(str(folder / "plan.parquet"), plan, Plan)
         (folder / "commits").mkdir()
 
 
-def _write_metadata(folder: Path, part: Part, rows: int) -> None:
+def new_group(folder: Path, part: PlannedPart) -> Any:  # noqa: ANN401 - a zarr.Group, which is not imported here
+    """The part's Zarr group, with what it is as attributes."""
     import zarr  # here, since readers do without it and it takes half a second to import
 
-    shape = part.spec.row_shape(part.frames)
     about = {"encoding": part.spec.digest(), "batch": part.batch, "frames": part.frames, "part": part.number}
-    group = zarr.create_group(store=str(folder), zarr_format=3, attributes=about)
-    group.create_array(
-        "latent",
-        shape=(rows, *shape),
-        chunks=(1, *shape),
-        shards={"shape": (ROWS_PER_SHARD, *shape), "index_location": "end"},
-        dtype="float16",
-        compressors=None,
-        filters=None,
-        fill_value=float("nan"),
-        dimension_names=AXES,
-    )
+    return zarr.create_group(store=str(folder), zarr_format=3, attributes=about)

@@ -14,6 +14,7 @@ import fsspec
 from storage.errors import ConfigError
 
 Table = Literal["sources", "media", "labels", "shots", "clips"]
+Stored = Literal["latents", "pixels"]
 Pointed = Literal["latent_stats", "duplicates", "mask_plan", "trainset"]
 
 _NAME = re.compile(r"[a-z0-9_]+(\.[0-9]{6})?")  # dataset, recipe, benchmark; or batch <dataset>.<nnnnnn>
@@ -69,24 +70,24 @@ class DataRoot:
     def preview(self, noun: Literal["shots", "clips", "latents"], batch: str) -> str:
         return f"{self.url}/{noun}/{_name(batch)}.png"
 
-    # latent store
-    def stores(self) -> str:
-        return f"{self.url}/latents"
+    # latent and pixel stores
+    def stores(self, noun: Stored = "latents") -> str:
+        return f"{self.url}/{noun}"
 
-    def spec_folder(self, spec: str) -> str:
-        return f"{self.stores()}/{_hex(spec)}"
+    def spec_folder(self, spec: str, noun: Stored = "latents") -> str:
+        return f"{self.stores(noun)}/{_hex(spec)}"
 
     def latents_checks(self, spec: str, batch: str) -> str:
         return f"{self.spec_folder(spec)}/{_name(batch)}.json"
 
-    def latents_batch(self, spec: str, batch: str) -> str:
-        return f"{self.spec_folder(spec)}/{_name(batch)}"
+    def stored_batch(self, spec: str, batch: str, noun: Stored = "latents") -> str:
+        return f"{self.spec_folder(spec, noun)}/{_name(batch)}"
 
-    def parts(self, spec: str, batch: str, frames: int) -> str:
-        return f"{self.latents_batch(spec, batch)}/f{frames}"
+    def parts(self, spec: str, batch: str, frames: int, noun: Stored = "latents") -> str:
+        return f"{self.stored_batch(spec, batch, noun)}/f{frames}"
 
-    def part(self, spec: str, batch: str, frames: int, part: int) -> str:
-        return f"{self.parts(spec, batch, frames)}/{part:04d}"
+    def part(self, spec: str, batch: str, frames: int, part: int, noun: Stored = "latents") -> str:
+        return f"{self.parts(spec, batch, frames, noun)}/{part:04d}"
 
     # things with a digest and a pointer
     def pointed(self, noun: Pointed, digest: str) -> str:

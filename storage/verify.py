@@ -4,16 +4,21 @@ Reports, never repairs: each problem names the file, the row where it is one row
 same everywhere, since a shard without its commit is encoded again. Must not be on any fast path.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import polars as pl
 
 from storage import shard
 from storage.digest import crc32c
 from storage.errors import NExTVidError
-from storage.part import SWEPT, Part
+from storage.part import SWEPT, Part, PlannedPart
 from storage.shard import ROWS_PER_SHARD
+
+P = TypeVar("P", bound=PlannedPart)
 
 
 @dataclass(frozen=True)
@@ -30,25 +35,34 @@ class Problem:
         return f"{self.file}{row}: {self.what}. Remedy: {self.remedy}"
 
 
-def verify_part(part: Part, withdrawn: frozenset[bytes]) -> list[Problem]:
-    """Problems of one part; rows in `withdrawn` must be zeros."""
+def verify_latents(part: Part, withdrawn: frozenset[bytes]) -> list[Problem]:
+    """Problems of one part of latents; rows in `withdrawn` must be zeros."""
+    return verify_part(part, _metadata, lambda number, commits: _rows(part, number, commits, withdrawn))
+
+
+def verify_part(
+    part: P,
+    metadata: Callable[[P], Sequence[Problem]],
+    rows: Callable[[int, pl.DataFrame], Sequence[Problem]],
+) -> list[Problem]:
+    """Problems of one part, whatever its rows are: `metadata` and `rows` (of one shard) say what they should be."""
     try:
         shards = part.shards
     except NExTVidError as error:
         return [
             Problem(f"{part.path}/plan.parquet", None, str(error), f"remove {part.path} and make the latents again")
         ]
-    problems = [*_metadata(part), *_leftovers(part, shards)]
+    problems = [*metadata(part), *_leftovers(part, shards)]
     for number in range(shards):
         if part.committed(number):
-            problems += _shard(part, number, withdrawn)
+            problems += _shard(part, number, rows)
         elif part.shard_path(number).exists():
             what = "a shard without its commit, left by a writer that died"
             problems.append(Problem(str(part.shard_path(number)), None, what, "make the latents of the batch again"))
     return problems
 
 
-def encode_again(part: Part, number: int) -> str:
+def encode_again(part: PlannedPart, number: int) -> str:
     """The remedy for damaged bytes of a shard."""
     return f"remove {part.commit_path(number)} and make the latents of batch {part.batch} again"
 
@@ -73,25 +87,30 @@ def _metadata(part: Part) -> list[Problem]:
     return []
 
 
-def _leftovers(part: Part, shards: int) -> list[Problem]:
+def _leftovers(part: PlannedPart, shards: int) -> list[Problem]:
     """Files that the plan does not know: temporary ones, and shards or commits beyond the last."""
     known = {part.shard_path(number) for number in range(shards)} | {
         part.commit_path(number) for number in range(shards)
     }
-    known |= {Path(part.path, name) for name in ("zarr.json", "latent/zarr.json", "plan.parquet", "lock")}
+    known |= {Path(part.path, name) for name in ("zarr.json", f"{part.array}/zarr.json", "plan.parquet", "lock")}
     strange = sorted(path for path in Path(part.path).rglob("*") if path.is_file() and path not in known)
     return [Problem(str(path), None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 
 
-def _shard(part: Part, number: int, withdrawn: frozenset[bytes]) -> list[Problem]:
-    path, remedy = str(part.shard_path(number)), encode_again(part, number)
+def _shard(part: PlannedPart, number: int, rows: Callable[[int, pl.DataFrame], Sequence[Problem]]) -> Sequence[Problem]:
+    path = str(part.shard_path(number))
     try:
         commits = part.commit(number)
     except NExTVidError as error:
-        return [Problem(str(part.commit_path(number)), None, str(error), remedy)]
+        return [Problem(str(part.commit_path(number)), None, str(error), encode_again(part, number))]
     if (commits["reason"] == SWEPT).fill_null(False).all():
         swept = "a sweep was killed before it removed this file"
         return [Problem(path, None, swept, "sweep again, or remove it")] if Path(path).exists() else []
+    return rows(number, commits)
+
+
+def _rows(part: Part, number: int, commits: pl.DataFrame, withdrawn: frozenset[bytes]) -> list[Problem]:
+    path, remedy = str(part.shard_path(number)), encode_again(part, number)
     row_bytes = part.spec.row_bytes(part.frames)
     wanted_bytes = shard.shard_bytes(commits.height, row_bytes)
     try:

@@ -51,7 +51,7 @@ def test_create_and_open(data_root: DataRoot) -> None:
     with pytest.raises(DamagedError, match="was changed"):
         store.create()
     path.write_text("[]")
-    with pytest.raises(DamagedError, match="no encoding spec"):
+    with pytest.raises(DamagedError, match="no spec of latents"):
         LatentStore.open(data_root, store.digest)
 
 

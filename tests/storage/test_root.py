@@ -66,7 +66,7 @@ def test_hostile_names_are_refused(data_root: DataRoot, name: str) -> None:
         lambda: data_root.table("media", name),
         lambda: data_root.recipe_folder(name),
         lambda: data_root.probe("demo", HEX, name, HEX),
-        lambda: data_root.latents_batch(HEX, name),
+        lambda: data_root.stored_batch(HEX, name),
     ]
     for build in builders:
         with pytest.raises(ConfigError, match="is not a name"):
