@@ -179,6 +179,25 @@ class Commits(dy.Schema):
     encode_s = dy.Float32()
 
 
+class PixelCommits(dy.Schema):
+    """What a shard's commit says of each slot of a pixel store. Rows differ in size, so it says where each stands."""
+
+    row_id = _id(primary_key=True)
+    slot = dy.UInt32()
+    status = dy.Enum(STATUSES)
+    reason = dy.String(nullable=True)
+    offset = dy.UInt64(nullable=True)  # bytes from the start of the shard's file
+    size_bytes = dy.UInt32(nullable=True)
+    crc32c = dy.UInt32(nullable=True)
+    psnr_db = dy.Float32(nullable=True)  # of the JPEGs against the frames, where this row was sampled for it
+    encode_s = dy.Float32()
+
+    @dy.rule()
+    def ok_has_a_place(cls) -> pl.Expr:  # noqa: N805
+        place = pl.col("offset").is_not_null() & pl.col("size_bytes").is_not_null() & pl.col("crc32c").is_not_null()
+        return (pl.col("status") != "ok") | place
+
+
 class Duplicates(dy.Schema):
     """One row a shot and batch that shares its group with another."""
 

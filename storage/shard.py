@@ -5,6 +5,7 @@ little-endian u64, absent ones 2^64-1, then the crc32c of the index. Rows stand 
 offset of slot s is s * row_bytes and a reader needs no index (research: store, F). What an option does to values: here.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -25,9 +26,15 @@ _EXPONENT = np.uint16(0x7C00)  # all ones: infinity or NaN in IEEE 754 binary16;
 @lru_cache(maxsize=64)  # nearly all shards are full ones
 def index(rows: int, row_bytes: int) -> bytes:
     """Index of a dense shard with `rows` rows."""
+    return index_of([(row * row_bytes, row_bytes) for row in range(rows)])
+
+
+def index_of(places: Sequence[tuple[int, int] | None]) -> bytes:
+    """Index of a shard whose first rows stand at these (offset, size); None and what follows are absent."""
     table = np.full((ROWS_PER_SHARD, 2), _ABSENT, dtype="<u8")
-    table[:rows, 0] = np.arange(rows, dtype="<u8") * np.uint64(row_bytes)
-    table[:rows, 1] = row_bytes
+    for row, place in enumerate(places):
+        if place is not None:
+            table[row] = place
     data = table.tobytes()
     return data + crc32c(data).to_bytes(4, "little")
 
