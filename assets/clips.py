@@ -15,6 +15,7 @@ from storage import schemas
     kinds={"polars", "parquet"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     check_specs=checks.specs("clips"),
     metadata=reporting.columns(schemas.Clips),
     description=__doc__,

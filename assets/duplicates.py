@@ -16,6 +16,7 @@ from storage import schemas
     kinds={"polars", "parquet"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     check_specs=checks.specs("duplicates"),
     automation_condition=reporting.follows(),
     metadata=reporting.columns(schemas.Duplicates),

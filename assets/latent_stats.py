@@ -12,6 +12,7 @@ from assets.resources import ProjectResource
     kinds={"json"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     check_specs=checks.specs("latent_stats"),
     automation_condition=reporting.follows(),
     description=__doc__,

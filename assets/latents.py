@@ -15,6 +15,7 @@ from storage import schemas
     kinds={"zarr", "pytorch"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     pool="encode",
     check_specs=checks.specs("latents"),
     metadata=reporting.columns(schemas.Commits),

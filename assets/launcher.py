@@ -1,27 +1,37 @@
-"""torchrun as a child of a Dagster step: its own process group, metrics streamed through Pipes, cancel within 10 s."""
+"""torchrun as a child of a Dagster step: its own process group, metrics streamed through Pipes, cancel within 10 s.
+
+While it trains, each event is a line of the run's log, and now and then an observation of the asset, so that the UI
+draws curves of a run that has not ended. The group ends with the step, and the step with the run that spawned it.
+"""
 
 import os
+import re
 import subprocess
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
+from nextvid.train.events import read_events
 from nextvid.train.launch import LOG, PreparedRun, end_group
+from nextvid.train.lock import WATCH_S, orphaned
+from storage.errors import UpstreamError
+
+OBSERVE_S = 20.0  # our choice: three points a minute in the UI; every event stands in events.jsonl and the run's log
+CURVES = ("align", "flow", "lr", "clips_per_s", "wait_share")  # of a `step` event (nextvid/train/loop.py)
+# torchrun's summary of a rank that a signal ended: "exitcode  : -9 (pid: 4711)" (torch.distributed.elastic)
+SIGNALLED = re.compile(r"exitcode\s*: -\d+")
 
 
 def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     """Train in a process group of its own, which ends with this call. Raises dg.Failure with the end of its output."""
     log_path = Path(run.folder) / LOG
-    with (
-        log_path.open("ab") as log,
-        warnings.catch_warnings(action="ignore", category=dg.PreviewWarning),  # dagster's, of its own message reader
-        dg.open_pipes_session(
-            context=context,
-            context_injector=dg.PipesTempFileContextInjector(),
-            message_reader=dg.PipesTempFileMessageReader(),
-        ) as session,
-    ):
+    began = log_path.stat().st_size if log_path.exists() else 0
+    with log_path.open("ab") as log, _pipes(context) as session:
         process = subprocess.Popen(
             run.command,
             env={**os.environ, **run.env, **session.get_bootstrap_env_vars()},
@@ -30,18 +40,62 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
             start_new_session=True,
         )
         try:
-            code = process.wait()
+            code = _wait(context, process, Path(run.folder))
         finally:
             end_group(process)
     if code != 0:
+        said = _tail(log_path, began)
         raise dg.Failure(
-            description=f"the trainer ended with exit code {code}; the end of {log_path}:\n{_tail(log_path)}",
-            allow_retries=code < 0,  # a signal is a crash and worth a retry, which resumes the same run
+            description=f"the trainer ended with exit code {code}; the end of {log_path}:\n{said}",
+            # what a signal ended is a crash and worth a retry, which resumes the same run
+            allow_retries=code < 0 or SIGNALLED.search(said) is not None,
         )
 
 
-def _tail(path: Path, size_bytes: int = 4000) -> str:
+@contextmanager
+def _pipes(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
+    with (
+        warnings.catch_warnings(action="ignore", category=dg.PreviewWarning),  # dagster's, of its own message reader
+        dg.open_pipes_session(
+            context=context,
+            context_injector=dg.PipesTempFileContextInjector(),
+            message_reader=dg.PipesTempFileMessageReader(),
+        ) as session,
+    ):
+        yield session
+
+
+def _wait(context: dg.AssetExecutionContext, process: "subprocess.Popen[bytes]", folder: Path) -> int:
+    """Exit code of the group's first process; observes the run meanwhile, and ends when nobody waits for the step."""
+    observed, step = time.monotonic(), -1
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(WATCH_S)
+        if orphaned():
+            raise dg.Failure("the run that this step belongs to is gone; its retry resumes", allow_retries=False)
+        if time.monotonic() - observed >= OBSERVE_S:
+            observed, step = time.monotonic(), observe(context, folder, step)
+
+
+def observe(context: dg.AssetExecutionContext, folder: Path, after: int) -> int:
+    """Report the newest logged step as an observation of the asset; its number, or `after` if there is none newer."""
+    try:
+        events = [event for event in read_events(folder) if event["kind"] == "step"]
+    except UpstreamError:
+        return after  # it has not begun
+    if not events or events[-1]["step"] <= after:
+        return after
+    newest = events[-1]
+    values: dict[str, Any] = {"step": newest["step"], "stage": newest["stage"]}
+    values |= {name: newest[name] for name in CURVES if name in newest}
+    partition = context.partition_key if context.has_partition_key else None
+    context.log_event(dg.AssetObservation(context.asset_key, metadata=values, partition=partition))
+    return int(newest["step"])
+
+
+def _tail(path: Path, began: int, size_bytes: int = 4000) -> str:
+    """The end of what this attempt said."""
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - size_bytes))
+        file.seek(max(began, file.tell() - size_bytes))
         return file.read().decode(errors="replace")

@@ -13,6 +13,7 @@ from assets.resources import ProjectResource
     kinds={"numpy"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     check_specs=checks.specs("mask_plan"),
     description=__doc__,
 )

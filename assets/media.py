@@ -18,6 +18,7 @@ from storage import schemas
     kinds={"polars", "parquet"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     pool="decode",
     check_specs=checks.specs("media"),
     metadata=reporting.columns(schemas.Media),

@@ -13,10 +13,21 @@ from assets.resources import ProjectResource
 
 
 class PretrainConfig(dg.Config):
-    """What the launchpad offers: overrides change the recipe (and the run's id), ranks change nothing but speed."""
+    """What the launchpad offers. The recipe is the partition."""
 
-    overrides: list[str] = Field(default=[])
-    ranks: int = 1
+    overrides: list[str] = Field(
+        default=[],
+        description="`key.path=value` of the recipe, as `seed=1` or `stages.warmup.steps=100`: another run, "
+        "with another id",
+    )
+    how: list[str] = Field(
+        default=[],
+        description="`key=value` of how it is carried out, as `ranks=8`, `device=cpu` or `checkpoint_every_steps=100`: "
+        "the same run, faster or slower",
+    )
+    repeat: int = Field(
+        default=0, description="0 resumes or finds the run; 1, 2, ... train it once more from the start"
+    )
 
 
 @dg.asset(
@@ -27,6 +38,7 @@ class PretrainConfig(dg.Config):
     owners=reporting.OWNERS,
     code_version="1",
     pool="gpu",
+    retry_policy=reporting.CRASHES,
     check_specs=checks.specs("pretrain"),
     description=__doc__,
 )
@@ -35,12 +47,15 @@ def pretrain(
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Prepare the run, train until it is complete, verify what is on disk."""
     from assets.launcher import run_group
+    from nextvid.config import HowConfig
     from nextvid.train.launch import finish_run, prepare_run
+    from nextvid.train.overrides import apply_how
 
     opened, recipe = project.open(), context.partition_key
     with reporting.readable_errors():
         launch = context.run.root_run_id or context.run.run_id
-        run = prepare_run(opened, recipe, config.overrides, ranks=config.ranks, launch=launch)
+        how = apply_how(HowConfig(), config.how)
+        run = prepare_run(opened, recipe, config.overrides, how, launch=launch, repeat=config.repeat)
         context.log.info(f"run {run.run_id} in {run.folder}")
         if not run.complete:
             run_group(context, run)

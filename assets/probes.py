@@ -4,13 +4,7 @@ import dagster as dg
 
 from assets import reporting
 from assets.partitions import RECIPE_BENCHMARK
-from assets.resources import ProjectResource
-
-
-class ProbesConfig(dg.Config):
-    """Which run: empty means the recipe's last complete run without overrides."""
-
-    run_id: str = ""
+from assets.resources import ProjectResource, WhichRun
 
 
 @dg.asset(
@@ -20,10 +14,11 @@ class ProbesConfig(dg.Config):
     kinds={"pytorch", "scikitlearn"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     pool="gpu",
     description=__doc__,
 )
-def probes(context: dg.AssetExecutionContext, config: ProbesConfig, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
+def probes(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Probe one run on one benchmark."""
     from nextvid.probe.probes import make_probes
 

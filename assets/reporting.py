@@ -18,6 +18,7 @@ from nextvid.outcome import Outcome
 from storage.errors import NExTVidError
 
 OWNERS = ["team:nextvid"]
+CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
 PREVIEW_WIDTH = 960  # pixels; an event with a 640 px picture is 5 kB (research: dagster, 5)
 
 
@@ -29,11 +30,19 @@ def materialised(make: Callable[[], Outcome]) -> dg.MaterializeResult:  # type: 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn an error of ours into a step failure that shows its message; retrying the same data would fail again."""
+    """Turn an error into a step failure that shows its message, and that no policy retries.
+
+    What raised an exception fails again on the same data, and the nightly schedule retries it. CRASHES retries what
+    could not raise: a process that was killed.
+    """
     try:
         yield
+    except dg.Failure:
+        raise
     except NExTVidError as error:
         raise dg.Failure(description=f"{error.kind}: {error}", allow_retries=False) from error
+    except Exception as error:
+        raise dg.Failure(description=f"{type(error).__name__}: {error}", allow_retries=False) from error
 
 
 def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]

@@ -7,13 +7,7 @@ import dagster as dg
 
 from assets import reporting
 from assets.partitions import RECIPE
-from assets.resources import ProjectResource
-
-
-class SamplesConfig(dg.Config):
-    """Which run: empty means the recipe's last complete run without overrides."""
-
-    run_id: str = ""
+from assets.resources import ProjectResource, WhichRun
 
 
 @dg.asset(
@@ -23,10 +17,11 @@ class SamplesConfig(dg.Config):
     kinds={"pytorch"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     pool="gpu",
     description=__doc__,
 )
-def samples(context: dg.AssetExecutionContext, config: SamplesConfig, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
+def samples(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the samples of a run."""
     from nextvid.sample.samples import make_samples
 

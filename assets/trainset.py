@@ -20,6 +20,7 @@ from storage.errors import UpstreamError
     kinds={"numpy", "parquet"},
     owners=reporting.OWNERS,
     code_version="1",
+    retry_policy=reporting.CRASHES,
     output_required=False,
     check_specs=checks.specs("trainset"),
     automation_condition=reporting.follows(),

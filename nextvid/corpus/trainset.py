@@ -7,6 +7,7 @@ opens.
 Axes: C channels.
 """
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from storage.schemas import Lineage
 from storage.tables import read_table, write_table
 
 ASSET = "trainset"
+NAMED = 20  # our choice: batches that a message or an event names one by one
 
 
 def make_trainset(project: Project, recipe_names: Sequence[str] | None = None) -> Outcome:
@@ -58,11 +60,18 @@ def make_trainset(project: Project, recipe_names: Sequence[str] | None = None) -
     numbers: dict[str, Number] = {f"rows_f{frames}": len(rows) for frames, rows in by_frames.items()}
     numbers |= {f"weight_{name}": weight for name, weight in weights.items()}
     numbers |= {"batches": len(chosen.batches), "batches_left_out": len(chosen.left_out), "spec": chosen.spec.digest()}
+    numbers |= {"left_out": _named(chosen.left_out)} if chosen.left_out else {}
     numbers |= {f"dropped_{reason}": count for reason, count in chosen.dropped.items()}
     size_bytes = sum(rows.nbytes for rows in by_frames.values())
     seconds = time.perf_counter() - began
     rows = chosen.rows.height
     return Outcome(ASSET, None, made, rows, size_bytes, seconds, digest=digest, numbers=numbers, checks=checks)
+
+
+def _named(left_out: Mapping[str, str]) -> str:
+    """The first batches that were left out and why; all stand in trainset.json."""
+    first = "; ".join(f"{batch}: {reason}" for batch, reason in itertools.islice(sorted(left_out.items()), NAMED))
+    return first + (f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else "")
 
 
 class Trainset:

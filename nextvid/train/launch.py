@@ -23,6 +23,7 @@ from nextvid.outcome import Check, Number, Outcome
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train import checkpoint
 from nextvid.train.events import Event, read_events
+from nextvid.train.lock import launcher_id
 from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
 from nextvid.train.overrides import apply_overrides
 from nextvid.train.run import Run, open_run, plan_run, write_run
@@ -164,13 +165,13 @@ def _remember(project: Project, run: Run, launch: str) -> None:
 
 
 def _command(project: Project, run: Run) -> list[str]:
-    """Torchrun on this machine; the trainers end when this process does."""
+    """Torchrun on this machine; the trainers end when this process does, or the one that spawned it."""
     return [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.how.ranks)),
         # the two dashes end torchrun's own options: it would take our --run for its --run-path
         *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
-        *("--run", run.id, "--launcher", str(os.getpid())),
+        *("--run", run.id, "--launcher", str(launcher_id())),
     ]
 
 

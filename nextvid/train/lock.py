@@ -8,6 +8,7 @@ the latter. Where there is no /proc, the parent's id alone is watched.
 
 import ctypes
 import fcntl
+import multiprocessing
 import os
 import signal
 import sys
@@ -53,6 +54,22 @@ def ancestors() -> list[int]:
             break
         chain.append(int(fields[1]))
     return chain
+
+
+def launcher_id() -> int:
+    """The process whose end ends the trainers that this one starts: itself, or the one that spawned it for the work.
+
+    A Dagster step is a child of its run's process. A killed run leaves the step behind, and with it whatever it
+    started; so that one is watched, which stands above both.
+    """
+    parent = multiprocessing.parent_process()
+    return os.getpid() if parent is None or parent.pid is None else parent.pid
+
+
+def orphaned() -> bool:
+    """Whether the process that spawned this one for a piece of work is gone; a program started by hand never is."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and os.getppid() != parent.pid
 
 
 def die_with(launcher: int) -> None:

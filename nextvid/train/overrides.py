@@ -1,4 +1,4 @@
-"""Overrides `key.path=value` of a recipe, applied as strictly as any other configuration.
+"""Overrides `key.path=value` of a recipe, or of how a run is carried out, as strict as any other configuration.
 
 Holds no recipe. Stages and mask strategies are addressed by name or number: `stages.warmup.steps=10`,
 `masks.strategies.0.budget=8`, `model.encoder.depth=6`. Values are JSON, or else text.
@@ -9,21 +9,30 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from nextvid.config import RecipeConfig, parse
+from nextvid.config import HowConfig, Model, RecipeConfig, parse
 from storage.errors import ConfigError
 
 
 def apply_overrides(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeConfig:
     """The recipe with each `key.path=value` put in place. Raises ConfigError with the nearest name."""
+    return _applied(recipe, overrides, f"recipe {recipe.name} with {', '.join(overrides)}")
+
+
+def apply_how(how: HowConfig, overrides: Sequence[str]) -> HowConfig:
+    """The same for how a run is carried out: `device=cpu`, `checkpoint_every_steps=100`."""
+    return _applied(how, overrides, f"how, with {', '.join(overrides)}")
+
+
+def _applied(config: Model, overrides: Sequence[str], where: str) -> Model:
     if not overrides:
-        return recipe
-    values = recipe.model_dump(mode="json")
+        return config
+    values = config.model_dump(mode="json")
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override '{override}': write it as key.path=value")
         _put(values, path.strip().split("."), _value(text), override)
-    return parse(RecipeConfig, values, f"recipe {recipe.name} with {', '.join(overrides)}")
+    return parse(type(config), values, where)
 
 
 def _value(text: str) -> Any:  # noqa: ANN401 - JSON is Any

@@ -9,8 +9,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from assets import launcher
 from assets.launcher import run_group
+from nextvid.train.events import EventLog
 from nextvid.train.launch import PreparedRun
+from nextvid.train.lock import WATCH_S
 
 PARENT = (
     "import subprocess, sys, time; "
@@ -22,7 +25,7 @@ PARENT = (
 def step(prepared: PreparedRun) -> dg.ExecuteInProcessResult:
     """Run a prepared run inside a real step."""
 
-    @dg.asset
+    @dg.asset(retry_policy=dg.RetryPolicy(max_retries=2))
     def pretrain(context: dg.AssetExecutionContext) -> dg.MaterializeResult:  # type: ignore[type-arg]
         run_group(context, prepared)
         return dg.MaterializeResult()
@@ -70,3 +73,34 @@ def test_nothing_of_the_group_outlives_the_step(tmp_path: Path) -> None:
     note = tmp_path / "child"
     assert step(prepared(tmp_path, PARENT.format(then="raise SystemExit(0)"), str(note))).success
     assert gone(int(note.read_text()))
+
+
+COUNTED = "open(sys.argv[1], 'a').write('x'); "
+
+
+@pytest.mark.parametrize(
+    ("end", "attempts"),
+    [
+        ("os.kill(os.getpid(), 9)", 3),  # killed: the out-of-memory killer, say
+        ("print('  exitcode  : -9 (pid: 4711)'); raise SystemExit(1)", 3),  # torchrun, of a rank that was killed
+        ("raise SystemExit('config: wrong')", 1),
+        ("raise ValueError('a bug')", 1),
+    ],
+)
+def test_crashes_alone_are_retried(tmp_path: Path, end: str, attempts: int) -> None:
+    note = tmp_path / "attempts"
+    assert not step(prepared(tmp_path, f"import os, sys; {COUNTED}{end}", str(note))).success
+    assert len(note.read_text()) == attempts
+
+
+def test_a_run_that_has_not_ended_is_observed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "OBSERVE_S", 0.0)
+    with EventLog(tmp_path) as log:
+        log.write("start", 0, {"run": "0" * 12})
+        log.write("step", 20, {"stage": "warmup", "align": 1.5, "flow": 0.5, "lr": 1e-3, "norm": {"encoder": 1.0}})
+    result = step(prepared(tmp_path, f"import time; time.sleep({4 * WATCH_S})"))
+    (event,) = result.filter_events(lambda e: e.event_type_value == "ASSET_OBSERVATION")  # once: nothing newer came
+    metadata = event.asset_observation_data.asset_observation.metadata
+    assert {name: value.value for name, value in metadata.items()} == {
+        "step": 20, "stage": "warmup", "align": 1.5, "flow": 0.5, "lr": 1e-3
+    }  # fmt: skip

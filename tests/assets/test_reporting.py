@@ -67,8 +67,10 @@ def test_an_error_of_the_program_keeps_its_trace() -> None:
     def make() -> Outcome:
         raise KeyError("a bug")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(dg.Failure, match="KeyError: 'a bug'") as raised:
         reporting.materialised(make)
+    assert isinstance(raised.value.__cause__, KeyError)
+    assert raised.value.allow_retries is False, "what raises on its data raises again: only a killed process is retried"
 
 
 def test_a_schema_becomes_the_columns_tab() -> None:

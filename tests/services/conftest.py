@@ -7,20 +7,32 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import yaml
 
 from examples.demo.write_corpus import write_corpus
 from nextvid.corpus.project import Project, open_project
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "examples" / "demo"
-INSTANCE = "telemetry: {enabled: false}\nnux: {enabled: false}\n"
+
+ASSETS = 13  # sources and what follows of it
+LAUNCH = """mutation($params: ExecutionParams!) { launchPipelineExecution(executionParams: $params) {
+  __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
+  ... on RunConfigValidationInvalid { errors { message } } } }"""
+RUNS = """{ runsOrError { ... on Runs { results {
+  runId status jobName parentRunId startTime endTime tags { key value } } } } }"""
+EVENTS = """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
+  __typename ... on MessageEvent { message stepKey timestamp } } } } }"""
+CANCEL = """mutation($id: String!) { terminateRun(runId: $id, terminatePolicy: SAFE_TERMINATE) {
+  __typename ... on PythonError { message } } }"""
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,49 @@ class Live:
     project: Project
     environment: dict[str, str]
 
-    def ask(self, query: str) -> dict[str, Any]:
+    def ask(self, query: str, **variables: object) -> dict[str, Any]:
         """One GraphQL query to the webserver."""
-        answer = requests.post(f"{self.url}/graphql", json={"query": query}, timeout=30)
+        asked: Any = {"query": query, "variables": variables}
+        answer = requests.post(f"{self.url}/graphql", json=asked, timeout=60)
         answer.raise_for_status()
         found: dict[str, Any] = answer.json()["data"]
         return found
+
+    def launch(self, asset: str, partition: str | None, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Launch one asset as the launchpad does; what the webserver says of it."""
+        selector = {
+            "repositoryLocationName": "orchestration.definitions",
+            "repositoryName": "__repository__",
+            "jobName": "__ASSET_JOB",
+            "assetSelection": [{"path": [asset]}],
+        }
+        params = {
+            "selector": selector,
+            "runConfigData": {"ops": {asset: {"config": config}}} if config else {},
+            "mode": "default",
+            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": partition}] if partition else []},
+        }
+        said: dict[str, Any] = self.ask(LAUNCH, params=params)["launchPipelineExecution"]
+        return said
+
+    def runs(self) -> list[dict[str, Any]]:
+        """All runs so far, newest first."""
+        found: list[dict[str, Any]] = self.ask(RUNS)["runsOrError"]["results"]
+        return found
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """One of them."""
+        return next(run for run in self.runs() if run["runId"] == run_id)
+
+    def events(self, run_id: str) -> list[dict[str, Any]]:
+        """The event log of a run, in order."""
+        found: list[dict[str, Any]] = self.ask(EVENTS, id=run_id)["logsForRun"]["events"]
+        return found
+
+    def cancel(self, run_id: str) -> None:
+        """What the button "Terminate" does."""
+        said = self.ask(CANCEL, id=run_id)["terminateRun"]
+        assert said["__typename"] == "TerminateRunSuccess", said
 
     def command(self, *arguments: str) -> str:
         """A `dagster` command on the same instance."""
@@ -51,46 +100,44 @@ class Live:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """`dagster dev` over eight videos and 32 images: enough for statistics; ended with its whole process group."""
-    folder = tmp_path_factory.mktemp("live")
-    write_corpus(folder / "data" / "corpus", videos=8, images=32)
-    said = (DEMO / "corpus.yaml").read_text().replace("../../data/demo", str(folder / "data"))
-    said = said.replace("quarantine_budget: 0.05", "quarantine_budget: 0.9")
-    said = said.replace("autoencoder: autoencoder", f"autoencoder: {DEMO / 'autoencoder'}")
-    (folder / "corpus.yaml").write_text(said)
+def instance_settings(**changes: Mapping[str, Any]) -> str:
+    """The checkout's dagster.yaml, so that what is tested is what is used; its folders below the instance's home, and
+    looking every second or two instead of every minute.
+    """
+    said: dict[str, Any] = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
+    for part in ("storage", "local_artifact_storage", "compute_logs"):
+        del said[part]  # by default below DAGSTER_HOME
+    said["run_monitoring"] |= {"poll_interval_seconds": 2, "free_slots_after_run_end_seconds": 1}
+    said["auto_materialize"] |= {"minimum_interval_seconds": 2}
+    for part, values in changes.items():
+        said[part] = said.get(part, {}) | values
+    return yaml.safe_dump(said)
+
+
+@contextmanager
+def live_dagster(folder: Path, corpus: Path, settings: str, **environment: str) -> Iterator[Live]:
+    """`dagster dev` over a project; ended with its whole process group."""
     home = folder / "home"
     home.mkdir()
-    (home / "dagster.yaml").write_text(INSTANCE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "DAGSTER_HOME": str(home), "NEXTVID_CORPUS": str(folder / "corpus.yaml")}
+    (home / "dagster.yaml").write_text(settings)
+    variables = {
+        **os.environ, "DAGSTER_HOME": str(home), "NEXTVID_CORPUS": str(corpus), "PYTHONPATH": str(REPOSITORY)
+    } | environment  # fmt: skip
+    port = free_port()
+    command = ["-m", "dagster", "dev", "-m", "orchestration.definitions", "-h", "127.0.0.1", "-p", str(port)]
     with (folder / "dagster.log").open("wb") as log:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "dagster",
-                "dev",
-                "-m",
-                "orchestration.definitions",
-                "-h",
-                "127.0.0.1",
-                "-p",
-                str(port),
-            ],
+            [sys.executable, *command],
             cwd=REPOSITORY,
-            env=environment,
+            env=variables,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: answers(url), 90, folder / "dagster.log")
-        yield Live(url, open_project(folder / "corpus.yaml"), environment)
+        wait_for(lambda: answers(url), 120, folder / "dagster.log")
+        yield Live(url, open_project(corpus), variables)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -100,20 +147,46 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def demo_project(folder: Path, videos: int, images: int) -> Path:
+    """A corpus of the demo's kind and its corpus.yaml."""
+    write_corpus(folder / "data" / "corpus", videos=videos, images=images)
+    said = (DEMO / "corpus.yaml").read_text().replace("../../data/demo", str(folder / "data"))
+    said = said.replace("quarantine_budget: 0.05", "quarantine_budget: 0.9")
+    said = said.replace("autoencoder: autoencoder", f"autoencoder: {DEMO / 'autoencoder'}")
+    (folder / "corpus.yaml").write_text(said)
+    return folder / "corpus.yaml"
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A live Dagster over eight videos and 32 images: enough for statistics."""
+    folder = tmp_path_factory.mktemp("live")
+    with live_dagster(folder, demo_project(folder, videos=8, images=32), instance_settings()) as found:
+        yield found
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 def answers(url: str) -> bool:
     """Whether the webserver has loaded the definitions."""
     try:
         found = requests.post(f"{url}/graphql", json={"query": "{ assetNodes { id } }"}, timeout=10).json()
-    except requests.ConnectionError:
+    except (requests.ConnectionError, requests.Timeout):
         return False
-    return len(found["data"]["assetNodes"]) == 13
+    return len(found["data"]["assetNodes"]) == ASSETS
 
 
-def wait_for(condition: Callable[[], bool], within_s: float, log: Path | None = None) -> None:
+def wait_for(condition: Callable[[], bool], within_s: float, log: Path | None = None, every_s: float = 1.0) -> None:
     """Ask until it holds; what the log says last is the message otherwise."""
     until = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > until:
             tail = log.read_text(errors="replace")[-3000:] if log else ""
             raise TimeoutError(f"not within {within_s:.0f} s\n{tail}")
-        time.sleep(1)
+        time.sleep(every_s)

@@ -14,7 +14,6 @@ from tests.services.conftest import Live, wait_for
 pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 FREE_BOX = b"\x00\x00\x00\x10free" + bytes(8)  # MP4 readers skip it
-RUNS = "{ runsOrError { ... on Runs { results { jobName status } } } }"
 
 
 def encoded(live: Live) -> int:
@@ -26,7 +25,7 @@ def encoded(live: Live) -> int:
 
 def statuses(live: Live) -> list[str]:
     """States of all runs so far."""
-    return [run["status"] for run in live.ask(RUNS)["runsOrError"]["results"]]
+    return [run["status"] for run in live.runs()]
 
 
 def test_dropped_files_become_latents_and_the_trainset_follows(live: Live) -> None:

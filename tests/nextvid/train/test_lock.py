@@ -1,5 +1,6 @@
 """One writer a folder; a trainer ends with its launcher, whatever stands between."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.train.lock import ancestors, run_lock
+from nextvid.train.lock import ancestors, launcher_id, orphaned, run_lock
 from storage.errors import ConflictError
 
 HOLDER = """
@@ -115,3 +116,22 @@ def test_trainer_dies_with_launcher_and_agent(chain: tuple[subprocess.Popen[byte
 def test_a_launcher_that_is_no_ancestor_ends_the_trainer() -> None:
     process = subprocess.run([sys.executable, "-c", TRAINER, "999999999"], timeout=30, capture_output=True)
     assert process.returncode == 75
+
+
+def _report(answers: "multiprocessing.SimpleQueue[tuple[int, bool]]") -> None:
+    answers.put((launcher_id(), orphaned()))
+
+
+def test_what_a_spawned_process_starts_ends_with_whoever_spawned_it() -> None:
+    context = multiprocessing.get_context("fork")
+    answers: multiprocessing.SimpleQueue[tuple[int, bool]] = context.SimpleQueue()
+    child = context.Process(target=_report, args=(answers,))
+    child.start()
+    child.join()
+    assert answers.get() == (os.getpid(), False)
+
+
+def test_a_program_started_by_hand_is_its_own_launcher() -> None:
+    code = "import os; from nextvid.train import lock; print(lock.launcher_id() == os.getpid(), lock.orphaned())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nextvid.config import MaskConfig, RecipeConfig, StageConfig
-from nextvid.train.overrides import apply_overrides
+from nextvid.config import HowConfig, MaskConfig, RecipeConfig, StageConfig
+from nextvid.train.overrides import apply_how, apply_overrides
 from storage.errors import ConfigError
 
 
@@ -49,3 +49,13 @@ def test_text_values_and_null() -> None:
 def test_refuses_with_the_remedy(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         apply_overrides(_recipe(), [override])
+
+
+def test_how_is_overridden_as_strictly() -> None:
+    assert apply_how(HowConfig(), ()) == HowConfig()
+    found = apply_how(HowConfig(), ["ranks=2", "device=cpu"])
+    assert (found.ranks, found.device) == (2, "cpu")
+    with pytest.raises(ConfigError, match="did you mean 'device'"):
+        apply_how(HowConfig(), ["devise=cpu"])
+    with pytest.raises(ConfigError, match="ranks"):
+        apply_how(HowConfig(), ["ranks=many"])

@@ -1,0 +1,161 @@
+"""Training from the UI: refused, started, watched, killed, resumed and cancelled, with real processes.
+
+The trainset is of random latents, so that a run begins within seconds; everything else is as a user has it: a live
+`dagster dev`, the launchpad's mutation, the queue, torchrun, the daemon that retries.
+"""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextvid.train.events import NAME, read_events
+from tests.nextvid.train.corpus import make_project, tiny_spec
+from tests.services.conftest import Live, instance_settings, live_dagster, wait_for
+
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads process states from /proc"),
+]
+
+HOW = ["device=cpu", "log_every_steps=1", "diagnose_every_steps=1000000", "checkpoint_every_steps=3"]
+ENDLESS = {"overrides": ["stages.warmup.steps=1000000"], "how": HOW}
+STAGES = [f"stages.{stage}.steps=1" for stage in range(4)]
+SHORT = {"overrides": [*STAGES, "seed=1"], "how": [*HOW, "diagnose_every_steps=1"]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A live Dagster over a trainset of the demo's shape: 8 x 8 cells of 16 channels, clips of 8 frames and images."""
+    folder = tmp_path_factory.mktemp("training")
+    project = make_project(folder, spec=tiny_spec(height=8, channels=16))
+    with live_dagster(folder, project.path, instance_settings(), OMP_NUM_THREADS="1") as found:
+        yield found
+
+
+def launched(live: Live, config: dict[str, Any]) -> str:
+    """Launch `pretrain` of the demo recipe; the id of the Dagster run."""
+    said = live.launch("pretrain", "demo", config)
+    assert said["__typename"] == "LaunchRunSuccess", said
+    found: str = said["run"]["runId"]
+    return found
+
+
+def said(live: Live, run_id: str) -> str:
+    """Every message of a run."""
+    return "\n".join(event["message"] for event in live.events(run_id) if event.get("message"))
+
+
+def failure(live: Live, config: dict[str, Any]) -> str:
+    """Launch, wait for the failure, and what it says."""
+    run_id = launched(live, config)
+    wait_for(lambda: live.run(run_id)["status"] == "FAILURE", 90)
+    answer = live.ask(
+        """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
+           ... on ExecutionStepFailureEvent { failureMetadata { description } } } } } }""",
+        id=run_id,
+    )
+    events = answer["logsForRun"]["events"]
+    (found,) = [event["failureMetadata"]["description"] for event in events if event.get("failureMetadata")]
+    return str(found)
+
+
+def folder_of(live: Live, run_id: str) -> Path:
+    """The folder of the training run that a Dagster run is about, once its log names it."""
+    wait_for(lambda: "run " in said(live, run_id) and " in /" in said(live, run_id), 90)
+    match = re.search(r"run ([0-9a-f]{12}) in (/\S+)", said(live, run_id))
+    assert match
+    return Path(match[2])
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    """The `start` event of each attempt."""
+    return [event for event in read_events(folder) if event["kind"] == "start"] if (folder / NAME).exists() else []
+
+
+def attempts(folder: Path) -> list[tuple[float, float]]:
+    """First and last event of each attempt at a run, in seconds of the clock."""
+    found: list[tuple[float, float]] = []
+    for line in (folder / NAME).read_text().splitlines():
+        event = json.loads(line)
+        began_s = event["time_s"] if event["kind"] == "start" else found.pop()[0]
+        found.append((began_s, event["time_s"]))
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+def above(process: int, levels: int) -> list[int]:
+    """Process ids from this one up: trainer, torchrun, step, run."""
+    found = [process]
+    for _ in range(levels):
+        found.append(int(Path(f"/proc/{found[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
+    return found
+
+
+def test_what_the_launchpad_refuses_is_one_clear_line(trained: Live) -> None:
+    wrong_type = trained.launch("pretrain", "demo", {"overrides": "seed=1"})
+    assert wrong_type["__typename"] == "RunConfigValidationInvalid"
+    (problem,) = wrong_type["errors"]
+    assert "root:ops:pretrain:config:overrides" in problem["message"]
+    assert failure(trained, {"overrides": ["sed=1"]}) == (
+        "config: override 'sed=1': there is no 'sed'; did you mean 'seed'?"
+    )
+    assert "stages.0.steps" in failure(trained, {"overrides": ["stages.warmup.steps=many"]})
+    assert "did you mean 'device'" in failure(trained, {"how": ["devise=cpu"]})
+    assert not (Path(trained.project.root.runs_url) / "pretrain").exists(), "nothing was begun"
+
+
+def test_a_run_is_watched_killed_resumed_and_cancelled(trained: Live) -> None:
+    first = launched(trained, ENDLESS)
+    folder = folder_of(trained, first)
+    wait_for(lambda: "step 7/" in said(trained, first), 120)  # metrics arrive while it trains
+    chain = above(starts(folder)[0]["process"], 3)
+    trainer, _, _, worker = chain
+    assert f"(pid: {worker})" in said(trained, first), "the fourth is the run's own process"
+
+    waiting = launched(trained, SHORT)  # one pool `gpu`: it waits for the device
+    wait_for(lambda: trained.run(waiting)["status"] == "QUEUED", 30)
+
+    os.kill(trainer, signal.SIGKILL)  # a crash of the trainer is retried by the step, in the same Dagster run
+    wait_for(lambda: len(starts(folder)) == 2, 120, every_s=0.2)
+    resumed = starts(folder)[1]
+    assert resumed["run"] == folder.name
+    assert resumed["step"] >= 3
+    assert (trained.run(first)["status"], trained.run(waiting)["status"]) == ("STARTED", "QUEUED")
+
+    step = above(resumed["process"], 3)
+    wait_for(lambda: read_events(folder)[-1]["step"] >= resumed["step"] + 4, 60, every_s=0.2)
+    os.kill(step[3], signal.SIGKILL)  # the run worker: nobody is left to end the group
+    wait_for(lambda: not any(map(alive, step)), 10, every_s=0.1)
+
+    wait_for(lambda: any(run["parentRunId"] == first for run in trained.runs()), 60)
+    (retry,) = [run["runId"] for run in trained.runs() if run["parentRunId"] == first]
+    assert folder_of(trained, retry) == folder, "the retry resumes the same run"
+    wait_for(lambda: len(starts(folder)) == 3, 150, every_s=0.2)
+    assert starts(folder)[2]["step"] > resumed["step"]
+
+    group = above(starts(folder)[2]["process"], 2)
+    began = time.monotonic()
+    trained.cancel(retry)
+    wait_for(lambda: not any(map(alive, group[:2])), 10, every_s=0.1)
+    assert time.monotonic() - began < 10
+    wait_for(lambda: trained.run(retry)["status"] == "CANCELED", 60)
+
+    # the slots of the killed and of the cancelled run are free: what waited has its turn, and two never share a device
+    wait_for(lambda: trained.run(waiting)["status"] == "SUCCESS", 150)
+    other = folder_of(trained, waiting)
+    (turn,) = attempts(other)
+    assert all(turn[1] <= began_s or ended_s <= turn[0] for began_s, ended_s in attempts(folder))
