@@ -2,8 +2,9 @@
 
 Locally: a temporary name in the same folder, fsync, then rename over the target (hard link where the name must be
 new), then fsync of the folder: after a crash a name holds its old bytes or its new ones (design, section 12). On object
-stores one put is atomic already, and `mode="create"` makes it conditional. Temporary names begin with a dot and end
-with `.partial`; a killed writer leaves them behind and `sweep_litter` removes them. Must not know what bytes mean.
+stores one put is atomic already, and made conditional where the name must be new (remote.py asks). Temporary names
+begin with a dot and end with `.partial`; a killed writer leaves them behind and `sweep_litter` removes them. Must not
+know what bytes mean.
 """
 
 import errno
@@ -13,15 +14,14 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
+from storage import remote
 from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UpstreamError
-from storage.root import is_local
+from storage.remote import is_local
 
 SUFFIX = ".partial"
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems without hard links answer
@@ -30,7 +30,7 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what
 def publish_bytes(path: str, data: bytes) -> None:
     """Put `data` under `path`, replacing what stood there in one step."""
     if not is_local(path):
-        _remote(path, lambda fs, key: fs.pipe_file(key, data))
+        remote.put(path, data)
         return
     with staged_file(path) as temporary:
         _write(temporary, data)
@@ -39,7 +39,7 @@ def publish_bytes(path: str, data: bytes) -> None:
 def create_exclusively(path: str, data: bytes) -> None:
     """Put `data` under `path` if the name is new; else ConflictError, and the winner's bytes stand."""
     if not is_local(path):
-        _remote(path, lambda fs, key: fs.pipe_file(key, data, mode="create"))
+        remote.put(path, data, exclusive=True)
         return
     with staged_file(path, exclusive=True) as temporary:
         _write(temporary, data)
@@ -52,9 +52,8 @@ def publish_json(path: str, value: object) -> None:
 
 def read_bytes(path: str) -> bytes:
     """Bytes under `path`; UpstreamError where nothing stands there."""
-    fs, key = fsspec.core.url_to_fs(path)
     try:
-        return bytes(fs.cat_file(key))
+        return _local(path).read_bytes() if is_local(path) else remote.read(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UpstreamError(f"{path} does not exist: make it first") from error
 
@@ -70,8 +69,13 @@ def read_json(path: str) -> Any:  # noqa: ANN401 - JSON is Any
 
 def exists(path: str) -> bool:
     """Whether a file or folder stands under `path`."""
-    fs, key = fsspec.core.url_to_fs(path)
-    return bool(fs.exists(key))
+    if is_local(path):
+        return _local(path).exists()
+    try:
+        remote.ask(path, lambda fs, key: fs.info(key))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager
@@ -85,8 +89,7 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
             temporary = Path(folder) / "staged"
             yield temporary
-            mode = "create" if exclusive else "overwrite"
-            _remote(path, lambda fs, key: fs.put_file(str(temporary), key, mode=mode))
+            remote.put_file(str(temporary), path, exclusive=exclusive)
         return
     target = _local(path)
     _make_folder(target.parent)
@@ -104,10 +107,19 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_folder(path: str) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well; ConflictError if it is taken."""
+def staged_folder(path: str, *, last: str | None = None) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well; ConflictError if it is taken.
+
+    On object stores, which know no folders, the file `last` makes it: it is created when all others stand, and whoever
+    looks for the folder looks for that file. What a dead writer left of the others is written over.
+    """
     if not is_local(path):
-        raise ConfigError(f"{path} is on an object store: folders appear in one step on file systems only")
+        if last is None:
+            raise ConfigError(f"{path} is on an object store: this folder must stand on a file system")
+        with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
+            yield Path(folder)
+            _upload(Path(folder), path, last)
+        return
     target = _local(path)
     if target.exists():
         raise ConflictError(f"{path} exists already")
@@ -129,6 +141,22 @@ def staged_folder(path: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync(target.parent)
+
+
+def zero(path: str, extents: Sequence[tuple[int, int]]) -> None:
+    """Zero these (offset, size) in bytes of a file, in place: the one exception to write-once (design, section 4)."""
+    if not is_local(path):
+        data = bytearray(remote.read(path))
+        for offset, size_bytes in extents:
+            data[offset : offset + size_bytes] = bytes(size_bytes)
+        remote.put(path, bytes(data))
+        return
+    with _local(path).open("r+b") as file:
+        for offset, size_bytes in extents:
+            file.seek(offset)
+            file.write(bytes(size_bytes))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def litter(folder: str, older_than_s: float) -> list[str]:
@@ -154,9 +182,15 @@ def sweep_litter(folder: str, older_than_s: float) -> list[str]:
 
 def remove_tree(path: str) -> None:
     """Remove a file or a whole folder, for sweeps and litter only. What is not there is no error."""
-    fs, key = fsspec.core.url_to_fs(path)
-    with suppress(FileNotFoundError):
-        fs.rm(key, recursive=bool(fs.isdir(key)))
+    if not is_local(path):
+        with suppress(FileNotFoundError):
+            remote.ask(path, lambda fs, key: fs.rm(key, recursive=True))
+        return
+    target = _local(path)
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
 
 
 def _is_temporary(name: str) -> bool:
@@ -223,9 +257,11 @@ def _link(temporary: Path, target: Path) -> None:
         raise
 
 
-def _remote(path: str, put: Callable[[Any, str], object]) -> None:
-    fs, key = fsspec.core.url_to_fs(path)
-    try:
-        put(fs, key)
-    except FileExistsError as error:
-        raise ConflictError(f"{path} exists already: somebody else was first") from error
+def _upload(folder: Path, path: str, last: str) -> None:
+    """Put every file of a folder under `path`, the one named `last` at the end and only if its name is new."""
+    names = [str(found.relative_to(folder)) for found in sorted(folder.rglob("*")) if found.is_file()]
+    assert last in names, f"{last} is not among {names}"
+    if exists(f"{path}/{last}"):
+        raise ConflictError(f"{path} exists already")
+    for name in sorted(names, key=lambda name: name == last):
+        remote.put_file(str(folder / name), f"{path}/{name}", exclusive=name == last)

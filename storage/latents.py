@@ -2,24 +2,22 @@
 
 RowStore is what it shares with the store of pixels (storage/pixels.py): everything but what a row is. Any number
 of processes write at once, each shard once; readers see committed rows only, and a missing or short shard is an error,
-never zeros or NaN (design, section 5). Lives on file systems; object stores are refused for now. Must not know media,
+never zeros or NaN (design, section 5). Lives on file systems and object stores. Must not know media,
 autoencoders or training. Reading rows fast: reader.py.
 """
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import dataframely as dy
 import polars as pl
 
-from storage import atomic
+from storage import atomic, listing
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError
 from storage.part import Part, PlannedPart, Spec, create_part
-from storage.root import DataRoot, Stored, is_local
+from storage.root import DataRoot, Stored
 from storage.schemas import Commits
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
@@ -41,8 +39,6 @@ class RowStore(ABC, Generic[S, P]):
     schema: ClassVar[type[dy.Schema]]  # of its commits
 
     def __init__(self, root: DataRoot, spec: S) -> None:
-        if not is_local(root.url):
-            raise ConfigError(f"root {root.url}: {self.noun} on object stores are not supported yet; use a file system")
         self.root = root
         self.spec = spec
         self.digest = spec.digest()
@@ -75,9 +71,7 @@ class RowStore(ABC, Generic[S, P]):
     @classmethod
     def every(cls, root: DataRoot) -> list[Self]:
         """Every store that the root holds, by digest; DamagedError where a spec is not its own."""
-        if not is_local(root.url):
-            return []
-        return [cls.open(root, digest) for digest in sorted(_folders(Path(root.stores(cls.noun)), r"[0-9a-f]{32}"))]
+        return [cls.open(root, digest) for digest in listing.folders(root.stores(cls.noun), r"[0-9a-f]{32}")]
 
     def create(self) -> None:
         """Write the spec in words; nothing to do where it stands already."""
@@ -89,19 +83,19 @@ class RowStore(ABC, Generic[S, P]):
 
     def batches(self) -> list[str]:
         """Batches that have at least one part, sorted."""
-        found = _folders(Path(self._folder), r"[a-z0-9_]+(\.[0-9]{6})?")
-        return sorted(name for name in found if self.frames_of(name))
+        names = listing.folders(self._folder, r"[a-z0-9_]+(\.[0-9]{6})?")
+        return [name for name in names if self.frames_of(name)]
 
     def frames_of(self, batch: str) -> list[int]:
         """Clip lengths (frames) of which the batch has parts, sorted."""
-        folder = Path(self.root.stored_batch(self.digest, batch, self.noun))
-        found = sorted(int(name[1:]) for name in _folders(folder, r"f[1-9][0-9]*"))
+        names = listing.folders(self.root.stored_batch(self.digest, batch, self.noun), r"f[1-9][0-9]*")
+        found = sorted(int(name[1:]) for name in names)
         return [frames for frames in found if self.parts(batch, frames)]
 
     def parts(self, batch: str, frames: int) -> list[int]:
         """Numbers of the parts, sorted."""
-        folder = Path(self.root.parts(self.digest, batch, frames, self.noun))
-        return sorted(int(name) for name in _folders(folder, r"[0-9]{4,5}"))
+        names = listing.folders(self.root.parts(self.digest, batch, frames, self.noun), r"[0-9]{4,5}")
+        return sorted(int(name) for name in names)
 
     def plan_part(self, batch: str, frames: int, row_ids: Sequence[bytes]) -> P:
         """Open the next part for these rows, in this order; ConflictError if another planner took its number."""
@@ -113,7 +107,7 @@ class RowStore(ABC, Generic[S, P]):
         """The first part with a shard that is not committed."""
         for number in self.parts(batch, frames):
             part = self.part(batch, frames, number)
-            if not all(part.committed(shard) for shard in range(part.shards)):
+            if len(part.committed_shards()) < part.shards:
                 return part
         return None
 
@@ -128,7 +122,7 @@ class RowStore(ABC, Generic[S, P]):
         for length in lengths:
             for number in self.parts(batch, length):
                 part = self.part(batch, length, number)
-                found += [_located(part, shard) for shard in range(part.shards) if part.committed(shard)]
+                found += [_located(part, shard) for shard in part.committed_shards()]
         order = [pl.col("status") != "ok", "frames", "part", "shard", "slot"]
         united = pl.concat(found).sort(order).unique("row_id", keep="first", maintain_order=True)
         return united.sort("frames", "part", "slot")
@@ -172,10 +166,3 @@ class LatentStore(RowStore[EncodingSpec, Part]):
 def _located(part: PlannedPart, shard: int) -> pl.DataFrame:
     values = {"batch": part.batch, "frames": part.frames, "part": part.number, "shard": shard}
     return part.commit(shard).with_columns(pl.lit(values[name], dtype).alias(name) for name, dtype in _WHERE.items())
-
-
-def _folders(folder: Path, pattern: str) -> list[str]:
-    """Names of the sub-folders that match; temporary ones never do."""
-    if not folder.is_dir():
-        return []
-    return [entry.name for entry in folder.iterdir() if re.fullmatch(pattern, entry.name) and entry.is_dir()]

@@ -1,13 +1,15 @@
 """Part: one planned encode of a batch at one clip length. Its plan never changes, its shards are written once.
 
-A part appears whole (Zarr metadata and plan in one rename). A shard is the file, then its commit, both created
-exclusively while the part's lock is held: a file without a commit is a dead writer's litter, which the next writer
-replaces. The commit is the truth; readers look at nothing else. PlannedPart holds what all parts share, Part what is
-the latents' own, storage/pixels.py what is the pixels'. Must not know how rows were chosen or encoded.
+A part appears whole (Zarr metadata and plan in one rename); on object stores the plan makes it, created exclusively,
+and whoever writes next adds metadata that a dead planner left out. How a shard and its commit come to stand: commit.py.
+The commit is the truth; readers look at nothing else. PlannedPart holds what all parts share, Part what is the latents'
+own, storage/pixels.py what is the pixels'. Must not know how rows were chosen or encoded.
 """
 
 import fcntl
 import os
+import re
+import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,8 +23,10 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from storage import atomic, shard, tables
+from storage import atomic, listing, shard, tables
+from storage.commit import publish_shard
 from storage.errors import ConflictError, DamagedError, StoreError, TableError, UpstreamError
+from storage.remote import is_local
 from storage.schemas import Commits, Plan
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
@@ -89,22 +93,33 @@ class PlannedPart(ABC):
         assert 0 <= number < self.shards, f"shard {number} of {self.shards}"
         return self.plan.slice(number * ROWS_PER_SHARD, ROWS_PER_SHARD)
 
-    def shard_path(self, number: int) -> Path:
-        return Path(self.path, self.array, "c", str(number), "0", "0", "0", "0")
+    @property
+    def metadata_paths(self) -> tuple[str, str]:
+        """The zarr.json of the group and of its array."""
+        return f"{self.path}/zarr.json", f"{self.path}/{self.array}/zarr.json"
 
-    def commit_path(self, number: int) -> Path:
-        return Path(self.path, "commits", f"{number:06d}.parquet")
+    def shard_path(self, number: int) -> str:
+        return f"{self.path}/{self.array}/c/{number}/0/0/0/0"
+
+    def commit_path(self, number: int) -> str:
+        return f"{self.path}/commits/{number:06d}.parquet"
 
     def committed(self, number: int) -> bool:
-        return self.commit_path(number).exists()
+        return atomic.exists(self.commit_path(number))
+
+    def committed_shards(self) -> list[int]:
+        """Numbers of all committed shards, by one listing."""
+        names = listing.files(f"{self.path}/commits")
+        found = [int(name.removesuffix(".parquet")) for name in names if re.fullmatch(r"[0-9]{6,}\.parquet", name)]
+        return sorted(number for number in found if number < self.shards)
 
     def stands(self, number: int) -> bool:
         """Whether a shard is committed and its file is there; a swept one has none."""
-        return self.committed(number) and self.shard_path(number).exists()
+        return self.committed(number) and atomic.exists(self.shard_path(number))
 
     def commit(self, number: int) -> pl.DataFrame:
         """Columns of `schema` of a committed shard, by slot; DamagedError where it does not fit the plan."""
-        path = str(self.commit_path(number))
+        path = self.commit_path(number)
         commits = tables.read_table(path, self.schema).sort("slot")
         if not commits.select("row_id", "slot").equals(self.rows_of(number)):
             raise DamagedError(f"{path} names other rows than the plan: remove it and make the latents again")
@@ -122,23 +137,26 @@ class PlannedPart(ABC):
 
     def publish(self, number: int, pieces: Iterable[bytes | memoryview], commits: pl.DataFrame) -> None:
         """Write a shard's file from its pieces, then its commit; ConflictError if another writer committed it first."""
-        sealed = tables.encode_table(commits, self.schema, str(self.commit_path(number)))
+        sealed = tables.encode_table(commits, self.schema, self.commit_path(number))
         with self.lock():
             self._refuse_committed(number)
-            self.shard_path(number).unlink(missing_ok=True)  # litter of a writer that died before its commit
-            with (
-                atomic.staged_file(str(self.shard_path(number)), exclusive=True) as temporary,
-                temporary.open("xb") as file,
-            ):
-                for piece in pieces:
-                    file.write(piece)
-            atomic.create_exclusively(str(self.commit_path(number)), sealed)
+            complete_part(self)
+            publish_shard(
+                self.shard_path(number),
+                self.commit_path(number),
+                pieces,
+                sealed,
+                lambda: self.commit(number)["crc32c"].equals(commits["crc32c"], null_equal=True),
+            )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Exclusive lock of the part among threads, processes and machines (flock); waits; the holder may nest it."""
+        """Exclusive lock of the part among threads, processes and machines (flock); waits; the holder may nest it.
+
+        On object stores, which know none, among this object's threads only.
+        """
         with self._guard:
-            if self._lock_file is not None:
+            if self._lock_file is not None or not is_local(self.path):
                 yield
                 return
             self._lock_file = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -152,16 +170,10 @@ class PlannedPart(ABC):
     def erase(self, slots: Sequence[int]) -> None:
         """Zero the bytes of these slots in place, for withdrawn media only. Nothing else moves or changes."""
         with self.lock():
-            for slot in slots:
-                number = slot // ROWS_PER_SHARD
-                if not self.stands(number):
-                    continue
-                offset, size_bytes = self.extent(slot)
-                with self.shard_path(number).open("r+b") as file:
-                    file.seek(offset)
-                    file.write(bytes(size_bytes))
-                    file.flush()
-                    os.fsync(file.fileno())
+            for number in sorted({slot // ROWS_PER_SHARD for slot in slots}):
+                if self.stands(number):
+                    own = [slot for slot in slots if slot // ROWS_PER_SHARD == number]
+                    atomic.zero(self.shard_path(number), [self.extent(slot) for slot in own])
 
     def discard(self, number: int) -> int:
         """Free the bytes of a committed shard, for sweeps only; the bytes freed.
@@ -174,9 +186,9 @@ class PlannedPart(ABC):
             commits = self.commit(number)
             if (commits["reason"] != SWEPT).fill_null(True).any():
                 swept = commits.with_columns(status=pl.lit("rejected"), reason=pl.lit(SWEPT), **self.freed)
-                tables.write_table(str(self.commit_path(number)), swept, self.schema)
-            size_bytes = path.stat().st_size if path.exists() else 0
-            path.unlink(missing_ok=True)
+                tables.write_table(self.commit_path(number), swept, self.schema)
+            size_bytes = listing.size_bytes(path) or 0
+            atomic.remove_tree(path)
         return size_bytes
 
     def _refuse_committed(self, number: int) -> None:
@@ -231,13 +243,28 @@ class Part(PlannedPart):
 
 
 def create_part(part: PlannedPart, row_ids: Sequence[bytes]) -> None:
-    """Bring a part into being: Zarr metadata and plan, in one step; ConflictError if the number is taken."""
+    """Bring a part into being: Zarr metadata and plan; ConflictError if the number is taken."""
     assert row_ids, "a part without rows"
     plan = pl.DataFrame({"row_id": list(row_ids), "slot": range(len(row_ids))}, schema=Plan.create_empty().schema)
+    if not is_local(part.path):
+        path = f"{part.path}/plan.parquet"
+        atomic.create_exclusively(path, tables.encode_table(plan, Plan, path))
+        complete_part(part)
+        return
     with atomic.staged_folder(part.path) as folder:
         part.describe(folder, len(row_ids))
         tables.write_table(str(folder / "plan.parquet"), plan, Plan)
         (folder / "commits").mkdir()
+
+
+def complete_part(part: PlannedPart) -> None:
+    """Write the Zarr metadata of a part on an object store, unless its planner lived to do it."""
+    if is_local(part.path) or all(atomic.exists(path) for path in part.metadata_paths):
+        return
+    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
+        part.describe(Path(folder), part.plan.height)
+        for path in part.metadata_paths:
+            atomic.publish_bytes(path, Path(folder, path.removeprefix(f"{part.path}/")).read_bytes())
 
 
 def new_group(folder: Path, part: PlannedPart) -> Any:  # noqa: ANN401 - a zarr.Group, which is not imported here

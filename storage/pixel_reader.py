@@ -89,7 +89,7 @@ class PixelReader:
         if not part.committed(number):
             raise self._damaged(frames, address, "is not committed")
         try:
-            with part.shard_path(number).open("rb") as file:
+            with Path(part.shard_path(number)).open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: the file is empty
             raise self._damaged(frames, address, f"cannot be read ({error})") from error
@@ -126,5 +126,5 @@ def read_clip(store: PixelStore, batch: str, frames: int, part: int, slot: int) 
     import zarr
 
     opened = store.part(batch, frames, part)
-    array = zarr.open_array(str(Path(opened.path, opened.array)), mode="r")
+    array = zarr.open_array(f"{opened.path}/{opened.array}", mode="r")
     return np.asarray(array[slot])

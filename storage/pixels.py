@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import polars as pl
 
-from storage import shard
+from storage import atomic, shard
 from storage.digest import crc32c
-from storage.errors import StoreError
+from storage.errors import NExTVidError, StoreError
 from storage.jpeg import frame_places
 from storage.latents import RowStore
 from storage.part import PlannedPart, new_group
@@ -98,38 +98,15 @@ class PixelStore(RowStore[PixelSpec, PixelPart]):
         return PixelPart(path, self.spec, batch, frames, number)
 
     def check(self, part: PixelPart, withdrawn: frozenset[bytes]) -> list[Problem]:
-        return verify_part(part, _metadata, lambda number, commits: _rows(part, number, commits, withdrawn))
-
-
-def _metadata(part: PixelPart) -> list[Problem]:
-    """What zarr-python reads from zarr.json against what the spec and the plan say."""
-    import zarr
-
-    from storage.zarr_jpeg import JpegFrames
-
-    path = f"{part.path}/{part.array}/zarr.json"
-    remedy = f"restore it from another part of this length (shape {part.plan.height} rows)"
-    try:
-        array = zarr.open_array(f"{part.path}/{part.array}", mode="r")
-        sharding = array.metadata.to_dict()["codecs"][0]["configuration"]
-        found = (array.shape, array.chunks, array.shards, str(array.dtype), array.compressors, array.filters)
-        inner = (array.serializer, sharding["index_location"])
-    except Exception as error:  # whatever zarr raises for bytes it does not understand
-        return [Problem(path, None, f"zarr cannot open it: {error}", remedy)]
-    row = part.spec.row_shape(part.frames)
-    wanted = ((part.plan.height, *row), (1, *row), (ROWS_PER_SHARD, *row), "uint8", (), ())
-    codec = JpegFrames(part.spec.quality, part.spec.subsampling)
-    if found != wanted or inner != (codec, "end"):
-        return [Problem(path, None, f"describes {found}, {inner}, not {wanted}, {(codec, 'end')}", remedy)]
-    return []
+        return verify_part(part, lambda number, commits: _rows(part, number, commits, withdrawn))
 
 
 def _rows(part: PixelPart, number: int, commits: pl.DataFrame, withdrawn: frozenset[bytes]) -> list[Problem]:
-    path, remedy = str(part.shard_path(number)), encode_again(part, number)
+    path, remedy = part.shard_path(number), encode_again(part, number)
     places = commits.select("row_id", "offset", "size_bytes", "crc32c").rows()
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
+        data = atomic.read_bytes(path)
+    except (OSError, NExTVidError) as error:
         return [Problem(path, None, f"committed, but cannot be read: {error}", remedy)]
     ends = [offset + size for _, offset, size, _ in places if offset is not None]
     wanted_bytes = max(ends, default=0) + INDEX_BYTES

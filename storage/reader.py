@@ -106,7 +106,7 @@ class RowReader:
         if not part.committed(number):
             raise self._damaged(frames, address, "is not committed")
         try:
-            with part.shard_path(number).open("rb") as file:
+            with Path(part.shard_path(number)).open("rb") as file:
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: the file is empty
             raise self._damaged(frames, address, f"cannot be read ({error})") from error
@@ -148,5 +148,5 @@ def read_row(store: LatentStore, batch: str, frames: int, part: int, slot: int) 
     """One row through zarr-python; `slot` counts within the part. Unchecked and slow: the oracle of the tests."""
     import zarr
 
-    array = zarr.open_array(str(Path(store.part(batch, frames, part).path, "latent")), mode="r")
+    array = zarr.open_array(f"{store.part(batch, frames, part).path}/latent", mode="r")
     return np.asarray(array[slot])

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import fsspec
-
+from storage import listing
 from storage.errors import ConfigError
+from storage.remote import is_local, refuse_credentials
 
 Table = Literal["sources", "media", "labels", "shots", "clips"]
 Stored = Literal["latents", "pixels"]
@@ -19,11 +19,6 @@ Pointed = Literal["latent_stats", "duplicates", "mask_plan", "trainset"]
 
 _NAME = re.compile(r"[a-z0-9_]+(\.[0-9]{6})?")  # dataset, recipe, benchmark; or batch <dataset>.<nnnnnn>
 _HEX = re.compile(r"[0-9a-f]{12,32}")
-
-
-def is_local(path: str) -> bool:
-    """Whether a path of ours is on a local file system."""
-    return "://" not in path or path.startswith("file://")
 
 
 def _name(name: str) -> str:
@@ -48,6 +43,7 @@ class DataRoot:
     @staticmethod
     def open(root: str, runs_root: str | None = None) -> "DataRoot":
         """Roots from a corpus.yaml. A bucket as `root` needs a `runs_root` on a file system."""
+        refuse_credentials(root, "root")
         url = root.rstrip("/") if not is_local(root) else str(Path(root.removeprefix("file://")).absolute())
         if runs_root is None and not is_local(url):
             raise ConfigError(f"root {url} is an object store: name a local or network folder as 'runs_root'")
@@ -127,8 +123,5 @@ class DataRoot:
 
     def batches(self, noun: Table = "sources") -> list[str]:
         """Keys of the batches that have this table, sorted."""
-        fs, path = fsspec.core.url_to_fs(self.folder(noun))
-        if not fs.isdir(path):
-            return []
-        names = [str(entry).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+        names = listing.files(self.folder(noun))
         return sorted(name.removesuffix(".parquet") for name in names if name.endswith(".parquet"))

@@ -4,21 +4,18 @@ Reports, never repairs: each problem names the file, the row where it is one row
 same everywhere, since a shard without its commit is encoded again. Must not be on any fast path.
 """
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import polars as pl
 
-from storage import shard
+from storage import atomic, listing, shard
 from storage.digest import crc32c
 from storage.errors import NExTVidError
 from storage.part import SWEPT, Part, PlannedPart
-from storage.shard import ROWS_PER_SHARD
-
-P = TypeVar("P", bound=PlannedPart)
 
 
 @dataclass(frozen=True)
@@ -37,28 +34,25 @@ class Problem:
 
 def verify_latents(part: Part, withdrawn: frozenset[bytes]) -> list[Problem]:
     """Problems of one part of latents; rows in `withdrawn` must be zeros."""
-    return verify_part(part, _metadata, lambda number, commits: _rows(part, number, commits, withdrawn))
+    return verify_part(part, lambda number, commits: _rows(part, number, commits, withdrawn))
 
 
-def verify_part(
-    part: P,
-    metadata: Callable[[P], Sequence[Problem]],
-    rows: Callable[[int, pl.DataFrame], Sequence[Problem]],
-) -> list[Problem]:
-    """Problems of one part, whatever its rows are: `metadata` and `rows` (of one shard) say what they should be."""
+def verify_part(part: PlannedPart, rows: Callable[[int, pl.DataFrame], Sequence[Problem]]) -> list[Problem]:
+    """Problems of one part, whatever its rows are: `rows`, given the commits of one shard, finds those of its bytes."""
     try:
         shards = part.shards
     except NExTVidError as error:
         return [
             Problem(f"{part.path}/plan.parquet", None, str(error), f"remove {part.path} and make the latents again")
         ]
-    problems = [*metadata(part), *_leftovers(part, shards)]
+    files = listing.files_below(part.path)
+    problems = [*_metadata(part), *_leftovers(part, shards, files)]
     for number in range(shards):
-        if part.committed(number):
+        if part.commit_path(number) in files:
             problems += _shard(part, number, rows)
-        elif part.shard_path(number).exists():
+        elif part.shard_path(number) in files:
             what = "a shard without its commit, left by a writer that died"
-            problems.append(Problem(str(part.shard_path(number)), None, what, "make the latents of the batch again"))
+            problems.append(Problem(part.shard_path(number), None, what, "make the latents of the batch again"))
     return problems
 
 
@@ -67,55 +61,60 @@ def encode_again(part: PlannedPart, number: int) -> str:
     return f"remove {part.commit_path(number)} and make the latents of batch {part.batch} again"
 
 
-def _metadata(part: Part) -> list[Problem]:
-    """What zarr-python reads from zarr.json against what the spec and the plan say."""
+def _metadata(part: PlannedPart) -> list[Problem]:
+    """What zarr-python reads from the part's zarr.json files against what it writes for the spec and the plan."""
     import zarr
 
-    path = f"{part.path}/latent/zarr.json"
-    remedy = f"restore it from another part of this length (shape {part.plan.height} rows)"
-    try:
-        array = zarr.open_array(f"{part.path}/latent", mode="r")
-        found = (array.shape, array.chunks, array.shards, str(array.dtype), array.compressors, array.filters)
-        fill = float(array.fill_value)
-        location = array.metadata.to_dict()["codecs"][0]["configuration"]["index_location"]
-    except Exception as error:  # whatever zarr raises for bytes it does not understand
-        return [Problem(path, None, f"zarr cannot open it: {error}", remedy)]
-    row = part.spec.row_shape(part.frames)
-    wanted = ((part.plan.height, *row), (1, *row), (ROWS_PER_SHARD, *row), "float16", (), ())
-    if found != wanted or fill == fill or location != "end":  # NaN differs from itself
-        return [Problem(path, None, f"describes {found}, fill {fill}, index at {location}, not {wanted}", remedy)]
-    return []
+    problems = []
+    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
+        part.describe(Path(folder, "wanted"), part.plan.height)
+        for path in part.metadata_paths:
+            name = path.removeprefix(f"{part.path}/")
+            found, wanted = Path(folder, "found", name), Path(folder, "wanted", name)
+            remedy = f"restore it from another part of this length (shape {part.plan.height} rows)"
+            found.parent.mkdir(parents=True)
+            try:
+                found.write_bytes(atomic.read_bytes(path))
+                said, known = (zarr.open(file.parent, mode="r").metadata.to_dict() for file in (found, wanted))
+            except Exception as error:  # whatever zarr raises for bytes it does not understand
+                problems.append(Problem(path, None, f"zarr cannot open it: {error}", remedy))
+                continue
+            wrong = sorted(key for key in {*said, *known} if repr(said.get(key)) != repr(known.get(key)))
+            if wrong:
+                what = "; ".join(f"{key} {said.get(key)!r}, not {known.get(key)!r}" for key in wrong)
+                problems.append(Problem(path, None, f"describes {what}", remedy))
+    return problems
 
 
-def _leftovers(part: PlannedPart, shards: int) -> list[Problem]:
+def _leftovers(part: PlannedPart, shards: int, files: Iterable[str]) -> list[Problem]:
     """Files that the plan does not know: temporary ones, and shards or commits beyond the last."""
     known = {part.shard_path(number) for number in range(shards)} | {
         part.commit_path(number) for number in range(shards)
     }
-    known |= {Path(part.path, name) for name in ("zarr.json", f"{part.array}/zarr.json", "plan.parquet", "lock")}
-    strange = sorted(path for path in Path(part.path).rglob("*") if path.is_file() and path not in known)
-    return [Problem(str(path), None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
+    known |= {*part.metadata_paths, f"{part.path}/plan.parquet", f"{part.path}/lock"}
+    strange = sorted(set(files) - known)
+    return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 
 
 def _shard(part: PlannedPart, number: int, rows: Callable[[int, pl.DataFrame], Sequence[Problem]]) -> Sequence[Problem]:
-    path = str(part.shard_path(number))
+    path = part.shard_path(number)
     try:
         commits = part.commit(number)
     except NExTVidError as error:
-        return [Problem(str(part.commit_path(number)), None, str(error), encode_again(part, number))]
+        return [Problem(part.commit_path(number), None, str(error), encode_again(part, number))]
     if (commits["reason"] == SWEPT).fill_null(False).all():
         swept = "a sweep was killed before it removed this file"
-        return [Problem(path, None, swept, "sweep again, or remove it")] if Path(path).exists() else []
+        return [Problem(path, None, swept, "sweep again, or remove it")] if atomic.exists(path) else []
     return rows(number, commits)
 
 
 def _rows(part: Part, number: int, commits: pl.DataFrame, withdrawn: frozenset[bytes]) -> list[Problem]:
-    path, remedy = str(part.shard_path(number)), encode_again(part, number)
+    path, remedy = part.shard_path(number), encode_again(part, number)
     row_bytes = part.spec.row_bytes(part.frames)
     wanted_bytes = shard.shard_bytes(commits.height, row_bytes)
     try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
+        data = np.frombuffer(atomic.read_bytes(path), np.uint8)
+    except (OSError, NExTVidError) as error:
         return [Problem(path, None, f"committed, but cannot be read: {error}", remedy)]
     if data.nbytes != wanted_bytes:
         return [Problem(path, None, f"{data.nbytes} bytes where {wanted_bytes} were committed", remedy)]

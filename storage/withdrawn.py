@@ -7,9 +7,7 @@ in place, the one exception to write-once (design, section 4). Must not find row
 import re
 from collections.abc import Iterable
 
-import fsspec
-
-from storage import atomic
+from storage import atomic, listing
 from storage.errors import DamagedError
 from storage.root import DataRoot
 
@@ -27,10 +25,7 @@ def record_withdrawal(root: DataRoot, media_id: str, row_ids: Iterable[bytes]) -
 
 def withdrawn_rows(root: DataRoot) -> frozenset[bytes]:
     """Row ids (16 bytes) of every withdrawn media; DamagedError where a record cannot be read."""
-    fs, folder = fsspec.core.url_to_fs(root.withdrawn())
-    if not fs.isdir(folder):
-        return frozenset()
-    names = sorted(str(entry).rsplit("/", 1)[-1] for entry in fs.ls(folder, detail=False))
+    names = listing.files(root.withdrawn())
     records = [name for name in names if _MEDIA.fullmatch(name.removesuffix(".json")) and name.endswith(".json")]
     return frozenset().union(*(_rows(f"{root.withdrawn()}/{name}") for name in records))
 

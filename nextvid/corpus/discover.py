@@ -27,7 +27,7 @@ from nextvid.video.probe import kind_of
 from storage import atomic, tables
 from storage.digest import digest, digest_bytes
 from storage.errors import ConflictError, CorpusError
-from storage.root import is_local
+from storage.remote import is_local
 from storage.schemas import KINDS, Sources
 
 Held = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint)

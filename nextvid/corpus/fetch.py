@@ -12,7 +12,7 @@ import fsspec
 
 from storage.digest import digest
 from storage.errors import MediaError
-from storage.root import is_local
+from storage.remote import is_local
 
 
 @contextmanager

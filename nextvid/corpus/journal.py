@@ -7,20 +7,16 @@ between is finished by the next. Older changes are emptied, their names stay: a 
 rule of assignment (batches.py).
 """
 
-import fsspec
 import polars as pl
 
-from storage import atomic, tables
+from storage import atomic, listing, tables
 from storage.root import DataRoot
 from storage.schemas import Sources
 
 
 def version(root: DataRoot) -> int:
     """Number of the newest change; 0 before the first."""
-    fs, path = fsspec.core.url_to_fs(_folder(root))
-    if not fs.isdir(path):
-        return 0
-    names = [str(entry).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+    names = listing.files(_folder(root))
     numbers = [name.removesuffix(".parquet") for name in names if name.endswith(".parquet")]
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 

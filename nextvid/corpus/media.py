@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import polars as pl
 
 from nextvid.corpus.batches import config_of, latest
@@ -25,7 +24,7 @@ from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.outcome import Check, Outcome
 from nextvid.video.sandbox import Sandbox
-from storage import tables
+from storage import listing, tables
 from storage.errors import MediaError
 from storage.root import DataRoot
 from storage.schemas import Labels, Media, Sources
@@ -84,10 +83,7 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
 
 def withdrawn_media(root: DataRoot) -> set[bytes]:
     """Ids of withdrawn media: the names of the files in `withdrawn/`."""
-    fs, path = fsspec.core.url_to_fs(root.withdrawn())
-    if not fs.isdir(path):
-        return set()
-    names = [str(entry).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+    names = listing.files(root.withdrawn())
     return {bytes.fromhex(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[0] != "."}
 
 

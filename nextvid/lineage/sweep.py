@@ -20,7 +20,9 @@ from nextvid.lineage.trace import scores_of, trainsets_of
 from nextvid.probe.rows import ProbeRows
 from storage.atomic import litter, remove_tree
 from storage.latents import LatentStore, Part
-from storage.root import DataRoot, is_local
+from storage.listing import size_bytes
+from storage.remote import is_local
+from storage.root import DataRoot
 from storage.tables import read_checks, read_table
 
 LITTER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name
@@ -112,9 +114,9 @@ def _shards(project: Project) -> Iterator[tuple[Part, int, Shard]]:
                         part,
                         number,
                         Shard(
-                            path=str(part.shard_path(number)),
+                            path=part.shard_path(number),
                             rows=len(ids),
-                            size_bytes=part.shard_path(number).stat().st_size,
+                            size_bytes=size_bytes(part.shard_path(number)) or 0,
                             trainsets=tuple(sorted(cited.get(place, ()))),
                             wanted=len(ids) if wanted is None else int(ids.is_in(wanted.implode()).sum()),
                             asked=int(ids.is_in(asked.implode()).sum()),

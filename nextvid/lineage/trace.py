@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import polars as pl
 
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.probe.rows import ProbeRows
 from nextvid.train.run import CONFIG
-from storage import atomic
+from storage import atomic, listing
 from storage.errors import ConfigError
 from storage.root import DataRoot
 from storage.schemas import Clips, Media
@@ -151,10 +150,9 @@ def scores_of(root: DataRoot) -> Iterator[Path]:
 
 def trainsets_of(root: DataRoot) -> list[str]:
     """Digests of every trainset."""
-    fs, path = fsspec.core.url_to_fs(f"{root.url}/trainset")
-    if not fs.isdir(path):
-        return []
-    return sorted(str(found).split("/")[-2] for found in fs.glob(f"{path}/*/trainset.json"))
+    folder = f"{root.url}/trainset"
+    names = listing.folders(folder, r"[0-9a-f]{32}")
+    return [name for name in names if atomic.exists(f"{folder}/{name}/trainset.json")]
 
 
 def shares(lineage: pl.DataFrame, by: str, weights: dict[str, float]) -> tuple[DatasetShare, ...]:

@@ -156,7 +156,7 @@ class TestStores:
         where = ("--corpus", str(corpus.project.path))
         assert nextvid("verify", *where)[0] == 0
         (store,) = LatentStore.every(corpus.project.root)
-        path = store.part(FILMS, 4, 0).shard_path(0)
+        path = Path(store.part(FILMS, 4, 0).shard_path(0))
         data = bytearray(path.read_bytes())
         data[0] ^= 1
         path.write_bytes(data)
@@ -176,7 +176,7 @@ class TestStores:
         where = ("--corpus", str(corpus.project.path))
         corpus.clips(FILMS, [corpus.row(FILMS, i) for i in (2, 3)])
         (store,) = LatentStore.every(corpus.project.root)
-        path = store.part(FILMS, 4, 0).shard_path(0)
+        path = Path(store.part(FILMS, 4, 0).shard_path(0))
         code, said, _ = nextvid("sweep", *where)
         assert (code, path.exists()) == (0, True)
         assert f"would go  {path}" in said

@@ -66,7 +66,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def committed_bytes(store: LatentStore) -> dict[str, bytes]:
     part = store.part(BATCH, FRAMES, 0)
-    return {str(n): part.shard_path(n).read_bytes() for n in range(part.shards) if part.committed(n)}
+    return {str(n): Path(part.shard_path(n)).read_bytes() for n in range(part.shards) if part.committed(n)}
 
 
 def test_two_writers_on_one_part(data_root: DataRoot, repository: Path, reference: dict[str, bytes]) -> None:

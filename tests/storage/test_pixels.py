@@ -64,7 +64,7 @@ def test_commits_say_where_rows_stand(data_root: DataRoot) -> None:
     assert len(set(sizes)) > 2
     wanted = [int(sum(sizes[:n])) if n != FAILED else None for n in range(5)]
     assert commits["offset"].to_list() == wanted
-    assert part.shard_path(0).stat().st_size == sum(sizes) + INDEX_BYTES
+    assert Path(part.shard_path(0)).stat().st_size == sum(sizes) + INDEX_BYTES
 
 
 def test_pixels_and_latents_stand_beside_each_other(data_root: DataRoot) -> None:
@@ -93,7 +93,7 @@ def test_write_refuses_rows_that_do_not_fit(data_root: DataRoot) -> None:
     with pytest.raises(DamagedError, match="lengths of"):
         part.write_shard(0, [*good[:2], b"\1" * 900], commit)
     assert not part.committed(0)
-    assert not part.shard_path(0).exists()
+    assert not Path(part.shard_path(0)).exists()
 
 
 def test_one_of_two_writers_wins(data_root: DataRoot) -> None:
@@ -125,21 +125,21 @@ def test_a_shard_in_which_every_row_failed(data_root: DataRoot) -> None:
     store, part = pixel_store(data_root, 3, failed=ids(3))
     assert store.verify() == []
     assert store.unfinished(BATCH, FRAMES) is None
-    assert part.shard_path(0).stat().st_size == INDEX_BYTES
+    assert Path(part.shard_path(0)).stat().st_size == INDEX_BYTES
     assert not read_clip(store, BATCH, FRAMES, 0, 1).any()
 
 
 DAMAGE: list[tuple[str, Callable[[PixelPart], object], str, str, int | None]] = [
-    ("table", lambda part: flip(part.shard_path(0), 1), "c/0/0/0/0/0", "differ from their checksum", 0),
-    ("jpeg", lambda part: flip(part.shard_path(0), 300), "c/0/0/0/0/0", "differ from their checksum", 0),
-    ("last row", lambda part: flip(part.shard_path(0), -INDEX_BYTES - 1), "c/0/0/0/0/0", "their checksum", 4),
-    ("index", lambda part: flip(part.shard_path(0), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
-    ("crc of index", lambda part: flip(part.shard_path(0), -1), "c/0/0/0/0/0", "index at its end", None),
-    ("commit", lambda part: flip(part.commit_path(0), 90), "000000.parquet", "checksum", None),
+    ("table", lambda part: flip(Path(part.shard_path(0)), 1), "c/0/0/0/0/0", "differ from their checksum", 0),
+    ("jpeg", lambda part: flip(Path(part.shard_path(0)), 300), "c/0/0/0/0/0", "differ from their checksum", 0),
+    ("last row", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES - 1), "c/0/0/0/0/0", "their checksum", 4),
+    ("index", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
+    ("crc of index", lambda part: flip(Path(part.shard_path(0)), -1), "c/0/0/0/0/0", "index at its end", None),
+    ("commit", lambda part: flip(Path(part.commit_path(0)), 90), "000000.parquet", "checksum", None),
     ("plan", lambda part: flip(Path(part.path, "plan.parquet"), 90), "plan.parquet", "damaged", None),
-    ("no shard", lambda part: part.shard_path(0).unlink(), "c/0/0/0/0/0", "cannot be read", None),
-    ("short", lambda part: part.shard_path(0).write_bytes(b"x"), "c/0/0/0/0/0", "1 bytes where", None),
-    ("no commit", lambda part: part.commit_path(0).unlink(), "c/0/0/0/0/0", "without its commit", None),
+    ("no shard", lambda part: Path(part.shard_path(0)).unlink(), "c/0/0/0/0/0", "cannot be read", None),
+    ("short", lambda part: Path(part.shard_path(0)).write_bytes(b"x"), "c/0/0/0/0/0", "1 bytes where", None),
+    ("no commit", lambda part: Path(part.commit_path(0)).unlink(), "c/0/0/0/0/0", "without its commit", None),
     ("beyond", lambda part: Path(part.path, "pixels/c/2").write_bytes(b""), "c/2", "belongs to", None),
     (
         "quality",
@@ -171,12 +171,12 @@ def test_damage_is_named(
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
-        (lambda part: flip(part.shard_path(0), 1), "other bytes than were committed"),
-        (lambda part: flip(part.shard_path(0), 300), "other bytes than were committed"),
-        (lambda part: part.shard_path(0).write_bytes(part.shard_path(0).read_bytes()[:50]), "is short"),
-        (lambda part: part.shard_path(0).write_bytes(b""), "cannot be read"),
-        (lambda part: part.shard_path(0).unlink(), "cannot be read"),
-        (lambda part: part.commit_path(0).unlink(), "is not committed"),
+        (lambda part: flip(Path(part.shard_path(0)), 1), "other bytes than were committed"),
+        (lambda part: flip(Path(part.shard_path(0)), 300), "other bytes than were committed"),
+        (lambda part: Path(part.shard_path(0)).write_bytes(Path(part.shard_path(0)).read_bytes()[:50]), "is short"),
+        (lambda part: Path(part.shard_path(0)).write_bytes(b""), "cannot be read"),
+        (lambda part: Path(part.shard_path(0)).unlink(), "cannot be read"),
+        (lambda part: Path(part.commit_path(0)).unlink(), "is not committed"),
         (lambda part: part.erase([0]), "withdrawn"),
         (lambda part: part.discard(0), "cannot be read"),
     ],
@@ -191,9 +191,9 @@ def test_the_reader_hands_out_nothing_damaged(
     out = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
     with pytest.raises(DamagedError, match=what) as caught:
         PixelReader(data_root, store.spec, [BATCH]).read_into(FRAMES, first, out)
-    assert str(part.shard_path(0)) in str(caught.value)
+    assert part.shard_path(0) in str(caught.value)
     assert f"Remedy: remove {part.commit_path(0)} and make the latents" in str(caught.value)
-    if part.committed(0) and part.shard_path(0).exists():
+    if part.committed(0) and Path(part.shard_path(0)).exists():
         assert ids(1)[0].hex() in str(caught.value)
 
 
@@ -224,7 +224,7 @@ def test_withdrawn_rows_are_zeros_and_the_rest_stands(data_root: DataRoot) -> No
 
 def test_a_discarded_shard_is_free_and_sound(data_root: DataRoot) -> None:
     store, part = pixel_store(data_root, 5)
-    size_bytes = part.shard_path(0).stat().st_size
+    size_bytes = Path(part.shard_path(0)).stat().st_size
     assert part.discard(0) == size_bytes
     assert (part.stands(0), part.committed(0)) == (False, True)
     assert store.verify() == []

@@ -129,9 +129,9 @@ def test_a_flipped_bit_is_found_by_reader_and_verify(
     tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
 ) -> None:
     store, part, found = damaged(DataRoot.open(str(tmp_path_factory.mktemp("bit"))))
-    data = bytearray(part.shard_path(0).read_bytes())
+    data = bytearray(Path(part.shard_path(0)).read_bytes())
     data[place] ^= 1 << bit
-    part.shard_path(0).write_bytes(data)
+    Path(part.shard_path(0)).write_bytes(data)
     problems = store.verify()
     assert len(problems) == 1
     reader, out = RowReader(store.root, store.spec, [BATCH]), empty()
@@ -144,7 +144,7 @@ def test_a_flipped_bit_is_found_by_reader_and_verify(
         with pytest.raises(DamagedError) as caught:
             reader.read_into(FRAMES, address, out)
         assert row_id(address).hex() in str(caught.value)
-        assert str(part.shard_path(0)) in str(caught.value)
+        assert part.shard_path(0) in str(caught.value)
         assert f"remove {part.commit_path(0)}" in str(caught.value)
         assert place >= 5 * ROW_BYTES or np.isnan(out).all()
     if place < 5 * ROW_BYTES:
@@ -154,7 +154,7 @@ def test_a_flipped_bit_is_found_by_reader_and_verify(
 @pytest.mark.parametrize("size", [0, 1, INDEX_BYTES, 4 * ROW_BYTES + INDEX_BYTES, 5 * ROW_BYTES + INDEX_BYTES - 1])
 def test_short_shards_are_errors(data_root: DataRoot, size: int) -> None:
     store, part, found = damaged(data_root)
-    part.shard_path(0).write_bytes(part.shard_path(0).read_bytes()[:size])
+    Path(part.shard_path(0)).write_bytes(Path(part.shard_path(0)).read_bytes()[:size])
     with pytest.raises(DamagedError, match=r"short|cannot be read"):
         RowReader(store.root, store.spec, [BATCH]).read_into(FRAMES, found[0], empty())
     assert len(store.verify()) == 1
@@ -162,7 +162,7 @@ def test_short_shards_are_errors(data_root: DataRoot, size: int) -> None:
 
 def test_missing_shards_are_errors(data_root: DataRoot) -> None:
     store, part, found = damaged(data_root)
-    part.shard_path(0).unlink()
+    Path(part.shard_path(0)).unlink()
     reader = RowReader(store.root, store.spec, [BATCH])
     with pytest.raises(DamagedError, match="cannot be read"):
         reader.read_into(FRAMES, found[0], empty())
@@ -173,7 +173,7 @@ def test_missing_shards_are_errors(data_root: DataRoot) -> None:
 
 def test_rows_without_a_commit_are_not_seen(data_root: DataRoot) -> None:
     store, part, found = damaged(data_root)
-    part.commit_path(0).unlink()
+    Path(part.commit_path(0)).unlink()
     with pytest.raises(DamagedError, match="not committed"):
         RowReader(store.root, store.spec, [BATCH]).read_into(FRAMES, found[0], empty())
 

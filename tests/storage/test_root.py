@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from storage import atomic
 from storage.errors import ConfigError
-from storage.root import DataRoot, is_local
+from storage.remote import is_local
+from storage.root import DataRoot
 
 HEX = "0123456789abcdef0123456789abcdef"
 

@@ -32,20 +32,20 @@ def change_json(path: Path, old: str, new: str) -> None:
 
 
 def fill_failed_slot(part: Part) -> None:
-    with part.shard_path(0).open("r+b") as file:
+    with Path(part.shard_path(0)).open("r+b") as file:
         file.seek(2 * part.spec.row_bytes(FRAMES))
         file.write(b"\0\0")
 
 
 DAMAGE: list[tuple[str, Callable[[Part], object], str, str, int | None]] = [
-    ("data", lambda part: flip(part.shard_path(1), 5), "c/1/0/0/0/0", "differ from their checksum", 256),
-    ("index", lambda part: flip(part.shard_path(0), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
-    ("crc of index", lambda part: flip(part.shard_path(0), -1), "c/0/0/0/0/0", "index at its end", None),
-    ("commit", lambda part: flip(part.commit_path(0), 90), "000000.parquet", "checksum", None),
+    ("data", lambda part: flip(Path(part.shard_path(1)), 5), "c/1/0/0/0/0", "differ from their checksum", 256),
+    ("index", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
+    ("crc of index", lambda part: flip(Path(part.shard_path(0)), -1), "c/0/0/0/0/0", "index at its end", None),
+    ("commit", lambda part: flip(Path(part.commit_path(0)), 90), "000000.parquet", "checksum", None),
     ("plan", lambda part: flip(Path(part.path, "plan.parquet"), 90), "plan.parquet", "damaged", None),
-    ("no shard", lambda part: part.shard_path(1).unlink(), "c/1/0/0/0/0", "cannot be read", None),
-    ("short", lambda part: part.shard_path(1).write_bytes(b"x"), "c/1/0/0/0/0", "1 bytes where", None),
-    ("no commit", lambda part: part.commit_path(1).unlink(), "c/1/0/0/0/0", "without its commit", None),
+    ("no shard", lambda part: Path(part.shard_path(1)).unlink(), "c/1/0/0/0/0", "cannot be read", None),
+    ("short", lambda part: Path(part.shard_path(1)).write_bytes(b"x"), "c/1/0/0/0/0", "1 bytes where", None),
+    ("no commit", lambda part: Path(part.commit_path(1)).unlink(), "c/1/0/0/0/0", "without its commit", None),
     ("failed slot", fill_failed_slot, "c/0/0/0/0/0", "holds values", 2),
     ("stray", lambda part: Path(part.path, "commits", ".x.partial").write_bytes(b""), ".x.partial", "belongs to", None),
     ("beyond", lambda part: Path(part.path, "latent/c/2").write_bytes(b""), "c/2", "belongs to", None),
@@ -85,10 +85,10 @@ def test_damage_is_named(
 def test_the_remedy_heals(data_root: DataRoot) -> None:
     """A damaged shard: remove its commit, write it again."""
     store, part = full_store(data_root, 300)
-    flip(part.shard_path(1), 5)
+    flip(Path(part.shard_path(1)), 5)
     (problem,) = store.verify()
     assert problem.remedy.startswith(f"remove {part.commit_path(1)} ")
-    part.commit_path(1).unlink()
+    Path(part.commit_path(1)).unlink()
     unfinished = store.unfinished(BATCH, FRAMES)
     assert unfinished is not None
     write(unfinished, 1)
@@ -147,16 +147,16 @@ def test_erasing_skips_shards_that_were_never_committed(data_root: DataRoot) -> 
     store = LatentStore(data_root, full_store(data_root, 3)[0].spec)
     part = store.plan_part(BATCH, FRAMES, ids(3, first=10))
     part.erase([0])
-    assert not part.shard_path(0).exists()
+    assert not Path(part.shard_path(0)).exists()
 
 
 def test_a_discarded_shard_is_free_and_sound(data_root: DataRoot) -> None:
     store, part = full_store(data_root, 300)
-    kept = part.shard_path(1).read_bytes()
-    size_bytes = part.shard_path(0).stat().st_size
+    kept = Path(part.shard_path(1)).read_bytes()
+    size_bytes = Path(part.shard_path(0)).stat().st_size
     assert part.discard(0) == size_bytes
     assert (part.stands(0), part.committed(0), part.stands(1)) == (False, True, True)
-    assert part.shard_path(1).read_bytes() == kept
+    assert Path(part.shard_path(1)).read_bytes() == kept
     assert store.verify() == []
     assert store.unfinished(BATCH, FRAMES) is None
     assert store.commits(BATCH)["reason"].to_list() == ["swept"] * 256 + [None] * 44

@@ -249,7 +249,7 @@ def test_a_changed_byte_of_a_drawn_row_is_an_error(tmp_path: Path) -> None:
     make_plan(project.root, tiny_recipe())
     trainset = Trainset.open(project.root)
     part = LatentStore(project.root, trainset.spec).part(BATCHES[0], 4, 0)
-    path = part.shard_path(0)
+    path = Path(part.shard_path(0))
     data = bytearray(path.read_bytes())
     for slot in range(9):
         data[slot * trainset.spec.row_bytes(4)] ^= 1

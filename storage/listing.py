@@ -1,0 +1,59 @@
+"""What stands under a folder, in a file system or in a bucket: names, sizes, nothing of the content.
+
+A folder that does not exist is an empty one; one that cannot be listed is an error, never an empty one. Must not know
+what the names mean.
+"""
+
+import re
+from pathlib import Path
+
+from storage import remote
+from storage.remote import is_local
+
+
+def folders(folder: str, pattern: str) -> list[str]:
+    """Names of the sub-folders that match; temporary ones never do. Sorted."""
+    return sorted(name for name, is_folder in _entries(folder) if is_folder and re.fullmatch(pattern, name))
+
+
+def files(folder: str) -> list[str]:
+    """Names of the files that stand directly in a folder, sorted."""
+    return sorted(name for name, is_folder in _entries(folder) if not is_folder)
+
+
+def files_below(folder: str) -> dict[str, int]:
+    """Path and size in bytes of every file below a folder."""
+    if is_local(folder):
+        found = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {str(path): path.stat().st_size for path in sorted(found)}
+    protocol = folder.partition("://")[0]
+    try:
+        entries = remote.ask(folder, lambda fs, key: fs.find(key, detail=True))
+    except FileNotFoundError:
+        return {}
+    if not entries:
+        remote.refuse_missing_bucket(folder)
+    return {f"{protocol}://{str(key).lstrip('/')}": int(info["size"]) for key, info in sorted(entries.items())}
+
+
+def size_bytes(path: str) -> int | None:
+    """Size of a file; None where there is none."""
+    try:
+        if is_local(path):
+            return Path(path.removeprefix("file://")).stat().st_size
+        return int(remote.ask(path, lambda fs, key: fs.info(key))["size"])
+    except FileNotFoundError:
+        return None
+
+
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of what stands directly in a folder."""
+    if is_local(folder):
+        place = Path(folder.removeprefix("file://"))
+        return [(entry.name, entry.is_dir()) for entry in place.iterdir()] if place.is_dir() else []
+    try:
+        key, found = remote.ask(folder, lambda fs, key: (key.strip("/"), fs.ls(key, detail=True)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = [(str(entry["name"]).strip("/"), entry["type"] == "directory") for entry in found]
+    return [(name.rsplit("/", 1)[-1], is_folder) for name, is_folder in names if name != key]  # a folder's marker

@@ -1,0 +1,191 @@
+"""Object stores through fsspec: which client, how often it is asked again, and what its errors mean to a person.
+
+Credentials, endpoint and region come from the environment or fsspec's own configuration (decision 0012), never from
+corpus.yaml or a URL. A question that fails for a passing reason is asked again a bounded number of times; whatever is
+left is one error of ours. Nothing of a listing is remembered, since other processes write. Must not know what bytes
+mean, nor who may write what (atomic.py).
+"""
+
+import errno
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+from storage.errors import ConfigError, ConflictError, NExTVidError, StoreError
+
+Answer = TypeVar("Answer")
+
+WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # our choice: six tries in 8 s and the client's own timeouts (s3fs: 15 s a read)
+BUCKETED = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # protocols of fsspec whose first path segment is a bucket
+# by name, since the client that raises them may not be installed
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
+_OURS = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what s3fs makes of a request that no repetition mends
+_SET = "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where it is not Amazon's, AWS_ENDPOINT_URL"
+
+
+def is_local(path: str) -> bool:
+    """Whether a path of ours is on a local file system."""
+    return "://" not in path or path.startswith("file://")
+
+
+def refuse_credentials(url: str, where: str) -> None:
+    """ConfigError where a URL carries credentials, which end in logs; `where` says which key of which file."""
+    if not is_local(url) and ("@" in urlsplit(url).netloc or urlsplit(url).query):
+        raise ConfigError(f"{where}: the URL carries credentials or a query. Write it without them, and {_SET}")
+
+
+def connect(path: str) -> tuple[AbstractFileSystem, str]:
+    """Client and key of a path. ConfigError where the package of its protocol is missing."""
+    protocol = path.partition("://")[0]
+    refuse_credentials(path, f"a path of protocol '{protocol}'")
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if protocol in ("s3", "s3a"):  # we repeat, and know then that an answer may have been lost
+        configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {**configured, "retries": {"total_max_attempts": 1}}
+    try:
+        fs, key = fsspec.core.url_to_fs(path, **options)
+    except (ImportError, ValueError) as error:
+        extra = "pip install 'nextvid[s3]'" if protocol in ("s3", "s3a") else "install the package that it names"
+        raise ConfigError(f"{path}: {error}; {extra}") from error
+    if protocol in ("s3", "s3a"):
+        fs.retries = 1
+    return fs, str(key)
+
+
+def ask(path: str, question: Callable[[AbstractFileSystem, str], Answer]) -> Answer:
+    """Answer of an object store; asked again after a passing failure, as often as WAITS_S says.
+
+    FileNotFoundError and FileExistsError pass through. ConfigError where credentials, permission or the bucket are
+    missing, StoreError where it does not answer.
+    """
+    fs, key = connect(path)
+    for wait_s in (*WAITS_S, None):
+        try:
+            return question(fs, key)
+        except FileNotFoundError:
+            refuse_missing_bucket(path)
+            raise
+        except (FileExistsError, NotADirectoryError, IsADirectoryError, NExTVidError):
+            raise
+        except Exception as error:  # each client raises classes of its own
+            if not _passing(error):
+                raise _explained(path, error) from error
+            if wait_s is None:
+                tries = f"{len(WAITS_S) + 1} tries failed, the last with {_said(error)}"
+                raise StoreError(f"{path}: {tries}. Check network and endpoint, then run again") from error
+        time.sleep(wait_s * random.uniform(0.5, 1.5))
+    raise AssertionError("the last try returns or raises")
+
+
+def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
+    """Put bytes under `path` in one request; with `exclusive` only where nothing stands, else ConflictError."""
+    _put(path, lambda fs, key, mode: fs.pipe_file(key, data, mode=mode), lambda: data, exclusive=exclusive)
+
+
+def put_file(local: str, path: str, *, exclusive: bool = False) -> None:
+    """As `put`, from a local file of any size."""
+
+    def read() -> bytes:
+        with open(local, "rb") as file:  # noqa: PTH123 - fsspec's paths are strings
+            return file.read()
+
+    _put(path, lambda fs, key, mode: fs.put_file(local, key, mode=mode), read, exclusive=exclusive)
+
+
+def get_file(path: str, local: str) -> None:
+    """Copy an object to a local file. FileNotFoundError where there is none."""
+    ask(path, lambda fs, key: fs.get_file(key, local))
+
+
+def read(path: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Bytes of an object, or those from `start` to before `end`; an answer may still be short."""
+    return bytes(ask(path, lambda fs, key: fs.cat_file(key, start=start, end=end)))
+
+
+def read_ranges(paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> list[bytes | Exception]:
+    """Ranges of objects of one store, asked for at once and once only; an exception stands in for each that failed."""
+    fs, _ = connect(paths[0])
+    keys = [fs._strip_protocol(path) for path in paths]
+    found = fs.cat_ranges(keys, list(starts), list(ends), on_error="return")
+    return [piece if isinstance(piece, Exception) else bytes(piece) for piece in found]
+
+
+def refuse_missing_bucket(path: str) -> None:
+    """ConfigError where the bucket of a path does not exist: an empty answer then says nothing of what is in it."""
+    protocol, _, rest = path.partition("://")
+    if protocol not in BUCKETED:
+        return
+    fs, _ = connect(path)
+    bucket = rest.split("/")[0]
+    try:
+        fs.info(bucket)
+    except FileNotFoundError as error:
+        message = f"{protocol}://{bucket}: there is no such bucket at this endpoint. Create it, or correct the name"
+        raise ConfigError(message) from error
+    except Exception as error:  # as above
+        raise _explained(path, error) from error
+
+
+def _put(
+    path: str,
+    send: Callable[[AbstractFileSystem, str, str], object],
+    sent: Callable[[], bytes],
+    *,
+    exclusive: bool,
+) -> None:
+    lost_answers = 0
+
+    def question(fs: AbstractFileSystem, key: str) -> None:
+        nonlocal lost_answers
+        try:
+            send(fs, key, "create" if exclusive else "overwrite")
+        except FileExistsError:
+            raise
+        except Exception as error:
+            if exclusive and _code(error) == "PreconditionFailed":  # s3fs knows Amazon's wording only
+                raise FileExistsError(path) from error
+            lost_answers += 1
+            raise
+
+    try:
+        ask(path, question)
+    except FileExistsError as error:
+        if lost_answers and read(path) == sent():
+            return  # an earlier try arrived, and its answer did not
+        raise ConflictError(f"{path} exists already: somebody else was first") from error
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} cannot be written ({error})") from error
+
+
+def _passing(error: Exception) -> bool:
+    """Whether the same question may have an answer a moment later."""
+    if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in _OURS
+    return not isinstance(error, (TypeError, ValueError, AttributeError, KeyError))
+
+
+def _explained(path: str, error: Exception) -> NExTVidError:
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return ConfigError(f"{path}: there are no credentials for it; {_SET}, or AWS_PROFILE")
+    if isinstance(error, PermissionError):
+        return ConfigError(f"{path}: access was denied ({error}). Check the credentials and the bucket's policy")
+    return StoreError(f"{path}: the object store refused the request ({_said(error)})")
+
+
+def _code(error: Exception) -> str | None:
+    """Error code of an S3 answer, where one was given."""
+    with suppress(AttributeError, KeyError, TypeError):
+        return str(error.__cause__.response["Error"]["Code"])  # type: ignore[union-attr]
+    return None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
