@@ -24,5 +24,7 @@ from storage import schemas
 def latents(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the batch's latents."""
     from nextvid.encode.latents import make_latents
+    from nextvid.encode.pace import Lines
 
-    return reporting.materialised(lambda: make_latents(project.open(), context.partition_key))
+    pace = Lines(context.log.info)
+    return reporting.materialised(lambda: make_latents(project.open(), context.partition_key, pace))

@@ -2,7 +2,8 @@
 
 Exit codes: 0 done, 2 the user's configuration or corpus is wrong (or the command itself), 3 something upstream is
 missing or failed its checks, 4 a store or table is damaged, 5 the system refused (disk full, no permission), 1 anything
-else. Progress is a plain line an outcome; `--json` prints what a script would read.
+else. Progress is a plain line an outcome, and a bar while a terminal waits for latents; `--json` prints what a script
+would read.
 """
 
 import json
@@ -15,6 +16,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from nextvid.corpus.project import open_project
+from nextvid.encode.bar import shown
 from nextvid.make import Asset, Wish, make
 from nextvid.outcome import Outcome
 from storage.errors import NExTVidError, UpstreamError
@@ -38,9 +40,10 @@ def make_command(
     json_: Json = False,
 ) -> None:
     """Make an asset and what it lacks upstream."""
-    wish = Wish(asset, batch, recipe, benchmark, set_, ranks)
-    for outcome in make(open_project(corpus), wish):
-        print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
+    with shown() as on_pace:
+        wish = Wish(asset, batch, recipe, benchmark, set_, ranks, on_pace)
+        for outcome in make(open_project(corpus), wish):
+            print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
 
 
 @app.command

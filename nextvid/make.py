@@ -5,10 +5,11 @@ Holds the order of the graph as plain calls. Holds no work of its own and prints
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from nextvid.corpus.project import Project
+from nextvid.encode.pace import OnPace
 from nextvid.outcome import Outcome
 from nextvid.recipes import recipe as recipe_by_name
 from storage.errors import ConfigError, CorpusError, UpstreamError
@@ -48,6 +49,7 @@ class Wish:
     benchmark: str | None = None
     overrides: tuple[str, ...] = ()
     ranks: int = 1
+    on_pace: OnPace | None = field(default=None, compare=False)  # told how encoding is getting on
 
 
 def chain(asset: Asset) -> list[Asset]:
@@ -153,7 +155,7 @@ def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) 
             from nextvid.encode.latents import make_latents
 
             in_force(project)  # first use, or `reencode: auto`; else what stands goes on, as in the graph
-            return make_latents(project, _key(partition))
+            return make_latents(project, _key(partition), wish.on_pace)
         case "latent_stats":
             from nextvid.encode.stats import make_latent_stats
 

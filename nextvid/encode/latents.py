@@ -1,41 +1,41 @@
 """The maker of `latents`: rows that a batch's store lacks are decoded, encoded, checked and committed, shard by shard.
 
-Holds the order of events only; plan.py decides what, frames.py decodes, shard.py encodes, roundtrip.py judges,
-verdicts.py reports, and the store keeps. Decoding runs one shard ahead of encoding, so that both together take what the
-slower one takes. Killed anywhere, the next call finishes the part that was begun, row for row the same.
+Holds the order of events only; plan.py decides what, frames.py decodes, shard.py encodes, keeping.py judges and writes,
+verdicts.py reports, and the store keeps. Three stages overlap: processes decode, this thread keeps the device busy, a
+third one judges and writes; each waits where the next one is full, so memory does not grow with the corpus. Killed
+anywhere, the next call finishes the part that was begun, row for row the same.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 import torch
 
 from nextvid.corpus.project import EncodingConfig, Project
 from nextvid.encode.autoencoders import Autoencoder
-from nextvid.encode.frames import Decoding, Rows, Seen
+from nextvid.encode.frames import Decoding, Rows
+from nextvid.encode.keeping import Keeper
+from nextvid.encode.pace import OnPace, Pace
 from nextvid.encode.plan import EncodePlan, plan_encode, wanted_clips
-from nextvid.encode.preview import CLIPS, preview_png
-from nextvid.encode.roundtrip import Trip, error_bound, judge, sampled
-from nextvid.encode.shard import NOT_WANTED, EncodedShard, commit_table, encode_shard, row_noise
-from nextvid.encode.verdicts import Trips, outcome_of, publish_failed_trip
+from nextvid.encode.preview import preview_png
+from nextvid.encode.roundtrip import sampled
+from nextvid.encode.shard import Batch, encode_shard
+from nextvid.encode.verdicts import Trips, outcome_of, publish_refused
 from nextvid.outcome import Outcome
 from storage.atomic import publish_bytes
-from storage.errors import ConflictError, StoreError
+from storage.errors import ConflictError, RefusedError, StoreError
 from storage.latents import LatentStore, Part
-from storage.shard import stored_values
 from storage.tables import require_checks
 
-Progress = Callable[[int, int], None]
 
-
-def make_latents(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
+def make_latents(project: Project, batch: str, on_pace: OnPace | None = None) -> Outcome:
     """Encode what a batch lacks in the spec in force, publish its checks and a picture.
 
-    Raises UpstreamError without checked clips, and StoreError where the round trip fails: then nothing of that shard is
+    Raises UpstreamError without checked clips, and StoreError where a shard is refused: then nothing of that shard is
     committed, and the published checks say so.
     """
     began = time.perf_counter()
@@ -45,17 +45,39 @@ def make_latents(project: Project, batch: str, progress: Progress | None = None)
     store.create()
     trips = Trips()
     if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
-        workers, threads = _shares(project.corpus.encoding)
-        with Decoding(workers) as decoding, _torch_threads(threads):
-            encoder = _Encoder(project, plan, store, decoding, trips, progress)
-            try:
-                encoder.run()
-            except StoreError as error:
-                publish_failed_trip(project, plan, trips, error)
-                raise
-        if encoder.pictures:
-            publish_bytes(project.root.preview("latents", batch), preview_png(encoder.pictures))
+        try:
+            _encode(project, plan, store, trips, on_pace)
+        except StoreError as error:
+            publish_refused(project, plan, trips, error)
+            raise
+        if trips.pictures:
+            publish_bytes(project.root.preview("latents", batch), preview_png(trips.pictures))
     return outcome_of(project, plan, trips, time.perf_counter() - began)
+
+
+def _encode(project: Project, plan: EncodePlan, store: LatentStore, trips: Trips, on_pace: OnPace | None) -> None:
+    encoding = project.corpus.encoding
+    workers, threads = _shares(encoding)
+    model = Autoencoder.load(encoding.autoencoder, encoding.device, plan.spec.precision, encoding.batch_frames)
+    if model.digest != plan.spec.autoencoder:
+        raise RefusedError(f"{encoding.autoencoder}: its weights were exchanged since this was planned; ask again")
+    with (
+        Decoding(workers) as decoding,
+        _torch_threads(threads),
+        Keeper(model, trips, threads=workers) as keeper,
+    ):
+        _Encoder(project, plan, store, model, decoding, keeper, trips, on_pace).run()
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A shard whose frames are on their way."""
+
+    part: Part
+    number: int
+    rows: pl.DataFrame  # of its plan: row_id, slot
+    frames: Rows
+    again: Rows  # the sampled ones once more, for the round trip
 
 
 class _Encoder:
@@ -66,19 +88,20 @@ class _Encoder:
         project: Project,
         plan: EncodePlan,
         store: LatentStore,
+        model: Autoencoder,
         decoding: Decoding,
+        keeper: Keeper,
         trips: Trips,
-        progress: Progress | None,
+        on_pace: OnPace | None,
     ) -> None:
-        self._project, self._plan, self._store, self._decoding = project, plan, store, decoding
+        self._project, self._plan, self._store = project, plan, store
+        self._model, self._decoding, self._keeper, self._trips = model, decoding, keeper, trips
         self._clips = wanted_clips(project, plan.batch)
-        encoding = project.corpus.encoding
-        self._autoencoder = Autoencoder.load(
-            encoding.autoencoder, encoding.device, plan.spec.precision, encoding.batch_frames
+        self._on_pace, self._began = on_pace or (lambda pace: None), time.perf_counter()
+        self._done, self._busy_s = 0, 0.0
+        model.when_halved = lambda frames: self._say(
+            f"the device's memory is full: from now on {frames} frames a batch"
         )
-        self._trips, self._progress, self._done = trips, progress, 0
-        self._failed: set[bytes] = set()  # in this call; they wait for the next one
-        self.pictures: list[tuple[np.ndarray, np.ndarray]] = []
 
     def run(self) -> None:
         for frames in sorted({*self._plan.by_frames, *self._store.frames_of(self._plan.batch)}):
@@ -91,8 +114,8 @@ class _Encoder:
         part = self._store.unfinished(batch, frames)
         if part is not None:
             return part
-        missing = plan_encode(self._project, batch).by_frames.get(frames)
-        ids = [] if missing is None else [row for row in missing["row_id"].to_list() if row not in self._failed]
+        missing = plan_encode(self._project, batch, self._plan.spec).by_frames.get(frames)
+        ids = [] if missing is None else [row for row in missing["row_id"].to_list() if row not in self._trips.failed]
         if not ids:
             return None
         try:
@@ -101,37 +124,43 @@ class _Encoder:
             return self._next_part(frames)  # somebody planned it first: help with theirs
 
     def _finish(self, part: Part) -> None:
-        """Encode the part's open shards, decoding one ahead. A shard that another writer committed first is theirs."""
-        waiting = [shard for shard in range(part.shards) if not part.committed(shard)]
-        ahead = self._start(part, waiting)
-        while ahead is not None:
-            shard, rows, decoding = ahead
-            ids = rows["row_id"].to_list()
-            seen = decoding.collect()
-            again = self._decode(sampled([row for row in ids if row in seen and seen[row].frames is not None]))
-            ahead = self._start(part, waiting)
-            unwanted = {row: Seen(None, 0.0, NOT_WANTED) for row in ids if row not in seen}
-            encoded = encode_shard(self._autoencoder, self._plan.spec, part.frames, ids, seen | unwanted)
-            stored = stored_values(encoded.latents, encoded.ok, self._plan.spec.storage)
-            psnr_db = self._check(encoded, stored, again.collect())
-            try:
-                part.write_shard(shard, encoded.latents, commit_table(encoded, rows["slot"].to_list(), psnr_db))
-            except ConflictError:
-                continue
-            self._failed |= set(ids) - set(encoded.good)
-            self._trips.written += len(ids)
-            self._done += len(ids)
-            if self._progress:
-                self._progress(self._done, max(self._done, self._plan.rows.height))
+        """Encode the part's open shards; the next one's frames are begun before this one's are taken."""
+        waiting = iter(range(part.shards))
+        begun = self._begin(part, waiting)
+        while begun is not None:
+            ahead = self._begin(part, waiting)
+            self._shard(begun)
+            begun = ahead
+        self._keeper.drain()
 
-    def _start(self, part: Part, waiting: list[int]) -> tuple[int, pl.DataFrame, Rows] | None:
-        """Take the next open shard off `waiting` and begin to decode it: (shard, its rows, its frames to come)."""
-        while waiting:
-            shard = waiting.pop(0)
-            if not part.committed(shard):
-                rows = part.rows_of(shard)
-                return shard, rows, self._decode(rows["row_id"].to_list())
+    def _begin(self, part: Part, waiting: Iterator[int]) -> _Begun | None:
+        """Begin to decode the next open shard."""
+        for number in waiting:
+            if not part.committed(number):
+                rows = part.rows_of(number)
+                ids = rows["row_id"].to_list()
+                frames = self._decode(ids)
+                checked = sampled([row for row in ids if row in frames], part.frames)
+                return _Begun(part, number, rows, frames, self._decode(checked))
         return None
+
+    def _shard(self, begun: _Begun) -> None:
+        """Encode one shard and hand it on. One that another writer has committed meanwhile is theirs."""
+        if begun.part.committed(begun.number):
+            begun.frames.drop()
+            begun.again.drop()
+            return
+        keeping = self._keeper.shard(begun.part, begun.number, begun.again, self._decode)
+        encoded = encode_shard(
+            self._model,
+            begun.part.spec,
+            begun.part.frames,
+            begun.rows["row_id"].to_list(),
+            begun.frames.take,
+            keeping.row,
+            self._count,
+        )
+        keeping.finish(encoded, begun.rows)
 
     def _decode(self, row_ids: list[bytes]) -> Rows:
         """Begin to decode these rows in this order, those that no clip wants any more left out."""
@@ -139,30 +168,15 @@ class _Encoder:
         clips = wanted.join(self._clips, on="row_id", how="inner", maintain_order="left")
         return self._decoding.start(clips, self._plan.spec.resolution)
 
-    def _check(self, encoded: EncodedShard, stored: np.ndarray, again: dict[bytes, Seen]) -> dict[bytes, float]:
-        """PSNR of the sampled rows; StoreError where one does not come back as it went."""
-        spec = self._plan.spec
-        bound = error_bound(spec.storage, spec.precision)
-        found: dict[bytes, Trip] = {}
-        for row, seen in again.items():
-            if row not in encoded.good:
-                continue
-            if seen.frames is None:
-                raise StoreError(f"row {row.hex()} was decoded once and not again ({seen.reason}): run 'latents' again")
-            latents = stored[encoded.row_ids.index(row)]
-            noise = row_noise(row, len(latents), spec) if spec.posterior == "sample" else None
-            rebuilt = self._autoencoder.decode(latents.astype(np.float32))
-            fresh = self._autoencoder.encode(seen.frames, noise).latents
-            found[row] = judge(latents, fresh, rebuilt, seen.frames, bound)
-            if len(self.pictures) < CLIPS:
-                self.pictures.append((seen.frames, rebuilt))
-        self._trips.add(found)
-        for row, trip in found.items():
-            if trip.faults:
-                raise StoreError(
-                    f"round trip of row {row.hex()} failed, its shard is not committed: {'; '.join(trip.faults)}"
-                )
-        return {row: trip.psnr_db for row, trip in found.items()}
+    def _count(self, batch: Batch) -> None:
+        self._done += batch.rows
+        self._busy_s += batch.encode_s
+        self._say()
+
+    def _say(self, note: str = "") -> None:
+        seconds = time.perf_counter() - self._began
+        total = max(self._done, self._plan.rows.height)
+        self._on_pace(Pace(self._plan.batch, self._done, total, seconds, self._busy_s, note=note))
 
 
 def _shares(encoding: EncodingConfig) -> tuple[int, int]:

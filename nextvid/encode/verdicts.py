@@ -15,6 +15,7 @@ from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import publish_verdict
 from nextvid.encode.plan import EncodePlan, wanted_clips
 from nextvid.encode.roundtrip import Trip
+from nextvid.encode.shard import UnstorableError
 from nextvid.outcome import Check, Number, Outcome
 from storage.atomic import exists
 from storage.digest import digest
@@ -33,6 +34,8 @@ class Trips:
     rows: int = 0  # that made the round trip
     worst_error: float = 0.0
     undecidable: dict[str, int] = field(default_factory=dict)  # rows by what they could not be told from
+    failed: set[bytes] = field(default_factory=set)  # in this call; they wait for the next one
+    pictures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (source, reconstruction) of clips
 
     def add(self, found: Mapping[bytes, Trip]) -> None:
         """Count the verdicts of a shard."""
@@ -73,11 +76,12 @@ def outcome_of(project: Project, plan: EncodePlan, trips: Trips, seconds: float)
     )
 
 
-def publish_failed_trip(project: Project, plan: EncodePlan, trips: Trips, error: StoreError) -> None:
-    """Publish that the round trip refused a shard, so that nothing reads this batch until it passes."""
+def publish_refused(project: Project, plan: EncodePlan, trips: Trips, error: StoreError) -> None:
+    """Publish that a shard was refused, by which check, so that nothing reads this batch until it passes."""
     commits = _wanted(project, plan, LatentStore(project.root, plan.spec).commits(plan.batch))
     numbers: dict[str, Number] = {"rows": trips.rows, "error": str(error)}
-    failed = Check("round_trip", False, numbers, description="A shard was refused; nothing of it was committed")
+    name = "finite" if isinstance(error, UnstorableError) else "round_trip"
+    failed = Check(name, False, numbers, description="A shard was refused; nothing of it was committed")
     path = project.root.latents_checks(plan.spec.digest(), plan.batch)
     publish_verdict(path, ASSET, (_counts(project, plan, commits), failed, _no_orphan(plan)))
 

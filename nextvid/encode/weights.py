@@ -38,7 +38,7 @@ def autoencoder_digest(folder: str | Path) -> str:
     folder = Path(folder)
     config, wrapper = read_folder(folder)
     said = {key: value for key, value in config.items() if not key.startswith("_")}
-    weights = [_file_digest(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in _weight_files(folder)]
+    weights = [_remembered(p) for p in _weight_files(folder)]
     return digest_config(
         {"class": config["_class_name"], "config": said, "patch": wrapper.patch, "weights": sorted(weights)}
     )
@@ -101,8 +101,14 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _remembered(path: Path) -> str:
+    """Digest of a file, computed once while it stays the same: nobody can set back the time of its last change."""
+    at = path.stat()
+    return _file_digest(str(path), at.st_ino, at.st_ctime_ns, at.st_size)
+
+
 @functools.lru_cache(maxsize=16)
-def _file_digest(path: str, mtime_ns: int, size_bytes: int) -> str:  # time and size only invalidate the memory of it
+def _file_digest(path: str, inode: int, ctime_ns: int, size_bytes: int) -> str:  # these only invalidate the memory
     return digest_file(path)
 
 

@@ -194,7 +194,7 @@ def test_a_changed_encoding_waits_for_a_person_unless_told_otherwise(
     """As in the graph: the first encoding is taken, a later one is accepted by hand or follows corpus.yaml."""
     folder, specs = write_autoencoder(tmp_path / "autoencoder"), []
 
-    def noting(project: Project, batch: str) -> Outcome:
+    def noting(project: Project, batch: str, on_pace: object) -> Outcome:
         specs.append(spec_in_force(project).resolution)
         return Outcome("latents", batch, made=True, rows=1, size_bytes=1, seconds=0.0)
 

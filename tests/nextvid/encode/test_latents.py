@@ -1,5 +1,7 @@
 """latents, end to end on small files: equal to a slow reading; slips are refused; kills are survived."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,18 @@ from PIL import Image
 from nextvid.corpus.project import Project
 from nextvid.encode import latents as maker
 from nextvid.encode import looks, shard
-from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.acceptance import in_force
+from nextvid.encode.autoencoders import Autoencoder, Running
 from nextvid.encode.frames import Seen
 from nextvid.encode.latents import make_latents
+from nextvid.encode.pace import Pace
 from nextvid.encode.plan import plan_encode, spec_in_force
 from nextvid.encode.views import CropBox
 from nextvid.outcome import Outcome
 from nextvid.video.decode import frames_at
 from storage import part as parts
 from storage import shard as shards
-from storage.errors import StoreError, UpstreamError
+from storage.errors import RefusedError, StoreError, UpstreamError
 from storage.latents import LatentStore
 from storage.reader import read_row
 from storage.tables import read_checks, require_checks
@@ -141,9 +145,10 @@ class TestEncode:
             np.testing.assert_allclose(row["sums_squared"], (exact**2).sum((0, 2, 3)), rtol=1e-12)
 
     def test_progress_ends_at_the_total(self, project: Project, small_shards: None) -> None:
-        seen: list[tuple[int, int]] = []
-        make_latents(project, FILMS, lambda done, total: seen.append((done, total)))
-        assert seen == [(4, 12), (8, 12), (12, 12)]
+        seen: list[Pace] = []
+        make_latents(project, FILMS, seen.append)
+        assert [(pace.done, pace.total) for pace in seen] == [(4, 12), (8, 12), (12, 12)]
+        assert all(0 < pace.busy_share <= 1 for pace in seen)
 
     def test_preview_is_a_picture_of_three_rows_a_clip(self, made: tuple[Project, Outcome]) -> None:
         (path,) = made[1].pictures.values()
@@ -162,10 +167,10 @@ class TestEncode:
         ids = pl.read_parquet(made.root.table("clips", STILLS))["row_id"].to_list()
         views = {row: Seen(texture(i, 1), 0.0) for i, row in enumerate(ids)}
         model = Autoencoder.load(random_autoencoder, precision="bf16")
-        one = shard.encode_shard(model, spec, 1, ids, views)
-        other = shard.encode_shard(model, spec, 1, ids[::-1], views)
+        one = shard.encode_shard(model, spec, 1, ids, lambda some: views)
+        other = shard.encode_shard(model, spec, 1, ids[::-1], lambda some: views)
         mean = model.encode(views[ids[0]].frames).latents  # type: ignore[arg-type]
-        assert one.posterior_std is not None
+        assert one.posterior_std[0] is not None
         # the noise belongs to the row, not to its place in the batch
         drawn, again = one.latents[0] - mean, other.latents[1] - mean
         np.testing.assert_allclose(drawn, again, atol=0.1 * drawn.std())
@@ -226,12 +231,59 @@ class TestFailures:
         assert outcome.passed
         assert len(stored(project, FILMS)) == 12
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
-    def test_fault_finds_what_float16_cannot_hold(self, value: float) -> None:
+
+class TestUnstorable:
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
+    def test_what_float16_cannot_hold_is_refused(self, value: float) -> None:
         latents = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)
-        assert shard.fault(latents) is None
+        seen = Seen(texture(0, 2), 0.0)
+        assert shard.unstorable(bytes(16), seen, latents) is None
         latents[1, 2, 3, 0] = value
-        assert shard.fault(latents) == "not_finite"
+        with pytest.raises(shard.UnstorableError, match="not finite"):
+            shard.unstorable(bytes(16), seen, latents)
+
+    def test_constant_latents_are_a_row_of_flat_frames_or_a_broken_model(self) -> None:
+        latents = np.broadcast_to(np.arange(3, dtype=np.float32)[:, None, None], (2, 3, 4, 4))
+        flat = Seen(np.full((2, 8, 8, 3), (1, 2, 3), np.uint8), 0.0)
+        assert shard.unstorable(bytes(16), flat, latents) == "constant"
+        with pytest.raises(shard.UnstorableError, match="though its frames are not"):
+            shard.unstorable(bytes(16), Seen(texture(0, 2), 0.0), latents)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6, 0.0], ids=["nan", "inf", "too large", "constant"])
+    def test_shard_is_not_committed_and_the_checks_say_so(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch, small_shards: None, value: float
+    ) -> None:
+        """One row of the second shard: the first stands, nothing of the second does, and mending goes on from there."""
+        bad = plan_encode(project, FILMS).rows["row_id"][6]
+        add = shard.EncodedShard.add
+
+        def broken(self: shard.EncodedShard, seen: list[Seen], running: Running) -> Any:
+            encoded = running.result()
+            if bad in self.row_ids:
+                encoded.latents[self.row_ids.index(bad)] = value
+            monkeypatch.setattr(running, "result", lambda: encoded)
+            return add(self, seen, running)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(shard.EncodedShard, "add", broken)
+            with pytest.raises(shard.UnstorableError, match=bad.hex()):
+                make_latents(project, FILMS)
+        spec = spec_in_force(project)
+        assert LatentStore(project.root, spec).commits(FILMS).height == 4
+        with pytest.raises(UpstreamError, match="finite"):
+            require_checks(project.root.latents_checks(spec.digest(), FILMS), "latents")
+        assert make_latents(project, FILMS).passed
+        assert len(stored(project, FILMS)) == 12
+
+
+def _exchange(folder: Path) -> None:
+    """Other weights of the same size, and the file's times set back."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    at = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
 
 
 def _late(views: list[np.ndarray]) -> list[np.ndarray]:
@@ -242,22 +294,49 @@ def _crop(views: list[np.ndarray]) -> list[np.ndarray]:
     return [np.roll(v, 8, axis=2) for v in views]
 
 
+Views = list[np.ndarray]
+
+
+def _frames_slip(slip: Callable[[Views], Views]) -> Callable[..., Any]:
+    """An encoder that is given other frames than those of its rows."""
+
+    def slipped(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
+        def wrong(some: list[bytes]) -> dict[bytes, Seen]:
+            seen = take(some)
+            views = slip([view for row in some if (view := seen[row].frames) is not None])
+            return {row: Seen(view, 0.0) for row, view in zip(some, views, strict=True)}
+
+        return shard.encode_shard(model, spec, frames, ids, wrong, *rest)
+
+    return slipped
+
+
+def _channels(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
+    """An encoder whose latents lose the order of their channels on the way to the store."""
+    on_row, on_batch = rest
+    done = shard.encode_shard(
+        model, spec, frames, ids, take, lambda row, latents: on_row(row, latents[:, ::-1]), on_batch
+    )
+    done.latents[:] = done.latents[:, :, ::-1].copy()
+    return done
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize(
         "slip",
-        [_late, _crop, lambda views: [v[:, :, ::-1].copy() for v in views], lambda views: views[1:] + views[:1]],
-        ids=["late", "crop", "flipped", "rows swapped"],
+        [
+            _frames_slip(_late),
+            _frames_slip(_crop),
+            _frames_slip(lambda views: [v[:, :, ::-1].copy() for v in views]),
+            _frames_slip(lambda views: views[1:] + views[:1]),
+            _channels,
+        ],
+        ids=["one frame late", "crop moved", "flipped", "rows swapped", "channels permuted"],
     )
     def test_shard_made_from_wrong_frames_is_refused(
-        self, project: Project, monkeypatch: pytest.MonkeyPatch, slip: Callable[[list[np.ndarray]], list[np.ndarray]]
+        self, project: Project, monkeypatch: pytest.MonkeyPatch, slip: Callable[..., Any]
     ) -> None:
-        def slipped(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], seen: dict[bytes, Seen]) -> Any:
-            wrong = slip([seen[row].frames for row in ids])  # type: ignore[misc]
-            return shard.encode_shard(
-                model, spec, frames, ids, {r: Seen(v, 0.0) for r, v in zip(ids, wrong, strict=True)}
-            )
-
-        monkeypatch.setattr(maker, "encode_shard", slipped)
+        monkeypatch.setattr(maker, "encode_shard", slip)
         with pytest.raises(StoreError, match="round trip"):
             make_latents(project, FILMS)
         spec = spec_in_force(project)
@@ -267,6 +346,73 @@ class TestRoundTrip:
         assert not checks["passed"]
         monkeypatch.undo()
         assert make_latents(project, FILMS).passed
+
+    def test_two_rows_swapped_are_refused_where_one_of_them_is_sampled(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sampled = min(pl.read_parquet(project.root.table("clips", FILMS))["row_id"])
+
+        def swapped(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
+            def wrong(some: list[bytes]) -> dict[bytes, Seen]:
+                seen = dict(take(some))
+                if sampled in some:
+                    other = next(row for row in some if row != sampled)
+                    seen[sampled], seen[other] = seen[other], seen[sampled]
+                return seen
+
+            return shard.encode_shard(model, spec, frames, ids, wrong, *rest)
+
+        monkeypatch.setattr(maker, "encode_shard", swapped)
+        with pytest.raises(StoreError, match=f"round trip of row {sampled.hex()}"):
+            make_latents(project, FILMS)
+
+    def test_autoencoder_exchanged_under_the_same_name_encodes_nothing(
+        self, tmp_path: Path, cosine_autoencoder: Path
+    ) -> None:
+        """Between two calls: by the digest, though name, size and modification time are as before."""
+        folder = tmp_path / "autoencoder"
+        shutil.copytree(cosine_autoencoder, folder)
+        project = begin(tmp_path, folder)
+        in_force(project)
+        make_latents(project, FILMS)
+        before = stored(project, FILMS)
+        _exchange(folder)
+        with pytest.raises(RefusedError, match="put the old weights back"):
+            make_latents(project, STILLS)
+        shutil.copytree(cosine_autoencoder, folder, dirs_exist_ok=True)
+        assert make_latents(project, STILLS).passed
+        after = stored(project, FILMS)
+        assert all(np.array_equal(after[row], values) for row, values in before.items())
+
+    def test_autoencoder_exchanged_after_planning_encodes_nothing(
+        self, tmp_path: Path, cosine_autoencoder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "autoencoder"
+        shutil.copytree(cosine_autoencoder, folder)
+        project = begin(tmp_path, folder)
+        planned = plan_encode
+
+        def exchanging(*args: Any) -> Any:
+            found = planned(*args)
+            _exchange(folder)
+            return found
+
+        monkeypatch.setattr(maker, "plan_encode", exchanging)
+        with pytest.raises(RefusedError, match="exchanged since this was planned"):
+            make_latents(project, FILMS)
+        assert not list(Path(project.root.stores()).rglob("commits/*.parquet"))
+
+    def test_symmetric_and_one_frame_clips_pass(self, project: Project, tmp_path: Path) -> None:
+        path = tmp_path / "films" / "mirror.mp4"
+        half = texture(6)[:, :, :32]
+        write_video(path, np.concatenate([half, half[:, :, ::-1]], axis=2))
+        one = clip_row(path, 4, times_us=[500_000], frames=1)
+        publish_clips(project, FILMS, [clip_row(path, 0), clip_row(path, 2), one])
+        outcome = make_latents(project, FILMS)
+        assert outcome.passed
+        assert outcome.rows == 3
+        numbers = next(check for check in outcome.checks if check.name == "round_trip").numbers
+        assert numbers["undecidable flipped frames"] == 3
 
     def test_stills_pass_and_say_that_time_is_undecidable(self, project: Project, tmp_path: Path) -> None:
         path = tmp_path / "films" / "still.mp4"

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from nextvid.encode.autoencoders import Autoencoder
-from nextvid.encode.roundtrip import PSNR_CEILING_DB, ROWS_PER_SHARD, Trip, error_bound, judge, psnr, sampled
+from nextvid.encode.roundtrip import (
+    FRAMES_PER_ROW,
+    IMAGES_PER_SHARD,
+    PSNR_CEILING_DB,
+    ROWS_PER_SHARD,
+    Trip,
+    error_bound,
+    judge,
+    psnr,
+    sampled,
+    window,
+)
 
 BOUND = error_bound("float16", "fp32")
 SIDE = 64
@@ -142,6 +153,19 @@ def test_psnr_is_the_textbook_value() -> None:
 
 def test_sampled_rows_depend_on_ids_alone() -> None:
     ids = [bytes([i]) * 16 for i in range(20)]
-    assert sampled(ids[::-1]) == ids[:ROWS_PER_SHARD]
-    assert sampled(ids[:2]) == ids[:2]
-    assert sampled([]) == []
+    assert sampled(ids[::-1], 16) == ids[:ROWS_PER_SHARD]
+    assert sampled(ids, 1) == ids[:IMAGES_PER_SHARD]
+    assert sampled(ids[:2], 16) == ids[:2]
+    assert sampled([], 16) == []
+
+
+def test_windows_lie_inside_and_reach_every_frame() -> None:
+    reached = set()
+    for i in range(50):
+        found = window(bytes([i]) * 16, 16)
+        assert found.stop - found.start == FRAMES_PER_ROW
+        assert found.start >= 0
+        assert found.stop <= 16
+        reached |= set(range(16)[found])
+    assert reached == set(range(16))
+    assert window(bytes(16), 4) == slice(0, 4)
