@@ -61,7 +61,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, tau: Float[Tensor, "*N"]) -> Float[Tensor, "*N d"]:
         with torch.autocast(tau.device.type, enabled=False):
-            return self.fc2(silu(self.fc1(sinusoid(tau))))
+            return self.fc2(silu(self.fc1(sinusoid(tau).to(self.fc1.weight.dtype))))
 
 
 def modulate(

@@ -7,6 +7,7 @@ Axes: B clips, T tubelets, n tokens per tubelet, L = T*n, i numbers in a token, 
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -76,26 +77,38 @@ class Encoder(nn.Module):
         `frames` tubelets of equally many tokens each, or None where tubelets differ (`flat` masks): then the mask is
         built from `ids`. Without `ids` the tokens are those of the whole clip.
         """
-        return self.norm(self._run(tokens, frames, ids, levels=())[0])
+        ids, attends = self._layout(tokens, frames, ids)
+        return self.norm(self._run(tokens, ids, attends, levels=())[0])
+
+    def extend(
+        self, tokens: Float[Tensor, "B n i"], ids: Int[Tensor, "b n"], attends: Sequence[Attend]
+    ) -> Float[Tensor, "B n D"]:
+        """Features of further tokens; one attention a block, which knows what stood before them (onward.py)."""
+        return self.norm(self._run(tokens, ids, attends, levels=())[0])
 
     def levels(
         self, tokens: Float[Tensor, "B L i"], frames: int, levels: tuple[int, ...]
     ) -> list[Float[Tensor, "B L D"]]:
         """Outputs of the blocks named, each through the final norm: probe features of whole clips (method.md 9)."""
-        return [self.norm(x) for x in self._run(tokens, frames, None, levels)[1]]
+        ids, attends = self._layout(tokens, frames, None)
+        return [self.norm(x) for x in self._run(tokens, ids, attends, levels)[1]]
 
-    def _run(
-        self, tokens: Tensor, frames: int | None, ids: Tensor | None, levels: tuple[int, ...]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _layout(self, tokens: Tensor, frames: int | None, ids: Tensor | None) -> tuple[Tensor, list[Attend]]:
+        """Ids of the tokens, and the frame-causal attention of every block."""
         model = self.model
         if ids is None:
             assert frames is not None, "a whole clip has tubelets of equal size"
             assert tokens.shape[1] == frames * model.cells, "a whole clip has every cell"
             ids = all_ids(frames, model.cells, tokens.device)
+        return ids, [causal(model, frames, ids, ids, strict=False)] * len(self.blocks)
+
+    def _run(
+        self, tokens: Tensor, ids: Tensor, attends: Sequence[Attend], levels: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        model = self.model
         table = rotary(ids, model.encoder.width // model.encoder.heads, model.grid_height, model.grid_width)
-        attend = causal(model, frames, ids, ids, strict=False)
         x, taken = self.embed(tokens), []
-        for index, block in enumerate(self.blocks):
+        for index, (block, attend) in enumerate(zip(self.blocks, attends, strict=True)):
             x = block(x, table, attend)
             if index in levels:
                 taken.append(x)

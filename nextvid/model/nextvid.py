@@ -22,7 +22,7 @@ from nextvid.model.cross_decoder import CrossFlowDecoder
 from nextvid.model.decoder import FlowDecoder, Place
 from nextvid.model.encoder import Encoder, all_ids
 from nextvid.model.flow import ODE_STEPS, NoiseKey, draw_flow, euler, flow_loss, interpolate
-from nextvid.model.predictor import Predictor
+from nextvid.model.predictor import Predicted, Predictor
 from nextvid.model.tokens import gather_tokens, tube_ids
 
 
@@ -117,13 +117,10 @@ class NExTVid(nn.Module):
         queries = all_ids(frames, cells, tokens.device) + cells
         return self._predict(tokens, ids, queries, frames, frames)
 
-    def last(self, seen: Conditioned) -> Conditioned:
-        """The prediction of the last tubelet alone, for generating one after the other."""
-        cells = self.recipe.model.cells
-        place = Place(seen.place.query_ids[:, -cells:], seen.place.context_ids, frames=1)
-        by_position = self.recipe.model.decoder.kind == "dit_iso"
-        condition = seen.condition[:, -cells:] if by_position else seen.condition
-        return Conditioned(None if seen.z is None else seen.z[:, -cells:], condition, place, frames=1)
+    def conditioned(self, predicted: Predicted, place: Place, frames: int) -> Conditioned:
+        """A prediction with the part of it that the decoder reads."""
+        reads_hidden = self.recipe.model.decoder.condition == "hidden"
+        return Conditioned(predicted.z, predicted.hidden if reads_hidden else predicted.z, place, frames)
 
     def velocity(
         self, seen: Conditioned, noisy: Float[Tensor, "k B F n C"], tau: Float[Tensor, "k B F"]
@@ -139,11 +136,11 @@ class NExTVid(nn.Module):
         """Generate normalised latents for the predicted tubelets, by Euler's rule from fresh noise."""
         clips, frames = seen.condition.shape[0], seen.frames
         shape = (1, clips, frames, seen.place.query_ids.shape[1] // frames, self.recipe.model.target_channels)
-        device = seen.condition.device
-        noise = torch.randn(shape, generator=generator, device=device)
+        device, dtype = seen.condition.device, torch.promote_types(seen.condition.dtype, torch.float32)
+        noise = torch.randn(shape, generator=generator, device=device).to(dtype)
 
         def velocity(h: Tensor, tau: float) -> Tensor:
-            return self.velocity(seen, h, torch.full(shape[:3], tau, device=device)).float()
+            return self.velocity(seen, h, torch.full(shape[:3], tau, device=device)).to(dtype)
 
         return euler(velocity, noise, steps)[0]
 
@@ -168,9 +165,7 @@ class NExTVid(nn.Module):
         place = Place(query_ids, ids, blocks)
         if self.predictor is None:
             return Conditioned(None, context, place, frames)
-        predicted = self.predictor(context, ids, query_ids, blocks)
-        reads_hidden = self.recipe.model.decoder.condition == "hidden"
-        return Conditioned(predicted.z, predicted.hidden if reads_hidden else predicted.z, place, frames)
+        return self.conditioned(self.predictor(context, ids, query_ids, blocks), place, frames)
 
     def _align(self, z: Tensor, features: Tensor, query_ids: Tensor) -> Tensor:
         """Mean over every element of (z - y)^2 in fp32 (method.md 4.1)."""

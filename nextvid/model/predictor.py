@@ -7,6 +7,7 @@ isolation (method.md 10). It holds no losses; gradients do flow back into the co
 Axes: B clips, K context tokens, Q query tokens, D encoder width, d width, p rotated pairs of a head.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -80,40 +81,46 @@ class Predictor(nn.Module):
     ) -> Predicted:
         """`frames` context tubelets 0..frames-1 and as many query tubelets 1..frames; None builds the mask from ids."""
         model = self.model
+        attend: Attend
+        if model.predictor.kind == "joint":
+            attend = partial(masked_attention, allow=joint_mask(context_ids, query_ids, model.cells))
+        else:
+            attend = causal(model, frames, query_ids, context_ids, strict=True)
+        return self.extend(context, context_ids, query_ids, [attend] * len(self.blocks))
+
+    def extend(
+        self,
+        context: Float[Tensor, "B K D"],
+        context_ids: Int[Tensor, "b K"],
+        query_ids: Int[Tensor, "c Q"],
+        attends: Sequence[Attend],
+    ) -> Predicted:
+        """One attention a block, which may know of context before the one given (onward.py)."""
+        model = self.model
         head_dim = model.predictor.width // model.predictor.heads
         embedded = self.embed(context)
         queries = self.query.expand(context.shape[0], query_ids.shape[1], -1)
         query_table = rotary(query_ids, head_dim, model.grid_height, model.grid_width)
         key_table = rotary(context_ids, head_dim, model.grid_height, model.grid_width)
         if model.predictor.kind == "joint":
-            hidden = self._joint(embedded, queries, context_ids, query_ids, key_table, query_table)
+            hidden = self._joint(embedded, queries, query_table, key_table, attends)
         else:
             hidden = queries
-            attend = causal(model, frames, query_ids, context_ids, strict=True)
-            for block in self.blocks:
+            for block, attend in zip(self.blocks, attends, strict=True):
                 hidden = block(hidden, embedded, query_table, key_table, attend)
         hidden = self.norm(hidden)
         return Predicted(self.out(hidden), hidden)
 
     def _joint(
-        self,
-        context: Tensor,
-        queries: Tensor,
-        context_ids: Tensor,
-        query_ids: Tensor,
-        key_table: Tensor,
-        query_table: Tensor,
+        self, context: Tensor, queries: Tensor, query_table: Tensor, key_table: Tensor, attends: Sequence[Attend]
     ) -> Tensor:
         """Self-attention over context and queries, every token updated."""
-        tokens = context.shape[1]
-        allow = joint_mask(context_ids, query_ids, self.model.cells)
         rows = max(key_table.shape[0], query_table.shape[0])
         table = torch.cat((key_table.expand(rows, -1, -1, -1), query_table.expand(rows, -1, -1, -1)), dim=2)
-        attend = partial(masked_attention, allow=allow)
         x = torch.cat((context, queries.to(context.dtype)), dim=1)
-        for block in self.blocks:
+        for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, table, attend)
-        return x[:, tokens:]
+        return x[:, context.shape[1] :]
 
 
 def joint_mask(context_ids: Int[Tensor, "b K"], query_ids: Int[Tensor, "c Q"], cells: int) -> Bool[Tensor, "e A A"]:

@@ -18,6 +18,11 @@ def pixel_values(frames: UInt8[Tensor, "B F H W 3"]) -> Float[Tensor, "B F 3 H W
     return rearrange(frames.float() / 127.5 - 1.0, "b f h w c -> b f c h w")
 
 
+def pixel_bytes(values: Float[Tensor, "B F 3 H W"]) -> UInt8[Tensor, "B F H W 3"]:
+    """The inverse of `pixel_values`; what lies outside [-1, 1] is cut off (method.md 11: 127.5 x + 128, cut down)."""
+    return rearrange((values * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8), "b f c h w -> b f h w c")
+
+
 def pixel_tokens(pixels: Float[Tensor, "B F 3 H W"], patch: int, tubelet: int) -> Float[Tensor, "B N i"]:
     """Patches of `tubelet` frames and `patch` x `patch` pixels, in the order of a convolution's kernel (c, u, y, x)."""
     return rearrange(pixels, "b (t u) c (h y) (w x) -> b (t h w) (c u y x)", u=tubelet, y=patch, x=patch)

@@ -1,42 +1,73 @@
 """Autoregressive generation: from tubelet 0 alone, one tubelet after the other, each seeing what was generated before.
 
-Holds no files and no pictures. Tubelets generated so far are encoded anew at each step by the online encoder; the
-encoder being frame-causal, keeping their keys and values would give the same and cost less. Recipes with latents as
-input take the generated latents themselves (method.md 11 re-encodes pixels, for encoders that read pixels).
+Every tubelet is encoded once, by the online encoder, whose keys and values are kept (nextvid/model/onward.py). What the
+encoder reads of a generated tubelet is `ReadBack`: the latents themselves, or for encoders of pixels the decoded
+frames as bytes, as if they had been stored (method.md 11). Holds no files and no pictures.
 
-Axes: B clips, F frames, C channels of one frame, h and w cells of the grid, n visible cells.
+Axes: B clips, f frames of a tubelet, F frames generated, C channels of one frame, h and w cells of the grid, S = h w
+cells, n visible cells, i numbers in a token, H and W pixels.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from nextvid.config import ModelConfig
 from nextvid.model.flow import ODE_STEPS
 from nextvid.model.nextvid import NExTVid
-from nextvid.model.tokens import gather_tokens, latent_tokens, tube_ids, unstack_target
+from nextvid.model.onward import Onward
+from nextvid.model.tokens import gather_tokens, latent_tokens, pixel_tokens, pixel_values, unstack_target
+
+ReadBack = Callable[[Float[Tensor, "B f C h w"]], Float[Tensor, "B S i"]]
+Decode = Callable[[Float[Tensor, "B f C h w"]], UInt8[Tensor, "B f H W 3"]]
 
 
 @torch.no_grad()
 def generate_onward(
     model: NExTVid,
-    seed: Float[Tensor, "B f C h w"],
+    seed: Float[Tensor, "B S i"],
     tubelets: int,
     cells: Int[Tensor, "B n"],
     generator: torch.Generator,
+    read_back: ReadBack,
     steps: int = ODE_STEPS,
 ) -> Float[Tensor, "B F C h w"]:
-    """Normalised latents of `tubelets` tubelets, the first of which is `seed`.
+    """Targets of tubelets 1..tubelets-1, normalised as in training; `seed` are the encoder's tokens of tubelet 0.
 
-    `cells` are what the encoder sees of every tubelet, ascending: all of them, or as many as in training, since more
-    context than in training is a shift too (method.md 11).
+    `cells` are what the encoder sees of every tubelet, ascending: all of them, or fewer, since more context than in
+    training is a shift too (method.md 11).
     """
     config = model.recipe.model
-    assert seed.shape[1] == config.tubelet, f"the seed is one tubelet, {config.tubelet} frames"
-    latents = seed
+    assert seed.shape[1] == config.cells, f"the seed is one tubelet, {config.cells} tokens"
+    onward, tokens, generated = Onward(model), seed, []
     for known in range(1, tubelets):
-        ids = tube_ids(cells, known, config.cells)
-        tokens = gather_tokens(latent_tokens(latents, config.tubelet), ids)
-        seen = model.last(model.condition(tokens, ids, known))
+        seen = onward.predict(gather_tokens(tokens, cells), cells)
         following = unstack_target(model.sample(seen, steps, generator), config.tubelet, config.grid_height)
-        latents = torch.cat([latents, following], dim=1)
-    return latents
+        generated.append(following)
+        if known < tubelets - 1:
+            tokens = read_back(following)
+    return torch.cat(generated, dim=1)
+
+
+def reads_latents(model: ModelConfig) -> ReadBack:
+    """The encoder reads the generated latents themselves."""
+    return partial(latent_tokens, tubelet=model.tubelet)
+
+
+def reads_pixels(model: ModelConfig, decode: Decode) -> ReadBack:
+    """The encoder reads frames that `decode` makes of the generated targets."""
+
+    def read_back(latents: Tensor) -> Tensor:
+        return pixel_tokens(pixel_values(decode(latents)), model.patch, model.tubelet)
+
+    return read_back
+
+
+def random_tube(cells: int, share: float, clips: int, generator: torch.Generator) -> Int[Tensor, "B n"]:
+    """A share of the cells, the same in every tubelet, another choice for each clip; ascending, at least one."""
+    kept = max(1, round(share * cells))
+    order = torch.rand(clips, cells, generator=generator, device=generator.device).argsort(dim=1)
+    return order[:, :kept].sort(dim=1).values

@@ -3,7 +3,7 @@
 Writes masked.png, autoregressive.png and, last, samples.json; where that stands, nothing is made again. Generation is
 masked.py and autoregressive.py, clips and numbers are scene.py. Holds which ways to generate are shown.
 
-Axes: S cells.
+Axes: B clips, S cells, n visible cells.
 """
 
 import time
@@ -20,8 +20,8 @@ from nextvid.encode.frames import Decoding
 from nextvid.model.flow import ODE_STEPS
 from nextvid.model.nextvid import NExTVid
 from nextvid.outcome import Outcome
-from nextvid.probe.encoders import device_of, find_run, load_trained, refuse_pixels
-from nextvid.sample.autoregressive import generate_onward
+from nextvid.probe.encoders import device_of, find_run, load_trained
+from nextvid.sample.autoregressive import generate_onward, random_tube, reads_latents, reads_pixels
 from nextvid.sample.filmstrips import Strip, filmstrips, hide
 from nextvid.sample.masked import generate_masked
 from nextvid.sample.scene import Generated, Scene, compared, open_scene
@@ -34,6 +34,7 @@ from storage.schemas import Clips
 SHOWN = 3  # clips in a picture
 FADE = 4  # how much fainter the given tubelet is drawn
 SEED = 0  # of the noise that generation starts from
+QUARTER = 0.25  # of the cells, at random: nearer to training than all of them (method.md 11)
 MASK_ENTRY = 0  # whose visible cells are shown: the plan's first
 
 
@@ -44,7 +45,6 @@ def make_samples(project: Project, recipe: str, run: str | None = None) -> Outco
     """
     started = time.perf_counter()
     found = find_run(project, recipe, run)
-    refuse_pixels(found)
     if found.recipe.losses.flow <= 0:
         raise RefusedError(f"recipe {recipe} trains no decoder (flow weight 0): it generates nothing")
     folder = project.root.samples(recipe, found.id)
@@ -77,10 +77,7 @@ def _make(project: Project, run: Run, folder: str) -> None:
     model = load_trained(run, device).model
     visible = _visible(project, run)
     masked = {name: _masked(model, scene, bits, device) for name, bits in visible.items()}
-    densities = {"all_cells": np.ones(run.recipe.model.cells, bool)}
-    if run.recipe.masks.keep != "all":
-        densities["training_cells"] = next(iter(visible.values()))
-    onward = {name: _onward(model, scene, bits, device) for name, bits in densities.items()}
+    onward = {name: _onward(model, scene, cells, device) for name, cells in _seen(scene, visible, device).items()}
     sources = _sources(project, trainset, scene.rows.head(SHOWN))
     atomic.publish_bytes(f"{folder}/masked.png", _picture(scene, sources, masked, visible, run))
     atomic.publish_bytes(f"{folder}/autoregressive.png", _picture(scene, sources, onward, {}, run))
@@ -121,24 +118,33 @@ def _visible(project: Project, run: Run) -> dict[str, np.ndarray]:
     return {name: found[MASK_ENTRY] for name, found in bits.items()}
 
 
+def _seen(scene: Scene, visible: Mapping[str, np.ndarray], device: str) -> dict[str, Tensor]:
+    """Cells that the encoder sees of every tubelet in autoregressive generation, [B, n] each (method.md 11)."""
+    clips, cells = len(scene.truth), scene.recipe.model.cells
+    found = {"all_cells": _cells(np.ones(cells, bool), clips, device)}
+    found["quarter_of_cells"] = random_tube(cells, QUARTER, clips, _noise(device))
+    if scene.recipe.masks.keep != "all":
+        found["training_cells"] = _cells(next(iter(visible.values())), clips, device)
+    return found
+
+
 def _masked(model: NExTVid, scene: Scene, visible: np.ndarray, device: str) -> Generated:
     """Teacher forcing; copying repeats the last true frame before each tubelet."""
-    cells = _cells(visible, len(scene.latents), device)
-    latents = generate_masked(model, scene.latents, cells, _noise(device))
-    mean = generate_masked(model, scene.latents, cells, _noise(device), steps=1)
-    tubelet = model.recipe.model.tubelet
-    before = np.arange(scene.latents.shape[1]) // tubelet * tubelet - 1
-    return compared(scene, latents, mean, before.clip(0), tubelet)
+    cells, tubelet = _cells(visible, len(scene.truth), device), model.recipe.model.tubelet
+    generated, mean = (generate_masked(model, scene.tokens(), cells, _noise(device), steps) for steps in (ODE_STEPS, 1))
+    before = np.arange(scene.truth.shape[1]) // tubelet * tubelet - 1
+    return compared(scene, generated, mean, before.clip(0))
 
 
-def _onward(model: NExTVid, scene: Scene, visible: np.ndarray, device: str) -> Generated:
+def _onward(model: NExTVid, scene: Scene, cells: Tensor, device: str) -> Generated:
     """From the first tubelet on; copying repeats the seed's last frame to the end."""
-    cells = _cells(visible, len(scene.latents), device)
-    tubelet = model.recipe.model.tubelet
-    seed, count = scene.latents[:, :tubelet], scene.latents.shape[1] // tubelet
-    latents = generate_onward(model, seed, count, cells, _noise(device))
-    mean = generate_onward(model, seed, count, cells, _noise(device), steps=1)
-    return compared(scene, latents, mean, np.full(scene.latents.shape[1], tubelet - 1), tubelet)
+    config, frames = model.recipe.model, scene.truth.shape[1]
+    seed, count = scene.tokens()[:, : config.cells], frames // config.tubelet
+    read_back = reads_latents(config) if config.encoder.input == "latents" else reads_pixels(config, scene.decode)
+    generated, mean = (
+        generate_onward(model, seed, count, cells, _noise(device), read_back, steps) for steps in (ODE_STEPS, 1)
+    )
+    return compared(scene, generated, mean, np.full(frames, config.tubelet - 1))
 
 
 def _sources(project: Project, trainset: Trainset, rows: pl.DataFrame) -> list[Strip]:

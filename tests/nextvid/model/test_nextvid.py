@@ -393,19 +393,6 @@ def test_hidden_cells() -> None:
     assert hidden_cells(torch.tensor([[0, 3], [1, 2]]), 5).tolist() == [[1, 2, 4], [0, 3, 4]]
 
 
-@pytest.mark.parametrize("kind", ["dit_iso", "xattn"])
-def test_last_prediction_alone_has_the_same_velocity(kind: str) -> None:
-    recipe = tiny_recipe(**(s_model(kind) if kind == "xattn" else {}))
-    model = tiny_model(recipe)
-    ids = visible()[0][:, : FRAMES * KEPT[0]]
-    seen = model.condition(gather_tokens(clip(recipe)[0], ids), ids, FRAMES)
-    noisy, tau = torch.randn(1, 2, FRAMES, CELLS, 10), torch.rand(1, 2, FRAMES)
-    whole = model.velocity(seen, noisy, tau)
-    alone = model.velocity(model.last(seen), noisy[:, :, -1:], tau[:, :, -1:])
-    assert torch.allclose(alone, whole[:, :, -1:], atol=1e-5)
-    assert model.sample(model.last(seen), steps=2).shape == (2, 1, CELLS, 10)
-
-
 def test_conditions_of_fewer_tubelets_are_those_of_more() -> None:
     """Generation one after the other: predictions do not change when later tubelets arrive."""
     recipe = tiny_recipe()

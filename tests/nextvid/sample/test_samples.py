@@ -1,17 +1,23 @@
 """The maker of samples end to end on a tiny run whose source files are gone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from einops import rearrange
 from PIL import Image
 
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.model.tokens import pixel_values, space_to_depth
 from nextvid.probe.encoders import find_run
+from nextvid.sample.autoregressive import reads_pixels
 from nextvid.sample.samples import make_samples
 from nextvid.sample.scene import CLIPS, choose_clips, open_scene
+from nextvid.train.overrides import apply_overrides
 from storage.errors import RefusedError, UpstreamError
 from tests.nextvid.tiny_project import FRAMES, RECIPE, save_autoencoder
 
@@ -25,7 +31,7 @@ def test_pictures_and_numbers_are_made_once(own_copy: Project) -> None:
     said = json.loads((folder / "samples.json").read_text())
     assert (said["run"], said["trainset"]) == (run.id, run.trainset)
     assert set(said["masked"]) == {"short", "long"}
-    assert set(said["autoregressive"]) == {"all_cells", "training_cells"}
+    assert set(said["autoregressive"]) == {"all_cells", "quarter_of_cells", "training_cells"}
     assert {clip["split"] for clip in said["clips"]} == {"test"}
     for found in (*said["masked"].values(), *said["autoregressive"].values()):
         assert np.isfinite(list(found.values())).all()
@@ -57,6 +63,30 @@ def test_trap_17_truth_is_the_autoencoder_s_reconstruction_of_stored_latents(eva
     scene = open_scene(evaluated, run, Trainset.open(evaluated.root), "cpu")
     raw = scene.source.latents(scene.rows.head(1)).astype(np.float32)[0]
     np.testing.assert_allclose(scene.truth[0].astype(int), scene.autoencoder.decode(raw).astype(int), atol=1)
+
+
+def test_encoders_of_pixels_see_the_reconstruction(evaluated: Project) -> None:
+    """A scene as a recipe with other input and targets has it, 8 x 8 pixels a cell."""
+    run = find_run(evaluated, RECIPE)
+    scene = open_scene(evaluated, run, Trainset.open(evaluated.root), "cpu")
+    reads = apply_overrides(run.recipe, ["model.encoder.input=pixels"])
+    tokens = replace(scene, recipe=reads).tokens()
+    assert tokens.shape == (CLIPS, 4 * 64, 2 * 8 * 8 * 3)
+    corner = torch.from_numpy(scene.truth[3, 2:4, 8:16, 16:24]).float() / 127.5 - 1  # cell (1, 2) of tubelet 1
+    torch.testing.assert_close(tokens[3, 64 + 8 + 2], rearrange(corner, "u y x c -> (c u y x)"))
+    read_back = reads_pixels(reads.model, scene.decode)(scene.targets[:, :2])
+    torch.testing.assert_close(read_back, tokens[:, :64], atol=2 / 255 + 1e-6, rtol=0)  # a byte, by another batch
+
+    predicts = apply_overrides(reads, ["losses.target=pixels", "model.frame_channels=192"])
+    pixels = space_to_depth(pixel_values(torch.from_numpy(scene.truth)), 8)
+    assert np.array_equal(replace(scene, recipe=predicts).frames(pixels), scene.truth)
+
+
+def test_targets_without_pictures_are_refused(evaluated: Project) -> None:
+    run = find_run(evaluated, RECIPE)
+    features = apply_overrides(run.recipe, ["model.encoder.input=pixels", "losses.target=siglip2"])
+    with pytest.raises(RefusedError, match="predicts siglip2, which nothing here decodes"):
+        open_scene(evaluated, replace(run, recipe=features), Trainset.open(evaluated.root), "cpu")
 
 
 def test_another_autoencoder_is_refused(own_copy: Project) -> None:
