@@ -39,11 +39,14 @@ class ShotConfig(Strict):
 
     thumb_width: int = 80  # research video 8: detectors fed 80x45 thumbnails
     thumb_height: int = 45
-    content_threshold: float = 27.0  # PySceneDetect ContentDetector's default
+    # Cuts and dissolves: tuned on one half of the real media (docs/decisions/0018)
+    cut_change: float = 16.0  # grey levels, the changes of Y, Cb and Cr added up
+    cut_ratio: float = 2.6  # of the steps beside it
     min_shot_s: float = 0.25
-    dissolve_lag_s: float = 0.24  # research video 8: lag in seconds, not frames
-    dissolve_change: float = 20.0  # research video 8
-    dissolve_residual: float = 0.3  # research video 8
+    dissolve_lag_s: float = 0.32  # a lag in seconds, not frames (research video 8)
+    dissolve_change: float = 20.0  # grey levels over two lags (research video 8)
+    dissolve_residual: float = 0.6  # share of the change
+    dissolve_dip: float = 0.3  # by how much the dip of the variance exceeds the residual
     fade_luma: float = 12.0  # ThresholdDetector(12)
     sample_hz: float = 4.0  # motion and freeze are measured at this rate
     hash_hz: float = 1.0  # PDQ at 1 fps

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import pdqhash
-from av.video.frame import VideoFrame
 from jaxtyping import UInt8
 
-from nextvid.video.container import Scaler, upright_size
+from nextvid.video.planes import Look, Planes
 
-FLOW_SIDE = 64  # research video 8: Farneback at 64 pixels of the short side
+# Of the short side. Our measurement on 665 pairs of real frames: a third of the time of research video 8's 64 pixels,
+# the scores correlate by 0.99 and their medians differ by 7 %.
+FLOW_SIDE = 40
 FLOW_S = 0.25  # motion is stated per quarter second
 GREY_SIDE = 256  # research video 8: blur and letterbox on 256 pixels of the short side
 PICTURE_SIDE = 160  # longest side of the kept picture: preview, and what is hashed (PDQ itself works on 64 x 64)
@@ -74,41 +75,43 @@ class Box:
 class Sampler:
     """Measures sampled frames of one file, each against the one before."""
 
-    def __init__(self, frame: VideoFrame) -> None:
-        width, height = upright_size(frame)
-        self.size = (width, height)
-        shrink = min(1.0, GREY_SIDE / min(width, height))
-        self._grey = Scaler(max(1, round(width * shrink)), max(1, round(height * shrink)), "gray", "AREA")
-        shrink = min(1.0, PICTURE_SIDE / max(width, height))
-        self._picture = Scaler(max(1, round(width * shrink)), max(1, round(height * shrink)), "rgb24", "AREA")
+    def __init__(self, planes: Planes, rotation: int) -> None:
+        self._turns = rotation // 90 % 4  # the display matrix turns counter-clockwise, as numpy does
+        height, width = planes.y.shape
+        self._grey_size = _shrunk(width, height, GREY_SIDE / min(width, height))
+        self._picture_size = _shrunk(*self._grey_size, PICTURE_SIDE / max(self._grey_size))
         shrink = FLOW_SIDE / min(width, height)
         self._flow_size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
         self._before: tuple[int, UInt8[np.ndarray, "h w"], UInt8[np.ndarray, "h w"]] | None = None
 
-    def measure(
-        self, time_us: int, frame: VideoFrame, thumb: UInt8[np.ndarray, "h w"]
-    ) -> tuple[Sample, UInt8[np.ndarray, "h w 3"]]:
-        """The sample and its RGB picture, at most 160 pixels a side. `thumb` is the grey thumbnail."""
-        grey = self._grey(frame)
-        small = cv2.resize(grey, self._flow_size, interpolation=cv2.INTER_AREA)
+    def measure(self, time_us: int, planes: Planes, thumb: UInt8[np.ndarray, "h3 w"]) -> tuple[Sample, Look]:
+        """The sample and its upright picture, at most 160 pixels a side. `thumb` is `planes.thumbnail`."""
+        grey = planes.grey(*self._grey_size)
+        luma, *chroma = np.split(thumb, 3)
+        picture = cv2.resize(grey, self._picture_size, interpolation=cv2.INTER_LINEAR)
+        small = cv2.resize(picture, self._flow_size, interpolation=cv2.INTER_LINEAR)
         change = motion = None
         if self._before is not None:
-            before_us, before_thumb, before_small = self._before
-            change = float(cv2.norm(thumb, before_thumb, cv2.NORM_L1)) / thumb.size
+            before_us, before_luma, before_small = self._before
+            change = float(cv2.norm(luma, before_luma, cv2.NORM_L1)) / luma.size
             motion = _motion(before_small, small, (time_us - before_us) / 1e6)
-        self._before = (time_us, thumb, small)
-        mean, std = cv2.meanStdDev(thumb)
-        luma_mean = float(mean[0, 0])
+        self._before = (time_us, luma, small)
+        mean, std = cv2.meanStdDev(luma)
         sample = Sample(
             time_us=time_us,
-            luma_mean=luma_mean,
+            luma_mean=float(mean[0, 0]),
             luma_std=float(std[0, 0]),
-            blur=float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))[1][0, 0] ** 2),
+            blur=_laplacian_variance(grey),
             change=change,
             motion=motion,
-            bars=_bars(grey),
+            bars=_bars(np.rot90(grey, self._turns)),
         )
-        return sample, self._picture(frame)
+        upright = [np.ascontiguousarray(np.rot90(plane, self._turns)) for plane in (picture, *chroma)]
+        return sample, Look(upright[0], np.stack(upright[1:]))
+
+
+def _shrunk(width: int, height: int, share: float) -> tuple[int, int]:
+    return max(1, round(width * min(1.0, share))), max(1, round(height * min(1.0, share)))
 
 
 def scores(samples: Sequence[Sample], black_luma: float) -> Scores:
@@ -142,13 +145,13 @@ def crop_box(samples: Sequence[Sample], width: int, height: int) -> Box:
     return Box(left, top, width - left - right, height - top - bottom)
 
 
-def perceptual_hash(picture: UInt8[np.ndarray, "h w 3"], box: Box, width: int, height: int) -> tuple[bytes, int]:
+def perceptual_hash(luma: UInt8[np.ndarray, "h w"], box: Box, width: int, height: int) -> tuple[bytes, int]:
     """PDQ (32 bytes) and its quality (0 to 100) of what `box` shows, in a picture of a width x height source."""
-    down, across = picture.shape[0] / height, picture.shape[1] / width
+    down, across = luma.shape[0] / height, luma.shape[1] / width
     top, left = int(np.ceil(box.y * down)), int(np.ceil(box.x * across))
     bottom, right = int((box.y + box.h) * down), int((box.x + box.w) * across)
-    inside = np.ascontiguousarray(picture[top : max(bottom, top + 1), left : max(right, left + 1)])
-    bits, quality = pdqhash.compute(inside)
+    inside = luma[top : max(bottom, top + 1), left : max(right, left + 1)]
+    bits, quality = pdqhash.compute(cv2.merge([inside] * 3))  # takes RGB alone and hashes its luma
     return np.packbits(bits.astype(np.uint8)).tobytes(), int(quality)
 
 
@@ -156,6 +159,12 @@ def _motion(before: UInt8[np.ndarray, "h w"], after: UInt8[np.ndarray, "h w"], s
     flow = cv2.calcOpticalFlowFarneback(before, after, None, *FARNEBACK)
     mean = float(np.sqrt(np.square(flow).sum(axis=-1)).mean())
     return 100.0 * mean / float(np.hypot(*before.shape)) * FLOW_S / max(seconds, 1e-3)
+
+
+def _laplacian_variance(grey: UInt8[np.ndarray, "h w"]) -> float:
+    edges = cv2.Laplacian(grey, cv2.CV_16S)
+    mean_square = cv2.norm(edges, cv2.NORM_L2SQR) / edges.size  # a tenth of the time of meanStdDev on 16 bits
+    return float(mean_square - cv2.mean(edges)[0] ** 2)
 
 
 def _bars(grey: UInt8[np.ndarray, "h w"]) -> tuple[float, float, float, float] | None:
@@ -173,6 +182,9 @@ def _bars(grey: UInt8[np.ndarray, "h w"]) -> tuple[float, float, float, float] |
 
 
 def _dark(grey: UInt8[np.ndarray, "h w"], axis: int) -> np.ndarray:
-    values = grey.astype(np.float32)
-    dark: np.ndarray = (values.mean(axis=axis) < BAR_MEAN) & (values.std(axis=axis) < BAR_STD)
+    """Which lines along `axis` are dark and flat."""
+    dark: np.ndarray = cv2.reduce(grey, axis, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel() < BAR_MEAN
+    lines = np.flatnonzero(dark)  # few, and none in most pictures: the deviation is the dear part
+    if len(lines):
+        dark[lines] = grey.take(lines, axis=1 - axis).std(axis=axis, dtype=np.float32) < BAR_STD
     return dark

@@ -2,8 +2,8 @@
 
 Holds the pass and the facts of a shot. Holds no decision on shots (clips.py) and no detectors (transitions.py,
 quality.py). Everything is measured while frames go by, since decoding dominates (research: video, 8); of the
-pictures, four a second are kept for the last minutes and one a second before that: at 160 x 90 pixels an hour is 156
-MB by arithmetic, not measured.
+pictures, four a second are kept for the last minutes and one a second before that: at 160 x 90 pixels an hour is 78 MB
+by arithmetic, not measured.
 """
 
 from collections.abc import Iterable
@@ -16,18 +16,18 @@ import numpy as np
 from jaxtyping import UInt8
 
 from nextvid.corpus.project import ShotConfig
-from nextvid.video.container import Scaler
 from nextvid.video.decode import stream
 from nextvid.video.images import load_image
+from nextvid.video.planes import Look, PlaneReader
 from nextvid.video.probe import MediaFacts
-from nextvid.video.quality import Box, Sample, Sampler, crop_box, perceptual_hash, scores
+from nextvid.video.quality import GREY_SIDE, Box, Sample, Sampler, crop_box, perceptual_hash, scores
 from nextvid.video.transitions import Transition, Transitions
 from storage.errors import MediaError
 
 Edge = Literal["edge", "hard", "dissolve", "fade"]
 Picture = UInt8[np.ndarray, "h w 3"]
 
-DENSE_PICTURES = 1200  # five minutes at 4 Hz and 160 x 90 pixels: 52 MB
+DENSE_PICTURES = 1200  # five minutes at 4 Hz and 160 x 90 pixels: 26 MB
 DECODED_SHARE = 0.9  # ours: fewer frames than this share of the packets is damage; our 50 clean files lose none
 DECODED_SLACK = 2  # frames: leading pictures at the start of a cut file
 
@@ -76,17 +76,19 @@ def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFa
     if facts.kind == "image":
         return [image_shot(path, facts, config)]
     transitions = Transitions(config, facts.fps_hz)
-    thumbs = Scaler(config.thumb_width, config.thumb_height, "bgr24", "AREA")
+    read = PlaneReader(GREY_SIDE)
     sampler: Sampler | None = None
     samples: list[Sample] = []
-    pictures: dict[int, Picture] = {}
+    pictures: dict[int, Look] = {}
     grid = _Grid(facts.start_us, config)
     for time_us, frame in stream(path):
-        thumb = transitions.see(time_us, thumbs(frame))
+        planes = read(frame)
+        thumb = planes.thumbnail(config.thumb_width, config.thumb_height)
+        transitions.see(time_us, thumb)
         if not grid.wants(time_us):
             continue
-        sampler = sampler or Sampler(frame)
-        sample, picture = sampler.measure(time_us, frame, thumb)
+        sampler = sampler or Sampler(planes, frame.rotation)
+        sample, picture = sampler.measure(time_us, planes, thumb)
         samples.append(sample)
         pictures[time_us] = picture
         if len(pictures) > grid.kept + DENSE_PICTURES:
@@ -108,8 +110,9 @@ def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFa
 def image_shot(path: Path, facts: MediaFacts, config: ShotConfig) -> ShotFacts:
     """An image as one shot from 0 to 0. Raises MediaError."""
     frame = av.VideoFrame.from_ndarray(load_image(path), format="rgb24")
-    thumb = Scaler(config.thumb_width, config.thumb_height, "gray", "AREA")(frame)
-    sample, picture = Sampler(frame).measure(0, frame, thumb)
+    planes = PlaneReader(GREY_SIDE)(frame)
+    thumb = planes.thumbnail(config.thumb_width, config.thumb_height)
+    sample, picture = Sampler(planes, 0).measure(0, planes, thumb)
     return _shot(_Span(0, 0, "edge", "edge", 0.0), [sample], {0: picture}, facts, config)
 
 
@@ -129,7 +132,7 @@ class _Grid:
         self.last = slot
         return True
 
-    def thinned(self, pictures: dict[int, Picture]) -> dict[int, Picture]:
+    def thinned(self, pictures: dict[int, Look]) -> dict[int, Look]:
         """One picture for each interval of hash_hz."""
         chosen = {time_us: pictures[time_us] for time_us in _hash_times(pictures, self.start_us, self.config.hash_hz)}
         self.kept = len(chosen)
@@ -159,14 +162,14 @@ def _spans(start_us: int, end_us: int, transitions: list[Transition]) -> list[_S
 
 
 def _shot(
-    span: _Span, samples: list[Sample], pictures: dict[int, Picture], facts: MediaFacts, config: ShotConfig
+    span: _Span, samples: list[Sample], pictures: dict[int, Look], facts: MediaFacts, config: ShotConfig
 ) -> ShotFacts:
     box: Box = crop_box(samples, facts.width, facts.height)
     values = scores(samples, config.fade_luma)
     times = [sample.time_us for sample in samples]
     middle = min(times, key=lambda time_us: abs(2 * time_us - span.start_us - span.end_us))
     hashed = sorted({middle, *_hash_times(times, span.start_us, config.hash_hz)})
-    hashes = [perceptual_hash(pictures[time_us], box, facts.width, facts.height) for time_us in hashed]
+    hashes = [perceptual_hash(pictures[time_us].luma, box, facts.width, facts.height) for time_us in hashed]
     return ShotFacts(
         start_us=span.start_us,
         end_us=span.end_us,
@@ -187,5 +190,5 @@ def _shot(
         hashes=tuple(value for value, _ in hashes),
         hash_quality=tuple(quality for _, quality in hashes),
         hash_times_us=tuple(hashed),
-        preview=pictures[middle],
+        preview=pictures[middle].rgb(),
     )

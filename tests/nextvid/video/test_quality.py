@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from nextvid.video.quality import Box, Sample, Sampler, crop_box, perceptual_hash, scores
+from nextvid.video.planes import PlaneReader
+from nextvid.video.quality import GREY_SIDE, Box, Sample, Sampler, crop_box, perceptual_hash, scores
 
 RNG = np.random.default_rng(0)
 TEXTURE = cv2.GaussianBlur(RNG.integers(0, 255, (400, 600, 3), dtype=np.uint8), (0, 0), 3)
@@ -16,12 +17,10 @@ TEXTURE = cv2.normalize(TEXTURE, None, 0, 255, cv2.NORM_MINMAX)
 
 def measured(images: list[np.ndarray], step_us: int = 250_000) -> list[Sample]:
     frames = [av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24") for image in images]
-    sampler = Sampler(frames[0])
-    thumbs = [cv2.resize(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), (80, 45), interpolation=cv2.INTER_AREA) for i in images]
-    return [
-        sampler.measure(n * step_us, frame, thumb)[0]
-        for n, (frame, thumb) in enumerate(zip(frames, thumbs, strict=True))
-    ]
+    read = PlaneReader(GREY_SIDE)
+    planes = [read(frame) for frame in frames]
+    sampler = Sampler(planes[0], 0)
+    return [sampler.measure(n * step_us, seen, seen.thumbnail(80, 45))[0] for n, seen in enumerate(planes)]
 
 
 def panned(pixels: int, count: int = 5) -> list[np.ndarray]:
@@ -100,8 +99,8 @@ def test_bars_must_stand_in_nine_of_ten_frames_and_dark_frames_say_nothing() -> 
 
 
 def test_the_hash_is_of_what_the_box_shows() -> None:
-    picture = cv2.resize(TEXTURE, (160, 90), interpolation=cv2.INTER_AREA)
-    barred = np.zeros((120, 160, 3), np.uint8)
+    picture = cv2.resize(cv2.cvtColor(TEXTURE, cv2.COLOR_RGB2GRAY), (160, 90), interpolation=cv2.INTER_AREA)
+    barred = np.zeros((120, 160), np.uint8)
     barred[15:105] = picture
     plain, quality = perceptual_hash(picture, Box(0, 0, 1600, 900), 1600, 900)
     boxed, _ = perceptual_hash(barred, Box(0, 150, 1600, 900), 1600, 1200)
@@ -111,4 +110,4 @@ def test_the_hash_is_of_what_the_box_shows() -> None:
     assert quality > 50
     assert (bits[0] != bits[1]).sum() <= 2
     assert (bits[0] != bits[2]).sum() > 31
-    assert perceptual_hash(np.full((90, 160, 3), 99, np.uint8), Box(0, 0, 160, 90), 160, 90)[1] < 50
+    assert perceptual_hash(np.full((90, 160), 99, np.uint8), Box(0, 0, 160, 90), 160, 90)[1] < 50
