@@ -93,5 +93,5 @@ def _reduced(plane: Plane, width: int, height: int) -> Plane:
 
 
 def _view(plane: VideoPlane) -> Plane:
-    lines = np.frombuffer(plane, np.uint8)[: plane.line_size * plane.height]
+    lines = np.frombuffer(memoryview(plane), np.uint8)[: plane.line_size * plane.height]
     return lines.reshape(plane.height, plane.line_size)[:, : plane.width]
