@@ -86,10 +86,10 @@ def draws(first: int = 10, recipe: str = "demo", corpus: Corpus = None, json_: J
 
 @app.command
 def verify(batch: str | None = None, corpus: Corpus = None) -> None:
-    """Read every committed byte of every latent store again and name what is damaged."""
-    from storage.latents import LatentStore
+    """Read every committed byte of every store of latents and pixels again and name what is damaged."""
+    from storage.pixels import every_store
 
-    stores = LatentStore.every(open_project(corpus).root)
+    stores = every_store(open_project(corpus).root)
     if not stores:
         raise UpstreamError("there are no latents yet: 'nextvid make latents' makes them")
     problems = [problem for store in stores for problem in store.verify(batch)]

@@ -16,14 +16,15 @@ from storage import atomic, shard
 from storage.digest import crc32c
 from storage.errors import NExTVidError, StoreError
 from storage.jpeg import frame_places
-from storage.latents import RowStore
+from storage.latents import LatentStore, RowStore
 from storage.part import PlannedPart, new_group
 from storage.pixel_spec import PixelSpec
+from storage.root import DataRoot
 from storage.schemas import PixelCommits
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
 from storage.verify import Problem, encode_again, verify_part
 
-__all__ = ["PixelPart", "PixelSpec", "PixelStore"]
+__all__ = ["PixelPart", "PixelSpec", "PixelStore", "every_store"]
 
 AXES = ("row", "frame", "y", "x", "channel")
 
@@ -99,6 +100,11 @@ class PixelStore(RowStore[PixelSpec, PixelPart]):
 
     def check(self, part: PixelPart, withdrawn: frozenset[bytes]) -> list[Problem]:
         return verify_part(part, lambda number, commits: _rows(part, number, commits, withdrawn))
+
+
+def every_store(root: DataRoot) -> list[LatentStore | PixelStore]:
+    """All stores that the root holds."""
+    return [*LatentStore.every(root), *PixelStore.every(root)]
 
 
 def _rows(part: PixelPart, number: int, commits: pl.DataFrame, withdrawn: frozenset[bytes]) -> list[Problem]:

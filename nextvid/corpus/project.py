@@ -22,6 +22,13 @@ NAME = re.compile(r"[a-z0-9_]+")  # design 2: dataset names are part of paths an
 RESERVED_TARGETS = frozenset({"split", "group"})  # design 2
 
 
+class PixelConfig(Strict):
+    """Frames kept beside the latents, as JPEG, for recipes that read or predict pixels (docs/decisions/0010)."""
+
+    quality: int = Field(default=90, ge=1, le=100)  # research store E: 40.7 dB at 271 kB a clip of 16 x 256 x 256
+    subsampling: Literal["4:2:0", "4:2:2", "4:4:4"] = "4:2:0"
+
+
 class EncodingConfig(Strict):
     """How given frames become stored bytes. The autoencoder's digest, not its path, enters the encoding spec."""
 
@@ -30,6 +37,7 @@ class EncodingConfig(Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     posterior: Literal["mean", "sample"] = "mean"
     storage: Literal["float16", "keepbits7", "int8"] = "float16"
+    pixels: PixelConfig | None = None  # none are kept; they have a spec of their own and may be added later
     batch_frames: int = 64  # how, not what: frames per forward; in no digest
     device: Literal["auto", "cpu", "cuda"] = "auto"  # how, not what
 

@@ -13,6 +13,7 @@ import polars as pl
 from nextvid.corpus.discover import Accepted, accepted
 from nextvid.corpus.project import Project
 from nextvid.encode.acceptance import outdated
+from nextvid.encode.pixel_plan import pixel_spec, plan_pixels
 from nextvid.encode.plan import EncodePlan, encoding_spec, plan_encode, spec_in_force
 from nextvid.encode.unfinished import curation_of
 from storage.latents import EncodingSpec, LatentStore
@@ -41,6 +42,7 @@ class Cost:
     decode_s: float | None
     unmeasured: tuple[int, ...]  # clip lengths in frames without a rate
     curation_changed: bool  # its clips were cut by another curation than corpus.yaml asks for
+    without_pixels: int  # rows, where corpus.yaml asks for pixels; those that are encoded too need no other decoding
 
     def line(self) -> str:
         """For people."""
@@ -51,8 +53,11 @@ class Cost:
         if self.unmeasured:
             seconds += f" (none measured at {', '.join(map(str, self.unmeasured))} frames)"
         changed = "; its clips are of another curation" if self.curation_changed else ""
+        pixels = f"; {self.without_pixels} rows have no pixels yet" if self.without_pixels else ""
         took = f", {self.size_bytes:,} bytes, {seconds}" if self.rows else ""
-        return f"{self.batch}: {self.rows} rows ({why}), {self.kept} kept, {self.orphaned} orphaned{took}{changed}"
+        return (
+            f"{self.batch}: {self.rows} rows ({why}), {self.kept} kept, {self.orphaned} orphaned{took}{changed}{pixels}"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ def rates(store: LatentStore) -> dict[int, Rate]:
 def _cost(project: Project, plan: EncodePlan, known: Mapping[int, Rate]) -> Cost:
     rows = {frames: table.height for frames, table in plan.by_frames.items()}
     unmeasured = tuple(frames for frames in rows if frames not in known)
+    pixels = pixel_spec(project, plan.spec)
     return Cost(
         batch=plan.batch,
         rows=plan.rows.height,
@@ -130,6 +136,7 @@ def _cost(project: Project, plan: EncodePlan, known: Mapping[int, Rate]) -> Cost
         decode_s=None if unmeasured else sum(count * known[frames].decode_s for frames, count in rows.items()),
         unmeasured=unmeasured,
         curation_changed=curation_of(project, plan.batch) != project.corpus.curation_digest(),
+        without_pixels=plan_pixels(project, plan.batch, pixels).rows.height if pixels else 0,
     )
 
 

@@ -20,6 +20,8 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import Decoding, Rows
 from nextvid.encode.keeping import Keeper
 from nextvid.encode.pace import OnPace, Pace
+from nextvid.encode.pixel_plan import pixel_spec
+from nextvid.encode.pixels import PixelWriter
 from nextvid.encode.plan import EncodePlan, plan_encode, wanted_clips
 from nextvid.encode.preview import preview_png
 from nextvid.encode.roundtrip import sampled
@@ -33,7 +35,7 @@ from storage.tables import require_checks
 
 
 def make_latents(project: Project, batch: str, on_pace: OnPace | None = None) -> Outcome:
-    """Encode what a batch lacks in the spec in force, publish its checks and a picture.
+    """Encode what a batch lacks in the spec in force, with its pixels if asked for; publish its checks and a picture.
 
     Raises UpstreamError without checked clips, and StoreError where a shard is refused: then nothing of that shard is
     committed, and the published checks say so.
@@ -43,19 +45,28 @@ def make_latents(project: Project, batch: str, on_pace: OnPace | None = None) ->
     plan = plan_encode(project, batch)
     store = LatentStore(project.root, plan.spec)
     store.create()
-    trips = Trips()
-    if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
-        try:
-            _encode(project, plan, store, trips, on_pace)
-        except StoreError as error:
-            publish_refused(project, plan, trips, error)
-            raise
-        if trips.pictures:
-            publish_bytes(project.root.preview("latents", batch), preview_png(trips.pictures))
-    return outcome_of(project, plan, trips, time.perf_counter() - began)
+    trips, workers = Trips(), _shares(project.corpus.encoding)[0]
+    with PixelWriter(project, batch, pixel_spec(project, plan.spec), workers) as pixels:
+        if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
+            try:
+                _encode(project, plan, store, trips, pixels, on_pace)
+            except StoreError as error:
+                publish_refused(project, plan, trips, error)
+                raise
+            if trips.pictures:
+                publish_bytes(project.root.preview("latents", batch), preview_png(trips.pictures))
+        pixels.rest()
+        return outcome_of(project, plan, trips, pixels.plan(), pixels.written, time.perf_counter() - began)
 
 
-def _encode(project: Project, plan: EncodePlan, store: LatentStore, trips: Trips, on_pace: OnPace | None) -> None:
+def _encode(
+    project: Project,
+    plan: EncodePlan,
+    store: LatentStore,
+    trips: Trips,
+    pixels: PixelWriter,
+    on_pace: OnPace | None,
+) -> None:
     encoding = project.corpus.encoding
     workers, threads = _shares(encoding)
     model = Autoencoder.load(encoding.autoencoder, encoding.device, plan.spec.precision, encoding.batch_frames)
@@ -66,7 +77,7 @@ def _encode(project: Project, plan: EncodePlan, store: LatentStore, trips: Trips
         _torch_threads(threads),
         Keeper(model, trips, threads=workers) as keeper,
     ):
-        _Encoder(project, plan, store, model, decoding, keeper, trips, on_pace).run()
+        _Encoder(project, plan, store, model, decoding, keeper, pixels, trips, on_pace).run()
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,13 @@ class _Encoder:
         model: Autoencoder,
         decoding: Decoding,
         keeper: Keeper,
+        pixels: PixelWriter,
         trips: Trips,
         on_pace: OnPace | None,
     ) -> None:
         self._project, self._plan, self._store = project, plan, store
         self._model, self._decoding, self._keeper, self._trips = model, decoding, keeper, trips
+        self._pixels = pixels
         self._clips = wanted_clips(project, plan.batch)
         self._on_pace, self._began = on_pace or (lambda pace: None), time.perf_counter()
         self._done, self._busy_s = 0, 0.0
@@ -151,16 +164,18 @@ class _Encoder:
             begun.again.drop()
             return
         keeping = self._keeper.shard(begun.part, begun.number, begun.again, self._decode)
+        pixels = self._pixels.beside(begun.part, begun.number, begun.frames.take)
         encoded = encode_shard(
             self._model,
             begun.part.spec,
             begun.part.frames,
             begun.rows["row_id"].to_list(),
-            begun.frames.take,
+            pixels.take,
             keeping.row,
             self._count,
         )
         keeping.finish(encoded, begun.rows)
+        self._keeper.hold(self._keeper.submit(pixels.finish))
 
     def _decode(self, row_ids: list[bytes]) -> Rows:
         """Begin to decode these rows in this order, those that no clip wants any more left out."""

@@ -10,6 +10,7 @@ import polars as pl
 
 from nextvid.corpus.discover import batch_fingerprint
 from nextvid.corpus.project import Project
+from nextvid.encode.pixel_plan import pixel_spec, plan_pixels
 from nextvid.encode.plan import plan_encode, spec_in_force
 from storage.root import Table
 from storage.schemas import Media, Shots
@@ -34,6 +35,9 @@ def unfinished(project: Project, batch: str) -> tuple[str, ...]:
     reasons += _quarantined(project, batch)
     if not reasons and (missing := plan_encode(project, batch).rows.height):
         reasons.append(f"{missing} rows are not encoded")
+    pixels = pixel_spec(project, spec_in_force(project))
+    if not reasons and pixels and (missing := plan_pixels(project, batch, pixels).rows.height):
+        reasons.append(f"{missing} rows have no pixels")
     return tuple(reasons)
 
 

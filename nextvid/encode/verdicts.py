@@ -13,6 +13,8 @@ import polars as pl
 
 from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import publish_verdict
+from nextvid.encode.pixel_plan import PixelPlan
+from nextvid.encode.pixels import pixel_check
 from nextvid.encode.plan import EncodePlan, wanted_clips
 from nextvid.encode.roundtrip import Trip
 from nextvid.encode.shard import UnstorableError
@@ -46,8 +48,10 @@ class Trips:
                 self.undecidable[name] = self.undecidable.get(name, 0) + 1
 
 
-def outcome_of(project: Project, plan: EncodePlan, trips: Trips, seconds: float) -> Outcome:
-    """Publish the checks of a batch and report it."""
+def outcome_of(
+    project: Project, plan: EncodePlan, trips: Trips, pixels: PixelPlan | None, pixels_written: int, seconds: float
+) -> Outcome:
+    """Publish the checks of a batch and report it; `pixels` is how they stand now, where they are asked for."""
     every = LatentStore(project.root, plan.spec).commits(plan.batch)
     commits = _wanted(project, plan, every)
     good = commits.filter(pl.col("status") == "ok")
@@ -57,6 +61,7 @@ def outcome_of(project: Project, plan: EncodePlan, trips: Trips, seconds: float)
         _counts(project, plan, commits),
         _round_trip(every, trips, read_checks(path)),
         _no_orphan(plan),
+        pixel_check(pixels),
     )
     publish_verdict(path, ASSET, checks)
     picture = project.root.preview("latents", plan.batch)
@@ -64,7 +69,7 @@ def outcome_of(project: Project, plan: EncodePlan, trips: Trips, seconds: float)
     return Outcome(
         asset=ASSET,
         partition=plan.batch,
-        made=trips.written > 0,
+        made=trips.written + pixels_written > 0,
         rows=good.height,
         size_bytes=sum(plan.spec.row_bytes(frames) for frames in good["frames"].to_list()),
         seconds=seconds,

@@ -16,7 +16,9 @@ from nextvid.corpus.trainset import Trainset
 from nextvid.lineage.trace import Trace, scores_of, trace, trainsets_of
 from nextvid.probe.rows import ProbeRows
 from storage.errors import ConfigError
-from storage.latents import ROWS_PER_SHARD, LatentStore, Part
+from storage.latents import ROWS_PER_SHARD, LatentStore
+from storage.part import PlannedPart
+from storage.pixels import every_store
 from storage.root import DataRoot
 from storage.schemas import Clips, Media
 from storage.tables import read_table, read_tables
@@ -83,7 +85,7 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
         media=tuple(media),
         rows=len(wanted),
         stored=sum(len(slots) for _, slots in places),
-        size_bytes=sum(len(slots) * part.spec.row_bytes(part.frames) for part, slots in places),
+        size_bytes=sum(part.extent(slot)[1] for part, slots in places for slot in slots),
         unexplained=_unexplained(root, media),
         affected=affected,
     )
@@ -109,7 +111,7 @@ def _rows_of(root: DataRoot, media: list[str]) -> dict[str, set[bytes]]:
     return found
 
 
-def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[Part, list[int]]]:
+def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[PlannedPart, list[int]]]:
     """Parts of every store that planned such rows, and the slots whose shards are committed and still hold bytes."""
     for part in _parts(root):
         planned = part.plan.filter(pl.col("row_id").is_in(rows.implode()))["slot"].to_list()
@@ -118,8 +120,8 @@ def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[Part, list[int]]]
             yield part, slots
 
 
-def _parts(root: DataRoot) -> Iterator[Part]:
-    for store in LatentStore.every(root):
+def _parts(root: DataRoot) -> Iterator[PlannedPart]:
+    for store in every_store(root):
         for batch in store.batches():
             for frames in store.frames_of(batch):
                 yield from (store.part(batch, frames, number) for number in store.parts(batch, frames))
