@@ -219,27 +219,40 @@ class Part(PlannedPart):
         wanted = (commits.height, *self.spec.row_shape(self.frames))
         if latents.shape != wanted:
             raise StoreError(f"shard {number} of {self.path}: latents have shape {latents.shape}, not {wanted}")
-        stored = shard.stored_values(latents, (commits["status"] == "ok").to_numpy(), self.spec.storage)
+        raw = shard.packed(latents, (commits["status"] == "ok").to_numpy(), self.spec.storage)
+        stored = shard.unpacked(raw, self.spec.storage, self.spec.row_shape(self.frames))
         index = shard.index(commits.height, self.spec.row_bytes(self.frames))
-        self.publish(number, (stored.data, index), shard.measured(stored, commits))
+        self.publish(number, (raw.data, index), shard.measured(raw, stored, commits))
+
+    def shard_path(self, number: int) -> str:
+        return f"{self.path}/{self.array}/c/{number}/0" if self._in_bytes else super().shard_path(number)
 
     def extent(self, slot: int) -> tuple[int, int]:
         row_bytes = self.spec.row_bytes(self.frames)
         return slot % ROWS_PER_SHARD * row_bytes, row_bytes
 
     def describe(self, folder: Path, rows: int) -> None:
-        shape = self.spec.row_shape(self.frames)
+        """Values where the storage option keeps values; else the rows' bytes, and in words what they are."""
+        values = self.spec.row_shape(self.frames)
+        shape = (self.spec.row_bytes(self.frames),) if self._in_bytes else values
+        words = f"int8 {list(values)}, then float32 [{values[1]}], little-endian; value = int8 * float32 of its channel"
         new_group(folder, self).create_array(
             self.array,
             shape=(rows, *shape),
             chunks=(1, *shape),
             shards={"shape": (ROWS_PER_SHARD, *shape), "index_location": "end"},
-            dtype="float16",
+            dtype="int8" if self._in_bytes else "float16",
             compressors=None,
             filters=None,
-            fill_value=float("nan"),
-            dimension_names=AXES,
+            fill_value=0 if self._in_bytes else float("nan"),
+            dimension_names=("row", "byte") if self._in_bytes else AXES,
+            attributes={"row": words} if self._in_bytes else None,
         )
+
+    @property
+    def _in_bytes(self) -> bool:
+        """Whether a row is more than an array of values."""
+        return self.spec.storage == "int8"
 
 
 def create_part(part: PlannedPart, row_ids: Sequence[bytes]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float16
+from jaxtyping import Float16, UInt8
 
 from storage import shard
 from storage.digest import crc32c
@@ -39,7 +39,7 @@ class _Mapped:
     """One shard's file: its bytes, and which rows passed their checksum in this map."""
 
     memory: mmap.mmap
-    rows: Float16[np.ndarray, "n F C h w"]
+    rows: UInt8[np.ndarray, "n bytes"]
     checked: np.ndarray  # bool [n]
 
 
@@ -60,13 +60,14 @@ class RowReader:
         if slot >= len(mapped.rows):
             what = f"has {len(mapped.rows)} rows, none in slot {slot}"
             raise self._damaged(frames, address, what)
-        row = mapped.rows[slot]
+        raw = mapped.rows[slot]
+        row = shard.unpacked(raw, self._store.spec.storage, self._store.spec.row_shape(frames))
         assert out.dtype == np.float16, f"out is {out.dtype}"
         assert out.flags.c_contiguous, "out is not in C order"
         assert out.shape == row.shape, f"out has shape {out.shape}, not {row.shape}"
         np.copyto(out, row)
         if not mapped.checked[slot]:
-            if crc32c(out) != crc:
+            if crc32c(raw) != crc:
                 out.fill(np.nan)  # nobody trains on what failed its check
                 raise self._damaged(frames, address, "holds other bytes than were committed (or a withdrawn row)")
             mapped.checked[slot] = True
@@ -113,8 +114,7 @@ class RowReader:
         rows = shard.rows_in(len(memory), row_bytes)
         if rows is None or memory[rows * row_bytes :] != shard.index(rows, row_bytes):
             raise self._damaged(frames, address, f"is short or its index was changed ({len(memory)} bytes)")
-        shape = self._store.spec.row_shape(frames)
-        data = np.frombuffer(memory, "<f2", rows * row_bytes // 2).reshape(rows, *shape)
+        data = np.frombuffer(memory, np.uint8, rows * row_bytes).reshape(rows, row_bytes)
         return _Mapped(memory, data, np.zeros(rows, dtype=bool))
 
     def _part(self, frames: int, address: np.void) -> Part:
@@ -149,4 +149,5 @@ def read_row(store: LatentStore, batch: str, frames: int, part: int, slot: int) 
     import zarr
 
     array = zarr.open_array(f"{store.part(batch, frames, part).path}/latent", mode="r")
-    return np.asarray(array[slot])
+    row = np.asarray(array[slot])
+    return row if row.ndim > 1 else shard.unpacked(row.view(np.uint8), store.spec.storage, store.spec.row_shape(frames))

@@ -5,12 +5,13 @@ little-endian u64, absent ones 2^64-1, then the crc32c of the index. Rows stand 
 offset of slot s is s * row_bytes and a reader needs no index (research: store, F). What an option does to values: here.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float, Float16
+from jaxtyping import Float, Float16, Float32, UInt8
 from numcodecs.bitround import BitRound
 
 from storage.digest import crc32c
@@ -20,6 +21,8 @@ ROWS_PER_SHARD = 256  # 67 MB at 16 frames of 32x16x16; size does not change rea
 INDEX_BYTES = 16 * ROWS_PER_SHARD + 4  # offset and size a row, crc32c of both
 _ABSENT = np.uint64(2**64 - 1)  # Zarr v3 specification, sharding codec
 _KEEP_BITS = 7  # design, section 5
+_STEPS = 127  # of int8, symmetric
+_NOTHING = 2.0**-25  # a magnitude that float16 rounds to zero
 _EXPONENT = np.uint16(0x7C00)  # all ones: infinity or NaN in IEEE 754 binary16; 10 times faster than isfinite here
 
 
@@ -50,12 +53,11 @@ def rows_in(size_bytes: int, row_bytes: int) -> int | None:
     return rows if rest == 0 and 1 <= rows <= ROWS_PER_SHARD else None
 
 
-def stored_values(
-    latents: Float[np.ndarray, "n F C h w"], ok: np.ndarray, storage: str
-) -> Float16[np.ndarray, "n F C h w"]:
-    """What the store will hold: float16 after the storage option, NaN in the slots of failed rows.
+def packed(latents: Float[np.ndarray, "n F C h w"], ok: np.ndarray, storage: str) -> UInt8[np.ndarray, "n bytes"]:
+    """The bytes of each row as the storage option has them; NaN in the slots of failed rows.
 
-    StoreError where a row that is said to be ok is not finite or leaves the range of float16.
+    `int8` rows are their values, then a float32 scale a channel (docs/decisions/0009). StoreError where a row that is
+    said to be ok is not finite or leaves the range of float16.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # told below, with the row
         stored = np.array(latents, dtype="<f2", order="C")
@@ -65,23 +67,63 @@ def stored_values(
     broken = [n for n, row in enumerate(stored) if (row.view("<u2") & _EXPONENT).max() == _EXPONENT]
     if broken:
         raise StoreError(f"rows {broken} of this shard are not finite as {storage}: give them a status other than ok")
+    if storage == "int8":
+        return _quantised(np.where(ok[:, None, None, None, None], latents, 0).astype(np.float32), ok)
     stored[~ok] = np.nan
-    return stored
+    return stored.reshape(len(stored), -1).view(np.uint8)
 
 
-def measured(stored: Float16[np.ndarray, "n F C h w"], commits: pl.DataFrame) -> pl.DataFrame:
-    """The commits with crc32c, sums and sums of squares per channel of the stored values; none for failed rows."""
+def unpacked(
+    rows: UInt8[np.ndarray, "*n bytes"], storage: str, shape: tuple[int, int, int, int]
+) -> Float16[np.ndarray, "*n F C h w"]:
+    """Values of stored rows of this shape (F, C, h, w): a view where they stand as float16, else computed."""
+    if storage != "int8":
+        return rows.view("<f2").reshape(*rows.shape[:-1], *shape)
+    count = math.prod(shape)
+    values = rows[..., :count].view(np.int8).reshape(*rows.shape[:-1], *shape)
+    scales = rows[..., count:].view("<f4")
+    return (values * scales[..., None, :, None, None]).astype(np.float16)
+
+
+def stored_values(
+    latents: Float[np.ndarray, "n F C h w"], ok: np.ndarray, storage: str
+) -> Float16[np.ndarray, "n F C h w"]:
+    """What readers of the store will see: float16 after the storage option, NaN in the slots of failed rows.
+
+    Raises as `packed` does.
+    """
+    _, *shape = latents.shape
+    return unpacked(packed(latents, ok, storage), storage, (shape[0], shape[1], shape[2], shape[3]))
+
+
+def _quantised(exact: Float32[np.ndarray, "n F C h w"], ok: np.ndarray) -> UInt8[np.ndarray, "n bytes"]:
+    """Symmetric steps of 1/127 of each row's and channel's largest magnitude: no calibration, nothing is clipped."""
+    largest = np.abs(exact).max(axis=(1, 3, 4))
+    scales = np.where(largest > _NOTHING, largest / _STEPS, 0).astype("<f4")
+    steps = scales[:, None, :, None, None]
+    values = np.rint(np.divide(exact, steps, out=np.zeros_like(exact), where=steps > 0)).astype(np.int8)
+    scales[~ok] = np.nan
+    return np.concatenate([values.reshape(len(exact), -1).view(np.uint8), scales.view(np.uint8)], axis=1)
+
+
+def measured(
+    raw: UInt8[np.ndarray, "n bytes"], stored: Float16[np.ndarray, "n F C h w"], commits: pl.DataFrame
+) -> pl.DataFrame:
+    """The commits with crc32c of the stored bytes, sums and sums of squares per channel of their values.
+
+    None of them for failed rows.
+    """
     crcs: list[int | None] = []
     sums: list[list[float]] = []
     squares: list[list[float]] = []
-    for row, status in zip(stored, commits["status"], strict=True):
+    for data, row, status in zip(raw, stored, commits["status"], strict=True):
         if status != "ok":
             crcs.append(None)
             sums.append([])
             squares.append([])
             continue
         exact = row.astype(np.float64)
-        crcs.append(crc32c(row))
+        crcs.append(crc32c(data))
         sums.append(np.einsum("fchw->c", exact).tolist())
         squares.append(np.einsum("fchw,fchw->c", exact, exact).tolist())
     return commits.with_columns(

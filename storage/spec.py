@@ -12,7 +12,7 @@ from storage.digest import digest
 from storage.errors import ConfigError
 
 POSTERIORS = ("mean", "sample")
-STORED = ("float16", "keepbits7")  # keepbits7: float16 whose mantissa is rounded to 7 of its 10 bits
+STORED = ("float16", "keepbits7", "int8")  # keepbits7: float16 whose mantissa is rounded to 7 of its 10 bits
 TIME_MAPS = ("frame",)  # axis 1 is source frames; autoencoders over time will add theirs
 
 
@@ -32,8 +32,6 @@ class EncodingSpec:
     time_map: str = "frame"
 
     def __post_init__(self) -> None:
-        if self.storage == "int8":
-            raise ConfigError("encoding.storage: 'int8' is not implemented yet: use 'float16' or 'keepbits7'")
         for name, value, known in (
             ("storage", self.storage, STORED),
             ("posterior", self.posterior, POSTERIORS),
@@ -67,5 +65,6 @@ class EncodingSpec:
         return (frames, self.channels, self.height, self.width)
 
     def row_bytes(self, frames: int) -> int:
-        """Bytes of one row: two a value in every storage option so far."""
-        return 2 * frames * self.channels * self.height * self.width
+        """Bytes of one row: two a value; with `int8` one, and four a channel for its scale."""
+        values = frames * self.channels * self.height * self.width
+        return values + 4 * self.channels if self.storage == "int8" else 2 * values

@@ -123,16 +123,19 @@ def _rows(part: Part, number: int, commits: pl.DataFrame, withdrawn: frozenset[b
         problems.append(Problem(path, None, "the index at its end was changed", remedy))
     rows = data[: commits.height * row_bytes].reshape(commits.height, row_bytes)
     for row, (row_id, status, crc) in zip(rows, commits.select("row_id", "status", "crc32c").iter_rows(), strict=True):
-        what = _row(row, row_id, status, crc, withdrawn)
+        values = shard.unpacked(row, part.spec.storage, part.spec.row_shape(part.frames))
+        what = _row(row, values, row_id, status, crc, withdrawn)
         if what is not None:
             problems.append(Problem(path, row_id.hex(), what, remedy))
     return problems
 
 
-def _row(row: np.ndarray, row_id: bytes, status: str, crc: int | None, withdrawn: frozenset[bytes]) -> str | None:
+def _row(
+    row: np.ndarray, values: np.ndarray, row_id: bytes, status: str, crc: int | None, withdrawn: frozenset[bytes]
+) -> str | None:
     """What is wrong with one row's bytes; None where nothing is."""
     if row_id in withdrawn:
         return "withdrawn, but its bytes still stand here: withdraw the file again" if row.any() else None
     if status != "ok":
-        return None if np.isnan(row.view("<f2")).all() else f"{status}, but its slot holds values"
+        return None if np.isnan(values).all() else f"{status}, but its slot holds values"
     return None if crc32c(row) == crc else "its bytes differ from their checksum"

@@ -26,8 +26,7 @@ def test_spec_round_trip_and_digest() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"storage": "int8"}, "'int8' is not implemented yet"),
-        ({"storage": "zip"}, "storage: 'zip' is none of float16, keepbits7"),
+        ({"storage": "zip"}, "storage: 'zip' is none of float16, keepbits7, int8"),
         ({"posterior": "median"}, "posterior"),
         ({"time_map": "latent"}, "time_map"),
         ({"channels": 0}, "at least 1"),

@@ -104,6 +104,21 @@ class TestEncode:
         for row in clips.iter_rows(named=True):
             np.testing.assert_allclose(held[row["row_id"]], expected(project, row), atol=2e-4)
 
+    @pytest.mark.parametrize("storage", ["keepbits7", "int8"])
+    def test_every_storage_option_makes_the_round_trip(
+        self, tmp_path: Path, cosine_autoencoder: Path, storage: str
+    ) -> None:
+        """Smaller rows, still within the option's bound of the slow way, judged by the maker itself."""
+        project = write_corpus(tmp_path, cosine_autoencoder, storage=storage)
+        rows = [clip_row(path, index) for path in films(tmp_path, 2) for index in (0, 3)]
+        publish_clips(project, FILMS, rows)
+        outcome = make_latents(project, FILMS)
+        assert outcome.passed
+        for row in rows:
+            exact, held = expected(project, row), stored(project, FILMS)[row["row_id"]].astype(np.float32)
+            largest = np.abs(exact).max(axis=(0, 2, 3), keepdims=True)
+            assert (np.abs(held - exact) <= largest / (250 if storage == "int8" else 240) + 2e-4).all()
+
     def test_images_are_rows_of_one_frame(self, project: Project) -> None:
         outcome = make_latents(project, STILLS)
         assert outcome.passed
