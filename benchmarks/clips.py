@@ -17,7 +17,7 @@ from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
 from nextvid.recipes import recipe
 from nextvid.train.distributed import Ranks
-from nextvid.train.loader import Loader
+from nextvid.train.loader import Loader, latent_rows
 from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.train.order import Masks, Order
 from storage import atomic
@@ -26,7 +26,6 @@ from storage.latents import EncodingSpec, LatentStore
 from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.schemas import Commits
-from storage.shard import ROWS_PER_SHARD
 
 FRAMES, CHANNELS, SIDE = 16, 32, 16  # VA-VAE f16d32 at 256 pixels, the paper's clip length
 SHAPE = (FRAMES, CHANNELS, SIDE, SIDE)
@@ -103,12 +102,14 @@ class Store:
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         order = Order(self._trainset, config)
         ranks = Ranks(0, 1, torch.device("cpu"))
-        return Loader(self._trainset, config, order, Masks(config, plan), self.reader, ranks)
+        rows = latent_rows(self.reader, self._trainset, config, ranks)
+        return Loader(config, order, Masks(config, plan), {"latents": rows}, ranks)
 
     def order(self, steps: int) -> list[int]:
         """The numbers of the clips that the loader draws, in its order."""
         drawn = Order(self._trainset, _recipe(steps)).drawn(FRAMES, 0, steps * BATCH)
-        return [int(clip.address["shard"]) * ROWS_PER_SHARD + int(clip.address["slot"]) for clip in drawn]
+        found: list[int] = drawn.rows.tolist()
+        return found
 
 
 def _recipe(steps: int) -> RecipeConfig:

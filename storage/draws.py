@@ -8,18 +8,18 @@ nor workers are known here (design, section 5, Order). A dataset's permutations 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
 
 import numpy as np
-from einops import rearrange
 from jaxtyping import Int64, UInt64
 
 from storage.errors import ConfigError
 
 BLOCK = 1024  # draws; design, section 5. 2.5 us a draw (research: store, G)
+_BLOCKS_KEPT = 4  # of 16 KB: a step's draws lie in one block or two, and two stages meet
 _ROUNDS = 8  # Feistel rounds; 4 are a pseudo-random permutation (Luby and Rackoff 1988), the rest is for tiny halves
 _MASK = (1 << 64) - 1
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64 (Steele, Lea, Flood 2014)
@@ -45,6 +45,7 @@ class Draws:
         exact = [Fraction(repr(float(weights[name]))) for name in self.datasets]
         whole = lcm(*(weight.denominator for weight in exact))
         self._weights = tuple(int(weight * whole) for weight in exact)
+        self._block = lru_cache(maxsize=_BLOCKS_KEPT)(self._dealt)
 
     def at(self, g: int) -> tuple[int, int]:
         """Dataset index and row within the dataset of draw `g` >= 0; the reference."""
@@ -60,29 +61,37 @@ class Draws:
     def range(self, start: int, count: int) -> tuple[Int64[np.ndarray, "count"], Int64[np.ndarray, "count"]]:
         """Dataset indices and rows of draws `start` to `start + count - 1`."""
         assert start >= 0, start
-        blocks = range(start // BLOCK, -(-(start + count) // BLOCK))
         if count == 0:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        quotas = np.array([self._quotas(block) for block in [*blocks, blocks.stop]], dtype=np.int64)
-        sizes = np.diff(quotas, axis=0)
-        ends = np.cumsum(sizes, axis=1)  # [block, dataset]: a block's draws before the shuffle, dataset after dataset
-        keys = np.array([self._block_keys(block) for block in blocks], dtype=np.uint64)
-        places = np.tile(np.arange(BLOCK, dtype=np.uint64), len(blocks))
-        slots = permute_many(places, np.full(len(places), BLOCK), keys.repeat(BLOCK, axis=0)).astype(np.int64)
-        datasets = (rearrange(slots, "(b p) -> b p 1", p=BLOCK) >= rearrange(ends, "b d -> b 1 d")).sum(axis=2)
-        ranks = np.empty_like(datasets)  # among the block's draws in order of dataset, then position
-        np.put_along_axis(ranks, np.argsort(datasets, axis=1, kind="stable"), np.arange(BLOCK)[None], axis=1)
-        numbers = np.take_along_axis(quotas[:-1] - ends + sizes, datasets, axis=1) + ranks
-        asked = slice(start - blocks.start * BLOCK, start - blocks.start * BLOCK + count)
-        return datasets.ravel()[asked], self._rows(datasets.ravel()[asked], numbers.ravel()[asked])
+        stop = start + count
+        found = [
+            self._block(block)[:, max(start - block * BLOCK, 0) : stop - block * BLOCK]
+            for block in range(start // BLOCK, -(-stop // BLOCK))
+        ]
+        datasets, rows = np.concatenate(found, axis=1)
+        return datasets, rows
 
-    def _rows(self, datasets: Int64[np.ndarray, "n"], numbers: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-        """Rows of the n-th draws of their datasets."""
-        sizes = np.array(self._sizes)[datasets]
-        passes, places = np.divmod(numbers, sizes)
-        which, inverse = np.unique(np.stack((datasets, passes)), axis=1, return_inverse=True)
-        keys = np.array([self._pass_keys(dataset, taken) for dataset, taken in which.T.tolist()], dtype=np.uint64)
-        return permute_many(places.astype(np.uint64), sizes, keys[inverse]).astype(np.int64)
+    def _dealt(self, block: int) -> Int64[np.ndarray, "2 p"]:
+        """Dataset indices and rows of a whole block."""
+        before = np.array(self._quotas(block), dtype=np.int64)
+        sizes = np.array(self._quotas(block + 1), dtype=np.int64) - before
+        ends = np.cumsum(sizes)  # of each dataset's draws, before the shuffle: dataset after dataset
+        slots = permute_all(np.arange(BLOCK, dtype=np.uint64), BLOCK, self._block_keys(block)).astype(np.int64)
+        datasets = np.searchsorted(ends, slots, side="right")
+        numbers, rows = np.empty(BLOCK, dtype=np.int64), np.empty(BLOCK, dtype=np.int64)
+        by_dataset = np.argsort(datasets, kind="stable")  # a dataset's draws are numbered by position
+        numbers[by_dataset] = (before - ends + sizes).repeat(sizes) + np.arange(BLOCK)
+        for dataset in np.flatnonzero(sizes).tolist():
+            mine = datasets == dataset
+            rows[mine] = self._rows(dataset, numbers[mine])
+        found = np.stack((datasets, rows))
+        found.flags.writeable = False  # kept for the next ranges of this block
+        return found
+
+    def _rows(self, dataset: int, numbers: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Rows of a dataset's draws by their number among its own, ascending."""
+        size = self._sizes[dataset]
+        return _walked(numbers, size, lambda taken: self._pass_keys(dataset, taken))
 
     def _quotas(self, block: int) -> list[int]:
         """Draws of each dataset in the blocks before `block`: its share of what the datasets before it left, rounded.
@@ -111,6 +120,31 @@ def mask_entry(seed: int, strategy: int, g: int, entries: int) -> int:
     return permute(place, entries, round_keys("mask", seed, strategy, taken))
 
 
+def mask_entries(seed: int, strategy: int, start: int, count: int, entries: int) -> Int64[np.ndarray, "count"]:
+    """`mask_entry` of draws `start` to `start + count - 1`."""
+    assert start >= 0, start
+    blocks = range(start // BLOCK, max(-(-(start + count) // BLOCK), start // BLOCK + 1))
+    found = np.concatenate([_entries_of_block(seed, strategy, block, entries) for block in blocks])
+    first = start - blocks.start * BLOCK
+    return found[first : first + count]
+
+
+@lru_cache(maxsize=16)  # a few strategies' blocks
+def _entries_of_block(seed: int, strategy: int, block: int, entries: int) -> Int64[np.ndarray, "p"]:
+    draws = np.arange(block * BLOCK, (block + 1) * BLOCK)
+    return _walked(draws, entries, lambda taken: round_keys("mask", seed, strategy, taken))
+
+
+def _walked(numbers: Int64[np.ndarray, "n"], size: int, keys: Callable[[int], Keys]) -> Int64[np.ndarray, "n"]:
+    """Where ascending numbers come to lie that walk through range(size) pass after pass, each pass in its own order."""
+    passes, places = np.divmod(numbers, size)
+    edges = np.flatnonzero(np.diff(passes)) + 1
+    firsts = np.concatenate(([0], edges))
+    parts = np.split(places.astype(np.uint64), edges)
+    found = [permute_all(part, size, keys(taken)) for part, taken in zip(parts, passes[firsts].tolist(), strict=True)]
+    return np.concatenate(found).astype(np.int64)
+
+
 @lru_cache(maxsize=4096)
 def round_keys(*what: str | int) -> Keys:
     """Keys of a permutation, from a purpose and what it belongs to."""
@@ -135,24 +169,21 @@ def permute(place: int, size: int, keys: Sequence[int]) -> int:
             return place
 
 
-def permute_many(
-    places: UInt64[np.ndarray, "n"], sizes: Int64[np.ndarray, "n"], keys: UInt64[np.ndarray, "n rounds"]
-) -> UInt64[np.ndarray, "n"]:
-    """`permute` of each place, each with its own size and keys."""
-    known, inverse = np.unique(sizes, return_inverse=True)
-    halves = np.array([_halves(size) for size in known.tolist()], dtype=np.uint64)[inverse]
+def permute_all(places: UInt64[np.ndarray, "n"], size: int, keys: Sequence[int]) -> UInt64[np.ndarray, "n"]:
+    """`permute` of each place."""
+    left_bits, right_bits = (np.uint64(bits) for bits in _halves(size))
     one, out, outside = np.uint64(1), places.copy(), np.arange(len(places))
+    left_mask, right_mask = (one << left_bits) - one, (one << right_bits) - one
+    table = np.array(keys, dtype=np.uint64)
     while outside.size:
-        shift = halves[outside, 1]
-        left_mask, right_mask = (one << halves[outside, 0]) - one, (one << shift) - one
-        left, right = out[outside] >> shift, out[outside] & right_mask
-        for n in range(keys.shape[1]):
+        left, right = out[outside] >> right_bits, out[outside] & right_mask
+        for n, key in enumerate(table):
             if n % 2 == 0:
-                left ^= _mixed_many(right + keys[outside, n]) & left_mask
+                left ^= _mixed_many(right + key) & left_mask
             else:
-                right ^= _mixed_many(left + keys[outside, n]) & right_mask
-        out[outside] = left << shift | right
-        outside = outside[out[outside] >= sizes[outside].astype(np.uint64)]
+                right ^= _mixed_many(left + key) & right_mask
+        out[outside] = left << right_bits | right
+        outside = outside[out[outside] >= size]
     return out
 
 

@@ -1,17 +1,19 @@
 """RowReader: rows of a latent store by address, through memory maps and arithmetic. The read path of training.
 
-The offset of a row is slot * row_bytes, so a read is one copy out of a mapped file (research: store, B and F). A file
-is checked when it is mapped (its commit exists, its size and index are right) and each row's crc32c the first time it
-is read through that map, before anybody sees it. Threads may share a reader. `read_row` is the slow oracle through
-zarr-python. Must not know draws, batches of clips or torch.
+The offset of a row is slot * row_bytes, so a row is a view of a mapped file (int8: unpacked from one), and who wants it
+copies it once (research: store, B and F). A file is checked when it is mapped (its commit exists, its size and index
+are right) and each row's crc32c the first time it is asked for through that map, before anybody sees it. Threads may
+share a reader. `read_row` is the slow oracle through zarr-python. Must not know draws, batches of clips or torch.
 """
 
+import ctypes
 import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -31,6 +33,8 @@ from storage.verify import encode_again
 ADDRESS = np.dtype(
     [("row_id", "<u8", 2), ("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("slot", "<u2"), ("crc", "<u4")]
 )
+Fields = tuple[Any, ...]  # of an ADDRESS, as Python numbers
+_libc = ctypes.CDLL(None)
 _OPEN_MAPS = 512  # Linux allows 65530 maps a process (vm.max_map_count); opening one costs 20 us (research: store, F)
 
 
@@ -40,7 +44,14 @@ class _Mapped:
 
     memory: mmap.mmap
     rows: UInt8[np.ndarray, "n bytes"]
+    values: Float16[np.ndarray, "n F C h w"] | None  # the same bytes; None where each row must be unpacked
     checked: np.ndarray  # bool [n]
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Hint that these bytes are read soon. Not mmap's own madvise: that holds the interpreter while it waits."""
+        page = start - start % mmap.PAGESIZE
+        address = ctypes.c_void_p(self.rows.ctypes.data + page)
+        _libc.madvise(address, ctypes.c_size_t(stop - page), mmap.MADV_WILLNEED)  # a hint: failing changes nothing
 
 
 class RowReader:
@@ -53,39 +64,60 @@ class RowReader:
         self._maps: OrderedDict[tuple[int, int, int, int], _Mapped] = OrderedDict()
         self._guard = threading.Lock()
 
+    def rows(self, frames: int, addresses: np.ndarray) -> list[Float16[np.ndarray, "F C h w"]]:
+        """Rows, ADDRESS [n] -> n arrays: views of their maps, valid as long as they are held and not to be written.
+
+        Raises DamagedError where a file or a row's bytes are not as committed.
+        """
+        fields = addresses.tolist()  # one conversion for all
+        return [self._row(frames, fields[n], addresses[n]) for n in range(len(addresses))]
+
     def read_into(self, frames: int, address: np.void, out: Float16[np.ndarray, "F C h w"]) -> None:
-        """Copy one row into `out` (float16, C order); DamagedError where its file or its bytes are not as committed."""
-        _, batch, part, number, slot, crc = address.item()
-        mapped = self._mapped((frames, batch, part, number), address)
-        if slot >= len(mapped.rows):
-            what = f"has {len(mapped.rows)} rows, none in slot {slot}"
-            raise self._damaged(frames, address, what)
-        raw = mapped.rows[slot]
-        row = shard.unpacked(raw, self._store.spec.storage, self._store.spec.row_shape(frames))
+        """Copy one row into `out` (float16, C order), which keeps its values where DamagedError is raised."""
+        fields: Any = address.item()
+        row = self._row(frames, fields, address)
         assert out.dtype == np.float16, f"out is {out.dtype}"
         assert out.flags.c_contiguous, "out is not in C order"
         assert out.shape == row.shape, f"out has shape {out.shape}, not {row.shape}"
         np.copyto(out, row)
-        if not mapped.checked[slot]:
-            if crc32c(raw) != crc:
-                out.fill(np.nan)  # nobody trains on what failed its check
-                raise self._damaged(frames, address, "holds other bytes than were committed (or a withdrawn row)")
-            mapped.checked[slot] = True
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
-        """Tell the kernel that these rows are read soon; waits at most for indexes of shards not mapped yet."""
-        row_bytes = self._store.spec.row_bytes(frames)
-        for address in addresses:
-            _, batch, part, number, slot, _ = address.item()
-            mapped = self._mapped((frames, batch, part, number), address)
-            start = slot * row_bytes
-            page = start - start % mmap.PAGESIZE
-            mapped.memory.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)
+        """Tell the kernel that these rows are read soon, neighbours in one call.
+
+        Waits at most for indexes of shards not mapped yet, and where the disk's queue is full.
+        """
+        ordered = np.sort(addresses, order=("batch", "part", "shard", "slot"))
+        slots = ordered["slot"].astype(np.int64)
+        apart = np.diff(slots) > 1
+        for name in ("batch", "part", "shard"):
+            apart |= ordered[name][1:] != ordered[name][:-1]
+        ends = np.append(np.flatnonzero(apart) + 1, len(ordered))
+        row_bytes, first = self._store.spec.row_bytes(frames), 0
+        for end in ends.tolist() if len(ordered) else ():
+            _, batch, part, number, _, _ = ordered[first].item()
+            mapped = self._mapped((frames, batch, part, number), ordered[first])
+            mapped.will_need(int(slots[first]) * row_bytes, (int(slots[end - 1]) + 1) * row_bytes)
+            first = end
 
     def close(self) -> None:
         """Forget all maps; the reader stays usable and maps again."""
         with self._guard:
             self._maps.clear()
+
+    def _row(self, frames: int, fields: Fields, address: np.void) -> Float16[np.ndarray, "F C h w"]:
+        """View of one row, checked; `fields` are those of the address, which serves messages."""
+        _, batch, part, number, slot, crc = fields
+        mapped = self._mapped((frames, batch, part, number), address)
+        if slot >= len(mapped.rows):
+            raise self._damaged(frames, address, f"has {len(mapped.rows)} rows, none in slot {slot}")
+        if not mapped.checked[slot]:
+            if crc32c(mapped.rows[slot]) != crc:
+                raise self._damaged(frames, address, "holds other bytes than were committed (or a withdrawn row)")
+            mapped.checked[slot] = True
+        if mapped.values is not None:
+            row: np.ndarray = mapped.values[slot]
+            return row
+        return shard.unpacked(mapped.rows[slot], self._store.spec.storage, self._store.spec.row_shape(frames))
 
     def _mapped(self, key: tuple[int, int, int, int], address: np.void) -> _Mapped:
         """Map of a shard, by frames, batch, part and shard; `address` is one of its rows, for messages."""
@@ -108,14 +140,18 @@ class RowReader:
             raise self._damaged(frames, address, "is not committed")
         try:
             with Path(part.shard_path(number)).open("rb") as file:
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # private: torch wants writable memory to read from, and what is written here never reaches the file
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # ValueError: the file is empty
             raise self._damaged(frames, address, f"cannot be read ({error})") from error
         rows = shard.rows_in(len(memory), row_bytes)
         if rows is None or memory[rows * row_bytes :] != shard.index(rows, row_bytes):
             raise self._damaged(frames, address, f"is short or its index was changed ({len(memory)} bytes)")
         data = np.frombuffer(memory, np.uint8, rows * row_bytes).reshape(rows, row_bytes)
-        return _Mapped(memory, data, np.zeros(rows, dtype=bool))
+        spec, values = self._store.spec, None
+        if spec.storage != "int8":
+            values = shard.unpacked(data, spec.storage, spec.row_shape(frames))
+        return _Mapped(memory, data, values, np.zeros(rows, dtype=bool))
 
     def _part(self, frames: int, address: np.void) -> Part:
         return self._store.part(self._batches[int(address["batch"])], frames, int(address["part"]))

@@ -119,7 +119,7 @@ MUTATIONS = {
         f"{MODEL}/nextvid.py", "interpolate(draws, targets[:, 1:])", "interpolate(draws, targets[:, :-1])", "16"
     ),
     "17 latents as they are stored": Mutation(
-        f"{TRAIN}/loader.py", "normalise(latents, self._mean, self._std)", "latents", "17"
+        f"{TRAIN}/latent_rows.py", "out.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])", "pass", "17"
     ),
     "18 a partial checkpoint": Mutation(
         "nextvid/encode/autoencoders.py", 'if told["missing_keys"] or told["unexpected_keys"]:', "if False:", "18"
@@ -139,8 +139,8 @@ MUTATIONS = {
         f"{MODEL}/decoder.py", '"k b f n d -> (k b f) n d")', '"k b f n d -> (b f k) n d")', "22"
     ),
     "25 every clip takes one mask": Mutation(
-        f"{TRAIN}/order.py", "mask_entry(self._recipe.seed, strategy, draw,",
-        "mask_entry(self._recipe.seed, strategy, 0 * draw,", "25",
+        f"{TRAIN}/order.py", "strategy, draws.start, len(draws),",
+        "strategy, 0 * draws.start, len(draws),", "25",
     ),
     "27 a stage's edge one step late": Mutation(
         f"{TRAIN}/optim.py", "if step < first + stage.steps:", "if step <= first + stage.steps:", "27"

@@ -1,32 +1,35 @@
-"""From the latent store to tensors of a batch: rows copied into a ring of reused buffers, ahead of the step.
+"""From the store to tensors of a batch, ahead of the step: what is drawn, hinted to the kernel, filled, delivered.
 
-Threads of this process fill buffers from memory maps; statistics, folding and the repetition of images happen on the
-device after one copy (design, 5). What is drawn is decided elsewhere (order.py). It keeps no state of its own: batches
-from any step on are the same batches. Opens no video.
+Threads of this process draw a step's rows and masks, ask the kernel to read them, and fill host memory that is used
+again and again (ring.py). What is drawn is decided elsewhere (order.py). It keeps no state of its own: batches from any
+step on are the same batches, whatever the ranks and threads. Opens no video.
 
-Axes: B clips, F frames, C channels of the store, h and w its cells.
+A kind of row (`Rows`) is a class in a module of its own: latent_rows.py fills `Batch.latents`. Another kind, pixels
+say, takes the same four methods, finds its rows by `Drawn.rows` (all kinds of rows of a trainset are aligned) and has
+memory of its own; `open_loader` puts it beside the latents, and the same threads fill both.
+
+Axes: B clips, L visible tokens.
 """
 
-import collections
-import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
-from einops import repeat
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
 
 from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
-from nextvid.model.tokens import normalise, space_to_depth
 from nextvid.recipes import RECIPES
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
+from nextvid.train.latent_rows import HostLatents, StagedLatents
 from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import draws_before, stage_at
 from nextvid.train.order import Drawn, Masks, Order, first_draws
@@ -36,108 +39,149 @@ from storage.root import DataRoot
 
 __all__ = ["READ_AHEAD", "Loader", "first_draws", "open_loader"]
 
-READ_AHEAD = 4  # batches in flight: our choice; covers a step's jitter at 70 MB a batch of 32 clips (research: store)
+READ_AHEAD = 4  # batches drawn and hinted before their step: design, 5; 33 MB at 32 clips (research: store, B)
+FILLED_AHEAD = 2  # of them filled, or as many as there are threads: more pushes the ready ones out of the CPU's cache
+
+Kind = Literal["latents", "pixels"]  # fields of Batch
+P = TypeVar("P")
+T = TypeVar("T")
+A = ParamSpec("A")
 
 
-@dataclass
-class _Buffer:
-    """One place of the ring: float16 for the largest share, and the end of the last copy out of it."""
+class Rows(Protocol[P]):
+    """A kind of row, and how it gets from a store into a batch. P is the memory of one batch."""
 
-    memory: Tensor
-    copied: torch.cuda.Event | None = None
+    def will_need(self, drawn: Drawn) -> None:
+        """Tell the kernel. Runs in a thread."""
+
+    def place(self, clips: int, frames: int) -> P:
+        """Memory for a batch; never waits."""
+
+    def fill(self, drawn: Drawn, place: P) -> None:
+        """Read rows into it. Runs in a thread, several batches at once."""
+
+    def deliver(self, drawn: Drawn, place: P) -> Tensor:
+        """What the step gets, on its device; the memory may be used again. Runs in the trainer's thread, in order."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A batch in host memory, before its delivery."""
+
+    step: int
+    drawn: Drawn
+    visible: list[Int[np.ndarray, "B L"]]
+    places: dict[Kind, Any]  # each the P of its Rows
 
 
 class Loader:
     """Batches of one rank. Use `open_loader`, which closes it."""
 
     def __init__(
-        self, trainset: Trainset, recipe: RecipeConfig, order: Order, masks: Masks, reader: RowReader, ranks: Ranks
+        self, recipe: RecipeConfig, order: Order, masks: Masks, rows: Mapping[Kind, Rows[Any]], ranks: Ranks
     ) -> None:
-        self._spec, self._recipe, self._order, self._masks = trainset.spec, recipe, order, masks
-        self._reader, self._ranks, self._device = reader, ranks, ranks.device
-        self._fold = _fold(trainset, recipe)
-        self._mean, self._std = (
-            torch.from_numpy(np.array(values, np.float32)).to(ranks.device) for values in (trainset.mean, trainset.std)
-        )
+        self._recipe, self._order, self._masks, self._rows, self._ranks = recipe, order, masks, rows, ranks
         for stage in recipe.stages:
             if stage.batch % ranks.count:
                 raise RefusedError(f"stage {stage.name}: batch {stage.batch} is not divisible by {ranks.count} ranks")
 
     def batches(self, first_step: int, threads: int = 1) -> Iterator[Batch]:
-        """Batches of steps first_step..last, in order, read ahead by threads."""
-        stages = self._recipe.stages
-        largest = max(stage.batch // self._ranks.count * stage.frames for stage in stages)
-        ring = collections.deque(self._buffer(largest) for _ in range(READ_AHEAD + 1))
-        ahead: collections.deque[tuple[int, list[Drawn], _Buffer, Future[None]]] = collections.deque()
-        with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
-            for step in range(first_step, self._recipe.steps + READ_AHEAD):
-                if step < self._recipe.steps:
-                    drawn, buffer = self._share(step), ring.popleft()
-                    self._announce(drawn)
-                    ahead.append((step, drawn, buffer, pool.submit(self._fill, step, drawn, buffer)))
-                if len(ahead) > READ_AHEAD or (step >= self._recipe.steps and ahead):
-                    ready, drawn, buffer, filled = ahead.popleft()
-                    began = time.perf_counter()
-                    filled.result()
-                    waited_s = time.perf_counter() - began
-                    batch = self._batch(ready, drawn, buffer, waited_s)
-                    ring.append(buffer)
-                    yield batch
+        """Batches of steps first_step..last, in order. Without threads each is filled when it is asked for."""
+        filled = self.filled(first_step, threads)
+        while True:
+            began = time.perf_counter()
+            ready = next(filled, None)
+            if ready is None:
+                return
+            batch = self._delivered(ready)
+            yield replace(batch, waited_s=time.perf_counter() - began)
+
+    def filled(self, first_step: int, threads: int) -> Iterator[Filled]:
+        """The same before delivery: who takes one delivers it before asking for the next."""
+        steps = range(first_step, self._recipe.steps)
+        filling = min(max(FILLED_AHEAD, threads), READ_AHEAD) if threads else 0
+        with _threads(threads) as pool:
+            drawing = ((step, pool.submit(self._drawn, step)) for step in steps)
+            asked = _ahead(drawing, READ_AHEAD - filling)
+            for future in _ahead((self._filling(pool, step, drawn) for step, drawn in asked), filling):
+                yield future.result()
 
     def clips(self, draws: range) -> Batch:
         """Clips of the first stage by draw number, without masks: the fixed set of the diagnostics."""
-        frames = self._recipe.stages[0].frames
-        drawn = self._order.drawn(frames, draws.start, len(draws))
-        buffer = self._buffer(len(drawn) * frames)
-        self._fill(0, drawn, buffer)
-        return Batch(0, tuple(draws), self._on_device(self._view(0, len(drawn), buffer), drawn), visible=[])
+        at_once, frames = self._share(0)
+        parts: dict[Kind, list[Tensor]] = {kind: [] for kind in self._rows}
+        for first in draws[::at_once]:
+            drawn = self._order.drawn(frames, first, min(at_once, draws.stop - first))
+            for kind, rows in self._rows.items():
+                place = rows.place(len(drawn), frames)
+                rows.fill(drawn, place)
+                parts[kind].append(rows.deliver(drawn, place))
+        found = {kind: torch.cat(some) for kind, some in parts.items()}
+        return Batch(0, tuple(draws), found.get("latents"), [], found.get("pixels"))
 
-    def _share(self, step: int) -> list[Drawn]:
-        """This rank's contiguous share of the step's draws."""
+    def _share(self, step: int) -> tuple[int, int]:
+        """Clips of this rank in a step's batch, and their frames."""
         stage = self._recipe.stages[stage_at(self._recipe.stages, step)[0]]
-        share = stage.batch // self._ranks.count
-        first = draws_before(self._recipe.stages, step) + self._ranks.rank * share
-        return self._order.drawn(stage.frames, first, share)
+        return stage.batch // self._ranks.count, stage.frames
 
-    def _announce(self, drawn: Sequence[Drawn]) -> None:
-        for frames in {clip.frames for clip in drawn}:
-            self._reader.will_need(frames, np.array([clip.address for clip in drawn if clip.frames == frames]))
+    def _drawn(self, step: int) -> Drawn:
+        """This rank's contiguous share of the step's draws, hinted to the kernel."""
+        clips, frames = self._share(step)
+        first = draws_before(self._recipe.stages, step) + self._ranks.rank * clips
+        drawn = self._order.drawn(frames, first, clips)
+        for rows in self._rows.values():
+            rows.will_need(drawn)
+        return drawn
 
-    def _fill(self, step: int, drawn: Sequence[Drawn], buffer: _Buffer) -> None:
-        """Copy rows into the buffer, images into the first frame of their place. Runs in a thread."""
-        if buffer.copied is not None:
-            buffer.copied.synchronize()
-        places = self._view(step, len(drawn), buffer).numpy()
-        for place, clip in zip(places, drawn, strict=True):
-            self._reader.read_into(clip.frames, clip.address, place[: clip.frames])
+    def _filling(self, pool: Executor, step: int, drawn: Future[Drawn]) -> Future[Filled]:
+        """Take memory here, where steps come in order, and have it filled."""
+        places = {kind: rows.place(*self._share(step)) for kind, rows in self._rows.items()}
+        return pool.submit(self._fill, step, drawn, places)
 
-    def _view(self, step: int, clips: int, buffer: _Buffer) -> Float[Tensor, "B F C h w"]:
-        frames = self._recipe.stages[stage_at(self._recipe.stages, step)[0]].frames
-        shape = (clips, frames, self._spec.channels, self._spec.height, self._spec.width)
-        return buffer.memory[: math.prod(shape)].view(shape)
+    def _fill(self, step: int, asked: Future[Drawn], places: dict[Kind, Any]) -> Filled:
+        drawn = asked.result()  # submitted before: it runs or is over, so no thread waits for one that cannot start
+        for kind, rows in self._rows.items():
+            rows.fill(drawn, places[kind])
+        return Filled(step, drawn, self._masks.visible(step, drawn.draws), places)
 
-    def _batch(self, step: int, drawn: list[Drawn], buffer: _Buffer, waited_s: float) -> Batch:
-        numbers = tuple(clip.draw for clip in drawn)
-        latents = self._on_device(self._view(step, len(drawn), buffer), drawn)
-        if self._device.type == "cuda":
-            buffer.copied = torch.cuda.Event()
-            buffer.copied.record()
-        ids = [torch.from_numpy(ids).to(self._device) for ids in self._masks.visible(step, numbers)]
-        return Batch(step, numbers, latents, ids, waited_s=waited_s)
+    def _delivered(self, filled: Filled) -> Batch:
+        found = {kind: rows.deliver(filled.drawn, filled.places[kind]) for kind, rows in self._rows.items()}
+        ids = [torch.from_numpy(ids).to(self._ranks.device) for ids in filled.visible]
+        draws = tuple(filled.drawn.draws)
+        return Batch(filled.step, draws, found.get("latents"), ids, found.get("pixels"))
 
-    def _on_device(self, stored: Tensor, drawn: Sequence[Drawn]) -> Tensor:
-        """Copy, repeat images over time, normalise, fold to the model's grid."""
-        frames = stored.shape[1]
-        latents = stored.to(self._device, non_blocking=True).float()  # a new tensor: float16 is never used as it is
-        images = [place for place, clip in enumerate(drawn) if clip.frames < frames]
-        if images:
-            latents[images] = repeat(latents[images, 0], "B C h w -> B F C h w", F=frames)
-        normalised = normalise(latents, self._mean, self._std)
-        return space_to_depth(normalised, self._fold) if self._fold > 1 else normalised
 
-    def _buffer(self, frames: int) -> _Buffer:
-        numbers = frames * self._spec.channels * self._spec.height * self._spec.width
-        return _Buffer(torch.empty(numbers, dtype=torch.float16, pin_memory=self._device.type == "cuda"))
+class _Here(Executor):
+    """No threads: what is submitted is done at once."""
+
+    def submit(self, work: Callable[A, T], /, *args: A.args, **kwargs: A.kwargs) -> Future[T]:
+        done: Future[T] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[Executor]:
+    """Threads that end with the block; what they have not begun is dropped."""
+    torch.get_num_threads()  # settles the caller's number before a thread of ours sets its own
+    pool = ThreadPoolExecutor(count, "loader", initializer=torch.set_num_threads, initargs=(1,)) if count else _Here()
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ahead(made: Iterable[T], count: int) -> Iterator[T]:
+    """The same items, each handed on when `count` later ones are made."""
+    window: deque[T] = deque()
+    for item in made:
+        window.append(item)
+        if len(window) > count:
+            yield window.popleft()
+    yield from window
 
 
 @contextmanager
@@ -149,9 +193,20 @@ def open_loader(
     order.refuse_withdrawn(root, trainset)
     reader = RowReader(root, trainset.spec, trainset.batches)
     try:
-        yield Loader(trainset, recipe, order, Masks(recipe, plan), reader, ranks)
+        yield Loader(
+            recipe, order, Masks(recipe, plan), {"latents": latent_rows(reader, trainset, recipe, ranks)}, ranks
+        )
     finally:
         reader.close()
+
+
+def latent_rows(reader: RowReader, trainset: Trainset, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
+    """Latents on the device of a rank. Raises RefusedError where they do not fit the recipe."""
+    fold = _fold(trainset, recipe)
+    largest = max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
+    if ranks.device.type == "cpu":
+        return HostLatents(reader, trainset, fold, largest)
+    return StagedLatents(reader, trainset, fold, largest, READ_AHEAD + 1, ranks.device)
 
 
 def _fold(trainset: Trainset, recipe: RecipeConfig) -> int:

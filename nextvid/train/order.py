@@ -7,7 +7,7 @@ Axes: B clips, n visible cells, L visible tokens.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +20,9 @@ from nextvid.model.masks import bucket_entry, flat_ids, step_bucket
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import stage_at
-from storage.draws import Draws, mask_entry
+from storage.draws import Draws, mask_entries
 from storage.errors import RefusedError
-from storage.reader import row_id
+from storage.reader import ADDRESS, row_id
 from storage.root import DataRoot
 from storage.withdrawn import withdrawn_rows
 
@@ -31,12 +31,26 @@ IMAGE = 1  # stored frames of an image
 
 @dataclass(frozen=True)
 class Drawn:
-    """One drawn clip: its dataset, the stored frames of its row (1: an image), and the row's address."""
+    """Clips of consecutive draws: which row each takes, and where that lies."""
 
-    draw: int
-    dataset: str
-    frames: int
-    address: np.void
+    first: int  # number of the first draw
+    names: tuple[str, ...]  # datasets of the trainset, sorted
+    datasets: Int[np.ndarray, " B"]  # indices in `names`
+    frames: Int[np.ndarray, " B"]  # stored frames of the row: 1 for an image
+    rows: Int[np.ndarray, " B"]  # place in the trainset's rows of that many frames; other kinds of rows are aligned
+    addresses: np.ndarray  # ADDRESS [B]: the latents' place in the store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def draws(self) -> range:
+        """Their numbers."""
+        return range(self.first, self.first + len(self))
+
+    def of_frames(self, frames: int) -> Int[np.ndarray, " n"]:
+        """Places in here of the clips that are stored with so many frames."""
+        return np.flatnonzero(self.frames == frames)
 
 
 class Order:
@@ -56,14 +70,20 @@ class Order:
                 )
             self._draws[frames] = Draws(recipe.seed, trainset.weights, sizes)
 
-    def drawn(self, frames: int, first: int, count: int) -> list[Drawn]:
+    def drawn(self, frames: int, first: int, count: int) -> Drawn:
         """Draws first..first+count-1 of a stage whose clips have `frames` frames."""
         draws = self._draws[frames]
         datasets, rows = draws.range(first, count)
-        return [
-            self._at(first + index, draws.datasets[int(dataset)], frames, int(row))
-            for index, (dataset, row) in enumerate(zip(datasets, rows, strict=True))
-        ]
+        images = np.array([self._images(name) for name in draws.datasets])[datasets]
+        stored = np.where(rows < images, IMAGE, frames)
+        places, addresses = np.empty(count, np.int64), np.empty(count, ADDRESS)
+        for length in np.unique(stored).tolist():
+            of_length = stored == length
+            firsts = np.array([self._offsets[length].get(name, (0, 0))[0] for name in draws.datasets])
+            inside = rows - (images if length != IMAGE else 0)
+            places[of_length] = (firsts[datasets] + inside)[of_length]
+            addresses[of_length] = self._rows[length][places[of_length]]
+        return Drawn(first, draws.datasets, datasets, stored, places, addresses)
 
     def refuse_withdrawn(self, root: DataRoot, trainset: Trainset) -> None:
         """Raise RefusedError if one of the rows was withdrawn; a binary search a dataset, so cheap at any size."""
@@ -84,12 +104,6 @@ class Order:
     def _clips(self, dataset: str, frames: int) -> int:
         return self._offsets.get(frames, {}).get(dataset, (0, 0))[1] if frames != IMAGE else 0
 
-    def _at(self, draw: int, dataset: str, frames: int, row: int) -> Drawn:
-        images = self._images(dataset)
-        stored, inside = (IMAGE, row) if row < images else (frames, row - images)
-        first, _ = self._offsets[stored][dataset]
-        return Drawn(draw, dataset, stored, self._rows[stored][first + inside])
-
 
 class Masks:
     """Visible ids of drawn clips, by strategy, for every way of thinning."""
@@ -98,7 +112,7 @@ class Masks:
         self._recipe, self._plan = recipe, plan
         self._cells = {name: plan.cells(name) for name in plan.kept}
 
-    def visible(self, step: int, draws: Sequence[int]) -> list[Int[np.ndarray, "B L"]]:
+    def visible(self, step: int, draws: range) -> list[Int[np.ndarray, "B L"]]:
         """Sorted flat ids over all tubelets of the step's stage, int64, one array a strategy."""
         recipe, cells = self._recipe, self._recipe.model.cells
         masks = recipe.masks
@@ -113,7 +127,7 @@ class Masks:
                 found.append(flat_ids(strategy, *grid, tubelets, key, step, list(draws)))
                 continue
             if masks.keep == "fixed":
-                kept = self._cells[strategy.name][[self.entry(index, draw) for draw in draws]]
+                kept = self._cells[strategy.name][self.entries(index, draws)]
             else:
                 raw = self._plan.raw[strategy.name]
                 bucket = step_bucket(raw, key, step)
@@ -121,9 +135,9 @@ class Masks:
             found.append(in_every_tubelet(kept, tubelets, cells))
         return found
 
-    def entry(self, strategy: int, draw: int) -> int:
-        """Entry of a `fixed` plan that a draw takes."""
-        return mask_entry(self._recipe.seed, strategy, draw, self._recipe.masks.entries)
+    def entries(self, strategy: int, draws: range) -> Int[np.ndarray, " B"]:
+        """Entries of a `fixed` plan that draws take."""
+        return mask_entries(self._recipe.seed, strategy, draws.start, len(draws), self._recipe.masks.entries)
 
 
 def in_every_tubelet(kept: Int[np.ndarray, "B n"], tubelets: int, cells: int) -> Int[np.ndarray, "B L"]:
@@ -136,13 +150,16 @@ def first_draws(project: Project, recipe: str, count: int) -> Iterator[dict[str,
     """The first draws of a recipe on the newest trainset: row and mask entries, without latents, plan or device."""
     config = recipe_by_name(recipe)
     order = Order(Trainset.open(project.root), config)
-    entries = config.masks.strategies if config.masks.keep == "fixed" else ()
-    for drawn in order.drawn(config.stages[0].frames, 0, count):
-        found: dict[str, int | str] = {"draw": drawn.draw, "dataset": drawn.dataset, "frames": drawn.frames}
-        found["row"] = row_id(drawn.address).hex()
-        for index, strategy in enumerate(entries):
-            found[f"mask_{strategy.name}"] = mask_entry(config.seed, index, drawn.draw, config.masks.entries)
-        yield found
+    drawn = order.drawn(config.stages[0].frames, 0, count)
+    strategies = config.masks.strategies if config.masks.keep == "fixed" else ()
+    entries = {
+        f"mask_{strategy.name}": mask_entries(config.seed, index, 0, count, config.masks.entries).tolist()
+        for index, strategy in enumerate(strategies)
+    }
+    for n, draw in enumerate(drawn.draws):
+        found: dict[str, int | str] = {"draw": draw, "dataset": drawn.names[drawn.datasets[n]]}
+        found |= {"frames": int(drawn.frames[n]), "row": row_id(drawn.addresses[n]).hex()}
+        yield found | {name: numbers[n] for name, numbers in entries.items()}
 
 
 def _held(trainset: Trainset, recipe: RecipeConfig) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.draws import BLOCK, Draws, mask_entry, permute, permute_many, round_keys
+from storage.draws import BLOCK, Draws, mask_entries, mask_entry, permute, permute_all, round_keys
 from storage.errors import ConfigError
 
 WEIGHTS = st.dictionaries(
@@ -104,7 +104,7 @@ def test_a_dataset_more_leaves_the_others_order() -> None:
     after = Draws(9, {"b": 1, "d": 2, "a": 1, "c": 3}, sizes | {"a": 10, "c": 10})
     for name, size in sizes.items():
         numbers = np.arange(2 * size)
-        orders = [draws._rows(np.full(2 * size, draws.datasets.index(name)), numbers) for draws in (before, after)]
+        orders = [draws._rows(draws.datasets.index(name), numbers) for draws in (before, after)]
         assert np.array_equal(orders[0], orders[1])
         assert not np.array_equal(orders[0][:size], orders[0][size:])
     blocks = 6  # after them 2048 draws of b before, 878 after; its first ones are the same rows
@@ -120,8 +120,7 @@ def test_a_dataset_more_leaves_the_others_order() -> None:
 def test_permutations_are_bijections(size: int, seed: int) -> None:
     keys = round_keys("test", seed)
     places = np.arange(size, dtype=np.uint64)
-    table = np.array([keys], dtype=np.uint64).repeat(size, axis=0)
-    found = permute_many(places, np.full(size, size), table)
+    found = permute_all(places, size, keys)
     assert np.array_equal(np.sort(found), places)
     assert [permute(place, size, keys) for place in range(0, size, 13)] == found[::13].tolist()
 
@@ -129,9 +128,7 @@ def test_permutations_are_bijections(size: int, seed: int) -> None:
 def test_permutations_look_random() -> None:
     """Position and value are uncorrelated, and a place's image is uniform over seeds (chi-square, 15 degrees)."""
     size = 4096
-    found = permute_many(
-        np.arange(size, dtype=np.uint64), np.full(size, size), np.array([round_keys("t", 1)], np.uint64).repeat(size, 0)
-    ).astype(float)
+    found = permute_all(np.arange(size, dtype=np.uint64), size, round_keys("t", 1)).astype(float)
     assert abs(np.corrcoef(np.arange(size), found)[0, 1]) < 0.06
     assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.06
     images = np.bincount([permute(3, 16, round_keys("t", seed)) for seed in range(3200)], minlength=16)
@@ -143,6 +140,14 @@ def test_mask_entries_are_a_permutation_each_pass(seed: int, strategy: int, entr
     first = taken * entries
     found = [mask_entry(seed, strategy, g, entries) for g in range(first, first + entries)]
     assert sorted(found) == list(range(entries))
+
+
+@given(st.integers(0, 2**32), st.integers(0, 3), st.integers(1, 10**6), st.integers(0, 10**12), st.integers(0, 2500))
+def test_mask_entries_of_many_draws(seed: int, strategy: int, entries: int, start: int, count: int) -> None:
+    found = mask_entries(seed, strategy, start, count, entries)
+    assert found.shape == (count,)
+    for n in range(0, count, 211):
+        assert found[n] == mask_entry(seed, strategy, start + n, entries)
 
 
 def test_mask_entries_differ_by_strategy_seed_and_pass() -> None:

@@ -17,15 +17,16 @@ from nextvid.model.tokens import space_to_depth, tube_ids
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
-from nextvid.train.loader import Loader, open_loader
+from nextvid.train.latent_rows import StagedLatents
+from nextvid.train.loader import READ_AHEAD, Loader, open_loader
 from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.train.optim import draws_before, stage_at
-from nextvid.train.order import Order, in_every_tubelet
+from nextvid.train.order import Masks, Order, in_every_tubelet
 from storage import atomic
 from storage.draws import Draws, mask_entry
 from storage.errors import ConfigError, DamagedError, RefusedError
 from storage.latents import LatentStore
-from storage.reader import read_row, row_id
+from storage.reader import RowReader, read_row, row_id
 from storage.withdrawn import record_withdrawal
 from tests.nextvid.train.corpus import BATCHES, WEIGHTS, make_project, tiny_spec
 from tests.nextvid.train.tiny import Keep, latents_of, tiny_recipe
@@ -133,7 +134,7 @@ def test_other_ways_of_thinning(project: Project, keep: Keep) -> None:
                 assert ids.shape[1] % (8 * tubelets) == 0
 
 
-@given(first=st.integers(0, 12))
+@given(first=st.integers(0, 12))  # 3, 6, 9: borders of stages; 12: after the last
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_trap_25_resuming_at_any_step_goes_on_with_the_same_batches(project: Project, first: int) -> None:
     recipe = tiny_recipe()
@@ -149,13 +150,57 @@ def test_draw_numbers_run_on_across_stages(project: Project) -> None:
     assert numbers == list(range(draws_before(recipe.stages, recipe.steps)))
 
 
-def test_threads_change_nothing(project: Project) -> None:
+@pytest.mark.parametrize("threads", [0, 4])
+@pytest.mark.parametrize("first", [0, 5])
+def test_threads_change_nothing(project: Project, threads: int, first: int) -> None:
     with _loader(project, tiny_recipe()) as loader:
-        one, many = list(loader.batches(0, 1)), list(loader.batches(0, 4))
-    assert all(_same(a, b) for a, b in zip(one, many, strict=True))
+        one, other = list(loader.batches(first, 1)), list(loader.batches(first, threads))
+    assert len(one) == len(other) == 12 - first
+    assert all(_same(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_batch_that_is_kept_is_not_overwritten_by_the_ring(project: Project) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 96])
+def test_ranks_change_nothing(project: Project, ranks: int) -> None:
+    """Batches of 96 clips, each rank's share in the place that its number says; and after a resumption as well."""
+    recipe = tiny_recipe()
+    stages = tuple(stage.model_copy(update={"batch": 96, "steps": 1}) for stage in recipe.stages)
+    recipe = recipe.model_copy(update={"stages": stages})
+    whole = _batches(project, recipe)
+    for first in (0, 2):
+        shares = [_batches(project, recipe, first, rank, ranks) for rank in range(ranks)]
+        for batch, *parts in zip(whole[first:], *shares, strict=True):
+            assert batch.draws == tuple(number for part in parts for number in part.draws)
+            assert torch.equal(latents_of(batch), torch.cat([latents_of(part) for part in parts]))
+            for index, ids in enumerate(batch.visible):
+                assert torch.equal(ids, torch.cat([part.visible[index] for part in parts]))
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+def test_what_a_device_makes_is_what_the_threads_make(tmp_path: Path, fold: int) -> None:
+    """The way through the pinned ring, here on the CPU, and that in host memory end with the same batches."""
+    spec = tiny_spec() if fold == 1 else tiny_spec(height=8, channels=1)
+    project, recipe = make_project(tmp_path, spec=spec), tiny_recipe()
+    make_plan(project.root, recipe)
+    trainset = Trainset.open(project.root)
+    wanted = _batches(project, recipe)
+    plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
+    reader = RowReader(project.root, trainset.spec, trainset.batches)
+    staged = StagedLatents(reader, trainset, fold, 16, READ_AHEAD + 1, CPU)
+    loader = Loader(recipe, Order(trainset, recipe), Masks(recipe, plan), {"latents": staged}, Ranks(0, 1, CPU))
+    for threads in (0, 1, 3):
+        found = list(loader.batches(0, threads))
+        assert all(_same(a, b) for a, b in zip(wanted, found, strict=True))
+    assert torch.equal(latents_of(loader.clips(range(7))), torch.cat([latents_of(b) for b in wanted[:2]])[:7])
+
+
+def test_the_trainers_threads_stay_as_they_are(project: Project) -> None:
+    before = torch.get_num_threads()
+    with _loader(project, tiny_recipe()) as loader:
+        for _ in loader.batches(0, 2):
+            assert torch.get_num_threads() == before
+
+
+def test_a_batch_that_is_kept_is_not_overwritten(project: Project) -> None:
     recipe = tiny_recipe(steps=(12, 1, 1, 1))
     with _loader(project, recipe) as loader:
         kept: list[Batch] = []
@@ -164,6 +209,13 @@ def test_a_batch_that_is_kept_is_not_overwritten_by_the_ring(project: Project) -
             kept.append(batch)
             copies.append(latents_of(batch).clone())
     assert all(torch.equal(latents_of(batch), copy) for batch, copy in zip(kept, copies, strict=True))
+
+
+def test_memory_of_batches_that_were_let_go_is_used_again(project: Project) -> None:
+    recipe = tiny_recipe(steps=(30, 1, 1, 1))
+    with _loader(project, recipe) as loader:
+        addresses = [latents_of(batch).data_ptr() for batch in loader.batches(0)]
+    assert len(set(addresses)) <= READ_AHEAD + 2
 
 
 def test_an_abandoned_iteration_ends_its_threads(project: Project) -> None:
@@ -189,11 +241,11 @@ def test_store_of_half_the_stride_is_folded(tmp_path: Path) -> None:
     make_plan(project.root, recipe)
     trainset = Trainset.open(project.root)
     batch = _batches(project, recipe)[0]
-    drawn = Order(trainset, recipe).drawn(4, 0, 4)[0]
+    drawn = Order(trainset, recipe).drawn(4, 0, 4)
     store = LatentStore(project.root, trainset.spec)
-    address = drawn.address
-    stored = read_row(store, BATCHES[address["batch"]], drawn.frames, int(address["part"]), int(address["slot"]))
-    plain = torch.from_numpy(stored.astype(np.float32))[None].expand(1, 4 if drawn.frames == 1 else -1, -1, -1, -1)
+    address, frames = drawn.addresses[0], int(drawn.frames[0])
+    stored = read_row(store, BATCHES[address["batch"]], frames, int(address["part"]), int(address["slot"]))
+    plain = torch.from_numpy(stored.astype(np.float32))[None].expand(1, 4 if frames == 1 else -1, -1, -1, -1)
     torch.testing.assert_close(latents_of(batch)[:1], space_to_depth(plain, 2))
 
 

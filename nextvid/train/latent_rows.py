@@ -1,0 +1,119 @@
+"""Latents from the store into a batch, for either device: what loader.py calls a kind of row.
+
+On a CPU the threads do all of it, clip by clip while it lies in the cache: float16 to float32, statistics, images
+repeated, folded to the model's grid. For a GPU they copy float16 into pinned memory, and the rest happens there after
+one copy (design, 5). Both end with the same batch. It draws nothing and decides no order.
+
+Axes: B clips, F frames; C channels, H and W cells of the store; c channels, h and w cells of the model's grid.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from einops import repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nextvid.corpus.trainset import Trainset
+from nextvid.model.tokens import normalise, space_to_depth
+from nextvid.train.order import IMAGE, Drawn
+from nextvid.train.ring import Leased, Place, Ring
+from storage.reader import RowReader
+
+
+class HostLatents:
+    """Ready-made latents in host memory that is the batch's own."""
+
+    def __init__(self, reader: RowReader, trainset: Trainset, fold: int, largest: int) -> None:
+        """`largest`: frames of the largest batch; `fold`: cells of the store per cell and side of the model's grid."""
+        spec = trainset.spec
+        self._reader, self._fold = reader, fold
+        self._shape = (spec.channels * fold**2, spec.height // fold, spec.width // fold)
+        self._mean, self._std = (torch.from_numpy(values) for values in (trainset.mean, trainset.std))
+        self._memory = Leased(largest * math.prod(self._shape))
+
+    def will_need(self, drawn: Drawn) -> None:
+        """Have the kernel read them ahead."""
+        _will_need(self._reader, drawn)
+
+    def place(self, clips: int, frames: int) -> Float[Tensor, "B F c h w"]:
+        """Memory for a batch."""
+        shape = (clips, frames, *self._shape)
+        return self._memory.take()[: math.prod(shape)].view(shape)
+
+    def fill(self, drawn: Drawn, place: Float[Tensor, "B F c h w"]) -> None:
+        """Convert rows into their places. Runs in a thread."""
+        for numbers, rows in _rows(self._reader, drawn):
+            for number, row in zip(numbers.tolist(), rows, strict=True):
+                out = place[number]
+                if self._fold > 1:
+                    out.copy_(space_to_depth(normalise(row[None].float(), self._mean, self._std), self._fold)[0])
+                else:
+                    out.copy_(row)  # an image to every frame
+                    out.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])  # `normalise`, in place
+
+    def deliver(self, drawn: Drawn, place: Float[Tensor, "B F c h w"]) -> Float[Tensor, "B F c h w"]:
+        """It is there already."""
+        return place
+
+
+class StagedLatents:
+    """float16 rows in a pinned ring, copied to a device and made ready there."""
+
+    def __init__(
+        self, reader: RowReader, trainset: Trainset, fold: int, largest: int, places: int, device: torch.device
+    ) -> None:
+        """As HostLatents; `places` batches are filled or copied at a time."""
+        self._reader, self._fold, self._device = reader, fold, device
+        self._shape = (trainset.spec.channels, trainset.spec.height, trainset.spec.width)
+        self._mean, self._std = (torch.from_numpy(values).to(device) for values in (trainset.mean, trainset.std))
+        self._ring = Ring(places, largest * math.prod(self._shape), torch.float16, pinned=device.type == "cuda")
+
+    def will_need(self, drawn: Drawn) -> None:
+        """Have the kernel read them ahead."""
+        _will_need(self._reader, drawn)
+
+    def place(self, clips: int, frames: int) -> tuple[Place, Float[Tensor, "B F C H W"]]:
+        """A place of the ring, and its memory for a batch."""
+        shape, place = (clips, frames, *self._shape), self._ring.take()
+        return place, place.memory[: math.prod(shape)].view(shape)
+
+    def fill(self, drawn: Drawn, place: tuple[Place, Float[Tensor, "B F C H W"]]) -> None:
+        """Copy rows, images into the first frame of their place. Runs in a thread."""
+        place[0].wait()
+        for numbers, rows in _rows(self._reader, drawn):
+            if len(rows) == len(drawn) and rows[0].shape == place[1].shape[1:]:
+                torch.stack(rows, out=place[1])  # one call: a third less time a clip than one by one
+                continue
+            for number, row in zip(numbers.tolist(), rows, strict=True):
+                place[1][number, : len(row)].copy_(row)
+
+    def deliver(self, drawn: Drawn, place: tuple[Place, Float[Tensor, "B F C H W"]]) -> Float[Tensor, "B F c h w"]:
+        """To the device, images repeated over time, normalised, folded; the place goes back into the ring."""
+        latents = place[1].to(self._device, non_blocking=True).float()  # new: float16 is never used as it is
+        copied = None
+        if self._device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self._ring.give(place[0], copied)
+        frames = latents.shape[1]
+        images = torch.from_numpy(drawn.of_frames(IMAGE)) if frames > IMAGE else torch.empty(0, dtype=torch.int64)
+        if len(images):
+            places = images.to(self._device)
+            latents[places] = repeat(latents[places, 0], "B C H W -> B F C H W", F=frames)
+        normalised = normalise(latents, self._mean, self._std)
+        return space_to_depth(normalised, self._fold) if self._fold > 1 else normalised
+
+
+def _will_need(reader: RowReader, drawn: Drawn) -> None:
+    for frames in np.unique(drawn.frames).tolist():
+        reader.will_need(frames, drawn.addresses[drawn.of_frames(frames)])
+
+
+def _rows(reader: RowReader, drawn: Drawn) -> Iterator[tuple[Int[np.ndarray, " n"], list[Float[Tensor, "F C H W"]]]]:
+    """Places in the batch and stored rows of the clips, by length."""
+    for frames in np.unique(drawn.frames).tolist():
+        numbers = drawn.of_frames(frames)
+        yield numbers, [torch.from_numpy(row) for row in reader.rows(frames, drawn.addresses[numbers])]
