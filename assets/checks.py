@@ -10,6 +10,7 @@ CHECKS: dict[str, dict[str, str]] = {
     "media": {
         "rows_are_files_listed": "One row for every file that the listing shows",
         "quarantined_within_budget": "The share of quarantined files is within the dataset's budget",
+        "spans_inside_video": "No labelled span lies outside of its video",
     },
     "shots": {
         "intervals_inside_file": "Every shot lies inside its file",
@@ -49,8 +50,9 @@ CHECKS: dict[str, dict[str, str]] = {
     },
 }
 
-# orphans follow from a changed curation, and the sweep frees them; recipes that read latents do without pixels
-NON_BLOCKING = {("latents", "no_orphan"), ("latents", "pixels")}
+# Orphans follow from a changed curation, and the sweep frees them; recipes that read latents do without pixels; spans
+# outside of their video label nothing.
+NON_BLOCKING = {("latents", "no_orphan"), ("latents", "pixels"), ("media", "spans_inside_video")}
 
 
 def specs(asset: str) -> list[dg.AssetCheckSpec]:

@@ -10,6 +10,7 @@ from assets.partitions import BATCHES, BENCHMARK
 from assets.resources import ProjectResource
 from nextvid.corpus.project import Project
 from orchestration.jobs import ingest
+from storage.errors import CorpusError
 
 TICK_S = 30  # a listing a tick; object stores bill listings
 
@@ -21,15 +22,25 @@ TICK_S = 30  # a listing a tick; object stores bill listings
 )
 def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg.SensorResult:
     """One listing: partitions equal to sources/, observations of what changed, one run a changed batch."""
+    from nextvid.corpus.batches import BatchChange
     from nextvid.corpus.discover import update_sources
     from nextvid.encode.acceptance import in_force, outdated
     from nextvid.encode.unfinished import unfinished
 
     opened = project.open()
-    changes = update_sources(opened, settle=True)
+    changes: list[BatchChange] = []
+    failed: list[CorpusError] = []
+    for name in sorted(opened.corpus.datasets):  # one that cannot be listed does not hold up the others
+        try:
+            changes += update_sources(opened, settle=True, datasets=[name])
+        except CorpusError as error:
+            failed.append(error)
+            context.log.error(str(error))
     in_force(opened)
     if waiting := outdated(opened):
         context.log.info(f"corpus.yaml asks for another {' and '.join(waiting)}; `nextvid plan` says what it costs")
+    if failed and not changes:
+        raise failed[0]  # so that the tick shows it; what the others need was asked for when they changed
     return dg.SensorResult(
         run_requests=[
             dg.RunRequest(run_key=run_key(opened, batch), partition_key=batch)

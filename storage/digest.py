@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -35,11 +35,16 @@ def digest_config(value: object) -> str:
 
 
 def digest_file(path: str | Path) -> str:
-    """Id of a local file's bytes, read in 1 MiB pieces."""
-    state = hashlib.blake2b(digest_size=ID_BYTES)
+    """Id of a local file's bytes."""
     with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            state.update(piece)
+        return digest_stream(file)
+
+
+def digest_stream(file: BinaryIO) -> str:
+    """Id of what is left to read of an open file, in 1 MiB pieces."""
+    state = hashlib.blake2b(digest_size=ID_BYTES)
+    while piece := file.read(1 << 20):
+        state.update(piece)
     return state.hexdigest()
 
 

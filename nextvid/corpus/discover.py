@@ -5,6 +5,7 @@ made again. Holds no rule of assignment (batches.py), no writing order (journal.
 (media.py). A listing that fails is an error, never "all files deleted" (design 4).
 """
 
+import errno
 import os
 import stat
 import time
@@ -20,18 +21,19 @@ from fsspec import AbstractFileSystem
 
 from nextvid.corpus import journal
 from nextvid.corpus.batches import BatchChange, dataset_of, latest, merge
-from nextvid.corpus.labels import label_bytes
+from nextvid.corpus.labels import label_digests, nowhere
 from nextvid.corpus.project import Project
 from nextvid.outcome import Outcome
 from nextvid.video.probe import kind_of
 from storage import atomic, tables
-from storage.digest import digest, digest_bytes
+from storage.digest import digest
 from storage.errors import ConflictError, CorpusError
 from storage.remote import is_local
 from storage.schemas import KINDS, Sources
 
 Held = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint)
 
+NOT_UTF8 = "name is not UTF-8"  # the fingerprint of a file that no table can name; media.py rejects it
 TRIES = 8  # our choice: so many writers in a row may win before we give up
 # Where file systems of fsspec keep what changes with the content: s3fs, gcsfs and adlfs, http, memory, local.
 FINGERPRINTS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
@@ -61,10 +63,10 @@ def list_dataset(project: Project, name: str, held: Held | None = None) -> Listi
     Raises CorpusError where the folder is missing or any part of it cannot be listed.
     """
     uri = project.corpus.datasets[name].uri
-    fs, top = fsspec.core.url_to_fs(uri)
     rows: list[tuple[str, str, str, int, str]] = []
     ignored = 0
     try:
+        fs, top = fsspec.core.url_to_fs(uri)
         if not fs.isdir(top):
             raise CorpusError(f"dataset {name}: {uri} is not a folder; correct its 'uri' or mount it")
         for info in _walk(fs, top):
@@ -87,16 +89,22 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
     """List the datasets (all unless named) and write `sources/`; returns what changed by batch, nothing if nothing did.
 
     `settle=False` takes files at once; `settle=True` takes those that an earlier settling listing saw with the same
-    size and fingerprint. Raises CorpusError; then nothing is written.
+    size and fingerprint. A dataset that cannot be listed stays as it was and does not hold up the others: CorpusError
+    names it after they are written.
     """
     names = sorted(datasets if datasets is not None else project.corpus.datasets)
     for _ in range(TRIES):
         read = journal.catch_up(project.root)
         listings, tables_after, changes = [], [], []
+        failed: list[CorpusError] = []
         for name in names:
             known = known_sources(project, name)
-            listing = list_dataset(project, name, _held(project, name, known) if settle else None)
-            _refuse_vanished(project, listing, known)
+            try:
+                listing = list_dataset(project, name, _held(project, name, known) if settle else None)
+                _refuse_vanished(project, listing, known)
+            except CorpusError as error:
+                failed.append(error)
+                continue
             config = project.corpus.datasets[name]
             now = datetime.now(UTC)
             rows, changed = merge(known, listing.files, listing.waiting["uri"].to_list(), name, config, now)
@@ -110,6 +118,8 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
             continue
         if settle:
             _remember(project, listings)
+        if failed:
+            raise CorpusError("; ".join(str(error) for error in failed)) from failed[0]
         return sorted(changes, key=lambda change: change.batch)
     raise CorpusError(f"{project.root.folder('sources')}: {TRIES} other writers were faster; list again later")
 
@@ -131,8 +141,22 @@ def make_sources(project: Project) -> Outcome:
             "added": sum(change.added for change in changes),
             "changed": sum(change.changed for change in changes),
             "gone": sum(change.gone for change in changes),
+            **_labels_without_file(project),
         },
     )
+
+
+def _labels_without_file(project: Project) -> dict[str, int | float | str]:
+    """How many names in the datasets' label files no listed file bears, and the first of each dataset."""
+    found = {
+        name: nowhere(config, known_sources(project, name)["path"].to_list())
+        for name, config in sorted(project.corpus.datasets.items())
+    }
+    some = {name: names for name, names in found.items() if names}
+    if not some:
+        return {}
+    examples = ", ".join(f"{name}: {names[0]!r}" for name, names in some.items())
+    return {"labels_without_file": sum(map(len, some.values())), "labels_without_file_such_as": examples}
 
 
 def known_sources(project: Project, name: str) -> pl.DataFrame:
@@ -142,11 +166,11 @@ def known_sources(project: Project, name: str) -> pl.DataFrame:
 
 
 def batch_fingerprint(project: Project, batch: str) -> str:
-    """Digest of a batch's listing and of its label file's bytes: what changes asks for a new run of the batch."""
+    """Digest of a batch's listing and of its label files' bytes: what changes asks for a new run of the batch."""
     rows = tables.read_table(project.root.table("sources", batch), Sources).sort("uri", "revision")
     files = rows.select("uri", "revision", "size_bytes", "fingerprint", pl.col("gone_at").is_not_null().alias("gone"))
     config = project.corpus.datasets.get(dataset_of(batch))
-    labels = digest_bytes(label_bytes(config.labels.file)) if config and config.labels.file else None
+    labels = label_digests(config.labels) if config else []
     return digest({"files": [list(row) for row in files.iter_rows()], "labels": labels})
 
 
@@ -185,6 +209,9 @@ def _walk(fs: AbstractFileSystem, top: str) -> Iterator[Mapping[str, Any]]:
 def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, int, str] | None:
     """One file as (uri, path, kind, size, fingerprint); None where it is no media."""
     name = str(info["name"])
+    if (shown := name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) != name:
+        path = shown.removeprefix(top.rstrip("/") + "/")
+        return (f"{uri.rstrip('/')}/{path}", path, kind, 0, NOT_UTF8) if (kind := kind_of(shown)) else None
     if info.get("islink") and Path(name).is_dir():
         raise CorpusError(f"{name} is a link to a folder, which listings do not follow; name that folder as a dataset")
     kind = kind_of(name)
@@ -200,13 +227,15 @@ def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, in
 
 
 def _local(path: Path) -> tuple[int, str, bool]:
-    """Size, modification time and whether it is a file, links followed; a link to nothing counts as an unreadable
-    file.
+    """Size, modification time and whether it is a file, links followed; a link to nothing or to itself counts as an
+    unreadable file.
     """
     try:
         found = os.stat(path)  # noqa: PTH116 - one call per file of a listing
-    except FileNotFoundError:
-        return 0, "broken link", True
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return 0, "broken link", True
+        raise
     return found.st_size, f"mtime {found.st_mtime_ns}", stat.S_ISREG(found.st_mode)
 
 

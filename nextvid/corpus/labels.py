@@ -1,26 +1,32 @@
 """What is known of files: label files to rows by path, and what contradicts itself.
 
-Holds the three layouts of corpus.yaml (none, folders, csv) and the rules of the long label table (design 2): a null
-span means the whole file; `split` and `group` are reserved targets and always speak of the whole file. Holds no media
-(media.py joins rows to files) and no decision about splits (splits.py). Empty cells are no labels; wrong cells are
-errors that name the file and line.
+Holds the layouts none, folders and csv of corpus.yaml and the rules of the long label table (design 2): a null span
+means the whole file; `split` and `group` are reserved targets and always speak of the whole file. Holds no public data
+set's list (layouts.py), no media (media.py joins rows to files) and no decision about splits (splits.py). Empty cells
+are no labels; wrong cells are errors that name the file and line.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
+import fsspec
 import polars as pl
 
+from nextvid.corpus.layouts import read_lines
 from nextvid.corpus.project import RESERVED_TARGETS, DatasetConfig, LabelConfig
 from storage import atomic
+from storage.digest import digest_stream
 from storage.errors import CorpusError, UpstreamError
 from storage.schemas import SPLITS
 
 SCHEMA = {"path": pl.String, "start_us": pl.Int64, "end_us": pl.Int64, "target": pl.String, "value": pl.String}
 # Names of official splits in public data sets' lists (ImageNet, Kinetics, SSv2, Diving48) beside our own words.
-SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
-FOLDER_TARGET = "class"
+# fmt: off
+SPLIT_NAMES = {
+    "training": "train", "validation": "val", "validate": "val", "valid": "val", "dev": "val", "testing": "test",
+}
+# fmt: on
 
 
 def label_bytes(file: str) -> bytes:
@@ -28,9 +34,23 @@ def label_bytes(file: str) -> bytes:
     try:
         return atomic.read_bytes(file)
     except (UpstreamError, OSError) as error:
-        raise CorpusError(
-            f"label file {file} cannot be read: {error}; correct 'labels: file:' in corpus.yaml"
-        ) from None
+        raise _unreadable(file, error) from None
+
+
+def label_digests(labels: LabelConfig) -> list[str]:
+    """Digests of the label files' bytes, read in pieces: some lists have 45 GB. Raises CorpusError."""
+    digests = []
+    for file in labels.every_file():
+        try:
+            with fsspec.open(file, "rb") as opened:
+                digests.append(digest_stream(opened))
+        except Exception as error:  # object stores raise their clients' own classes
+            raise _unreadable(file, error) from None
+    return digests
+
+
+def _unreadable(file: str, error: Exception) -> CorpusError:
+    return CorpusError(f"label file {file} cannot be read: {error}; correct 'labels: file:' in corpus.yaml")
 
 
 def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
@@ -42,10 +62,33 @@ def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
         case "none":
             return pl.DataFrame(schema=SCHEMA)
         case "folders":
-            target = next(iter(config.labels.targets), FOLDER_TARGET)
-            return _from_folders(paths, target)
+            return _from_folders(paths, config.labels.target)
         case "csv":
             return _from_csv(config, paths)
+        case _:
+            return _by_name(config.labels, paths)
+
+
+def doubled(config: DatasetConfig, paths: Sequence[str]) -> dict[str, str]:
+    """Of `paths`, those whose name another one bears too, with that one: labels by name cannot tell them apart."""
+    if not config.labels.by_name:
+        return {}
+    found: dict[str, list[str]] = {}
+    for path in sorted(set(paths)):
+        found.setdefault(PurePosixPath(path).stem, []).append(path)
+    return {path: next(p for p in same if p != path) for same in found.values() if len(same) > 1 for path in same}
+
+
+def nowhere(config: DatasetConfig, paths: Sequence[str]) -> list[str]:
+    """Names in the label files that no path bears, sorted: files that are missing, or labels of another data set."""
+    labels = config.labels
+    if labels.layout == "csv":
+        table = _table(labels)
+        return sorted(set(_relative(table[labels.path_column], labels, config.uri).drop_nulls()) - set(paths))
+    if not labels.by_name:
+        return []
+    stems = {PurePosixPath(path).stem for path in paths}
+    return sorted({line.names[0] for line in read_lines(labels, (), None) if stems.isdisjoint(line.names)})
 
 
 def contradictions(labels: pl.DataFrame, key: str) -> pl.DataFrame:
@@ -64,6 +107,32 @@ def _from_folders(paths: Sequence[str], target: str) -> pl.DataFrame:
     return pl.DataFrame([row for row in rows if row[4]], SCHEMA, orient="row")  # files at the top have no class
 
 
+def _by_name(labels: LabelConfig, paths: Sequence[str]) -> pl.DataFrame:
+    """Lines of public data sets' lists, joined to paths by their stems."""
+    by_stem: dict[str, list[str]] = {}
+    for path in sorted(set(paths)):
+        by_stem.setdefault(PurePosixPath(path).stem, []).append(path)
+    rows: list[tuple[str, int | None, int | None, str, str]] = []
+    for line in read_lines(labels, paths, by_stem.keys()):
+        name = next(name for name in line.names if name in by_stem)
+        said = (
+            (labels.target, line.value, line.start_us, line.end_us),
+            ("group", line.group, None, None),
+            ("split", line.split, None, None),
+        )
+        rows += [
+            (path, start_us, end_us, target, value)
+            for path in by_stem[name]
+            for target, value, start_us, end_us in said
+            if value
+        ]
+    table = pl.DataFrame(rows, SCHEMA, orient="row")
+    split = pl.col("target") == "split"
+    where = " and ".join(labels.every_file()) or "folders"
+    table = pl.concat([table.filter(~split), _splits(table.filter(split), where, labels.split_names)])
+    return table.unique().sort("path", "target", "start_us", "end_us", "value")
+
+
 def _from_csv(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
     labels = config.labels
     assert labels.file is not None, "LabelConfig refuses csv without a file"
@@ -75,15 +144,15 @@ def _from_csv(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
         _micros(table, labels.end_column, labels.file).alias("end_us"),
     )
     _check_spans(spanned, labels.file)
-    nowhere = [pl.lit(None, pl.Int64).alias("start_us"), pl.lit(None, pl.Int64).alias("end_us")]
+    whole = [pl.lit(None, pl.Int64).alias("start_us"), pl.lit(None, pl.Int64).alias("end_us")]
     parts = [
         spanned.select("path", "start_us", "end_us", pl.lit(target).alias("target"), pl.col(column).alias("value"))
         for target, column in labels.targets.items()
     ]
     if labels.group_column:
-        parts.append(_whole(spanned, labels.group_column, "group", nowhere))
+        parts.append(_whole(spanned, labels.group_column, "group", whole))
     if labels.split_column:
-        parts.append(_splits(_whole(spanned, labels.split_column, "split", nowhere), labels.file))
+        parts.append(_splits(_whole(spanned, labels.split_column, "split", whole), labels.file, labels.split_names))
     rows = pl.concat([pl.DataFrame(schema=SCHEMA), *parts]) if parts else pl.DataFrame(schema=SCHEMA)
     rows = rows.filter(pl.col("value").is_not_null() & (pl.col("value") != ""))
     return rows.unique().sort("path", "target", "start_us", "end_us", "value")
@@ -140,14 +209,14 @@ def _check_spans(table: pl.DataFrame, file: str) -> None:
         )
 
 
-def _whole(table: pl.DataFrame, column: str, target: str, nowhere: list[pl.Expr]) -> pl.DataFrame:
+def _whole(table: pl.DataFrame, column: str, target: str, whole: list[pl.Expr]) -> pl.DataFrame:
     assert target in RESERVED_TARGETS
-    return table.select("path", *nowhere, pl.lit(target).alias("target"), pl.col(column).alias("value"))
+    return table.select("path", *whole, pl.lit(target).alias("target"), pl.col(column).alias("value"))
 
 
-def _splits(rows: pl.DataFrame, file: str) -> pl.DataFrame:
-    """Official splits in our words: train, val, test."""
-    value = pl.col("value").str.to_lowercase().replace(SPLIT_NAMES)
+def _splits(rows: pl.DataFrame, file: str, names: Mapping[str, str]) -> pl.DataFrame:
+    """Official splits in our words: train, val, test; `names` are the dataset's own."""
+    value = pl.col("value").str.to_lowercase().replace(SPLIT_NAMES).replace(dict(names))
     named = rows.with_columns(value.alias("value"))
     wrong = named.filter(pl.col("value").is_not_null() & ~pl.col("value").is_in([*SPLITS, ""]))
     if wrong.height:

@@ -9,23 +9,24 @@ shots.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from nextvid.corpus.batches import config_of, latest
-from nextvid.corpus.discover import batch_fingerprint
+from nextvid.corpus.batches import config_of, dataset_of, latest
+from nextvid.corpus.discover import NOT_UTF8, batch_fingerprint, known_sources
 from nextvid.corpus.fetch import fetch, release
 from nextvid.corpus.inspection import Inspection, identify, inspect_file
-from nextvid.corpus.labels import contradictions, read_labels
+from nextvid.corpus.labels import contradictions, doubled, read_labels
 from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.outcome import Check, Outcome
 from nextvid.video.sandbox import Sandbox
 from storage import listing, tables
 from storage.errors import MediaError
+from storage.remote import is_local
 from storage.root import DataRoot
 from storage.schemas import Labels, Media, Sources
 
@@ -38,7 +39,11 @@ WORKERS = 2  # our choice: probing waits for the disk, two processes keep one bu
 FILES_A_WORKER, BYTES_A_WORKER = 500, 750_000_000
 TIMEOUT_S = 60.0  # our choice: a probe takes milliseconds; the rest is for reading the file, below
 READ_BYTES_PER_S = 10_000_000  # our choice: a slow network disk
-LIFTABLE = ("contradictory", "withdrawn")  # verdicts on a file that was read: they fall when their cause does
+LIFTABLE = (
+    "contradictory",
+    "ambiguous_name",
+    "withdrawn",
+)  # verdicts on a file that was read: they fall when their cause does
 
 
 def make_media(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
@@ -55,8 +60,8 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
     rows = _unreadable(sources, before, config.licence) + _inspect(wanted, config.licence, progress)
     media = pl.concat([kept, _frame(rows)]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()))
-    media = _judge(media, labels, withdrawn_media(root))
-    checks = _checks(sources, media, config.quarantine_budget, listing)
+    media = _judge(media, labels, withdrawn_media(root), _doubled(project, batch))
+    checks = (*_checks(sources, media, config.quarantine_budget, listing), _spans_inside(media, labels))
     written = publish_table(root, "media", batch, media, Media)
     written |= publish_table(root, "labels", batch, labels, Labels)
     written |= publish_verdict(root.checks("media", batch), "media", checks)
@@ -150,6 +155,14 @@ def _fetched(
 ) -> Iterator[Path]:
     """Local paths, copied as they are asked for; those that cannot be copied go to `failed`."""
     for uri, source in files.items():
+        if source["fingerprint"] == NOT_UTF8:
+            said = "its name is not UTF-8 and shown with escapes; rename the file"
+            failed.append(_row(source, licence, reason="bad_name", error=said, rejected=True))
+            continue
+        if (target := _outside(source)) is not None:
+            said = f"a link to {target}, outside of the dataset's folder; name that folder as a dataset"
+            failed.append(_row(source, licence, reason="outside", error=said, rejected=True))
+            continue
         try:
             path = fetch(uri, folder)
         except MediaError as error:
@@ -157,6 +170,16 @@ def _fetched(
             continue
         paths[path] = uri
         yield path
+
+
+def _outside(source: Row) -> str | None:
+    """Where a local file really lies, if a link leads out of its dataset's folder."""
+    if not is_local(source["uri"]):
+        return None
+    path = source["uri"].removeprefix("file://")
+    top = os.path.realpath(path.removesuffix(source["path"]))
+    real = os.path.realpath(path)
+    return None if real.startswith(top.rstrip("/") + "/") else real
 
 
 def _identity_of(sandbox: Sandbox, path: Path, error: MediaError, timeout_s: float) -> Inspection | MediaError:
@@ -217,13 +240,29 @@ def _join(media: pl.DataFrame, by_path: pl.DataFrame) -> pl.DataFrame:
     return rows.unique().sort("media_id", "target", "start_us", "end_us", "value")
 
 
-def _judge(media: pl.DataFrame, labels: pl.DataFrame, withdrawn: set[bytes]) -> pl.DataFrame:
-    """Reject what is withdrawn, and what has labels that contradict each other."""
+def _doubled(project: Project, batch: str) -> dict[str, str]:
+    """Paths of the dataset whose name another of its files bears, where labels go by names."""
+    config = config_of(project, batch)
+    if not config.labels.by_name:
+        return {}
+    present = latest(known_sources(project, dataset_of(batch))).filter(pl.col("gone_at").is_null())
+    return doubled(config, present["path"].to_list())
+
+
+def _judge(media: pl.DataFrame, labels: pl.DataFrame, withdrawn: set[bytes], twice: Mapping[str, str]) -> pl.DataFrame:
+    """Reject what is withdrawn, what shares the name that its labels go by, and what has labels that contradict each
+    other.
+    """
     against = dict(contradictions(labels, "media_id").iter_rows())
     rows = []
-    for media_id, status, reason, error in media.select("media_id", "status", "reason", "error").iter_rows():
+    for path, media_id, status, reason, error in media.select(
+        "path", "media_id", "status", "reason", "error"
+    ).iter_rows():
         if media_id in withdrawn:
             rows.append(("rejected", "withdrawn", "withdrawn by request; its latents are zeroed"))
+        elif path in twice and status == "ok":
+            said = f"its labels go by name, and {twice[path]} has the same one: rename one, or label by path in a csv"
+            rows.append(("rejected", "ambiguous_name", said))
         elif media_id in against and status == "ok":
             rows.append(("rejected", "contradictory", f"its labels contradict each other: {against[media_id]}"))
         else:
@@ -250,6 +289,26 @@ def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float, listing: 
             {"share": share, "quarantined": quarantined, "budget": budget},
             description="present files that could not be read; raise 'quarantine_budget' if they are as expected",
         ),
+    )
+
+
+def _spans_inside(media: pl.DataFrame, labels: pl.DataFrame) -> Check:
+    """Spans that lie outside of their video label nothing; they are named here, since labels have no status."""
+    files = media.filter(pl.col("status") == "ok").unique("media_id")
+    spans = labels.join(files.select("media_id", "path", "duration_us", begin="start_us"), on="media_id")
+    outside = spans.filter(
+        (pl.col("start_us") >= pl.col("begin") + pl.col("duration_us")) | (pl.col("end_us") <= pl.col("begin"))
+    ).sort("path", "start_us")
+    numbers: dict[str, int | float | str] = {"outside": outside.height, "labels": labels.height}
+    if outside.height:
+        first = outside.row(0, named=True)
+        numbers["such_as"] = f"{first['path']}: {first['start_us']} to {first['end_us']} us"
+    return Check(
+        "spans_inside_video",
+        outside.is_empty(),
+        numbers,
+        blocking=False,
+        description="labelled spans that begin after their video's end or end before its start label nothing",
     )
 
 

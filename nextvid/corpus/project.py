@@ -121,18 +121,26 @@ class SplitConfig(Strict):
 
 
 class LabelConfig(Strict):
-    """Where labels stand: `none`, `folders` (the last folder's name) or `csv` (columns by name).
+    """Where labels stand: `none`, `folders` (the last folder's name), `csv` (columns by name), or as a public data set
+    publishes them.
 
     A csv file may have two columns more, in seconds of the file's own clock: a line with both labels that span alone.
+    The others take `files`, by the split that each one lists (`all`: none, or its own column) and `classes`:
+    imagenet (folders; LOC_val_solution.csv for flat ones), kinetics400 (csv), ssv2 (json; labels.json as classes),
+    diving48 (json; the vocabulary as classes), internvid (jsonl, a caption a span).
     """
 
-    layout: Literal["none", "folders", "csv"] = "none"
+    layout: Literal["none", "folders", "csv", "imagenet", "kinetics400", "ssv2", "diving48", "internvid"] = "none"
     file: str | None = None  # csv: path relative to corpus.yaml
+    files: dict[Literal["train", "val", "test", "all", "classes"], str] = Field(default_factory=dict)
+    split_names: dict[str, Literal["train", "val", "test"]] = Field(
+        default_factory=dict
+    )  # other words for splits, in columns and ImageNet's folders; {val: test} where val is what is tested on
     path_column: str = "path"
     path_base: str | None = None  # folder that the file's paths start from; the dataset's URI unless given
     targets: dict[str, str] = Field(
         default_factory=dict
-    )  # csv: target -> column; folders: {target: ""}, by default the target is `class`
+    )  # csv: target -> column; others: {target: ""}, by default the target is `class`, of internvid `caption`
     split_column: str | None = None
     group_column: str | None = None
     start_column: str = "start_s"
@@ -144,11 +152,29 @@ class LabelConfig(Strict):
             raise ValueError("labels of layout 'csv' need 'file'")
         if self.layout != "csv" and (self.file or self.path_base or self.split_column or self.group_column):
             raise ValueError(f"'file', 'path_base' and columns belong to layout 'csv', not '{self.layout}'")
-        if self.layout == "folders" and len(self.targets) > 1:
-            raise ValueError("layout 'folders' has one target: the last folder's name")
+        if self.layout != "csv" and len(self.targets) > 1:
+            raise ValueError(f"layout '{self.layout}' has one target")
+        if self.files and not self.by_name:
+            raise ValueError(f"'files' belong to the layouts of public data sets, not to '{self.layout}'")
+        if self.by_name and self.layout != "imagenet" and not set(self.files) - {"classes"}:
+            raise ValueError(f"labels of layout '{self.layout}' need 'files', by split")
         if RESERVED_TARGETS & set(self.targets):
             raise ValueError("targets 'split' and 'group' are reserved: use 'split_column' and 'group_column'")
         return self
+
+    @property
+    def by_name(self) -> bool:
+        """Whether labels name files by their stem alone, wherever they lie (layouts.py)."""
+        return self.layout not in {"none", "folders", "csv"}
+
+    @property
+    def target(self) -> str:
+        """The one target of every layout but csv."""
+        return next(iter(self.targets), "caption" if self.layout == "internvid" else "class")
+
+    def every_file(self) -> tuple[str, ...]:
+        """The label files there are, in a fixed order."""
+        return (*((self.file,) if self.file else ()), *(file for _, file in sorted(self.files.items())))
 
 
 class DatasetConfig(Strict):
@@ -229,7 +255,7 @@ class CorpusConfig(Strict):
             n: d.model_dump(mode="json", include={"clips", "split", "labels"}) for n, d in self.datasets.items()
         }
         for value in datasets.values():
-            for place in ("file", "path_base"):  # a path changes no row; its content belongs to the listing
+            for place in ("file", "files", "path_base"):  # a path changes no row; its content belongs to the listing
                 value["labels"].pop(place)
         benchmarks = {
             n: b.model_dump(mode="json", include={"datasets", "target", "policy"}) for n, b in self.benchmarks.items()
@@ -271,6 +297,7 @@ def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
                 "labels": dataset.labels.model_copy(
                     update={
                         "file": resolve(dataset.labels.file) if dataset.labels.file else None,
+                        "files": {role: resolve(file) for role, file in dataset.labels.files.items()},
                         "path_base": resolve(dataset.labels.path_base) if dataset.labels.path_base else None,
                     }
                 ),

@@ -66,7 +66,8 @@ class Packets:
 
 def kind_of(uri: str) -> Literal["video", "image"] | None:
     """Kind by extension; None for anything that is not media."""
-    suffix = PurePosixPath(uri.split("?")[0]).suffix.lower()
+    path = uri.split("?")[0] if "://" in uri else uri  # a query is part of a URL, and of a file's name a mark like any
+    suffix = PurePosixPath(path).suffix.lower()
     if suffix in VIDEO_EXTENSIONS:
         return "video"
     return "image" if suffix in IMAGE_EXTENSIONS else None

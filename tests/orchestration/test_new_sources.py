@@ -103,6 +103,15 @@ def test_a_missing_folder_is_an_error_and_deletes_nothing(project: Project, inst
     assert project.root.batches() == ["demo_images.000000", "demo_videos.000000"]
 
 
+def test_a_dataset_that_cannot_be_listed_does_not_hold_up_another(
+    project: Project, instance: dg.DagsterInstance
+) -> None:
+    tick(project, instance)
+    videos = Path(project.root.url) / "corpus" / "videos"
+    videos.rename(videos.with_name("unmounted"))
+    assert [request.partition_key for request in tick(project, instance)] == ["demo_images.000000"]
+
+
 def test_a_batch_over_its_budget_stops_alone(project: Project, instance: dg.DagsterInstance) -> None:
     project.path.write_text(project.path.read_text().replace("quarantine_budget: 0.9", "quarantine_budget: 0.0"))
     for broken in (Path(project.root.url) / "corpus" / "images").rglob("broken*"):

@@ -218,4 +218,5 @@ def test_checks_are_files(small_corpus: Made) -> None:
     assert {check["name"]: check["passed"] for check in said["checks"]} == {
         "rows_are_files_listed": True,
         "quarantined_within_budget": True,
+        "spans_inside_video": True,
     }

@@ -1,0 +1,230 @@
+"""Label files of public data sets, as their authors publish them, to one plain line for each file they name.
+
+Holds ImageNet, Kinetics-400, Something-Something V2, Diving48 and InternVid. Holds no media and no table (labels.py
+matches names to paths). Files are named by their stem: the lists know ids, not folders or extensions. A line that is
+not as its layout says is an error that names file and line.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, TextIO
+
+import fsspec
+
+from nextvid.corpus.project import LabelConfig
+from storage.errors import CorpusError
+
+WNID = re.compile(r"n\d{8}")  # WordNet's synset ids, ImageNet's class folders
+CLOCK = re.compile(r"(\d+):([0-5]\d):([0-5]\d)(?:\.(\d{1,6}))?")  # InternVid: 00:03:10.567
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a list says of the files whose stem is one of `names`, most particular first. A null span: all of it."""
+
+    names: tuple[str, ...]
+    value: str | None
+    split: str | None = None
+    group: str | None = None
+    start_us: int | None = None
+    end_us: int | None = None
+
+
+def read_lines(labels: LabelConfig, paths: Sequence[str], stems: Set[str] | None) -> Iterator[Line]:
+    """The lines that name one of `stems` (None: all); for ImageNet, whose folders are labels, also those of `paths`.
+
+    Lists are read line by line where the format allows it. Raises CorpusError.
+    """
+    match labels.layout:
+        case "imagenet":
+            yield from _image_folders(paths)
+            lines = _each(labels, _imagenet)
+        case "kinetics400":
+            lines = _each(labels, _kinetics)
+        case "ssv2":
+            lines = _each(labels, _something(_classes(labels)))
+        case "diving48":
+            lines = _each(labels, _diving(_classes(labels)))
+        case "internvid":
+            lines = _each(labels, _internvid)
+        case _:
+            raise AssertionError(f"{labels.layout} is no list of a public data set")
+    yield from (line for line in lines if stems is None or not stems.isdisjoint(line.names))
+
+
+Parser = Callable[[TextIO, str, str | None], Iterator[Line]]  # (open file, its name, its split) to lines
+
+
+@contextmanager
+def _text(file: str) -> Iterator[TextIO]:
+    """A label file, local or by URL, as UTF-8 text. Raises CorpusError, also for bytes that are none."""
+    try:
+        opened: TextIO = fsspec.open(file, "rt", encoding="utf-8-sig", newline="").open()
+    except Exception as error:  # object stores raise their clients' own classes
+        raise CorpusError(f"label file {file} cannot be read: {error}; correct 'labels: files:'") from None
+    with opened:
+        try:
+            yield opened
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"label file {file} is not UTF-8 text: {error}") from None
+
+
+def _each(labels: LabelConfig, parse: Parser) -> Iterator[Line]:
+    for role, file in sorted(labels.files.items()):
+        if role == "classes":
+            continue
+        with _text(file) as opened:
+            yield from parse(opened, file, None if role == "all" else role)
+
+
+def _image_folders(paths: Sequence[str]) -> Iterator[Line]:
+    """`[...]/train/n01440764/n01440764_10026.JPEG`: the folders are class and split."""
+    for path in sorted(set(paths)):
+        *folders, name = PurePosixPath(path).parts
+        classes = [folder for folder in folders if WNID.fullmatch(folder)]
+        splits = [folder for folder in folders if folder in ("train", "val", "test")]
+        if classes or splits:
+            value, split = (found[-1] if found else None for found in (classes, splits))
+            yield Line((PurePosixPath(name).stem,), value, split)
+
+
+def _imagenet(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
+    """`LOC_val_solution.csv`: ImageId,PredictionString, the latter `class x0 y0 x1 y1` for each box."""
+    for number, row in _rows(opened, file, ("ImageId", "PredictionString"), ","):
+        value = row["PredictionString"].split(" ")[0]
+        if not WNID.fullmatch(value):
+            raise CorpusError(f"{file}, line {number}: {value!r} is no class of ImageNet, such as n01440764")
+        yield Line((row["ImageId"],), value, split)
+
+
+def _kinetics(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
+    """label,youtube_id,time_start,time_end,split[,is_cc]; files are named `id_start_end`, older copies `id`."""
+    for number, row in _rows(opened, file, ("youtube_id", "time_start", "time_end"), ","):
+        name = row["youtube_id"]
+        start, end = (_whole(row[column], file, number, column) for column in ("time_start", "time_end"))
+        names = (f"{name}_{start:06d}_{end:06d}", name)
+        yield Line(names, row.get("label") or None, split or row.get("split") or None, name)
+
+
+def _something(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
+    """[{id, label, template, placeholders}], and of the test set [{id}] or lines `id;template`."""
+    known = set(classes) if isinstance(classes, dict) else None
+
+    def parse(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
+        if file.endswith(".csv"):
+            reader = csv.reader(opened, delimiter=";")
+            entries = [{"id": row[0], "template": row[1]} if len(row) == 2 else row for row in reader if row]
+        else:
+            entries = _json(opened, file)
+        for number, entry in enumerate(_entries(entries, file), 1):
+            value = entry.get("template")
+            if not isinstance(entry.get("id"), str) or not isinstance(value, str | None):
+                raise CorpusError(f"{file}, entry {number}: 'id' and 'template' were expected, found {_short(entry)}")
+            value = value.replace("[", "").replace("]", "") if value is not None else None
+            if known is not None and value is not None and value not in known:
+                raise CorpusError(f"{file}, entry {number}: {value!r} is not among the classes")
+            yield Line((entry["id"],), value, split)
+
+    return parse
+
+
+def _diving(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
+    """[{vid_name, label, start_frame, end_frame}]: dives are cut out; the vocabulary is a list of words each."""
+
+    def parse(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
+        for number, entry in enumerate(_entries(_json(opened, file), file), 1):
+            name, label = entry.get("vid_name"), entry.get("label")
+            if not isinstance(name, str) or not isinstance(label, int):
+                raise CorpusError(
+                    f"{file}, entry {number}: 'vid_name' and 'label' were expected, found {_short(entry)}"
+                )
+            if classes is not None and not (isinstance(classes, list) and 0 <= label < len(classes)):
+                raise CorpusError(f"{file}, entry {number}: label {label} is not among the {len(classes)} classes")
+            value = str(label) if classes is None else "_".join(classes[label])
+            competition = name.rsplit("_", 1)[0]  # the video that the dive was cut from
+            yield Line((name,), value, split, competition)
+
+    return parse
+
+
+def _internvid(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
+    """A JSON object a line: YoutubeID, Start_timestamp, End_timestamp, Caption and scores."""
+    for number, text in enumerate(opened, 1):
+        if not text.strip():
+            continue
+        try:
+            entry = json.loads(text)
+        except ValueError as error:
+            raise CorpusError(f"{file}, line {number}: no JSON object: {error}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("YoutubeID"), str):
+            raise CorpusError(f"{file}, line {number}: 'YoutubeID' was expected, found {_short(entry)}")
+        start_us, end_us = (_clock(entry, key, file, number) for key in ("Start_timestamp", "End_timestamp"))
+        if end_us <= start_us:
+            raise CorpusError(f"{file}, line {number}: a span needs a later end, found {start_us} to {end_us} us")
+        caption = entry.get("Caption")
+        yield Line((entry["YoutubeID"],), str(caption) if caption else None, split, None, start_us, end_us)
+
+
+def _classes(labels: LabelConfig) -> Any:  # noqa: ANN401 - JSON is Any
+    if (file := labels.files.get("classes")) is None:
+        return None
+    with _text(file) as opened:
+        return _json(opened, file)
+
+
+def _json(opened: TextIO, file: str) -> Any:  # noqa: ANN401 - JSON is Any
+    try:
+        return json.load(opened)
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        raise CorpusError(f"label file {file} is not JSON: {error}") from None
+
+
+def _entries(value: Any, file: str) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON is Any
+    if not isinstance(value, list):
+        raise CorpusError(f"label file {file}: a list was expected, found {_short(value)}")
+    for number, entry in enumerate(value, 1):
+        if not isinstance(entry, dict):
+            raise CorpusError(f"{file}, entry {number}: an object was expected, found {_short(entry)}")
+        yield entry
+
+
+def _rows(opened: TextIO, file: str, needed: Sequence[str], mark: str) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(opened, delimiter=mark, strict=True)
+    missing = [name for name in needed if name not in (reader.fieldnames or ())]
+    if missing:
+        found = ", ".join(reader.fieldnames or ())
+        raise CorpusError(f"label file {file} has no column {', '.join(missing)}; it has {found or 'none'}")
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise CorpusError(f"{file}, line {reader.line_num}: another number of cells than the header has")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise CorpusError(f"{file}, line {reader.line_num}: {error}") from None
+
+
+def _whole(text: str, file: str, number: int, column: str) -> int:
+    if not text.isdecimal():
+        raise CorpusError(f"{file}, line {number}: {column} is {text!r}; whole seconds were expected")
+    return int(text)
+
+
+def _clock(entry: dict[str, Any], key: str, file: str, number: int) -> int:
+    """`00:03:10.567` in microseconds."""
+    found = CLOCK.fullmatch(str(entry.get(key)))
+    if found is None:
+        raise CorpusError(f"{file}, line {number}: {key} is {entry.get(key)!r}; a time like 00:03:10.567 was expected")
+    hours, minutes, seconds, part = found.groups()
+    return (int(hours) * 3600 + int(minutes) * 60 + int(seconds)) * 1_000_000 + int((part or "").ljust(6, "0"))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
