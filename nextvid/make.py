@@ -49,7 +49,7 @@ class Wish:
     benchmark: str | None = None
     overrides: tuple[str, ...] = ()
     ranks: int = 1
-    on_pace: OnPace | None = field(default=None, compare=False)  # told how encoding is getting on
+    on_pace: OnPace = field(default=lambda pace: None, compare=False)  # told how encoding is getting on
 
 
 def chain(asset: Asset) -> list[Asset]:

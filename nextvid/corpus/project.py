@@ -40,6 +40,7 @@ class EncodingConfig(Strict):
     pixels: PixelConfig | None = None  # none are kept; they have a spec of their own and may be added later
     batch_frames: int = 64  # how, not what: frames per forward; in no digest
     device: Literal["auto", "cpu", "cuda"] = "auto"  # how, not what
+    devices: int = Field(default=0, ge=0)  # how: processes that encode, one a GPU; 0 is every GPU, or one on CPU
 
 
 class ShotConfig(Strict):

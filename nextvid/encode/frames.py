@@ -7,6 +7,7 @@ hazardous files wrongly and without an error (research video 4).
 Axes: F frames, R pixels a side.
 """
 
+import os
 import tempfile
 import threading
 from collections import deque
@@ -22,7 +23,7 @@ import polars as pl
 from nextvid.corpus.fetch import local_file
 from nextvid.encode.looks import Look, Task, View, decode
 from nextvid.encode.views import CropBox
-from nextvid.video.sandbox import Sandbox
+from nextvid.video.sandbox import START_S, Sandbox
 from storage.errors import MediaError
 
 TASK_BYTES = 1 << 27  # frames that one task may return: 42 clips of 16 frames at 256 pixels
@@ -67,6 +68,8 @@ class Decoding:
 
     def __init__(self, workers: int, bound_bytes: int | None = None) -> None:
         self._sandbox = Sandbox(workers)
+        for _ in range(workers):  # started now, while the caller loads its model
+            self._sandbox.submit(os.getpid, timeout_s=START_S)
         # twice the processes: a remote file is copied while another is decoded
         self._threads = ThreadPoolExecutor(2 * workers, thread_name_prefix="decoding")
         self._lock = threading.Lock()

@@ -107,9 +107,14 @@ class Keeping:
             mine = latents.copy()  # what it is a view of goes with its batch
             self._judging.append(self._keeper.submit(lambda: self._judge(row, mine, self._again)))
 
-    def finish(self, encoded: EncodedShard, rows: pl.DataFrame) -> None:
-        """All rows of the shard (columns row_id, slot) are there: write it behind what was begun before."""
-        self._keeper.hold(self._keeper.submit(lambda: self._write(encoded, rows)))
+    def finish(self, encoded: EncodedShard, rows: pl.DataFrame, twin: Callable[[], None] = lambda: None) -> None:
+        """All rows of the shard (columns row_id, slot) are there: write it, then its twin, behind what was begun."""
+
+        def write() -> None:
+            self._write(encoded, rows)
+            twin()
+
+        self._keeper.hold(self._keeper.submit(write))
 
     def _judge(self, row: bytes, latents: Float32[np.ndarray, "F C h w"], again: Rows) -> None:
         trip = self._keeper.judged(self._part, row, latents, again.take([row])[row])

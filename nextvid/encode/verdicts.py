@@ -36,8 +36,24 @@ class Trips:
     rows: int = 0  # that made the round trip
     worst_error: float = 0.0
     undecidable: dict[str, int] = field(default_factory=dict)  # rows by what they could not be told from
+    pixels: int = 0  # rows of the pixel store
     failed: set[bytes] = field(default_factory=set)  # in this call; they wait for the next one
     pictures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (source, reconstruction) of clips
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.__init__()  # type: ignore[misc]
+
+    def join(self, other: "Trips") -> None:
+        """Count what another process wrote and tried."""
+        self.written += other.written
+        self.rows += other.rows
+        self.worst_error = max(self.worst_error, other.worst_error)
+        for name, count in other.undecidable.items():
+            self.undecidable[name] = self.undecidable.get(name, 0) + count
+        self.pixels += other.pixels
+        self.failed |= other.failed
+        self.pictures += other.pictures
 
     def add(self, found: Mapping[bytes, Trip]) -> None:
         """Count the verdicts of a shard."""

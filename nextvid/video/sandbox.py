@@ -99,7 +99,7 @@ class Sandbox:
         pool = self._free.get()
         try:
             if pool is None:
-                pool = ProcessPool(1, initializer=worker.limit, initargs=self._limits, context=_Spawn())
+                pool = ProcessPool(1, initializer=worker.limit, initargs=self._limits, context=Spawn())
             task = pool.schedule(worker.run, args=(function, args, self._limits[1]), timeout=timeout_s)
             self._tasks.add(task)
             try:
@@ -166,5 +166,7 @@ class _SpawnProcess(context.SpawnProcess):
         return _Popen(process_obj)
 
 
-class _Spawn(context.SpawnContext):
+class Spawn(context.SpawnContext):
+    """Spawned processes that do not import the caller's `__main__`."""
+
     Process = _SpawnProcess

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = ("loader", "curation")
+BENCHMARKS = ("loader", "curation", "encode")
 
 
 def _documented(repository: Path, name: str) -> dict[str, set[str]]:

@@ -1,0 +1,133 @@
+"""kill -9 at every step that publishes: what stands is whole, and the finished store equals one never killed."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from nextvid.corpus.project import Project, open_project
+from nextvid.encode.latents import make_latents
+from nextvid.encode.plan import spec_in_force
+from storage.latents import LatentStore
+from storage.reader import read_row
+from tests.nextvid.encode.small_corpus import clip_row, films, publish_clips, write_corpus
+
+FILMS = "films.000000"
+SHARD = 4  # rows a shard, so that 12 rows have three
+STEPS = 8  # the spec, the part with its plan, and of three shards the file and the commit
+
+# A child that publishes by os.link and os.rename dies at the n-th of them, just before or just after it.
+CHILD = f"""
+import os, signal, sys
+from storage import part, shard
+part.ROWS_PER_SHARD = shard.ROWS_PER_SHARD = {SHARD}
+shard.INDEX_BYTES = 16 * {SHARD} + 4
+corpus, wanted, when = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+step = 0
+def dying(publish):
+    def published(*args, **named):
+        global step
+        if ".partial/" in str(args[1]):  # zarr, inside a folder that has no name yet
+            return publish(*args, **named)
+        step += 1
+        if step == wanted and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        publish(*args, **named)
+        if step == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return published
+os.link, os.rename = dying(os.link), dying(os.rename)
+from nextvid.corpus.project import open_project
+from nextvid.encode.latents import make_latents
+make_latents(open_project(corpus), "{FILMS}")
+"""
+
+
+def begin(folder: Path, autoencoder: Path) -> Project:
+    made = write_corpus(folder, autoencoder)
+    publish_clips(made, FILMS, [clip_row(path, i, view) for path in films(folder) for i in (0, 3) for view in (0, 1)])
+    return made
+
+
+def stored(project: Project) -> dict[bytes, np.ndarray]:
+    store = LatentStore(project.root, spec_in_force(project))
+    good = store.commits(FILMS).filter(pl.col("status") == "ok")
+    return {
+        row["row_id"]: read_row(store, FILMS, row["frames"], row["part"], row["slot"])
+        for row in good.iter_rows(named=True)
+    }
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("storage.part", "storage.shard"):
+        monkeypatch.setattr(f"{module}.ROWS_PER_SHARD", SHARD)
+    monkeypatch.setattr("storage.shard.INDEX_BYTES", 16 * SHARD + 4)
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory: pytest.TempPathFactory, cosine_autoencoder: Path) -> dict[bytes, np.ndarray]:
+    """What one uninterrupted call stores."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in ("storage.part", "storage.shard"):
+            patched.setattr(f"{module}.ROWS_PER_SHARD", SHARD)
+        patched.setattr("storage.shard.INDEX_BYTES", 16 * SHARD + 4)
+        project = begin(tmp_path_factory.mktemp("unkilled"), cosine_autoencoder)
+        make_latents(project, FILMS)
+        return stored(project)
+
+
+def killed_at(
+    folder: Path, autoencoder: Path, unkilled: dict[bytes, np.ndarray], step: int, when: str
+) -> tuple[Project, int]:
+    """A project whose encode was killed there, and how many rows stood then; they are checked to be right."""
+    begin(folder, autoencoder)
+    command = [sys.executable, "-c", CHILD, str(folder / "corpus.yaml"), str(step), when]
+    done = subprocess.run(command, cwd=Path.cwd(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    project = open_project(folder / "corpus.yaml")
+    survived = stored(project)
+    for row, values in survived.items():
+        np.testing.assert_array_equal(values, unkilled[row])
+    return project, len(survived)
+
+
+def finish(project: Project, unkilled: dict[bytes, np.ndarray]) -> None:
+    """Ask again: one part, every row, bit for bit; verify minds nothing but temporary files of the dead."""
+    assert make_latents(project, FILMS).passed
+    again = stored(project)
+    assert again.keys() == unkilled.keys()
+    for row, values in again.items():
+        np.testing.assert_array_equal(values, unkilled[row])
+    store = LatentStore(project.root, spec_in_force(project))
+    assert store.parts(FILMS, 4) == [0]
+    assert [problem for problem in store.verify(FILMS) if not problem.file.endswith(".partial")] == []
+
+
+def test_a_kill_between_a_shard_and_its_commit_costs_that_shard(
+    tmp_path: Path, cosine_autoencoder: Path, unkilled: dict[bytes, np.ndarray], small_shards: None
+) -> None:
+    project, survived = killed_at(tmp_path, cosine_autoencoder, unkilled, 6, "before")
+    assert survived == SHARD  # the first is committed, the second written and not committed
+    finish(project, unkilled)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_kill_at_any_step_loses_no_committed_row(
+    tmp_path: Path,
+    cosine_autoencoder: Path,
+    unkilled: dict[bytes, np.ndarray],
+    small_shards: None,
+    step: int,
+    when: str,
+) -> None:
+    project, survived = killed_at(tmp_path, cosine_autoencoder, unkilled, step, when)
+    reached = step if when == "after" else step - 1
+    assert survived == SHARD * max(0, (reached - 2) // 2)  # two steps a shard after spec and part
+    finish(project, unkilled)

@@ -1,0 +1,158 @@
+"""One shard: batches follow from the plan alone, one is gathered while another runs, and failures keep their place."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nextvid.encode.autoencoders import Autoencoder, Running
+from nextvid.encode.frames import Seen
+from nextvid.encode.shard import NOT_WANTED, Batch, EncodedShard, commit_table, encode_shard
+from storage.latents import EncodingSpec
+from storage.schemas import Commits
+from tests.nextvid.encode.small_corpus import texture
+
+F, SIDE = 2, 32
+IDS = [bytes([n]) * 16 for n in range(7)]
+
+
+@pytest.fixture
+def model(random_autoencoder: Path) -> Autoencoder:
+    return Autoencoder.load(random_autoencoder, frames_at_once=4)
+
+
+def spec_of(model: Autoencoder, posterior: str = "mean") -> EncodingSpec:
+    side = SIDE // model.stride
+    return EncodingSpec(
+        model.digest, SIDE, "bicubic", "fp32", posterior, "float16", model.channels, height=side, width=side
+    )
+
+
+def views() -> dict[bytes, Seen]:
+    return {row: Seen(texture(n, F, SIDE), 0.25) for n, row in enumerate(IDS)}
+
+
+def run(model: Autoencoder, seen: Mapping[bytes, Seen], posterior: str = "mean") -> EncodedShard:
+    return encode_shard(model, spec_of(model, posterior), F, IDS, lambda some: {r: seen[r] for r in some if r in seen})
+
+
+def test_rows_are_those_of_each_row_alone(model: Autoencoder) -> None:
+    seen = views()
+    done = run(model, seen)
+    for row, latents in zip(IDS, done.latents, strict=True):
+        frames = seen[row].frames
+        assert frames is not None
+        np.testing.assert_allclose(latents, model.encode(frames).latents, atol=1e-5)
+    assert done.good == IDS
+    assert done.decode_s == [0.25] * 7
+    assert all(second > 0 for second in done.encode_s)
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_a_shard_encoded_again_has_the_same_bits(model: Autoencoder, posterior: str) -> None:
+    one, other = run(model, views(), posterior), run(model, views(), posterior)
+    np.testing.assert_array_equal(one.latents, other.latents)
+
+
+def test_a_failed_row_changes_no_bit_of_another(model: Autoencoder) -> None:
+    """Its place in the batch is kept, so that a shard finished later, when a file is gone, has the same other rows."""
+    whole, seen = run(model, views()), views()
+    seen[IDS[2]] = Seen(None, 0.5, "corrupt")
+    del seen[IDS[5]]
+    done = run(model, seen)
+    assert done.reasons == [None, None, "corrupt", None, None, NOT_WANTED, None]
+    left = [0, 1, 3, 4, 6]
+    np.testing.assert_array_equal(done.latents[left], whole.latents[left])
+    assert np.isnan(done.latents[[2, 5]]).all()
+    assert done.posterior_std[2] is None
+    table = commit_table(done, list(range(7)), {IDS[0]: 30.0})
+    assert table["status"].to_list() == ["ok", "ok", "quarantined", "ok", "ok", "rejected", "ok"]
+    Commits.validate(table.with_columns(crc32c=0), cast=True)
+
+
+def test_batches_are_cut_in_slot_order_and_gathered_one_ahead(
+    model: Autoencoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    start, result = Autoencoder.start, Running.result
+
+    def starting(self: Autoencoder, clips: list[np.ndarray], *rest: np.ndarray | None) -> Running:
+        events.append(f"start {len(clips)}")
+        return start(self, clips, *rest)
+
+    def resulting(self: Running) -> object:
+        events.append("result")
+        return result(self)
+
+    monkeypatch.setattr(Autoencoder, "start", starting)
+    monkeypatch.setattr(Running, "result", resulting)
+    seen, told, rows = views(), list[Batch](), list[bytes]()
+    asked: list[list[bytes]] = []
+
+    def take(some: list[bytes]) -> Mapping[bytes, Seen]:
+        asked.append(some)
+        return seen
+
+    encode_shard(model, spec_of(model), F, IDS, take, lambda row, latents: rows.append(row), told.append)
+    assert asked == [IDS[:2], IDS[2:4], IDS[4:6], IDS[6:]]
+    assert events == ["start 2", "start 2", "result", "start 2", "result", "start 1", "result", "result"]
+    assert rows == IDS
+    assert [batch.rows for batch in told] == [2, 2, 2, 1]
+
+
+class TestMemory:
+    """A device without memory for a batch: half of it from then on, said once, the same rows."""
+
+    @pytest.fixture
+    def small(self, model: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> Autoencoder:
+        """An encoder whose device holds one frame at a time."""
+        moments = Autoencoder._moments
+
+        def limited(self: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if len(pixels) > 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return moments(self, pixels)
+
+        monkeypatch.setattr(Autoencoder, "_moments", limited)
+        return model
+
+    def test_batch_halves_until_it_fits_and_the_rows_are_the_same(
+        self, small: Autoencoder, random_autoencoder: Path
+    ) -> None:
+        notes: list[int] = []
+        small.when_halved = notes.append
+        done = run(small, views())
+        assert notes == [2, 1]
+        assert done.good == IDS
+        alone = Autoencoder.load(random_autoencoder, frames_at_once=1)
+        for row, latents in zip(IDS, done.latents, strict=True):
+            frames = views()[row].frames
+            assert frames is not None
+            np.testing.assert_array_equal(latents, alone.encode(frames).latents)
+
+    def test_decoding_halves_too(self, model: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        frames = texture(0, 4, SIDE)
+        latents = model.encode(frames).latents
+        wanted = model.decode(latents)
+        pixels = Autoencoder._pixels
+
+        def limited(self: Autoencoder, values: torch.Tensor) -> np.ndarray:
+            if len(values) > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return pixels(self, values)
+
+        monkeypatch.setattr(Autoencoder, "_pixels", limited)
+        assert np.abs(model.decode(latents).astype(int) - wanted).max() <= 1
+        assert model.frames_at_once == 2
+
+    def test_a_frame_that_does_not_fit_is_one_clear_error(
+        self, model: Autoencoder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(self: Autoencoder, pixels: torch.Tensor) -> None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(Autoencoder, "_moments", full)
+        with pytest.raises(ValueError, match=r"one frame does not fit.*encoding\.resolution"):
+            run(model, views())
