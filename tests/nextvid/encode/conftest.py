@@ -5,11 +5,15 @@ The exact one is an AutoencoderTiny whose convolutions hold a cosine transform: 
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from storage import part, shard
 
 PATCH = 8  # pixels a side of a patch, folded to depth by nextvid.json
 KEPT = 5  # frequencies kept per axis and colour: 3 * 25 = 75 of 192 numbers
@@ -80,3 +84,21 @@ def cosine_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     (folder / "nextvid.json").write_text(json.dumps({"kind": "autoencoder_tiny", "patch": PATCH}))
     return folder
+
+
+@contextmanager
+def shards_of_four() -> Iterator[None]:
+    """Shards of four rows, so that small corpora have several. Indexes are remembered by their rows, so forgotten."""
+    shard.index.cache_clear()
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (part, shard):
+            patched.setattr(module, "ROWS_PER_SHARD", 4)
+        patched.setattr(shard, "INDEX_BYTES", 16 * 4 + 4)
+        yield
+    shard.index.cache_clear()
+
+
+@pytest.fixture
+def small_shards() -> Iterator[None]:
+    with shards_of_four():
+        yield

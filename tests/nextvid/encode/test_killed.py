@@ -14,6 +14,7 @@ from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import spec_in_force
 from storage.latents import LatentStore
 from storage.reader import read_row
+from tests.nextvid.encode.conftest import shards_of_four
 from tests.nextvid.encode.small_corpus import clip_row, films, publish_clips, write_corpus
 
 FILMS = "films.000000"
@@ -62,20 +63,10 @@ def stored(project: Project) -> dict[bytes, np.ndarray]:
     }
 
 
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("storage.part", "storage.shard"):
-        monkeypatch.setattr(f"{module}.ROWS_PER_SHARD", SHARD)
-    monkeypatch.setattr("storage.shard.INDEX_BYTES", 16 * SHARD + 4)
-
-
 @pytest.fixture(scope="module")
 def unkilled(tmp_path_factory: pytest.TempPathFactory, cosine_autoencoder: Path) -> dict[bytes, np.ndarray]:
     """What one uninterrupted call stores."""
-    with pytest.MonkeyPatch.context() as patched:
-        for module in ("storage.part", "storage.shard"):
-            patched.setattr(f"{module}.ROWS_PER_SHARD", SHARD)
-        patched.setattr("storage.shard.INDEX_BYTES", 16 * SHARD + 4)
+    with shards_of_four():
         project = begin(tmp_path_factory.mktemp("unkilled"), cosine_autoencoder)
         make_latents(project, FILMS)
         return stored(project)

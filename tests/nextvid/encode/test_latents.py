@@ -14,6 +14,7 @@ from PIL import Image
 from nextvid.corpus.project import Project
 from nextvid.encode import latents as maker
 from nextvid.encode import looks, shard
+from nextvid.encode import pipeline as piping
 from nextvid.encode.acceptance import in_force
 from nextvid.encode.autoencoders import Autoencoder, Running
 from nextvid.encode.frames import Seen
@@ -24,7 +25,6 @@ from nextvid.encode.views import CropBox
 from nextvid.outcome import Outcome
 from nextvid.video.decode import frames_at
 from storage import part as parts
-from storage import shard as shards
 from storage.errors import RefusedError, StoreError, UpstreamError
 from storage.latents import LatentStore
 from storage.reader import read_row
@@ -61,14 +61,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, cosine_autoencoder: Path) -> 
     """A project whose films are encoded, for tests that only read it."""
     project = begin(tmp_path_factory.mktemp("made"), cosine_autoencoder)
     return project, make_latents(project, FILMS)
-
-
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of four rows, so that small corpora have several."""
-    for module in (parts, shards):
-        monkeypatch.setattr(module, "ROWS_PER_SHARD", 4)
-    monkeypatch.setattr(shards, "INDEX_BYTES", 16 * 4 + 4)
 
 
 def stored(project: Project, batch: str) -> dict[bytes, np.ndarray]:
@@ -351,7 +343,7 @@ class TestRoundTrip:
     def test_shard_made_from_wrong_frames_is_refused(
         self, project: Project, monkeypatch: pytest.MonkeyPatch, slip: Callable[..., Any]
     ) -> None:
-        monkeypatch.setattr(maker, "encode_shard", slip)
+        monkeypatch.setattr(piping, "encode_shard", slip)
         with pytest.raises(StoreError, match="round trip"):
             make_latents(project, FILMS)
         spec = spec_in_force(project)
@@ -377,7 +369,7 @@ class TestRoundTrip:
 
             return shard.encode_shard(model, spec, frames, ids, wrong, *rest)
 
-        monkeypatch.setattr(maker, "encode_shard", swapped)
+        monkeypatch.setattr(piping, "encode_shard", swapped)
         with pytest.raises(StoreError, match=f"round trip of row {sampled.hex()}"):
             make_latents(project, FILMS)
 
