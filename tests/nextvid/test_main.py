@@ -257,7 +257,7 @@ class TestBadInput:
         "how",
         [
             pytest.param("mode", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root reads it whatever its mode")),
-            pytest.param("disk", marks=pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")),
+            "loop",
         ],
     )
     def test_an_unreadable_file_is_a_row(self, nextvid: Command, tmp_path: Path, how: str) -> None:
@@ -267,7 +267,7 @@ class TestBadInput:
             path.chmod(0)
         else:
             path.unlink()
-            path.symlink_to("/proc/self/mem")  # reading its first bytes is an I/O error, for root too
+            path.symlink_to("a.jpg")  # to itself: opening it is an error, for root too
         assert nextvid("make", "media", "--corpus", write_yaml(tmp_path))[0] == 3
         rows = read_table(str(tmp_path / "root" / "media" / "stills.000000.parquet"), Media)
         assert rows.select("status", "reason").rows() == [("quarantined", "unreadable")]

@@ -1,6 +1,7 @@
 """Media to clips over real files: labelled videos and pictures, odd but good ones, and broken ones."""
 
 import os
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -37,7 +38,7 @@ def project(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     few.mkdir()
     videos = [path for path in (data / "assorted").iterdir() if kind_of(path.name) == "video"]
     for path in sorted(videos, key=lambda path: path.stat().st_size)[:SMALLEST]:
-        (few / path.name).symlink_to(path)
+        shutil.copy(path, few)
     labels = {"layout": "csv", "path_base": str(data), "split_column": "split"}
     weizmann = labels | {
         "file": str(data / "weizmann4_mp4.csv"),
