@@ -195,7 +195,9 @@ class HowConfig(Strict):
     micro_batch: int = 0  # clips per rank and backward; 0 = the whole rank's share
     threads: int = 1  # loader threads
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: bool = False
+    compile: bool = False  # every block on its own, by torch.compile: pays on GPUs (research: training 3)
+    recompute_blocks: bool = False  # activation checkpointing: memory of one block for a forward more
+    fold_copies: bool = False  # noise levels of the decoder one after the other: memory of one for no work more
     log_every_steps: int = 20
     diagnose_every_steps: int = 250
     checkpoint_every_steps: int = 500

@@ -59,8 +59,8 @@ TESTS = {  # by trap
 MUTATIONS = {
     "01 a block of queries also sees its own tubelet": Mutation(
         f"{MODEL}/attention.py",
-        "attend(q[:, :, t * rows : (t + 1) * rows], k[:, :, : (t + 1) * keys], v[:, :, : (t + 1) * keys])",
-        "attend(q[:, :, t * rows : (t + 1) * rows], k[:, :, : (t + 2) * keys], v[:, :, : (t + 2) * keys])",
+        "k, v = k[:, :, : (t + 1) * keys], v[:, :, : (t + 1) * keys]",
+        "k, v = k[:, :, : (t + 2) * keys], v[:, :, : (t + 2) * keys]",
         "01",
     ),
     "02 <= in place of <": Mutation(
@@ -116,7 +116,7 @@ MUTATIONS = {
         f"{MODEL}/tokens.py", "b (t u) c h w -> b t (h w) (u c)", "b (t u) c h w -> b t (w h) (u c)", "15"
     ),
     "16 predictions paired with the tubelet before": Mutation(
-        f"{MODEL}/nextvid.py", "interpolate(draws, targets[:, 1:])", "interpolate(draws, targets[:, :-1])", "16"
+        f"{MODEL}/nextvid.py", "target = targets[:, 1:]", "target = targets[:, :-1]", "16"
     ),
     "17 latents as they are stored": Mutation(
         f"{TRAIN}/latent_rows.py", "out.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])", "pass", "17"

@@ -8,7 +8,7 @@ D encoder width, d width, p rotated pairs of a head.
 """
 
 from einops import rearrange, repeat
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
@@ -39,8 +39,8 @@ class CrossBlock(nn.Module):
         x: Float[Tensor, "B F n d"],
         context: Float[Tensor, "B K d"],
         time: Float[Tensor, "B F d"],
-        query_table: Complex[Tensor, "b 1 Q p"],
-        key_table: Complex[Tensor, "c 1 K p"],
+        query_table: Float[Tensor, "b 1 Q p 2"],
+        key_table: Float[Tensor, "c 1 K p 2"],
         attend: Attend,
     ) -> Float[Tensor, "B F n d"]:
         mods = self.modulation(time).chunk(3 * self.parts, dim=-1)

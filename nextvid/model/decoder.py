@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
@@ -83,7 +83,7 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(
-        self, x: Float[Tensor, "N n d"], time: Float[Tensor, "N d"], table: Complex[Tensor, "b 1 n p"]
+        self, x: Float[Tensor, "N n d"], time: Float[Tensor, "N d"], table: Float[Tensor, "b 1 n p 2"]
     ) -> Float[Tensor, "N n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time).chunk(6, dim=-1)
         inner = self.attn(modulate(self.norm1(x), shift1, scale1), table, scaled_dot_product_attention)
@@ -136,7 +136,7 @@ class FlowDecoder(nn.Module):
         head_dim = model.decoder.width // model.decoder.heads
         table = rotary(place.query_ids[:, :cells], head_dim, model.grid_height, model.grid_width)
         if table.shape[0] > 1:
-            table = repeat(table, "b one n p -> (k b f) one n p", k=copies, f=frames)
+            table = repeat(table, "b one n p c -> (k b f) one n p c", k=copies, f=frames)
         time = silu(self.time(rearrange(tau, "k b f -> (k b f)")))
         for block in self.blocks:
             x = block(x, time, table)

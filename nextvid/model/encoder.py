@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextvid.config import ModelConfig
@@ -49,7 +49,7 @@ class EncoderBlock(nn.Module):
         self.mlp = Mlp(width, hidden)
 
     def forward(
-        self, x: Float[Tensor, "B L D"], table: Complex[Tensor, "b 1 L p"], attend: Attend
+        self, x: Float[Tensor, "B L D"], table: Float[Tensor, "b 1 L p 2"], attend: Attend
     ) -> Float[Tensor, "B L D"]:
         x = x + self.attn(self.norm1(x), table, attend)
         return x + self.mlp(self.norm2(x))

@@ -9,7 +9,7 @@ each, R tokens of the condition.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -22,6 +22,7 @@ from nextvid.model.cross_decoder import CrossFlowDecoder
 from nextvid.model.decoder import FlowDecoder, Place
 from nextvid.model.encoder import Encoder, all_ids
 from nextvid.model.flow import ODE_STEPS, NoiseKey, draw_flow, euler, flow_loss, interpolate
+from nextvid.model.folding import folded_mean
 from nextvid.model.predictor import Predicted, Predictor
 from nextvid.model.tokens import gather_tokens, tube_ids
 
@@ -79,13 +80,14 @@ class NExTVid(nn.Module):
         key: NoiseKey,
         copies: int = 1,
         only: int | None = None,
+        fold: bool = False,
     ) -> Losses:
         """Losses of whole clips.
 
         `tokens` are the encoder's inputs of every cell, `targets` the normalised latents (None if the flow loss is
         off), `features` what `reference_features` gives (None if the alignment is off), `visible` the ids each strategy
         keeps, sorted, over all T tubelets. `only` runs one strategy; totals of the strategies run one by one add up to
-        the total of all, so that each can have its own backward.
+        the total of all, so that each can have its own backward. `fold` decodes the copies one after the other.
         """
         weights, names = self.recipe.losses, strategy_names(self.recipe.masks)
         assert len(visible) == len(names), f"{len(visible)} sets of visible ids for strategies {names}"
@@ -104,7 +106,7 @@ class NExTVid(nn.Module):
                 total = total + weights.align * align[name] / len(names)
             if weights.flow > 0:
                 assert targets is not None, "the flow loss needs targets"
-                flow[name] = self._flow(seen, targets, query_ids, key, index, copies)
+                flow[name] = self._flow(seen, targets, query_ids, key, index, copies, fold)
                 total = total + weights.flow * flow[name] / len(names)
         return Losses(total, align, flow)
 
@@ -174,19 +176,39 @@ class NExTVid(nn.Module):
         return (z.float() - features.float()).square().mean()
 
     def _flow(
-        self, seen: Conditioned, targets: Tensor, query_ids: Tensor, key: NoiseKey, strategy: int, copies: int
+        self,
+        seen: Conditioned,
+        targets: Tensor,
+        query_ids: Tensor,
+        key: NoiseKey,
+        strategy: int,
+        copies: int,
+        fold: bool,
+    ) -> Tensor:
+        """Mean of all copies, at once or folded; the draws are the same, since each copy has its own key."""
+        assert self.decoder is not None, "the flow loss needs a decoder"
+
+        def loss_of(condition: Tensor, some: range) -> Tensor:
+            return self._flow_of(replace(seen, condition=condition), targets, query_ids, key, strategy, some)
+
+        if not fold or copies == 1:
+            return loss_of(seen.condition, range(copies))
+        parameters = [p for p in self.decoder.parameters() if p.requires_grad]
+        return folded_mean(lambda z, copy: loss_of(z, range(copy, copy + 1)), copies, seen.condition, parameters)
+
+    def _flow_of(
+        self, seen: Conditioned, targets: Tensor, query_ids: Tensor, key: NoiseKey, strategy: int, copies: range
     ) -> Tensor:
         clips, tubelets, cells, channels = targets.shape
         shape = (tubelets - 1, cells, channels)
-        draws = draw_flow(key, strategy, range(copies), shape, self.recipe.losses, targets.device)
-        target, noisy = targets[:, 1:], interpolate(draws, targets[:, 1:])
+        draws = draw_flow(key, strategy, copies, shape, self.recipe.losses, targets.device)
+        target = targets[:, 1:]
         if self.recipe.model.predictor.support == "masked":
             chosen = rearrange(query_ids, "b (f n) -> b f n", f=tubelets - 1)[:, 0] % cells
             index = chosen[:, None, :, None].expand(clips, tubelets - 1, -1, channels)
             target = target.gather(2, index)
-            draws = draws._replace(noise=draws.noise.gather(3, index.expand(copies, *index.shape)))
-            noisy = interpolate(draws, target)
-        return flow_loss(self.velocity(seen, noisy, draws.tau), draws, target)
+            draws = draws._replace(noise=draws.noise.gather(3, index.expand(len(copies), *index.shape)))
+        return flow_loss(self.velocity(seen, interpolate(draws, target), draws.tau), draws, target)
 
 
 def hidden_cells(visible: Int[Tensor, "B n"], cells: int) -> Int[Tensor, "B m"]:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nextvid.config import ModelConfig
@@ -45,8 +45,8 @@ class PredictorBlock(nn.Module):
         self,
         x: Float[Tensor, "B Q d"],
         context: Float[Tensor, "B K d"],
-        query_table: Complex[Tensor, "b 1 Q p"],
-        key_table: Complex[Tensor, "c 1 K p"],
+        query_table: Float[Tensor, "b 1 Q p 2"],
+        key_table: Float[Tensor, "c 1 K p 2"],
         attend: Attend,
     ) -> Float[Tensor, "B Q d"]:
         x = x + self.attn(self.norm1(x), self.norm_context(context), query_table, key_table, attend)
@@ -116,7 +116,7 @@ class Predictor(nn.Module):
     ) -> Tensor:
         """Self-attention over context and queries, every token updated."""
         rows = max(key_table.shape[0], query_table.shape[0])
-        table = torch.cat((key_table.expand(rows, -1, -1, -1), query_table.expand(rows, -1, -1, -1)), dim=2)
+        table = torch.cat([each.expand(rows, -1, -1, -1, -1) for each in (key_table, query_table)], dim=2)
         x = torch.cat((context, queries.to(context.dtype)), dim=1)
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, table, attend)

@@ -8,7 +8,7 @@ Axes: B clips (or 1), L tokens, h heads, e head dimension, p = e/2 pairs.
 """
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 MAX_PERIOD = 10000.0  # base of the frequencies, method.md 5
@@ -19,8 +19,8 @@ def axis_width(head_dim: int) -> int:
     return 2 * ((head_dim // 3) // 2)
 
 
-def rotary(ids: Int[Tensor, "B L"], head_dim: int, grid_height: int, grid_width: int) -> Complex[Tensor, "B 1 L p"]:
-    """Unit complex numbers by which the pairs of each token turn; `ids` are flat: t*S + h*grid_width + w."""
+def rotary(ids: Int[Tensor, "B L"], head_dim: int, grid_height: int, grid_width: int) -> Float[Tensor, "B 1 L p 2"]:
+    """Cosine and sine by which the pairs of each token turn; `ids` are flat: t*S + h*grid_width + w."""
     assert head_dim % 2 == 0, f"a head of {head_dim} dimensions has no pairs"
     cells = grid_height * grid_width
     cell = ids % cells
@@ -30,14 +30,23 @@ def rotary(ids: Int[Tensor, "B L"], head_dim: int, grid_height: int, grid_width:
     axes = [position.float()[..., None] * omega for position in (ids // cells, cell // grid_width, cell % grid_width)]
     tail = torch.zeros(*ids.shape, head_dim // 2 - 3 * pairs, device=ids.device)
     angles = torch.cat((*axes, tail), dim=-1)
-    return torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))[:, None]
 
 
-def rotate(x: Float[Tensor, "B h L e"], table: Complex[Tensor, "b 1 L p"]) -> Float[Tensor, "B h L e"]:
+def rotate(x: Float[Tensor, "B h L e"], table: Float[Tensor, "b 1 L p 2"]) -> Float[Tensor, "B h L e"]:
     """Turn queries or keys; in fp32 at least, returned in the dtype of `x`. A table of one row serves all clips.
 
     As a complex product it costs one pass over x; the same in real arithmetic took 3.3 times as long (8x4x192x32, CPU).
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    turned = torch.view_as_complex(precise.unflatten(-1, (-1, 2))) * table
+    if torch.compiler.is_compiling():  # where passes are fused, and inductor knows no complex numbers
+        return rotate_by_parts(precise, table).to(x.dtype)
+    turned = torch.view_as_complex(precise.unflatten(-1, (-1, 2))) * torch.view_as_complex(table)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def rotate_by_parts(x: Float[Tensor, "B h L e"], table: Float[Tensor, "b 1 L p 2"]) -> Float[Tensor, "B h L e"]:
+    """The same, the complex product written out; in the dtype of `x`."""
+    cosine, sine = table.unbind(-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cosine - second * sine, first * sine + second * cosine), dim=-1).flatten(-2)

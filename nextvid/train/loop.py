@@ -50,7 +50,7 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         ranks.wait()
         trainset = Trainset.open(project.root, run.trainset)
         plan = open_mask_plan(project.root, run.recipe.masks, grid_of(run.recipe.model))
-        trained = build(run.recipe, ranks)
+        trained = build(run.recipe, ranks, run.how)
         progress = _resume(run, trained)
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks))
         reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nextvid.config import RecipeConfig
+from nextvid.config import HowConfig, RecipeConfig
 from nextvid.model.encoder import Encoder
 from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import Losses, NExTVid
 from nextvid.model.reference import ema_update, reference_encoder, reference_features
 from nextvid.train.batch import Batch, encoder_tokens, flow_targets
+from nextvid.train.blocks import carry_out
 from nextvid.train.distributed import Ranks
 from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, stage_at, trained_modules
+
+PLAIN = HowConfig()  # nothing recomputed, compiled or folded
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Trained:
     """What training changes. `wrapped` is the model with averaged gradients (DDP) or the model itself."""
 
     recipe: RecipeConfig
+    how: HowConfig
     ranks: Ranks
     model: NExTVid
     wrapped: nn.Module
@@ -50,12 +54,15 @@ def build_model(recipe: RecipeConfig) -> NExTVid:
         return NExTVid(recipe)
 
 
-def build(recipe: RecipeConfig, ranks: Ranks) -> Trained:
+def build(recipe: RecipeConfig, ranks: Ranks, how: HowConfig = PLAIN) -> Trained:
     """Model, reference encoder and optimiser at step 0, on this rank's device."""
     model = build_model(recipe).to(ranks.device)
     reference = reference_encoder(model.encoder)
+    carry_out(model, how)
     partial = min(recipe.losses.align, recipe.losses.flow) <= 0  # ablations leave a part without gradients
-    return Trained(recipe, ranks, model, ranks.wrap(model, partial), reference, build_optimizer(model, recipe.optim))
+    return Trained(
+        recipe, how, ranks, model, ranks.wrap(model, partial), reference, build_optimizer(model, recipe.optim)
+    )
 
 
 def autocast(recipe: RecipeConfig, device: torch.device) -> AbstractContextManager[None]:
@@ -100,7 +107,9 @@ def _backward(trained: Trained, part: Batch, step: int, share: float, last: bool
         final = last and strategy == len(part.visible) - 1
         with nullcontext() if final else trained.ranks.without_averaging(trained.wrapped):
             with autocast(recipe, tokens.device):
-                losses: Losses = trained.wrapped(tokens, targets, features, part.visible, key, copies, only=strategy)
+                losses: Losses = trained.wrapped(
+                    tokens, targets, features, part.visible, key, copies, strategy, trained.how.fold_copies
+                )
             (losses.total * share).backward()
         found |= {f"align/{name}": value.detach() for name, value in losses.align.items()}
         found |= {f"flow/{name}": value.detach() for name, value in losses.flow.items()}

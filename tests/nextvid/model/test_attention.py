@@ -1,12 +1,16 @@
 """Blocks against a float64 softmax written out, forward and backward; masks from ids."""
 
+import subprocess
 import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from nextvid.config import ConfigError
 from nextvid.model.attention import Backend, allow_by_id, flash_kernel, frame_attention, masked_attention
@@ -48,6 +52,60 @@ def test_equals_float64_forward_and_backward(
     wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     for grad, want in zip(grads, wanted, strict=True):
         assert torch.allclose(grad.double(), want.double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["loop", "dense"])
+@pytest.mark.parametrize("frames", [2, 8, 32])
+@pytest.mark.parametrize("head_dim", [32, 64, 80])
+def test_method_s_sizes_equal_float64(head_dim: int, frames: int, backend: Backend) -> None:
+    """13 queries and 7 keys a tubelet, multiples of nothing; forward and gradients."""
+    rows, keys = 13, 7
+    generator = torch.Generator().manual_seed(head_dim + frames)
+    q = torch.randn(1, 2, frames * rows, head_dim, generator=generator, requires_grad=True)
+    k, v = (torch.randn(1, 2, frames * keys, head_dim, generator=generator, requires_grad=True) for _ in range(2))
+    weights = torch.randn(q.shape, generator=generator)
+    out, expected = frame_attention(q, k, v, frames, backend), naive(q, k, v, blocks(frames, rows, keys))
+    error = (out.double() - expected).abs().max() / expected.abs().max()
+    assert float(error.detach()) < 2e-6  # research: training 1, 3e-7 to 1e-6
+    grads = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for grad, want in zip(grads, wanted, strict=True):
+        assert float((grad.double() - want).abs().max() / want.abs().max()) < 5e-6
+
+
+def flash_attn_of(attend: Any) -> ModuleType:
+    """Stands in for the package: the same function on its axes [B, L, h, e], one dtype for all three."""
+    module = ModuleType("flash_attn")
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert q.dtype == k.dtype == v.dtype
+        assert q.shape[0::2] == k.shape[0::2], "heads stand third"
+        return attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize("frames", [2, 8])
+@pytest.mark.parametrize("head_dim", [32, 64, 80])
+def test_flash_hands_over_blocks_on_its_own_axes(head_dim: int, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop and the axes around the kernel, not the kernel; q and k come from fp32 rotation, v decides the dtype."""
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn_of(scaled_dot_product_attention))
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, frames * 13, head_dim, generator=generator)
+    k, v = (torch.randn(2, 3, frames * 7, head_dim, generator=generator) for _ in range(2))
+    out = frame_attention(q, k, v, frames, "flash")
+    assert torch.allclose(out.double(), naive(q, k, v, blocks(frames, 13, 7)), atol=1e-5)
+    assert frame_attention(q, k, v.bfloat16(), frames, "flash").dtype == torch.bfloat16
+
+
+def test_flash_is_imported_only_when_asked_for() -> None:
+    """Also where it is installed: importing the model must not load a CUDA extension."""
+    code = (
+        "import sys, nextvid.model.nextvid, nextvid.train.step\n"
+        "assert not any(name.partition('.')[0] == 'flash_attn' for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_loop_in_bf16_is_close_to_float64() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.model.rope import axis_width, rotary, rotate
+from nextvid.model.rope import axis_width, rotary, rotate, rotate_by_parts
 
 HEIGHT, WIDTH = 5, 7
 
@@ -67,7 +67,15 @@ def test_trap_06_phase_error_under_autocast() -> None:
     omega = 10000.0 ** -(torch.arange(10, dtype=torch.float64) / 10)
     angles = torch.cat((31 * omega, 15 * omega, 15 * omega, torch.zeros(2, dtype=torch.float64)))
     exact = torch.polar(torch.ones_like(angles), angles)
-    assert (table - exact).abs().max() < 1e-4
+    assert (torch.view_as_complex(table) - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("head_dim", [12, 32, 80])
+def test_written_out_it_is_the_complex_product(head_dim: int) -> None:
+    """What compiled blocks compute."""
+    x = torch.randn(2, 3, 9, head_dim, generator=torch.Generator().manual_seed(0))
+    table = rotary(torch.arange(9)[None] * 11, head_dim, HEIGHT, WIDTH)
+    assert torch.allclose(rotate_by_parts(x, table), rotate(x, table), atol=1e-6)
 
 
 def test_dtype_of_activations_is_kept() -> None:

@@ -8,24 +8,8 @@ import torch
 from nextvid.config import RecipeConfig
 from nextvid.model.flow import NoiseKey
 from nextvid.model.tokens import latent_tokens, stack_target
-from nextvid.train.batch import Batch
-from nextvid.train.order import in_every_tubelet
-from nextvid.train.step import Trained, build, build_model, means, take_step
-from tests.nextvid.train.tiny import ALONE, CHANNELS, GRID, latents_of, tiny_recipe
-
-
-def _batch(step: int = 0, clips: int = 4, frames: int = 4) -> Batch:
-    generator = torch.Generator().manual_seed(step)
-    latents = torch.randn(clips, frames, CHANNELS, GRID, GRID, generator=generator)
-    visible = []
-    for budget in (10, 6):
-        cells = torch.stack([torch.randperm(16, generator=generator)[:budget].sort().values for _ in range(clips)])
-        visible.append(torch.from_numpy(in_every_tubelet(cells.numpy(), frames // 2, 16)))
-    return Batch(step, tuple(range(clips * step, clips * (step + 1))), latents, visible)
-
-
-def _gradients(trained: Trained) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in trained.model.named_parameters() if p.grad is not None}
+from nextvid.train.step import build, build_model, means, take_step
+from tests.nextvid.train.tiny import ALONE, gradients_of, latents_of, random_batch, tiny_recipe
 
 
 def _unclipped(recipe: RecipeConfig) -> RecipeConfig:
@@ -34,7 +18,7 @@ def _unclipped(recipe: RecipeConfig) -> RecipeConfig:
 
 def test_one_backward_a_strategy_is_the_gradient_of_the_total() -> None:
     recipe = _unclipped(tiny_recipe())
-    trained, batch = build(recipe, ALONE), _batch()
+    trained, batch = build(recipe, ALONE), random_batch()
     assert trained.model.decoder is not None
     for parameter in trained.model.decoder.parameters():  # past its zero initialisation, so that all gradients live
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -45,9 +29,9 @@ def test_one_backward_a_strategy_is_the_gradient_of_the_total() -> None:
         tokens, stack_target(latents_of(batch), 2), features, batch.visible, NoiseKey(0, 0, batch.draws), copies=2
     )
     losses.total.backward()
-    wanted = _gradients(trained)
+    wanted = gradients_of(trained)
     stepped = take_step(trained, batch, 0, 0)
-    found = _gradients(trained)
+    found = gradients_of(trained)
     assert found.keys() == wanted.keys() == dict(model.named_parameters()).keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
@@ -64,8 +48,8 @@ def test_trap_28_micro_batches_give_the_gradient_of_the_whole() -> None:
     results = []
     for micro in (0, 1, 2):
         trained = build(recipe, ALONE)
-        stepped = take_step(trained, _batch(), 0, micro)
-        results.append((_gradients(trained), stepped))
+        stepped = take_step(trained, random_batch(), 0, micro)
+        results.append((gradients_of(trained), stepped))
     whole, stepped = results[0]
     for gradients, other in results[1:]:
         for name, gradient in whole.items():
@@ -81,7 +65,7 @@ def test_trap_13_the_average_moves_once_a_step_after_the_optimiser(micro: int) -
     trained = build(recipe, ALONE)
     wanted = {name: value.clone() for name, value in trained.model.encoder.state_dict().items()}
     for step in range(3):
-        take_step(trained, _batch(step), step, micro)
+        take_step(trained, random_batch(step), step, micro)
         for name, value in trained.model.encoder.state_dict().items():
             wanted[name] = 0.9 * wanted[name] + 0.1 * value
     for name, value in trained.reference.state_dict().items():
@@ -94,37 +78,37 @@ def test_without_an_average_the_reference_is_the_online_encoder() -> None:
     recipe = tiny_recipe()
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"ema": 0.0})})
     trained = build(recipe, ALONE)
-    take_step(trained, _batch(), 0, 0)
+    take_step(trained, random_batch(), 0, 0)
     for name, value in trained.reference.state_dict().items():
         torch.testing.assert_close(value, trained.model.encoder.state_dict()[name])
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     trained = build(tiny_recipe(), ALONE)
-    assert take_step(trained, _batch(0), 0, 0).finite
+    assert take_step(trained, random_batch(0), 0, 0).finite
     before = {name: value.clone() for name, value in trained.model.state_dict().items()}
     average = {name: value.clone() for name, value in trained.reference.state_dict().items()}
-    poisoned = _batch(1)
+    poisoned = random_batch(1)
     latents_of(poisoned)[2, 1, 0, 0, 0] = float("inf")
     stepped = take_step(trained, poisoned, 1, 0)
     assert not stepped.finite
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
     assert all(torch.equal(value, average[name]) for name, value in trained.reference.state_dict().items())
-    assert take_step(trained, _batch(2), 2, 0).finite
+    assert take_step(trained, random_batch(2), 2, 0).finite
     assert all(torch.isfinite(value).all() for value in trained.model.state_dict().values())
 
 
 def test_losses_begin_where_the_method_says() -> None:
     """method.md 4.2: 2 for flow with a zero-initialised head; alignment: 1 of the target, and 1 of a narrow z."""
-    stepped = take_step(build(tiny_recipe(), ALONE), _batch(clips=16), 0, 0)
+    stepped = take_step(build(tiny_recipe(), ALONE), random_batch(clips=16), 0, 0)
     found = means({name: float(value) for name, value in stepped.losses.items()})
     assert found["flow"] == pytest.approx(2.0, abs=0.1)
     assert found["align"] == pytest.approx(2.0, abs=0.5)
 
 
-def test_a_step_is_a_function_of_draw_numbers_not_of_the_place_in_the_batch() -> None:
+def test_a_step_is_a_function_of_draw_numbers_not_of_the_place_in_therandom_batch() -> None:
     """The same clips in another order, with their draw numbers, give the same mean losses."""
-    recipe, batch = tiny_recipe(), _batch()
+    recipe, batch = tiny_recipe(), random_batch()
     order = [2, 0, 3, 1]
     turned = replace(
         batch,
@@ -143,7 +127,7 @@ def test_a_step_is_a_function_of_draw_numbers_not_of_the_place_in_the_batch() ->
 def test_ablations_log_only_what_they_have(off: str) -> None:
     recipe = tiny_recipe()
     recipe = recipe.model_copy(update={"losses": recipe.losses.model_copy(update={off: 0.0})})
-    stepped = take_step(build(recipe, ALONE), _batch(), 0, 0)
+    stepped = take_step(build(recipe, ALONE), random_batch(), 0, 0)
     assert stepped.finite
     assert not any(name.startswith(off) for name in stepped.losses)
     assert means(dict.fromkeys(stepped.losses, 1.0))[off] != means(dict.fromkeys(stepped.losses, 1.0))[off]

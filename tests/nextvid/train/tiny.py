@@ -18,6 +18,8 @@ from nextvid.config import (
 )
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
+from nextvid.train.order import in_every_tubelet
+from nextvid.train.step import Trained
 
 Keep = Literal["fixed", "bucket", "flat", "all"]
 CHANNELS = 4
@@ -74,3 +76,19 @@ def tiny_recipe(name: str = "tiny", steps: tuple[int, ...] = (3, 3, 3, 3), keep:
         ),
         precision="fp32",
     )
+
+
+def random_batch(step: int = 0, clips: int = 4, frames: int = 4) -> Batch:
+    """Random latents and tubes, drawn from the step's number."""
+    generator = torch.Generator().manual_seed(step)
+    latents = torch.randn(clips, frames, CHANNELS, GRID, GRID, generator=generator)
+    visible = []
+    for budget in (10, 6):
+        cells = torch.stack([torch.randperm(16, generator=generator)[:budget].sort().values for _ in range(clips)])
+        visible.append(torch.from_numpy(in_every_tubelet(cells.numpy(), frames // 2, 16)))
+    return Batch(step, tuple(range(clips * step, clips * (step + 1))), latents, visible)
+
+
+def gradients_of(trained: Trained) -> dict[str, torch.Tensor]:
+    """Gradients by parameter name, copied."""
+    return {name: p.grad.clone() for name, p in trained.model.named_parameters() if p.grad is not None}
