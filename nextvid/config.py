@@ -183,6 +183,16 @@ class RecipeConfig(Strict):
         return sum(stage.steps for stage in self.stages)
 
     @property
+    def reads_pixels(self) -> bool:
+        """Whether encoder or decoder are given frames."""
+        return self.model.encoder.input == "pixels" or (self.losses.target == "pixels" and self.losses.flow > 0)
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether encoder or decoder are given what an autoencoder, or another target's network, made of the frames."""
+        return self.model.encoder.input == "latents" or (self.losses.target != "pixels" and self.losses.flow > 0)
+
+    @property
     def clip_lengths(self) -> tuple[int, ...]:
         """Frames per clip that the stages ask of a trainset, ascending."""
         return tuple(sorted({stage.frames for stage in self.stages}))

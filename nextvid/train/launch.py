@@ -19,6 +19,8 @@ from typing import Any
 from nextvid.config import HowConfig, RecipeConfig
 from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_pixels import freeze_pixels
 from nextvid.outcome import Check, Number, Outcome
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train import checkpoint
@@ -67,7 +69,8 @@ def prepare_run(
     """Fix what a run reads and write its config.json. Asking again gives the same run.
 
     `launch` is the id of the Dagster run that asks first: its retries find the same trainset whatever the newest is.
-    Raises ConfigError for wrong overrides, UpstreamError where trainset or mask plan are missing or failed checks.
+    Raises ConfigError for wrong overrides, UpstreamError where trainset or mask plan are missing or failed checks,
+    RefusedError where the recipe reads pixels and the trainset's rows have none.
     """
     config = apply_overrides(recipe_by_name(recipe), overrides)
     carried_out = how or HowConfig()
@@ -76,7 +79,8 @@ def prepare_run(
     trainset = _trainset(project, recipe, launch)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
     plan = _mask_plan(project, config, overridden=bool(overrides))
-    run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides)
+    pixels = _pixels(project, config, trainset)
+    run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides, pixels)
     write_run(run)
     if launch is not None:
         _remember(project, run, launch)
@@ -145,6 +149,13 @@ def _trainset(project: Project, recipe: str, launch: str | None) -> str:
     if newest is None:
         raise UpstreamError("there is no trainset yet: make 'trainset' first")
     return newest
+
+
+def _pixels(project: Project, config: RecipeConfig, trainset: str) -> str | None:
+    """Digest of the trainset's pixels, for a recipe that reads them; frozen now if no other run did."""
+    if not config.reads_pixels:
+        return None
+    return freeze_pixels(project, Trainset.open(project.root, trainset), config).digest
 
 
 def _mask_plan(project: Project, config: RecipeConfig, *, overridden: bool) -> str:

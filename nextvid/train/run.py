@@ -1,7 +1,7 @@
 """A run: its id, its folder, and the one file that says what it is (config.json).
 
-What is digested: recipe (its seed included), trainset, mask plan, repeat. What is not: how it is carried out (design 2,
-"run"). Holds no training and starts no process.
+What is digested: recipe (its seed included), trainset, its pixels where they are read, mask plan, repeat. What is not:
+how it is carried out (design 2, "run"). Holds no training and starts no process.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ class Run:
     mask_plan: str
     repeat: int
     overrides: tuple[str, ...]
+    pixels: str | None = None  # digest of the trainset's pixels, for recipes that read them
 
     @property
     def identity(self) -> Identity:
@@ -60,9 +61,10 @@ class Run:
         return checkpoint.step_of(found[-1]) if found else None
 
 
-def run_id(recipe: RecipeConfig, trainset: str, mask_plan: str, repeat: int = 0) -> str:
+def run_id(recipe: RecipeConfig, trainset: str, mask_plan: str, repeat: int = 0, pixels: str | None = None) -> str:
     """First 12 hex digits of the digest of what is trained, on what, with which masks, the how-manieth time."""
-    return digest({"what": recipe.digest(), "trainset": trainset, "mask_plan": mask_plan, "repeat": repeat})[:ID_DIGITS]
+    said = {"what": recipe.digest(), "trainset": trainset, "mask_plan": mask_plan, "repeat": repeat}
+    return digest(said if pixels is None else said | {"pixels": pixels})[:ID_DIGITS]
 
 
 def plan_run(
@@ -73,11 +75,12 @@ def plan_run(
     mask_plan: str,
     repeat: int,
     overrides: Sequence[str],
+    pixels: str | None = None,
 ) -> Run:
     """The run that these inputs make, whether or not it has begun."""
-    name = run_id(recipe, trainset, mask_plan, repeat)
+    name = run_id(recipe, trainset, mask_plan, repeat, pixels)
     folder = Path(root.run(recipe.name, name))
-    return Run(name, folder, recipe, how, trainset, mask_plan, repeat, tuple(overrides))
+    return Run(name, folder, recipe, how, trainset, mask_plan, repeat, tuple(overrides), pixels)
 
 
 def write_run(run: Run) -> None:
@@ -97,6 +100,7 @@ def write_run(run: Run) -> None:
             "recipe": run.recipe.model_dump(mode="json"),
             "overrides": list(run.overrides),
             "trainset": run.trainset,
+            "pixels": run.pixels,
             "mask_plan": run.mask_plan,
             "repeat": run.repeat,
             "how": run.how.model_dump(mode="json"),
@@ -126,6 +130,7 @@ def open_run(folder: Path) -> Run:
         values["mask_plan"],
         values["repeat"],
         tuple(values["overrides"]),
+        values.get("pixels"),
     )
 
 

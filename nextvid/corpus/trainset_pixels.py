@@ -1,0 +1,191 @@
+"""The pixels of a frozen trainset: where each of its rows stands in a pixel store, under a digest of its own.
+
+Made on demand for the first recipe that reads pixels, never changed afterwards (design, 5). Files of addresses follow
+the trainset's rows one for one; `pixels.<spec>.json` stands last and says what they are. A row without pixels refuses
+the whole: no clip is left out or replaced. Holds no choice of rows (selection.py) and reads no pixel.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from nextvid.config import RecipeConfig
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.encode.pixel_plan import pixel_spec
+from nextvid.recipes import RECIPES
+from storage import atomic, listing
+from storage.digest import digest_bytes, digest_config
+from storage.errors import DamagedError, RefusedError, UpstreamError
+from storage.pixel_reader import PIXEL_ADDRESS, pixel_addresses
+from storage.pixels import PixelSpec, PixelStore
+from storage.root import DataRoot
+
+NAMED = 3  # rows without pixels that a message names
+
+
+@dataclass(frozen=True)
+class TrainsetPixels:
+    """Pixels of a trainset, opened for reading: addresses are memory-mapped, so opening costs the same at any size."""
+
+    trainset: Trainset
+    folder: str
+    digest: str
+    spec: PixelSpec
+    psnr_mean_db: float | None  # of the JPEGs against their frames, over the rows that were measured; None without any
+    psnr_rows: int
+
+    def rows(self, frames: int) -> np.ndarray:
+        """PIXEL_ADDRESS of each of the trainset's rows of a clip length, in their order.
+
+        Raises DamagedError where the file is not what was frozen.
+        """
+        wanted = len(self.trainset.rows(frames))
+        path = _addresses_path(self.folder, self.spec, frames)
+        try:
+            rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path}: {error}; {_remedy(self.folder, self.spec)}") from None
+        if rows.dtype != PIXEL_ADDRESS or rows.shape != (wanted,):
+            raise DamagedError(
+                f"{path}: {rows.shape} rows of {rows.dtype}, {wanted} addresses were frozen; "
+                f"{_remedy(self.folder, self.spec)}"
+            )
+        return rows
+
+
+def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) -> TrainsetPixels:
+    """The pixels that a recipe reads of a trainset, as corpus.yaml asks for them; frozen now if they are not yet.
+
+    Raises RefusedError where corpus.yaml asks for none, they do not fit the recipe, or a row has none.
+    """
+    spec = pixel_spec(project, trainset.spec)
+    if spec is None:
+        raise RefusedError(
+            f"recipe {recipe.name} reads pixels, and {project.path} asks for none: put 'pixels: {{quality: 90}}' under "
+            f"'encoding', make 'latents' again (it adds pixels and touches no latent), then ask again{_twin(recipe)}"
+        )
+    side = recipe.model.grid_height * recipe.model.patch, recipe.model.grid_width * recipe.model.patch
+    if side != (spec.resolution, spec.resolution):
+        raise RefusedError(
+            f"recipe {recipe.name} reads frames of {side[0]} x {side[1]} pixels, and the trainset's have "
+            f"{spec.resolution} x {spec.resolution}: choose another recipe, or set 'encoding.resolution' and make "
+            "'latents' and 'trainset' again"
+        )
+    folder = project.root.pointed("trainset", trainset.digest)
+    path = _said_path(folder, spec)
+    if not atomic.exists(path):
+        _freeze(PixelStore(project.root, spec), trainset, folder, recipe.name)
+    return _opened(trainset, folder, path)
+
+
+def open_pixels(root: DataRoot, trainset: Trainset, digest: str) -> TrainsetPixels:
+    """The frozen pixels of this digest. Raises UpstreamError where the trainset has none such."""
+    for found in frozen_pixels(root, trainset):
+        if found.digest == digest:
+            return found
+    raise UpstreamError(
+        f"trainset {trainset.digest} has no pixels {digest}: somebody removed them. Put them back, or start a new run"
+    )
+
+
+def frozen_pixels(root: DataRoot, trainset: Trainset) -> Iterator[TrainsetPixels]:
+    """Everything that was frozen of a trainset's pixels, by spec."""
+    folder = root.pointed("trainset", trainset.digest)
+    for name in listing.files(folder):
+        if name.startswith("pixels.") and name.endswith(".json"):
+            yield _opened(trainset, folder, f"{folder}/{name}")
+
+
+def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> None:
+    """Write the addresses of every clip length, then what they are."""
+    contents, psnr_db = {}, []
+    for frames in trainset.lengths:
+        with atomic.staged_file(_addresses_path(folder, store.spec, frames)) as temporary:
+            found = _write_addresses(temporary, store, trainset, frames, recipe)
+            contents[f"f{frames}"] = digest_bytes(found["crc"].tobytes())
+        psnr_db.append(_psnr(store, trainset, frames))
+    measured = pl.concat(psnr_db).drop_nulls()
+    said = {
+        "digest": digest_config({"trainset": trainset.digest, "spec": store.digest, "rows": contents}),
+        "spec": store.spec.to_json(),
+        "psnr_mean_db": measured.mean(),
+        "psnr_rows": len(measured),
+    }
+    atomic.publish_json(_said_path(folder, store.spec), said)
+
+
+def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: int, recipe: str) -> np.ndarray:
+    """Addresses into a new file, batch by batch, so that no more than a batch's rows are in memory beside them."""
+    rows = trainset.rows(frames)
+    found = np.lib.format.open_memmap(path, mode="w+", dtype=PIXEL_ADDRESS, shape=rows.shape)
+    order = np.argsort(rows["batch"], kind="stable")
+    ends = np.flatnonzero(np.diff(rows["batch"][order])) + 1
+    lacking: list[str] = []
+    for places in np.split(order, ends) if len(order) else ():
+        batch = trainset.batches[int(rows["batch"][places[0]])]
+        joined = _joined(rows[places], store.commits(batch, frames))
+        without = joined.filter(pl.col("crc32c").is_null())["at"]
+        lacking += [f"{_hex(rows[places[at]])} of {batch}" for at in without]
+        if not lacking:
+            found[places] = pixel_addresses(joined, trainset.batches)
+    if lacking:
+        named = ", ".join(lacking[:NAMED]) + (", ..." if len(lacking) > NAMED else "")
+        raise RefusedError(
+            f"recipe {recipe} reads pixels, and {len(lacking)} of the {len(rows)} rows with {frames} frames of "
+            f"trainset {trainset.digest} have none of quality {store.spec.quality} ({named}): make 'latents' of their "
+            "batches again (it adds pixels and touches no latent), then ask again"
+        )
+    found.flush()
+    return found
+
+
+def _joined(rows: np.ndarray, commits: pl.DataFrame) -> pl.DataFrame:
+    """The commits of these rows in their order, columns null where there is none; `at` numbers the rows."""
+    good = commits.filter(pl.col("status") == "ok")
+    halves = np.frombuffer(b"".join(good["row_id"].to_list()), ">u8").reshape(-1, 2).astype("<u8")
+    known = good.with_columns(high=pl.Series(halves[:, 0]), low=pl.Series(halves[:, 1]))
+    wanted = {"high": rows["row_id"][:, 0], "low": rows["row_id"][:, 1], "at": np.arange(len(rows))}
+    return pl.DataFrame(wanted).join(known, on=["high", "low"], how="left", maintain_order="left")
+
+
+def _psnr(store: PixelStore, trainset: Trainset, frames: int) -> pl.Series:
+    """PSNR of the measured rows of the batches in question; null for the others."""
+    batches = np.unique(trainset.rows(frames)["batch"]).tolist()
+    return pl.concat([store.commits(trainset.batches[batch], frames)["psnr_db"] for batch in batches])
+
+
+def _opened(trainset: Trainset, folder: str, path: str) -> TrainsetPixels:
+    said: Any = atomic.read_json(path)
+    try:
+        spec = PixelSpec.from_json(said["spec"])
+        return TrainsetPixels(trainset, folder, said["digest"], spec, said["psnr_mean_db"], said["psnr_rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(
+            f"{path} does not say what it should ({error}): remove it and ask for the run again"
+        ) from error
+
+
+def _twin(recipe: RecipeConfig) -> str:
+    twin = f"{recipe.name}_latent"
+    return f"; or train {twin}, which reads latents" if twin in RECIPES else ""
+
+
+def _said_path(folder: str, spec: PixelSpec) -> str:
+    return f"{folder}/pixels.{spec.digest()}.json"
+
+
+def _addresses_path(folder: str, spec: PixelSpec, frames: int) -> str:
+    return f"{folder}/pixels.{spec.digest()}.f{frames}.npy"
+
+
+def _remedy(folder: str, spec: PixelSpec) -> str:
+    return f"remove {_said_path(folder, spec)} and ask for the run again"
+
+
+def _hex(row: np.void) -> str:
+    return "".join(f"{half:016x}" for half in row["row_id"].tolist())
