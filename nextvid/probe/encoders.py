@@ -19,7 +19,7 @@ from nextvid.train import checkpoint
 from nextvid.train.run import Run, open_run
 from nextvid.train.step import build_model
 from storage import atomic
-from storage.errors import RefusedError, UpstreamError
+from storage.errors import UpstreamError
 
 EncoderName = Literal["ema", "online", "random"]
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
@@ -46,7 +46,7 @@ class Trained:
 
 
 def find_run(project: Project, recipe: str, run: str | None = None) -> Run:
-    """The run named, else the recipe's last complete one without overrides. Raises UpstreamError, RefusedError."""
+    """The run named, else the recipe's last complete one without overrides. Raises UpstreamError."""
     name = run or atomic.read_json(project.root.latest_run(recipe))["run"]
     found = open_run(Path(project.root.run(recipe, name)))
     if found.newest_step() != found.recipe.steps:
@@ -55,15 +55,6 @@ def find_run(project: Project, recipe: str, run: str | None = None) -> Run:
             f"'nextvid make pretrain --recipe {recipe}'"
         )
     return found
-
-
-def refuse_pixels(run: Run) -> None:
-    """Evaluation reads stored latents; an encoder that was fed pixels cannot be evaluated from them."""
-    if run.recipe.model.encoder.input != "latents":
-        raise RefusedError(
-            f"recipe {run.recipe.name} feeds pixels to its encoder and the store holds latents only: "
-            f"evaluate '{run.recipe.name}_latent', or store pixels beside the latents"
-        )
 
 
 def load_trained(run: Run, device: str = "cpu") -> Trained:

@@ -5,10 +5,11 @@ Holds no probe and no choice of rows. Features of the segments of a sample stand
 averaged (trap 31 of method.md 13).
 
 Axes: N samples, G segments of a sample, B clips of a batch, F frames, C channels, h and w cells of the store,
-T tubelets, S cells of the model, D width; L = T S tokens of a segment.
+T tubelets, S cells of the model, D width; L = T S tokens of a segment, N of a clip, i numbers in a token.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import polars as pl
@@ -28,6 +29,16 @@ from storage.root import DataRoot
 CLIPS_AT_ONCE = 16  # measured on the demo encoder, one thread: 6.8 ms a clip against 7.9 for 8, 8.0 for 32, 8.5 for 64
 
 
+class Source(Protocol):
+    """Where encoder input comes from: stored latents, or stored pixels (pixel_source.py)."""
+
+    def tokens(self, rows: pl.DataFrame) -> Float[Tensor, "B N i"]:
+        """What the encoder reads of these rows, in order."""
+
+    def close(self) -> None:
+        """Close files."""
+
+
 class LatentSource:
     """Reads committed rows of one encoding spec, in any order; normalises as training does.
 
@@ -41,6 +52,7 @@ class LatentSource:
         self._reader = RowReader(root, trainset.spec, self._batches)
         self._mean, self._std = (torch.from_numpy(np.asarray(v, np.float32)) for v in (trainset.mean, trainset.std))
         self._fold = trainset.spec.width // recipe.model.grid_width
+        self._tubelet = recipe.model.tubelet
 
     def latents(self, rows: pl.DataFrame) -> Float16[np.ndarray, "B F C h w"]:
         """Raw latents of rows, in order, as stored; images repeated. Raises DamagedError."""
@@ -57,6 +69,10 @@ class LatentSource:
         normalised = normalise(torch.from_numpy(self.latents(rows)).float(), self._mean, self._std)
         return space_to_depth(normalised, self._fold) if self._fold > 1 else normalised
 
+    def tokens(self, rows: pl.DataFrame) -> Float[Tensor, "B N i"]:
+        """What the encoder reads of these rows."""
+        return latent_tokens(self.inputs(rows), self._tubelet)
+
     def pictures(self, tokens: Float[Tensor, "B F C2 h w"]) -> Float32[np.ndarray, "B F C h w"]:
         """The inverse of `inputs`: raw latents for the autoencoder's decoder."""
         unfolded = depth_to_space(tokens, self._fold) if self._fold > 1 else tokens
@@ -69,18 +85,17 @@ class LatentSource:
 
 @torch.inference_mode()
 def encode(
-    encoder: Encoder, recipe: RecipeConfig, inputs: Float[Tensor, "B F C h w"], device: str = "cpu"
+    encoder: Encoder, recipe: RecipeConfig, tokens: Float[Tensor, "B N i"], device: str = "cpu"
 ) -> Float[Tensor, "B L D"]:
     """Features of whole clips after the encoder's final norm, float32."""
-    tokens = latent_tokens(inputs.to(device), recipe.model.tubelet)
     with autocast(recipe, torch.device(device)):
-        return encoder(tokens, inputs.shape[1] // recipe.model.tubelet).float()
+        return encoder(tokens.to(device), tokens.shape[1] // recipe.model.cells).float()
 
 
 def features(
     encoder: Encoder,
     recipe: RecipeConfig,
-    source: LatentSource,
+    source: Source,
     rows: pl.DataFrame,
     segments: int = 1,
     device: str = "cpu",
@@ -89,8 +104,8 @@ def features(
     """Features of samples, in order; `rows` are sorted by (sample, segment), `segments` rows a sample."""
     pieces = []
     for first in range(0, rows.height, CLIPS_AT_ONCE):
-        inputs = source.inputs(rows.slice(first, CLIPS_AT_ONCE))
-        pieces.append(encode(encoder, recipe, inputs, device).cpu().numpy())
+        tokens = source.tokens(rows.slice(first, CLIPS_AT_ONCE))
+        pieces.append(encode(encoder, recipe, tokens, device).cpu().numpy())
         if progress is not None:
             progress(min(first + CLIPS_AT_ONCE, rows.height), rows.height)
     return rearrange(np.concatenate(pieces), "(n g) l d -> n (g l) d", g=segments)

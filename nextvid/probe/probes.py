@@ -21,18 +21,21 @@ from nextvid.config import RecipeConfig
 from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.project import BenchmarkConfig, Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_pixels import open_pixels
 from nextvid.outcome import Outcome
 from nextvid.probe import neighbours
 from nextvid.probe.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
-from nextvid.probe.encoders import ENCODERS, Trained, device_of, find_run, load_trained, refuse_pixels
-from nextvid.probe.features import LatentSource, features
+from nextvid.probe.encoders import ENCODERS, Trained, device_of, find_run, load_trained
+from nextvid.probe.features import LatentSource, Source, features
 from nextvid.probe.fitting import accuracies, fit, normalise
+from nextvid.probe.pixel_source import PixelSource
 from nextvid.probe.rows import ROW_COLUMNS, BenchmarkRows, ProbeRows, benchmark_rows, groups_of, labels_of
 from nextvid.train.run import Run
 from storage import atomic, tables
 from storage.digest import digest_config
 from storage.errors import ConfigError, UpstreamError
 from storage.latents import LatentStore
+from storage.pixels import PixelSpec, PixelStore
 from storage.root import DataRoot
 from storage.schemas import Clips, Duplicates, Labels
 
@@ -49,6 +52,7 @@ class Task:
     config: BenchmarkConfig
     settings: ProbeSettings
     rows: BenchmarkRows
+    pixels: PixelSpec | None = None  # what the encoder reads, where it reads no latents
 
     @property
     def seeds(self) -> list[int]:
@@ -108,32 +112,40 @@ def plan_task(project: Project, recipe: str, benchmark: str, run: str | None = N
         known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
         raise ConfigError(f"there is no benchmark '{benchmark}' in {project.path}; known: {known}")
     found = find_run(project, recipe, run)
-    refuse_pixels(found)
     trainset = Trainset.open(project.root, found.trainset)
     settings = probe_settings(found.recipe, config.epochs, config.batch)
-    rows = _rows(project.root, trainset, benchmark, config, settings, _limits(found.recipe, config))
+    pixels = _pixels(project.root, found, trainset)
+    store = LatentStore(project.root, trainset.spec) if pixels is None else PixelStore(project.root, pixels)
+    rows = _rows(store, benchmark, config, settings, _limits(found.recipe, config))
     for split in ("train", "test"):
         if rows.part(split).is_empty():
             raise UpstreamError(
                 f"benchmark '{benchmark}' has no encoded {split} clip with a label '{config.target}' "
                 f"(left out: {dict(rows.left_out)}): check the labels and splits of {', '.join(config.datasets)}"
             )
-    return Task(found, trainset, config, settings, rows)
+    return Task(found, trainset, config, settings, rows, pixels)
+
+
+def _pixels(root: DataRoot, run: Run, trainset: Trainset) -> PixelSpec | None:
+    """The spec of the pixels that the run's encoder reads; None where it reads latents."""
+    if run.recipe.model.encoder.input == "latents":
+        return None
+    assert run.pixels is not None, f"run {run.id} reads pixels and names none"
+    return open_pixels(root, trainset, run.pixels).spec
 
 
 def _rows(
-    root: DataRoot,
-    trainset: Trainset,
+    store: LatentStore | PixelStore,
     name: str,
     config: BenchmarkConfig,
     settings: ProbeSettings,
     limits: Mapping[str, int],
 ) -> BenchmarkRows:
-    """The benchmark's rows from the tables of its datasets and the commits of the trainset's encoding spec."""
+    """The benchmark's rows from the tables of its datasets and the commits of what the encoder reads."""
+    root = store.root
     batches = [batch for batch in root.batches("clips") if batch.rsplit(".", 1)[0] in config.datasets]
     if not batches:
         raise UpstreamError(f"benchmark '{name}': no clips of {', '.join(config.datasets)} yet; make 'latents' first")
-    store = LatentStore(root, trainset.spec)
     commits = pl.concat([store.commits(batch) for batch in batches])
     clips = tables.read_tables(root, "clips", batches, Clips)
     labels = tables.read_tables(root, "labels", batches, Labels)
@@ -163,7 +175,11 @@ def _score(
     policy, recipe = task.config.policy, task.run.recipe
     frames = policy.frames if policy.frames > 1 else recipe.clip_lengths[0]
     batches = task.rows.frame["batch"].unique().sort().to_list()
-    source = LatentSource(project.root, task.trainset, recipe, batches, frames)
+    source: Source = (
+        LatentSource(project.root, task.trainset, recipe, batches, frames)
+        if task.pixels is None
+        else PixelSource(project.root, task.pixels, recipe, batches, frames)
+    )
     scores: dict[str, Any] = {}
     pooled: dict[str, np.ndarray] = {}
     try:
@@ -234,6 +250,7 @@ def _described(task: Task, trained: Trained, scores: Mapping[str, Any], seconds:
         "trainset": task.run.trainset,
         "mask_plan": task.run.mask_plan,
         "encoding_spec": task.trainset.spec.digest(),
+        "pixel_spec": None if task.pixels is None else task.pixels.digest(),
         "benchmark": rows.benchmark,
         "datasets": list(task.config.datasets),
         "target": rows.target,

@@ -1,8 +1,8 @@
 """A trained encoder as a folder that stands for itself: config.json, model.safetensors, and its autoencoder.
 
-Opened with `nextvid.load_encoder(path)`, without corpus, store or Dagster. It takes latents as the store holds them,
-or frames where the folder holds the autoencoder that made those latents; statistics travel with the weights. Holds no
-probe and no training.
+Opened with `nextvid.load_encoder(path)`, without corpus, store or Dagster. An encoder of pixels takes frames. One of
+latents takes them as the store holds them, or frames where the folder holds the autoencoder that made those latents;
+statistics travel with the weights. Holds no probe and no training.
 
 Axes: B clips, F frames, H W pixels, C channels of the store, h w cells of the store, N tokens of a clip, D width.
 """
@@ -24,7 +24,7 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.encoder import Encoder
 from nextvid.model.reference import reference_encoder
-from nextvid.model.tokens import latent_tokens, normalise, space_to_depth
+from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
 from nextvid.train.checkpoint import load_tensors
 from nextvid.train.run import Run
 from nextvid.train.step import build_model
@@ -56,8 +56,11 @@ class ExportedEncoder(nn.Module):
         """Features of whole clips, token by token in the order t, h, w, after the final norm.
 
         Latents are raw, as stored; frames are RGB bytes at the resolution of training. Raises RefusedError for frames
-        where the folder holds no autoencoder, or of another size.
+        of another size, for frames where the folder holds no autoencoder, and for latents given to an encoder of
+        pixels.
         """
+        if self.encoder.model.encoder.input == "pixels":
+            return self._of_pixels(clips)
         latents = self.latents(clips) if clips.dtype == torch.uint8 else clips
         model = self.encoder.model
         normalised = normalise(latents.float(), self.mean, self.std)
@@ -69,13 +72,25 @@ class ExportedEncoder(nn.Module):
         """Latents of frames, by the autoencoder's encoder half."""
         if self.autoencoder is None:
             raise RefusedError("this export holds no autoencoder: give it latents [B, F, C, h, w] instead of frames")
+        self._refuse_size(frames)
+        flat = rearrange(frames, "B F H W c -> (B F) H W c").cpu().numpy()
+        latents = torch.from_numpy(self.autoencoder.encode(flat).latents).to(self.mean.device)
+        return rearrange(latents, "(B F) C h w -> B F C h w", B=frames.shape[0])
+
+    def _of_pixels(self, frames: Tensor) -> Float[Tensor, "B N D"]:
+        if frames.dtype != torch.uint8:
+            raise RefusedError("this encoder was trained on pixels: give it frames [B, F, H, W, 3] of RGB bytes")
+        self._refuse_size(frames)
+        model = self.encoder.model
+        tokens = pixel_tokens(pixel_values(frames.to(self.mean.device)), model.patch, model.tubelet)
+        features: Tensor = self.encoder(tokens, frames.shape[1] // model.tubelet)
+        return features
+
+    def _refuse_size(self, frames: Tensor) -> None:
         if frames.shape[2:4] != (self.resolution, self.resolution):
             raise RefusedError(
                 f"frames of {tuple(frames.shape[2:4])} pixels: resize them to {self.resolution} x {self.resolution}"
             )
-        flat = rearrange(frames, "B F H W c -> (B F) H W c").cpu().numpy()
-        latents = torch.from_numpy(self.autoencoder.encode(flat).latents).to(self.mean.device)
-        return rearrange(latents, "(B F) C h w -> B F C h w", B=frames.shape[0])
 
 
 def export_encoder(folder: Path, encoder: Encoder, trainset: Trainset, run: Run, autoencoder: str) -> None:
@@ -88,7 +103,11 @@ def export_encoder(folder: Path, encoder: Encoder, trainset: Trainset, run: Run,
     tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     tensors |= {"mean": torch.from_numpy(np.array(trainset.mean)), "std": torch.from_numpy(np.array(trainset.std))}
     source = Path(autoencoder)
-    carried = (source / "config.json").is_file() and autoencoder_digest(source) == trainset.spec.autoencoder
+    carried = (
+        run.recipe.model.encoder.input == "latents"
+        and (source / "config.json").is_file()
+        and autoencoder_digest(source) == trainset.spec.autoencoder
+    )
     config = {
         "format": FORMAT,
         "model": run.recipe.model.model_dump(mode="json"),
@@ -140,7 +159,7 @@ def load_encoder(path: str | Path, device: str = "cpu") -> ExportedEncoder:
     found.load_state_dict(tensors, strict=True)
     if config["autoencoder"]:
         found.autoencoder = Autoencoder.load(folder / config["autoencoder"], device, config["encoding"]["precision"])
-        found.resolution = config["encoding"]["resolution"]
+    found.resolution = config["encoding"]["resolution"]
     return found.to(device)
 
 

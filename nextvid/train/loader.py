@@ -4,9 +4,9 @@ Threads of this process draw a step's rows and masks, ask the kernel to read the
 again and again (ring.py). What is drawn is decided elsewhere (order.py). It keeps no state of its own: batches from any
 step on are the same batches, whatever the ranks and threads. Opens no video.
 
-A kind of row (`Rows`) is a class in a module of its own: latent_rows.py fills `Batch.latents`. Another kind, pixels
-say, takes the same four methods, finds its rows by `Drawn.rows` (all kinds of rows of a trainset are aligned) and has
-memory of its own; `open_loader` puts it beside the latents, and the same threads fill both.
+A kind of row (`Rows`) is a class in a module of its own: latent_rows.py fills `Batch.latents`, pixel_rows.py
+`Batch.pixels`. All kinds of rows of a trainset are aligned, so that `Drawn.rows` finds each; each has memory of its
+own, and the same threads fill those that the recipe reads.
 
 Axes: B clips, L visible tokens.
 """
@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -26,14 +26,16 @@ from torch import Tensor
 
 from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
-from nextvid.recipes import RECIPES
+from nextvid.corpus.trainset_pixels import TrainsetPixels
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import HostLatents, StagedLatents
 from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import draws_before, stage_at
 from nextvid.train.order import Drawn, Masks, Order, first_draws
+from nextvid.train.pixel_rows import HostPixels, StagedPixels
 from storage.errors import RefusedError
+from storage.pixel_reader import PixelReader
 from storage.reader import RowReader
 from storage.root import DataRoot
 
@@ -186,39 +188,56 @@ def _ahead(made: Iterable[T], count: int) -> Iterator[T]:
 
 @contextmanager
 def open_loader(
-    root: DataRoot, trainset: Trainset, recipe: RecipeConfig, plan: OpenedPlan, ranks: Ranks
+    root: DataRoot,
+    trainset: Trainset,
+    recipe: RecipeConfig,
+    plan: OpenedPlan,
+    ranks: Ranks,
+    pixels: TrainsetPixels | None = None,
 ) -> Iterator[Loader]:
-    """The loader of one rank. Raises RefusedError where trainset and recipe do not fit, or a row was withdrawn."""
+    """The loader of one rank; `pixels` are the trainset's, for a recipe that reads them.
+
+    Raises RefusedError where trainset and recipe do not fit, or a row was withdrawn.
+    """
     order = Order(trainset, recipe)
     order.refuse_withdrawn(root, trainset)
-    reader = RowReader(root, trainset.spec, trainset.batches)
-    try:
-        yield Loader(
-            recipe, order, Masks(recipe, plan), {"latents": latent_rows(reader, trainset, recipe, ranks)}, ranks
-        )
-    finally:
-        reader.close()
+    with ExitStack() as stack:
+        rows: dict[Kind, Rows[Any]] = {}
+        if recipe.reads_latents:
+            reader = RowReader(root, trainset.spec, trainset.batches)
+            stack.callback(reader.close)
+            rows["latents"] = latent_rows(reader, trainset, recipe, ranks)
+        if recipe.reads_pixels:
+            assert pixels is not None, "a recipe that reads pixels was given none"
+            jpegs = PixelReader(root, pixels.spec, trainset.batches)
+            stack.callback(jpegs.close)
+            rows["pixels"] = pixel_rows(jpegs, pixels, recipe, ranks)
+        yield Loader(recipe, order, Masks(recipe, plan), rows, ranks)
 
 
 def latent_rows(reader: RowReader, trainset: Trainset, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
     """Latents on the device of a rank. Raises RefusedError where they do not fit the recipe."""
-    fold = _fold(trainset, recipe)
-    largest = max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
+    fold, largest = _fold(trainset, recipe), _largest(recipe, ranks)
     if ranks.device.type == "cpu":
         return HostLatents(reader, trainset, fold, largest)
     return StagedLatents(reader, trainset, fold, largest, READ_AHEAD + 1, ranks.device)
 
 
+def pixel_rows(reader: PixelReader, pixels: TrainsetPixels, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
+    """Pixels on the device of a rank."""
+    if ranks.device.type == "cpu":
+        return HostPixels(reader, pixels, _largest(recipe, ranks))
+    return StagedPixels(reader, pixels, _largest(recipe, ranks), READ_AHEAD + 1, ranks.device)
+
+
+def _largest(recipe: RecipeConfig, ranks: Ranks) -> int:
+    """Frames of a rank's largest batch."""
+    return max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
+
+
 def _fold(trainset: Trainset, recipe: RecipeConfig) -> int:
     """Cells of the store per cell and side of the model's grid; refuses what does not fit."""
     spec, model = trainset.spec, recipe.model
-    if model.encoder.input == "pixels" or recipe.losses.target != "latents":
-        twin = f"{recipe.name}_latent"
-        remedy = f"train {twin}" if twin in RECIPES else "choose a recipe that reads and predicts latents"
-        raise RefusedError(
-            f"recipe {recipe.name} reads {model.encoder.input} and predicts {recipe.losses.target}, and the trainset "
-            f"holds latents only: {remedy}"
-        )
     fold = max(1, spec.height // model.grid_height)
     stored = (spec.channels, spec.height, spec.width)
     wanted = (model.frame_channels // fold**2, model.grid_height * fold, model.grid_width * fold)

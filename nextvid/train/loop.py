@@ -16,6 +16,7 @@ import torch
 from nextvid.config import HowConfig, RecipeConfig
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_pixels import open_pixels
 from nextvid.train import checkpoint
 from nextvid.train import step as steps
 from nextvid.train.batch import Batch, encoder_tokens
@@ -52,7 +53,8 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         plan = open_mask_plan(project.root, run.recipe.masks, grid_of(run.recipe.model))
         trained = build(run.recipe, ranks, run.how)
         progress = _resume(run, trained)
-        loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks))
+        pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels)
+        loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
         reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
         session = _Session(run, trained, loader, reporter, progress)
         session.go()

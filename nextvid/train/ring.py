@@ -55,10 +55,10 @@ class Ring:
 
 
 class Leased:
-    """float32 memory of one size that returns by itself."""
+    """Memory of one size that returns by itself."""
 
-    def __init__(self, numbers: int) -> None:
-        self._numbers = numbers
+    def __init__(self, numbers: int, dtype: "type[np.float32] | type[np.uint8]" = np.float32) -> None:
+        self._numbers, self._dtype = numbers, dtype
         self._free: collections.deque[np.ndarray] = collections.deque()  # appended to by whichever thread lets go
 
     def take(self) -> Tensor:
@@ -66,7 +66,7 @@ class Leased:
         try:
             base = self._free.pop()  # the one used last is the likeliest to be in a cache
         except IndexError:
-            base = np.empty(self._numbers, np.float32)
+            base = np.empty(self._numbers, self._dtype)
         lease = base[:]
         weakref.finalize(lease, self._free.append, base)
         return torch.from_numpy(lease)

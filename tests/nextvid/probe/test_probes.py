@@ -85,7 +85,8 @@ def test_trap_31_features_do_not_see_the_future(evaluated: Project) -> None:
     inputs = source.inputs(task.rows.part("test").head(2))
     changed = inputs.clone()
     changed[:, 4:] = 0
-    before, after = (encode(trained.ema, task.run.recipe, x) for x in (inputs, changed))
+    tubelet = task.run.recipe.model.tubelet
+    before, after = (encode(trained.ema, task.run.recipe, latent_tokens(x, tubelet)) for x in (inputs, changed))
     half = 2 * task.run.recipe.model.cells
     assert torch.equal(before[:, :half], after[:, :half])
     assert not torch.allclose(before[:, half:], after[:, half:])

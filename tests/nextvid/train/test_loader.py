@@ -14,7 +14,6 @@ from nextvid.config import RecipeConfig
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import space_to_depth, tube_ids
-from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import StagedLatents
@@ -269,16 +268,6 @@ def test_what_does_not_fit_is_refused(
     make_plan(project.root, recipe)
     with pytest.raises(RefusedError, match=message):
         _batches(project, recipe, ranks=2)
-
-
-def test_a_recipe_for_pixels_names_its_latent_twin(project: Project) -> None:
-    recipe = recipe_by_name("nextvid_s")
-    tiny = tiny_recipe()
-    pixels = tiny.model_copy(update={"name": "nextvid_s", "model": tiny.model.model_copy(
-        update={"encoder": tiny.model.encoder.model_copy(update={"input": recipe.model.encoder.input})}
-    )})  # fmt: skip
-    with pytest.raises(RefusedError, match="train nextvid_s_latent"):
-        _batches(project, pixels)
 
 
 def test_a_withdrawn_row_refuses_the_trainset(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Probes of recipes that read pixels: the rows that have pixels, as encoder input, and a score from them."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from nextvid.corpus.project import Project, open_project
+from nextvid.corpus.trainset import Trainset
+from nextvid.model.tokens import pixel_tokens, pixel_values
+from nextvid.probe.encoders import load_trained
+from nextvid.probe.features import features
+from nextvid.probe.pixel_source import PixelSource
+from nextvid.probe.probes import make_probes, plan_task
+from storage import atomic
+from storage.pixel_reader import read_clip
+from storage.pixels import PixelStore
+from tests.nextvid import tiny_project
+from tests.nextvid.tiny_project import FRAMES, RECIPE, write_project
+from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
+
+PIXELS_IN = ("model.encoder.input=pixels",)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with a complete run of a few steps whose encoder reads pixels; one clip of a test file has none."""
+    folder = tmp_path_factory.mktemp("pixels")
+    project = write_project(folder)
+    shutil.rmtree(project.root.recipe_folder(RECIPE))
+    project = ask_for_pixels(project)
+    test = tiny_project.clip_rows().filter(pl.col("split") == "test")["row_id"]
+    write_pixels(project, without=[test[0]])
+    tiny_project._write_run(project, PIXELS_IN)
+    return open_project(project.path)
+
+
+def test_tokens_are_the_stored_frames(evaluated: Project) -> None:
+    """Read by zarr, and images repeated."""
+    task = plan_task(evaluated, RECIPE, "species")
+    assert task.pixels is not None
+    model = task.run.recipe.model
+    source = PixelSource(evaluated.root, task.pixels, task.run.recipe, ["pets.000000", "stills.000000"], FRAMES)
+    store = PixelStore(evaluated.root, task.pixels)
+    rows = task.rows.part("test").head(5)
+    places = rows.select("row_id").join(store.commits("pets.000000"), on="row_id", maintain_order="left")
+    plain = [read_clip(store, "pets.000000", FRAMES, r["part"], r["slot"]) for r in places.iter_rows(named=True)]
+    wanted = pixel_tokens(pixel_values(torch.from_numpy(np.stack(plain))), model.patch, model.tubelet)
+    assert torch.equal(source.tokens(rows), wanted)
+    stills = source.pixels(store.commits("stills.000000").head(2))
+    assert stills.shape == (2, FRAMES, 64, 64, 3)
+    assert (stills == stills[:, :1]).all()
+    assert (stills[:, 0] == np.stack([read_clip(store, "stills.000000", 1, 0, n)[0] for n in range(2)])).all()
+    found = features(load_trained(task.run).ema, task.run.recipe, source, rows)
+    assert found.shape == (5, FRAMES // model.tubelet * model.cells, 32)
+    source.close()
+
+
+def test_a_clip_without_pixels_is_left_out_and_counted(evaluated: Project) -> None:
+    task = plan_task(evaluated, RECIPE, "species")
+    assert task.rows.left_out["not_encoded"] == 1
+    assert task.rows.part("test").height == 29
+
+
+def test_a_score_from_stored_pixels(evaluated: Project) -> None:
+    """The whole asset, without a video: latents are not asked for."""
+    for path in Path(evaluated.root.stores()).rglob("latent/c/0/0/0/0/0"):
+        path.unlink()
+    outcome = make_probes(evaluated, RECIPE, "species")
+    assert outcome.made
+    assert {"ema_accuracy", "online_accuracy", "random_accuracy"} <= outcome.numbers.keys()
+    task = plan_task(evaluated, RECIPE, "species")
+    score = atomic.read_json(f"{evaluated.root.probe(RECIPE, task.run.id, 'species', task.digest())}/score.json")
+    assert task.pixels is not None
+    assert score["pixel_spec"] == task.pixels.digest()
+    assert score["encoding_spec"] == Trainset.open(evaluated.root).spec.digest()
+    assert not make_probes(evaluated, RECIPE, "species").made

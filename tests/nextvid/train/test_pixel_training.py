@@ -1,0 +1,187 @@
+"""Recipes that read pixels train for real: whole runs, resumption, export, probes' encoders, and what is refused."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nextvid
+from nextvid.config import RecipeConfig
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_pixels import freeze_pixels
+from nextvid.model.tokens import pixel_tokens, pixel_values
+from nextvid.train import checkpoint, launch, loop
+from nextvid.train.events import read_events
+from nextvid.train.launch import prepare_run
+from nextvid.train.loop import train
+from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
+from nextvid.train.overrides import apply_overrides
+from nextvid.train.run import Run, open_run, plan_run, run_id, write_run
+from nextvid.train.step import build_model
+from storage.errors import RefusedError, UpstreamError
+from tests.nextvid.train.corpus import make_project
+from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
+from tests.nextvid.train.test_pixel_rows import PIXELS_IN, PIXELS_OUT, make_pixel_project, pixel_recipe
+from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+def begin(project: Project, recipe: RecipeConfig, how: Any = HOW) -> Run:
+    """A run with its config.json and its mask plan."""
+    make_plan(project.root, recipe)
+    trainset = Trainset.open(project.root)
+    pixels = freeze_pixels(project, trainset, recipe).digest
+    plan = plan_digest(recipe.masks, grid_of(recipe.model))
+    run = plan_run(project.root, recipe, how, trainset.digest, plan, 0, (), pixels)
+    write_run(run)
+    return run
+
+
+def tensors(run: Run, step: int) -> dict[str, torch.Tensor]:
+    path = checkpoint.path_at(run.checkpoints, step)
+    names = ("model", "ema", "optimizer")
+    return {
+        f"{name}:{key}": value
+        for name in names
+        for key, value in checkpoint.load_tensors(path / f"{name}.safetensors").items()
+    }
+
+
+class _Stop(Exception):  # noqa: N818 - stands for a kill
+    pass
+
+
+def train_until(monkeypatch: pytest.MonkeyPatch, step: int, project: Project, run: Run) -> None:
+    """One attempt that ends as a kill would, right after `step` steps were taken."""
+    original = loop._Session._after_step
+
+    def after_step(self: Any) -> None:
+        original(self)
+        if self.progress.step == step:
+            raise _Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Session, "_after_step", after_step)
+        with pytest.raises(_Stop):
+            train(project, run, ALONE)
+
+
+@pytest.mark.parametrize("overrides", [PIXELS_IN, PIXELS_OUT], ids=["latents out", "pixels out"])
+def test_a_whole_run_of_pixels(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """All four stages, two clip lengths, both losses; and the export reads frames."""
+    project = make_pixel_project(tmp_path)
+    run = begin(project, pixel_recipe(overrides))
+    train(project, run, ALONE)
+    assert run.complete
+    events = read_events(run.folder)
+    steps = [event for event in events if event["kind"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 13))
+    assert set(steps[0]["loss"]) == {"align/short", "align/long", "flow/short", "flow/long"}
+    before, after = build_model(run.recipe).state_dict(), checkpoint.path_at(run.checkpoints, 12) / "model.safetensors"
+    assert all(not torch.equal(before[name], v) for name, v in checkpoint.load_tensors(after).items() if v.ndim > 1)
+    assert [event["effective_rank"] > 1 for event in events if event["kind"] == "diagnostics"] == [True] * 4
+    frames = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoder = nextvid.load_encoder(run.folder / "encoder")
+    reference = build_model(run.recipe).encoder
+    held = checkpoint.load_tensors(checkpoint.path_at(run.checkpoints, 12) / "ema.safetensors")
+    reference.load_state_dict(held)
+    with torch.no_grad():
+        wanted = reference(pixel_tokens(pixel_values(frames), 8, 2), 4)
+    torch.testing.assert_close(encoder(frames), wanted)
+
+
+def test_resuming_is_bit_equal_to_never_having_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    often = HOW.model_copy(update={"checkpoint_every_steps": 1})
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    whole, broken = make_pixel_project(tmp_path / "whole"), make_pixel_project(tmp_path / "broken")
+    uninterrupted, resumed = begin(whole, pixel_recipe()), begin(broken, pixel_recipe(), often)
+    assert uninterrupted.id == resumed.id
+    train(whole, uninterrupted, ALONE)
+    train_until(monkeypatch, 7, broken, resumed)
+    assert resumed.newest_step() == 7
+    train(broken, resumed, ALONE)
+    ours, theirs = tensors(resumed, 12), tensors(uninterrupted, 12)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_training_needs_no_video_and_no_latents_where_it_reads_none(tmp_path: Path) -> None:
+    """Pixels in and out: with every latent gone it trains all the same."""
+    project = make_pixel_project(tmp_path)
+    run = begin(project, pixel_recipe(PIXELS_OUT))
+    for shard in Path(project.root.stores()).rglob("latent/c/0/0/0/0/0"):
+        shard.unlink()
+    train(project, run, ALONE)
+    assert run.complete
+
+
+class TestRun:
+    def test_the_run_id_says_which_pixels(self, tmp_path: Path) -> None:
+        """Other pixels make another run; for a recipe of latents nothing changed."""
+        recipe = pixel_recipe()
+        ids = {run_id(recipe, "a" * 32, "b" * 32, 0, pixels) for pixels in (None, "c" * 32, "d" * 32)}
+        assert len(ids) == 3
+        project = make_pixel_project(tmp_path)
+        run = begin(project, recipe)
+        assert open_run(run.folder) == run
+        assert run.pixels is not None
+
+    def test_prepare_run_freezes_the_pixels_and_names_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        project = make_pixel_project(tmp_path)
+        monkeypatch.setattr(launch, "recipe_by_name", lambda name: tiny_recipe(name))
+        prepared = prepare_run(project, "tiny", PIXELS_IN, HOW)
+        recipe = apply_overrides(tiny_recipe(), PIXELS_IN)
+        assert (
+            open_run(Path(prepared.folder)).pixels == freeze_pixels(project, Trainset.open(project.root), recipe).digest
+        )
+        assert prepare_run(project, "tiny", PIXELS_IN, HOW).run_id == prepared.run_id
+        assert open_run(Path(prepare_run(project, "tiny", [], HOW).folder)).pixels is None
+        better = ask_for_pixels(project, quality=95)
+        write_pixels(better)
+        assert prepare_run(better, "tiny", PIXELS_IN, HOW).run_id != prepared.run_id
+
+    def test_a_trainset_without_pixels_is_refused_before_anything_is_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        project = make_project(tmp_path)
+        make_plan(project.root, tiny_recipe())
+        monkeypatch.setattr(launch, "recipe_by_name", lambda name: tiny_recipe(name))
+        with pytest.raises(RefusedError, match="asks for none: put 'pixels"):
+            prepare_run(project, "tiny", PIXELS_IN, HOW)
+        assert not Path(project.root.recipe_folder("tiny")).exists()
+
+    def test_pixels_that_went_away_are_named(self, tmp_path: Path) -> None:
+        project = make_pixel_project(tmp_path)
+        run = begin(project, pixel_recipe())
+        for path in Path(project.root.pointed("trainset", run.trainset)).glob("pixels.*.json"):
+            path.unlink()
+        with pytest.raises(UpstreamError, match=f"has no pixels {run.pixels}"):
+            train(project, run, ALONE)
+
+
+class TestExport:
+    def test_it_refuses_what_it_was_not_trained_on(self, tmp_path: Path) -> None:
+        project = make_pixel_project(tmp_path)
+        run = begin(project, pixel_recipe())
+        train(project, run, ALONE)
+        encoder = nextvid.load_encoder(run.folder / "encoder")
+        assert encoder.autoencoder is None
+        with pytest.raises(RefusedError, match="trained on pixels: give it frames"):
+            encoder(torch.zeros(1, 4, 4, 4, 4))
+        with pytest.raises(RefusedError, match="resize them to 32 x 32"):
+            encoder(torch.zeros(1, 4, 64, 64, 3, dtype=torch.uint8))
