@@ -55,8 +55,8 @@ Ours start from `{BASE}`: ViT-B with latents as input, the one-GPU schedule of `
 share of its steps, 3,750 steps of 256 clips (`nextvid/ablations.py` says why). Compare rows with each other, not with
 the paper's numbers.
 
-The trainer reads latents of one autoencoder. Recipes of Tab. 3 are complete configurations of the model, whose input is
-pixels; the trainer refuses them with a message until a store holds pixels and other targets.
+Recipes of Tab. 3 read stored pixels (`encoding.pixels` in corpus.yaml). Their targets are what the trainset's encoding
+holds: SigLIP2 and Cosmos need a trainset of an encoding by that network, targets of pixels need no latents at all.
 
 | table | row | paper | recipe | differs from `{BASE}` in |
 |---|---|---|---|---|
