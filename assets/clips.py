@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets import checks, reporting
+from assets.columns import columns
 from assets.partitions import BATCHES
 from assets.resources import ProjectResource
 from storage import schemas
@@ -17,11 +18,11 @@ from storage import schemas
     code_version="1",
     retry_policy=reporting.CRASHES,
     check_specs=checks.specs("clips"),
-    metadata=reporting.columns(schemas.Clips),
+    metadata=columns(schemas.Clips),
     description=__doc__,
 )
 def clips(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the batch's clips."""
     from nextvid.corpus.clips import make_clips
 
-    return reporting.materialised(lambda: make_clips(project.open(), context.partition_key))
+    return reporting.batch_table(project, "clips", context.partition_key, make_clips, schemas.Clips)

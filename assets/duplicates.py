@@ -6,6 +6,7 @@ Moves no row: it says which copies the trainset leaves out, and why.
 import dagster as dg
 
 from assets import checks, reporting
+from assets.columns import columns
 from assets.resources import ProjectResource
 from storage import schemas
 
@@ -19,7 +20,7 @@ from storage import schemas
     retry_policy=reporting.CRASHES,
     check_specs=checks.specs("duplicates"),
     automation_condition=reporting.follows(),
-    metadata=reporting.columns(schemas.Duplicates),
+    metadata=columns(schemas.Duplicates),
     description=__doc__,
 )
 def duplicates(project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]

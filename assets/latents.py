@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets import checks, reporting
+from assets.columns import columns
 from assets.partitions import BATCHES
 from assets.resources import ProjectResource
 from storage import schemas
@@ -18,7 +19,7 @@ from storage import schemas
     retry_policy=reporting.CRASHES,
     pool="encode",
     check_specs=checks.specs("latents"),
-    metadata=reporting.columns(schemas.Commits),
+    metadata=columns(schemas.Commits),
     description=__doc__,
 )
 def latents(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]

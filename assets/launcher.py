@@ -33,7 +33,7 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     began = log_path.stat().st_size if log_path.exists() else 0
     with log_path.open("ab") as log, _pipes(context) as session:
         process = subprocess.Popen(
-            run.command,
+            run.child,
             env={**os.environ, **run.env, **session.get_bootstrap_env_vars()},
             stdout=log,
             stderr=subprocess.STDOUT,

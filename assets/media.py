@@ -6,6 +6,7 @@ A file that cannot be read is a row with its reason, never a missing row.
 import dagster as dg
 
 from assets import checks, reporting
+from assets.columns import columns
 from assets.partitions import BATCHES
 from assets.resources import ProjectResource
 from storage import schemas
@@ -21,11 +22,11 @@ from storage import schemas
     retry_policy=reporting.CRASHES,
     pool="decode",
     check_specs=checks.specs("media"),
-    metadata=reporting.columns(schemas.Media),
+    metadata=columns(schemas.Media),
     description=__doc__,
 )
 def media(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the batch's media."""
     from nextvid.corpus.media import make_media
 
-    return reporting.materialised(lambda: make_media(project.open(), context.partition_key))
+    return reporting.batch_table(project, "media", context.partition_key, make_media, schemas.Media)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from assets import checks, reporting
 from assets.partitions import RECIPE
-from assets.resources import ProjectResource
+from assets.resources import ProjectResource, TrainerResource
 
 
 class PretrainConfig(dg.Config):
@@ -43,10 +43,9 @@ class PretrainConfig(dg.Config):
     description=__doc__,
 )
 def pretrain(
-    context: dg.AssetExecutionContext, config: PretrainConfig, project: ProjectResource
+    context: dg.AssetExecutionContext, config: PretrainConfig, project: ProjectResource, trainer: TrainerResource
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Prepare the run, train until it is complete, verify what is on disk."""
-    from assets.launcher import run_group
     from nextvid.config import HowConfig
     from nextvid.train.launch import finish_run, prepare_run
     from nextvid.train.overrides import apply_how
@@ -58,5 +57,5 @@ def pretrain(
         run = prepare_run(opened, recipe, config.overrides, how, launch=launch, repeat=config.repeat)
         context.log.info(f"run {run.run_id} in {run.folder}")
         if not run.complete:
-            run_group(context, run)
-        return reporting.result(finish_run(opened, recipe, run.run_id, made=not run.complete))
+            trainer.train(context, run)
+        return reporting.traced(opened, finish_run(opened, recipe, run.run_id, made=not run.complete))

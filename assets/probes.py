@@ -25,6 +25,8 @@ def probes(context: dg.AssetExecutionContext, config: WhichRun, project: Project
     key = context.partition_key
     assert isinstance(key, dg.MultiPartitionKey)
     names = key.keys_by_dimension
-    return reporting.materialised(
-        lambda: make_probes(project.open(), names["recipe"], names["benchmark"], run=config.run_id or None)
-    )
+    with reporting.readable_errors():
+        opened = project.open()
+        return reporting.traced(
+            opened, make_probes(opened, names["recipe"], names["benchmark"], run=config.run_id or None)
+        )

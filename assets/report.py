@@ -25,4 +25,6 @@ def report(context: dg.AssetExecutionContext, config: WhichRun, project: Project
     """Make the report of a run."""
     from nextvid.report.model_card import make_report
 
-    return reporting.materialised(lambda: make_report(project.open(), context.partition_key, run=config.run_id or None))
+    with reporting.readable_errors():
+        opened = project.open()
+        return reporting.traced(opened, make_report(opened, context.partition_key, run=config.run_id or None))

@@ -12,18 +12,24 @@ from typing import Any
 
 import dagster as dg
 import dataframely as dy
+import polars as pl
 from PIL import Image
 
+from assets.resources import ProjectResource
+from nextvid.corpus.project import Project
 from nextvid.outcome import Outcome
 from storage.errors import NExTVidError
+from storage.root import Table
+from storage.tables import read_table
 
 OWNERS = ["team:nextvid"]
 CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
+PREVIEW_ROWS, PREVIEW_DIGITS, PREVIEW_CHARACTERS = 5, 8, 40  # our choice: what fits a screen and 2 kB of an event
 PREVIEW_WIDTH = 960  # pixels; an event with a 640 px picture is 5 kB (research: dagster, 5)
 
 
 def materialised(make: Callable[[], Outcome]) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Run a maker and report what it made; a user's error becomes a failure without a stack trace."""
+    """Run a maker and report what it made; an error becomes a failure that a person can read."""
     with readable_errors():
         return result(make())
 
@@ -78,6 +84,53 @@ def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
     )
 
 
+def batch_table(
+    project: ProjectResource,
+    noun: Table,
+    batch: str,
+    make: Callable[[Project, str], Outcome],
+    schema: type[dy.Schema],
+) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Make one table of a batch; report it with its first rows."""
+    with readable_errors():
+        opened = project.open()
+        reported = result(make(opened, batch))
+        rows = preview(read_table(opened.root.table(noun, batch), schema))
+        return reported._replace(metadata={**(reported.metadata or {}), "first rows": rows})
+
+
+def traced(project: Project, outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """The same with the lineage of the run or trainset that it is about: what `nextvid lineage` says."""
+    from nextvid.lineage.trace import trace
+
+    reported = result(outcome)
+    about = str(outcome.numbers.get("run", outcome.digest))
+    lineage = dg.MetadataValue.md(trace(project, about).markdown())
+    return reported._replace(metadata={**(reported.metadata or {}), "lineage": lineage})
+
+
+def preview(frame: pl.DataFrame) -> dg.MarkdownMetadataValue:
+    """The first rows of a table as the UI shows them; ids as hex, what is long cut short."""
+    first = frame.head(PREVIEW_ROWS)
+    lines = ["| " + " | ".join(first.columns) + " |", "|" + "---|" * first.width]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in first.iter_rows()]
+    return dg.MetadataValue.md("\n".join([*lines, "", f"{frame.height} rows in all"]))
+
+
+def _cell(value: object) -> str:
+    match value:
+        case bytes():
+            return value.hex()[:PREVIEW_DIGITS]
+        case float():
+            return f"{value:.4g}"
+        case str() if len(value) > PREVIEW_CHARACTERS:  # the end of a path says more than its beginning
+            return "..." + value[-PREVIEW_CHARACTERS:].replace("|", "\\|")
+        case list():
+            return f"{len(value)} values" if len(value) > 3 else ", ".join(map(_cell, value))
+        case _:
+            return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+
+
 def picture_markdown(path: Path, title: str) -> str:
     """A PNG inside Markdown, scaled down so that events stay small."""
     with Image.open(path) as opened:
@@ -87,19 +140,6 @@ def picture_markdown(path: Path, title: str) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
     return f"![{title}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"
-
-
-def columns(schema: type[dy.Schema]) -> dict[str, Any]:
-    """The column schema of a table, as the UI's Columns tab shows it."""
-    described = [
-        dg.TableColumn(
-            name=name,
-            type=str(column.dtype),
-            constraints=dg.TableColumnConstraints(nullable=column.nullable, unique=False),
-        )
-        for name, column in schema.columns().items()
-    ]
-    return {"dagster/column_schema": dg.TableSchema(columns=described)}
 
 
 def _values(numbers: Mapping[str, int | float | str]) -> dict[str, Any]:

@@ -25,6 +25,6 @@ def samples(context: dg.AssetExecutionContext, config: WhichRun, project: Projec
     """Make the samples of a run."""
     from nextvid.sample.samples import make_samples
 
-    return reporting.materialised(
-        lambda: make_samples(project.open(), context.partition_key, run=config.run_id or None)
-    )
+    with reporting.readable_errors():
+        opened = project.open()
+        return reporting.traced(opened, make_samples(opened, context.partition_key, run=config.run_id or None))

@@ -6,6 +6,7 @@ Scores, not decisions: thresholds stand in the curation configuration.
 import dagster as dg
 
 from assets import checks, reporting
+from assets.columns import columns
 from assets.partitions import BATCHES
 from assets.resources import ProjectResource
 from storage import schemas
@@ -21,11 +22,11 @@ from storage import schemas
     retry_policy=reporting.CRASHES,
     pool="decode",
     check_specs=checks.specs("shots"),
-    metadata=reporting.columns(schemas.Shots),
+    metadata=columns(schemas.Shots),
     description=__doc__,
 )
 def shots(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the batch's shots."""
     from nextvid.corpus.shots import make_shots
 
-    return reporting.materialised(lambda: make_shots(project.open(), context.partition_key))
+    return reporting.batch_table(project, "shots", context.partition_key, make_shots, schemas.Shots)

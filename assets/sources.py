@@ -8,15 +8,21 @@ import warnings
 
 import dagster as dg
 
+from assets.columns import columns
 from assets.partitions import BATCHES
 from assets.resources import ProjectResource
+from storage import schemas
 
 with warnings.catch_warnings():
     # The one beta feature used: an observation that downstream automation counts (research: dagster, 2).
     warnings.simplefilter("ignore", dg.BetaWarning)
 
     @dg.observable_source_asset(
-        partitions_def=BATCHES, group_name="corpus", description=__doc__, metadata={"table": "sources/<batch>.parquet"}
+        partitions_def=BATCHES,
+        group_name="corpus",
+        description=__doc__,
+        metadata={"table": "sources/<batch>.parquet", **columns(schemas.Sources)},
+        tags={"dagster/kind/parquet": ""},  # kinds, as other assets say them; owners Dagster's observables have none
     )
     def sources(project: ProjectResource) -> dg.DataVersionsByPartition:
         """Observe every batch by hand; the sensor does the same on its own."""

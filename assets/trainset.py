@@ -9,34 +9,44 @@ from collections.abc import Iterator
 import dagster as dg
 
 from assets import checks, reporting
+from assets.columns import columns
 from assets.resources import ProjectResource
 from storage import schemas
 from storage.errors import UpstreamError
 
 
-@dg.asset(
-    group_name="trainset",
-    deps=["latents", "latent_stats", "duplicates"],
-    kinds={"numpy", "parquet"},
-    owners=reporting.OWNERS,
-    code_version="1",
-    retry_policy=reporting.CRASHES,
-    output_required=False,
+@dg.multi_asset(
+    name="trainset",
+    specs=[
+        dg.AssetSpec(
+            "trainset",
+            deps=["latents", "latent_stats", "duplicates"],
+            group_name="trainset",
+            kinds={"numpy", "parquet"},
+            owners=reporting.OWNERS,
+            code_version="1",
+            automation_condition=reporting.follows(),
+            metadata=columns(schemas.Lineage),
+            description=__doc__,
+            skippable=True,
+        )
+    ],
     check_specs=checks.specs("trainset"),
-    automation_condition=reporting.follows(),
-    metadata=reporting.columns(schemas.Lineage),
-    description=__doc__,
+    can_subset=True,  # only so may checks be left out, when there is nothing yet to check
+    retry_policy=reporting.CRASHES,
 )
 def trainset(context: dg.AssetExecutionContext, project: ProjectResource) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
     """Freeze, or say why not: a person's run fails, automation's waits for the batches that are missing."""
     from nextvid.corpus.trainset import make_trainset
 
     with reporting.readable_errors():
+        opened = project.open()
         try:
-            outcome = make_trainset(project.open())
+            outcome = make_trainset(opened)
         except UpstreamError as error:
             if "dagster/from_automation_condition" not in context.run.tags:
                 raise
             context.log.info(f"no trainset yet: {error}")
             return
-    yield reporting.result(outcome)
+        reported = reporting.traced(opened, outcome)
+    yield reported

@@ -72,7 +72,7 @@ def make_batch(project: Project, batch: str) -> None:
         uses=pl.lit(["pretrain"]),
     )
     write_table(root.table("clips", batch), _columns(clips, Clips), Clips)
-    said = {"listing": batch_fingerprint(project, batch), "curation": project.corpus.curation_digest()}
+    said = {"listing": batch_fingerprint(project, batch), "curation": project.corpus.curation_digest("pictures")}
     for noun in ("media", "shots", "clips"):
         publish_checks(root.checks(noun, batch), noun, [{"name": "written", "passed": True, "numbers": said}])
     _store(LatentStore(root, spec), batch, ids["row"])

@@ -3,6 +3,10 @@
 `dagster dev` finds `defs` here. The project's corpus.yaml is read by each step, sensor and schedule tick, not at load.
 """
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
 import dagster as dg
 
 from assets import (
@@ -20,10 +24,11 @@ from assets import (
     sources,
     trainset,
 )
-from assets.resources import ProjectResource
+from assets.resources import ProjectResource, TrainerResource
+from orchestration.executors import TRAIN_ON, executor
 from orchestration.jobs import JOBS
-from orchestration.schedules import SCHEDULES
-from orchestration.sensors import SENSORS
+from orchestration.schedules import NIGHT, nightly_at
+from orchestration.sensors import TICK_S, follow, new_sources_every
 
 # In pipeline order, as the UI's groups read: corpus, latents, trainset, training, evaluation.
 MODULES = (
@@ -32,14 +37,30 @@ MODULES = (
 )  # fmt: skip
 
 
-def build_defs(corpus: str = "") -> dg.Definitions:
-    """All definitions over one corpus.yaml; empty means NEXTVID_CORPUS, else ./corpus.yaml."""
+def build_defs(
+    corpus: str = "",
+    *,
+    night: str = NIGHT,
+    tick_s: int = TICK_S,
+    steps: str | None = None,
+    resources: Mapping[str, Any] | None = None,
+) -> dg.Definitions:
+    """All definitions over one corpus.yaml; empty means NEXTVID_CORPUS, else ./corpus.yaml.
+
+    What may be another: the nightly schedule's cron line, seconds between two listings, where steps run (executors.py)
+    and resources.
+    """
     return dg.Definitions(
         assets=dg.load_assets_from_modules(MODULES),
         jobs=JOBS,
-        schedules=SCHEDULES,
-        sensors=SENSORS,
-        resources={"project": ProjectResource(corpus=corpus)},
+        schedules=[nightly_at(night)],
+        sensors=[new_sources_every(tick_s), follow],
+        executor=executor(steps),
+        resources={
+            "project": ProjectResource(corpus=corpus),
+            "trainer": TrainerResource(ray_address=os.environ.get(TRAIN_ON, "")),
+            **(resources or {}),
+        },
     )
 
 

@@ -11,25 +11,29 @@ from orchestration.sensors import apply_partitions, run_key
 NIGHT = "0 3 * * *"  # once a night, when a trainer's users sleep
 
 
-@dg.schedule(
-    job=ingest,
-    cron_schedule=NIGHT,
-    description="Every night: list the sources, and request the batches that changed or hold quarantined rows.",
-)
-def nightly(context: dg.ScheduleEvaluationContext, project: ProjectResource) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """One run a batch that needs one. The date is in the key, so that what failed yesterday is tried again."""
-    from nextvid.corpus.discover import update_sources
-    from nextvid.encode.unfinished import unfinished
+def nightly_at(cron: str) -> dg.ScheduleDefinition:
+    """The schedule `nightly`, by its cron line."""
 
-    opened = project.open()
-    update_sources(opened)
-    apply_partitions(context.instance, opened)
-    day = context.scheduled_execution_time.strftime("%Y-%m-%d")
-    waiting = [batch for batch in opened.root.batches() if unfinished(opened, batch)]
-    if not waiting:
-        yield dg.SkipReason("every batch is complete and nothing is quarantined")
-    for batch in waiting:
-        yield dg.RunRequest(run_key=f"{day}:{run_key(opened, batch)}", partition_key=batch)
+    @dg.schedule(
+        job=ingest,
+        cron_schedule=cron,
+        description="Every night: list the sources, and request the batches that changed or hold quarantined rows.",
+    )
+    def nightly(
+        context: dg.ScheduleEvaluationContext, project: ProjectResource
+    ) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        """One run a batch that needs one. The date is in the key, so that what failed yesterday is tried again."""
+        from nextvid.corpus.discover import update_sources
+        from nextvid.encode.unfinished import waiting
 
+        opened = project.open()
+        update_sources(opened)
+        apply_partitions(context.instance, opened)
+        day = context.scheduled_execution_time.strftime("%Y-%m-%d")
+        asking = waiting(opened, retry=True)
+        if not asking:
+            yield dg.SkipReason("every batch is complete and nothing is quarantined")
+        for batch in asking:
+            yield dg.RunRequest(run_key=f"{day}:{run_key(opened, batch)}", partition_key=batch)
 
-SCHEDULES = [nightly]
+    return nightly

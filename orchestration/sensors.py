@@ -1,13 +1,16 @@
 """What looks for change: the sensor of new sources, and the automation sensor that lets the corpus follow.
 
-The sensors keep no state of their own: what was listed, and what has not yet held still over two listings, stands
-beside the tables in sources/ (design, section 4).
+The sensors keep no state that matters: what was listed, and what has not yet held still over two listings, stands
+beside the tables in sources/ (design, section 4); the cursor only spares reckoning a cost twice.
 """
+
+import json
 
 import dagster as dg
 
 from assets.partitions import BATCHES, BENCHMARK
 from assets.resources import ProjectResource
+from nextvid.corpus.batches import BatchChange
 from nextvid.corpus.project import Project
 from orchestration.jobs import ingest
 from storage.errors import CorpusError
@@ -15,41 +18,72 @@ from storage.errors import CorpusError
 TICK_S = 30  # a listing a tick; object stores bill listings
 
 
-@dg.sensor(
-    job=ingest,
-    minimum_interval_seconds=TICK_S,
-    description="Lists every dataset, assigns new files to batches, and requests one run for each batch that changed.",
-)
-def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg.SensorResult:
-    """One listing: partitions equal to sources/, observations of what changed, one run a changed batch."""
-    from nextvid.corpus.batches import BatchChange
-    from nextvid.corpus.discover import update_sources
-    from nextvid.encode.acceptance import in_force, outdated
-    from nextvid.encode.unfinished import unfinished
+def new_sources_every(tick_s: int) -> dg.SensorDefinition:
+    """The sensor `new_sources`, by the seconds between two listings."""
 
-    opened = project.open()
+    @dg.sensor(
+        job=ingest,
+        minimum_interval_seconds=tick_s,
+        description="Lists every dataset, assigns new files to batches, and requests one run for each changed batch.",
+    )
+    def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg.SensorResult:
+        """One listing: partitions equal to sources/, observations of what changed, one run a changed batch."""
+        from nextvid.encode.acceptance import in_force
+        from nextvid.encode.unfinished import left_behind, waiting
+
+        opened = project.open()
+        changes = listed(context, opened)
+        in_force(opened)
+        asked = [dg.RunRequest(run_key=run_key(opened, batch), partition_key=batch) for batch in waiting(opened)]
+        cursor = asked_for(opened, context.cursor)
+        said = [*left_behind(opened), *([said] if (said := json.loads(cursor)["said"]) else [])]
+        for line in said:
+            context.log.info(line)
+        return dg.SensorResult(
+            run_requests=asked,
+            skip_reason=None if asked else "; ".join(["nothing new", *said]),
+            cursor=cursor,
+            dynamic_partitions_requests=partition_requests(context.instance, opened),
+            asset_events=[observation(opened, change.batch) for change in changes],
+        )
+
+    return new_sources
+
+
+def listed(context: dg.SensorEvaluationContext, project: Project) -> list[BatchChange]:
+    """What changed, by batch; a dataset that cannot be listed does not hold up the others.
+
+    Raises its CorpusError where nothing changed, so that the tick shows it.
+    """
+    from nextvid.corpus.discover import update_sources
+
     changes: list[BatchChange] = []
     failed: list[CorpusError] = []
-    for name in sorted(opened.corpus.datasets):  # one that cannot be listed does not hold up the others
+    for name in sorted(project.corpus.datasets):
         try:
-            changes += update_sources(opened, settle=True, datasets=[name])
+            changes += update_sources(project, settle=True, datasets=[name])
         except CorpusError as error:
             failed.append(error)
             context.log.error(str(error))
-    in_force(opened)
-    if waiting := outdated(opened):
-        context.log.info(f"corpus.yaml asks for another {' and '.join(waiting)}; `nextvid plan` says what it costs")
     if failed and not changes:
-        raise failed[0]  # so that the tick shows it; what the others need was asked for when they changed
-    return dg.SensorResult(
-        run_requests=[
-            dg.RunRequest(run_key=run_key(opened, batch), partition_key=batch)
-            for batch in opened.root.batches()
-            if unfinished(opened, batch)
-        ],
-        dynamic_partitions_requests=partition_requests(context.instance, opened),
-        asset_events=[observation(opened, change.batch) for change in changes],
-    )
+        raise failed[0]  # what the others need was asked for when they changed
+    return changes
+
+
+def asked_for(project: Project, before: str | None) -> str:
+    """Which encoding and curation corpus.yaml asks for beyond those in force, and at what cost, as the sensor's cursor.
+
+    Reckoned anew only when one of them changes: a plan of every batch is no matter of seconds.
+    """
+    from nextvid.encode.acceptance import in_force, outdated
+    from nextvid.encode.costs import forecast
+    from nextvid.encode.plan import encoding_spec
+
+    stands = in_force(project)
+    asked = [encoding_spec(project).digest(), project.corpus.curation_digest(), stands.encoding, stands.curation]
+    if before is not None and json.loads(before)["asked"] == asked:
+        return before
+    return json.dumps({"asked": asked, "said": forecast(project).summary() if outdated(project) else None})
 
 
 def run_key(project: Project, batch: str) -> str:
@@ -102,5 +136,3 @@ follow = dg.AutomationConditionSensorDefinition(
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Lets statistics, duplicates and the trainset follow the batches.",
 )
-
-SENSORS = [new_sources, follow]

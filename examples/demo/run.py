@@ -21,7 +21,7 @@ from examples.demo.write_corpus import write_corpus
 from nextvid.corpus.discover import update_sources
 from nextvid.corpus.project import Project, open_project
 from nextvid.encode.acceptance import in_force
-from nextvid.encode.unfinished import unfinished
+from nextvid.encode.unfinished import waiting
 from nextvid.train.events import read_events
 from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions, observation
@@ -78,8 +78,9 @@ def main() -> None:
     instance = dg.DagsterInstance.get()
     ledger = Ledger(console)
     list_sources(project, instance)
+    defs = build_defs()
     for job, partition in runs(project):
-        execute(instance, job, partition, ledger)
+        execute(defs, instance, job, partition, ledger)
     written = f"{project.root.url}/demo.json"
     if ledger.made == 0 and exists(written):
         console.print("\nNothing was new, so nothing was made. The run that made it measured:")
@@ -99,9 +100,8 @@ def list_sources(project: Project, instance: dg.DagsterInstance) -> None:
 
 def runs(project: Project) -> Iterator[tuple[str, str | None]]:
     """Jobs and single assets in order; a batch that lacks nothing is not run again."""
-    for batch in project.root.batches():
-        if unfinished(project, batch):
-            yield "ingest", batch
+    for batch in waiting(project):
+        yield "ingest", batch
     yield "freeze", None
     yield "mask_plan", RECIPE
     yield "pretrain", RECIPE
@@ -111,9 +111,10 @@ def runs(project: Project) -> Iterator[tuple[str, str | None]]:
     yield "report", RECIPE
 
 
-def execute(instance: dg.DagsterInstance, name: str, partition: str | None, ledger: Ledger) -> None:
+def execute(
+    defs: dg.Definitions, instance: dg.DagsterInstance, name: str, partition: str | None, ledger: Ledger
+) -> None:
     """Run a job, or the implicit job of one asset, in this process, and print what it materialised."""
-    defs = build_defs()
     whole = name in ("ingest", "freeze")
     job = defs.resolve_job_def(name) if whole else defs.resolve_implicit_global_asset_job_def()
     result = job.execute_in_process(

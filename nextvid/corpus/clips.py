@@ -49,7 +49,7 @@ def make_clips(project: Project, batch: str, progress: Progress | None = None) -
             progress(number, good.height)
     clips = pl.DataFrame(rows, Clips.create_empty().schema, orient="row")
     clips = clips.sort("media_id", "shot_id", "frames", "row_id", "reason")
-    checks = _checks(clips, shots, project.corpus.curation_digest())
+    checks = _checks(clips, shots, project.corpus.curation_digest(dataset_of(batch)))
     written = publish_table(root, "clips", batch, clips, Clips)
     written |= publish_verdict(root.checks("clips", batch), "clips", checks)
     return _outcome(project, batch, clips, checks, written, unlabelled, started_s)

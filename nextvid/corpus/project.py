@@ -250,16 +250,24 @@ class CorpusConfig(Strict):
         """Mixture weights by dataset, as written."""
         return {name: d.weight for name, d in self.datasets.items() if d.weight is not None}
 
-    def curation_digest(self) -> str:
-        """Digest of what decides rows: curation, and each dataset's clip policies, splits and the benchmarks."""
+    def curation_digest(self, dataset: str | None = None) -> str:
+        """Digest of what decides rows: curation, and each dataset's clip policies, splits and the benchmarks.
+
+        With `dataset`, of what decides that one's rows: another dataset comes and goes without it.
+        """
         datasets = {
-            n: d.model_dump(mode="json", include={"clips", "split", "labels"}) for n, d in self.datasets.items()
+            n: d.model_dump(mode="json", include={"clips", "split", "labels"})
+            for n, d in self.datasets.items()
+            if dataset in (None, n)
         }
         for value in datasets.values():
             for place in ("file", "files", "path_base"):  # a path changes no row; its content belongs to the listing
                 value["labels"].pop(place)
         benchmarks = {
-            n: b.model_dump(mode="json", include={"datasets", "target", "policy"}) for n, b in self.benchmarks.items()
+            n: b.model_dump(mode="json", include={"target", "policy"})
+            | {"datasets": [name for name in b.datasets if name in datasets]}
+            for n, b in self.benchmarks.items()
+            if datasets.keys() & set(b.datasets)
         }
         return digest_config(
             {"curation": self.curation.model_dump(mode="json"), "datasets": datasets, "benchmarks": benchmarks}

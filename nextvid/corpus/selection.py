@@ -62,9 +62,10 @@ def select(project: Project) -> Selection:
 
 
 def _pretraining_batches(project: Project) -> list[str]:
-    """Batches of datasets that have a weight and whose clips were made."""
+    """Batches of datasets that have a weight, whether or not their clips were ever made."""
     weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
-    return [batch for batch in project.root.batches("clips") if batch.split(".")[0] in weighted]
+    known = sorted({*project.root.batches(), *project.root.batches("clips")})
+    return [batch for batch in known if batch.split(".")[0] in weighted]
 
 
 def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
@@ -93,7 +94,9 @@ def _verdict(project: Project, spec: EncodingSpec, batch: str, known: Mapping[st
     """(whether the batch counts among those that should be ready, why it is left out or None)."""
     root = project.root
     clips = read_checks(root.checks("clips", batch))
-    if clips is None or not clips["passed"]:
+    if clips is None:
+        return False, "its clips were never made: the batch waits, or its media or shots did not pass their checks"
+    if not clips["passed"]:
         return False, "its clips did not pass their checks"
     latents = read_checks(root.latents_checks(spec.digest(), batch))
     if latents is not None and not latents["passed"]:

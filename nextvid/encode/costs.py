@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from nextvid.corpus.batches import dataset_of
 from nextvid.corpus.discover import Accepted, accepted
 from nextvid.corpus.project import Project
 from nextvid.encode.acceptance import outdated
@@ -85,6 +86,21 @@ class Forecast:
             lines += ["  " + cost.line() for cost in self.if_accepted]
         return "\n".join(lines) or "there is no batch yet: 'nextvid make clips' lists, reads and cuts the files"
 
+    def summary(self) -> str | None:
+        """What accepting corpus.yaml's encoding and curation would cost in all, on one line; None if they stand."""
+        if not self.outdated:
+            return None
+        costs = [cost for cost in self.if_accepted if cost.rows or cost.curation_changed]
+        known = [cost.encode_s for cost in costs if cost.encode_s is not None]
+        seconds = (
+            f"{sum(known):.1f} device-s at rates measured in its store" if len(known) == len(costs) else "no rate yet"
+        )
+        return (
+            f"corpus.yaml asks for another {' and '.join(self.outdated)} than is in force: {len(costs)} batches are "
+            f"outdated, {sum(cost.rows for cost in costs)} rows, {sum(cost.size_bytes for cost in costs):,} bytes, "
+            f"{seconds}; 'nextvid plan' names them, 'nextvid plan --accept' puts it in force"
+        )
+
 
 def forecast(project: Project, batch: str | None = None) -> Forecast:
     """Plan one batch or all. Nothing is written. Raises UpstreamError where that one batch has no clips."""
@@ -135,7 +151,7 @@ def _cost(project: Project, plan: EncodePlan, known: Mapping[int, Rate]) -> Cost
         encode_s=None if unmeasured else sum(count * known[frames].encode_s for frames, count in rows.items()),
         decode_s=None if unmeasured else sum(count * known[frames].decode_s for frames, count in rows.items()),
         unmeasured=unmeasured,
-        curation_changed=curation_of(project, plan.batch) != project.corpus.curation_digest(),
+        curation_changed=curation_of(project, plan.batch) != project.corpus.curation_digest(dataset_of(plan.batch)),
         without_pixels=plan_pixels(project, plan.batch, pixels).rows.height if pixels else 0,
     )
 

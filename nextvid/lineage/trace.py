@@ -115,9 +115,30 @@ class Trace:
             lines.append(f"  every file: {self.every_file}")
         return "\n".join(lines)
 
+    def markdown(self) -> str:
+        """The same facts for the UI, without single batches: they are many, and the CLI lists them."""
+        lines = [f"{self.kind} `{self.what}`", ""]
+        for facts in self.runs:
+            overrides = f", overrides {_short(facts.overrides)}" if facts.overrides else ""
+            lines.append(f"- run `{facts.run}` of recipe {facts.recipe}{overrides}, mask plan `{facts.mask_plan}`")
+        lines += [f"- trainset `{t.digest}`: {t.rows} rows, encoding `{t.encoding_spec}`" for t in self.trainsets]
+        lines += [f"- score on {s.benchmark}, clips {_short(s.clips)}: `{s.path}`" for s in self.scores]
+        if self.datasets:
+            lines += ["", "| dataset | weight | files | clips | rows |", "|---|---|---|---|---|"]
+            lines += [f"| {d.name} | {d.weight or 0:.3g} | {d.files} | {d.clips} | {d.rows} |" for d in self.datasets]
+        if self.every_file:
+            lines += [
+                "",
+                f"Every file: `{self.every_file}`; `nextvid lineage {self.what}` says it on the command line.",
+            ]
+        return "\n".join(lines)
+
 
 def trace(project: Project, what: str) -> Trace:
     """Trace a run id, run or checkpoint folder, score.json, trainset digest, media id or file.
+
+    Downwards: to trainset, datasets, batches and the table of files. Upwards: from a trainset to its runs, from a run
+    to its scores, from a file to all of them.
 
     Raises ConfigError where nothing of that name is known.
     """
@@ -128,12 +149,14 @@ def trace(project: Project, what: str) -> Trace:
     for folder in (path, *path.parents[:2]):  # checkpoints/step_n and encoder/ stand inside the run's folder
         if (folder / CONFIG).is_file() and folder.parent.parent.name == "pretrain":
             kind: Kind = "run" if folder == path else "checkpoint"
-            return _down(root, what, kind, (_run_facts(folder),), ())
+            facts = _run_facts(folder)
+            return _down(root, what, kind, (facts,), _scores_of_runs(root, {facts.run}))
     for facts in runs_of(root):
         if facts.run == what:
-            return _down(root, what, "run", (facts,), ())
+            return _down(root, what, "run", (facts,), _scores_of_runs(root, {what}))
     if what in trainsets_of(root):
-        return _down(root, what, "trainset", (), (), what)
+        runs = tuple(facts for facts in runs_of(root) if facts.trainset == what)
+        return _down(root, what, "trainset", runs, _scores_of_runs(root, {facts.run for facts in runs}), what)
     return _of_file(project, what)
 
 
@@ -216,6 +239,11 @@ def _of_file(project: Project, what: str) -> Trace:
         trainsets=tuple(holding),
         media=tuple(_media_facts(row, clips) for row in found.iter_rows(named=True)),
     )
+
+
+def _scores_of_runs(root: DataRoot, runs: set[str]) -> tuple[ScoreFacts, ...]:
+    found = (_score_facts(path) for path in scores_of(root))
+    return tuple(facts for facts in found if facts.run in runs)
 
 
 def _trainsets_with(root: DataRoot, media: pl.Series) -> Iterator[TrainsetFacts]:

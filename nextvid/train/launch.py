@@ -54,6 +54,13 @@ class PreparedRun:
     command: list[str]
     complete: bool
     env: Mapping[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    device: str = "auto"
+
+    @property
+    def child(self) -> list[str]:
+        """The command for a child of this process: it ends when this process does, or the one that spawned it."""
+        return [*self.command, "--launcher", str(launcher_id())]
 
 
 def prepare_run(
@@ -84,7 +91,15 @@ def prepare_run(
     write_run(run)
     if launch is not None:
         _remember(project, run, launch)
-    return PreparedRun(run.id, str(run.folder), _command(project, run), run.complete, _environment(carried_out))
+    return PreparedRun(
+        run.id,
+        str(run.folder),
+        _command(project, run),
+        run.complete,
+        _environment(carried_out),
+        carried_out.ranks,
+        carried_out.device,
+    )
 
 
 def pretrain(
@@ -176,13 +191,13 @@ def _remember(project: Project, run: Run, launch: str) -> None:
 
 
 def _command(project: Project, run: Run) -> list[str]:
-    """Torchrun on this machine; the trainers end when this process does, or the one that spawned it."""
+    """Torchrun, on whatever machine this is called."""
     return [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.how.ranks)),
         # the two dashes end torchrun's own options: it would take our --run for its --run-path
         *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
-        *("--run", run.id, "--launcher", str(launcher_id())),
+        *("--run", run.id),
     ]
 
 
@@ -199,7 +214,7 @@ def _run_group(prepared: PreparedRun) -> int:
     """Run the command in a process group of its own, its errors in trainer.log; the group ends with this call."""
     with (Path(prepared.folder) / LOG).open("ab") as log:
         process = subprocess.Popen(
-            prepared.command,
+            prepared.child,
             env={**os.environ, **prepared.env},
             stdout=STDERR,
             stderr=log,

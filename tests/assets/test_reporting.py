@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import dagster as dg
+import polars as pl
 import pytest
 from PIL import Image
 
 from assets import reporting
 from nextvid.outcome import Check, Outcome
 from storage.errors import UpstreamError
-from storage.schemas import Media
 
 
 def outcome(**changes: object) -> Outcome:
@@ -73,8 +73,11 @@ def test_an_error_of_the_program_keeps_its_trace() -> None:
     assert raised.value.allow_retries is False, "what raises on its data raises again: only a killed process is retried"
 
 
-def test_a_schema_becomes_the_columns_tab() -> None:
-    schema = reporting.columns(Media)["dagster/column_schema"]
-    names = [column.name for column in schema.columns]
-    assert names == list(Media.column_names())
-    assert {column.name: column.constraints.nullable for column in schema.columns}["media_id"] is True
+def test_a_preview_is_a_small_table() -> None:
+    rows = [(bytes(16), "a" * 60 + ".mp4", 1.23456, None, [1, 2], list(range(9)))] * 9
+    frame = pl.DataFrame(rows, ["id", "uri", "score", "reason", "few", "many"], orient="row")
+    lines = reporting.preview(frame).value.splitlines()
+    assert lines[0] == "| id | uri | score | reason | few | many |"
+    assert lines[2] == f"| 00000000 | ...{'a' * 36}.mp4 | 1.235 |  | 1, 2 | 9 values |"
+    assert len([line for line in lines if line.startswith("| 0")]) == 5
+    assert lines[-1] == "9 rows in all"

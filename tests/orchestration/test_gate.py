@@ -119,3 +119,16 @@ def test_automation_asks_for_the_trainset_when_one_batch_of_many_is_made(
     seen = dg.evaluate_automation_conditions(defs=defs, instance=watched, cursor=seen.cursor)
     asked = [key for key in ("latent_stats", "duplicates", "trainset") if seen.get_num_requested(dg.AssetKey(key))]
     assert asked == ["latent_stats", "trainset"]
+
+
+def test_automation_waits_without_a_failure_and_a_person_is_told(
+    project: Project, instance: dg.DagsterInstance
+) -> None:
+    job = load_defs(project).resolve_implicit_global_asset_job_def()
+    for tags, success in (({"dagster/from_automation_condition": "true"}, True), ({}, False)):
+        result = job.execute_in_process(
+            instance=instance, asset_selection=[dg.AssetKey("trainset")], tags=tags, raise_on_error=False
+        )
+        assert result.success is success
+        assert result.get_asset_materialization_events() == []
+        assert result.get_asset_check_evaluations() == []

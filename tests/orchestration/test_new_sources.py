@@ -1,5 +1,6 @@
 """Files dropped into a folder become committed rows: the sensor's ticks and the runs that it requests."""
 
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -10,12 +11,15 @@ import polars as pl
 import pytest
 
 from assets.resources import ProjectResource
-from nextvid.corpus.project import Project
+from nextvid.corpus.discover import update_sources
+from nextvid.corpus.project import Project, open_project
 from nextvid.encode.plan import spec_in_force
-from orchestration.schedules import nightly
-from orchestration.sensors import apply_partitions, new_sources
+from orchestration.schedules import NIGHT, nightly_at
+from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
 from storage.errors import CorpusError
 from storage.latents import LatentStore
+from storage.schemas import Sources
+from storage.tables import read_table
 from tests.orchestration.conftest import load_defs
 
 pytestmark = pytest.mark.slow
@@ -23,13 +27,18 @@ pytestmark = pytest.mark.slow
 
 def tick(project: Project, instance: dg.DagsterInstance) -> list[dg.RunRequest]:
     """One tick of the sensor, with its partitions applied as the daemon would; the runs that it requests."""
-    context = dg.build_sensor_context(
-        instance=instance, resources={"project": ProjectResource(corpus=str(project.path))}
-    )
-    result = new_sources(context)
-    assert isinstance(result, dg.SensorResult)
+    result = look(project, instance)
     apply_partitions(instance, project)
     return list(result.run_requests or [])
+
+
+def look(project: Project, instance: dg.DagsterInstance, cursor: str | None = None) -> dg.SensorResult:
+    """One tick of the sensor, nothing applied; what it said."""
+    resources = {"project": ProjectResource(corpus=str(project.path))}
+    context = dg.build_sensor_context(instance=instance, cursor=cursor, resources=resources)
+    result = new_sources_every(TICK_S)(context)
+    assert isinstance(result, dg.SensorResult)
+    return result
 
 
 def run(project: Project, instance: dg.DagsterInstance, requests: Sequence[dg.RunRequest]) -> list[bool]:
@@ -127,10 +136,114 @@ def test_the_night_asks_again_for_what_is_quarantined(project: Project, instance
     resources = {"project": ProjectResource(corpus=str(project.path))}
     night = datetime(2026, 11, 21, 3, tzinfo=UTC)
     context = dg.build_schedule_context(instance=instance, resources=resources, scheduled_execution_time=night)
-    asked = requested(nightly(context))
+    asked = requested(nightly_at(NIGHT)(context))
     assert len(asked) == 2
     assert all(run(project, instance, asked))
-    again = requested(nightly(context))
+    again = requested(nightly_at(NIGHT)(context))
     assert {request.partition_key for request in again} == {"demo_images.000000", "demo_videos.000000"}, (
         "the small corpus holds broken files of both kinds"
     )
+
+
+def made(project: Project, instance: dg.DagsterInstance) -> None:
+    """Both batches, made."""
+    tick(project, instance)
+    assert run(project, instance, tick(project, instance)) == [True, True]
+
+
+def edit(project: Project, *pairs: tuple[str, str]) -> Project:
+    """Another corpus.yaml at the same place."""
+    text = project.path.read_text()
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    project.path.write_text(text)
+    return open_project(project.path)
+
+
+def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, instance: dg.DagsterInstance) -> None:
+    made(project, instance)
+    other = edit(project, ("resolution: 64", "resolution: 32"), ("reencode: auto", "reencode: ask"))
+    said = look(other, instance)
+    assert said.run_requests == []
+    assert said.skip_reason is not None
+    message = str(said.skip_reason.skip_message)
+    assert "another encoding than is in force: 2 batches are outdated" in message
+    assert f"{committed(project).height} rows" in message
+    assert "nextvid plan --accept" in message
+    assert look(other, instance, said.cursor).cursor == said.cursor
+    assert tick(edit(other, ("trim_s: 0.25", "trim_s: 0.5")), instance) == [], "nor for another curation"
+
+    auto = edit(other, ("reencode: ask", "reencode: auto"))
+    asked = {request.partition_key for request in tick(auto, instance)}
+    assert asked == {"demo_images.000000", "demo_videos.000000"}
+    assert len(LatentStore.every(project.root)) == 2, "a new spec grows a new store beside the old one"
+
+
+def test_a_deleted_file_is_marked_and_its_rows_stay(project: Project, instance: dg.DagsterInstance) -> None:
+    made(project, instance)
+    before = committed(project)
+    videos = Path(project.root.url) / "corpus" / "videos"
+    gone = next(path for path in sorted(videos.rglob("scene_*.mp4")))
+    gone.unlink()
+    assert [request.partition_key for request in tick(project, instance)] == ["demo_videos.000000"]
+    sources = read_table(project.root.table("sources", "demo_videos.000000"), Sources)
+    marked = sources.filter(pl.col("gone_at").is_not_null())
+    assert marked["uri"].to_list() == [str(gone)]
+    assert committed(project).equals(before)
+
+
+def test_a_dataset_that_is_removed_or_renamed_says_so_and_loses_nothing(
+    project: Project, instance: dg.DagsterInstance
+) -> None:
+    made(project, instance)
+    before = committed(project)
+    renamed = edit(project, ("demo_videos", "films"))
+    said = look(renamed, instance)
+    assert said.run_requests == []
+    message = str(said.skip_reason.skip_message) if said.skip_reason else ""
+    assert "dataset demo_videos is not in" in message
+    assert "Its files are listed as films now: call that demo_videos again" in message
+    assert committed(project).equals(before)
+    tick(renamed, instance)
+    asked = tick(renamed, instance)
+    assert [request.partition_key for request in asked] == ["films.000000"]
+    failed = load_defs(renamed).resolve_job_def("ingest").execute_in_process(
+        instance=instance, partition_key="demo_videos.000000", raise_on_error=False
+    )  # fmt: skip
+    assert not failed.success
+    assert "names no dataset 'demo_videos'; add it again" in failure_of(failed)
+    assert committed(project).equals(before)
+
+
+def failure_of(result: dg.ExecuteInProcessResult) -> str:
+    """What the first failed step says."""
+    (failure, *_) = result.filter_events(lambda event: event.is_step_failure)
+    said = failure.step_failure_data.user_failure_data
+    assert said is not None
+    return str(said.description)
+
+
+def test_a_partition_that_does_not_exist_is_refused(project: Project, instance: dg.DagsterInstance) -> None:
+    tick(project, instance)
+    job = load_defs(project).resolve_job_def("ingest")
+    with pytest.raises(dg.DagsterUnknownPartitionError, match="demo_videos"):
+        job.execute_in_process(instance=instance, partition_key="demo_videos.000009", raise_on_error=False)
+    assert project.root.batches() == []
+
+
+def test_a_clock_that_jumps_back_repeats_no_run_and_loses_none(project: Project, instance: dg.DagsterInstance) -> None:
+    resources = {"project": ProjectResource(corpus=str(project.path))}
+
+    def night(day: int) -> list[str | None]:
+        moment = datetime(2026, 11, day, 3, tzinfo=UTC)
+        context = dg.build_schedule_context(instance=instance, resources=resources, scheduled_execution_time=moment)
+        return [request.run_key for request in requested(nightly_at(NIGHT)(context))]
+
+    first, later, back = night(21), night(22), night(21)
+    assert first == back, "the same keys again, which Dagster runs once"
+    assert not set(first) & set(later)
+    future = next(path for path in sorted((Path(project.root.url) / "corpus" / "videos").rglob("scene_*.mp4")))
+    os.utime(future, (4e9, 4e9))  # a file from the year 2096 is a changed file, no more
+    assert [change.changed for change in update_sources(project)] == [1]
+    assert update_sources(project) == []

@@ -132,6 +132,16 @@ def test_the_curation_digest_follows_what_decides_rows_and_no_path(tmp_path: Pat
     assert digest not in digests
 
 
+def test_the_curation_digest_of_a_dataset_is_its_own(tmp_path: Path) -> None:
+    digest = load(tmp_path, GOOD).curation_digest("films")
+    more = load(tmp_path, changed("datasets", "added", value={"uri": "added"}))
+    assert more.curation_digest("films") == digest
+    assert more.curation_digest() != load(tmp_path, GOOD).curation_digest()
+    cut = load(tmp_path, changed("datasets", "films", "split", value={"test": 0.3}))
+    probed = load(tmp_path, changed("benchmarks", "acts", "policy", value=POLICY | {"clips_per_shot": 2}))
+    assert len({digest, cut.curation_digest("films"), probed.curation_digest("films")}) == 3
+
+
 def test_a_project_opens_its_root(tmp_path: Path) -> None:
     load(tmp_path, GOOD)
     project = open_project(tmp_path / "corpus.yaml")

@@ -73,6 +73,26 @@ def test_a_trainset_by_its_digest(evaluated: Project) -> None:
     assert found.trainsets[0].rows == 20 * CLIPS_A_VIDEO + IMAGES
 
 
+def test_upwards_a_trainset_leads_to_its_runs_and_a_run_to_its_scores(evaluated: Project) -> None:
+    make_probes(evaluated, RECIPE, "species")
+    run = find_run(evaluated, RECIPE)
+    (score,) = trace(evaluated, run.id).scores
+    assert (score.run, score.benchmark) == (run.id, "species")
+    above = trace(evaluated, run.trainset)
+    assert [facts.run for facts in above.runs] == [run.id]
+    assert above.scores == (score,)
+
+
+def test_markdown_says_what_the_text_says(evaluated: Project) -> None:
+    run = find_run(evaluated, RECIPE)
+    said = trace(evaluated, run.id).markdown()
+    assert f"run `{run.id}` of recipe {RECIPE}" in said
+    assert f"trainset `{run.trainset}`" in said
+    assert "| pets | " in said
+    assert "pets.000000" not in said
+    assert "lineage.parquet" in said
+
+
 def test_text_names_what_was_found(evaluated: Project) -> None:
     text = trace(evaluated, uri_of(3)).text()
     assert text.startswith(f"file {uri_of(3)}")
