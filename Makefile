@@ -24,6 +24,10 @@ $(VENV)/test: $(VENV)/torch pyproject.toml constraints.txt
 	$(INSTALL) -c constraints.txt -e ".[ui,test]"
 	touch $@ $(VENV)/ui
 
+$(VENV)/services: $(VENV)/test
+	$(INSTALL) -c constraints.txt -e ".[ui,test,ray,postgres,kubernetes]"
+	touch $@
+
 demo: $(VENV)/ui ## the whole graph on a small labelled corpus, through Dagster
 	NEXTVID_CORPUS=$(DEMO) $(BIN)/python -m examples.demo.run
 
@@ -39,7 +43,7 @@ lint: $(VENV)/test ## format, style, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-services: $(VENV)/test ## live daemon, browser and servers
+test-services: $(VENV)/services ## live daemon, Postgres, Ray and other servers; what is absent is skipped and named
 	$(BIN)/python -m pytest -q -m services
 
 faults: $(VENV)/test ## slow proofs of crash safety

@@ -23,7 +23,11 @@ from nextvid.corpus.project import Project, open_project
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "examples" / "demo"
 
+DEFINITIONS = "tests.services.quick_definitions"
 ASSETS = 13  # sources and what follows of it
+EXTRA = """
+  extra: {{uri: {uri}, weight: 0.1, clips: [{{frames: 8, fps: 4, crop: whole, pad: skip}}], quarantine_budget: 0.5}}
+"""  # a dataset without files so far, whose budget the demo's does not lend
 LAUNCH = """mutation($params: ExecutionParams!) { launchPipelineExecution(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   ... on RunConfigValidationInvalid { errors { message } } } }"""
@@ -31,6 +35,8 @@ RUNS = """{ runsOrError { ... on Runs { results {
   runId status jobName parentRunId startTime endTime tags { key value } } } } }"""
 EVENTS = """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
   __typename ... on MessageEvent { message stepKey timestamp } } } } }"""
+ADD = """mutation($selector: RepositorySelector!, $key: String!) { addDynamicPartition(
+  repositorySelector: $selector, partitionsDefName: "batch", partitionKey: $key) { __typename } }"""
 CANCEL = """mutation($id: String!) { terminateRun(runId: $id, terminatePolicy: SAFE_TERMINATE) {
   __typename ... on PythonError { message } } }"""
 
@@ -54,7 +60,7 @@ class Live:
     def launch(self, asset: str, partition: str | None, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Launch one asset as the launchpad does; what the webserver says of it."""
         selector = {
-            "repositoryLocationName": "orchestration.definitions",
+            "repositoryLocationName": DEFINITIONS,
             "repositoryName": "__repository__",
             "jobName": "__ASSET_JOB",
             "assetSelection": [{"path": [asset]}],
@@ -82,6 +88,12 @@ class Live:
         found: list[dict[str, Any]] = self.ask(EVENTS, id=run_id)["logsForRun"]["events"]
         return found
 
+    def add_batch(self, key: str) -> None:
+        """Add a partition by hand, as the sensor would."""
+        selector = {"repositoryName": "__repository__", "repositoryLocationName": DEFINITIONS}
+        said = self.ask(ADD, selector=selector, key=key)["addDynamicPartition"]
+        assert said["__typename"] == "AddDynamicPartitionSuccess", said
+
     def cancel(self, run_id: str) -> None:
         """What the button "Terminate" does."""
         said = self.ask(CANCEL, id=run_id)["terminateRun"]
@@ -90,7 +102,7 @@ class Live:
     def command(self, *arguments: str) -> str:
         """A `dagster` command on the same instance."""
         done = subprocess.run(
-            [sys.executable, "-m", "dagster", *arguments, "-m", "orchestration.definitions"],
+            [sys.executable, "-m", "dagster", *arguments, "-m", DEFINITIONS],
             cwd=REPOSITORY,
             env=self.environment,
             capture_output=True,
@@ -100,17 +112,16 @@ class Live:
         return done.stdout
 
 
-def instance_settings(**changes: Mapping[str, Any]) -> str:
-    """The checkout's dagster.yaml, so that what is tested is what is used; its folders below the instance's home, and
-    looking every second or two instead of every minute.
+def instance_settings(path: str = "dagster.yaml") -> str:
+    """An instance's file of this checkout, so that what is tested is what is used; its folders below the instance's
+    home, and looking every second or two instead of every minute.
     """
-    said: dict[str, Any] = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
+    said: dict[str, Any] = yaml.safe_load((REPOSITORY / path).read_text())
     for part in ("storage", "local_artifact_storage", "compute_logs"):
-        del said[part]  # by default below DAGSTER_HOME
+        if "base_dir" in str(said.get(part)):
+            del said[part]  # by default below DAGSTER_HOME
     said["run_monitoring"] |= {"poll_interval_seconds": 2, "free_slots_after_run_end_seconds": 1}
     said["auto_materialize"] |= {"minimum_interval_seconds": 2}
-    for part, values in changes.items():
-        said[part] = said.get(part, {}) | values
     return yaml.safe_dump(said)
 
 
@@ -124,7 +135,7 @@ def live_dagster(folder: Path, corpus: Path, settings: str, **environment: str) 
         **os.environ, "DAGSTER_HOME": str(home), "NEXTVID_CORPUS": str(corpus), "PYTHONPATH": str(REPOSITORY)
     } | environment  # fmt: skip
     port = free_port()
-    command = ["-m", "dagster", "dev", "-m", "orchestration.definitions", "-h", "127.0.0.1", "-p", str(port)]
+    command = ["-m", "dagster", "dev", "-m", DEFINITIONS, "-h", "127.0.0.1", "-p", str(port)]
     with (folder / "dagster.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -153,6 +164,8 @@ def demo_project(folder: Path, videos: int, images: int) -> Path:
     said = (DEMO / "corpus.yaml").read_text().replace("../../data/demo", str(folder / "data"))
     said = said.replace("quarantine_budget: 0.05", "quarantine_budget: 0.9")
     said = said.replace("autoencoder: autoencoder", f"autoencoder: {DEMO / 'autoencoder'}")
+    (folder / "data" / "extra").mkdir()
+    said = said.replace("\nbenchmarks:", EXTRA.format(uri=folder / "data" / "extra") + "\nbenchmarks:")
     (folder / "corpus.yaml").write_text(said)
     return folder / "corpus.yaml"
 

@@ -1,0 +1,117 @@
+"""The files of deploy/: each instance file is one that Dagster accepts, the Kubernetes ones fit what will read them.
+
+No cluster here runs them. The chart's values are held against the names that Dagster's chart 1.13 gives them (a short
+list, below), and everything that ends in a pod against dagster-k8s' own configuration and the models of the Kubernetes
+API that the client package carries.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+from dagster._core.instance.config import dagster_instance_config
+
+pytest.importorskip("dagster_k8s", reason="the extra 'kubernetes' is not installed")
+
+from dagster._config import process_config
+from dagster_k8s import k8s_job_executor
+from dagster_k8s.job import UserDefinedDagsterK8sConfig
+from dagster_k8s.launcher import K8sRunLauncher
+
+pytestmark = pytest.mark.services
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+CHART: dict[str, set[str]] = {  # helm/dagster/values.yaml and its charts/dagster-user-deployments/values.yaml
+    "": {"dagster-user-deployments", "runLauncher", "dagsterDaemon", "postgresql", "global"},
+    "dagster-user-deployments.deployments": {
+        "name", "image", "dagsterApiGrpcArgs", "port", "env", "envSecrets", "volumes", "volumeMounts",
+        "includeConfigInLaunchedRuns",
+    },
+    "runLauncher": {"type", "config"},
+    "dagsterDaemon": {"enabled", "runCoordinator", "runMonitoring", "runRetries"},
+    "dagsterDaemon.runMonitoring": {"enabled", "startTimeoutSeconds", "maxResumeRunAttempts", "pollIntervalSeconds"},
+    "dagsterDaemon.runRetries": {"enabled", "maxRetries", "retryOnAssetOrOpFailure"},
+    "postgresql": {"enabled", "postgresqlHost", "postgresqlUsername", "postgresqlDatabase", "service"},
+    "global": {"postgresqlSecretName"},
+}  # fmt: skip
+
+
+def read(path: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((DEPLOY / path).read_text())
+    return found
+
+
+def at(values: Mapping[str, Any], dotted: str) -> Any:
+    for name in filter(None, dotted.split(".")):
+        values = values[name]
+    return values
+
+
+def snake(name: str) -> str:
+    """`containerConfig` as `container_config`: the chart writes the one, dagster-k8s reads the other."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
+
+
+@pytest.mark.parametrize("name", ["postgres", "ray"])
+def test_dagster_accepts_the_instance_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_POSTGRES_URL", "postgresql+psycopg2://nobody@localhost/nothing")
+    (tmp_path / "dagster.yaml").write_text((DEPLOY / name / "dagster.yaml").read_text())
+    config, _ = dagster_instance_config(str(tmp_path))  # raises where a key is unknown or of another type
+    assert "postgres" in config["storage"]
+    assert config["run_retries"] == {"enabled": True, "max_retries": 2, "retry_on_asset_or_op_failure": False}
+    assert config["run_monitoring"]["enabled"]
+    assert config["concurrency"]["pools"]["granularity"] == "op"
+
+
+@pytest.mark.parametrize("place", sorted(CHART))
+def test_the_chart_knows_every_value(place: str) -> None:
+    found = at(read("kubernetes/values.yaml"), place)
+    for values in found if isinstance(found, list) else [found]:
+        assert set(values) <= CHART[place]
+
+
+def test_the_run_launcher_accepts_its_part() -> None:
+    said = read("kubernetes/values.yaml")["runLauncher"]["config"]["k8sRunLauncher"]
+    launcher = {snake(key): value for key, value in said.items() if key != "runK8sConfig"}
+    pod = {snake(key): value for key, value in said["runK8sConfig"].items()}
+    filled = {"service_account_name": "dagster", "instance_config_map": "dagster", "postgres_password_secret": "pg"}
+    config = {**launcher, **filled, "dagster_home": "/opt/dagster/dagster_home", "run_k8s_config": pod}
+    schema = dg.Shape(K8sRunLauncher.config_type())
+    found = process_config(schema, config)
+    assert found.success, found.errors
+    UserDefinedDagsterK8sConfig.from_dict(pod)  # raises on what the Kubernetes API does not know
+
+
+def test_the_executor_accepts_what_steps_ask_for() -> None:
+    said = read("kubernetes/steps.yaml")["execution"]["config"]
+    found = process_config(k8s_job_executor.config_schema.config_type, said)
+    assert found.success, found.errors
+    for pod in [said["step_k8s_config"], *said["per_step_k8s_config"].values()]:
+        UserDefinedDagsterK8sConfig.from_dict(pod)
+    wrong: dict[str, Any] = {"container_config": {"resource": {}}}
+    with pytest.raises(Exception, match="resource"):
+        UserDefinedDagsterK8sConfig.from_dict(wrong)
+
+
+def test_volumes_and_variables_of_the_code_server_are_kubernetes_own() -> None:
+    (server,) = read("kubernetes/values.yaml")["dagster-user-deployments"]["deployments"]
+    volumes = [{snake(key): value for key, value in volume.items()} for volume in server["volumes"]]
+    config = {
+        "pod_spec_config": {"volumes": server["volumes"]},
+        "container_config": {"volume_mounts": server["volumeMounts"], "env": server["env"]},
+    }
+    UserDefinedDagsterK8sConfig.from_dict(config)
+    assert {mount["name"] for mount in server["volumeMounts"]} == {volume["name"] for volume in volumes}
+    assert {variable["name"] for variable in server["env"]} == {"NEXTVID_STEPS", "NEXTVID_CORPUS"}
+
+
+def test_the_image_is_built_from_what_there_is() -> None:
+    lines = (DEPLOY / "kubernetes" / "Containerfile").read_text().splitlines()
+    assert next(line for line in lines if line.startswith("FROM")) == "FROM python:3.11-slim"
+    assert "USER nextvid" in lines, "no step runs as root"
+    project = (DEPLOY.parent / "pyproject.toml").read_text()
+    (extras,) = [line.split('".[')[1].split(']"')[0] for line in lines if '".[' in line]
+    assert all(f"\n{extra} = [" in project for extra in extras.split(","))

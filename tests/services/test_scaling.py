@@ -1,0 +1,127 @@
+"""More than one machine, on one: history in Postgres, steps on a Ray cluster of two workers; both real, both ours."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from examples.demo.write_corpus import write_corpus
+from nextvid.corpus.project import Project, open_project
+from nextvid.encode.acceptance import in_force
+from nextvid.encode.plan import spec_in_force
+from nextvid.make import Wish, make
+from storage.latents import LatentStore
+from tests.services.conftest import DEMO, Live, instance_settings, live_dagster, wait_for
+from tests.services.postgres import binaries, postgres
+from tests.services.ray_cluster import RayCluster, ray_cluster
+
+POSTGRES = binaries()
+BATCHES = 8
+CORPUS = """
+root: {root}
+encoding: {{autoencoder: {autoencoder}, resolution: 64, device: cpu}}
+curation: {{filters: {{motion_min: null, motion_max: null, luma_min: null, luma_max: null, blur_min: null}}}}
+datasets:
+  films:
+    uri: {films}
+    weight: 1.0
+    clips: [{{frames: 8, fps: 4, crop: whole, pad: skip}}]
+    max_batch_videos: 1
+"""
+
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(POSTGRES is None, reason="Postgres is not installed: apt-get install postgresql"),
+    pytest.mark.skipif(find_spec("dagster_postgres") is None, reason="the extra 'postgres' is not installed"),
+    pytest.mark.skipif(find_spec("dagster_ray") is None, reason="the extra 'ray' is not installed"),
+    pytest.mark.skipif(find_spec("aiohttp_cors") is None, reason="ray[default], its job server, is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def projects(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project]:
+    """Two roots over the same eight films, made up to their clips; the first with latents too, made on this machine."""
+    folder = tmp_path_factory.mktemp("films")
+    write_corpus(folder / "written", videos=BATCHES, images=8)
+    films = folder / "films"
+    films.mkdir()
+    for number, path in enumerate(sorted((folder / "written").rglob("scene_*.mp4"))[:BATCHES]):
+        shutil.copy(path, films / f"{number}.mp4")
+    said = CORPUS.format(root=folder / "here", films=films, autoencoder=DEMO / "autoencoder")
+    (folder / "here.yaml").write_text(said)
+    here = open_project(folder / "here.yaml")
+    assert all(outcome.passed for outcome in make(here, Wish("clips")))
+    shutil.copytree(here.root.url, folder / "there")
+    (folder / "there.yaml").write_text(said.replace(str(folder / "here"), str(folder / "there")))
+    there = open_project(folder / "there.yaml")
+    in_force(there)
+    assert all(outcome.passed for outcome in make(here, Wish("latents")))
+    return here, there
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster(workers=2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def scaled(
+    projects: tuple[Project, Project], cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
+    """Webserver and daemon with deploy/ray/dagster.yaml: Postgres holds the history, Ray runs the steps."""
+    assert POSTGRES is not None
+    variables = {"NEXTVID_STEPS": "ray", "RAY_ADDRESS": cluster.address, "NEXTVID_TRAIN_ON": cluster.address}
+    with (
+        postgres(POSTGRES) as url,
+        live_dagster(
+            tmp_path_factory.mktemp("scaled"), projects[1].path, instance_settings("deploy/ray/dagster.yaml"),
+            DAGSTER_POSTGRES_URL=url, **variables,
+        ) as found,
+    ):  # fmt: skip
+        yield found
+
+
+def rows(project: Project) -> pl.DataFrame:
+    """Every committed row with the checksum of its bytes, wherever it stands."""
+    store = LatentStore(project.root, spec_in_force(project))
+    commits = pl.concat([store.commits(batch) for batch in store.batches()])
+    return commits.select("row_id", "batch", "frames", "status", "crc32c").sort("batch", "row_id")
+
+
+def test_an_encode_over_ray_equals_the_local_one_and_survives_a_killed_worker(
+    projects: tuple[Project, Project], cluster: RayCluster, scaled: Live
+) -> None:
+    here, there = projects
+    batches = there.root.batches("clips")
+    assert len(batches) == BATCHES
+    launched = []
+    for batch in batches:
+        scaled.add_batch(batch)
+        said = scaled.launch("latents", batch)
+        assert said["__typename"] == "LaunchRunSuccess", said
+        launched.append(said["run"]["runId"])
+
+    def steps() -> list[str]:
+        """Names of the events of steps so far."""
+        return [event["__typename"] for run in launched for event in scaled.events(run)]
+
+    wait_for(lambda: "ExecutionStepStartEvent" in steps(), 120, every_s=0.5)
+    cluster.kill()
+    cluster.add()
+    wait_for(lambda: {scaled.run(run)["status"] for run in launched} == {"SUCCESS"}, 400)
+    assert "ExecutionStepUpForRetryEvent" in steps(), "what ran on the killed worker was tried again"
+    assert rows(there).equals(rows(here))
+    assert LatentStore(there.root, spec_in_force(there)).verify() == []
+
+
+def test_the_history_is_in_postgres(scaled: Live) -> None:
+    home = Path(scaled.environment["DAGSTER_HOME"])
+    assert not list(home.rglob("*.db"))
+    assert scaled.runs()
+    assert os.environ.get("DAGSTER_POSTGRES_URL") != scaled.environment["DAGSTER_POSTGRES_URL"]
