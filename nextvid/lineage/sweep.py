@@ -2,7 +2,8 @@
 
 Decides from tables and addresses, reads no latent, rewrites no shard (design 4). A row is wanted where a clips table
 that passed its checks names it and its encoding is in force, asked for by corpus.yaml or a trainset's, whose probes
-read rows beside it. A batch whose clips are not known, or did not pass, loses nothing.
+read rows beside it; pixels where they are asked for beside such an encoding, or a trainset's runs read them. A batch
+whose clips are not known, or did not pass, loses nothing.
 """
 
 from collections.abc import Iterator
@@ -15,12 +16,16 @@ import polars as pl
 from nextvid.corpus.discover import accepted
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_pixels import frozen_pixels
+from nextvid.encode.pixel_plan import pixel_spec
 from nextvid.encode.plan import encoding_spec, wanted_clips
 from nextvid.lineage.trace import scores_of, trainsets_of
 from nextvid.probe.rows import ProbeRows
 from storage.atomic import litter, remove_tree
-from storage.latents import LatentStore, Part
+from storage.latents import LatentStore
 from storage.listing import size_bytes
+from storage.part import PlannedPart
+from storage.pixels import PixelStore, every_store
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.tables import read_checks, read_table
@@ -98,12 +103,12 @@ def sweep(project: Project, *, yes: bool = False) -> Sweep:
     )
 
 
-def _shards(project: Project) -> Iterator[tuple[Part, int, Shard]]:
+def _shards(project: Project) -> Iterator[tuple[PlannedPart, int, Shard]]:
     """Every shard that stands, judged."""
     root = project.root
     cited, asked = _cited(root), _asked(root)
     specs = _specs(project)
-    for store in LatentStore.every(root):
+    for store in every_store(root):
         for batch in store.batches():
             wanted = _wanted(project, batch) if store.digest in specs else _NOTHING
             for part in _parts(store, batch):
@@ -127,7 +132,7 @@ def _shards(project: Project) -> Iterator[tuple[Part, int, Shard]]:
 _NOTHING = pl.Series("row_id", [], dtype=pl.Binary)
 
 
-def _parts(store: LatentStore, batch: str) -> Iterator[Part]:
+def _parts(store: LatentStore | PixelStore, batch: str) -> Iterator[PlannedPart]:
     for frames in store.frames_of(batch):
         yield from (store.part(batch, frames, number) for number in store.parts(batch, frames))
 
@@ -141,10 +146,15 @@ def _wanted(project: Project, batch: str) -> pl.Series | None:
 
 
 def _specs(project: Project) -> set[str]:
-    """Digests of the encodings in which rows may still be wanted."""
-    stands = accepted(project)
-    used = {Trainset.open(project.root, digest).spec.digest() for digest in trainsets_of(project.root)}
-    return used | {encoding_spec(project).digest()} | ({stands.encoding} if stands else set())
+    """Digests of the encodings, and of the pixels, in which rows may still be wanted."""
+    root, stands = project.root, accepted(project)
+    trainsets = [Trainset.open(root, digest) for digest in trainsets_of(root)]
+    encodings = {encoding_spec(project), *(trainset.spec for trainset in trainsets)}
+    if stands is not None and stands.encoding not in {spec.digest() for spec in encodings}:
+        encodings.add(LatentStore.open(root, stands.encoding).spec)
+    read = {pixels.spec for trainset in trainsets for pixels in frozen_pixels(root, trainset)}
+    asked = {pixel_spec(project, encoding) for encoding in encodings} - {None}
+    return {spec.digest() for spec in (*encodings, *read, *asked) if spec is not None}
 
 
 def _cited(root: DataRoot) -> dict[Place, set[str]]:
@@ -152,10 +162,12 @@ def _cited(root: DataRoot) -> dict[Place, set[str]]:
     found: dict[Place, set[str]] = {}
     for digest in trainsets_of(root):
         trainset = Trainset.open(root, digest)
-        for frames in trainset.lengths:
-            for batch, part, shard in np.unique(trainset.rows(frames)[["batch", "part", "shard"]]).tolist():
-                place = (trainset.spec.digest(), trainset.batches[batch], frames, part, shard)
-                found.setdefault(place, set()).add(digest)
+        addressed = [(trainset.spec.digest(), trainset.rows)]
+        addressed += [(pixels.spec.digest(), pixels.rows) for pixels in frozen_pixels(root, trainset)]
+        for spec, rows_of in addressed:
+            for frames in trainset.lengths:
+                for batch, part, shard in np.unique(rows_of(frames)[["batch", "part", "shard"]]).tolist():
+                    found.setdefault((spec, trainset.batches[batch], frames, part, shard), set()).add(digest)
     return found
 
 

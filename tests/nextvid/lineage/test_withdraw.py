@@ -18,11 +18,13 @@ from nextvid.train.mask_plan import open_mask_plan
 from storage.atomic import read_json
 from storage.errors import ConfigError, RefusedError
 from storage.latents import LatentStore
+from storage.pixel_reader import read_clip
 from storage.reader import read_row
 from storage.schemas import Clips, Media
 from storage.tables import read_table, write_table
 from storage.withdrawn import withdrawn_rows
 from tests.nextvid.tiny_project import CLIPS_A_VIDEO, FRAMES, RECIPE, clip_rows, uri_of
+from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
 
 PETS = "pets.000000"
 
@@ -154,3 +156,18 @@ def test_only_known_files_with_an_id_can_be_withdrawn(own_copy: Project) -> None
     with pytest.raises(ConfigError, match="has no id"):
         withdraw(own_copy, uri_of(3), yes=True)
     assert not Path(own_copy.root.withdrawn()).exists()
+
+
+def test_pixels_of_a_withdrawn_file_are_zeroed_too(own_copy: Project) -> None:
+    """Whatever quality they were stored at; those of other files stand."""
+    project = ask_for_pixels(own_copy)
+    store = write_pixels(project)
+    before = {row["row_id"]: row for row in store.commits(PETS).iter_rows(named=True)}
+    found = withdraw(project, uri_of(3), yes=True)
+    assert found.stored == 2 * CLIPS_A_VIDEO
+    gone = rows_of(uri_of(3))
+    latents = LatentStore.every(project.root)[0].spec.row_bytes(FRAMES)
+    assert found.size_bytes == sum(latents + before[row]["size_bytes"] for row in gone)
+    assert store.verify() == []
+    for row, at in before.items():
+        assert read_clip(store, PETS, FRAMES, at["part"], at["slot"]).any() == (row not in gone)
