@@ -15,14 +15,17 @@ from jaxtyping import Float16
 
 from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_pixels import TrainsetPixels
 from nextvid.recipes import recipe
 from nextvid.train.distributed import Ranks
-from nextvid.train.loader import Loader, latent_rows
+from nextvid.train.loader import Loader, latent_rows, pixel_rows
 from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.train.order import Masks, Order
+from nextvid.train.overrides import apply_overrides
 from storage import atomic
 from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
+from storage.pixel_reader import PixelReader
 from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.schemas import Commits
@@ -33,6 +36,7 @@ CLIP_BYTES = 2 * FRAMES * CHANNELS * SIDE * SIDE
 BATCH = 32  # clips a step, research: store, C
 BATCH_KEY = "random.000000"
 TRAINSET = "0" * 32  # the digest it goes by; nothing compares it
+PIXELS_ALONE = ("model.encoder.input=pixels", "losses.target=pixels", f"model.frame_channels={3 * 16**2}")
 MASK_ENTRIES = 1 << 13  # of the mask plan: enough for its checks; how many there are does not change a draw's cost
 
 Clips = Float16[np.ndarray, "n F C h w"]
@@ -104,6 +108,15 @@ class Store:
         ranks = Ranks(0, 1, torch.device("cpu"))
         rows = latent_rows(self.reader, self._trainset, config, ranks)
         return Loader(config, order, Masks(config, plan), {"latents": rows}, ranks)
+
+    def pixel_loader(self, steps: int, pixels: TrainsetPixels) -> Loader:
+        """The same with pixels alone, as a recipe that neither reads nor predicts latents has it."""
+        config = apply_overrides(_recipe(steps), PIXELS_ALONE)
+        make_plan(self._root, config)
+        plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        rows = pixel_rows(PixelReader(self._root, pixels.spec, self._trainset.batches), pixels, config, ranks)
+        return Loader(config, Order(self._trainset, config), Masks(config, plan), {"pixels": rows}, ranks)
 
     def order(self, steps: int) -> list[int]:
         """The numbers of the clips that the loader draws, in its order."""

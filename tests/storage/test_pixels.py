@@ -8,8 +8,11 @@ import numpy as np
 import polars as pl
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storage.errors import ConflictError, DamagedError, StoreError
+from storage.jpeg import decode_clip
 from storage.latents import LatentStore
 from storage.pixel_reader import PixelReader, pixel_addresses, read_clip
 from storage.pixels import PixelPart, PixelStore
@@ -257,3 +260,44 @@ def test_few_maps_stay_open_and_threads_share_them(data_root: DataRoot) -> None:
     assert len(reader._maps) <= 2
     reader.close()
     assert not reader._maps
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 6), st.sampled_from([1, 3, 4])), min_size=1, max_size=4),
+    failing=st.sets(st.integers(0, 23)),
+    dying=st.sets(st.integers(0, 3)),
+)
+def test_the_store_is_a_dictionary_of_clips(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[tuple[int, int]], failing: set[int], dying: set[int]
+) -> None:
+    """Parts of any size and length, rows that fail, writers that die before their commit: what is read is what stood.
+
+    The oracle is a dictionary of chunks, decoded by itself; zarr and the reader both agree with it.
+    """
+    root = DataRoot.open(str(tmp_path_factory.mktemp("store")))
+    store, known, lost, made = PixelStore(root, pixel_spec()), {}, set(), 0
+    store.create()
+    for number, (rows, frames) in enumerate(parts):
+        row_ids = ids(rows, first=made)
+        part = store.plan_part(BATCH, frames, row_ids)
+        failed = [row for place, row in enumerate(row_ids, start=made) if place in failing]
+        made += rows
+        if number in dying:
+            Path(part.shard_path(0)).parent.mkdir(parents=True)
+            Path(part.shard_path(0)).write_bytes(b"".join(chunk or b"" for chunk in chunks(row_ids, frames, failed)))
+            continue
+        write_pixels(part, 0, failed)
+        lost |= set(failed)
+        known |= {row: chunk for row, chunk in zip(row_ids, chunks(row_ids, frames, failed), strict=True) if chunk}
+    commits = store.commits(BATCH)
+    good = commits.filter(pl.col("status") == "ok")
+    assert set(good["row_id"]) == set(known)
+    assert set(commits["row_id"]) - set(known) == lost
+    assert len(store.verify()) == len([number for number in dying if number < len(parts)])
+    reader = PixelReader(root, store.spec, [BATCH], open_maps=2)
+    for row, address in zip(good.iter_rows(named=True), pixel_addresses(good, [BATCH]), strict=True):
+        out, wanted = (np.empty(store.spec.row_shape(row["frames"]), np.uint8) for _ in range(2))
+        decode_clip(known[row["row_id"]], wanted)
+        reader.read_into(row["frames"], address, out)
+        np.testing.assert_array_equal(out, wanted)
+        np.testing.assert_array_equal(read_clip(store, BATCH, row["frames"], row["part"], row["slot"]), wanted)

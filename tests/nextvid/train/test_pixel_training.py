@@ -78,7 +78,11 @@ def train_until(monkeypatch: pytest.MonkeyPatch, step: int, project: Project, ru
             train(project, run, ALONE)
 
 
-@pytest.mark.parametrize("overrides", [PIXELS_IN, PIXELS_OUT], ids=["latents out", "pixels out"])
+@pytest.mark.parametrize(
+    "overrides",
+    [PIXELS_IN, PIXELS_OUT, (*PIXELS_IN, "losses.target=siglip2")],
+    ids=["latents out", "pixels out", "features out"],
+)
 def test_a_whole_run_of_pixels(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     """All four stages, two clip lengths, both losses; and the export reads frames."""
     project = make_pixel_project(tmp_path)
