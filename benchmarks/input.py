@@ -6,7 +6,6 @@ batches, normalised. The other side opens the video with decord for each clip (d
 clip, so that cores and other programs count for neither; clips a second beside them are this machine's. Pages are warm.
 """
 
-import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,12 +19,11 @@ import numpy as np
 import polars as pl
 import torch
 import tyro
-from av.video.stream import VideoStream
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.clips import BATCH, BATCH_KEY, FRAMES, TRAINSET, Store, random_clips, write_store
-from benchmarks.decoding import FPS, HEIGHT, SECONDS, SIDE, WIDTH, decoded_batches, write_video
+from benchmarks.decoding import SIDE, decoded_batches, write_video
 from benchmarks.measure import Took, machine, show, timed, write
 from nextvid.corpus.trainset import Trainset
 from nextvid.corpus.trainset_pixels import TrainsetPixels
@@ -73,7 +71,6 @@ class Arm:
 def main(
     quick: bool = False,
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
-    video: Path | None = None,
     turns: int | None = None,
 ) -> None:
     """Measure, print a table, and with --json write what README.md documents.
@@ -81,14 +78,13 @@ def main(
     Args:
         quick: 64 clips and 2 turns, in under a minute.
         json: file for the results.
-        video: footage, of which 250 frames are scaled to 456 x 256; default: a synthetic one, cheap to decode.
         turns: how many, instead of 5 (2 with --quick).
     """
     torch.set_num_threads(1)
     count = QUICK_CLIPS if quick else CLIPS
     with tempfile.TemporaryDirectory(prefix="nextvid-input-") as name:
         folder = Path(name)
-        footage = write_video(folder) if video is None else scaled(video, folder)
+        footage = write_video(folder)
         write_store(random_clips(count), folder / "store")
         psnr_db, jpeg_bytes = write_pixels(folder / "store", footage, count)
         arms = list(_arms(folder / "store", footage, count))
@@ -99,21 +95,6 @@ def main(
     found = _results(arms, quick, {"clips": count, "psnr_db": psnr_db, "jpeg_bytes_per_clip": jpeg_bytes})
     _print(found)
     write(json, found)
-
-
-def scaled(video: Path, folder: Path) -> Path:
-    """The first frames of a video as a file of the synthetic one's size, rate and settings."""
-    path = folder / "footage.mp4"
-    with av.open(str(video)) as source, av.open(str(path), "w") as container:
-        added = container.add_stream("libx264", rate=FPS, options={"crf": "23", "preset": "medium"})
-        assert isinstance(added, VideoStream)
-        added.width, added.height, added.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for frame in itertools.islice(source.decode(video=0), FPS * SECONDS):
-            small = frame.reformat(WIDTH, HEIGHT, "yuv420p")
-            small.pts = None  # the rate is the new file's
-            container.mux(added.encode(small))
-        container.mux(added.encode(None))
-    return path
 
 
 def write_pixels(folder: Path, footage: Path, count: int) -> tuple[float, float]:
@@ -149,8 +130,6 @@ def _frames(footage: Path) -> np.ndarray:
     with av.open(str(footage)) as container:
         decoded = (frame.to_image() for frame in container.decode(video=0))
         frames = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in decoded]
-    if len(frames) < FRAMES * STEP:
-        raise SystemExit(f"{footage} has {len(frames)} frames; {FRAMES * STEP} are needed")
     return np.stack(frames)
 
 
