@@ -275,7 +275,9 @@ def test_the_store_is_a_dictionary_of_clips(
     The oracle is a dictionary of chunks, decoded by itself; zarr and the reader both agree with it.
     """
     root = DataRoot.open(str(tmp_path_factory.mktemp("store")))
-    store, known, lost, made = PixelStore(root, pixel_spec()), {}, set(), 0
+    store, made = PixelStore(root, pixel_spec()), 0
+    known: dict[bytes, bytes] = {}
+    lost: set[bytes] = set()
     store.create()
     for number, (rows, frames) in enumerate(parts):
         row_ids = ids(rows, first=made)
