@@ -25,7 +25,7 @@ $(VENV)/test: $(VENV)/torch pyproject.toml constraints.txt
 	touch $@ $(VENV)/ui
 
 $(VENV)/services: $(VENV)/test
-	$(INSTALL) -c constraints.txt -e ".[ui,test,ray,postgres,kubernetes]"
+	$(INSTALL) -c constraints.txt -e ".[ui,test,ray,postgres,kubernetes,services]"
 	touch $@
 
 demo: $(VENV)/ui ## the whole graph on a small labelled corpus, through Dagster

@@ -7,7 +7,6 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -18,6 +17,7 @@ from PIL import Image
 from assets.resources import ProjectResource
 from nextvid.corpus.project import Project
 from nextvid.outcome import Outcome
+from storage import atomic
 from storage.errors import NExTVidError
 from storage.root import Table
 from storage.tables import read_table
@@ -66,8 +66,8 @@ def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
         metadata["digest"] = outcome.digest
     metadata.update(_values(outcome.numbers))
     for title, path in outcome.pictures.items():
-        if Path(path).is_file():
-            metadata[title] = dg.MetadataValue.md(picture_markdown(Path(path), title))
+        if atomic.exists(path):
+            metadata[title] = dg.MetadataValue.md(picture_markdown(atomic.read_bytes(path), title))
     return dg.MaterializeResult(
         metadata=metadata,
         data_version=dg.DataVersion(outcome.digest) if outcome.digest else None,
@@ -131,9 +131,9 @@ def _cell(value: object) -> str:
             return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def picture_markdown(path: Path, title: str) -> str:
+def picture_markdown(png: bytes, title: str) -> str:
     """A PNG inside Markdown, scaled down so that events stay small."""
-    with Image.open(path) as opened:
+    with Image.open(io.BytesIO(png)) as opened:
         picture = opened.convert("RGB")
     if picture.width > PREVIEW_WIDTH:
         picture = picture.resize((PREVIEW_WIDTH, max(1, picture.height * PREVIEW_WIDTH // picture.width)))

@@ -86,13 +86,16 @@ def draws(first: int = 10, recipe: str = "demo", corpus: Corpus = None, json_: J
 
 @app.command
 def verify(batch: str | None = None, corpus: Corpus = None) -> None:
-    """Read every committed byte of every store of latents and pixels again and name what is damaged."""
+    """Read every committed byte of every store of latents and pixels, and every trainset; name what is damaged."""
+    from nextvid.lineage.trace import damaged_trainsets
     from storage.pixels import every_store
 
-    stores = every_store(open_project(corpus).root)
+    root = open_project(corpus).root
+    stores = every_store(root)
     if not stores:
         raise UpstreamError("there are no latents yet: 'nextvid make latents' makes them")
-    problems = [problem for store in stores for problem in store.verify(batch)]
+    problems = [str(problem) for store in stores for problem in store.verify(batch)]
+    problems += damaged_trainsets(root) if batch is None else []
     for problem in problems:
         print(problem)
     if problems:

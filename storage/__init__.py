@@ -14,5 +14,8 @@ The data root, as `root.py` builds it (every path of the project comes from ther
     <runs_root>/pretrain/<recipe>/<run>/              config.json events.jsonl checkpoints/ encoder/ lock
            probes/ samples/ report/<recipe>/<run>/
 
+Every path is a string that fsspec understands. Who touches what: atomic.py publishes, listing.py names, remote.py asks
+object stores, commit.py orders a shard and its commit, cache.py keeps local copies of what a bucket holds.
+
 `latest.json` in latent_stats/, duplicates/, trainset/ and pretrain/<recipe>/ points to the newest complete one.
 """

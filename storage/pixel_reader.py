@@ -18,9 +18,10 @@ import polars as pl
 from jaxtyping import UInt8
 
 from storage.digest import crc32c
-from storage.errors import DamagedError
+from storage.errors import ConfigError, DamagedError
 from storage.jpeg import decode_clip
 from storage.pixels import PixelPart, PixelSpec, PixelStore
+from storage.remote import is_local
 from storage.root import DataRoot
 from storage.verify import encode_again
 
@@ -35,6 +36,8 @@ class PixelReader:
     """Reads rows of one spec; `batches` are the keys that the addresses' `batch` counts."""
 
     def __init__(self, root: DataRoot, spec: PixelSpec, batches: Sequence[str], open_maps: int = _OPEN_MAPS) -> None:
+        if not is_local(root.url):
+            raise ConfigError(f"root {root.url}: pixels are read from file systems only; choose a recipe for latents")
         self._store = PixelStore(root, spec)
         self._batches = tuple(batches)
         self._open_maps = open_maps

@@ -139,7 +139,7 @@ class RowReader:
         if not part.committed(number):
             raise self._damaged(frames, address, "is not committed")
         try:
-            with Path(part.shard_path(number)).open("rb") as file:
+            with self._file(part, number).open("rb") as file:
                 # private: torch wants writable memory to read from, and what is written here never reaches the file
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # ValueError: the file is empty
@@ -152,6 +152,10 @@ class RowReader:
         if spec.storage != "int8":
             values = shard.unpacked(data, spec.storage, spec.row_shape(frames))
         return _Mapped(memory, data, values, np.zeros(rows, dtype=bool))
+
+    def _file(self, part: Part, number: int) -> Path:
+        """Where a committed shard stands on this machine."""
+        return Path(part.shard_path(number))
 
     def _part(self, frames: int, address: np.void) -> Part:
         return self._store.part(self._batches[int(address["batch"])], frames, int(address["part"]))

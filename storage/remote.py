@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec import AbstractFileSystem
 
-from storage.errors import ConfigError, ConflictError, NExTVidError, StoreError
+from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
 
 Answer = TypeVar("Answer")
 
@@ -44,7 +44,7 @@ def connect(path: str) -> tuple[AbstractFileSystem, str]:
     """Client and key of a path. ConfigError where the package of its protocol is missing."""
     protocol = path.partition("://")[0]
     refuse_credentials(path, f"a path of protocol '{protocol}'")
-    options: dict[str, Any] = {"use_listings_cache": False}
+    options: dict[str, Any] = {} if is_local(path) else {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):  # we repeat, and know then that an answer may have been lost
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {**configured, "retries": {"total_max_attempts": 1}}
@@ -84,7 +84,11 @@ def ask(path: str, question: Callable[[AbstractFileSystem, str], Answer]) -> Ans
 
 
 def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
-    """Put bytes under `path` in one request; with `exclusive` only where nothing stands, else ConflictError."""
+    """Put bytes under `path` in one request; with `exclusive` only where nothing stands, else ConflictError.
+
+    A client below us that repeats a request whose answer was lost may take our own bytes for somebody else's. All who
+    create exclusively can live with that: they go on with what stands there.
+    """
     _put(path, lambda fs, key, mode: fs.pipe_file(key, data, mode=mode), lambda: data, exclusive=exclusive)
 
 
@@ -106,6 +110,25 @@ def get_file(path: str, local: str) -> None:
 def read(path: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes of an object, or those from `start` to before `end`; an answer may still be short."""
     return bytes(ask(path, lambda fs, key: fs.cat_file(key, start=start, end=end)))
+
+
+def read_exactly(
+    path: str, size_bytes: int, *, start: int | None = None, fault: Callable[[bytes], str | None] | None = None
+) -> bytes:
+    """`size_bytes` bytes of an object, from `start` or all of it; asked again while they are short or `fault` says so.
+
+    DamagedError where every answer is, FileNotFoundError where there is no such object.
+    """
+    said: str | None = None
+    for wait_s in (*WAITS_S, None):
+        data = read(path, start, None if start is None else start + size_bytes)
+        said = f"{len(data)} bytes came where {size_bytes} stand" if len(data) != size_bytes else None
+        said = said or (fault(data) if fault else None)
+        if said is None:
+            return data
+        if wait_s is not None:
+            time.sleep(wait_s * random.uniform(0.5, 1.5))
+    raise DamagedError(f"{path}: {said}, in {len(WAITS_S) + 1} tries")
 
 
 def read_ranges(paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> list[bytes | Exception]:

@@ -13,6 +13,7 @@ from storage import listing
 from storage.errors import ConfigError
 from storage.remote import is_local, refuse_credentials
 
+CACHE_FOLDER = "~/.cache/nextvid"  # where the XDG base directory specification puts what can be made again
 Table = Literal["sources", "media", "labels", "shots", "clips"]
 Stored = Literal["latents", "pixels"]
 Pointed = Literal["latent_stats", "duplicates", "mask_plan", "trainset"]
@@ -35,20 +36,27 @@ def _hex(digest: str) -> str:
 
 @dataclass(frozen=True)
 class DataRoot:
-    """Two roots: `url` holds tables, stores, plans and trainsets; `runs_url` what training writes."""
+    """Two roots: `url` holds tables, stores, plans and trainsets; `runs_url` what training writes.
+
+    Copies of what a `url` on an object store holds stand in `cache_folder`, at most `cache_bytes` of them (0: none).
+    """
 
     url: str
     runs_url: str
+    cache_folder: str = ""
+    cache_bytes: int = 0
 
     @staticmethod
-    def open(root: str, runs_root: str | None = None) -> "DataRoot":
+    def open(
+        root: str, runs_root: str | None = None, cache_folder: str | None = None, cache_bytes: int = 0
+    ) -> "DataRoot":
         """Roots from a corpus.yaml. A bucket as `root` needs a `runs_root` on a file system."""
         refuse_credentials(root, "root")
         url = root.rstrip("/") if not is_local(root) else str(Path(root.removeprefix("file://")).absolute())
         if runs_root is None and not is_local(url):
             raise ConfigError(f"root {url} is an object store: name a local or network folder as 'runs_root'")
         runs = url if runs_root is None else str(Path(runs_root).absolute())
-        return DataRoot(url, runs)
+        return DataRoot(url, runs, str(Path(cache_folder or CACHE_FOLDER).expanduser().absolute()), cache_bytes)
 
     # tables and their checks
     def accepted(self) -> str:

@@ -4,6 +4,7 @@ Reports, never repairs: each problem names the file, the row where it is one row
 same everywhere, since a shard without its commit is encoded again. Must not be on any fast path.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -76,13 +77,15 @@ def _metadata(part: PlannedPart) -> list[Problem]:
             try:
                 found.write_bytes(atomic.read_bytes(path))
                 said, known = (zarr.open(file.parent, mode="r").metadata.to_dict() for file in (found, wanted))
+                strange = sorted(set(json.loads(found.read_bytes())) - set(json.loads(wanted.read_bytes())))
             except Exception as error:  # whatever zarr raises for bytes it does not understand
                 problems.append(Problem(path, None, f"zarr cannot open it: {error}", remedy))
                 continue
             wrong = sorted(key for key in {*said, *known} if repr(said.get(key)) != repr(known.get(key)))
-            if wrong:
-                what = "; ".join(f"{key} {said.get(key)!r}, not {known.get(key)!r}" for key in wrong)
-                problems.append(Problem(path, None, f"describes {what}", remedy))
+            what = [f"{key} {said.get(key)!r}, not {known.get(key)!r}" for key in wrong]
+            what += [f"{key}, which zarr does not write and passes over" for key in strange if key not in wrong]
+            if what:
+                problems.append(Problem(path, None, f"describes {'; '.join(what)}", remedy))
     return problems
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import fsspec
 import polars as pl
-from fsspec import AbstractFileSystem
 
 from nextvid.corpus import journal
 from nextvid.corpus.batches import BatchChange, dataset_of, latest, merge
@@ -25,9 +24,9 @@ from nextvid.corpus.labels import label_digests, nowhere
 from nextvid.corpus.project import Project
 from nextvid.outcome import Outcome
 from nextvid.video.probe import kind_of
-from storage import atomic, tables
+from storage import atomic, remote, tables
 from storage.digest import digest
-from storage.errors import ConflictError, CorpusError
+from storage.errors import ConflictError, CorpusError, NExTVidError
 from storage.remote import is_local
 from storage.schemas import KINDS, Sources
 
@@ -47,6 +46,7 @@ class Listing:
     files: pl.DataFrame
     waiting: pl.DataFrame  # seen, but not yet twice with the same size and fingerprint
     ignored: int  # files whose extension is of no media
+    empty: tuple[str, ...]  # folders below that hold nothing at all
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,29 @@ def list_dataset(project: Project, name: str, held: Held | None = None) -> Listi
     """
     uri = project.corpus.datasets[name].uri
     rows: list[tuple[str, str, str, int, str]] = []
+    empty: list[str] = []
     ignored = 0
     try:
-        fs, top = fsspec.core.url_to_fs(uri)
-        if not fs.isdir(top):
-            raise CorpusError(f"dataset {name}: {uri} is not a folder; correct its 'uri' or mount it")
-        for info in _walk(fs, top):
+        _, top = remote.connect(uri)
+        for info in _walk(uri, top, empty):
             row = _row(top, uri, info)
             ignored += row is None
             if row is not None:
                 rows.append(row)
     except CorpusError:
         raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if str(error) != uri:  # a folder below, which was there a moment ago
+            raise CorpusError(f"dataset {name}: listing {uri} failed ({error!r}); nothing was changed") from error
+        raise CorpusError(f"dataset {name}: {uri} is not a folder; correct its 'uri' or mount it") from error
     except Exception as error:  # object stores raise their clients' own classes; any failure means an unknown listing
-        raise CorpusError(f"dataset {name}: listing {uri} failed ({error!r}); nothing was changed") from error
+        said = str(error) if isinstance(error, NExTVidError) else repr(error)
+        raise CorpusError(f"dataset {name}: listing {uri} failed ({said}); nothing was changed") from error
     frame = _frame(rows)
     if held is None:
-        return Listing(name, frame, frame.clear(), ignored)
+        return Listing(name, frame, frame.clear(), ignored, tuple(empty))
     still = pl.Series([held.get(row[0]) == (row[3], row[4]) for row in frame.iter_rows()], dtype=pl.Boolean)
-    return Listing(name, frame.filter(still), frame.filter(~still), ignored)
+    return Listing(name, frame.filter(still), frame.filter(~still), ignored, tuple(empty))
 
 
 def update_sources(project: Project, settle: bool = False, datasets: Sequence[str] | None = None) -> list[BatchChange]:
@@ -193,17 +197,38 @@ def accept(project: Project, encoding: str) -> Accepted:
     return value
 
 
-def _walk(fs: AbstractFileSystem, top: str) -> Iterator[Mapping[str, Any]]:
-    """Every file below `top`. Not fsspec's own walk: below the first level it swallows errors, whatever it is told."""
-    fs.invalidate_cache()  # s3fs and gcsfs remember listings
+def _walk(uri: str, top: str, empty: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Every file below `top`, the key of `uri`; folders without anything are added to `empty`.
+
+    Not fsspec's own walk: below the first level it swallows errors, whatever it is told. FileNotFoundError(uri) where
+    `top` is no folder.
+    """
     folders = [top]
     while folders:
         folder = folders.pop()
-        for info in fs.ls(folder, detail=True):
+        found = _entries(uri, folder, is_top=folder == top)
+        if not found:
+            empty.append(folder.removeprefix(top).strip("/"))
+        for info in found:
             if info["type"] != "directory":
                 yield info
             elif info["name"].rstrip("/") != folder.rstrip("/"):  # object stores list a folder's marker within it
                 folders.append(info["name"])
+
+
+def _entries(uri: str, folder: str, *, is_top: bool) -> list[Mapping[str, Any]]:
+    if is_local(uri):
+        fs = fsspec.filesystem("file")
+        if is_top and not fs.isdir(folder):
+            raise FileNotFoundError(uri)
+        return list(fs.ls(folder, detail=True))
+    try:
+        found = remote.ask(uri, lambda fs, _: list(fs.ls(folder, detail=True)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(uri if is_top else folder) from error
+    if is_top and [info["name"] for info in found if info["type"] != "directory"] == [folder]:
+        raise FileNotFoundError(uri)  # it is a file
+    return found
 
 
 def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, int, str] | None:
@@ -258,15 +283,21 @@ def _frame(rows: list[tuple[str, str, str, int, str]]) -> pl.DataFrame:
 
 
 def _refuse_vanished(project: Project, listing: Listing, known: pl.DataFrame) -> None:
-    """An empty folder where files were known is an unmounted disk more often than a wish."""
+    """An empty folder where files were known is an unmounted disk more often than a wish, at the top or below."""
     seen = listing.files.height + listing.waiting.height
-    present = latest(known).filter(pl.col("gone_at").is_null()).height
-    if present and not seen:
-        uri = project.corpus.datasets[listing.dataset].uri
+    present = latest(known).filter(pl.col("gone_at").is_null())
+    uri = project.corpus.datasets[listing.dataset].uri
+    if present.height and not seen:
         raise CorpusError(
-            f"dataset {listing.dataset}: {uri} holds none of its {present} files; mount it, or, if they were deleted "
-            "on purpose, remove the dataset from corpus.yaml"
+            f"dataset {listing.dataset}: {uri} holds none of its {present.height} files; mount it, or, if they were "
+            "deleted on purpose, remove the dataset from corpus.yaml"
         )
+    for folder in filter(None, listing.empty):
+        if missed := present.filter(pl.col("path").str.starts_with(f"{folder}/")).height:
+            raise CorpusError(
+                f"dataset {listing.dataset}: {uri.rstrip('/')}/{folder} is empty where {missed} files were; mount it, "
+                "or, if they were deleted on purpose, remove the empty folder"
+            )
 
 
 def _pending(project: Project) -> str:

@@ -16,7 +16,8 @@ from pydantic import Field, field_validator, model_validator
 from nextvid.config import Strict, parse
 from storage.digest import digest_config
 from storage.errors import ConfigError
-from storage.root import DataRoot
+from storage.remote import refuse_credentials
+from storage.root import CACHE_FOLDER, DataRoot
 
 NAME = re.compile(r"[a-z0-9_]+")  # design 2: dataset names are part of paths and partition keys
 RESERVED_TARGETS = frozenset({"split", "group"})  # design 2
@@ -218,11 +219,19 @@ class BenchmarkConfig(Strict):
         return policy if "crop" in policy.model_fields_set else policy.model_copy(update={"crop": "centre"})
 
 
+class CacheConfig(Strict):
+    """Local copies of a trainset's shards, where `root` is an object store. How, not what: in no digest."""
+
+    folder: str = CACHE_FOLDER  # shared by all processes of a machine
+    size_gb: float = Field(default=20.0, ge=0)  # our choice; a set that does not fit is read row by row, as with 0
+
+
 class CorpusConfig(Strict):
     """The whole of corpus.yaml, paths made absolute."""
 
     root: str
     runs_root: str | None = None
+    cache: CacheConfig = CacheConfig()
     encoding: EncodingConfig
     curation: CurationConfig = CurationConfig()
     datasets: dict[str, DatasetConfig]
@@ -290,7 +299,11 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
         raise ConfigError(f"{file}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected keys such as 'root' and 'datasets', found {type(values).__name__}")
-    return _absolute(parse(CorpusConfig, values, str(file)), file.parent)
+    corpus = parse(CorpusConfig, values, str(file))
+    refuse_credentials(corpus.root, f"{file}, root")
+    for name, dataset in corpus.datasets.items():
+        refuse_credentials(dataset.uri, f"{file}, datasets.{name}.uri")
+    return _absolute(corpus, file.parent)
 
 
 def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
@@ -317,7 +330,13 @@ def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
     encoding = corpus.encoding.model_copy(update={"autoencoder": resolve(corpus.encoding.autoencoder)})
     runs_root = resolve(corpus.runs_root) if corpus.runs_root else None
     return corpus.model_copy(
-        update={"root": resolve(corpus.root), "runs_root": runs_root, "datasets": datasets, "encoding": encoding}
+        update={
+            "root": resolve(corpus.root),
+            "runs_root": runs_root,
+            "cache": corpus.cache.model_copy(update={"folder": resolve(corpus.cache.folder)}),
+            "datasets": datasets,
+            "encoding": encoding,
+        }
     )
 
 
@@ -334,4 +353,6 @@ def open_project(path: str | Path | None = None) -> Project:
     """The project of `--corpus`, else NEXTVID_CORPUS, else ./corpus.yaml. Raises ConfigError."""
     file = corpus_path(str(path) if path else None)
     corpus = load_corpus(file)
-    return Project(corpus, DataRoot.open(corpus.root, corpus.runs_root), file)
+    cache = corpus.cache
+    root = DataRoot.open(corpus.root, corpus.runs_root, cache.folder, round(cache.size_gb * 1e9))
+    return Project(corpus, root, file)

@@ -10,7 +10,6 @@ Axes: C channels.
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -24,8 +23,9 @@ from nextvid.corpus.selection import Selection, select
 from nextvid.encode.stats import mixed, moments
 from nextvid.outcome import Check, Number, Outcome
 from nextvid.recipes import recipe
-from storage.atomic import exists, publish_json, read_json, staged_folder
-from storage.digest import digest_bytes, digest_config
+from storage.atomic import exists, publish_json, read_bytes, read_json, staged_folder
+from storage.cache import open_rows
+from storage.digest import crc32c, digest_bytes, digest_config
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.latents import EncodingSpec
 from storage.reader import ADDRESS
@@ -77,8 +77,8 @@ def _named(left_out: Mapping[str, str]) -> str:
 class Trainset:
     """A frozen trainset, opened for reading: rows are memory-mapped, so opening costs the same at any size."""
 
-    def __init__(self, folder: str, said: Mapping[str, Any]) -> None:
-        self._folder, self._said = folder, said
+    def __init__(self, root: DataRoot, folder: str, said: Mapping[str, Any]) -> None:
+        self._root, self._folder, self._said = root, folder, said
         self.digest: str = said["digest"]
         self.spec = EncodingSpec.from_json(said["spec"])
         self.weights: dict[str, float] = said["weights"]
@@ -93,7 +93,11 @@ class Trainset:
         if found is None:
             raise UpstreamError("there is no trainset yet: make 'trainset' first")
         folder = root.pointed("trainset", found)
-        return cls(folder, read_json(f"{folder}/trainset.json"))
+        said = read_json(f"{folder}/trainset.json")
+        seal = said.pop("seal", None) if isinstance(said, dict) else ""
+        if seal is not None and digest_config(said) != seal:
+            raise DamagedError(f"{folder}/trainset.json was changed; restore it, or remove {folder} and make it again")
+        return cls(root, folder, said)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -106,11 +110,11 @@ class Trainset:
         Raises RefusedError for a length it has not, DamagedError where the file is not what was frozen.
         """
         wanted = sum(count for _, count in self.offsets(frames).values())
-        path = Path(self._folder) / f"rows.f{frames}.npy"
+        path = f"{self._folder}/rows.f{frames}.npy"
         try:
-            rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows = open_rows(self._root, path)
         except (OSError, ValueError) as error:
-            raise DamagedError(f"{path}: {error}; remove {self._folder} and make 'trainset' again") from None
+            raise DamagedError(f"{path}: {error}; {self._remedy}") from None
         if rows.dtype != ADDRESS or rows.shape != (wanted,):
             raise DamagedError(f"{path}: {rows.shape} rows of {rows.dtype}, {wanted} addresses were frozen")
         return rows
@@ -122,6 +126,21 @@ class Trainset:
             held = ", ".join(str(length) for length in self.lengths)
             raise RefusedError(f"trainset {self.digest} has no clips of {frames} frames; it has {held}")
         return {name: (int(first), int(count)) for name, (first, count) in found.items()}
+
+    def check(self) -> None:
+        """Read every row file; DamagedError where one is not what was frozen. Costs what reading them costs."""
+        for name, crc in self._said.get("files", {}).items():
+            path = f"{self._folder}/{name}"
+            try:
+                found = crc32c(read_bytes(path))
+            except (OSError, UpstreamError) as error:
+                raise DamagedError(f"{path} cannot be read ({error}); {self._remedy}") from None
+            if found != crc:
+                raise DamagedError(f"{path}: its bytes differ from their checksum; {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return f"remove {self._folder} and make 'trainset' again"
 
     def lineage(self) -> pl.DataFrame:
         """One line a row, back to its file (schema Lineage)."""
@@ -216,11 +235,13 @@ def _freeze(
         "dropped": dict(chosen.dropped),
     }
     lineage = chosen.rows.select(*Lineage.column_names())
-    with staged_folder(folder) as temporary:
+    with staged_folder(folder, last="trainset.json") as temporary:
         for frames, rows in by_frames.items():
             np.save(temporary / f"rows.f{frames}.npy", rows, allow_pickle=False)
+        files = sorted(temporary.glob("*.npy"))
+        said["files"] = {path.name: crc32c(path.read_bytes()) for path in files}
         write_table(str(temporary / "lineage.parquet"), lineage, Lineage)
-        publish_json(str(temporary / "trainset.json"), said)
+        publish_json(str(temporary / "trainset.json"), said | {"seal": digest_config(said)})
 
 
 def _checks(chosen: Selection, weights: Mapping[str, float]) -> tuple[Check, ...]:

@@ -17,7 +17,7 @@ from nextvid.corpus.trainset import Trainset
 from nextvid.probe.rows import ProbeRows
 from nextvid.train.run import CONFIG
 from storage import atomic, listing
-from storage.errors import ConfigError
+from storage.errors import ConfigError, NExTVidError
 from storage.root import DataRoot
 from storage.schemas import Clips, Media
 from storage.tables import read_table, read_tables
@@ -176,6 +176,19 @@ def trainsets_of(root: DataRoot) -> list[str]:
     folder = f"{root.url}/trainset"
     names = listing.folders(folder, r"[0-9a-f]{32}")
     return [name for name in names if atomic.exists(f"{folder}/{name}/trainset.json")]
+
+
+def damaged_trainsets(root: DataRoot) -> list[str]:
+    """What is wrong with each trainset whose files are not what was frozen."""
+    found = []
+    for digest in trainsets_of(root):
+        try:
+            trainset = Trainset.open(root, digest)
+            trainset.check()
+            trainset.lineage()
+        except NExTVidError as error:
+            found.append(str(error))
+    return found
 
 
 def shares(lineage: pl.DataFrame, by: str, weights: dict[str, float]) -> tuple[DatasetShare, ...]:

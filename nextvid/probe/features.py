@@ -23,7 +23,8 @@ from nextvid.corpus.trainset import Trainset
 from nextvid.model.encoder import Encoder
 from nextvid.model.tokens import denormalise, depth_to_space, latent_tokens, normalise, space_to_depth
 from nextvid.train.step import autocast
-from storage.reader import RowReader, addresses
+from storage.reader import addresses
+from storage.remote_reader import open_reader
 from storage.root import DataRoot
 
 CLIPS_AT_ONCE = 16  # measured on the demo encoder, one thread: 6.8 ms a clip against 7.9 for 8, 8.0 for 32, 8.5 for 64
@@ -49,7 +50,7 @@ class LatentSource:
         self, root: DataRoot, trainset: Trainset, recipe: RecipeConfig, batches: Sequence[str], frames: int
     ) -> None:
         self._spec, self._batches, self._frames = trainset.spec, list(batches), frames
-        self._reader = RowReader(root, trainset.spec, self._batches)
+        self._reader = open_reader(root, trainset.spec, self._batches)
         self._mean, self._std = (torch.from_numpy(np.asarray(v, np.float32)) for v in (trainset.mean, trainset.std))
         self._fold = trainset.spec.width // recipe.model.grid_width
         self._tubelet = recipe.model.tubelet
@@ -58,7 +59,10 @@ class LatentSource:
         """Raw latents of rows, in order, as stored; images repeated. Raises DamagedError."""
         spec = self._spec
         out = np.empty((rows.height, self._frames, spec.channels, spec.height, spec.width), np.float16)
-        for row, frames, address in zip(out, rows["frames"], addresses(rows, self._batches), strict=True):
+        found = addresses(rows, self._batches)
+        for frames in rows["frames"].unique().to_list():
+            self._reader.will_need(frames, found[(rows["frames"] == frames).to_numpy()])
+        for row, frames, address in zip(out, rows["frames"], found, strict=True):
             self._reader.read_into(frames, address, row[:frames])
             if frames == 1:
                 row[1:] = row[0]

@@ -77,7 +77,8 @@ def prepare_run(
 
     `launch` is the id of the Dagster run that asks first: its retries find the same trainset whatever the newest is.
     Raises ConfigError for wrong overrides, UpstreamError where trainset or mask plan are missing or failed checks,
-    RefusedError where the recipe reads pixels and the trainset's rows have none.
+    DamagedError where the trainset is not what was frozen, RefusedError where the recipe reads pixels and its rows have
+    none.
     """
     config = apply_overrides(recipe_by_name(recipe), overrides)
     carried_out = how or HowConfig()
@@ -85,6 +86,7 @@ def prepare_run(
         carried_out = carried_out.model_copy(update={"ranks": ranks})
     trainset = _trainset(project, recipe, launch)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
+    Trainset.open(project.root, trainset).check()
     plan = _mask_plan(project, config, overridden=bool(overrides))
     pixels = _pixels(project, config, trainset)
     run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides, pixels)

@@ -37,6 +37,7 @@ from nextvid.train.pixel_rows import HostPixels, StagedPixels
 from storage.errors import RefusedError
 from storage.pixel_reader import PixelReader
 from storage.reader import RowReader
+from storage.remote_reader import open_reader
 from storage.root import DataRoot
 
 __all__ = ["READ_AHEAD", "Loader", "first_draws", "open_loader"]
@@ -204,7 +205,8 @@ def open_loader(
     with ExitStack() as stack:
         rows: dict[Kind, Rows[Any]] = {}
         if recipe.reads_latents:
-            reader = RowReader(root, trainset.spec, trainset.batches)
+            stored = {frames: trainset.rows(frames) for frames in trainset.lengths}
+            reader = open_reader(root, trainset.spec, trainset.batches, stored)
             stack.callback(reader.close)
             rows["latents"] = latent_rows(reader, trainset, recipe, ranks)
         if recipe.reads_pixels:

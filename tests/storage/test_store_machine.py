@@ -10,11 +10,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from storage.errors import ConflictError
+from storage.digest import digest
+from storage.errors import ConflictError, DamagedError
 from storage.latents import LatentStore, Part
 from storage.reader import RowReader, addresses, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
+from storage.withdrawn import record_withdrawal
 from tests.storage.stores import commit_of, full_store, ids, new_store, spec, values, write
 
 BATCHES = ["demo.000000", "images.000001"]
@@ -31,6 +33,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.model: dict[bytes, tuple[str, int, int, int, bool]] = {}
         self.open: list[tuple[str, int, int, int]] = []
         self.litter: set[tuple[str, int, int, int]] = set()
+        self.swept: set[tuple[str, int, int, int]] = set()
+        self.withdrawn: set[bytes] = set()
         self.made = 0
 
     @initialize()
@@ -74,6 +78,49 @@ class StoreMachine(RuleBasedStateMachine):
         with pytest.raises(ConflictError):
             part.write_shard(shard, values(part.rows_of(shard)["row_id"].to_list(), frames) + 1, commit_of(part, shard))
 
+    @precondition(lambda self: self.standing())
+    @rule(pick=st.integers(0), where=st.floats(0, 1, exclude_max=True))
+    def rot_and_drop(self, pick: int, where: float) -> None:
+        """A byte of a committed shard flips: verify names it; without its commit the shard is open again."""
+        standing = self.standing()
+        key = standing[pick % len(standing)]
+        part, shard = self.found(key), key[3]
+        path = Path(part.shard_path(shard))
+        data = bytearray(path.read_bytes())
+        data[int(where * len(data))] ^= 4
+        path.write_bytes(data)
+        problems = [problem for problem in self.store.verify() if problem.file == str(path)]
+        assert problems
+        assert problems[0].remedy.startswith(f"remove {part.commit_path(shard)} ")
+        Path(part.commit_path(shard)).unlink()
+        self.model = {row: where for row, where in self.model.items() if where[:4] != key}
+        self.open.append(key)
+        self.litter.add(key)
+
+    @precondition(lambda self: self.standing())
+    @rule(pick=st.integers(0))
+    def sweep(self, pick: int) -> None:
+        """A shard that nothing needs is freed: its rows are no longer ok, and nothing else changes."""
+        standing = self.standing()
+        key = standing[pick % len(standing)]
+        assert self.found(key).discard(key[3]) > 0
+        assert self.found(key).discard(key[3]) == 0
+        self.model |= {row: (*key, False) for row, where in self.model.items() if where[:4] == key}
+        self.swept.add(key)
+
+    @precondition(lambda self: self.standing())
+    @rule(pick=st.integers(0), row=st.integers(0))
+    def withdraw(self, pick: int, row: int) -> None:
+        """A row's bytes become zeros; it stays committed, and verify expects the zeros."""
+        standing = self.standing()
+        key = standing[pick % len(standing)]
+        rows = [name for name, where in self.model.items() if where[:4] == key]
+        name = rows[row % len(rows)]
+        part = self.found(key)
+        record_withdrawal(self.root, digest([name.hex()]), [name])
+        part.erase(part.plan.filter(row_id=name)["slot"].to_list())
+        self.withdrawn.add(name)
+
     @rule()
     def reopen(self) -> None:
         self.store = LatentStore.open(DataRoot.open(self.folder), spec().digest())
@@ -92,6 +139,10 @@ class StoreMachine(RuleBasedStateMachine):
                 known = addresses(self.store.commits(batch, frames), BATCHES)
                 out = np.empty(self.store.spec.row_shape(frames), np.float16)
                 for address in random.choice(known, min(len(known), 8), replace=False):
+                    if row_id(address) in self.withdrawn:
+                        with pytest.raises(DamagedError, match="withdrawn"):
+                            reader.read_into(frames, address, out)
+                        continue
                     reader.read_into(frames, address, out)
                     np.testing.assert_array_equal(out, values([row_id(address)], frames)[0].astype(np.float16))
 
@@ -112,6 +163,12 @@ class StoreMachine(RuleBasedStateMachine):
                 part = self.store.unfinished(batch, frames)
                 assert (None if part is None else part.number) == min(numbers, default=None)
 
+    def standing(self) -> list[tuple[str, int, int, int]]:
+        """Committed shards whose bytes are there, and whose rows are all as they were written."""
+        held = {where[:4] for row, where in self.model.items()}
+        touched = {self.model[row][:4] for row in self.withdrawn if row in self.model}
+        return sorted(held - self.swept - touched)
+
     def found(self, key: tuple[str, int, int, int]) -> Part:
         return self.store.part(key[0], key[1], key[2])
 
@@ -120,7 +177,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=8, stateful_step_count=12)
+TestStore.settings = settings(max_examples=10, stateful_step_count=14)
 
 
 def test_the_machine_can_fail(data_root: DataRoot) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storage.errors import DamagedError
 from storage.latents import LatentStore, Part
@@ -80,6 +82,47 @@ def test_damage_is_named(
     assert problem.row == (None if row is None else ids(300)[row].hex())
     assert problem.remedy
     assert problem.file in str(problem)
+
+
+REGIONS: dict[str, Callable[[Part], str]] = {
+    "shard": lambda part: part.shard_path(0),
+    "partial shard": lambda part: part.shard_path(1),
+    "commit": lambda part: part.commit_path(1),
+    "plan": lambda part: f"{part.path}/plan.parquet",
+    "zarr.json of the group": lambda part: part.metadata_paths[0],
+    "zarr.json of the array": lambda part: part.metadata_paths[1],
+    "spec.json": lambda part: f"{part.path.split(BATCH)[0]}spec.json",
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentStore, Part]:
+    """Without failed rows, so that every byte of a shard counts."""
+    return full_store(DataRoot.open(str(tmp_path_factory.mktemp("sound"))), 300)
+
+
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+def test_a_flipped_bit_anywhere_is_named(
+    sound: tuple[LatentStore, Part], region: Callable[[Part], str], where: float, bit: int
+) -> None:
+    """With its file, and its row where it is in one."""
+    store, part = sound[0], sound[0].part(BATCH, FRAMES, 0)
+    path = Path(region(part))
+    data = path.read_bytes()
+    changed, place = bytearray(data), int(where * len(data))
+    changed[place] ^= 1 << bit
+    path.write_bytes(changed)
+    try:
+        problems = store.verify()
+    finally:
+        path.write_bytes(data)
+    assert {problem.file for problem in problems} == {str(path)}
+    assert all(problem.remedy for problem in problems)
+    rows: list[bytes] = part.rows_of(int(path.parts[-5]))["row_id"].to_list() if "c" in path.parts else []
+    row_bytes = part.spec.row_bytes(FRAMES)
+    if place < len(rows) * row_bytes:
+        assert [problem.row for problem in problems] == [rows[place // row_bytes].hex()]
 
 
 def test_the_remedy_heals(data_root: DataRoot) -> None:

@@ -187,8 +187,8 @@ def test_batches_are_bounded_and_folders_are_read_as_they_are_reached(
     reached: list[str] = []
     walk = discover._walk
 
-    def counted(fs: Any, top: str) -> Any:
-        for info in walk(fs, top):
+    def counted(uri: str, top: str, empty: list[str]) -> Any:
+        for info in walk(uri, top, empty):
             reached.append(info["name"])
             yield info
 

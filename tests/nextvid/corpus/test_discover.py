@@ -107,6 +107,23 @@ def test_a_missing_folder_is_an_error_and_changes_nothing(project: Project, tmp_
     assert known_sources(project, "d").equals(before)
 
 
+def test_an_empty_mount_point_below_is_an_error_too(project: Project, tmp_path: Path) -> None:
+    """`a` held one file; an empty folder in its place is a disk that is not mounted, no folder at all a deletion."""
+    update_sources(project)
+    before = known_sources(project, "d")
+    (tmp_path / "d" / "a").rename(tmp_path / "unmounted")
+    (tmp_path / "d" / "a").mkdir()
+    (tmp_path / "d" / "never_held_anything").mkdir()
+    with pytest.raises(CorpusError, match=r"d/a is empty where 1 files were.*remove the empty folder"):
+        update_sources(project)
+    assert known_sources(project, "d").equals(before)
+    (tmp_path / "d" / "a").rmdir()
+    assert [change.gone for change in update_sources(project)] == [1]
+    (tmp_path / "unmounted").rename(tmp_path / "d" / "a")
+    update_sources(project)
+    assert not any(gone for _, _, gone in held_by(project).values())
+
+
 def test_a_listing_that_fails_halfway_is_an_error(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     update_sources(project)
     before = known_sources(project, "d")

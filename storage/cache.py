@@ -1,0 +1,145 @@
+"""Local copies of what never changes in an object store: whole shards and row files, in a folder of bounded size.
+
+A copy takes its name only when it is whole: its length and, for a shard, index and checksums were compared with the
+commit. Other runs' copies go first, those used longest ago before others; those that the opener needs never do. Any
+number of processes share a folder. Which rows are read, and when a set is cached at all: remote_reader.py.
+"""
+
+import fcntl
+import io
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from storage import atomic, listing, remote
+from storage.digest import digest
+from storage.errors import ConfigError, StoreError, UpstreamError
+from storage.remote import is_local
+from storage.root import DataRoot
+
+LITTER_AGE_S = 3600.0  # our choice: a download of a shard (67 MB) that took longer is not coming
+PATIENCE_S = 60.0  # our choice: copies in the making, 67 MB each, are files by then
+_LOOK_S = 0.1
+_LOCKS = 64  # our choice: so many copies are made at once by all processes of a machine
+
+
+def fits(root: DataRoot, needed: Mapping[str, int]) -> bool:
+    """Whether files (path: size in bytes) fit the cache's bound; ConfigError for a bound that holds none of them.
+
+    A bound of 0 switches the cache off.
+    """
+    largest = max(needed.values(), default=0)
+    if 0 < root.cache_bytes < largest:
+        raise ConfigError(
+            f"cache.size_gb: {root.cache_bytes / 1e9:g} GB hold no shard of {largest / 1e9:g} GB. Raise it to the size "
+            f"of the set ({sum(needed.values()) / 1e9:g} GB), or set 0 to read rows from the object store"
+        )
+    return sum(needed.values()) <= root.cache_bytes
+
+
+def open_rows(root: DataRoot, path: str) -> np.ndarray:
+    """An array of a .npy file, memory-mapped; of an object store from a local copy, or in memory without a cache.
+
+    Raises OSError or ValueError where it is missing or no such file.
+    """
+    if is_local(path):
+        return _array(Path(path))
+    size_bytes = listing.size_bytes(path)
+    if size_bytes is None:
+        raise UpstreamError(f"{path} does not exist")
+    if size_bytes <= root.cache_bytes:
+        return _array(Cache(root, {path: size_bytes}).local(path, size_bytes))
+    loaded: np.ndarray = np.load(io.BytesIO(remote.read_exactly(path, size_bytes)), allow_pickle=False)
+    return loaded
+
+
+class Cache:
+    """Copies below `root.cache_folder`. `needed` (path: size in bytes) are the files that one opener keeps."""
+
+    def __init__(self, root: DataRoot, needed: Mapping[str, int]) -> None:
+        self._root = root
+        self._top = Path(root.cache_folder)
+        self._folder = self._top / digest(["cache of", root.url])
+        self._needed = {self._place(path) for path in needed}
+
+    def local(self, path: str, size_bytes: int, fault: Callable[[bytes], str | None] | None = None) -> Path:
+        """The copy of an object of this size, made now if there is none.
+
+        DamagedError where the object is short, or `fault` says what is wrong with its bytes, in every try.
+        """
+        place = self._place(path)
+        if _stands(place, size_bytes):
+            return place
+        with self._lock(f"copy.{int(digest(path)[:4], 16) % _LOCKS:02d}"):
+            if not _stands(place, size_bytes):
+                self._fetch(path, place, size_bytes, fault)
+        return place
+
+    def _fetch(self, path: str, place: Path, size_bytes: int, fault: Callable[[bytes], str | None] | None) -> None:
+        with atomic.staged_file(str(place)) as temporary:
+            self._reserve(temporary, size_bytes)
+            data = remote.read_exactly(path, size_bytes, fault=fault)
+            with temporary.open("r+b") as file:
+                file.write(data)
+
+    def _reserve(self, temporary: Path, size_bytes: int) -> None:
+        """Create a file of this size within the bound; waits for copies that others are making, which end as files."""
+        for _ in range(round(PATIENCE_S / _LOOK_S)):
+            with self._lock("room"):
+                over, in_the_making = self._make_room(size_bytes)
+                if over <= 0:
+                    with temporary.open("xb") as file:
+                        os.posix_fallocate(file.fileno(), 0, size_bytes)  # others count it, and a full disk says so now
+                    return
+            if not in_the_making:
+                break
+            time.sleep(_LOOK_S)
+        raise StoreError(
+            f"{self._top} is full: {self._root.cache_bytes / 1e9:g} GB are in use. Raise cache.size_gb, or name "
+            "another cache.folder"
+        )
+
+    def _make_room(self, size_bytes: int) -> tuple[int, int]:
+        """Remove copies that this opener does not need until so many bytes fit; (bytes that do not, temporaries)."""
+        atomic.sweep_litter(str(self._top), LITTER_AGE_S)
+        found = []
+        for path in self._top.glob("*/**/*"):
+            with suppress(FileNotFoundError):  # a copy was finished or given up
+                found += [(path, path.stat())] if path.is_file() else []
+        over = sum(stat.st_size for _, stat in found) + size_bytes - self._root.cache_bytes
+        for path, stat in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
+            if over > 0 and path not in self._needed and path.suffix != atomic.SUFFIX:
+                path.unlink(missing_ok=True)  # who has it mapped keeps it
+                over -= stat.st_size
+        return over, sum(path.suffix == atomic.SUFFIX for path, _ in found)
+
+    def _place(self, path: str) -> Path:
+        return self._folder / path.removeprefix(self._root.url).lstrip("/")
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Exclusive among threads and processes of this machine."""
+        path = self._top / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _stands(place: Path, size_bytes: int) -> bool:
+    try:
+        if place.stat().st_size != size_bytes:
+            return False
+        os.utime(place)  # used now
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _array(path: Path) -> np.ndarray:
+    loaded: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return loaded

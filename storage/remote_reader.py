@@ -1,0 +1,207 @@
+"""Rows of a latent store on an object store: from local copies of whole shards, or by ranged reads of single rows.
+
+Nothing in between: the shards that a trainset cites are copied if all of them fit the cache, each when its first row is
+announced; else each row is one ranged request, sent when the row is announced. A row is compared with its checksum
+before anybody sees it, and asked for again a bounded number of times. Both readers do what RowReader does (reader.py).
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float16
+
+from storage import listing, remote, shard
+from storage.cache import Cache, fits
+from storage.digest import crc32c
+from storage.errors import DamagedError, UpstreamError
+from storage.latents import LatentStore
+from storage.part import Part
+from storage.reader import Fields, RowReader
+from storage.remote import is_local
+from storage.root import DataRoot
+from storage.shard import ROWS_PER_SHARD
+from storage.spec import EncodingSpec
+
+AT_ONCE = (
+    8  # our choice: shards copied, parts listed or groups of rows asked for at a time; s3fs sends 10 requests each
+)
+AHEAD_BYTES = 1 << 28  # our choice: rows announced and not read; 4 batches of 256 rows of 262 KB
+
+Place = tuple[int, int, int, int, int]  # frames, batch, part, shard, slot
+
+
+def open_reader(
+    root: DataRoot, spec: EncodingSpec, batches: Sequence[str], stored: Mapping[int, np.ndarray] | None = None
+) -> RowReader:
+    """The reader of a store, wherever it is. `stored`, ADDRESS [n] by frames, are all rows that will be read again and
+    again; without it rows are read once, so that copies of shards do not pay.
+
+    Raises UpstreamError where the store is gone, DamagedError where its spec was changed, ConfigError for a cache that
+    is too small for one shard.
+    """
+    _refuse_gone(root, spec)
+    if is_local(root.url):
+        return RowReader(root, spec, batches)
+    wanted = sum(len(rows) * spec.row_bytes(frames) for frames, rows in (stored or {}).items())
+    if stored is None or root.cache_bytes == 0:
+        return RangedReader(root, spec, batches)
+    largest = max((spec.row_bytes(frames) for frames in stored), default=0)
+    if wanted > root.cache_bytes >= shard.shard_bytes(ROWS_PER_SHARD, largest):
+        return RangedReader(root, spec, batches)
+    needed = _cited(LatentStore(root, spec), batches, stored)
+    return CachedReader(root, spec, batches, needed) if fits(root, needed) else RangedReader(root, spec, batches)
+
+
+class CachedReader(RowReader):
+    """Maps local copies of shards. `needed`: path and size of the shards that it may meet."""
+
+    def __init__(self, root: DataRoot, spec: EncodingSpec, batches: Sequence[str], needed: Mapping[str, int]) -> None:
+        super().__init__(root, spec, batches)
+        self._cache, self._needed = Cache(root, needed), needed
+
+    def will_need(self, frames: int, addresses: np.ndarray) -> None:
+        """Copy the shards of these rows that are not here yet, several at a time, then as RowReader."""
+        first = np.unique(addresses[["batch", "part", "shard"]], return_index=True)[1]
+        new = [address for address in addresses[first] if (frames, *_shard_of(address)) not in self._maps]
+        if len(new) > 1:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(lambda address: self._mapped((frames, *_shard_of(address)), address), new))
+        super().will_need(frames, addresses)
+
+    def _file(self, part: Part, number: int) -> Path:
+        path = part.shard_path(number)
+        size_bytes = self._needed.get(path) or listing.size_bytes(path)
+        if size_bytes is None:
+            raise FileNotFoundError(f"{path} does not exist")
+        return self._cache.local(path, size_bytes, partial(_fault, part, number))
+
+
+class RangedReader(RowReader):
+    """Maps nothing: reads rows by ranges, ahead of their use where they were announced."""
+
+    def __init__(self, root: DataRoot, spec: EncodingSpec, batches: Sequence[str]) -> None:
+        super().__init__(root, spec, batches)
+        self._ahead: OrderedDict[Place, Future[bytes | None]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(AT_ONCE, "ranges")
+
+    def rows(self, frames: int, addresses: np.ndarray) -> list[Float16[np.ndarray, "F C h w"]]:
+        """As RowReader, the rows being the caller's own; asks for all of them at once."""
+        self.will_need(frames, addresses)
+        return super().rows(frames, addresses)
+
+    def will_need(self, frames: int, addresses: np.ndarray) -> None:
+        """Ask for these rows now; waits for nothing. What is announced and never read is dropped in the end."""
+        row_bytes = self._store.spec.row_bytes(frames)
+        with self._guard:
+            places = {(frames, *_shard_of(address), int(address["slot"])): None for address in addresses}
+            new = [place for place in places if place not in self._ahead]
+            if not new:
+                return
+            asked = self._pool.submit(self._ask, new)
+            for number, place in enumerate(new):
+                self._ahead[place] = _item(asked, number)
+            while len(self._ahead) * row_bytes > AHEAD_BYTES and len(self._ahead) > len(new):
+                self._ahead.popitem(last=False)
+
+    def close(self) -> None:
+        """Drop what was announced, wait for what is under way."""
+        with self._guard:
+            self._ahead.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ask(self, places: Sequence[Place]) -> list[bytes | None]:
+        """One request a row, all at once; None for what came back short or not at all, which is asked for again."""
+        sizes = [self._store.spec.row_bytes(place[0]) for place in places]
+        paths = [self._path(place) for place in places]
+        starts = [place[4] * size for place, size in zip(places, sizes, strict=True)]
+        found = remote.read_ranges(paths, starts, [s + size for s, size in zip(starts, sizes, strict=True)])
+        pairs = zip(found, sizes, strict=True)
+        return [data if isinstance(data, bytes) and len(data) == size else None for data, size in pairs]
+
+    def _row(self, frames: int, fields: Fields, address: np.void) -> Float16[np.ndarray, "F C h w"]:
+        data = bytearray(self._bytes(frames, address))  # torch takes writable memory only
+        spec = self._store.spec
+        return shard.unpacked(np.frombuffer(data, np.uint8), spec.storage, spec.row_shape(frames))
+
+    def _bytes(self, frames: int, address: np.void) -> bytes:
+        slot, crc = int(address["slot"]), int(address["crc"])
+        place = (frames, *_shard_of(address), slot)
+        with self._guard:
+            asked = self._ahead.pop(place, None)
+        data = None if asked is None else asked.result()
+        if data is not None and crc32c(data) == crc:
+            return data
+        path, row_bytes = self._path(place), self._store.spec.row_bytes(frames)
+
+        def fault(data: bytes) -> str | None:
+            return None if crc32c(data) == crc else "holds other bytes than were committed (or a withdrawn row)"
+
+        try:
+            return remote.read_exactly(path, row_bytes, start=slot * row_bytes, fault=fault)
+        except FileNotFoundError as error:
+            raise self._damaged(frames, address, "there is no such file") from error
+        except DamagedError as error:
+            raise self._damaged(frames, address, str(error).removeprefix(f"{path}: ")) from error
+
+    def _path(self, place: Place) -> str:
+        frames, batch, part, number, _ = place
+        return self._store.part(self._batches[batch], frames, part).shard_path(number)
+
+
+def _refuse_gone(root: DataRoot, spec: EncodingSpec) -> None:
+    try:
+        LatentStore.open(root, spec.digest())
+    except UpstreamError as error:
+        raise UpstreamError(
+            f"the latents in {root.spec_folder(spec.digest())} are gone: {error}. Put the folder back, or make "
+            "'latents' and 'trainset' again"
+        ) from error
+
+
+def _shard_of(address: np.void) -> tuple[int, int, int]:
+    return int(address["batch"]), int(address["part"]), int(address["shard"])
+
+
+def _item(asked: Future[list[bytes | None]], number: int) -> Future[bytes | None]:
+    """One of the answers to a group of questions."""
+    item: Future[bytes | None] = Future()
+
+    def done(group: Future[list[bytes | None]]) -> None:
+        failed = group.cancelled() or group.exception() is not None
+        item.set_result(None if failed else group.result()[number])  # asked again alone, which explains what fails
+
+    asked.add_done_callback(done)
+    return item
+
+
+def _cited(store: LatentStore, batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> dict[str, int]:
+    """Path and size in bytes of every shard that these rows stand in, by one listing a part."""
+    parts: dict[tuple[int, int, int], set[int]] = {}
+    for frames, rows in stored.items():
+        for batch, number, shard_number in np.unique(rows[["batch", "part", "shard"]]).tolist():
+            parts.setdefault((frames, batch, number), set()).add(shard_number)
+    opened = [store.part(batches[batch], frames, number) for frames, batch, number in parts]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        listings = pool.map(lambda part: listing.files_below(f"{part.path}/{part.array}/c"), opened)
+    found: dict[str, int] = {}
+    for part, numbers, files in zip(opened, parts.values(), listings, strict=True):
+        paths = [part.shard_path(number) for number in numbers]
+        found |= {path: files[path] for path in paths if path in files}
+    return found
+
+
+def _fault(part: Part, number: int, data: bytes) -> str | None:
+    """What is wrong with the bytes of a committed shard; withdrawn rows are zeros and nobody's to read."""
+    commits, row_bytes = part.commit(number), part.spec.row_bytes(part.frames)
+    held = commits.height * row_bytes
+    if data[held:] != shard.index(commits.height, row_bytes):
+        return f"it is short or its index was changed ({len(data)} bytes)"
+    rows = np.frombuffer(data, np.uint8, held).reshape(commits.height, row_bytes)
+    for row, (name, status, crc) in zip(rows, commits.select("row_id", "status", "crc32c").iter_rows(), strict=True):
+        if status == "ok" and crc32c(row) != crc and row.any():
+            return f"row {name.hex()} differs from its checksum"
+    return None

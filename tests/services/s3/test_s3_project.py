@@ -1,0 +1,232 @@
+"""A project on S3 from sources to a few training steps, equal row for row to the same project on a file system."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from nextvid.config import HowConfig
+from nextvid.corpus.discover import known_sources, update_sources
+from nextvid.corpus.project import Project, open_project
+from nextvid.corpus.trainset import Trainset
+from nextvid.lineage.sweep import sweep
+from nextvid.lineage.trace import trace
+from nextvid.lineage.withdraw import withdraw
+from nextvid.make import Wish, make
+from nextvid.train.distributed import join
+from nextvid.train.launch import prepare_run
+from nextvid.train.loop import train
+from nextvid.train.run import open_run
+from storage import atomic, listing, remote
+from storage.errors import CorpusError, NExTVidError, RefusedError
+from storage.latents import LatentStore
+from tests.nextvid.encode.small_corpus import SIDE, texture, write_video
+from tests.nextvid.tiny_project import FRAMES, OVERRIDES, RECIPE
+from tests.services.s3.proxy import Asked, Fault, Proxy
+
+pytestmark = pytest.mark.services
+
+FILMS, STILLS = 4, 16  # statistics want a thousand values a channel
+
+
+def write_files(folder: Path) -> None:
+    """A few moving textures and pictures."""
+    for name in ("films", "stills"):
+        (folder / name).mkdir(parents=True)
+    for number in range(FILMS):
+        write_video(folder / "films" / f"{number}.mp4", texture(number))
+    for number in range(STILLS):
+        Image.fromarray(texture(50 + number, 1)[0]).save(folder / "stills" / f"{number}.png")
+
+
+def upload(folder: Path, url: str, names: Sequence[str] = ("films", "stills")) -> None:
+    for name in names:
+        for path in sorted((folder / name).iterdir()):
+            atomic.publish_bytes(f"{url}/{name}/{path.name}", path.read_bytes())
+
+
+def project_of(folder: Path, files: str, root: str, autoencoder: Path, cache_gb: float = 1.0) -> Project:
+    said = {
+        "root": root,
+        "runs_root": str(folder / "runs"),
+        "cache": {"folder": str(folder / "cache"), "size_gb": cache_gb},
+        "encoding": {"autoencoder": str(autoencoder), "resolution": SIDE, "batch_frames": 16, "device": "cpu"},
+        "datasets": {
+            "films": {
+                "uri": f"{files}/films",
+                "weight": 0.9,
+                "clips": [{"frames": FRAMES, "fps": 4, "crop": "random", "views": 2}],
+                "split": {"test": 0},
+            },
+            "stills": {"uri": f"{files}/stills", "weight": 0.1, "clips": [{"frames": 1}], "split": {"test": 0}},
+        },
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(said))
+    return open_project(folder / "corpus.yaml")
+
+
+def trained(project: Project) -> list[float]:
+    """Losses of a few steps from the project's trainset, after its mask plan."""
+    how = HowConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
+    prepared = prepare_run(project, RECIPE, OVERRIDES, how)
+    with join(how) as ranks:
+        train(project, open_run(Path(prepared.folder)), ranks)
+    lines = (json.loads(line) for line in (Path(prepared.folder) / "events.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def rows(project: Project, noun: str, batch: str) -> pl.DataFrame:
+    """A table without what differs by place and time."""
+    table = pl.read_parquet(atomic.read_bytes(f"{project.root.url}/{noun}/{batch}.parquet"))
+    return table.drop([name for name in ("uri", "error") if name in table.columns])
+
+
+def test_from_sources_to_training(bucket: str, repository: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)  # as many as the trainer's process has beside others; two that spin for two cores stall
+    write_files(tmp_path / "files")
+    autoencoder = repository / "examples" / "demo" / "autoencoder"
+    upload(tmp_path / "files", f"{bucket}/files")
+    local = project_of(tmp_path / "local", str(tmp_path / "files"), str(tmp_path / "root"), autoencoder)
+    remote_one = project_of(tmp_path / "s3", f"{bucket}/files", f"{bucket}/corpus", autoencoder)
+    for project in (local, remote_one):
+        outcomes = list(make(project, Wish("trainset")))
+        assert all(outcome.passed for outcome in outcomes)
+    for noun in ("media", "shots", "clips"):
+        for batch in ("films.000000", "stills.000000"):
+            assert rows(remote_one, noun, batch).equals(rows(local, noun, batch)), (noun, batch)
+    here, there = Trainset.open(local.root), Trainset.open(remote_one.root)
+    assert there.digest == here.digest
+    assert there.lengths == here.lengths == (1, FRAMES)
+    for frames in here.lengths:
+        np.testing.assert_array_equal(there.rows(frames), here.rows(frames))
+        assert isinstance(there.rows(frames), np.memmap)
+    (store,) = LatentStore.every(remote_one.root)
+    assert store.verify() == []
+    losses = trained(local)
+    assert len(losses) == 5
+    assert trained(remote_one) == losses  # from whole shards in the cache
+    copies = [path for path in (tmp_path / "s3" / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert len(copies) == 4  # a shard and a row file of each length
+    ranged = project_of(tmp_path / "ranged", f"{bucket}/files", f"{bucket}/corpus", autoencoder, 0)
+    assert trained(ranged) == losses  # from ranges
+    assert not (tmp_path / "ranged" / "cache").exists()
+    assert listing.files_below(f"{bucket}/corpus").keys() == {
+        path.replace(local.root.url, f"{bucket}/corpus")
+        for path in listing.files_below(local.root.url)
+        if not path.endswith("/lock")
+    }
+    assert all(outcome.made is False for outcome in make(remote_one, Wish("trainset")))  # nothing new makes nothing
+    _withdraw_and_sweep(remote_one, f"{bucket}/files/films/0.mp4")
+
+
+def _withdraw_and_sweep(project: Project, uri: str) -> None:
+    """The one change in place, and the one deletion, on a bucket too."""
+    assert trace(project, uri).kind == "file"
+    withdrawal = withdraw(project, uri, yes=True)
+    assert withdrawal.stored == 2  # two views
+    (store,) = LatentStore.every(project.root)
+    assert store.verify() == []
+    with pytest.raises(RefusedError, match="withdrawn"):
+        trained(project)
+    assert sweep(project, yes=True).gone == ()
+
+
+def listed(project: Project) -> pl.DataFrame:
+    return known_sources(project, "films")
+
+
+@pytest.fixture
+def found(bucket: str, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Files on S3 that were listed once; the root is local."""
+    monkeypatch.setattr(remote, "WAITS_S", (0.01,) * len(remote.WAITS_S))
+    (tmp_path / "autoencoder").mkdir()
+    project = project_of(tmp_path / "p", f"{bucket}/files", str(tmp_path / "root"), tmp_path / "autoencoder")
+    for number in range(5):
+        atomic.publish_bytes(f"{bucket}/files/films/{number}.mp4", b"film" * (number + 1))
+    atomic.publish_bytes(f"{bucket}/files/films/deep/er/9.mp4", b"film")
+    atomic.publish_bytes(f"{bucket}/files/stills/0.png", b"still")
+    update_sources(project)
+    proxy.clear()
+    return project
+
+
+def test_files_on_s3_are_found_and_followed(found: Project, bucket: str) -> None:
+    known = listed(found)
+    assert known["path"].to_list() == ["0.mp4", "1.mp4", "2.mp4", "3.mp4", "4.mp4", "deep/er/9.mp4"]
+    assert known["size_bytes"].to_list() == [4, 8, 12, 16, 20, 4]
+    assert known["fingerprint"].str.starts_with("ETag").all()
+    assert update_sources(found) == []
+    atomic.publish_bytes(f"{bucket}/files/films/1.mp4", b"filX" * 2)  # same size, other bytes
+    atomic.publish_bytes(f"{bucket}/files/films/new.mp4", b"new")
+    atomic.remove_tree(f"{bucket}/files/films/0.mp4")
+    (change,) = update_sources(found)
+    assert (change.batch, change.added, change.changed, change.gone) == ("films.000000", 1, 1, 1)
+
+
+def test_a_file_joins_when_it_held_still(found: Project, bucket: str) -> None:
+    atomic.publish_bytes(f"{bucket}/files/films/new.mp4", b"half")
+    assert update_sources(found, settle=True) == []
+    atomic.publish_bytes(f"{bucket}/files/films/new.mp4", b"half and half")
+    assert update_sources(found, settle=True) == []
+    (change,) = update_sources(found, settle=True)
+    assert change.added == 1
+
+
+def a_listing(asked: Asked) -> bool:
+    return asked.method == "GET" and "list-type=2" in asked.path
+
+
+def deeper(asked: Asked) -> bool:
+    return a_listing(asked) and "deep%2Fer" in asked.path
+
+
+FAILURES = {
+    "credentials gone": Fault(a_listing, status=403, code="AccessDenied"),
+    "key revoked": Fault(a_listing, status=403, code="InvalidAccessKeyId"),
+    "bucket gone": Fault(lambda _: True, status=404, code="NoSuchBucket"),
+    "server error": Fault(a_listing, status=500),
+    "reset": Fault(a_listing, reset=True),
+    "a folder below fails": Fault(deeper, status=403, code="AccessDenied"),
+    "cut answer": Fault(a_listing, cut=100),
+    "not XML": Fault(a_listing, change=lambda data: data[: len(data) // 2]),
+    "empty where files were": Fault(a_listing, change=lambda data: b"<ListBucketResult></ListBucketResult>"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_a_listing_that_fails_deletes_nothing(found: Project, proxy: Proxy, failure: Fault) -> None:
+    before = listed(found)
+    proxy.faults.append(failure)
+    with pytest.raises(CorpusError, match="films") as caught:
+        update_sources(found)
+    assert isinstance(caught.value, NExTVidError)
+    assert "not-a-secret" not in str(caught.value)
+    proxy.clear()
+    assert listed(found).equals(before)
+    assert listed(found)["gone_at"].null_count() == before.height
+    assert update_sources(found) == []
+
+
+def test_the_second_page_of_a_listing_counts(found: Project, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of two: all are read, and a later one that fails is a failure of the whole."""
+    from s3fs import S3FileSystem
+
+    real = S3FileSystem._call_s3
+
+    async def call_s3(self: S3FileSystem, method: str, *args: object, **kwargs: object) -> object:
+        pages = {"MaxKeys": 2} if method == "list_objects_v2" else {}
+        return await real(self, method, *args, **kwargs, **pages)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", call_s3)
+    assert update_sources(found) == []
+    assert sum("continuation-token" in asked.path for asked in proxy.asked) >= 2
+    proxy.faults.append(Fault(lambda asked: "continuation-token" in asked.path, status=403, code="AccessDenied"))
+    with pytest.raises(CorpusError, match="films"):
+        update_sources(found)

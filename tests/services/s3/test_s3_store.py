@@ -1,0 +1,306 @@
+"""The store on S3: exclusive creation, two writers, failing and lying answers, and what a person is told."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from s3fs import S3FileSystem
+
+from storage import atomic, listing, remote
+from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
+from storage.latents import LatentStore
+from storage.reader import ADDRESS, addresses, row_id
+from storage.remote_reader import CachedReader, RangedReader, open_reader
+from storage.root import DataRoot
+from storage.shard import ROWS_PER_SHARD
+from tests.services.s3.proxy import Asked, Fault, Proxy
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, new_store, spec, values, write
+
+pytestmark = pytest.mark.services
+
+ROW_BYTES = FRAMES * 2 * 2 * 3 * 2
+WRITER = """
+import sys
+from storage.errors import ConflictError
+from storage.root import DataRoot
+from tests.storage.stores import BATCH, FRAMES, new_store, write
+part = new_store(DataRoot.open(sys.argv[1], "/nowhere")).part(BATCH, FRAMES, 0)
+part.shards
+print("ready", flush=True)
+sys.stdin.readline()
+for shard in range(part.shards):
+    try:
+        write(part, shard)
+        print("wrote", shard, flush=True)
+    except ConflictError:
+        print("lost", shard, flush=True)
+"""
+
+
+def gets(asked: Asked) -> bool:
+    """A ranged or whole read of a shard."""
+    return asked.method == "GET" and "/c/" in asked.path
+
+
+def puts(asked: Asked) -> bool:
+    return asked.method == "PUT"
+
+
+def anything(asked: Asked) -> bool:
+    return True
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same number of tries, sooner."""
+    monkeypatch.setattr(remote, "WAITS_S", (0.01,) * len(remote.WAITS_S))
+
+
+def test_written_verified_read(root: DataRoot, proxy: Proxy) -> None:
+    store, part = full_store(root, ROWS_PER_SHARD + 5, failed=[ids(300)[2]])
+    assert store.verify() == []
+    assert LatentStore.open(root, spec().digest()).commits(BATCH).height == ROWS_PER_SHARD + 5
+    found = addresses(store.commits(BATCH), [BATCH])
+    oracle = zarr.open_array(f"{part.path}/latent", mode="r")  # any Zarr reader opens it
+    np.testing.assert_array_equal(oracle[3], values([ids(300)[3]])[0].astype(np.float16))
+    out = np.empty((FRAMES, 2, 2, 3), np.float16)
+    for kind, stored in ((CachedReader, {FRAMES: found}), (RangedReader, None)):
+        reader = open_reader(root, store.spec, [BATCH], stored)
+        assert type(reader) is kind
+        reader.will_need(FRAMES, found[:40])
+        for address in found[:40]:
+            reader.read_into(FRAMES, address, out)
+            np.testing.assert_array_equal(out, values([row_id(address)])[0].astype(np.float16))
+        reader.close()
+
+
+def test_a_ranged_row_is_one_request(root: DataRoot, proxy: Proxy) -> None:
+    store, _ = full_store(root, 40)
+    found = addresses(store.commits(BATCH), [BATCH])
+    reader = RangedReader(root, store.spec, [BATCH])
+    proxy.clear()
+    reader.will_need(FRAMES, found)
+    for address in found:
+        reader.read_into(FRAMES, address, np.empty((FRAMES, 2, 2, 3), np.float16))
+    reader.close()
+    assert proxy.seen == {"GET": 40}
+    ranges = {asked.range for asked in proxy.asked}
+    assert f"bytes={ROW_BYTES}-{2 * ROW_BYTES - 1}" in ranges
+    assert len(ranges) == 40
+
+
+def test_two_processes_on_one_part(root: DataRoot, environment: dict[str, str], repository: Path) -> None:
+    """Released together, each shard has one winner, and the bytes are those of a single writer."""
+    store = new_store(root)
+    rows = 4 * ROWS_PER_SHARD + 9
+    part = store.plan_part(BATCH, FRAMES, ids(rows))
+    command = [sys.executable, "-c", WRITER, root.url]
+    writers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=repository)
+        for _ in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    said: list[str] = []
+    threads = [threading.Thread(target=lambda w=writer: said.append(w.communicate("\n", 60)[0])) for writer in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [writer.returncode for writer in writers] == [0, 0]
+    for shard in range(part.shards):
+        assert sorted(line.split()[0] for text in said for line in text.splitlines() if line.endswith(f" {shard}")) == [
+            "lost",
+            "wrote",
+        ]
+    assert store.verify() == []
+    assert store.commits(BATCH).height == rows
+
+
+def test_exclusive_among_many(bucket: str) -> None:
+    """Of 16 writers released by a barrier one wins, 20 times over."""
+    for turn in range(20):
+        barrier = threading.Barrier(16)
+        won: list[int] = []
+
+        def create(name: int, turn: int = turn, barrier: threading.Barrier = barrier, won: list[int] = won) -> None:
+            barrier.wait()
+            try:
+                atomic.create_exclusively(f"{bucket}/turn{turn}", bytes([name]))
+                won.append(name)
+            except ConflictError:
+                pass
+
+        threads = [threading.Thread(target=create, args=(name,)) for name in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert atomic.read_bytes(f"{bucket}/turn{turn}") == bytes(won)
+
+
+FAULTS: dict[str, Callable[[Callable[[Asked], bool]], Fault]] = {
+    "500": lambda hits: Fault(hits, 3, status=500),
+    "503 slow down": lambda hits: Fault(hits, 3, status=503, code="SlowDown"),
+    "reset": lambda hits: Fault(hits, 3, reset=True),
+    "slow": lambda hits: Fault(hits, 3, wait_s=0.5),
+}
+LIES: dict[str, Callable[[Callable[[Asked], bool]], Fault]] = {
+    "cut": lambda hits: Fault(hits, 3, cut=50),
+    "short": lambda hits: Fault(hits, 3, change=lambda data: data[:-1]),
+    "altered": lambda hits: Fault(hits, 3, change=lambda data: data[:60] + bytes([data[60] ^ 1]) + data[61:]),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS.values(), *LIES.values()], ids=[*FAULTS, *LIES])
+@pytest.mark.parametrize("cached", [True, False])
+def test_reading_through_trouble(
+    root: DataRoot, proxy: Proxy, fault: Callable[[Callable[[Asked], bool]], Fault], cached: bool
+) -> None:
+    store, _ = full_store(root, 12)
+    found = addresses(store.commits(BATCH), [BATCH])
+    reader = open_reader(root, store.spec, [BATCH], {FRAMES: found} if cached else None)
+    proxy.faults.append(fault(gets))
+    out = np.empty((FRAMES, 2, 2, 3), np.float16)
+    reader.will_need(FRAMES, found)
+    for address in found:
+        reader.read_into(FRAMES, address, out)
+        np.testing.assert_array_equal(out, values([row_id(address)])[0].astype(np.float16))
+    reader.close()
+    assert proxy.used.total() == (1 if cached and fault is FAULTS["slow"] else 3)  # one copy, which was only slow
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("after", [False, True])
+def test_writing_through_trouble(
+    root: DataRoot, proxy: Proxy, fault: Callable[[Callable[[Asked], bool]], Fault], after: bool
+) -> None:
+    """Also where the server acted and its answer was lost: our own bytes are no conflict."""
+    store = new_store(root)
+    part = store.plan_part(BATCH, FRAMES, ids(5))
+    told = fault(puts)
+    proxy.faults.append(Fault(told.hits, 3, told.status, told.code, told.wait_s, reset=told.reset, after=after))
+    write(part, 0)
+    assert proxy.used.total() == (2 if told.wait_s else 3)  # a shard and a commit, and no try that was too slow
+    proxy.clear()
+    assert store.verify() == []
+    with pytest.raises(ConflictError):
+        write(part, 0)
+
+
+def test_a_server_that_never_answers_is_told_in_time(root: DataRoot, proxy: Proxy) -> None:
+    proxy.faults.append(Fault(anything, reset=True))
+    with pytest.raises(StoreError, match="6 tries failed") as caught:
+        new_store(root)
+    assert "not-a-secret" not in str(caught.value)
+    assert 6 <= proxy.seen.total() <= 12  # aiohttp repeats a request of its own where a kept connection broke
+
+
+def test_nothing_half_written_when_puts_fail(root: DataRoot, proxy: Proxy) -> None:
+    store = new_store(root)
+    part = store.plan_part(BATCH, FRAMES, ids(5))
+    proxy.faults.append(Fault(lambda asked: puts(asked) and "/c/" in asked.path, status=500))
+    with pytest.raises(StoreError):
+        write(part, 0)
+    proxy.clear()
+    assert store.verify() == []
+    assert store.commits(BATCH).height == 0
+    assert not atomic.exists(part.shard_path(0))
+
+
+def without_credentials(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    S3FileSystem.clear_instance_cache()
+    return "there are no credentials for it; set AWS_ACCESS_KEY_ID"
+
+
+def wrong_credentials(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    proxy.faults.append(Fault(anything, status=403, code="InvalidAccessKeyId"))
+    return "access was denied"
+
+
+def wrong_bucket(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    proxy.faults.append(Fault(anything, status=404, code="NoSuchBucket"))
+    return "there is no such bucket"
+
+
+def no_endpoint(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3FileSystem.clear_instance_cache()
+    return "6 tries failed.*Check network and endpoint"
+
+
+CALLS: dict[str, Callable[[DataRoot], object]] = {
+    "open": lambda root: LatentStore.open(root, spec().digest()),
+    "create": lambda root: new_store(root),
+    "list": lambda root: LatentStore.every(root),
+    "batches": lambda root: root.batches(),
+    "exists": lambda root: atomic.exists(f"{root.url}/accepted.json"),
+    "find": lambda root: listing.files_below(root.url),
+    "rows": lambda root: open_reader(root, spec(), [BATCH]).read_into(
+        FRAMES, np.zeros(1, ADDRESS)[0], np.empty((4, 2, 2, 3), "<f2")
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("trouble", [without_credentials, wrong_credentials, wrong_bucket, no_endpoint])
+def test_one_clear_error(
+    root: DataRoot,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[[DataRoot], object],
+    trouble: Callable[[Proxy, pytest.MonkeyPatch], str],
+) -> None:
+    """Never an empty listing, never "does not exist yet", never a stack trace of the client's."""
+    full_store(root, 3)
+    proxy.clear()
+    said = trouble(proxy, monkeypatch)
+    with pytest.raises(NExTVidError, match=said) as caught:
+        call(root)
+    assert isinstance(caught.value, (ConfigError, StoreError))
+    assert "not-a-secret" not in str(caught.value)
+
+
+def test_damage_in_the_bucket_is_named(root: DataRoot) -> None:
+    store, part = full_store(root, 5)
+    data = bytearray(atomic.read_bytes(part.shard_path(0)))
+    data[ROW_BYTES + 1] ^= 1
+    atomic.publish_bytes(part.shard_path(0), bytes(data))
+    (problem,) = store.verify()
+    assert problem.file == part.shard_path(0)
+    assert problem.row == ids(5)[1].hex()
+    found = addresses(store.commits(BATCH), [BATCH])
+    for stored in ({FRAMES: found}, None):
+        reader = open_reader(root, store.spec, [BATCH], stored)
+        with pytest.raises(DamagedError, match=ids(5)[1].hex()):
+            reader.read_into(FRAMES, found[1], np.empty((FRAMES, 2, 2, 3), np.float16))
+        reader.close()
+
+
+def test_credentials_by_fsspec_configuration(bucket: str, environment: dict[str, str], repository: Path) -> None:
+    """FSSPEC_S3_* instead of AWS_*: read when the process starts."""
+    code = (
+        f"from storage import atomic; atomic.publish_bytes('{bucket}/x', b'1'); print(atomic.read_bytes('{bucket}/x'))"
+    )
+    names = {
+        "FSSPEC_S3_KEY": "test",
+        "FSSPEC_S3_SECRET": "x",
+        "FSSPEC_S3_ENDPOINT_URL": environment["AWS_ENDPOINT_URL"],
+    }
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | names
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "b'1'\n", done.stderr

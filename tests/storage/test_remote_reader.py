@@ -1,0 +1,394 @@
+"""storage/remote_reader.py and cache.py: equal to the store's rows, bounded, and nothing damaged comes out of them.
+
+fsspec's memory file system stands for the bucket; what fails, answers too little or lies is put in front of it.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage import atomic, remote
+from storage.cache import Cache, fits, open_rows
+from storage.errors import ConfigError, DamagedError, StoreError
+from storage.latents import LatentStore
+from storage.reader import RowReader, addresses, row_id
+from storage.remote_reader import CachedReader, RangedReader, open_reader
+from storage.root import DataRoot
+from storage.shard import ROWS_PER_SHARD, shard_bytes
+from tests.storage.stores import BATCH, FRAMES, ids, new_store, values, write
+
+ROW_BYTES = FRAMES * 2 * 2 * 3 * 2
+SHARD_BYTES = shard_bytes(ROWS_PER_SHARD, ROW_BYTES)
+BATCHES = ["images.000000", BATCH]
+Readers = CachedReader | RangedReader
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "WAITS_S", (0.0,) * len(remote.WAITS_S))
+
+
+def filled(folder: Path, cache_bytes: int = 10**9) -> tuple[LatentStore, dict[int, np.ndarray]]:
+    """Two parts of clips, 300 and 7 rows of which some failed, and one of images; addresses by frames."""
+    root = DataRoot.open(f"memory://{folder.name}", str(folder / "runs"), str(folder / "cache"), cache_bytes)
+    store = new_store(root)
+    for count, first in ((300, 0), (7, 1000)):
+        part = store.plan_part(BATCH, FRAMES, ids(count, first))
+        for shard in range(part.shards):
+            write(part, shard, failed=ids(2, first))
+    write(store.plan_part(BATCHES[0], 1, ids(3, 5000)), 0)
+    return store, {
+        FRAMES: addresses(store.commits(BATCH), BATCHES),
+        1: addresses(store.commits(BATCHES[0]), BATCHES),
+    }
+
+
+def opened(store: LatentStore, stored: dict[int, np.ndarray], kind: type[Readers]) -> Readers:
+    reader = open_reader(store.root, store.spec, BATCHES, stored if kind is CachedReader else None)
+    assert type(reader) is kind
+    return reader
+
+
+def wanted(found: np.ndarray, frames: int = FRAMES) -> np.ndarray:
+    return values([row_id(address) for address in found], frames).astype(np.float16)
+
+
+@pytest.fixture(params=[CachedReader, RangedReader])
+def kind(request: pytest.FixtureRequest) -> type[Readers]:
+    found: type[Readers] = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def store_and_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentStore, dict[int, np.ndarray]]:
+    return filled(tmp_path_factory.mktemp("store"))
+
+
+@given(picked=st.lists(st.integers(0, 302), max_size=20), announced=st.booleans())
+def test_rows_are_those_of_the_store(
+    store_and_rows: tuple[LatentStore, dict[int, np.ndarray]],
+    kind: type[Readers],
+    picked: list[int],
+    announced: bool,
+) -> None:
+    store, stored = store_and_rows
+    reader, some = opened(store, stored, kind), stored[FRAMES][picked]
+    if announced:
+        reader.will_need(FRAMES, some)
+        reader.will_need(1, stored[1])
+    out = np.empty((FRAMES, 2, 2, 3), np.float16)
+    for address in some:
+        reader.read_into(FRAMES, address, out)
+        np.testing.assert_array_equal(out, wanted(address[None])[0])
+    image = np.empty((1, 2, 2, 3), np.float16)
+    reader.read_into(1, stored[1][2], image)
+    np.testing.assert_array_equal(image, wanted(stored[1][2:], 1)[0])
+    reader.close()
+
+
+def test_ranged_rows_at_once(tmp_path: Path) -> None:
+    store, stored = filled(tmp_path)
+    reader, some = RangedReader(store.root, store.spec, BATCHES), stored[FRAMES][[5, 5, 300, 0]]
+    found = reader.rows(FRAMES, some)
+    np.testing.assert_array_equal(np.stack(found), wanted(some))
+    assert all(row.flags.writeable for row in found)  # torch takes no others without a warning
+    reader.close()
+
+
+def test_int8_rows_are_unpacked(tmp_path: Path, kind: type[Readers]) -> None:
+    """As from a file system."""
+    found = []
+    for url in (f"memory://{tmp_path.name}", str(tmp_path / "root")):
+        root = DataRoot.open(url, str(tmp_path / "runs"), str(tmp_path / "cache"), 10**9)
+        store = new_store(root, storage="int8")
+        write(store.plan_part(BATCH, FRAMES, ids(5)), 0)
+        rows = addresses(store.commits(BATCH), BATCHES)
+        reader = open_reader(root, store.spec, BATCHES, {FRAMES: rows} if kind is CachedReader else None)
+        reader.will_need(FRAMES, rows)
+        out = np.empty((5, FRAMES, 2, 2, 3), np.float16)
+        for place, address in zip(out, rows, strict=True):
+            reader.read_into(FRAMES, address, place)
+        reader.close()
+        found.append(out)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - values(ids(5))).max() < 0.05
+
+
+def test_threads_share_a_reader(tmp_path: Path, kind: type[Readers]) -> None:
+    store, stored = filled(tmp_path)
+    reader = opened(store, stored, kind)
+    wrong: list[object] = []
+
+    def read(seed: int) -> None:
+        out = np.empty((FRAMES, 2, 2, 3), np.float16)
+        some = np.random.default_rng(seed).choice(stored[FRAMES], 60)
+        try:
+            reader.will_need(FRAMES, some)
+            for address in some:
+                reader.read_into(FRAMES, address, out)
+                np.testing.assert_array_equal(out, wanted(address[None])[0])
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    reader.close()
+
+
+def test_which_reader_a_set_gets(tmp_path: Path) -> None:
+    """The whole set in the cache if it fits, else rows; nothing in between; a cache that holds no shard is an error."""
+    store, stored = filled(tmp_path)
+    whole = SHARD_BYTES + shard_bytes(44, ROW_BYTES) + shard_bytes(7, ROW_BYTES) + shard_bytes(3, ROW_BYTES // FRAMES)
+
+    def reader(cache_bytes: int, rows: dict[int, np.ndarray] | None = stored) -> object:
+        root = DataRoot.open(store.root.url, store.root.runs_url, str(tmp_path / "cache"), cache_bytes)
+        return open_reader(root, store.spec, BATCHES, rows)
+
+    assert type(reader(whole)) is CachedReader
+    assert type(reader(whole - 1)) is RangedReader
+    assert type(reader(0)) is RangedReader
+    assert type(reader(10**9, None)) is RangedReader
+    assert type(reader(10**9, {FRAMES: stored[FRAMES][:0]})) is CachedReader
+    with pytest.raises(ConfigError, match=r"cache.size_gb.*hold no shard.*set 0"):
+        reader(SHARD_BYTES - 1)
+    local = DataRoot.open(str(tmp_path / "local"))
+    assert type(open_reader(local, store.spec, BATCHES, stored)) is RowReader
+
+
+def test_a_second_reader_asks_for_no_shard_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, stored = filled(tmp_path)
+    first = opened(store, stored, CachedReader)
+    first.will_need(FRAMES, stored[FRAMES])
+    read: list[str] = []
+    real = remote.read
+
+    def spied(path: str, start: int | None = None, end: int | None = None) -> bytes:
+        read.append(path)
+        return real(path, start, end)
+
+    monkeypatch.setattr(remote, "read", spied)
+    second = opened(store, stored, CachedReader)
+    second.will_need(FRAMES, stored[FRAMES])
+    assert [path for path in read if "/latent/c/" in path] == []
+    copies = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert sorted(path.stat().st_size for path in copies) == [shard_bytes(n, ROW_BYTES) for n in (7, 44, 256)]
+
+
+def lying(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes], times: int) -> list[int]:
+    """Answers with rows' bytes are changed so many times."""
+    real, left = MemoryFileSystem.cat_file, [times]
+
+    def cat_file(self: MemoryFileSystem, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
+        data = bytes(real(self, path, start=start, end=end, **kwargs))
+        if "/c/" in path and left[0] > 0:
+            left[0] -= 1
+            return change(data)
+        return data
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    return left
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+CHANGES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[:-7],
+    "empty": lambda data: b"",
+    "too long": lambda data: data + b"x",
+    "altered": lambda data: flipped(data, 7 * ROW_BYTES if len(data) > ROW_BYTES else 0),  # in row 7 either way
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_answer_that_lies_is_asked_for_again(
+    tmp_path: Path, kind: type[Readers], monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+) -> None:
+    store, stored = filled(tmp_path)
+    reader = opened(store, stored, kind)
+    left = lying(monkeypatch, change, 3)
+    out = np.empty((FRAMES, 2, 2, 3), np.float16)
+    reader.read_into(FRAMES, stored[FRAMES][5], out)  # slot 7: two rows failed
+    np.testing.assert_array_equal(out, wanted(stored[FRAMES][5:6])[0])
+    assert left == [0]
+    reader.close()
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_and_told_in_the_end(
+    tmp_path: Path, kind: type[Readers], monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+) -> None:
+    store, stored = filled(tmp_path)
+    reader, part = opened(store, stored, kind), store.part(BATCH, FRAMES, 0)
+    lying(monkeypatch, change, 1000)
+    out = np.full((FRAMES, 2, 2, 3), 7, np.float16)
+    with pytest.raises(DamagedError, match=f"in {len(remote.WAITS_S) + 1} tries") as caught:
+        reader.read_into(FRAMES, stored[FRAMES][5], out)
+    assert (out == 7).all()
+    said = str(caught.value)
+    assert part.shard_path(0) in said
+    assert row_id(stored[FRAMES][5]).hex() in said
+    assert f"remove {part.commit_path(0)}" in said
+    copies = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert copies == []  # what failed its check has no name in the cache
+    reader.close()
+
+
+@pytest.mark.parametrize("what", ["shard", "swept"])
+def test_a_shard_that_is_gone_is_told(tmp_path: Path, kind: type[Readers], what: str) -> None:
+    store, stored = filled(tmp_path)
+    reader, part = opened(store, stored, kind), store.part(BATCH, FRAMES, 0)
+    if what == "shard":
+        atomic.remove_tree(part.shard_path(0))
+    else:
+        part.discard(0)
+    with pytest.raises(DamagedError, match="Remedy: remove"):
+        reader.read_into(FRAMES, stored[FRAMES][7], np.empty((FRAMES, 2, 2, 3), np.float16))
+    reader.close()
+
+
+def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, kind: type[Readers]) -> None:
+    store, stored = filled(tmp_path)
+    slot = int(stored[FRAMES][7]["slot"])
+    store.part(BATCH, FRAMES, 0).erase([slot])
+    reader, out = opened(store, stored, kind), np.empty((FRAMES, 2, 2, 3), np.float16)
+    reader.read_into(FRAMES, stored[FRAMES][8], out)
+    with pytest.raises(DamagedError, match="withdrawn"):
+        reader.read_into(FRAMES, stored[FRAMES][7], out)
+    reader.close()
+
+
+def test_what_is_announced_and_never_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, stored = filled(tmp_path)
+    monkeypatch.setattr("storage.remote_reader.AHEAD_BYTES", 20 * ROW_BYTES)
+    reader = RangedReader(store.root, store.spec, BATCHES)
+    for first in range(0, 300, 10):
+        reader.will_need(FRAMES, stored[FRAMES][first : first + 10])
+        assert len(reader._ahead) <= 20
+    np.testing.assert_array_equal(np.stack(reader.rows(FRAMES, stored[FRAMES][:3])), wanted(stored[FRAMES][:3]))
+    reader.close()
+
+
+# the cache itself
+
+
+def bucket(folder: Path, cache_bytes: int, count: int) -> tuple[DataRoot, dict[str, int]]:
+    """A root and `count` files of 1000 bytes in it."""
+    root = DataRoot.open(f"memory://{folder.name}", str(folder / "runs"), str(folder / "cache"), cache_bytes)
+    paths = [f"{root.url}/file{number}" for number in range(count)]
+    for number, path in enumerate(paths):
+        atomic.publish_bytes(path, bytes([number]) * 1000)
+    return root, dict.fromkeys(paths, 1000)
+
+
+def held(root: DataRoot) -> set[str]:
+    return {path.name for path in Path(root.cache_folder).rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def test_a_copy_is_whole_and_made_once(tmp_path: Path) -> None:
+    root, files = bucket(tmp_path, 5000, 2)
+    cache = Cache(root, files)
+    for number, path in enumerate(files):
+        assert cache.local(path, 1000).read_bytes() == bytes([number]) * 1000
+    copy = cache.local(next(iter(files)), 1000)
+    before = copy.stat().st_ino
+    assert cache.local(next(iter(files)), 1000).stat().st_ino == before
+    copy.write_bytes(b"cut")  # a copy of another size is no copy
+    assert cache.local(next(iter(files)), 1000).read_bytes() == bytes(1000)
+
+
+def test_others_copies_go_oldest_first(tmp_path: Path) -> None:
+    root, files = bucket(tmp_path, 3500, 6)
+    paths = list(files)
+    others = Cache(root, dict.fromkeys(paths[:3], 1000))
+    for age, path in enumerate(paths[:3]):
+        os.utime(others.local(path, 1000), (1000 + age, 1000 + age))
+    others.local(paths[0], 1000)  # used again
+    ours = Cache(root, dict.fromkeys(paths[3:], 1000))
+    ours.local(paths[3], 1000)
+    assert held(root) == {"file0", "file2", "file3"}
+    ours.local(paths[4], 1000)
+    ours.local(paths[5], 1000)
+    assert held(root) == {"file3", "file4", "file5"}
+    with pytest.raises(StoreError, match=r"is full.*Raise cache.size_gb"):
+        ours.local(paths[0], 1000)  # our own are never given up
+    assert held(root) == {"file3", "file4", "file5"}
+
+
+def test_two_roots_share_a_folder(tmp_path: Path) -> None:
+    root, files = bucket(tmp_path, 5000, 1)
+    other = DataRoot.open(f"{root.url}/other", root.runs_url, root.cache_folder, 5000)
+    atomic.publish_bytes(f"{other.url}/file0", b"o" * 1000)
+    assert Cache(root, files).local(f"{root.url}/file0", 1000).read_bytes() == bytes(1000)
+    assert Cache(other, files).local(f"{other.url}/file0", 1000).read_bytes() == b"o" * 1000
+
+
+def test_the_bound_holds_while_threads_copy(tmp_path: Path) -> None:
+    root, files = bucket(tmp_path, 4000, 12)
+    sizes: list[int] = []
+
+    def copy(path: str) -> None:
+        Cache(root, {path: 1000}).local(path, 1000)
+        sizes.append(len(held(root)))
+
+    threads = [threading.Thread(target=copy, args=(path,)) for path in files]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sizes) == 12  # each waited for room
+    assert max(sizes) <= 4
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, files = bucket(tmp_path, 5000, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        Cache(root, files).local(next(iter(files)), 1000)
+    assert held(root) == set()
+
+
+def test_fits(tmp_path: Path) -> None:
+    def root(cache_bytes: int) -> DataRoot:
+        return DataRoot.open("memory://x", str(tmp_path), str(tmp_path), cache_bytes)
+
+    assert fits(root(30), {"a": 10, "b": 20})
+    assert not fits(root(29), {"a": 10, "b": 20})
+    assert not fits(root(0), {"a": 10})
+    assert fits(root(0), {})
+    with pytest.raises(ConfigError, match=r"cache\.size_gb"):
+        fits(root(19), {"a": 10, "b": 20})
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**6])
+def test_row_files(tmp_path: Path, cache_bytes: int) -> None:
+    root, _ = bucket(tmp_path, cache_bytes, 0)
+    array = np.arange(12, dtype="<u4").reshape(3, 4)
+    np.save(tmp_path / "rows.npy", array)
+    with atomic.staged_file(f"{root.url}/rows.npy") as temporary:
+        temporary.write_bytes((tmp_path / "rows.npy").read_bytes())
+    for path in (f"{root.url}/rows.npy", str(tmp_path / "rows.npy")):
+        np.testing.assert_array_equal(open_rows(root, path), array)
+    assert isinstance(open_rows(root, f"{root.url}/rows.npy"), np.memmap) == (cache_bytes > 0)
+    with pytest.raises(ValueError, match="does not exist"):
+        open_rows(root, f"{root.url}/none.npy")
+    atomic.publish_bytes(f"{root.url}/rows.npy", b"no array")
+    with pytest.raises(ValueError):
+        open_rows(root, f"{root.url}/rows.npy")
