@@ -12,16 +12,19 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Float16
+from torch import Tensor
 
 from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
 from nextvid.corpus.trainset_pixels import TrainsetPixels
 from nextvid.recipes import recipe
 from nextvid.train.distributed import Ranks
-from nextvid.train.loader import Loader, latent_rows, pixel_rows
+from nextvid.train.latent_rows import StagedLatents
+from nextvid.train.loader import READ_AHEAD, Loader, latent_rows, pixel_rows
 from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
-from nextvid.train.order import Masks, Order
+from nextvid.train.order import Drawn, Masks, Order
 from nextvid.train.overrides import apply_overrides
+from nextvid.train.ring import Place
 from storage import atomic
 from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
@@ -99,19 +102,22 @@ class Store:
         """One clip by its number, as the trainer's threads read it."""
         self.reader.read_into(FRAMES, self.rows[clip], out)
 
-    def loader(self, steps: int) -> Loader:
-        """The trainer's loader for so many steps of one rank on the CPU, masks included."""
-        config = _recipe(steps)
+    def loader(self, steps: int, latents: type["InHostMemory"] | None = None) -> Loader:
+        """The trainer's loader for so many steps of one rank on the CPU, masks included; `latents`: other ones."""
+        config = training_recipe(steps)
         make_plan(self._root, config)
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         order = Order(self._trainset, config)
         ranks = Ranks(0, 1, torch.device("cpu"))
-        rows = latent_rows(self.reader, self._trainset, config, ranks)
+        if latents is None:
+            rows = latent_rows(self.reader, self._trainset, config, ranks)
+        else:
+            rows = latents(self.reader, self._trainset, 1, BATCH * FRAMES, READ_AHEAD + 1, ranks.device)
         return Loader(config, order, Masks(config, plan), {"latents": rows}, ranks)
 
     def pixel_loader(self, steps: int, pixels: TrainsetPixels) -> Loader:
         """The same with pixels alone, as a recipe that neither reads nor predicts latents has it."""
-        config = apply_overrides(_recipe(steps), PIXELS_ALONE)
+        config = apply_overrides(training_recipe(steps), PIXELS_ALONE)
         make_plan(self._root, config)
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         ranks = Ranks(0, 1, torch.device("cpu"))
@@ -120,12 +126,21 @@ class Store:
 
     def order(self, steps: int) -> list[int]:
         """The numbers of the clips that the loader draws, in its order."""
-        drawn = Order(self._trainset, _recipe(steps)).drawn(FRAMES, 0, steps * BATCH)
+        drawn = Order(self._trainset, training_recipe(steps)).drawn(FRAMES, 0, steps * BATCH)
         found: list[int] = drawn.rows.tolist()
         return found
 
 
-def _recipe(steps: int) -> RecipeConfig:
+class InHostMemory(StagedLatents):
+    """The way to a device up to the copy: its batches are the float16 places of the ring."""
+
+    def deliver(self, drawn: Drawn, place: tuple[Place, Float16[Tensor, "B F C H W"]]) -> Tensor:
+        """The place as it is, which is written again a round of the ring later."""
+        self._ring.give(place[0], copied=None)
+        return place[1]
+
+
+def training_recipe(steps: int) -> RecipeConfig:
     """The paper's ViT-L on latents with one stage of this batch and length."""
     paper = recipe("nextvid_l_latent")
     stage = paper.stages[0].model_copy(update={"steps": steps, "frames": FRAMES, "batch": BATCH})

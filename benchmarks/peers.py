@@ -7,7 +7,12 @@ Axes: F frames, C channels, h w cells.
 """
 
 import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ SHUFFLE_BUFFER = 256  # clips, WebDataset: as many as one of our shards
 def found_peers() -> tuple[tuple[Source, ...], list[dict[str, str]]]:
     """Those that can be imported, and the name and reason of each that cannot."""
     peers = {
-        "lance": Source("Lance", _write_lance, _open_lance, _lance_batches),
+        "lance": Source("Lance", _write_lance, _open_lance, _lance_batches, forks=False),
         "datasets": Source("HF datasets (arrow)", _write_arrow, _open_arrow, _arrow_batches),
         "streaming": Source("mosaicml-streaming MDS", _write_mds, _open_mds, _mds_batches),
         "litdata": Source("litdata, batch_decode off", _write_litdata, _open_litdata, _litdata_batches),
@@ -35,12 +40,32 @@ def found_peers() -> tuple[tuple[Source, ...], list[dict[str, str]]]:
     found, absent = [], []
     for package, source in peers.items():
         try:
-            importlib.import_module(package)
+            with _torchvision() if package == "streaming" else nullcontext():
+                importlib.import_module(package)
         except ImportError as error:
             absent.append({"name": source.name, "reason": str(error)})
         else:
             found.append(source)
     return tuple(found), absent
+
+
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """Where it is missing, empty modules for MDS, which imports it for classes that nobody here uses."""
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    modules = {name: types.ModuleType(name) for name in names}
+    for module in modules.values():
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        vars(module).update(VisionDataset=object, to_tensor=None)
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 def _clip(data: bytes | memoryview) -> np.ndarray:

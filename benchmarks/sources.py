@@ -6,6 +6,7 @@ any of them come from torch's DataLoader, as their users have it. Peers with pac
 Axes: F frames, C channels, h w cells.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float16
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from benchmarks.clips import BATCH, SHAPE, Clips, Store, write_store
 
@@ -29,6 +30,7 @@ class Source:
     write: Callable[[Clips, Path], None]
     opened: Callable[[Path], Read] | None  # None: it has no random access
     batches: Callable[[Path, Sequence[int], int], Iterator[Tensor]]  # of BATCH clips; folder, order, workers
+    forks: bool = True  # whether it may have worker processes
 
 
 class ByNumber(Dataset[np.ndarray]):
@@ -44,8 +46,14 @@ class ByNumber(Dataset[np.ndarray]):
 
 
 def stacked(clips: Sequence[np.ndarray]) -> Tensor:
-    """A batch, copied once."""
-    return torch.from_numpy(np.stack(clips))
+    """A batch, copied once: in a worker into shared memory, as torch's own default_collate does it."""
+    shape = (len(clips), *SHAPE)
+    if get_worker_info() is None:
+        return torch.from_numpy(np.stack(clips))
+    shared = torch.UntypedStorage._new_shared(2 * math.prod(shape))  # of float16
+    out = torch.empty(0, dtype=torch.float16).set_(shared).view(shape)
+    np.stack(clips, out=out.numpy())
+    return out
 
 
 def by_number(opened: Callable[[Path], Read], folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
@@ -95,6 +103,17 @@ def _open_safetensors(folder: Path) -> Read:
     return read
 
 
+def _open_safetensors_anew(folder: Path) -> Read:
+    from safetensors import safe_open
+
+    def read(clip: int) -> np.ndarray:
+        with safe_open(folder / "clips.safetensors", framework="pt") as file:
+            found: np.ndarray = file.get_slice("latents")[clip].numpy()
+        return found
+
+    return read
+
+
 def _open_zarr(folder: Path) -> Read:
     import zarr
 
@@ -129,6 +148,10 @@ def _safetensors_batches(folder: Path, order: Sequence[int], workers: int) -> It
     return by_number(_open_safetensors, folder, order, workers)
 
 
+def _safetensors_anew_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+    return by_number(_open_safetensors_anew, folder, order, workers)
+
+
 def _zarr_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
     return by_number(_open_zarr, folder, order, workers)
 
@@ -137,11 +160,13 @@ def _store_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator
     return by_number(_open_store, folder, order, workers)
 
 
-MEMMAP, DATALOADER, ZARR = "np.memmap, one raw file", "torch DataLoader over RowReader", "zarr z[i]"
+MEMMAP, NPY = "np.memmap, one raw file", "npy per clip"
+DATALOADER, ZARR = "torch DataLoader over RowReader", "zarr z[i]"
 OWN: tuple[Source, ...] = (
     Source(MEMMAP, _write_raw, open_raw, _raw_batches),
     Source("safetensors, kept open", _write_safetensors, _open_safetensors, _safetensors_batches),
-    Source("npy per clip", _write_npy, _open_npy, _npy_batches),
+    Source("safetensors, LightningDiT", _write_safetensors, _open_safetensors_anew, _safetensors_anew_batches),
+    Source(NPY, _write_npy, _open_npy, _npy_batches),
     Source(DATALOADER, write_store, None, _store_batches),  # its read alone is the RowReader's
     Source(ZARR, write_store, _open_zarr, _zarr_batches),
 )

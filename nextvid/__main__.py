@@ -77,11 +77,18 @@ def plan(batch: str | None = None, accept: bool = False, corpus: Corpus = None, 
 
 @app.command
 def draws(first: int = 10, recipe: str = "demo", corpus: Corpus = None, json_: Json = False) -> None:
-    """Print the first draws of a recipe on the newest trainset: dataset, row and mask entries, without data or GPU."""
-    from nextvid.train.loader import first_draws
+    """Print the first draws of a recipe on the newest trainset: dataset, row and mask entries, without data or GPU.
 
-    for drawn in first_draws(open_project(corpus), recipe, first):
+    Says on stderr how many of them are those of the trainset before it, and why the others are not.
+    """
+    from nextvid.train.order import first_draws
+    from nextvid.train.prefix import shared_prefix
+
+    project = open_project(corpus)
+    for drawn in first_draws(project, recipe, first):
         print(json.dumps(drawn) if json_ else "  ".join(f"{k}={v}" for k, v in drawn.items()))
+    if prefix := shared_prefix(project, recipe, first):
+        print(prefix.text(), file=sys.stderr)
 
 
 @app.command

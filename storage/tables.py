@@ -8,8 +8,11 @@ become enums, integers another width if they fit; all else that breaks the schem
 import io
 import json
 import math
+import mmap
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import dataframely as dy
@@ -40,6 +43,24 @@ def encode_table(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> byt
     data = buffer.getvalue()
     start = data.rindex(_BLANK)  # the footer stands at the end
     return data[:start] + b"crc32c=%08x" % crc32c(data) + data[start + len(_BLANK) :]
+
+
+def write_tables(path: str, frames: Iterable[pl.DataFrame], schema: type[dy.Schema]) -> None:
+    """`write_table` of frames one under the other, with one of them in memory at a time; `path` is local.
+
+    Each is checked for itself, so that a key may come twice in two frames: who calls this knows better.
+    """
+    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix="parts-") as folder:
+        parts = [f"{folder}/empty.parquet"]
+        write_table(parts[0], schema.create_empty(), schema)
+        for number, frame in enumerate(frames):
+            parts.append(f"{folder}/{number}.parquet")
+            write_table(parts[-1], frame, schema)
+        with atomic.staged_file(path) as temporary:
+            pl.scan_parquet(parts).sink_parquet(temporary, metadata={_KEY: _BLANK.decode()})
+            with temporary.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+                start = memory.rfind(_BLANK)  # the footer stands at the end
+                memory[start : start + len(_BLANK)] = b"crc32c=%08x" % crc32c(np.frombuffer(memory[:], np.uint8))
 
 
 def read_table(path: str, schema: type[dy.Schema]) -> pl.DataFrame:

@@ -2,22 +2,27 @@
 
 A batch joins when its clips and latents passed their checks, every wanted row has a commit in the spec in force, and
 the `duplicates` that are cited know its tables as they are now. A row joins when it is for pretraining, of split train,
-stored, no duplicate that gives way and not withdrawn. Decides only: freezing is trainset.py's.
+stored, no duplicate that gives way and not withdrawn. One batch's tables are in memory at a time: what is kept of a row
+are 32 bytes, 10 million rows fit in 2 GB (benchmarks/manifests.py). Decides only: freezing is trainset.py's.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.project import Project
 from nextvid.encode.plan import spec_in_force
+from nextvid.encode.stats import Moments, moments
 from storage.atomic import read_bytes, read_json
 from storage.digest import digest_bytes
 from storage.errors import UpstreamError
 from storage.latents import ROWS_PER_SHARD, EncodingSpec, LatentStore
+from storage.reader import ADDRESS
 from storage.root import DataRoot
 from storage.schemas import Clips, Duplicates
 from storage.tables import read_checks, read_table, require_checks
@@ -26,18 +31,30 @@ from storage.withdrawn import withdrawn_rows
 
 @dataclass(frozen=True)
 class Selection:
-    """What a trainset is made of. `rows` are sorted by dataset, then row id; `slot` counts within the shard.
+    """What a trainset is made of: of each row its address (32 bytes), whatever a table says of it beside that.
 
-    Columns of `rows`: those of Lineage, and part, shard, slot, crc32c, sums, sums_squared, posterior_std.
+    `addresses` and `offsets` are by frames; rows are sorted by dataset, then row id, and offsets are (first, count).
     """
 
     spec: EncodingSpec
     duplicates: str
     batches: tuple[str, ...]
     left_out: Mapping[str, str]  # batch -> reason
-    rows: pl.DataFrame
+    addresses: Mapping[int, np.ndarray]
+    offsets: Mapping[int, Mapping[str, tuple[int, int]]]
+    moments: Mapping[tuple[str, int], Sequence[Moments]]  # (dataset, frames) -> of each batch's rows
     dropped: Mapping[str, int]  # reason -> rows for pretraining that were not taken
-    test_shots: pl.Series  # shots that look like a probe test clip's, or are one
+    leaked: int  # rows of shots that look like a probe test clip's, or are one
+
+    @property
+    def height(self) -> int:
+        """All rows."""
+        return sum(len(rows) for rows in self.addresses.values())
+
+    @property
+    def datasets(self) -> list[str]:
+        """Datasets that have rows, sorted."""
+        return sorted({name for offsets in self.offsets.values() for name in offsets})
 
 
 def select(project: Project) -> Selection:
@@ -53,12 +70,62 @@ def select(project: Project) -> Selection:
         needed = f"{project.corpus.min_complete:.0%} of the batches must be complete"
         raise UpstreamError(f"{len(taken)} of {passed} batches are ready, {needed}. Not taken: {listed}")
     table = read_table(f"{root.pointed('duplicates', duplicates)}/duplicates.parquet", Duplicates)
-    found = [_rows(project, spec, batch, table) for batch in taken]
-    rows, lost = pl.concat([good for good, _ in found]), pl.concat([bad for _, bad in found])
-    if rows.is_empty():
-        raise UpstreamError(f"no row for pretraining is left in {', '.join(taken)}: {_reasons(lost)}")
-    ordered = rows.sort("dataset", "row_id", "batch")
-    return Selection(spec, duplicates, taken, left_out, ordered, _reasons(lost), _test_shots(project, table))
+    gathered = _Gathered(spec, taken, _test_shots(project, table))
+    for batch in taken:
+        gathered.add(batch, *rows_of(project, spec, batch, table))
+    if not gathered.parts:
+        raise UpstreamError(f"no row for pretraining is left in {', '.join(taken)}: {dict(gathered.dropped)}")
+    addresses, offsets = gathered.sorted()
+    dropped = dict(sorted(gathered.dropped.items()))
+    return Selection(spec, duplicates, taken, left_out, addresses, offsets, gathered.moments, dropped, gathered.leaked)
+
+
+class _Gathered:
+    """What is kept of one batch after the other, so that no more than one batch's tables are in memory."""
+
+    def __init__(self, spec: EncodingSpec, batches: tuple[str, ...], test_shots: pl.Series) -> None:
+        self._spec, self._batches, self._test_shots = spec, batches, test_shots
+        self.parts: dict[tuple[int, str], list[np.ndarray]] = {}  # addresses by (frames, dataset)
+        self.moments: dict[tuple[str, int], list[Moments]] = {}
+        self.dropped: Counter[str] = Counter()
+        self.leaked = 0
+
+    def add(self, batch: str, kept: pl.DataFrame, lost: pl.DataFrame) -> None:
+        """The rows taken of one batch, and those that were not, with `why`."""
+        self.dropped.update(dict(lost.group_by("why").len().iter_rows()))
+        self.leaked += kept.filter(pl.col("shot_id").is_in(self._test_shots.implode())).height
+        for group in kept.partition_by("dataset", "frames"):
+            dataset, frames = str(group["dataset"][0]), int(group["frames"][0])
+            self.parts.setdefault((frames, dataset), []).append(_addresses(group, self._batches.index(batch)))
+            self.moments.setdefault((dataset, frames), []).append(moments(group, self._spec))
+
+    def sorted(self) -> tuple[dict[int, np.ndarray], dict[int, dict[str, tuple[int, int]]]]:
+        """Addresses and offsets as a Selection has them; empties `parts`."""
+        addresses: dict[int, np.ndarray] = {}
+        offsets: dict[int, dict[str, tuple[int, int]]] = {}
+        for frames in sorted({frames for frames, _ in self.parts}):
+            names = sorted(name for length, name in self.parts if length == frames)
+            counts = [sum(map(len, self.parts[frames, name])) for name in names]
+            firsts = [sum(counts[:n]) for n in range(len(counts))]
+            out = np.empty(sum(counts), ADDRESS)
+            for name, first, count in zip(names, firsts, counts, strict=True):
+                rows = out[first : first + count]
+                np.concatenate(self.parts.pop((frames, name)), out=rows)
+                # stable, so that a row id in two batches keeps their order
+                rows[:] = rows[np.lexsort((rows["row_id"][:, 1], rows["row_id"][:, 0]))]
+            addresses[frames] = out
+            offsets[frames] = dict(zip(names, zip(firsts, counts, strict=True), strict=True))
+        return addresses, offsets
+
+
+def _addresses(rows: pl.DataFrame, batch: int) -> np.ndarray:
+    """ADDRESS of rows of one batch, in their order."""
+    out = np.zeros(rows.height, ADDRESS)
+    out["row_id"] = np.frombuffer(b"".join(rows["row_id"].to_list()), ">u8").reshape(-1, 2)
+    out["batch"] = batch
+    for name, column in (("part", "part"), ("shard", "shard"), ("slot", "slot"), ("crc", "crc32c")):
+        out[name] = rows[column].to_numpy()
+    return out
 
 
 def _pretraining_batches(project: Project) -> list[str]:
@@ -117,10 +184,14 @@ def _is_known(root: DataRoot, batch: str, known: Mapping[str, Any]) -> bool:
     return known.get(batch) == now
 
 
-def _rows(
+def rows_of(
     project: Project, spec: EncodingSpec, batch: str, duplicates: pl.DataFrame
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(rows taken, rows for pretraining that are not, with `why`) of one batch."""
+    """(rows taken, rows for pretraining that are not, with `why`) of one batch.
+
+    Columns of the rows taken: those of Lineage, and part, shard, slot (within the shard), crc32c, sums, sums_squared,
+    posterior_std.
+    """
     clips = read_table(project.root.table("clips", batch), Clips)
     asked = clips.filter(_stored() & pl.col("uses").list.contains("pretrain"))
     commits = (
@@ -187,8 +258,3 @@ def _tested() -> pl.Expr:
     """Clips of a probe's test set."""
     probed = pl.col("uses").list.set_difference(pl.lit(["pretrain"], pl.List(pl.String))).list.len() > 0
     return (pl.col("status") == "ok") & (pl.col("split") == "test") & probed
-
-
-def _reasons(lost: pl.DataFrame) -> dict[str, int]:
-    counted = lost.group_by("why").len().sort("why")
-    return {str(why): int(count) for why, count in counted.iter_rows()}

@@ -9,7 +9,7 @@ Axes: C channels.
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -19,19 +19,19 @@ from jaxtyping import Float32
 from nextvid.corpus.pointers import publish_latest, read_latest
 from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import publish_verdict
-from nextvid.corpus.selection import Selection, select
-from nextvid.encode.stats import mixed, moments
+from nextvid.corpus.selection import Selection, rows_of, select
+from nextvid.encode.stats import mixed
 from nextvid.outcome import Check, Number, Outcome
 from nextvid.recipes import recipe
 from storage.atomic import exists, publish_json, read_bytes, read_json, staged_folder
 from storage.cache import open_rows
-from storage.digest import crc32c, digest_bytes, digest_config
-from storage.errors import DamagedError, RefusedError, UpstreamError
+from storage.digest import ID_BYTES, crc32c, digest_bytes, digest_config
+from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
 from storage.latents import EncodingSpec
 from storage.reader import ADDRESS
 from storage.root import DataRoot
-from storage.schemas import Lineage
-from storage.tables import read_table, write_table
+from storage.schemas import Duplicates, Lineage
+from storage.tables import read_table, write_tables
 
 ASSET = "trainset"
 NAMED = 20  # our choice: batches that a message or an event names one by one
@@ -46,26 +46,24 @@ def make_trainset(project: Project, recipe_names: Sequence[str] | None = None) -
     began = time.perf_counter()
     chosen = select(project)
     _refuse_missing_lengths(chosen, recipe_names or ())
-    by_frames = _addresses(chosen)
     weights = _weights(project, chosen)
-    digest = _digest(chosen, weights, by_frames)
+    digest = _digest(chosen, weights)
     folder = project.root.pointed("trainset", digest)
     made = not exists(f"{folder}/trainset.json")
     if made:
-        _freeze(project, chosen, weights, by_frames, digest, folder)
+        _freeze(project, chosen, weights, digest, folder)
     checks = _checks(chosen, weights)
     publish_verdict(f"{folder}/checks.json", ASSET, checks)
     if all(check.passed for check in checks) and read_latest(project.root, "trainset") != digest:
         publish_latest(project.root, "trainset", digest)
-    numbers: dict[str, Number] = {f"rows_f{frames}": len(rows) for frames, rows in by_frames.items()}
+    numbers: dict[str, Number] = {f"rows_f{frames}": len(rows) for frames, rows in chosen.addresses.items()}
     numbers |= {f"weight_{name}": weight for name, weight in weights.items()}
     numbers |= {"batches": len(chosen.batches), "batches_left_out": len(chosen.left_out), "spec": chosen.spec.digest()}
     numbers |= {"left_out": _named(chosen.left_out)} if chosen.left_out else {}
     numbers |= {f"dropped_{reason}": count for reason, count in chosen.dropped.items()}
-    size_bytes = sum(rows.nbytes for rows in by_frames.values())
+    size_bytes = sum(rows.nbytes for rows in chosen.addresses.values())
     seconds = time.perf_counter() - began
-    rows = chosen.rows.height
-    return Outcome(ASSET, None, made, rows, size_bytes, seconds, digest=digest, numbers=numbers, checks=checks)
+    return Outcome(ASSET, None, made, chosen.height, size_bytes, seconds, digest=digest, numbers=numbers, checks=checks)
 
 
 def _named(left_out: Mapping[str, str]) -> str:
@@ -81,6 +79,7 @@ class Trainset:
         self._root, self._folder, self._said = root, folder, said
         self.digest: str = said["digest"]
         self.spec = EncodingSpec.from_json(said["spec"])
+        self.parent: str | None = said.get("parent")  # the trainset that was the latest before
         self.weights: dict[str, float] = said["weights"]
         self.batches: tuple[str, ...] = tuple(said["batches"])  # an address's `batch` is an index into these
         self.mean: Float32[np.ndarray, " C"] = np.array(said["mean"], np.float32)
@@ -143,12 +142,12 @@ class Trainset:
         return f"remove {self._folder} and make 'trainset' again"
 
     def lineage(self) -> pl.DataFrame:
-        """One line a row, back to its file (schema Lineage)."""
+        """One line a row, back to its file (schema Lineage); sorted by batch, then row id."""
         return read_table(f"{self._folder}/lineage.parquet", Lineage)
 
 
 def _refuse_missing_lengths(chosen: Selection, names: Sequence[str]) -> None:
-    held = set(chosen.rows["frames"].unique().to_list())
+    held = set(chosen.addresses)
     for name in names:
         if missing := sorted(set(recipe(name).clip_lengths) - held):
             raise RefusedError(
@@ -156,44 +155,19 @@ def _refuse_missing_lengths(chosen: Selection, names: Sequence[str]) -> None:
             )
 
 
-def _addresses(chosen: Selection) -> dict[int, np.ndarray]:
-    """Structured rows by frames, ascending, each sorted by dataset, then row id."""
-    number = {batch: index for index, batch in enumerate(chosen.batches)}
-    found = {}
-    for frames in sorted(chosen.rows["frames"].unique().to_list()):
-        rows = chosen.rows.filter(pl.col("frames") == frames)
-        out = np.zeros(rows.height, ADDRESS)
-        out["row_id"] = np.frombuffer(b"".join(rows["row_id"].to_list()), ">u8").reshape(-1, 2)
-        out["batch"] = rows["batch"].replace_strict(number, return_dtype=pl.UInt32).to_numpy()
-        for name in ("part", "shard", "slot"):
-            out[name] = rows[name].to_numpy()
-        out["crc"] = rows["crc32c"].to_numpy()
-        found[int(frames)] = out
-    return found
-
-
-def _offsets(chosen: Selection, frames: int) -> dict[str, tuple[int, int]]:
-    counts = chosen.rows.filter(pl.col("frames") == frames).group_by("dataset").len().sort("dataset")
-    found, first = {}, 0
-    for name, count in counts.iter_rows():
-        found[name] = (first, count)
-        first += count
-    return found
-
-
 def _weights(project: Project, chosen: Selection) -> dict[str, float]:
     """Mixture weights over the datasets that have rows; they sum to one."""
-    held = set(chosen.rows["dataset"].unique().to_list())
+    held = chosen.datasets
     written = {name: weight for name, weight in sorted(project.corpus.weights().items()) if name in held and weight > 0}
     total = sum(written.values())
     return {name: weight / total for name, weight in written.items()}
 
 
-def _digest(chosen: Selection, weights: Mapping[str, float], by_frames: Mapping[int, np.ndarray]) -> str:
+def _digest(chosen: Selection, weights: Mapping[str, float]) -> str:
     """Of the spec, the weights and (dataset, row id, crc) in order: a row that moved is the same row."""
     rows: dict[str, dict[str, str]] = {}
-    for frames, addresses in by_frames.items():
-        for name, (first, count) in _offsets(chosen, frames).items():
+    for frames, addresses in chosen.addresses.items():
+        for name, (first, count) in chosen.offsets[frames].items():
             some = addresses[first : first + count]
             content = some["row_id"].astype(">u8").tobytes() + some["crc"].astype("<u4").tobytes()
             rows.setdefault(f"f{frames}", {})[name] = digest_bytes(content)
@@ -201,25 +175,20 @@ def _digest(chosen: Selection, weights: Mapping[str, float], by_frames: Mapping[
 
 
 def statistics(chosen: Selection, weights: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation per channel [C], float64: images and clips of the base length, weighted as the mixture."""
-    lengths = [frames for frames in chosen.rows["frames"].unique().to_list() if frames > 1]
-    base = min(lengths, default=1)
+    """Mean and deviation per channel [C], float64: images and clips of the base length, weighted as the mixture.
+
+    Within a dataset every row weighs the same.
+    """
+    base = min((frames for frames in chosen.addresses if frames > 1), default=1)
     parts = []
     for name, weight in weights.items():
-        rows = chosen.rows.filter((pl.col("dataset") == name) & pl.col("frames").is_in([1, base]))
-        if rows.height:
-            parts.append((weight, moments(rows, chosen.spec)))
+        found = [part for frames in sorted({1, base}) for part in chosen.moments.get((name, frames), ())]
+        rows = sum(part.rows for part in found)
+        parts += [(weight * part.rows / rows, part) for part in found]
     return mixed(parts)
 
 
-def _freeze(
-    project: Project,
-    chosen: Selection,
-    weights: Mapping[str, float],
-    by_frames: Mapping[int, np.ndarray],
-    digest: str,
-    folder: str,
-) -> None:
+def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> None:
     mean, std = statistics(chosen, weights)
     said = {
         "digest": digest,
@@ -229,25 +198,43 @@ def _freeze(
         "mean": mean.tolist(),
         "std": std.tolist(),
         "batches": list(chosen.batches),
-        "offsets": {f"f{frames}": _offsets(chosen, frames) for frames in by_frames},
+        "offsets": {f"f{frames}": dict(offsets) for frames, offsets in chosen.offsets.items()},
         "duplicates": chosen.duplicates,
         "left_out": dict(chosen.left_out),
         "dropped": dict(chosen.dropped),
     }
-    lineage = chosen.rows.select(*Lineage.column_names())
     with staged_folder(folder, last="trainset.json") as temporary:
-        for frames, rows in by_frames.items():
+        for frames, rows in chosen.addresses.items():
             np.save(temporary / f"rows.f{frames}.npy", rows, allow_pickle=False)
         files = sorted(temporary.glob("*.npy"))
-        said["files"] = {path.name: crc32c(path.read_bytes()) for path in files}
-        write_table(str(temporary / "lineage.parquet"), lineage, Lineage)
+        said["files"] = {path.name: crc32c(np.memmap(path, np.uint8, "r")) for path in files}
+        write_tables(str(temporary / "lineage.parquet"), _lineage(project, chosen), Lineage)
         publish_json(str(temporary / "trainset.json"), said | {"seal": digest_config(said)})
 
 
+def _lineage(project: Project, chosen: Selection) -> Iterator[pl.DataFrame]:
+    """Lineage of the chosen rows, a batch at a time, sorted by row id; read again, since a row's line is long.
+
+    Raises ConflictError where a batch has other rows by now than were chosen.
+    """
+    table = read_table(f"{project.root.pointed('duplicates', chosen.duplicates)}/duplicates.parquet", Duplicates)
+    order = {frames: np.argsort(rows["batch"], kind="stable") for frames, rows in chosen.addresses.items()}
+    for number, batch in enumerate(chosen.batches):
+        kept, _ = rows_of(project, chosen.spec, batch, table)
+        ids: list[bytes] = []
+        for frames, rows in chosen.addresses.items():
+            first, last = np.searchsorted(rows["batch"], (number, number + 1), sorter=order[frames])
+            data = rows["row_id"][order[frames][first:last]].astype(">u8").tobytes()
+            ids += [data[start : start + ID_BYTES] for start in range(0, len(data), ID_BYTES)]
+        lines = kept.sort("row_id")
+        if lines["row_id"].to_list() != sorted(ids):
+            raise ConflictError(f"batch {batch} changed while its rows were frozen: make 'trainset' again")
+        yield lines.select(Lineage.column_names())
+
+
 def _checks(chosen: Selection, weights: Mapping[str, float]) -> tuple[Check, ...]:
-    leaked = chosen.rows.filter(pl.col("shot_id").is_in(chosen.test_shots.implode())).height
     total = sum(weights.values())
     return (
-        Check("no_test_duplicate", leaked == 0, {"rows": chosen.rows.height, "leaked": leaked}),
+        Check("no_test_duplicate", chosen.leaked == 0, {"rows": chosen.height, "leaked": chosen.leaked}),
         Check("weights_sum_to_one", abs(total - 1) < 1e-9, {"sum": total}),
     )

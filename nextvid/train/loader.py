@@ -32,15 +32,13 @@ from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import HostLatents, StagedLatents
 from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import draws_before, stage_at
-from nextvid.train.order import Drawn, Masks, Order, first_draws
+from nextvid.train.order import Drawn, Masks, Order
 from nextvid.train.pixel_rows import HostPixels, StagedPixels
 from storage.errors import RefusedError
 from storage.pixel_reader import PixelReader
 from storage.reader import RowReader
 from storage.remote_reader import open_reader
 from storage.root import DataRoot
-
-__all__ = ["READ_AHEAD", "Loader", "first_draws", "open_loader"]
 
 READ_AHEAD = 4  # batches drawn and hinted before their step: design, 5; 33 MB at 32 clips (research: store, B)
 FILLED_AHEAD = 2  # of them filled, or as many as there are threads: more pushes the ready ones out of the CPU's cache

@@ -7,6 +7,7 @@ Axes: B clips, n visible cells, L visible tokens.
 """
 
 import bisect
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,6 +59,9 @@ class Order:
 
     def __init__(self, trainset: Trainset, recipe: RecipeConfig) -> None:
         self._rows = {frames: trainset.rows(frames) for frames in _held(trainset, recipe)}
+        for rows in self._rows.values():
+            if isinstance(rows.base, mmap.mmap):  # draws lie far apart: a cold one takes 0.08 ms, with read-ahead 0.5
+                rows.base.madvise(mmap.MADV_RANDOM)
         self._offsets = {frames: trainset.offsets(frames) for frames in self._rows}
         self._draws: dict[int, Draws] = {}
         for frames in recipe.clip_lengths:

@@ -22,8 +22,11 @@ class Copied(Protocol):
     def synchronize(self) -> None:
         """Wait until it is over."""
 
+    def query(self) -> bool:
+        """Whether it is over."""
 
-@dataclass
+
+@dataclass(eq=False)
 class Place:
     """One piece of a ring, flat, and the end of the last copy out of it."""
 
@@ -45,7 +48,11 @@ class Ring:
         )
 
     def take(self) -> Place:
-        """The place that was given back first; its last copy may still run."""
+        """The place given back last whose copy is over, as it is likeliest to be in a cache; else the oldest."""
+        for place in reversed(self._free):
+            if place.copied is None or place.copied.query():
+                self._free.remove(place)
+                return place
         return self._free.popleft()
 
     def give(self, place: Place, copied: Copied | None) -> None:

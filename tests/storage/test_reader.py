@@ -1,6 +1,9 @@
 """storage/reader.py: the fast read equals zarr's, and nothing damaged comes out of it."""
 
+import mmap
+import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage import reader as reader_module
 from storage.digest import crc32c
 from storage.errors import DamagedError
 from storage.latents import LatentStore, Part
-from storage.reader import ADDRESS, RowReader, _Mapped, addresses, read_row, row_id
+from storage.reader import ADDRESS, RowReader, _in_memory, _Mapped, addresses, read_row, row_id
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, new_store, values, write
@@ -98,6 +102,35 @@ def test_hints_cover_the_rows_and_only_once(filled: tuple[LatentStore, np.ndarra
     assert len(covered) == len(set(covered))
     assert set(covered) == rows
     assert not rows & {(file, stop) for file, _, stop in hinted}  # neighbours in one call
+
+
+def test_a_hint_reads_what_is_not_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(bytes(1 << 23))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    rows = np.frombuffer(memory, np.uint8).reshape(8, -1)
+    page = rows[4].ctypes.data
+    if _in_memory(page):
+        pytest.skip("this file system keeps its pages")
+    _Mapped(memory, rows, None, np.zeros(8, bool), told=True).will_need(4 << 20, 5 << 20)
+    until = time.monotonic() + 10
+    while not _in_memory(page):
+        assert time.monotonic() < until, "nothing was read"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("told", "hints"), [(True, 0), (False, 1)])
+def test_a_hint_is_spared_where_the_kernel_says_so(told: bool, hints: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = mmap.mmap(-1, 1 << 16)
+    memory.write(b"x" * (1 << 16))
+    made: list[int] = []
+    monkeypatch.setattr(reader_module, "_madvise", lambda *said: made.append(said[1]))
+    rows = np.frombuffer(memory, np.uint8).reshape(4, -1)
+    _Mapped(memory, rows, None, np.zeros(4, bool), told).will_need(0, 1 << 15)
+    assert len(made) == hints
 
 
 def test_what_is_written_into_a_view_never_reaches_the_file(data_root: DataRoot) -> None:

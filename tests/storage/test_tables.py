@@ -176,3 +176,39 @@ def test_a_file_that_is_no_checks(tmp_path: Path, value: str) -> None:
     (tmp_path / "c.json").write_text(value)
     with pytest.raises(TableError, match="no file of checks"):
         tables.require_checks(str(tmp_path / "c.json"), "media")
+
+
+class TestWrittenInPieces:
+    @pytest.mark.parametrize("counts", [(), (3,), (2, 0, 5)])
+    def test_equals_the_table_written_whole(self, tmp_path: Path, counts: tuple[int, ...]) -> None:
+        whole = plan(sum(counts))
+        pieces = [whole[sum(counts[:n]) : sum(counts[: n + 1])] for n in range(len(counts))]
+        tables.write_tables(str(tmp_path / "pieces.parquet"), iter(pieces), Plan)
+        tables.write_table(str(tmp_path / "whole.parquet"), whole, Plan)
+        assert_frame_equal(
+            tables.read_table(str(tmp_path / "pieces.parquet"), Plan),
+            tables.read_table(str(tmp_path / "whole.parquet"), Plan),
+        )
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["pieces.parquet", "whole.parquet"]
+
+    def test_enums_and_times_survive(self, tmp_path: Path) -> None:
+        path, pieces = str(tmp_path / "sources.parquet"), [sources(["a.mp4"]), sources(["b.mp4", "c.mp4"])]
+        tables.write_tables(path, pieces, Sources)
+        found = tables.read_table(path, Sources)
+        assert found["path"].to_list() == ["a.mp4", "b.mp4", "c.mp4"]
+        assert found.schema == Sources.create_empty().schema
+
+    def test_a_piece_that_breaks_the_schema_leaves_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(TableError):
+            tables.write_tables(str(tmp_path / "t.parquet"), iter([plan(2), plan(2).drop("slot")]), Plan)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_flipped_bit_is_found(self, tmp_path: Path) -> None:
+        path = tmp_path / "t.parquet"
+        tables.write_tables(str(path), [plan(3), plan(4)], Plan)
+        for place in range(0, path.stat().st_size, 37):
+            data = bytearray(path.read_bytes())
+            data[place] ^= 4
+            (tmp_path / "flipped.parquet").write_bytes(data)
+            with pytest.raises(TableError):
+                tables.read_table(str(tmp_path / "flipped.parquet"), Plan)

@@ -16,7 +16,7 @@ from nextvid.corpus.trainset import Trainset, make_trainset
 from nextvid.encode.plan import encoding_spec
 from nextvid.encode.stats import make_latent_stats, mixed, moments
 from storage import atomic
-from storage.errors import DamagedError, RefusedError, UpstreamError
+from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
 from storage.latents import LatentStore
 from storage.reader import RowReader, row_id
 from storage.schemas import Commits
@@ -74,7 +74,9 @@ class TestRows:
         assert opened.offsets(FRAMES) == {"films": (0, 15)}
         ids = [row_id(row) for row in opened.rows(FRAMES)]
         assert ids == sorted(ids)
-        assert opened.lineage().filter(pl.col("frames") == FRAMES)["row_id"].to_list() == ids
+        lineage = opened.lineage()
+        assert sorted(lineage.filter(pl.col("frames") == FRAMES)["row_id"].to_list()) == ids
+        assert lineage.select("batch", "row_id").equals(lineage.select("batch", "row_id").sort("batch", "row_id"))
 
     def test_shards_beyond_the_first_have_slots_of_their_own(
         self, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
@@ -158,6 +160,20 @@ class TestRows:
         outcome = make_trainset(corpus.project)
         assert outcome.rows == 18
         assert Trainset.open(corpus.project.root).offsets(FRAMES) == {"empty": (0, 2), "films": (2, 10)}
+
+    def test_a_batch_that_changes_while_it_is_frozen_stops_it(
+        self, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fewer(*given: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
+            kept, lost = selection.rows_of(*given)
+            return kept[1:], lost
+
+        monkeypatch.setattr(trainset, "rows_of", fewer)
+        with pytest.raises(ConflictError, match=f"batch {FILMS} changed"):
+            make_trainset(corpus.project)
+        assert read_latest(corpus.project.root, "trainset") is None
+        monkeypatch.undo()
+        assert make_trainset(corpus.project).passed
 
 
 class TestDuplicates:

@@ -30,6 +30,9 @@ class Copying:
     def synchronize(self) -> None:
         self.over.wait()
 
+    def query(self) -> bool:
+        return self.over.is_set()
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
@@ -111,6 +114,16 @@ def test_what_a_graph_needs_for_its_gradient_stays() -> None:
     assert weight.grad.tolist() == [3.0] * 4
     del loss
     assert len(memory._free) == 2
+
+
+def test_a_place_whose_copy_is_over_is_taken_before_one_that_waits() -> None:
+    ring = Ring(3, 8, torch.float16, pinned=False)
+    places = [ring.take() for _ in range(3)]
+    copies = [Copying() for _ in places]
+    for place, copying in zip(places, copies, strict=True):
+        ring.give(place, copying)
+    copies[1].over.set()
+    assert [ring.take() for _ in range(3)] == [places[1], places[0], places[2]]
 
 
 def test_memory_is_used_again() -> None:

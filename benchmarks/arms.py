@@ -1,0 +1,148 @@
+"""What benchmarks/loader.py puts in its tables: our read path and loader, other formats, and decoding on the fly.
+
+Each arm is opened outside the clock. Within a group all of them end with the same thing: `read` with one clip after the
+other copied into one array, in the order of our draws; `host` with float16 batches in this process's memory, as a
+device takes them; `step` with float32 batches, normalised, as a step on the CPU takes them. Consumers keep a batch
+until the next is there, as a step does. It measures nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.clips import BATCH, CHANNELS, SHAPE, Clips, InHostMemory, Store, random_clips, write_store
+from benchmarks.decoding import decoded_batches, write_video
+from benchmarks.sources import Read, Source
+from nextvid.model.tokens import normalise
+from storage.atomic import exists, staged_folder
+
+READ, LOADER = "RowReader", "Loader, thread ring"
+CONVERSION, DECORD = "no reading: conversion alone", "decord on the fly, V-JEPA 2 style"
+DECODED = 64  # clips of the decoding arm a pass: 0.1 s of a core each
+OUR_THREADS = (0, 2)  # design 11 compares with 2; 0: all in the consumer's, as others have it without workers
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table: `prepare` opens it outside the clock and gives the work of so many passes over the clips."""
+
+    group: str
+    name: str
+    folder: Path
+    workers: int  # processes for others, threads for ours
+    clips: int  # a pass
+    prepare: Callable[[int], Callable[[], None]]
+
+
+def arms(
+    clips: Callable[[], Clips], count: int, sources: Sequence[Source], base: Path, workers: Sequence[int]
+) -> Iterator[Arm]:
+    """Write each format that does not lie in `base` already, and give its arms; those of one file share it."""
+    ours = _written("store", write_store, clips, base)
+    steps = count // BATCH
+    yield Arm("read", READ, ours, 0, count, partial(_reading_ours, ours, steps))
+    for threads in OUR_THREADS:
+        yield Arm("host", LOADER, ours, threads, count, partial(_loading, ours, steps, threads, True))
+        yield Arm("step", LOADER, ours, threads, count, partial(_loading, ours, steps, threads, False))
+    yield Arm("step", CONVERSION, base / "nothing", 0, count, partial(_converting, steps))
+    for source in sources:
+        name = source.write.__name__.removeprefix("_write_")
+        folder = _written(name, source.write, clips, base)
+        if source.opened is not None:
+            reading = partial(_reading_other, source.opened, folder, ours, steps)
+            yield Arm("read", source.name, folder, 0, count, reading)
+        for number in workers if source.forks else (0,):
+            for group in ("host", "step"):
+                batches = partial(_batches, source, folder, number, ours, steps, group == "step")
+                yield Arm(group, source.name, folder, number, count, batches)
+
+
+def decord_arms(base: Path, workers: Sequence[int]) -> Iterator[Arm]:
+    """Decoding on the fly: pixels of as many frames, float32 and normalised, without what a frozen encoder costs."""
+    folder = base / "video"
+    if not exists(f"{folder}/video.mp4"):
+        with staged_folder(str(folder)) as temporary:
+            write_video(temporary)
+    for number in workers:
+        yield Arm("step", DECORD, folder, number, DECODED, partial(_decoding, folder / "video.mp4", number))
+
+
+def _written(name: str, writes: Callable[[Clips, Path], None], clips: Callable[[], Clips], base: Path) -> Path:
+    folder = base / name.removeprefix("write_")
+    if not folder.exists():
+        with staged_folder(str(folder)) as temporary:
+            writes(clips(), temporary)
+    return folder
+
+
+def _reading_ours(folder: Path, steps: int, passes: int) -> Callable[[], None]:
+    store = Store(folder)
+    return _reading(store.read_into, store.order(steps * passes))
+
+
+def _reading_other(
+    opened: Callable[[Path], Read], folder: Path, ours: Path, steps: int, passes: int
+) -> Callable[[], None]:
+    read = opened(folder)
+    return _reading(lambda clip, out: np.copyto(out, read(clip)), Store(ours).order(steps * passes))
+
+
+def _reading(read_into: Callable[[int, np.ndarray], None], order: list[int]) -> Callable[[], None]:
+    out = np.empty(SHAPE, np.float16)
+
+    def work() -> None:
+        for clip in order:
+            read_into(clip, out)
+
+    return work
+
+
+def _loading(folder: Path, steps: int, threads: int, host: bool, passes: int) -> Callable[[], None]:
+    """Work: the trainer's loader once through its steps, masks included."""
+    store = Store(folder)
+    loader = store.loader(steps * passes, InHostMemory if host else None)
+
+    def work() -> None:
+        seen = 0
+        for batch in loader.batches(0, threads):
+            assert batch.latents is not None
+            seen += len(batch.latents)
+        assert seen == steps * passes * BATCH, f"{seen} clips"
+
+    return work
+
+
+def _batches(
+    source: Source, folder: Path, workers: int, ours: Path, steps: int, converted: bool, passes: int
+) -> Callable[[], None]:
+    """Work: batches of another format, as many as ours."""
+    order = Store(ours).order(steps * passes)
+    return lambda: _consume(source.batches(folder, order, workers), len(order), converted)
+
+
+def _converting(steps: int, passes: int) -> Callable[[], None]:
+    """Work: what others do after reading, on one batch that lies in memory."""
+    batch = torch.from_numpy(random_clips(BATCH))
+    return lambda: _consume((batch for _ in range(steps * passes)), steps * passes * BATCH, converted=True)
+
+
+def _decoding(path: Path, workers: int, passes: int) -> Callable[[], None]:
+    def work() -> None:
+        assert sum(len(batch) for batch in decoded_batches(path, DECODED * passes, workers)) == DECODED * passes
+
+    return work
+
+
+def _consume(batches: Iterator[torch.Tensor], wanted: int, converted: bool) -> None:
+    """What the trainer does with a batch before the model sees it."""
+    mean, std = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+    seen = 0
+    for batch in batches:
+        assert batch.dtype == torch.float16, f"{batch.dtype}"
+        kept = normalise(batch.float(), mean, std) if converted else batch  # until the next one is there
+        seen += len(kept)
+    assert seen == wanted, f"{seen} clips of {wanted}"

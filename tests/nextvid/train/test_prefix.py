@@ -1,0 +1,134 @@
+"""A trainset that grew says which of its first draws are the old ones, and says it rightly."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nextvid.corpus.pointers import publish_latest
+from nextvid.corpus.project import Project
+from nextvid.corpus.trainset import Trainset
+from nextvid.train import order, prefix
+from nextvid.train.prefix import Prefix, shared_prefix
+from storage import atomic
+from tests.nextvid.train.corpus import make_project
+from tests.nextvid.train.tiny import tiny_recipe
+
+ASKED = 2500  # more than two blocks
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    for module in (order, prefix):
+        monkeypatch.setattr(module, "recipe_by_name", tiny_recipe)
+    return make_project(tmp_path)
+
+
+def _grown(project: Project, weights: Mapping[str, float], rows: Mapping[int, Mapping[str, Sequence[int]]]) -> str:
+    """A trainset whose parent is the latest, with these of its rows by frames and dataset."""
+    parent = Trainset.open(project.root)
+    said = atomic.read_json(f"{project.root.pointed('trainset', parent.digest)}/trainset.json")
+    digest = "f" * 32
+    offsets: dict[str, dict[str, tuple[int, int]]] = {}
+    with atomic.staged_folder(project.root.pointed("trainset", digest)) as staged:
+        for frames, by_dataset in rows.items():
+            first, parts = 0, []
+            for name, taken in sorted(by_dataset.items()):
+                offsets.setdefault(f"f{frames}", {})[name] = (first, len(taken))
+                parts.append(np.array(parent.rows(frames))[list(taken)])
+                first += len(taken)
+            np.save(staged / f"rows.f{frames}.npy", np.concatenate(parts), allow_pickle=False)
+        changed = {"digest": digest, "parent": parent.digest, "weights": dict(weights), "offsets": offsets}
+        atomic.publish_json(str(staged / "trainset.json"), said | changed)
+    publish_latest(project.root, "trainset", digest)
+    return digest
+
+
+Rows = Mapping[int, Mapping[str, Sequence[int]]]
+OLD: Rows = {1: {"pictures": range(7)}, 4: {"films": range(9)}, 8: {"films": range(5)}}
+MORE: Rows = {
+    1: {"pictures": range(7)},
+    4: {"films": range(9), "extra": range(3)},
+    8: {"films": range(5), "extra": [0]},
+}
+FEWER: Rows = {1: {"pictures": range(7)}, 4: {"films": range(8)}, 8: {"films": range(5)}}
+
+
+def _found(project: Project, asked: int = ASKED) -> Prefix:
+    found = shared_prefix(project, "tiny", asked)
+    assert found is not None
+    return found
+
+
+def _by_hand(project: Project, parent: str, child: str) -> int:
+    """Draw by draw, from what `nextvid draws` prints."""
+    lists = []
+    for digest in (parent, child):
+        publish_latest(project.root, "trainset", digest)
+        lists.append([(one["dataset"], one["row"]) for one in order.first_draws(project, "tiny", ASKED)])
+    return next((n for n, (one, other) in enumerate(zip(*lists, strict=True)) if one != other), ASKED)
+
+
+def test_a_first_trainset_has_nothing_to_compare_with(project: Project) -> None:
+    assert shared_prefix(project, "tiny", ASKED) is None
+
+
+def test_the_same_rows_and_weights_are_the_same_draws(project: Project) -> None:
+    _grown(project, {"films": 0.75, "pictures": 0.25}, OLD)
+    found = _found(project)
+    assert (found.same, found.reasons) == (ASKED, ())
+    assert "the first 2500 draws are those of" in found.text()
+
+
+def test_a_dataset_more_with_a_weight_that_moves_no_quota_leaves_the_prefix(project: Project) -> None:
+    _grown(project, {"films": 0.75, "pictures": 0.25, "extra": 1e-5}, MORE)
+    found = _found(project)
+    assert found.same == ASKED
+    assert "dataset 'extra' is new" in found.reasons
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows", "reason"),
+    [
+        ({"films": 0.5, "pictures": 0.25, "extra": 0.25}, MORE, "dataset 'extra' is new"),
+        ({"films": 0.75, "pictures": 0.25, "extra": 3e-4}, MORE, "dataset 'extra' is new"),
+        ({"films": 0.5, "pictures": 0.5}, OLD, "dataset 'films' has weight 0.5, 0.75 before"),
+        ({"films": 0.75, "pictures": 0.25}, FEWER, "dataset 'films' has 8 rows of 4 frames, 9 before"),
+    ],
+)
+def test_what_moves_the_draws_is_named_where_they_part(
+    project: Project, weights: dict[str, float], rows: "Rows", reason: str
+) -> None:
+    parent = Trainset.open(project.root).digest
+    child = _grown(project, weights, rows)
+    found = _found(project)
+    assert found.same < ASKED
+    assert reason in found.reasons
+    assert f"from draw {found.same} on" in found.text()
+    assert reason in found.text()
+    assert found.same == _by_hand(project, parent, child)
+
+
+def test_a_dataset_that_is_gone_is_named(project: Project) -> None:
+    _grown(project, {"films": 1.0}, {4: OLD[4], 8: OLD[8]})
+    found = _found(project)
+    assert found.same < ASKED
+    assert "dataset 'pictures' is gone" in found.reasons
+
+
+def test_a_parent_without_the_length_is_another_order(project: Project) -> None:
+    _grown(project, {"films": 0.75}, {8: OLD[8]})
+    parent = Trainset.open(project.root).digest
+    said = atomic.read_json(f"{project.root.pointed('trainset', parent)}/trainset.json")
+    with atomic.staged_folder(project.root.pointed("trainset", "e" * 32)) as staged:
+        for frames in (4, 8):
+            rows = np.array(Trainset.open(project.root, said["parent"]).rows(frames))
+            np.save(staged / f"rows.f{frames}.npy", rows, allow_pickle=False)
+        offsets = {"f4": {"films": [0, 9]}, "f8": {"films": [0, 5]}}
+        changed = {"digest": "e" * 32, "parent": parent, "offsets": offsets}
+        atomic.publish_json(str(staged / "trainset.json"), said | changed)
+    publish_latest(project.root, "trainset", "e" * 32)
+    found = _found(project)
+    assert found.same == 0
+    assert found.reasons == ("dataset 'films' has 9 rows of 4 frames, 0 before",)
