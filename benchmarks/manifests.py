@@ -7,7 +7,6 @@ stands in one table in place of its 391 commit files, so that reading these is n
 """
 
 import json as jsonlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -204,7 +203,9 @@ def _ids(rng: np.random.Generator, count: int) -> pl.Series:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this process since it began; ru_maxrss would count what the process was forked from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 if __name__ == "__main__":

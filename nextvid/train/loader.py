@@ -40,8 +40,8 @@ from storage.reader import RowReader
 from storage.remote_reader import open_reader
 from storage.root import DataRoot
 
-READ_AHEAD = 4  # batches drawn and hinted before their step: design, 5; 33 MB at 32 clips (research: store, B)
-FILLED_AHEAD = 2  # of them filled, or as many as there are threads: more pushes the ready ones out of the CPU's cache
+READ_AHEAD = 4  # batches drawn and hinted before they are filled: design, 5; 33 MB at 32 clips (research: store, B)
+FILLED_AHEAD = 2  # filled before their step, or as many as threads: more pushes the ready ones out of the CPU's cache
 
 Kind = Literal["latents", "pixels"]  # fields of Batch
 P = TypeVar("P")
@@ -103,7 +103,7 @@ class Loader:
         filling = min(max(FILLED_AHEAD, threads), READ_AHEAD) if threads else 0
         with _threads(threads) as pool:
             drawing = ((step, pool.submit(self._drawn, step)) for step in steps)
-            asked = _ahead(drawing, READ_AHEAD - filling)
+            asked = _ahead(drawing, READ_AHEAD)
             for future in _ahead((self._filling(pool, step, drawn) for step, drawn in asked), filling):
                 yield future.result()
 
