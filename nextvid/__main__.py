@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -47,13 +47,21 @@ def make_command(
 
 
 @app.command
-def inspect(recipe: Annotated[str, tyro.conf.Positional], json_: Json = False) -> None:
+def inspect(
+    what: Annotated[Literal["recipe"], tyro.conf.Positional],
+    name: Annotated[str, tyro.conf.Positional],
+    set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", help="overrides of the recipe, key.path=value")] = (),
+    json_: Json = False,
+) -> None:
     """Print what a recipe costs: parameters, tokens, FLOPs and memory by part; with --json the recipe in full too."""
     from nextvid.model.cost import cost
     from nextvid.recipe_summary import summary
     from nextvid.recipes import recipe as recipe_by_name
+    from nextvid.train.overrides import apply_overrides
 
-    found = recipe_by_name(recipe)
+    match what:
+        case "recipe":
+            found = apply_overrides(recipe_by_name(name), set_)
     reckoned = cost(found)
     if json_:
         values = {"digest": found.digest(), **found.model_dump(mode="json"), "cost": asdict(reckoned)}

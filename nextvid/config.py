@@ -9,15 +9,18 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from storage.digest import digest_config
 from storage.errors import ConfigError as ConfigError  # re-exported: nextvid.model imports no storage
 
 Model = TypeVar("Model", bound=BaseModel)
+Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
@@ -34,19 +37,19 @@ class EncoderConfig(Strict):
     """Frame-causal ViT; the default is ViT-L. `mlp_hidden` is given, since ViT-G's 6144 is no multiple of its width."""
 
     input: Literal["pixels", "latents"] = "pixels"
-    depth: int = 24
-    width: int = 1024
-    heads: int = 16
-    mlp_hidden: int = 4096
+    depth: Count = 24
+    width: Count = 1024
+    heads: Count = 16
+    mlp_hidden: Count = 4096
 
 
 class PredictorConfig(Strict):
     """Cross-attention predictor (`cross`), its ablation without context isolation (`joint`), or none (S-model)."""
 
     kind: Literal["cross", "joint", "none"] = "cross"
-    depth: int = 12
-    width: int = 384
-    heads: int = 12
+    depth: Count = 12
+    width: Count = 384
+    heads: Count = 12
     support: Literal["all", "masked"] = "all"  # method.md 2.5
 
 
@@ -54,20 +57,22 @@ class DecoderConfig(Strict):
     """Frame-isolated DiT (`dit_iso`) or the S-model's cross-attention decoders; `none` when gen = 0."""
 
     kind: Literal["dit_iso", "xattn", "xattn_self", "none"] = "dit_iso"
-    depth: int = 12
-    width: int = 384
-    heads: int = 12
+    depth: Count = 12
+    width: Count = 384
+    heads: Count = 12
     condition: Literal["proj", "hidden"] = "proj"  # method.md 4.3: z_t of width D, or the predictor's hidden state
 
 
 class ModelConfig(Strict):
     """The five parts. A tubelet is `tubelet` stored frames; the grid is cells per tubelet."""
 
-    grid_height: int = 16
-    grid_width: int = 16
-    tubelet: int = 2
-    patch: int = 16  # pixels per cell side, for input `pixels`; for `latents` one latent cell is one patch
-    frame_channels: int = 32  # target channels of one frame and cell after space-to-depth; C = tubelet * frame_channels
+    grid_height: Count = 16
+    grid_width: Count = 16
+    tubelet: Count = 2
+    patch: Count = 16  # pixels per cell side, for input `pixels`; for `latents` one latent cell is one patch
+    frame_channels: Count = (
+        32  # target channels of one frame and cell after space-to-depth; C = tubelet * frame_channels
+    )
     encoder: EncoderConfig = EncoderConfig()
     predictor: PredictorConfig = PredictorConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -88,10 +93,10 @@ class MaskStrategy(Strict):
     """One of the parallel strategies of Tab. 8: `blocks` blocks of area `scale`, constant over time."""
 
     name: str
-    blocks: int
-    scale: float
-    aspect_min: float = 0.75
-    aspect_max: float = 1.5
+    blocks: Count
+    scale: Share
+    aspect_min: Weight = 0.75
+    aspect_max: Weight = 1.5
     budget: int  # visible cells per tubelet that `fixed` keeps (method.md 2.4)
 
 
@@ -103,16 +108,16 @@ class MaskConfig(Strict):
         MaskStrategy(name="short", blocks=8, scale=0.15, budget=60),
         MaskStrategy(name="long", blocks=2, scale=0.70, budget=15),
     )
-    entries: int = 1 << 16  # drawn entries a strategy (design 2)
+    entries: Count = 1 << 16  # drawn entries a strategy (design 2)
     seed: int = 0
 
 
 class LossConfig(Strict):
     """Weights of Tab. 8 and the flow's time grid (method.md 4.2)."""
 
-    align: float = 1.0
-    flow: float = 0.5
-    timesteps: int = 1000
+    align: Weight = 1.0
+    flow: Weight = 0.5
+    timesteps: Count = 1000
     tau_share: Literal["tubelet", "clip"] = "tubelet"
     target: Literal["latents", "pixels", "siglip2", "cosmos"] = "latents"
     target_norm: bool = True  # LN without affine on the reference features (method.md 4.1)
@@ -121,27 +126,27 @@ class LossConfig(Strict):
 class OptimConfig(Strict):
     """AdamW of Tab. 8; clipping is by module (method.md 7.4)."""
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.04
-    clip: float = 1.0
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Weight = 1e-8
+    weight_decay: Weight = 0.04
+    clip: Weight = 1.0
     clip_scope: Literal["module", "global"] = "module"
     shape: Literal["linear", "cosine"] = "linear"
-    ema: float = 0.99925
+    ema: Share = 0.99925
 
 
 class StageConfig(Strict):
     """One row of Tab. 8. `decoder_lr` is None where the decoder follows the main rate."""
 
     name: str
-    steps: int
-    frames: int
-    batch: int
-    tau_copies: int
-    lr_start: float
-    lr_end: float
-    decoder_lr: float | None = None
+    steps: Count
+    frames: Count
+    batch: Count
+    tau_copies: Count
+    lr_start: Weight
+    lr_end: Weight
+    decoder_lr: Weight | None = None
 
 
 class RecipeConfig(Strict):
@@ -158,12 +163,16 @@ class RecipeConfig(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if not self.stages:
+            raise ValueError("a recipe has at least one stage")
         for stage in self.stages:
             if stage.frames % self.model.tubelet:
                 raise ValueError(
                     f"stage {stage.name}: {stage.frames} frames are not whole tubelets of {self.model.tubelet}"
                 )
         cells = self.model.cells
+        if not self.masks.strategies:
+            raise ValueError("masks.strategies is empty; without masks, say masks.keep = 'all'")
         for strategy in self.masks.strategies:
             if not 0 < strategy.budget <= cells:
                 raise ValueError(
@@ -201,17 +210,26 @@ class RecipeConfig(Strict):
 class HowConfig(Strict):
     """How a run is carried out; never digested, so any of it may change between attempts at one run."""
 
-    ranks: int = 1
-    micro_batch: int = 0  # clips per rank and backward; 0 = the whole rank's share
-    threads: int = 1  # loader threads
+    ranks: Count = 1
+    micro_batch: int = Field(default=0, ge=0)  # clips per rank and backward; 0 = the whole rank's share
+    threads: Count = 1  # loader threads
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False  # every block on its own, by torch.compile: pays on GPUs (research: training 3)
     recompute_blocks: bool = False  # activation checkpointing: memory of one block for a forward more
     fold_copies: bool = False  # noise levels of the decoder one after the other: memory of one for no work more
-    log_every_steps: int = 20
-    diagnose_every_steps: int = 250
-    checkpoint_every_steps: int = 500
-    keep_last: int = 2
+    shard: bool = False  # weights, gradients, moments and average cut over ranks (FSDP2), not copied to each (DDP)
+    log_every_steps: Count = 20
+    diagnose_every_steps: Count = 250
+    checkpoint_every_steps: Count = 500
+    keep_last: Count = 2
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.shard and self.fold_copies:
+            raise ValueError(
+                "shard gathers weights block by block, and fold_copies needs the decoder's whole: choose one"
+            )
+        return self
 
 
 def parse(model: type[Model], values: Mapping[str, Any], where: str) -> Model:

@@ -11,6 +11,7 @@ import copy
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import layer_norm
 
 from nextvid.model.encoder import Encoder
@@ -44,8 +45,12 @@ def ema_update(reference: nn.Module, online: nn.Module, momentum: float) -> None
 
 
 def _by_name(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters without the prefixes of wrappers."""
+    """Parameters without the prefixes of wrappers; of one that is cut over ranks (FSDP2), this rank's share."""
     return {
-        name.replace("_orig_mod.", "").removeprefix("module."): parameter.detach()
+        name.replace("_orig_mod.", "").removeprefix("module."): _local(parameter.detach())
         for name, parameter in module.named_parameters()
     }
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nextvid.train.shards import MOMENTS, like, local, parameters_of, read
 from storage import atomic
 from storage.digest import crc32c
 from storage.errors import DamagedError, RefusedError, UpstreamError
 
 STATE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
+WHOLE = ("model.safetensors", "ema.safetensors")  # where rank 0 wrote alone; otherwise a file a rank (shards.py)
 
 _NAME = re.compile(r"step_([0-9]{9})")
 
@@ -63,10 +64,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of this step, or leave the one that stands there: both hold the same bytes."""
     path = path_at(folder, progress.step)
-    if _state(path) is not None:
+    if not clear(path):
         return path
-    if path.exists():  # torn: a copy that was cut short, say
-        atomic.remove_tree(str(path))
     contents = {
         "model.safetensors": model.state_dict(),
         "ema.safetensors": reference.state_dict(),
@@ -75,13 +74,27 @@ def save(
     with atomic.staged_folder(str(path)) as staged:
         for name, tensors in contents.items():
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, staged / name)
-        state = {
-            "identity": dataclasses.asdict(identity),
-            "progress": dataclasses.asdict(progress),
-            "files": {name: _facts(staged / name) for name in contents},
-        }
-        atomic.publish_json(str(staged / STATE), state)
+        describe(staged, identity, progress)
     return path
+
+
+def clear(path: Path) -> bool:
+    """Whether there is a checkpoint to write; a torn one, a copy that was cut short say, is removed."""
+    if _state(path) is not None:
+        return False
+    if path.exists():
+        atomic.remove_tree(str(path))
+    return True
+
+
+def describe(staged: Path, identity: Identity, progress: Progress) -> None:
+    """Write the state of a checkpoint whose other files stand in the folder."""
+    state = {
+        "identity": dataclasses.asdict(identity),
+        "progress": dataclasses.asdict(progress),
+        "files": {path.name: _facts(path) for path in sorted(staged.iterdir())},
+    }
+    atomic.publish_json(str(staged / STATE), state)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -126,16 +139,44 @@ def load(
 ) -> Progress:
     """Bring model, reference encoder and, if given, optimiser to the state of `path`.
 
-    Raises RefusedError, with what differs, if the checkpoint belongs to another run, recipe, trainset or mask plan, and
-    DamagedError if its bytes changed.
+    Raises RefusedError, with what differs, if the checkpoint belongs to another run, recipe, trainset or mask plan or
+    has tensors of other shapes, and DamagedError if its bytes changed.
     """
     refuse_other(path, identity)
     verify(path)
-    model.load_state_dict(load_tensors(path / "model.safetensors"), strict=True)
-    reference.load_state_dict(load_tensors(path / "ema.safetensors"), strict=True)
+    if not (path / WHOLE[0]).is_file():
+        files = [path / name for name in _require(path)["files"]]
+        read(path, model, reference, optimizer, {name for file in files for name in shapes(file)})
+        return read_progress(path)
+    for name, module in zip(WHOLE, (model, reference), strict=True):
+        fill(module, path / name)
     if optimizer is not None:
         _restore_moments(optimizer, load_tensors(path / "optimizer.safetensors"))
     return read_progress(path)
+
+
+def fill(module: nn.Module, path: Path) -> None:
+    """Give a module the tensors of a file. Raises RefusedError where names or shapes are others, before any is read."""
+    there, here = shapes(path), {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            sizes = [str(list(found[name])) if name in found else "absent" for found in (there, here)]
+            raise RefusedError(
+                f"{path}: {name} is {sizes[0]} there and {sizes[1]} in the model: another configuration wrote it"
+            )
+    read_whole = load_tensors(path)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            local(tensor).copy_(local(like(read_whole[name], tensor)))
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a safetensors file by name, from its header alone. Raises DamagedError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{path}: not readable as safetensors: {error}") from None
 
 
 def refuse_other(path: Path, wanted: Identity) -> None:
@@ -194,33 +235,25 @@ def _facts(path: Path) -> dict[str, int]:
     return {"size_bytes": len(data), "crc32c": crc32c(data)}
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    return {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["parameter_names"], group["params"], strict=True)
-    }
-
-
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state as `<moment>/<parameter name>`; empty before the first step."""
     return {
         f"{moment}/{name}": optimizer.state[parameter][moment]
-        for name, parameter in _parameters(optimizer).items()
+        for name, parameter in parameters_of(optimizer).items()
         for moment in MOMENTS
         if moment in optimizer.state[parameter]
     }
 
 
 def _restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    parameters = _parameters(optimizer)
+    parameters = parameters_of(optimizer)
     unknown = {name.split("/", 1)[1] for name in tensors} - set(parameters)
     assert not unknown, f"moments of parameters that the model has not: {sorted(unknown)}"
     for name, parameter in parameters.items():
         state = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
         # the step counter stays where AdamW keeps it: on the host, unless the kernel is fused
         fused = bool(optimizer.defaults.get("fused"))
-        optimizer.state[parameter] = {
-            moment: value.to(parameter.device) if moment != "step" or fused else value
-            for moment, value in state.items()
-        }
+        for moment, value in state.items():
+            if moment != "step":
+                value = like(value, parameter.detach())
+            optimizer.state[parameter][moment] = value.to(parameter.device) if fused else value

@@ -1,7 +1,8 @@
 """Ranks, devices and gradient averaging: one code path for one CPU and for many GPUs under torchrun.
 
-Holds the process group's life and DDP. A run with one rank has no process group at all. It shares out no data
-(loader.py) and draws nothing: what a clip meets follows from its draw number, so ranks change speed alone.
+Holds the process group's life and DDP; a model that is cut over ranks instead comes from shards.py. A run with one rank
+has no process group at all. It shares out no data (loader.py) and draws nothing: what a clip meets follows from its
+draw number, so ranks change speed alone.
 """
 
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nextvid.config import HowConfig
@@ -43,7 +45,13 @@ class Ranks:
 
     def without_averaging(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """For every backward of a step but the last: gradients add up and are sent once."""
-        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+        match wrapped:
+            case DistributedDataParallel():
+                return wrapped.no_sync()
+            case FSDPModule():
+                return _unsent(wrapped)
+            case _:
+                return nullcontext()
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks of a small tensor, the same on all of them."""
@@ -63,6 +71,16 @@ class Ranks:
         if self.count > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+@contextmanager
+def _unsent(model: FSDPModule) -> Iterator[None]:
+    """Whole gradients stay on every rank meanwhile."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.encoder import Encoder
 from nextvid.model.reference import reference_encoder
 from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
-from nextvid.train.checkpoint import load_tensors
+from nextvid.train.checkpoint import fill, load_tensors
 from nextvid.train.run import Run
 from nextvid.train.step import build_model
 from storage import atomic
@@ -156,7 +156,7 @@ def load_encoder(path: str | Path, device: str = "cpu") -> ExportedEncoder:
     found = ExportedEncoder(
         parse(ModelConfig, config["model"], f"{folder}/config.json"), tensors["mean"], tensors["std"]
     )
-    found.load_state_dict(tensors, strict=True)
+    fill(found, folder / WEIGHTS)
     if config["autoencoder"]:
         found.autoencoder = Autoencoder.load(folder / config["autoencoder"], device, config["encoding"]["precision"])
     found.resolution = config["encoding"]["resolution"]

@@ -9,16 +9,20 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from nextvid.config import HowConfig, RecipeConfig
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.corpus.trainset_pixels import open_pixels
+from nextvid.model.encoder import Encoder
 from nextvid.train import checkpoint
 from nextvid.train import step as steps
+from nextvid.train.background import Background
 from nextvid.train.batch import Batch, encoder_tokens
 from nextvid.train.checkpoint import Progress
 from nextvid.train.diagnose import CLIPS, collapsed, diagnose
@@ -30,6 +34,7 @@ from nextvid.train.mask_plan import grid_of, open_mask_plan
 from nextvid.train.optim import draws_before, stage_at
 from nextvid.train.report import Reporter
 from nextvid.train.run import Run
+from nextvid.train.shards import whole
 from nextvid.train.step import Stepped, Trained, build, means
 from storage import atomic
 from storage.errors import NExTVidError, RefusedError
@@ -56,12 +61,13 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels)
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
         reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
-        session = _Session(run, trained, loader, reporter, progress)
+        background = stack.enter_context(Background(ranks, run.identity)) if trained.cut else None
+        session = _Session(run, trained, loader, reporter, background, progress)
         session.go()
+        encoders = {"encoder": _whole(trained.reference), "encoder_online": _whole(trained.model.encoder)}
         if reporter:
-            source = project.corpus.encoding.autoencoder
-            export_encoder(run.folder / "encoder", trained.reference, trainset, run, source)
-            export_encoder(run.folder / "encoder_online", trained.model.encoder, trainset, run, source)
+            for name, encoder in encoders.items():
+                export_encoder(run.folder / name, encoder, trainset, run, project.corpus.encoding.autoencoder)
             reporter.event("end", run.recipe.steps, {"complete": run.complete})
         ranks.wait()
 
@@ -72,6 +78,16 @@ def _resume(run: Run, trained: Trained) -> Progress:
     if not found:
         return Progress(0, 0)
     return checkpoint.load(found[-1], run.identity, trained.model, trained.reference, trained.optimizer)
+
+
+def _whole(encoder: Encoder) -> Encoder:
+    """The encoder itself, or where it is cut over ranks a whole copy; then every rank must ask."""
+    if not any(isinstance(parameter, DTensor) for parameter in encoder.parameters()):
+        return encoder
+    tensors = {name: whole(tensor) for name, tensor in encoder.state_dict().items()}
+    found = Encoder(encoder.model).to(next(iter(tensors.values())).device)
+    found.load_state_dict(tensors)
+    return found
 
 
 @dataclass
@@ -106,8 +122,15 @@ class _Session:
     """One attempt at a run, between its start and its end."""
 
     def __init__(
-        self, run: Run, trained: Trained, loader: Loader, reporter: Reporter | None, progress: Progress
+        self,
+        run: Run,
+        trained: Trained,
+        loader: Loader,
+        reporter: Reporter | None,
+        background: Background | None,
+        progress: Progress,
     ) -> None:
+        self.background = background
         self.run, self.trained, self.loader, self.reporter, self.progress = run, trained, loader, reporter, progress
         self.recipe: RecipeConfig = run.recipe
         self.how: HowConfig = run.how
@@ -134,6 +157,8 @@ class _Session:
                 self._tell("stage", self.recipe.stages[stage].model_dump())
             self._step(batch)
             self._after_step()
+        if self.background is not None:
+            self._named(self.background.finish())
 
     def _step(self, batch: Batch) -> None:
         stepped = steps.take_step(self.trained, batch, batch.step, self.how.micro_batch)
@@ -180,13 +205,13 @@ class _Session:
 
     def _diagnose(self) -> None:
         """Look at the fixed clips with both encoders; rank 0 alone, the others go on to wait for it."""
+        encoders = _whole(self.trained.reference), _whole(self.trained.model.encoder)
         if not self.ranks.first:
             return
         if self.fixed is None:
             self.fixed = encoder_tokens(self.loader.clips(range(CLIPS)), self.recipe.model)
         batch = max(1, self.recipe.stages[0].batch // self.ranks.count)
-        found = diagnose(self.trained.reference, self.fixed, batch)
-        online = diagnose(self.trained.model.encoder, self.fixed, batch)
+        found, online = (diagnose(encoder, self.fixed, batch) for encoder in encoders)
         step, rank = self.progress.step, found["effective_rank"]
         first = self.progress.first_rank
         if first is None:
@@ -200,6 +225,9 @@ class _Session:
             self._tell("alarm", {"effective_rank": rank, "first_rank": first})
 
     def _checkpoint(self) -> None:
+        if self.background is not None:
+            self._named(self.background.begin(self.run.checkpoints, self.progress, self.trained))
+            return
         if self.ranks.first:
             trained = self.trained
             path = checkpoint.save(
@@ -210,9 +238,14 @@ class _Session:
                 trained.reference,
                 trained.optimizer,
             )
+            self._named(path)
+        self.ranks.wait()
+
+    def _named(self, path: Path | None) -> None:
+        """A checkpoint stands: tell, and remove those that it makes superfluous."""
+        if path is not None and self.ranks.first:
             checkpoint.prune(self.run.checkpoints, self.how.keep_last, self.stage_ends)
             self._tell("checkpoint", {"path": path.name})
-        self.ranks.wait()
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from nextvid.config import OptimConfig, StageConfig
+from nextvid.train.shards import local, whole
 
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_
 Decoder = "decoder"  # the module whose rate is separate from Stable2 on (Tab. 8)
 
 
@@ -114,12 +116,11 @@ def clip_gradients(modules: Mapping[str, nn.Module], config: OptimConfig) -> dic
 
     Norms are scalar tensors on the model's device and may be inf or NaN: the caller decides whether to step.
     """
-    norms = {
-        name: torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        for name, module in modules.items()
-    }
-    whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-    for name, module in modules.items():
-        limit = norms[name] if config.clip_scope == "module" else whole
-        torch.nn.utils.clip_grads_with_norm_(module.parameters(), config.clip, limit)
+    gradients = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in modules.items()}
+    norms = {name: whole(torch.nn.utils.get_total_norm(grads)) for name, grads in gradients.items()}
+    together = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    for name, grads in gradients.items():
+        norm = norms[name] if config.clip_scope == "module" else together
+        # clip_grads_with_norm_, on this rank's shares: it takes no plain norm beside gradients that are cut
+        torch._foreach_mul_([local(grad) for grad in grads], torch.clamp(config.clip / (norm + CLIP_EPS), max=1.0))
     return norms

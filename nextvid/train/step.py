@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from nextvid.config import HowConfig, RecipeConfig
 from nextvid.model.encoder import Encoder
@@ -17,16 +18,17 @@ from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import Losses, NExTVid
 from nextvid.model.reference import ema_update, reference_encoder, reference_features
 from nextvid.train.batch import Batch, encoder_tokens, flow_targets
-from nextvid.train.blocks import carry_out
+from nextvid.train.blocks import blocks_of, carry_out
 from nextvid.train.distributed import Ranks
 from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, stage_at, trained_modules
+from nextvid.train.shards import cut
 
 PLAIN = HowConfig()  # nothing recomputed, compiled or folded
 
 
 @dataclass
 class Trained:
-    """What training changes. `wrapped` is the model with averaged gradients (DDP) or the model itself."""
+    """What training changes. `wrapped` is the model with averaged gradients (DDP), or the model itself, cut or not."""
 
     recipe: RecipeConfig
     how: HowConfig
@@ -35,6 +37,11 @@ class Trained:
     wrapped: nn.Module
     reference: Encoder
     optimizer: torch.optim.AdamW
+
+    @property
+    def cut(self) -> bool:
+        """Whether every rank holds a share of it (FSDP2)."""
+        return isinstance(self.model, FSDPModule)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ def build(recipe: RecipeConfig, ranks: Ranks, how: HowConfig = PLAIN) -> Trained
     model = build_model(recipe).to(ranks.device)
     reference = reference_encoder(model.encoder)
     carry_out(model, how)
+    if how.shard and ranks.count > 1:
+        cut(model, blocks_of(model), ranks.device, trained=True)
+        cut(reference, reference.blocks.children(), ranks.device, trained=False)
+        return Trained(recipe, how, ranks, model, model, reference, build_optimizer(model, recipe.optim))
     partial = min(recipe.losses.align, recipe.losses.flow) <= 0  # ablations leave a part without gradients
     return Trained(
         recipe, how, ranks, model, ranks.wrap(model, partial), reference, build_optimizer(model, recipe.optim)

@@ -75,6 +75,37 @@ def test_contradictions_are_refused(path: tuple[Any, ...], value: object, says: 
         parse(RecipeConfig, values, "here")
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model", "encoder", "heads"), 0),
+        (("model", "predictor", "depth"), -1),
+        (("model", "grid_height"), 0),
+        (("model", "patch"), 0),
+        (("losses", "flow"), -0.5),
+        (("losses", "align"), float("inf")),
+        (("losses", "timesteps"), 0),
+        (("optim", "ema"), 1.5),
+        (("masks", "entries"), 0),
+    ],
+)
+def test_numbers_out_of_bounds_name_their_place(path: tuple[str, ...], value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^here: '{'.'.join(path)}': Input should be .*\(got {value}\)$"):
+        parse(RecipeConfig, changed(*path, value=value), "here")
+
+
+def test_ways_to_carry_out_that_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="choose one"):
+        parse(HowConfig, {"shard": True, "fold_copies": True}, "how")
+
+
+def test_a_recipe_has_stages_and_strategies() -> None:
+    with pytest.raises(ConfigError, match="at least one stage"):
+        parse(RecipeConfig, changed("stages", value=[]), "here")
+    with pytest.raises(ConfigError, match=r"say masks\.keep = 'all'"):
+        parse(RecipeConfig, changed("masks", "strategies", value=[]), "here")
+
+
 def test_masked_support_needs_masks_and_joined_decoder_one_time() -> None:
     values = changed("masks", "keep", value="all")
     values["model"]["predictor"]["support"] = "masked"

@@ -19,6 +19,7 @@ from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity, Progress
 from nextvid.train.optim import build_optimizer
+from nextvid.train.overrides import apply_overrides
 from nextvid.train.step import build_model
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from tests.nextvid.train.tiny import tiny_recipe
@@ -124,6 +125,18 @@ def test_names_that_are_no_checkpoints_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "step_final").mkdir()
     (tmp_path / "step_000000009").write_text("a file")
     assert len(checkpoint.complete(tmp_path)) == 1
+
+
+def test_tensors_of_another_shape_are_named_before_any_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint.save(tmp_path, IDENTITY, Progress(1, 4), *_parts(1))
+    wider = apply_overrides(tiny_recipe(), ["model.encoder.width=48", "model.encoder.depth=1"])
+    model = build_model(wider)
+    monkeypatch.setattr(checkpoint, "load_file", lambda _: pytest.fail("tensors were read"))
+    said = r"model\.safetensors: decoder\.embed_condition\.weight is \[24, 24\] there and \[24, 48\] in the model"
+    with pytest.raises(RefusedError, match=said):
+        checkpoint.load(path, IDENTITY, model, reference_encoder(model.encoder))
+    with pytest.raises(RefusedError, match=r"encoder\.blocks\.0\.\S+ is absent there"):
+        checkpoint.fill(model, path / "ema.safetensors")
 
 
 def test_hostile_bytes_execute_nothing(tmp_path: Path) -> None:
