@@ -152,7 +152,8 @@ def _paper(name: str, encoder: EncoderConfig) -> RecipeConfig:
 def _one_day(name: str, encoder: EncoderConfig) -> RecipeConfig:
     """The paper's recipe by the rules of method.md 7.3 for 33,000 steps of 256 clips.
 
-    8.4 million clips of 1.2 to 1.7 TFLOP (method.md 12) are a day at 150 to 200 TFLOP/s: arithmetic, not a measurement.
+    7.9 million clips, 9.9e18 FLOP for `nextvid_s` and 1.45e19 for `nextvid_b` (cost.py): a day at 115 and 167 TFLOP/s,
+    12 and 17 % of what one H100 has in bf16 (989, method.md 12). That is arithmetic, not a measurement.
     """
     steps, frames, batch = 33_000, 16, 256
     return RecipeConfig(

@@ -120,6 +120,8 @@ def clip_gradients(modules: Mapping[str, nn.Module], config: OptimConfig) -> dic
     norms = {name: whole(torch.nn.utils.get_total_norm(grads)) for name, grads in gradients.items()}
     together = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     for name, grads in gradients.items():
+        if not grads:  # a part that the losses leave out
+            continue
         norm = norms[name] if config.clip_scope == "module" else together
         # clip_grads_with_norm_, on this rank's shares: it takes no plain norm beside gradients that are cut
         torch._foreach_mul_([local(grad) for grad in grads], torch.clamp(config.clip / (norm + CLIP_EPS), max=1.0))
