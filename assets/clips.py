@@ -15,7 +15,7 @@ from storage import schemas
     deps=["shots"],
     kinds={"polars", "parquet"},
     owners=reporting.OWNERS,
-    code_version="1",
+    code_version="2",
     retry_policy=reporting.CRASHES,
     check_specs=checks.specs("clips"),
     metadata=columns(schemas.Clips),

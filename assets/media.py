@@ -18,7 +18,7 @@ from storage import schemas
     deps=["sources"],
     kinds={"polars", "parquet"},
     owners=reporting.OWNERS,
-    code_version="1",
+    code_version="2",
     retry_policy=reporting.CRASHES,
     pool="decode",
     check_specs=checks.specs("media"),

@@ -71,8 +71,11 @@ class DataRoot:
     def checks(self, noun: Table, batch: str) -> str:
         return f"{self.url}/{noun}/{_name(batch)}.json"
 
-    def preview(self, noun: Literal["shots", "clips", "latents"], batch: str) -> str:
-        return f"{self.url}/{noun}/{_name(batch)}.png"
+    def preview(self, noun: Literal["shots", "clips", "latents"], batch: str, what: Literal["", "scores"] = "") -> str:
+        return f"{self.url}/{noun}/{_name(batch)}{'.' + what if what else ''}.png"
+
+    def pictures(self, batch: str) -> str:
+        return f"{self.url}/shots/pictures/{_name(batch)}.parquet"
 
     # latent and pixel stores
     def stores(self, noun: Stored = "latents") -> str:

@@ -126,6 +126,13 @@ class Shots(_Judged):
         return (pl.col("kind") == "image") | (pl.col("status") != "ok") | (pl.col("end_us") > pl.col("start_us"))
 
 
+class Pictures(dy.Schema):
+    """Small JPEG pictures of a few shots of a batch: those that thresholds may reject."""
+
+    shot_id = _id(primary_key=True)
+    jpeg = dy.Binary()
+
+
 class Clips(_Judged):
     """The curated clip manifest: one row a view. A shot that gives no clip is one row without ids, with its reason."""
 

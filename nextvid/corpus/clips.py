@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 import polars as pl
 
 from nextvid.corpus.batches import config_of, dataset_of, latest
-from nextvid.corpus.manifest import Label, MediaNow, Row, rows_of
-from nextvid.corpus.project import DatasetConfig, Project
+from nextvid.corpus.gallery import read_pictures, rejected_sheet
+from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of
+from nextvid.corpus.project import DatasetConfig, FilterConfig, Project
 from nextvid.corpus.publishing import counts, publish_table, publish_verdict, table_digest
 from nextvid.corpus.splits import split_of
 from nextvid.outcome import Check, Outcome
 from nextvid.video.clips import ROUNDING_US, View, clip_id, row_id
-from storage import tables
+from storage import atomic, tables
 from storage.errors import ConfigError, UpstreamError
 from storage.schemas import Clips, Labels, Media, Shots, Sources
 
@@ -47,11 +48,15 @@ def make_clips(project: Project, batch: str, progress: Progress | None = None) -
         unlabelled.update(made.unlabelled)
         if progress:
             progress(number, good.height)
+    if config.clips_per_media is not None:
+        hold_quota(rows, config.clips_per_media)
     clips = pl.DataFrame(rows, Clips.create_empty().schema, orient="row")
     clips = clips.sort("media_id", "shot_id", "frames", "row_id", "reason")
     checks = _checks(clips, shots, project.corpus.curation_digest(dataset_of(batch)))
     written = publish_table(root, "clips", batch, clips, Clips)
     written |= publish_verdict(root.checks("clips", batch), "clips", checks)
+    if written or not atomic.exists(root.preview("clips", batch, "scores")):
+        _publish_pictures(project, batch, clips, good)
     return _outcome(project, batch, clips, checks, written, unlabelled, started_s)
 
 
@@ -168,6 +173,34 @@ def _own_ids(row: Row) -> bool:
     return bool(row["clip_id"].hex() == clip and row["row_id"].hex() == row_id(clip, view))
 
 
+def _publish_pictures(project: Project, batch: str, clips: pl.DataFrame, shots: pl.DataFrame) -> None:
+    """The gallery of what pretraining left out, and histograms of the scores beside their thresholds."""
+    from nextvid.report.histograms import Histogram, histograms_png  # matplotlib takes half a second to import
+
+    root, filters = project.root, project.corpus.curation.filters
+    atomic.publish_bytes(root.preview("clips", batch), rejected_sheet(clips, shots, read_pictures(root, batch)))
+    videos = shots.filter(pl.col("kind") == "video")
+    seconds = (videos["end_us"] - videos["start_us"]) / 1e6
+    files = videos.group_by("media_id").agg((pl.col("end_us").max() - pl.col("start_us").min()) / 1e6)
+    scores = (
+        Histogram("motion, % of diagonal per 0.25 s", videos["motion_mean"], _limits(filters, "motion"), log=True),
+        Histogram("shot length, s", seconds, log=True),
+        Histogram("file length, s", files["end_us"], log=True),
+        Histogram("frozen share", videos["freeze_share"], (None, filters.freeze_max)),
+        Histogram("luma", shots["luma_mean"], _limits(filters, "luma")),
+        Histogram("blur", shots["blur"], (filters.blur_min, None), log=True),
+    )
+    by_shot = clips.group_by("shot_id").agg(
+        pl.when((pl.col("status") == "ok").any()).then(pl.lit("kept")).otherwise(pl.col("reason").first()).alias("what")
+    )
+    counts = {str(what): int(n) for what, n in by_shot.group_by("what").len().iter_rows()}
+    atomic.publish_bytes(root.preview("clips", batch, "scores"), histograms_png(scores, counts))
+
+
+def _limits(filters: FilterConfig, name: str) -> tuple[float | None, float | None]:
+    return getattr(filters, f"{name}_min"), getattr(filters, f"{name}_max")
+
+
 def _outcome(
     project: Project,
     batch: str,
@@ -179,6 +212,10 @@ def _outcome(
 ) -> Outcome:
     good = clips.filter(pl.col("status") == "ok")
     by_use = good.explode("uses").group_by("uses").len()
+    pictures = {
+        "left out by pretraining": project.root.preview("clips", batch),
+        "scores and lengths": project.root.preview("clips", batch, "scores"),
+    }
     by_split = good.group_by(pl.col("split").cast(pl.String)).len()
     return Outcome(
         asset="clips",
@@ -195,5 +232,6 @@ def _outcome(
             **{f"split_{name}": int(number) for name, number in sorted(by_split.iter_rows())},
             **{f"unlabelled_{name}": number for name, number in sorted(unlabelled.items())},
         },
+        pictures={title: path for title, path in pictures.items() if atomic.exists(path)},
         checks=checks,
     )

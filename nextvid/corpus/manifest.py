@@ -13,6 +13,7 @@ from nextvid.corpus.project import BenchmarkConfig, ClipPolicy, DatasetConfig, F
 from nextvid.corpus.splits import Split
 from nextvid.video.clips import ROUNDING_US, clip_id, clips_of, filter_reason, row_id, views
 from nextvid.video.quality import Box
+from storage.digest import digest
 from storage.schemas import Clips
 
 Row = dict[str, Any]
@@ -109,6 +110,28 @@ def rows_of(
     elif not rows:
         rows.append(_refused(shot, media, _why_nothing(found, reason), []))
     return ShotRows(rows, found.unlabelled)
+
+
+def hold_quota(rows: Sequence[Row], clips_per_media: int) -> None:
+    """Leave pretraining at most so many clips of each media and length, drawn by hash; the others say `over_quota`.
+
+    So a video of an hour weighs no more than `clips_per_media` short ones (docs/decisions/0019). Rows that a benchmark
+    wants too stay for it.
+    """
+    clips: dict[tuple[bytes, int], set[bytes]] = {}
+    mine = [row for row in rows if row["status"] == "ok" and PRETRAIN in row["uses"]]
+    for row in mine:
+        clips.setdefault((row["media_id"], row["frames"]), set()).add(row["clip_id"])
+    kept = {
+        clip
+        for found in clips.values()
+        for clip in sorted(found, key=lambda clip: digest(["quota", clip.hex()]))[:clips_per_media]
+    }
+    for row in mine:
+        if row["clip_id"] not in kept:
+            row["uses"] = [use for use in row["uses"] if use != PRETRAIN]
+            if not row["uses"]:
+                row.update(uses=[PRETRAIN], status="rejected", reason="over_quota")
 
 
 class _Found:

@@ -98,7 +98,9 @@ class ClipPolicy(Strict):
     clips_per_shot: int = Field(default=1, ge=1)
     starts: Literal["tile", "random"] = "tile"
     views: int = Field(default=1, ge=1)
-    crop: Literal["whole", "centre", "random"] = "random"  # random: area 0.3-1.0, aspect 0.75-1.35 (method.md 8)
+    # random: area 0.3-1.0, aspect 0.75-1.35 (method.md 8); centre: a square, with three views also those at the ends of
+    # the longer side (method.md 9)
+    crop: Literal["whole", "centre", "random"] = "random"
     flip: bool = False  # flip half of the views
     pad: Literal["skip", "fit", "repeat_last"] = "fit"
 
@@ -106,6 +108,8 @@ class ClipPolicy(Strict):
     def _one_rate(self) -> Self:
         if self.frames > 1 and (self.fps is None) == (self.stride is None):
             raise ValueError("a clip policy names exactly one of 'fps' and 'stride'")
+        if self.crop == "centre" and self.views not in (1, 3):
+            raise ValueError(f"crop 'centre' has 1 or 3 views, not {self.views}")
         return self
 
 
@@ -185,6 +189,7 @@ class DatasetConfig(Strict):
     uri: str  # folder or fsspec URL, relative to corpus.yaml
     weight: float | None = Field(default=None, gt=0)
     clips: tuple[ClipPolicy, ...] = ()
+    clips_per_media: int | None = Field(default=None, ge=1)  # of each length; docs/decisions/0019
     labels: LabelConfig = LabelConfig()
     split: SplitConfig = SplitConfig()
     quarantine_budget: float = Field(
@@ -265,7 +270,7 @@ class CorpusConfig(Strict):
         With `dataset`, of what decides that one's rows: another dataset comes and goes without it.
         """
         datasets = {
-            n: d.model_dump(mode="json", include={"clips", "split", "labels"})
+            n: d.model_dump(mode="json", include={"clips", "clips_per_media", "split", "labels"})
             for n, d in self.datasets.items()
             if dataset in (None, n)
         }

@@ -17,6 +17,7 @@ import polars as pl
 
 from nextvid.corpus.batches import config_of, latest
 from nextvid.corpus.fetch import fetch, release
+from nextvid.corpus.gallery import KeptPictures, publish_pictures
 from nextvid.corpus.inspection import Viewing, view_file
 from nextvid.corpus.project import Project, ShotConfig
 from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
@@ -67,10 +68,14 @@ def make_shots(project: Project, batch: str, progress: Progress | None = None) -
     before = _before(root, batch, config)
     wanted, lost = _wanted(media, sources, before)
     rows: list[Row] = [_failed(row, "gone", "the file went before its first pass", "rejected") for row in lost]
-    pictured = _Sheet([bytes(row["media_id"]) for row in wanted])
+    pictured, kept = _Sheet([bytes(row["media_id"]) for row in wanted]), KeptPictures()
     for number, seen in enumerate(_first_passes(wanted, config), 1):
-        rows += _rows(seen)
+        made = _rows(seen)
         pictured.add(seen)
+        if not isinstance(seen.result, MediaError):
+            for row, shot in zip(made, seen.result, strict=False):  # a media without a shot is one row all the same
+                kept.add(row["shot_id"], shot)
+        rows += made
         if progress:
             progress(number, len(wanted))
     redone = pl.Series([row["media_id"] for row in rows], dtype=pl.Binary).unique()
@@ -81,6 +86,7 @@ def make_shots(project: Project, batch: str, progress: Progress | None = None) -
     if pictured.rows:
         atomic.publish_bytes(root.preview("shots", batch), pictured.png())
         written = True
+    publish_pictures(root, batch, kept, shots)
     written |= publish_verdict(root.checks("shots", batch), "shots", checks)
     return _outcome(project, batch, shots, checks, written, len(wanted), started_s)
 
@@ -278,5 +284,5 @@ def _named(name: str, caption: str) -> str:
 
 
 def _caption(shot: ShotFacts) -> str:
-    times = f"{shot.start_us / 1e6:.2f}-{shot.end_us / 1e6:.2f} s, {shot.cut_in}"
+    times = f"{shot.start_us / 1e6:.2f}-{shot.end_us / 1e6:.2f} s {shot.cut_in} {shot.score:.0f}"
     return f"{times}\nmotion {shot.motion_mean:.2f} luma {shot.luma_mean:.0f} blur {shot.blur:.0f}"

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from nextvid.encode.views import CropBox, view
 from nextvid.video.decode import placed
-from nextvid.video.images import load_image
+from nextvid.video.images import animation_times, load_image
 from storage.digest import digest_file
 from storage.errors import MediaError
 
@@ -68,7 +68,7 @@ def decode(task: Task) -> tuple[list[View], float]:
         raise MediaError("missing", f"{path}: {error}; list the dataset again") from None
     if not same:
         raise MediaError("changed", f"{path}: its bytes changed since it was listed; list the dataset again")
-    if task.decoder == "pillow":
+    if task.decoder == "pillow" and not animation_times(path):
         image = load_image(path)[None]
         out = [_view(path, image, look, task.resolution).repeat(len(look.times_us), axis=0) for look in task.looks]
     else:
@@ -76,7 +76,7 @@ def decode(task: Task) -> tuple[list[View], float]:
     return out, time.perf_counter() - began
 
 
-def _decode_video(path: Path, task: Task, decoder: Literal["decord", "pyav"]) -> list[View]:
+def _decode_video(path: Path, task: Task, decoder: Decoder) -> list[View]:
     side = task.resolution
     out = [np.empty((len(look.times_us), side, side, 3), np.uint8) for look in task.looks]
     places: dict[int, list[tuple[int, int]]] = {}

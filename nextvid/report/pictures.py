@@ -92,10 +92,11 @@ def previews_section(project: Project, trainset: Trainset, run: Run) -> Section 
     blocks: list[Block] = []
     for dataset in trainset.weights:
         batch = next(name for name in trainset.batches if name.rsplit(".", 1)[0] == dataset)
-        for noun, caption in _PREVIEWS:
-            path = project.root.preview(noun, batch)
+        for noun, what, caption in _PREVIEWS:
+            path = project.root.preview(noun, batch, what)
             if atomic.exists(path):
-                blocks.append(Picture(f"{noun}_{dataset}", atomic.read_bytes(path), f"{batch}: {caption}", (path,)))
+                name = "_".join(part for part in (noun, what, dataset) if part)
+                blocks.append(Picture(name, atomic.read_bytes(path), f"{batch}: {caption}", (path,)))
     gallery = f"{project.root.pointed('mask_plan', run.mask_plan)}/gallery.png"
     if atomic.exists(gallery):
         caption = (
@@ -105,9 +106,11 @@ def previews_section(project: Project, trainset: Trainset, run: Run) -> Section 
     return Section("What it looks like", tuple(blocks)) if blocks else None
 
 
-_PREVIEWS: tuple[tuple[Literal["shots", "latents"], str], ...] = (
-    ("shots", "shots, with what began them"),
-    ("latents", "source, what the autoencoder makes of the stored latents, and their difference"),
+_PREVIEWS: tuple[tuple[Literal["shots", "clips", "latents"], Literal["", "scores"], str], ...] = (
+    ("shots", "", "shots, with what began them and by how many grey levels"),
+    ("clips", "", "shots that pretraining left out, by reason"),
+    ("clips", "scores", "scores and lengths of all shots; dashed lines are thresholds"),
+    ("latents", "", "source, what the autoencoder makes of the stored latents, and their difference"),
 )
 
 

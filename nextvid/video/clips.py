@@ -21,6 +21,7 @@ ROUNDING_US = 1_000  # Matroska's tick: a clip may seem to overhang its shot by 
 CROP_AREA = (0.3, 1.0)  # method.md 8: share of the shot's picture
 CROP_ASPECT = (0.75, 1.35)  # method.md 8: width over height, log-uniform
 CROP_TRIES = 10  # torchvision's RandomResizedCrop, which V-JEPA 2 uses
+PLACES = (1, 0, 2)  # the middle first, so that three views hold the one; then the ends of the longer side
 REPEATED_SHARE = 0.5  # ours: `fit` repeats the last frame for at most this share of a clip, else the shot is too short
 
 
@@ -138,7 +139,8 @@ def views(clip: str, box: Box, policy: ClipPolicy) -> list[View]:
                 crop = box
             case "centre":
                 side = min(box.w, box.h)
-                crop = Box(box.x + (box.w - side) // 2, box.y + (box.h - side) // 2, side, side)
+                half = PLACES[index]  # halves of what is left beside the square
+                crop = Box(box.x + (box.w - side) * half // 2, box.y + (box.h - side) * half // 2, side, side)
             case "random":
                 crop = _random_crop(clip, index, box)
         flip = policy.flip and bool(_uniform(2, ["flip", clip, index]))

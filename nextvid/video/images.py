@@ -1,7 +1,8 @@
-"""Image files to upright RGB arrays.
+"""Image files to upright RGB arrays, and animated WebP, which FFmpeg does not read, to frames with times.
 
 Holds what Pillow needs to be told: EXIF rotation, palettes, alpha, CMYK, 16 bits, bombs, truncation. Holds no scores
-and no video. Alpha is laid over black, the colour of letterbox bars, so that a cut-out adds no pattern of its own.
+and no choice of frames (decode.py). Alpha is laid over black, the colour of letterbox bars, so that a cut-out adds no
+pattern of its own.
 """
 
 import warnings
@@ -51,6 +52,45 @@ def load_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     with open_image(path) as image:
         image.load()
         return np.array(_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+
+
+def animation_times(path: Path) -> list[int]:
+    """When the frames of an animated WebP begin, and when the last ends, in microseconds; empty for anything else.
+
+    Read from the headers of the container's chunks (developers.google.com/speed/webp/docs/riff_container), nothing is
+    decoded. Raises MediaError for a damaged one, and for frames that last no time.
+    """
+    times = [0]
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+            if head[:4] != b"RIFF" or head[8:] != b"WEBP":
+                return []
+            while len(chunk := file.read(8)) == 8:
+                size = int.from_bytes(chunk[4:], "little")
+                body = file.read(16) if chunk[:4] == b"ANMF" else b""
+                if chunk[:4] == b"ANMF":
+                    lasts_ms = int.from_bytes(body[12:15], "little")
+                    if len(body) < 16 or lasts_ms == 0:
+                        raise MediaError("bad_times", f"{path}: frame {len(times)} of the animation lasts no time")
+                    times.append(times[-1] + 1000 * lasts_ms)
+                file.seek(size + size % 2 - len(body), 1)
+    except OSError as error:
+        raise MediaError("unreadable", f"{path}: {error}") from None
+    return times if len(times) > 2 else []
+
+
+def animation(path: Path) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
+    """Frames of an animated WebP as (time_us, RGB), one in memory at a time. Raises MediaError."""
+    times = animation_times(path)
+    with open_image(path) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames != len(times) - 1:
+            raise MediaError("corrupt", f"{path}: {frames} frames decode, {len(times) - 1} are declared")
+        for number in range(frames):
+            image.seek(number)
+            image.load()
+            yield times[number], np.array(_rgb(image), dtype=np.uint8)
 
 
 def upright_image_size(image: Image.Image) -> tuple[int, int]:

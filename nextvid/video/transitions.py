@@ -24,7 +24,7 @@ NOISE = 4.0  # ours: grey levels of a step that coding alone makes
 COMES_BACK = 0.5  # ours: a cut's sides stay at least this share of its step apart, a flash's do not
 ONE_STEP = 0.55  # ours: a change of which one step makes more than this share is a cut, not a blend
 DIP_MAX = 3.0  # ours: by the formula a blend's dip is 1; beyond 3 it is a flash to black
-BLEND_FRAMES = 3  # ours: fewer hits in a row are chance
+BLEND_S, BLEND_FRAMES = 0.12, 3  # ours: fewer hits in a row are chance; at 8 frames a second a blend has one or two
 BLEND_SHARE = 0.25  # of the hits, on either side: ours; the test holds in the middle two thirds of a blend
 FADE_S = 2.0  # ours: a blank run up to here belongs to a fade; a longer one is a shot of its own, with its own luma
 FLAT = 4.0  # ours: grey levels of standard deviation below which a frame is of one colour, black or not
@@ -139,10 +139,11 @@ class Transitions:
     def _dissolves(self) -> list[tuple[int, int]]:
         hits = [index + self.lag for index, hit in enumerate(self._blend) if hit]
         last = len(self.times_us) - 1
+        enough = min(BLEND_FRAMES, max(1, round(BLEND_S * self.fps_hz)))
         spans = []
         for a, b in _runs(hits, join=self.lag // 2):
-            if b - a + 1 >= BLEND_FRAMES:
-                margin = max(self.lag // 4, round(BLEND_SHARE * (b - a + 1)))
+            if b - a + 1 >= enough:
+                margin = max(1, self.lag // 4, round(BLEND_SHARE * (b - a + 1)))
                 spans.append((max(0, a - margin), min(last, b + margin)))
         return spans
 

@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = ("loader", "scale", "manifests", "curation", "encode", "input", "attention")
+BENCHMARKS = (
+    "loader",
+    "scale",
+    "manifests",
+    "curation",
+    "duplicates",
+    "sandbox",
+    "encode",
+    "input",
+    "attention",
+)
 
 
 def _documented(repository: Path, name: str) -> dict[str, set[str]]:

@@ -1,9 +1,11 @@
-"""The rule for one clip's value, and what one shot gives."""
+"""The rule for one clip's value, what one shot gives, and the quota of a long video."""
+
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.corpus.manifest import Label, MediaNow, rows_of, value_of
+from nextvid.corpus.manifest import PRETRAIN, Label, MediaNow, hold_quota, rows_of, value_of
 from nextvid.corpus.project import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
 
 SHOT = {
@@ -77,3 +79,44 @@ def test_benchmarks_share_rows_and_count_what_has_no_label() -> None:
     found = rows_of(SHOT, media(labels=(Label("action", "run", 0, 2_500_000),)), dataset, FilterConfig(), both)
     assert sorted(row["uses"] for row in found.rows) == [["acts", "pretrain"], ["pretrain"]]
     assert found.unlabelled == {"acts": 1, "moods": 2}
+
+
+def row(media: int, clip: int, frames: int = 16, uses: tuple[str, ...] = (PRETRAIN,), view: int = 0) -> dict[str, Any]:
+    ids = {"media_id": bytes([media]) * 16, "clip_id": clip.to_bytes(16, "big"), "view_index": view}
+    return ids | {"frames": frames, "uses": list(uses), "status": "ok", "reason": None}
+
+
+def test_a_long_video_gives_its_quota_of_each_length_and_every_view_of_a_clip() -> None:
+    long = [row(1, clip, view=view) for clip in range(200) for view in range(2)]
+    longer = [row(1, 1000 + clip, frames=64) for clip in range(50)]
+    short = [row(2, 5000, view=view) for view in range(2)]
+    rows = [*long, *longer, *short]
+    hold_quota(rows, 8)
+    kept = [r for r in rows if r["status"] == "ok"]
+    assert sum(r["media_id"] == bytes([1]) * 16 and r["frames"] == 16 for r in kept) == 8 * 2
+    assert sum(r["frames"] == 64 for r in kept) == 8
+    assert all(r["status"] == "ok" for r in short)
+    left = [r for r in rows if r["status"] != "ok"]
+    assert {(r["status"], r["reason"]) for r in left} == {("rejected", "over_quota")}
+    assert all(r["uses"] == [PRETRAIN] for r in left)
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 10))
+def test_more_clips_of_one_media_move_no_other_and_only_join_by_rank(count: int, quota: int, more: int) -> None:
+    def kept(number: int) -> set[bytes]:
+        rows = [row(1, clip) for clip in range(number)] + [row(2, 999)]
+        hold_quota(rows, quota)
+        return {r["clip_id"] for r in rows if r["status"] == "ok"}
+
+    before, after = kept(count), kept(count + more)
+    assert (999).to_bytes(16, "big") in before & after
+    assert len(before) == min(count, quota) + 1
+    assert len(before - after) <= more
+
+
+def test_what_a_benchmark_wants_stays_for_it() -> None:
+    rows = [row(1, clip, uses=("acts", PRETRAIN)) for clip in range(5)]
+    hold_quota(rows, 2)
+    assert [r["status"] for r in rows] == ["ok"] * 5
+    assert sum(PRETRAIN in r["uses"] for r in rows) == 2
+    assert all("acts" in r["uses"] for r in rows)

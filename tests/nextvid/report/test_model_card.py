@@ -1,6 +1,7 @@
 """The report end to end on a tiny run: what it needs, what it says, and that it is written once."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def test_page_and_markdown_are_written_once(scored: Project) -> None:
     markdown = Path(str(first.numbers["markdown"]))
     for figure in (markdown.parent / "figures").iterdir():
         assert f"figures/{figure.name}" in markdown.read_text()
-    assert "http" not in text.replace("http-equiv", "")
+    words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)  # in a megabyte of base64 any four letters may stand
+    assert "http" not in words.replace("http-equiv", "")
 
 
 def test_every_source_is_there(scored: Project) -> None:

@@ -90,3 +90,21 @@ def write_barcodes(path: Path, count: int = 60, size: tuple[int, int] = (96, 64)
     """A film of `count` barcodes of `size` (width, height)."""
     encode: Callable[..., Path] = write_film
     return encode(path, (barcode(n, *size) for n in range(count)), **how)
+
+
+def write_cut(source: Path, path: Path, first: int, fps: int = 24) -> Path:
+    """The film from frame `first` on without encoding anew, as `ffmpeg -ss -c copy` cuts: an edit list hides the frames
+    between the keyframe and the cut."""
+    with (
+        av.open(str(source)) as given,
+        av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as container,
+    ):
+        old = given.streams.video[0]
+        new = container.add_stream_from_template(old)
+        for packet in given.demux(old):
+            if packet.pts is None or packet.dts is None or packet.time_base is None:
+                continue
+            back = round(Fraction(first, fps) / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts - back, packet.dts - back, new
+            container.mux(packet)
+    return path

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from nextvid.corpus.project import ClipPolicy, FilterConfig
 from nextvid.video.clips import View, clip_id, clip_times, clips_of, filter_reason, row_id, shot_id, trimmed, views
@@ -155,6 +156,8 @@ BOXES = st.builds(Box, st.integers(0, 500), st.integers(0, 500), st.integers(1, 
 
 @given(BOXES, st.sampled_from(["whole", "centre", "random"]), st.integers(1, 6), st.booleans(), st.integers(0, 99))
 def test_views_lie_inside_the_box(box: Box, crop: str, count: int, flip: bool, seed: int) -> None:
+    if crop == "centre":
+        count = 1 if count % 2 else 3
     policy = ClipPolicy.model_validate({"frames": 2, "fps": 4, "views": count, "crop": crop, "flip": flip})
     made = views(f"{seed:032x}", box, policy)
     assert 1 <= len(made) <= count
@@ -167,7 +170,46 @@ def test_views_lie_inside_the_box(box: Box, crop: str, count: int, flip: bool, s
         assert flip or not view.flip
         if crop == "centre":
             assert view.w == view.h == min(box.w, box.h)
-            assert abs(2 * view.x + view.w - 2 * box.x - box.w) <= 1
+    if crop == "centre":
+        assert abs(2 * made[0].x + made[0].w - 2 * box.x - box.w) <= 1
+
+
+@pytest.mark.parametrize(
+    ("box", "corners"),
+    [
+        (Box(10, 20, 640, 360), [(150, 20), (10, 20), (290, 20)]),
+        (Box(10, 20, 360, 641), [(10, 160), (10, 20), (10, 301)]),
+        (Box(10, 20, 360, 360), [(10, 20)]),
+    ],
+)
+def test_three_crops_are_the_middle_and_the_ends_of_the_longer_side(box: Box, corners: list[tuple[int, int]]) -> None:
+    made = views(CLIP, box, ClipPolicy(frames=16, stride=4, views=3, crop="centre"))
+    assert [(view.x, view.y) for view in made] == corners
+    assert {(view.w, view.h, view.flip) for view in made} == {(360, 360, False)}
+    assert views(CLIP, box, ClipPolicy(frames=16, stride=4, crop="centre")) == made[:1]
+
+
+def test_centre_crops_are_one_or_three() -> None:
+    with pytest.raises(ValidationError, match="crop 'centre' has 1 or 3 views, not 2"):
+        ClipPolicy(frames=16, fps=4, views=2, crop="centre")
+
+
+@pytest.mark.parametrize(("seconds", "rate"), [(2.0, 12.0), (3.9, 12.0), (4.0, 30.0), (6.0, 12.0)])
+def test_a_video_of_ssv2_length_gives_one_clip_that_spans_it(seconds: float, rate: float) -> None:
+    shot = Shot(end_us=round(seconds * 1e6))
+    (times,) = clips_of(MEDIA, shot, ClipPolicy(frames=16, fps=4, clips_per_shot=1, pad="fit"), 0.25, rate)
+    assert len(times) == 16
+    assert times[-1] <= shot.end_us - round(1e6 / rate) + 1000
+    assert times[-1] - times[0] >= min(3.75e6, 0.8 * shot.end_us)
+
+
+def test_an_hour_gives_as_many_clips_as_its_shots_and_segments() -> None:
+    policy = ClipPolicy(frames=16, fps=4, clips_per_shot=4)
+    shots = [Shot(start * 6_000_000, (start + 1) * 6_000_000, "hard", "hard") for start in range(600)]
+    clips = [times for shot in shots for times in clips_of(MEDIA, shot, policy, 0.25, 25.0)]
+    assert len(clips) == 600 * 4
+    assert len({times[0] for times in clips}) == len(clips)
+    assert len(clips_of(MEDIA, Shot(end_us=3600 * 10**6), policy, 0.25, 25.0)) == 4
 
 
 def test_random_crops_have_the_papers_areas_and_aspects_and_half_are_flipped() -> None:

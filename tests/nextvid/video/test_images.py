@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextvid.video.images import load_image
+from nextvid.corpus.project import ClipPolicy, ShotConfig
+from nextvid.video.clips import clips_of
+from nextvid.video.decode import frames_at, stream
+from nextvid.video.images import animation, animation_times, load_image
+from nextvid.video.probe import probe
+from nextvid.video.shots import first_pass
 from storage.errors import MediaError
+from tests.nextvid.video.film import barcode, numbers
 
 GRADIENT = np.linspace(0, 255, 32 * 24, dtype=np.uint8).reshape(24, 32)
 
@@ -70,6 +76,102 @@ def test_a_bomb_is_refused_before_its_pixels_are_read(tmp_path: Path) -> None:
     with pytest.raises(MediaError) as caught:
         load_image(tmp_path / "a.png")
     assert caught.value.reason == "too_large"
+
+
+def animated(path: Path, lasts_ms: list[int], alpha: bool = False) -> Path:
+    """Barcode frames 0, 1, 2, ..., as an animation."""
+    images = [Image.fromarray(barcode(n)) for n in range(len(lasts_ms))]
+    if alpha:
+        images = [image.convert("RGBA") for image in images]
+    how: dict[str, object] = {"lossless": True, "minimize_size": False} if path.suffix == ".webp" else {}
+    return saved(images[0], path, save_all=True, append_images=images[1:], duration=lasts_ms, **how)
+
+
+@pytest.mark.parametrize("extension", ["webp", "gif"])
+def test_animations_are_videos(tmp_path: Path, extension: str) -> None:
+    path = animated(tmp_path / f"a.{extension}", [100] * 30)
+    facts = probe(path)
+    assert (facts.kind, facts.frames, facts.width, facts.height) == ("video", 30, 96, 64)
+    assert facts.fps_hz == pytest.approx(10)
+    assert facts.duration_us == 3_000_000
+    frames, times = frames_at(path, [0, 500_000, 2_900_000], facts.decoder)
+    assert numbers(frames) == [0, 5, 29]
+    assert times.tolist() == [0, 500_000, 2_900_000]
+    (shot,) = first_pass(path, facts, ShotConfig())
+    assert (shot.start_us, shot.end_us) == (0, 3_000_000)
+    clips = clips_of("00" * 16, shot, ClipPolicy(frames=8, fps=4), 0.25, facts.fps_hz)
+    assert [len(times) for times in clips] == [8]
+    small, _ = frames_at(path, [500_000], facts.decoder, size=(32, 48))
+    assert small.shape == (1, 32, 48, 3)
+
+
+def test_an_animation_of_uneven_frames_keeps_their_times(tmp_path: Path) -> None:
+    path = animated(tmp_path / "a.webp", [100, 400, 100, 1000, 100], alpha=True)
+    facts = probe(path)
+    assert facts.hazards == ("vfr",)
+    assert [time for time, _ in stream(path)] == [0, 100_000, 500_000, 600_000, 1_600_000]
+    assert numbers(frames_at(path, [120_000, 590_000, 1_000_000], "pillow")[0]) == [1, 3, 3]
+    with pytest.raises(MediaError) as caught:
+        frames_at(path, [9_000_000], "pillow")
+    assert caught.value.reason == "pts_mismatch"
+
+
+def test_a_still_webp_is_an_image(tmp_path: Path) -> None:
+    path = saved(Image.fromarray(barcode(3)), tmp_path / "a.webp")
+    assert probe(path).kind == "image"
+    assert animation_times(path) == []
+    with pytest.raises(MediaError):
+        frames_at(path, [0], "pillow")
+
+
+def test_a_damaged_animation_is_refused(tmp_path: Path) -> None:
+    whole = animated(tmp_path / "a.webp", [100] * 12).read_bytes()
+    for share in (0.3, 0.7):
+        path = tmp_path / "b.webp"
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(MediaError):
+            list(animation(path))
+    at = whole.index(b"ANMF") + 8 + 12
+    path.write_bytes(whole[:at] + bytes(3) + whole[at + 3 :])
+    with pytest.raises(MediaError) as caught:
+        probe(path)
+    assert caught.value.reason == "bad_times"
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif", "avif"])
+def test_an_image_is_one_clip_of_one_frame(tmp_path: Path, extension: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    path = saved(Image.fromarray(noise), tmp_path / f"a.{extension}")
+    facts = probe(path)
+    (shot,) = first_pass(path, facts, ShotConfig())
+    policy = ClipPolicy(frames=16, fps=4, clips_per_shot=4, starts="random")
+    assert clips_of("00" * 16, shot, policy, 0.25, facts.fps_hz or 1.0) == [[0]]
+
+
+@pytest.mark.parametrize("extension", ["gif", "webp", "tif", "bmp"])
+def test_bombs_of_other_formats_are_refused(tmp_path: Path, extension: str) -> None:
+    """Headers that promise 60,000 x 60,000 pixels over a few bytes."""
+    side = 60_000
+    small = saved(Image.fromarray(np.zeros((8, 8, 3), np.uint8)), tmp_path / f"s.{extension}").read_bytes()
+    match extension:
+        case "gif":
+            data = small[:6] + struct.pack("<HH", side, side) + small[10:]
+        case "bmp":
+            data = small[:18] + struct.pack("<ii", side, side) + small[26:]
+        case "webp":  # an extended header with a canvas of its own
+            canvas = b"VP8X" + struct.pack("<I", 10) + bytes(4) + 2 * (side - 1).to_bytes(3, "little")
+            data = small[:4] + struct.pack("<I", len(small) - 8 + len(canvas)) + b"WEBP" + canvas + small[12:]
+        case _:
+            data = small.replace(struct.pack("<HHII", 256, 4, 1, 8), struct.pack("<HHII", 256, 4, 1, side))
+            data = data.replace(struct.pack("<HHII", 257, 4, 1, 8), struct.pack("<HHII", 257, 4, 1, side))
+            data = data.replace(struct.pack("<HHIHH", 256, 3, 1, 8, 0), struct.pack("<HHII", 256, 4, 1, side))
+            data = data.replace(struct.pack("<HHIHH", 257, 3, 1, 8, 0), struct.pack("<HHII", 257, 4, 1, side))
+    path = tmp_path / f"a.{extension}"
+    path.write_bytes(data)
+    assert data != small
+    with pytest.raises(MediaError) as caught:
+        probe(path)
+    assert caught.value.reason in {"too_large", "corrupt", "unknown_format"}
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp", "tif"])

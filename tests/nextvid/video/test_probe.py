@@ -94,16 +94,13 @@ def test_a_colon_in_a_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
-def test_truncated_films_are_refused_or_shorter(tmp_path: Path, share: float) -> None:
+def test_truncated_films_are_refused(tmp_path: Path, share: float) -> None:
     for name in ("a.mp4", "a.mkv"):
         whole = write_barcodes(tmp_path / name, 48).read_bytes()
         path = tmp_path / f"cut_{name}"
         path.write_bytes(whole[: int(len(whole) * share)])
-        if name == "a.mp4" or share < 0.3:  # the index of an MP4 stands at the end
-            with pytest.raises(MediaError):
-                probe(path)
-        else:
-            assert 0 < (probe(path).frames or 0) < 48
+        with pytest.raises(MediaError):  # the index of an MP4 stands at the end; Matroska declares how long it lasts
+            probe(path)
 
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:

@@ -29,6 +29,18 @@ def film(tmp_path: Path) -> Path:
     return write_barcodes(tmp_path / "a.mp4", 12)
 
 
+@pytest.mark.parametrize("fault", ["hang", "crash"])
+def test_a_fault_costs_one_task_and_a_restart(film: Path, fault: str) -> None:
+    """The target of a second is the benchmark's (benchmarks/sandbox.py); here stands what a busy machine allows."""
+    with Sandbox(1) as own:
+        own.call(probe, film, timeout_s=30)
+        began = time.monotonic()
+        with pytest.raises(MediaError):
+            own.call(*((time.sleep, 60) if fault == "hang" else (os._exit, 3)), timeout_s=0.5)
+        assert own.call(probe, film, timeout_s=30).frames == 12
+        assert time.monotonic() - began < 10
+
+
 def test_results_come_back(sandbox: Sandbox, film: Path) -> None:
     assert sandbox.call(probe, film, timeout_s=30) == probe(film)
 

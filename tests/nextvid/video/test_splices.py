@@ -6,7 +6,6 @@ The thresholds of nextvid/video/transitions.py were tuned on the sources that ar
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -113,13 +112,10 @@ def real_sources() -> list[Images]:
 
 @pytest.mark.realdata
 @pytest.mark.parametrize(("speed", "count"), [(1, 90), (2, 45)])
-def test_joins_of_real_sources_are_found(
-    tmp_path: Path, real_sources: list[Images], speed: int, count: int, record_property: Callable[[str, object], None]
-) -> None:
+def test_joins_of_real_sources_are_found(tmp_path: Path, real_sources: list[Images], speed: int, count: int) -> None:
     images, joins = joined(np.random.default_rng(speed), real_sources, count, speed)
     assert Counter(kind for kind, _, _ in joins) == dict.fromkeys(KINDS, count // 3)
     result = measured(tmp_path / "a.mp4", images, joins)
-    record_property("found", f"{result.hits} of {result.joins}; {len(result.false)} false of {result.transitions}")
     require(result)
 
 
@@ -140,3 +136,17 @@ def test_fades_to_white_count_as_fades(tmp_path: Path) -> None:
     result = measured(tmp_path / "a.mp4", images, [("fade", 48, 75)])
     assert result.recall("fade") == 1
     assert result.false == []
+
+
+def test_short_dissolves_at_eight_frames_a_second_are_found(tmp_path: Path) -> None:
+    images = scene(14, 30, 160, 90)
+    for seed in range(15, 20):
+        following = scene(seed, 30, 160, 90)
+        for n in range(4):
+            images[n - 4] = cv2.addWeighted(images[n - 4], 1 - (n + 1) / 5, following[n], (n + 1) / 5, 0)
+        images += following[4:]
+    path = write_film(tmp_path / "a.mp4", images, fps=8)
+    shots = first_pass(path, probe(path), ShotConfig())
+    assert [shot.cut_in for shot in shots] == ["edge"] + ["dissolve"] * 5
+    for number, shot in enumerate(shots[1:], 1):
+        assert abs(shot.start_us - (26 * number + 4) * 125_000) <= 250_000
