@@ -23,6 +23,7 @@ from storage.digest import digest_bytes, digest_config
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.pixel_reader import PIXEL_ADDRESS, pixel_addresses
 from storage.pixels import PixelSpec, PixelStore
+from storage.remote import is_local
 from storage.root import DataRoot
 
 NAMED = 3  # rows without pixels that a message names
@@ -38,6 +39,17 @@ class TrainsetPixels:
     spec: PixelSpec
     psnr_mean_db: float | None  # of the JPEGs against their frames, over the rows that were measured; None without any
     psnr_rows: int
+
+    @property
+    def path(self) -> str:
+        """The file that says what they are."""
+        return _said_path(self.folder, self.spec)
+
+    @property
+    def words(self) -> str:
+        """How they were stored, and how close that is."""
+        psnr = "PSNR not measured" if self.psnr_mean_db is None else f"{self.psnr_mean_db:.1f} dB PSNR"
+        return f"JPEG of quality {self.spec.quality}, {self.spec.subsampling}, {psnr} over {self.psnr_rows} clips"
 
     def rows(self, frames: int) -> np.ndarray:
         """PIXEL_ADDRESS of each of the trainset's rows of a clip length, in their order.
@@ -75,6 +87,11 @@ def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) ->
             f"recipe {recipe.name} reads frames of {side[0]} x {side[1]} pixels, and the trainset's have "
             f"{spec.resolution} x {spec.resolution}: choose another recipe, or set 'encoding.resolution' and make "
             "'latents' and 'trainset' again"
+        )
+    if not is_local(project.root.url):
+        raise RefusedError(
+            f"recipe {recipe.name} reads pixels, which are read from file systems only, and root {project.root.url} is "
+            f"none: copy the root to a file system and name that in corpus.yaml{_twin(recipe)}"
         )
     folder = project.root.pointed("trainset", trainset.digest)
     path = _said_path(folder, spec)

@@ -11,6 +11,7 @@ import polars as pl
 
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_pixels import TrainsetPixels, open_pixels
 from nextvid.lineage.trace import DatasetShare, shares
 from nextvid.report.blocks import Block, Section, Table, Text
 from nextvid.train.run import Run
@@ -28,6 +29,12 @@ class DataFacts:
     trainset: Trainset
     said: Mapping[str, Any]  # trainset.json
     shares: tuple[DatasetShare, ...]
+
+    @property
+    def pixels(self) -> TrainsetPixels | None:
+        """What the run reads beside latents, if it does."""
+        digest = self.run.pixels
+        return None if digest is None else open_pixels(self.project.root, self.trainset, digest)
 
     @property
     def folder(self) -> str:
@@ -58,7 +65,7 @@ def data_section(facts: DataFacts) -> Section:
 
 def lineage_section(facts: DataFacts, config: Mapping[str, Any]) -> Section:
     """Digests from checkpoint to files, and how to walk them."""
-    run = facts.run
+    run, pixels = facts.run, facts.pixels
     rows = (
         ("run", run.id),
         ("recipe", f"{run.recipe.name}, digest {config['recipe_digest']}"),
@@ -68,6 +75,7 @@ def lineage_section(facts: DataFacts, config: Mapping[str, Any]) -> Section:
         ("mask plan", run.mask_plan),
         ("encoding spec", facts.trainset.spec.digest()),
         ("autoencoder", facts.trainset.spec.autoencoder),
+        ("pixels", "not read" if pixels is None else f"{pixels.digest}, {pixels.words}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in config["versions"].items())),
     )
     table = Table(
@@ -75,7 +83,7 @@ def lineage_section(facts: DataFacts, config: Mapping[str, Any]) -> Section:
         rows,
         "ll",
         "What this run was made from.",
-        (f"{run.folder}/config.json", f"{facts.folder}/trainset.json"),
+        (f"{run.folder}/config.json", f"{facts.folder}/trainset.json", *([pixels.path] if pixels else [])),
     )
     walk = (
         f"Every row of the trainset, with its file, stands in {facts.folder}/lineage.parquet. "

@@ -1,5 +1,6 @@
 """trainset_pixels.py: addresses that follow the trainset's rows one for one, and what refuses to be frozen."""
 
+import dataclasses
 import json
 import tracemalloc
 from pathlib import Path
@@ -16,6 +17,7 @@ from nextvid.train.overrides import apply_overrides
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.pixel_reader import PIXEL_ADDRESS, PixelReader
 from storage.reader import row_id
+from storage.root import DataRoot
 from tests.nextvid.train.corpus import ROWS, make_project
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, spec_of, write_pixels
 from tests.nextvid.train.tiny import tiny_recipe
@@ -146,6 +148,11 @@ class TestRefused:
             store.part("films.000000", 8, number).discard(0)
         with pytest.raises(RefusedError, match="5 of the 5 rows with 8 frames"):
             frozen(project)
+
+    def test_a_root_on_an_object_store(self, project: Project) -> None:
+        bucket = dataclasses.replace(project, root=DataRoot("s3://bucket", project.root.runs_url))
+        with pytest.raises(RefusedError, match="read from file systems only, and root s3://bucket is none"):
+            freeze_pixels(bucket, Trainset.open(project.root), pixel_recipe())
 
     def test_frames_of_another_size(self, project: Project) -> None:
         recipe = apply_overrides(pixel_recipe(), ["model.patch=16"])

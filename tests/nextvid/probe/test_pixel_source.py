@@ -11,10 +11,11 @@ import torch
 from nextvid.corpus.project import Project, open_project
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import pixel_tokens, pixel_values
-from nextvid.probe.encoders import load_trained
+from nextvid.probe.encoders import find_run, load_trained
 from nextvid.probe.features import features
 from nextvid.probe.pixel_source import PixelSource
 from nextvid.probe.probes import make_probes, plan_task
+from nextvid.report.data import lineage_section, read_facts
 from storage import atomic
 from storage.pixel_reader import read_clip
 from storage.pixels import PixelStore
@@ -78,3 +79,13 @@ def test_a_score_from_stored_pixels(evaluated: Project) -> None:
     assert score["pixel_spec"] == task.pixels.digest()
     assert score["encoding_spec"] == Trainset.open(evaluated.root).spec.digest()
     assert not make_probes(evaluated, RECIPE, "species").made
+
+
+def test_the_report_says_which_pixels_and_how_close_they_are(evaluated: Project) -> None:
+    run = find_run(evaluated, RECIPE)
+    facts = read_facts(evaluated, run)
+    section = lineage_section(facts, atomic.read_json(str(run.folder / "config.json")))
+    (said,) = (row[1] for row in section.blocks[0].rows if row[0] == "pixels")  # type: ignore[union-attr]
+    assert str(said).startswith(f"{run.pixels}, JPEG of quality 90, 4:2:0, ")
+    assert "dB PSNR over" in str(said)
+    assert all(Path(path).exists() for path in section.blocks[0].sources)
