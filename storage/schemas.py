@@ -181,7 +181,8 @@ class Commits(dy.Schema):
     sums = dy.List(dy.Float64())  # per channel, over frames and cells
     sums_squared = dy.List(dy.Float64())
     posterior_std = dy.Float32(nullable=True)  # mean posterior width, where the autoencoder has one
-    psnr_db = dy.Float32(nullable=True)  # of the round trip, where this row was sampled for it
+    # Of the round trip, where this row was sampled for it; NaN where nothing decodes the target (SigLIP features).
+    psnr_db = dy.Float32(nullable=True, allow_nan=True)
     decode_s = dy.Float32()
     encode_s = dy.Float32()
 

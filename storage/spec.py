@@ -13,7 +13,9 @@ from storage.errors import ConfigError
 
 POSTERIORS = ("mean", "sample")
 STORED = ("float16", "keepbits7", "int8")  # keepbits7: float16 whose mantissa is rounded to 7 of its 10 bits
-TIME_MAPS = ("frame",)  # axis 1 is source frames; autoencoders over time will add theirs
+# What axis 1 is: source frames, or the latent frames of a causal encoder over time, of which the first covers the first
+# source frame and each later one the next 4 or 8; clips that do not come out even are filled up with their last frame.
+TIME_MAPS = ("frame", "causal4", "causal8")
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,35 @@ class EncodingSpec:
                 raise ConfigError(f"encoding.{name}: {value[name]!r} is not of type {kind.__name__}")
         return EncodingSpec(**value)
 
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip of `frames` frames."""
+        return latent_frames(self.time_map, frames)
+
     def row_shape(self, frames: int) -> tuple[int, int, int, int]:
-        """(F, C, h, w) of one row."""
-        return (frames, self.channels, self.height, self.width)
+        """(F, C, h, w) of one row of a clip of `frames` frames; F counts latent frames."""
+        return (self.latent_frames(frames), self.channels, self.height, self.width)
 
     def row_bytes(self, frames: int) -> int:
         """Bytes of one row: two a value; with `int8` one, and four a channel for its scale."""
-        values = frames * self.channels * self.height * self.width
+        values = self.latent_frames(frames) * self.channels * self.height * self.width
         return values + 4 * self.channels if self.storage == "int8" else 2 * values
+
+
+def latent_frames(time_map: str, frames: int) -> int:
+    """Latent frames of a clip."""
+    return latent_of_frames(time_map, frames)[-1] + 1
+
+
+def frames_shown(time_map: str, latents: int) -> int:
+    """Source frames that so many latent frames cover."""
+    return 1 + (latents - 1) * _each(time_map)
+
+
+def latent_of_frames(time_map: str, frames: int) -> list[int]:
+    """Which latent frame covers each of a clip's frames: what a recipe whose tubelets count frames reads by."""
+    return [-(-frame // _each(time_map)) for frame in range(frames)]
+
+
+def _each(time_map: str) -> int:
+    """Source frames that a latent frame after the first covers."""
+    return 1 if time_map == "frame" else int(time_map.removeprefix("causal"))

@@ -18,7 +18,7 @@ from jaxtyping import Float32
 
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import Rows, Seen
-from nextvid.encode.preview import CLIPS
+from nextvid.encode.preview import CLIPS, Shown
 from nextvid.encode.roundtrip import Trip, error_bound, judge, sampled, window
 from nextvid.encode.shard import EncodedShard, commit_table, row_noise
 from nextvid.encode.verdicts import Trips
@@ -70,14 +70,15 @@ class Keeper:
         spec = part.spec
         if seen.frames is None:
             raise StoreError(f"row {row.hex()} was decoded once and not again ({seen.reason}): make 'latents' again")
-        checked = window(row, part.frames)
+        about = self._autoencoder.about
+        checked = window(row, part.frames) if about.time_map == "frame" else slice(None)
         stored = stored_values(latents[None], np.array([True]), spec.storage)[0, checked]
         noise = row_noise(row, part.frames, spec)[checked] if spec.posterior == "sample" else None
-        rebuilt = self._autoencoder.decode(stored.astype(np.float32))
         truth = seen.frames[checked]
+        rebuilt = self._autoencoder.decode(stored.astype(np.float32), len(truth)) if about.decoder else None
         fresh = self._autoencoder.encode(truth, noise).latents
         if len(self._trips.pictures) < CLIPS:
-            self._trips.pictures.append((truth, rebuilt))
+            self._trips.pictures.append(Shown(truth, rebuilt, stored))
         return judge(stored, fresh, rebuilt, truth, error_bound(spec.storage, spec.precision))
 
     def count(self, encoded: EncodedShard, found: dict[bytes, Trip]) -> None:

@@ -11,7 +11,7 @@ import polars as pl
 
 from nextvid.corpus.discover import accepted
 from nextvid.corpus.project import Project
-from nextvid.encode.weights import autoencoder_digest, latent_shape
+from nextvid.encode.weights import autoencoder_digest, facts
 from storage.errors import ConfigError, RefusedError
 from storage.latents import EncodingSpec, LatentStore
 from storage.schemas import Clips
@@ -44,12 +44,16 @@ class EncodePlan:
 def encoding_spec(project: Project) -> EncodingSpec:
     """The spec that corpus.yaml asks for. Raises ConfigError where the autoencoder does not fit it."""
     encoding = project.corpus.encoding
-    channels, stride = latent_shape(encoding.autoencoder)
-    if encoding.resolution % stride:
+    about = facts(encoding.autoencoder)
+    if encoding.resolution % about.stride:
         raise ConfigError(
-            f"encoding.resolution {encoding.resolution} is no multiple of {stride}, the pixels a latent cell covers"
+            f"encoding.resolution {encoding.resolution} is no multiple of {about.stride}, the pixels of a latent cell"
         )
-    side = encoding.resolution // stride
+    if about.side not in (None, encoding.resolution):
+        raise ConfigError(f"encoding.resolution {encoding.resolution}: {encoding.autoencoder} takes {about.side} only")
+    if encoding.posterior == "sample" and not about.posterior:
+        raise ConfigError(f"{encoding.autoencoder} has no posterior to sample: set encoding.posterior to 'mean'")
+    side = encoding.resolution // about.stride
     return EncodingSpec(
         autoencoder=autoencoder_digest(encoding.autoencoder),
         resolution=encoding.resolution,
@@ -57,10 +61,10 @@ def encoding_spec(project: Project) -> EncodingSpec:
         precision=encoding.precision,
         posterior=encoding.posterior,
         storage=encoding.storage,
-        channels=channels,
+        channels=about.channels,
         height=side,
         width=side,
-        time_map="frame",  # every autoencoder of nextvid/encode/weights.py sees one frame at a time
+        time_map=about.time_map,
     )
 
 

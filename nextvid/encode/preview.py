@@ -1,15 +1,16 @@
-"""A picture of what was stored: source frames, their reconstruction, and the difference, one clip under the other.
+"""A picture of what was stored: source, reconstruction, amplified difference and latent channels, clip under clip.
 
-Holds pixels only; which clips are shown is decided by the round trip (nextvid/encode/latents.py).
+Holds pixels only; which clips are shown is decided by the round trip (nextvid/encode/keeping.py).
 
-Axes: F frames, R pixels a side.
+Axes: F frames, R pixels a side, f latent frames, C channels, h w cells.
 """
 
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 CLIPS = 4  # our choice: with 8 frames a clip the picture is still read at a glance
@@ -19,12 +20,21 @@ GAIN = 4  # of the difference; grey is none
 GAP = 6  # pixels between clips
 
 Frames = UInt8[np.ndarray, "F R R 3"]
+SPREAD = 2.5  # deviations of a channel from its mean that grey values reach: 99 % of a Gaussian's
 
 
-def preview_png(pairs: Sequence[tuple[Frames, Frames]]) -> bytes:
-    """PNG of (source, reconstruction) pairs: three rows a clip, source | reconstruction | GAIN times the difference."""
-    assert pairs, "nothing to show"
-    strips = [_strips(*pair) for pair in pairs[:CLIPS]]
+class Shown(NamedTuple):
+    """One clip as it was stored; without a reconstruction where the target has no decoder."""
+
+    source: Frames
+    reconstruction: Frames | None
+    latents: Float[np.ndarray, "f C h w"]
+
+
+def preview_png(clips: Sequence[Shown]) -> bytes:
+    """PNG with four rows a clip: source, reconstruction, GAIN times the difference, channels of its first frame."""
+    assert clips, "nothing to show"
+    strips = [_strips(clip) for clip in clips[:CLIPS]]
     width = max(strip.shape[1] for strip in strips)
     rows: list[np.ndarray] = []
     for strip in strips:
@@ -34,13 +44,32 @@ def preview_png(pairs: Sequence[tuple[Frames, Frames]]) -> bytes:
     return buffer.getvalue()
 
 
-def _strips(source: Frames, reconstruction: Frames) -> UInt8[np.ndarray, "h w 3"]:
-    """Three rows of up to FRAMES tiles, spread evenly over the clip."""
-    shown = np.unique(np.linspace(0, len(source) - 1, FRAMES).round().astype(int))
-    difference = (reconstruction[shown].astype(np.int16) - source[shown]) * GAIN + 128
-    kinds = (source[shown], reconstruction[shown], difference.clip(0, 255).astype(np.uint8))
-    return np.concatenate([np.concatenate([_tile(frame) for frame in kind], axis=1) for kind in kinds])
+def channel_pictures(latents: Float[np.ndarray, "f C h w"]) -> UInt8[np.ndarray, "c h w 3"]:
+    """The first latent frame's first FRAMES channels as grey pictures: mid grey is the clip's mean of the channel."""
+    values = latents[:, :FRAMES].astype(np.float32)
+    mean, std = values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
+    scaled = (values[0] - mean[:, None, None]) / np.maximum(SPREAD * std, 1e-12)[:, None, None]
+    grey = (127.5 * (scaled.clip(-1, 1) + 1)).round().astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=3)
 
 
-def _tile(frame: UInt8[np.ndarray, "R R 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    return np.asarray(Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+def _strips(clip: Shown) -> UInt8[np.ndarray, "h w 3"]:
+    """Rows of up to FRAMES tiles: frames spread evenly over the clip, then channels."""
+    shown = np.unique(np.linspace(0, len(clip.source) - 1, FRAMES).round().astype(int))
+    rows = [[_tile(frame) for frame in clip.source[shown]]]
+    if clip.reconstruction is not None:
+        difference = (clip.reconstruction[shown].astype(np.int16) - clip.source[shown]) * GAIN + 128
+        rows += [
+            [_tile(frame) for frame in kind]
+            for kind in (clip.reconstruction[shown], difference.clip(0, 255).astype(np.uint8))
+        ]
+    rows.append([_tile(channel, Image.Resampling.NEAREST) for channel in channel_pictures(clip.latents)])
+    most = max(map(len, rows))
+    white = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    return np.concatenate([np.concatenate(row + [white] * (most - len(row)), axis=1) for row in rows])
+
+
+def _tile(
+    frame: UInt8[np.ndarray, "R R 3"], how: Image.Resampling = Image.Resampling.BICUBIC
+) -> UInt8[np.ndarray, "h w 3"]:
+    return np.asarray(Image.fromarray(frame).resize((SIDE, SIDE), how))

@@ -28,7 +28,10 @@ Stored = Float[np.ndarray, "F C h w"]
 
 @dataclass(frozen=True)
 class Trip:
-    """One row's verdict. `error` is the RMS difference of both encodings in standard deviations of the stored one."""
+    """One row's verdict. `error` is the RMS difference of both encodings in standard deviations of the stored one.
+
+    `psnr_db` is NaN where there is no decoder.
+    """
 
     psnr_db: float
     error: float
@@ -64,16 +67,18 @@ def error_bound(storage: str, precision: str) -> float:
 def judge(
     stored: Stored,
     encoded_again: Float32[np.ndarray, "F C h w"],
-    reconstruction: Frames,
+    reconstruction: Frames | None,
     truth: Frames,
     bound: float,
 ) -> Trip:
-    """Verdict on one row: its stored latents and their reconstruction against the frames decoded again."""
+    """Verdict on one row: its stored latents, and their reconstruction if any, against the frames decoded again."""
     faults = []
     held = stored.astype(np.float64)
     error = float(np.sqrt(np.mean((encoded_again - held) ** 2)) / max(float(held.std()), 1e-12))
     if not error <= bound:  # also where it is NaN
         faults.append(f"encoded again it differs by {error:.4f} standard deviations; {bound:.4f} are allowed")
+    if reconstruction is None:
+        return Trip(float("nan"), error, tuple(faults), ())
     undecidable = []
     for name, rebuilt, true, other in alternatives(reconstruction, truth):
         true_db, other_db, apart_db = psnr(rebuilt, true), psnr(rebuilt, other), psnr(other, true)

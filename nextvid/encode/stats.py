@@ -53,7 +53,8 @@ def moments(commits: pl.DataFrame, spec: EncodingSpec) -> Moments:
     """
     sums = commits["sums"].explode().to_numpy().reshape(commits.height, spec.channels)
     squares = commits["sums_squared"].explode().to_numpy().reshape(commits.height, spec.channels)
-    values = commits["frames"].to_numpy().astype(np.float64) * spec.height * spec.width
+    lengths = {frames: spec.latent_frames(frames) for frames in commits["frames"].unique()}
+    values = commits["frames"].replace_strict(lengths).to_numpy().astype(np.float64) * spec.height * spec.width
     means = sums / values[:, None]
     mean = means.mean(0)
     # by the law of total variance: inside rows and between them; exact where the mean is far from zero

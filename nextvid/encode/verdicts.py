@@ -16,6 +16,7 @@ from nextvid.corpus.publishing import publish_verdict
 from nextvid.encode.pixel_plan import PixelPlan
 from nextvid.encode.pixels import pixel_check
 from nextvid.encode.plan import EncodePlan, wanted_clips
+from nextvid.encode.preview import Shown
 from nextvid.encode.roundtrip import Trip
 from nextvid.encode.shard import UnstorableError
 from nextvid.outcome import Check, Number, Outcome
@@ -38,7 +39,7 @@ class Trips:
     undecidable: dict[str, int] = field(default_factory=dict)  # rows by what they could not be told from
     pixels: int = 0  # rows of the pixel store
     failed: set[bytes] = field(default_factory=set)  # in this call; they wait for the next one
-    pictures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (source, reconstruction) of clips
+    pictures: list[Shown] = field(default_factory=list)  # of clips that made the round trip
 
     def clear(self) -> None:
         """Begin anew."""
@@ -92,7 +93,7 @@ def outcome_of(
         quarantined=lost,
         digest=_digest(good, plan.spec),
         numbers=_numbers(plan, good, trips),
-        pictures={"source, reconstruction, difference": picture} if exists(picture) else {},
+        pictures={"source, reconstruction, difference, channels": picture} if exists(picture) else {},
         checks=checks,
     )
 
@@ -114,14 +115,13 @@ def _wanted(project: Project, plan: EncodePlan, commits: pl.DataFrame) -> pl.Dat
 
 def _finite(good: pl.DataFrame, spec: EncodingSpec) -> Check:
     """By the sums of each committed row: none is NaN or infinite, and no row is constant in every channel."""
-    cells = spec.height * spec.width
     odd = constant = 0
     for sums, squares, frames in good.select("sums", "sums_squared", "frames").iter_rows():
         total, squared = np.asarray(sums, np.float64), np.asarray(squares, np.float64)
         if not (np.isfinite(total).all() and np.isfinite(squared).all()):
             odd += 1
             continue
-        n = frames * cells
+        n = spec.latent_frames(frames) * spec.height * spec.width
         # a constant row's variance is zero up to float64's rounding of sums of n values
         constant += bool((squared / n - (total / n) ** 2 <= 1e-12 * np.maximum(squared / n, 1e-300)).all())
     return Check("finite", odd == 0 and constant == 0, {"not_finite": odd, "constant": constant, "rows": good.height})
@@ -151,8 +151,9 @@ def _round_trip(commits: pl.DataFrame, trips: Trips, before: Mapping[str, Any] |
     unchecked = good.group_by("frames", "part", "shard").agg(pl.col("psnr_db").is_null().all()).filter("psnr_db").height
     sampled = good["psnr_db"].drop_nulls()
     numbers: dict[str, Number] = {"rows": len(sampled), "unchecked_shards": unchecked}
-    if len(sampled):
-        numbers |= {"psnr_mean_db": _real(sampled.mean()), "psnr_min_db": _real(sampled.min())}
+    seen = sampled.drop_nans()  # NaN where nothing decodes: the row was encoded again, and that was all
+    if len(seen):
+        numbers |= {"psnr_mean_db": _real(seen.mean()), "psnr_min_db": _real(seen.min())}
     if trips.rows:
         numbers |= {"last_rows": trips.rows, "worst_error_std": trips.worst_error}
         numbers |= {f"undecidable {name}": count for name, count in sorted(trips.undecidable.items())}

@@ -1,7 +1,7 @@
-"""What a folder of autoencoder weights says without being loaded: its identity and the shape of its latents.
+"""What a folder of weights says without being loaded: its identity, and the facts of the latents that come out of it.
 
 Holds config.json, nextvid.json and the bytes of the weights; no torch, so that planning what to encode costs no import
-of it (nextvid/encode/autoencoders.py does the work). Which classes are known is decided here, once.
+of it (families.py does the work). Which families are known is decided here, once.
 """
 
 import functools
@@ -12,22 +12,39 @@ from typing import Any, Literal, NamedTuple
 from nextvid.config import Strict, parse
 from storage.digest import digest_config, digest_file
 from storage.errors import ConfigError
+from storage.spec import latent_frames
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' own name; with `.index.json` for weights in several files
+Kind = Literal[
+    "autoencoder_kl", "autoencoder_kl_flux2", "autoencoder_tiny", "autoencoder_dc", "autoencoder_kl_cosmos",
+    "siglip", "pixels",
+]  # fmt: skip
+
+# The names of diffusers and transformers for their files; each may come in several, with an `.index.json`.
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 
 
 class Wrapper(Strict):
-    """nextvid.json beside config.json: what stands between a frame and the diffusers model."""
+    """nextvid.json beside config.json: what stands between a frame and the model. `pixels` needs no other file."""
 
-    kind: Literal["autoencoder_kl", "autoencoder_kl_flux2", "autoencoder_tiny", "autoencoder_dc"] | None = None
+    kind: Kind | None = None
     patch: int = 1  # pixel_unshuffle by this factor before the encoder, pixel_shuffle after the decoder
 
 
-class LatentShape(NamedTuple):
-    """Channels of a latent frame, and pixels per latent cell and side."""
+class Facts(NamedTuple):
+    """What a family and its configuration say of latents; `stride` and `channels` with the wrapper's patch."""
 
-    channels: int
-    stride: int
+    kind: Kind
+    channels: int  # of a latent frame
+    stride: int  # pixels a latent cell and side
+    patch: int
+    time_map: str = "frame"
+    posterior: bool = False  # whether there is a width to sample with
+    decoder: bool = True
+    side: int | None = None  # the one resolution in pixels that it takes
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip."""
+        return latent_frames(self.time_map, frames)
 
 
 def autoencoder_digest(folder: str | Path) -> str:
@@ -37,37 +54,67 @@ def autoencoder_digest(folder: str | Path) -> str:
     """
     folder = Path(folder)
     config, wrapper = read_folder(folder)
-    said = {key: value for key, value in config.items() if not key.startswith("_")}
-    weights = [_remembered(p) for p in _weight_files(folder)]
-    return digest_config(
-        {"class": config["_class_name"], "config": said, "patch": wrapper.patch, "weights": sorted(weights)}
-    )
+    said = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+    weights = [_remembered(p) for p in _weight_files(folder, facts(folder).kind)]
+    name = config.get("_class_name", wrapper.kind or facts(folder).kind)
+    return digest_config({"class": name, "config": said, "patch": wrapper.patch, "weights": sorted(weights)})
 
 
-def latent_shape(folder: str | Path) -> LatentShape:
-    """What the configuration says of a latent frame, without loading weights. Raises ConfigError."""
-    config, wrapper = read_folder(Path(folder))
-    match config["_class_name"]:
-        case "AutoencoderKL" | "AutoencoderKLFlux2":
-            widths = "block_out_channels"
-        case "AutoencoderTiny" | "AutoencoderDC":
-            widths = "encoder_block_out_channels"
-        case name:
-            raise unknown_class(name, Path(folder))
-    for key in (widths, "latent_channels"):
-        if key not in config:
-            raise ConfigError(f"{folder}/config.json: '{key}' is missing; save the model with save_pretrained again")
-    halvings = len(config[widths]) - 1  # one between two levels
-    return LatentShape(int(config["latent_channels"]), wrapper.patch * 2**halvings)
+def facts(folder: str | Path) -> Facts:
+    """What the configuration says of latents, without loading weights. Raises ConfigError."""
+    folder = Path(folder)
+    config, wrapper = read_folder(folder)
+    patch = wrapper.patch
+    match kind := _kind(config, wrapper, folder):
+        case "pixels":
+            return Facts(kind, 3 * patch**2, patch, patch)
+        case "siglip":
+            seen = config.get("vision_config", config)
+            width, side, stride = (_number(folder, seen, key) for key in ("hidden_size", "image_size", "patch_size"))
+            if patch > 1:
+                raise ConfigError(f"{folder}/nextvid.json: 'patch' does not fit SigLIP, which has its own")
+            return Facts(kind, width, stride, 1, decoder=False, side=side)
+        case "autoencoder_kl_cosmos":
+            stride, over_time = (
+                _number(folder, config, f"{name}_compression_ratio") for name in ("spatial", "temporal")
+            )
+            if patch > 1:
+                raise ConfigError(f"{folder}/nextvid.json: 'patch' is for encoders of single frames")
+            return Facts(kind, _number(folder, config, "latent_channels"), stride, 1, f"causal{over_time}")
+        case "autoencoder_kl" | "autoencoder_kl_flux2":
+            stride = patch * 2 ** (len(_listed(folder, config, "block_out_channels")) - 1)  # one halving between levels
+            return Facts(kind, _number(folder, config, "latent_channels"), stride, patch, posterior=True)
+        case "autoencoder_tiny" | "autoencoder_dc":
+            stride = patch * 2 ** (len(_listed(folder, config, "encoder_block_out_channels")) - 1)
+            return Facts(kind, _number(folder, config, "latent_channels"), stride, patch)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Wrapper]:
-    """config.json and nextvid.json of a folder."""
-    file = folder / "config.json"
+    """config.json, empty for raw pixels, and nextvid.json of a folder."""
+    file, beside = folder / "config.json", folder / "nextvid.json"
+    wrapper = parse(Wrapper, _json(beside), str(beside)) if beside.is_file() else Wrapper()
+    if wrapper.patch < 1:
+        raise ConfigError(f"{beside}: patch {wrapper.patch} is not at least 1")
     if not file.is_file():
+        if wrapper.kind == "pixels":
+            return {}, wrapper
         raise ConfigError(f"{folder}: no config.json, so this is no folder of a diffusers autoencoder")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    match config.get("_class_name"):
+    return _json(file), wrapper
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error}): put the checkpoint's own file there") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: holds {type(found).__name__}, keys were expected")
+    return found
+
+
+def _kind(config: dict[str, Any], wrapper: Wrapper, folder: Path) -> Kind:
+    kind: Kind
+    match config.get("_class_name", config.get("model_type")):
         case "AutoencoderKL":
             kind = "autoencoder_kl"
         case "AutoencoderKLFlux2":
@@ -76,25 +123,46 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Wrapper]:
             kind = "autoencoder_tiny"
         case "AutoencoderDC":
             kind = "autoencoder_dc"
+        case "AutoencoderKLCosmos":
+            kind = "autoencoder_kl_cosmos"
+        case "siglip" | "siglip_vision_model":
+            kind = "siglip"
+        case None if not config and wrapper.kind == "pixels":
+            kind = "pixels"
         case name:
-            raise unknown_class(name, folder)
-    beside = folder / "nextvid.json"
-    if not beside.is_file():
-        return config, Wrapper()
-    wrapper = parse(Wrapper, json.loads(beside.read_text(encoding="utf-8")), str(beside))
-    if wrapper.kind not in (None, kind) or wrapper.patch < 1:
-        raise ConfigError(f"{beside}: kind {wrapper.kind}, patch {wrapper.patch} do not fit {config['_class_name']}")
-    return config, wrapper
+            raise ConfigError(
+                f"{folder}: {name} is not supported: use AutoencoderKL (also VA-VAE, SD, FLUX), AutoencoderKLFlux2, "
+                "AutoencoderTiny, AutoencoderDC, AutoencoderKLCosmos, a SigLIP with fixed resolution, or raw pixels "
+                '(a nextvid.json that says {"kind": "pixels"})'
+            )
+    if wrapper.kind not in (None, kind):
+        raise ConfigError(f"{folder}/nextvid.json: kind {wrapper.kind}, patch {wrapper.patch} do not fit {kind}")
+    return kind
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that diffusers would load. Raises ConfigError where there are none of safetensors."""
-    index = folder / f"{_WEIGHTS}.index.json"
+def _number(folder: Path, config: dict[str, Any], key: str) -> int:
+    if type(config.get(key)) is not int:
+        raise ConfigError(f"{folder}/config.json: '{key}' is missing or no number; save the model anew")
+    return int(config[key])
+
+
+def _listed(folder: Path, config: dict[str, Any], key: str) -> list[int]:
+    if not isinstance(config.get(key), list):
+        raise ConfigError(f"{folder}/config.json: '{key}' is missing or no list; save the model anew")
+    return list(config[key])
+
+
+def _weight_files(folder: Path, kind: Kind) -> list[Path]:
+    """The files that would be loaded. Raises ConfigError where there are none of safetensors."""
+    if kind == "pixels":
+        return []
+    name = _TRANSFORMERS if kind == "siglip" else _DIFFUSERS
+    index = folder / f"{name}.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = _json(index)["weight_map"].values()
         files = [folder / Path(name).name for name in sorted(set(names))]
     else:
-        files = [folder / _WEIGHTS]
+        files = [folder / name]
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file}: missing; weights are read from safetensors only, never from a pickle")
@@ -110,11 +178,3 @@ def _remembered(path: Path) -> str:
 @functools.lru_cache(maxsize=16)
 def _file_digest(path: str, inode: int, ctime_ns: int, size_bytes: int) -> str:  # these only invalidate the memory
     return digest_file(path)
-
-
-def unknown_class(name: object, folder: Path | None) -> ConfigError:
-    where = f"{folder}: " if folder else ""
-    return ConfigError(
-        f"{where}{name} is not supported: use AutoencoderKL (also VA-VAE, SD, FLUX), AutoencoderKLFlux2, "
-        "AutoencoderTiny or AutoencoderDC"
-    )

@@ -86,6 +86,48 @@ def cosine_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def random_cosmos(folder: Path, over_time: int) -> Path:
+    """AutoencoderKLCosmos, tiny, with a random encoder and a decoder that always says grey."""
+    from diffusers import AutoencoderKLCosmos
+
+    torch.manual_seed(0)
+    model = AutoencoderKLCosmos(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(),
+        num_layers=1,
+        latent_channels=4,
+        resolution=64,
+        temporal_compression_ratio=over_time,
+        latents_mean=None,
+        latents_std=None,
+    )
+    with torch.no_grad():
+        for weights in model.decoder.conv_out.parameters():
+            weights.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cosmos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_cosmos(tmp_path_factory.mktemp("cosmos"), 4)
+
+
+@pytest.fixture(scope="session")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SigLIP2's image encoder, tiny, patch 16 at 64 pixels."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16
+    )
+    folder = tmp_path_factory.mktemp("siglip")
+    SiglipVisionModel(config).save_pretrained(folder)
+    return folder
+
+
 @contextmanager
 def shards_of_four() -> Iterator[None]:
     """Shards of four rows, so that small corpora have several. Indexes are remembered by their rows, so forgotten."""

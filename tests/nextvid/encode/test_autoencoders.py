@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nextvid.encode.autoencoders import Autoencoder
-from nextvid.encode.weights import autoencoder_digest, latent_shape
+from nextvid.encode.weights import autoencoder_digest, facts
 from storage.errors import ConfigError
-from tests.nextvid.encode.conftest import KEPT, PATCH, SCALE, cosine_basis
+from storage.spec import frames_shown, latent_frames, latent_of_frames
+from tests.nextvid.encode.conftest import KEPT, PATCH, SCALE, cosine_basis, random_cosmos
 
 Frames = np.ndarray
 
@@ -145,12 +146,151 @@ def test_every_family_gives_the_shape_its_config_promises(
 ) -> None:
     torch.manual_seed(0)
     _families()[family].save_pretrained(tmp_path)
-    assert latent_shape(tmp_path) == (channels, stride)
+    about = facts(tmp_path)
+    assert (about.channels, about.stride, about.posterior) == (channels, stride, posterior)
     model = Autoencoder.load(tmp_path)
     encoded = model.encode(_frames(2, side=64))
     assert encoded.latents.shape == (2, channels, 64 // stride, 64 // stride)
     assert (encoded.posterior_std is not None) == posterior
     assert model.decode(encoded.latents).shape == (2, 64, 64, 3)
+
+
+class TestCosmos:
+    """Encoders over time: a causal group of frames is one latent frame."""
+
+    @pytest.mark.parametrize(("over_time", "frames", "latents"), [(8, 16, 3), (8, 1, 1), (4, 16, 5), (4, 17, 5)])
+    def test_latent_frames_are_those_that_the_time_map_says(
+        self, tmp_path: Path, over_time: int, frames: int, latents: int
+    ) -> None:
+        model = Autoencoder.load(random_cosmos(tmp_path, over_time))
+        assert model.about.time_map == f"causal{over_time}"
+        clips = [_smooth(frames, 64), _frames(frames, 64)]
+        encoded = model.start(clips).result()
+        assert encoded.latents.shape == (2, latents, 4, 8, 8)
+        assert encoded.latents.shape[1] == model.about.latent_frames(frames)
+        assert encoded.posterior_std is None
+        assert model.decode(encoded.latents[0], frames).shape == clips[0].shape
+
+    @pytest.mark.parametrize("over_time", [4, 8])
+    def test_a_frame_changes_its_latent_and_later_ones_only(self, tmp_path: Path, over_time: int) -> None:
+        """What latent_of_frames says is what the encoder does."""
+        model = Autoencoder.load(random_cosmos(tmp_path, over_time))
+        clip = _frames(17, 64)
+        before = model.encode(clip).latents
+        covering = latent_of_frames(f"causal{over_time}", 17)
+        for frame in (0, 1, 4, 5, 8, 9, 16):
+            other = clip.copy()
+            other[frame] = 255 - other[frame]
+            moved = np.abs(model.encode(other).latents - before).max(axis=(1, 2, 3)) > 1e-6
+            assert np.flatnonzero(moved)[0] == covering[frame], frame
+
+    def test_short_clips_are_filled_up_with_their_last_frame(self, tmp_path: Path) -> None:
+        model = Autoencoder.load(random_cosmos(tmp_path, 8))
+        clip = _frames(16, 64)
+        filled = np.concatenate([clip, clip[-1:]])
+        np.testing.assert_array_equal(model.encode(clip).latents, model.encode(filled).latents)
+
+    def test_clips_are_never_cut_and_each_stands_alone(self, tmp_path: Path) -> None:
+        folder = random_cosmos(tmp_path, 8)
+        few, many = Autoencoder.load(folder, frames_at_once=4), Autoencoder.load(folder, frames_at_once=64)
+        clips = [_frames(9, 64, seed) for seed in range(3)]
+        one, other = few.start(clips).result().latents, many.start(clips).result().latents
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_allclose(one[2], few.encode(clips[2]).latents, atol=1e-5)
+
+    def test_memory_for_less_than_a_clip_is_one_clear_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(self: Autoencoder, pixels: torch.Tensor, length: int) -> None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        model = Autoencoder.load(random_cosmos(tmp_path, 8))
+        monkeypatch.setattr(Autoencoder, "_moments", full)
+        with pytest.raises(ConfigError, match="16 frames do not fit"):
+            model.encode(_frames(16, 64))
+
+
+@pytest.mark.parametrize("frames", range(1, 40))
+def test_time_maps_agree_with_each_other(frames: int) -> None:
+    for name, each in (("frame", 1), ("causal4", 4), ("causal8", 8)):
+        covering = latent_of_frames(name, frames)
+        assert latent_frames(name, frames) == max(covering) + 1
+        assert frames_shown(name, max(covering) + 1) >= frames
+        assert frames_shown(name, max(covering) + 1) < frames + each
+        assert all(covering.count(latent) <= each for latent in set(covering))
+        assert covering.count(0) == 1
+
+
+class TestSiglip:
+    def test_features_are_the_last_patch_features_on_their_grid(self, siglip: Path) -> None:
+        from transformers import SiglipVisionModel
+
+        frames = _frames(3, 64)
+        encoded = Autoencoder.load(siglip).encode(frames)
+        assert encoded.latents.shape == (3, 32, 4, 4)
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # mean and deviation .5 of [0, 1]
+        with torch.no_grad():
+            features = SiglipVisionModel.from_pretrained(siglip)(pixel_values=pixels).last_hidden_state
+        for row in range(4):
+            for column in range(4):
+                wanted = features[:, 4 * row + column].numpy()
+                np.testing.assert_allclose(encoded.latents[:, :, row, column], wanted, atol=1e-4)
+
+    def test_facts_come_from_the_image_half_of_a_whole_checkpoint(self, siglip: Path, tmp_path: Path) -> None:
+        shutil.copytree(siglip, tmp_path, dirs_exist_ok=True)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": config}))
+        assert facts(tmp_path) == facts(siglip)
+        assert facts(siglip)[:4] == ("siglip", 32, 16, 1)
+        assert not facts(siglip).decoder
+
+    def test_there_are_no_pictures_and_no_other_side(self, siglip: Path) -> None:
+        model = Autoencoder.load(siglip)
+        with pytest.raises(ConfigError, match="no decoder"):
+            model.decode(np.zeros((1, 32, 4, 4), np.float32))
+        with pytest.raises(ConfigError, match="takes 64 only"):
+            model.encode(_frames(1, 32))
+
+    def test_a_missing_tensor_is_refused(self, siglip: Path, tmp_path: Path) -> None:
+        shutil.copytree(siglip, tmp_path, dirs_exist_ok=True)
+        held = load_file(tmp_path / "model.safetensors")
+        held.pop(next(name for name in held if "fc1.weight" in name))
+        save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ConfigError, match="1 tensors missing"):
+            Autoencoder.load(tmp_path)
+
+    def test_without_transformers_the_remedy_is_named(self, siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ConfigError, match=r"nextvid\[targets\]"):
+            Autoencoder.load(siglip)
+
+    def test_nothing_else_needs_transformers(self, random_autoencoder: Path) -> None:
+        code = (
+            "import sys; sys.modules['transformers'] = None; from nextvid.encode.autoencoders import Autoencoder; "
+            f"Autoencoder.load({str(random_autoencoder)!r})"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestPixels:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        (tmp_path / "nextvid.json").write_text(json.dumps({"kind": "pixels", "patch": 16}))
+        return tmp_path
+
+    def test_every_byte_comes_back_from_float16(self, folder: Path) -> None:
+        model, frames = Autoencoder.load(folder), _frames(2, 32)
+        encoded = model.encode(frames)
+        assert encoded.latents.shape == (2, 3 * 16 * 16, 2, 2)
+        assert facts(folder)[1:3] == (768, 16)
+        np.testing.assert_array_equal(model.decode(encoded.latents.astype(np.float16).astype(np.float32)), frames)
+
+    def test_digest_is_of_the_patch_alone(self, folder: Path) -> None:
+        before = autoencoder_digest(folder)
+        (folder / "nextvid.json").write_text(json.dumps({"patch": 16, "kind": "pixels"}))
+        assert autoencoder_digest(folder) == before
+        (folder / "nextvid.json").write_text(json.dumps({"kind": "pixels", "patch": 8}))
+        assert autoencoder_digest(folder) != before
 
 
 class TestDigest:
@@ -201,9 +341,9 @@ class TestRefusals:
             autoencoder_digest(tmp_path)
 
     def test_unknown_class(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLCosmos"}))
-        with pytest.raises(ConfigError, match="AutoencoderKLCosmos is not supported"):
-            latent_shape(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
+        with pytest.raises(ConfigError, match="AutoencoderKLWan is not supported"):
+            facts(tmp_path)
 
     def test_pickled_weights(self, random_autoencoder: Path, tmp_path: Path) -> None:
         shutil.copy(random_autoencoder / "config.json", tmp_path)
@@ -225,7 +365,7 @@ class TestRefusals:
         shutil.copytree(random_autoencoder, tmp_path, dirs_exist_ok=True)
         (tmp_path / "nextvid.json").write_text(json.dumps({"kind": "autoencoder_dc", "patch": 4}))
         with pytest.raises(ConfigError, match="do not fit"):
-            latent_shape(tmp_path)
+            facts(tmp_path)
 
     def test_truncated_weights(self, random_autoencoder: Path, tmp_path: Path) -> None:
         shutil.copytree(random_autoencoder, tmp_path, dirs_exist_ok=True)

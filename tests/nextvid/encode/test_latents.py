@@ -21,6 +21,7 @@ from nextvid.encode.frames import Seen
 from nextvid.encode.latents import make_latents
 from nextvid.encode.pace import Pace
 from nextvid.encode.plan import plan_encode, spec_in_force
+from nextvid.encode.stats import moments
 from nextvid.encode.views import CropBox
 from nextvid.outcome import Outcome
 from nextvid.video.decode import frames_at
@@ -161,6 +162,45 @@ class TestEncode:
         (path,) = made[1].pictures.values()
         with Image.open(path) as picture:
             assert picture.size == (4 * 96, 4 * 3 * 96 + 3 * 6)
+
+    def test_targets_without_a_decoder_are_encoded_again_and_no_more(self, tmp_path: Path, siglip: Path) -> None:
+        project = write_corpus(tmp_path, siglip)
+        publish_clips(project, FILMS, [clip_row(path, 0) for path in films(tmp_path, 2)])
+        outcome = make_latents(project, FILMS)
+        assert outcome.passed
+        numbers = next(check for check in outcome.checks if check.name == "round_trip").numbers
+        assert (numbers["rows"], numbers["unchecked_shards"]) == (2, 0)
+        assert "psnr_mean_db" not in numbers
+        assert numbers["worst_error_std"] < 0.005  # type: ignore[operator]
+        assert {row.shape for row in stored(project, FILMS).values()} == {(F, 32, 4, 4)}
+
+    def test_encoders_over_time_store_their_latent_frames(self, tmp_path: Path, cosmos: Path) -> None:
+        """Noise, of which a decoder that always says grey cannot tell a shift or a flip: every row is undecidable."""
+        project = write_corpus(tmp_path, cosmos)
+        (tmp_path / "films").mkdir(exist_ok=True)
+        path = tmp_path / "films" / "noise.mp4"
+        write_video(path, np.random.default_rng(0).integers(100, 156, (24, 64, 64, 3), dtype=np.uint8))
+        publish_clips(project, FILMS, [clip_row(path, 0), clip_row(path, 3)])
+        outcome = make_latents(project, FILMS)
+        assert outcome.passed
+        assert spec_in_force(project).time_map == "causal4"
+        assert {row.shape for row in stored(project, FILMS).values()} == {(2, 4, 8, 8)}  # of F = 4 frames
+        commits = LatentStore(project.root, spec_in_force(project)).commits(FILMS)
+        held = np.stack([stored(project, FILMS)[row].astype(np.float64) for row in commits["row_id"]])
+        found = moments(commits, spec_in_force(project))
+        np.testing.assert_allclose(found.mean, held.mean(axis=(0, 1, 3, 4)), atol=1e-9)
+        np.testing.assert_allclose(found.std, held.std(axis=(0, 1, 3, 4)), rtol=1e-9)
+
+    def test_raw_pixels_are_a_target_too(self, tmp_path: Path) -> None:
+        folder = tmp_path / "pixels"
+        folder.mkdir()
+        (folder / "nextvid.json").write_text('{"kind": "pixels", "patch": 16}')
+        project = write_corpus(tmp_path, folder)
+        publish_clips(project, STILLS, [clip_row(path, 0) for path in stills(tmp_path)])
+        outcome = make_latents(project, STILLS)
+        assert outcome.passed
+        numbers = next(check for check in outcome.checks if check.name == "round_trip").numbers
+        assert numbers["psnr_min_db"] == 100  # every byte
 
     def test_unchecked_clips_are_refused(self, project: Project) -> None:
         Path(project.root.checks("clips", FILMS)).unlink()

@@ -110,10 +110,10 @@ class TestMemory:
         """An encoder whose device holds one frame at a time."""
         moments = Autoencoder._moments
 
-        def limited(self: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def limited(self: Autoencoder, pixels: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             if len(pixels) > 1:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return moments(self, pixels)
+            return moments(self, pixels, length)
 
         monkeypatch.setattr(Autoencoder, "_moments", limited)
         return model
@@ -138,10 +138,10 @@ class TestMemory:
         wanted = model.decode(latents)
         pixels = Autoencoder._pixels
 
-        def limited(self: Autoencoder, values: torch.Tensor) -> np.ndarray:
+        def limited(self: Autoencoder, values: torch.Tensor, frames: int) -> np.ndarray:
             if len(values) > 2:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return pixels(self, values)
+            return pixels(self, values, frames)
 
         monkeypatch.setattr(Autoencoder, "_pixels", limited)
         assert np.abs(model.decode(latents).astype(int) - wanted).max() <= 1
@@ -150,7 +150,7 @@ class TestMemory:
     def test_a_frame_that_does_not_fit_is_one_clear_error(
         self, model: Autoencoder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(self: Autoencoder, pixels: torch.Tensor) -> None:
+        def full(self: Autoencoder, pixels: torch.Tensor, length: int) -> None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(Autoencoder, "_moments", full)

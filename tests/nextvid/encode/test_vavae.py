@@ -9,7 +9,7 @@ import torch
 
 from nextvid.encode import vavae
 from nextvid.encode.autoencoders import Autoencoder
-from nextvid.encode.weights import latent_shape
+from nextvid.encode.weights import facts
 from storage.errors import ConfigError, ConflictError
 
 SMALL: dict[str, Any] = vavae.CONFIG | {"block_out_channels": (8, 8, 12, 12, 16), "norm_num_groups": 4}
@@ -88,7 +88,7 @@ def test_converted_model_computes_the_same(small: torch.nn.Module, tmp_path: Pat
     stats = {"mean": torch.randn(1, 32, 1, 1), "std": torch.rand(1, 32, 1, 1)}
     torch.save(stats, tmp_path / "stats.pt")
     assert vavae.import_vavae(tmp_path / "v.pt", tmp_path / "out", tmp_path / "stats.pt") == vavae.TENSORS
-    assert latent_shape(tmp_path / "out") == (32, 16)
+    assert facts(tmp_path / "out")[1:3] == (32, 16)
     frames = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     got = Autoencoder.load(tmp_path / "out").encode(frames)
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1
