@@ -6,6 +6,7 @@ from assets import checks, reporting
 from assets.columns import columns
 from assets.partitions import BATCHES
 from assets.resources import ProjectResource
+from nextvid.outcome import Outcome
 from storage import schemas
 
 
@@ -24,8 +25,13 @@ from storage import schemas
 )
 def latents(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the batch's latents."""
+    from nextvid.encode.costs import forecast
     from nextvid.encode.latents import make_latents
     from nextvid.encode.pace import Lines
 
-    pace = Lines(context.log.info)
-    return reporting.materialised(lambda: make_latents(project.open(), context.partition_key, pace))
+    def make() -> Outcome:
+        opened, batch = project.open(), context.partition_key
+        context.log.info(forecast(opened, batch).text())  # before anything runs
+        return make_latents(opened, batch, Lines(context.log.info))
+
+    return reporting.materialised(make)

@@ -18,7 +18,7 @@ from nextvid.corpus.pointers import publish_latest, read_latest
 from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import publish_verdict
 from nextvid.encode.plan import spec_in_force
-from nextvid.outcome import Check, Outcome
+from nextvid.outcome import Check, Number, Outcome
 from storage.atomic import exists, publish_json
 from storage.digest import digest_config
 from storage.errors import UpstreamError
@@ -26,7 +26,9 @@ from storage.latents import EncodingSpec, LatentStore
 from storage.tables import read_checks
 
 ASSET = "latent_stats"
-ENOUGH_VALUES = 1000  # our choice: of independent values, a deviation would then be known to 2 %
+# Our choice: of independent values, a deviation is then known to 2 %. Of all datasets together, since the pair that
+# training normalises by is of their mixture: a small dataset counts by its weight (docs/decisions/0021).
+ENOUGH_VALUES = 1000
 
 Channels = Float64[np.ndarray, " C"]
 
@@ -104,7 +106,13 @@ def make_latent_stats(project: Project) -> Outcome:
     publish_verdict(f"{root.pointed('latent_stats', digest)}/checks.json", ASSET, checks)
     if read_latest(root, "latent_stats") != digest:
         publish_latest(root, "latent_stats", digest)
-    numbers = {f"{name}_f{length}_rows": part.rows for name, parts in found.items() for length, part in parts.items()}
+    numbers: dict[str, Number] = {}
+    for name, parts in found.items():
+        for length, part in parts.items():
+            numbers[f"{name}_f{length}_rows"] = part.rows
+            if part.posterior_std is not None:  # beside the deviation: what `posterior: sample` would add
+                numbers[f"{name}_f{length}_posterior_std"] = part.posterior_std
+                numbers[f"{name}_f{length}_std"] = float(part.std.mean())
     rows = commits.height
     return Outcome(
         ASSET, None, made, rows, 0, time.perf_counter() - began, digest=digest, numbers=numbers, checks=checks
@@ -142,8 +150,9 @@ def _plain(parts: dict[int, Moments]) -> dict[str, Any]:
 
 def _checks(parts: list[Moments]) -> tuple[Check, ...]:
     lowest = min(float(part.std.min()) for part in parts)
-    fewest = min(part.values for part in parts)
+    values, fewest = sum(part.values for part in parts), min(part.values for part in parts)
+    enough = {"values": values, "fewest_of_a_dataset": fewest, "needed": ENOUGH_VALUES}
     return (
         Check("std_positive", lowest > 0, {"lowest_std": lowest}),
-        Check("enough_rows", fewest >= ENOUGH_VALUES, {"fewest_values": fewest, "needed": ENOUGH_VALUES}),
+        Check("enough_rows", values >= ENOUGH_VALUES, enough),
     )

@@ -6,6 +6,8 @@ that of the middle. `from_single_file` of diffusers drops those 50 tensors witho
 """
 
 import json
+import math
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +34,12 @@ CONFIG: dict[str, Any] = {
 }
 TENSORS = 342  # research vae 1
 
-_KEPT = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest: DINOv2, its projection, the losses
+_KEPT = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_IGNORED = ("foundation_model.", "linear_proj.", "loss.")  # what it was aligned with, and what it was trained by
+_LIGHTNING = frozenset({  # what the trainer's wrapper holds beside the tensors (PyTorch Lightning, checkpoint contents)
+    "epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "optimizer_states", "lr_schedulers",
+    "hparams_name", "hparams_type", "hyper_parameters", "native_amp_scaling_state", "MixedPrecision",
+})  # fmt: skip
 _LEVELS = len(CONFIG["block_out_channels"])
 _RENAMED = (  # LDM's names -> diffusers', in this order
     (r"^(encoder)\.down\.(\d)\.block\.(\d)\.", r"\1.down_blocks.\2.resnets.\3."),
@@ -56,8 +63,7 @@ def import_vavae(checkpoint: str | Path, folder: str | Path, stats: str | Path |
     `stats` is the published latents_stats.pt, kept in config.json for reference. Nothing in either file is executed.
     Raises ConfigError where a file is not what it should be, ConflictError where the folder exists.
     """
-    state = _load(Path(checkpoint))
-    state = state.get("state_dict", state)
+    state = _state(Path(checkpoint))
     converted = {diffusers_name(name): value for name, value in state.items() if name.startswith(_KEPT)}
     if len(converted) != TENSORS:
         raise ConfigError(f"{checkpoint}: {len(converted)} tensors of an autoencoder, VA-VAE f16d32 has {TENSORS}")
@@ -99,14 +105,36 @@ def _squeezed(name: str, value: torch.Tensor) -> torch.Tensor:
     return value[..., 0, 0] if ".attentions." in name and value.ndim == 4 else value
 
 
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, flat or in the trainer's wrapper. Raises ConfigError for anything unexpected."""
+    found = _load(path)
+    state = found.get("state_dict", found)
+    strangers = sorted(set(found) - _LIGHTNING - {"state_dict"}) if "state_dict" in found else []
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path}: 'state_dict' holds {type(state).__name__}, a dictionary of tensors was expected")
+    strangers += sorted(str(name) for name in state if not str(name).startswith(_KEPT + _IGNORED))
+    if strangers:
+        raise ConfigError(f"{path}: {len(strangers)} entries are none of VA-VAE's, the first is '{strangers[0]}'")
+    for name, value in state.items():
+        if name.startswith(_KEPT) and not isinstance(value, torch.Tensor):
+            raise ConfigError(f"{path}: '{name}' is no tensor but {type(value).__name__}")
+    return state
+
+
 def _load(path: Path) -> dict[str, Any]:
     """A checkpoint's dictionary, read without executing anything in it."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except Exception as error:  # pickle, zip and torch each raise their own
-        raise ConfigError(f"{path}: not a checkpoint of plain tensors, and nothing else is loaded: {error}") from None
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{path}: more than plain tensors, or damaged; what wants to run code is never loaded. Where you trust its "
+            "origin, keep its tensors alone: torch.save(torch.load(PATH, weights_only=False, "
+            f"map_location='cpu')['state_dict'], OUT), and import OUT ({str(error).splitlines()[0]})"
+        ) from None
+    except Exception as error:  # zip and torch raise their own
+        raise ConfigError(f"{path}: not readable as a checkpoint: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds {type(found).__name__}, a dictionary of tensors was expected")
     return found
@@ -121,4 +149,6 @@ def _statistics(path: Path) -> dict[str, list[float]]:
         raise ConfigError(f"{path}: 'mean' and 'std' were expected") from None
     if len(mean) != CONFIG["latent_channels"] or len(std) != CONFIG["latent_channels"]:
         raise ConfigError(f"{path}: {len(mean)} means and {len(std)} deviations, 32 of each were expected")
+    if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ConfigError(f"{path}: means must be finite, and deviations finite and positive")
     return {"latents_mean": mean, "latents_std": std}

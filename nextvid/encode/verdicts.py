@@ -172,10 +172,27 @@ def _numbers(plan: EncodePlan, good: pl.DataFrame, trips: Trips) -> Mapping[str,
     numbers: dict[str, Number] = {"encoded": trips.written, "kept": plan.kept, "spec": plan.spec.digest()}
     numbers |= {f"encoded because {why}": count for why, count in plan.reasons.items()}
     if good.height:
-        numbers |= {"decode_s": _real(good["decode_s"].sum()), "encode_s": _real(good["encode_s"].sum())}
+        spent = ledger(good, plan.spec)
+        numbers |= {"shards": spent.height, "dearest_shard_s": _real(spent["encode_s"].max())}
+        numbers |= {name: _real(spent[name].sum()) for name in ("decode_s", "encode_s", "stored_bytes")}
     if (widths := good["posterior_std"].drop_nulls()).len():
         numbers["posterior_std"] = _real(widths.mean())
     return numbers
+
+
+def ledger(commits: pl.DataFrame, spec: EncodingSpec) -> pl.DataFrame:
+    """What each shard cost: frames, part, shard, rows, decode_s, encode_s, stored_bytes; of committed rows."""
+    row_bytes = {frames: spec.row_bytes(frames) for frames in commits["frames"].unique()}
+    costs = commits.with_columns(
+        pl.col("decode_s", "encode_s").cast(pl.Float64),
+        stored_bytes=pl.col("frames").replace_strict(row_bytes, return_dtype=pl.Int64),
+    )
+    names = ("decode_s", "encode_s", "stored_bytes")
+    return (
+        costs.group_by("frames", "part", "shard")
+        .agg(pl.len().alias("rows"), pl.col(*names).sum())
+        .sort("frames", "part", "shard")
+    )
 
 
 def _digest(good: pl.DataFrame, spec: EncodingSpec) -> str:

@@ -22,6 +22,7 @@ from nextvid.encode.latents import make_latents
 from nextvid.encode.pace import Pace
 from nextvid.encode.plan import plan_encode, spec_in_force
 from nextvid.encode.stats import moments
+from nextvid.encode.verdicts import ledger
 from nextvid.encode.views import CropBox
 from nextvid.outcome import Outcome
 from nextvid.video.decode import frames_at
@@ -158,10 +159,23 @@ class TestEncode:
         assert [(pace.done, pace.total) for pace in seen] == [(4, 12), (8, 12), (12, 12)]
         assert all(0 < pace.busy_share <= 1 for pace in seen)
 
-    def test_preview_is_a_picture_of_three_rows_a_clip(self, made: tuple[Project, Outcome]) -> None:
+    def test_costs_of_every_shard_add_up_to_the_metadata(self, project: Project, small_shards: None) -> None:
+        outcome = make_latents(project, FILMS)
+        spec = spec_in_force(project)
+        commits = LatentStore(project.root, spec).commits(FILMS)
+        spent = ledger(commits, spec)
+        assert spent["rows"].to_list() == [4, 4, 4]
+        assert spent["stored_bytes"].to_list() == [4 * spec.row_bytes(F)] * 3
+        for name in ("decode_s", "encode_s"):
+            assert outcome.numbers[name] == pytest.approx(commits[name].sum(), rel=1e-5)
+            assert (spent[name] > 0).all()
+        assert outcome.numbers["stored_bytes"] == 12 * spec.row_bytes(F) == outcome.size_bytes
+        assert outcome.numbers["shards"] == 3
+
+    def test_preview_is_a_picture_of_four_rows_a_clip(self, made: tuple[Project, Outcome]) -> None:
         (path,) = made[1].pictures.values()
         with Image.open(path) as picture:
-            assert picture.size == (4 * 96, 4 * 3 * 96 + 3 * 6)
+            assert picture.size == (8 * 96, 4 * 4 * 96 + 3 * 6)  # eight channels beside four frames
 
     def test_targets_without_a_decoder_are_encoded_again_and_no_more(self, tmp_path: Path, siglip: Path) -> None:
         project = write_corpus(tmp_path, siglip)

@@ -1,0 +1,266 @@
+"""What a changed setting encodes again: every field of the encoding, the clip policies and the curation, one at a time.
+
+The corpus is real and small (conftest.py); its rows stand in the store as random numbers, since nothing here decodes.
+Each case names the rows of the new clips table that are to be encoded, by an expression; all others must be kept.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+from nextvid.corpus.clips import make_clips
+from nextvid.corpus.project import Project, open_project
+from nextvid.corpus.shots import make_shots
+from nextvid.encode.plan import EncodePlan, encoding_spec, plan_encode, wanted_clips
+from storage.latents import LatentStore
+from storage.schemas import Commits
+from tests.nextvid.corpus.conftest import Made
+
+FILMS, STILLS = "films.000000", "stills.000000"
+AUTOENCODER = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8, 8], "latent_channels": 4}
+
+NONE, ALL = pl.lit(False), pl.lit(True)
+PRETRAIN = pl.col("uses").list.contains("pretrain")
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def encoded(small_corpus: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus.yaml over the small corpus with an autoencoder, all of whose rows are committed."""
+    folder = tmp_path_factory.mktemp("encoded")
+    shutil.copytree(small_corpus.project.root.url, folder / "root")
+    (folder / "autoencoder").mkdir()
+    (folder / "autoencoder" / "config.json").write_text(json.dumps(AUTOENCODER))
+    (folder / "autoencoder" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights, never loaded here")
+    said = yaml.safe_load(small_corpus.project.path.read_text())
+    said["encoding"] = {"autoencoder": "autoencoder", "resolution": 64}
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(said))
+    project = open_project(folder / "corpus.yaml")
+    for batch in (FILMS, STILLS):
+        commit(project, batch)
+        assert plan_encode(project, batch).rows.is_empty()
+    return folder
+
+
+def commit(project: Project, batch: str) -> None:
+    """Put random latents of every wanted row into the store."""
+    plan = plan_encode(project, batch)
+    store = LatentStore(project.root, plan.spec)
+    store.create()
+    for frames, rows in plan.by_frames.items():
+        part = store.plan_part(batch, frames, rows["row_id"].to_list())
+        shape = (rows.height, *plan.spec.row_shape(frames))
+        said: dict[str, Any] = {
+            "row_id": rows["row_id"].to_list(),
+            "slot": range(rows.height),
+            "status": "ok",
+            "reason": None,
+            "crc32c": None,
+            "posterior_std": None,
+            "psnr_db": None,
+            "sums": [[]] * rows.height,
+            "sums_squared": [[]] * rows.height,
+            "decode_s": 0.25,
+            "encode_s": 0.5,
+        }
+        commits = pl.DataFrame(said, schema=Commits.create_empty().schema)
+        part.write_shard(0, np.random.default_rng(0).standard_normal(shape).astype(np.float32), commits)
+
+
+@pytest.fixture
+def changed(encoded: Path, tmp_path: Path) -> Callable[..., Project]:
+    """A function that copies the encoded corpus and changes its settings, then makes shots and clips anew."""
+
+    def change(how: Change, shots: bool = False) -> Project:
+        shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
+        file = tmp_path / "corpus.yaml"
+        said = yaml.safe_load(file.read_text())
+        how(said)
+        file.write_text(yaml.safe_dump(said))
+        project = open_project(file)
+        for batch in (FILMS, STILLS):
+            if shots:
+                make_shots(project, batch)
+            make_clips(project, batch)
+        return project
+
+    return change
+
+
+def policy(**fields: Any) -> Change:
+    """Change the films' only clip policy; None removes a field."""
+
+    def change(said: dict[str, Any]) -> None:
+        (known,) = said["datasets"]["films"]["clips"]
+        known |= fields
+        for name in [name for name, value in known.items() if value is None]:
+            del known[name]
+
+    return change
+
+
+def put(path: str, value: Any) -> Change:
+    """Set one key of corpus.yaml, made where it is missing."""
+
+    def change(said: dict[str, Any]) -> None:
+        *above, last = path.split(".")
+        for name in above:
+            said = said.setdefault(name, {})
+        said[last] = value
+
+    return change
+
+
+def refuse_others(project: Project, batch: str, wanted: pl.Expr) -> EncodePlan:
+    """The plan encodes exactly the wanted rows of the new clips table and keeps every other one."""
+    plan, clips = plan_encode(project, batch, encoding_spec(project)), wanted_clips(project, batch)
+    expected = clips.filter(wanted)
+    assert set(plan.rows["row_id"]) == set(expected["row_id"])
+    assert plan.kept == clips.height - expected.height
+    return plan
+
+
+ENCODING: dict[str, tuple[Change, pl.Expr]] = {
+    "resolution": (put("encoding.resolution", 32), ALL),
+    "precision": (put("encoding.precision", "bf16"), ALL),
+    "posterior": (put("encoding.posterior", "sample"), ALL),
+    "storage keepbits7": (put("encoding.storage", "keepbits7"), ALL),
+    "storage int8": (put("encoding.storage", "int8"), ALL),
+    "batch_frames": (put("encoding.batch_frames", 1), NONE),
+    "device": (put("encoding.device", "cpu"), NONE),
+    "devices": (put("encoding.devices", 2), NONE),
+}
+
+
+@pytest.mark.parametrize("name", ENCODING)
+def test_encoding(changed: Callable[..., Project], name: str) -> None:
+    how, wanted = ENCODING[name]
+    project = changed(how)
+    for batch in (FILMS, STILLS):
+        plan = refuse_others(project, batch, wanted)
+        assert plan.reasons == ({"new encoding": plan.rows.height} if wanted is ALL else {})
+        assert plan.orphaned == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "wanted"),
+    [
+        ("diffusion_pytorch_model.safetensors", b"weights, never loaded herE", ALL),
+        ("config.json", json.dumps(AUTOENCODER | {"layers_per_block": 3}).encode(), ALL),
+        ("nextvid.json", b'{"patch": 2}', ALL),
+        ("config.json", json.dumps(AUTOENCODER | {"_diffusers_version": "99"}, indent=7).encode(), NONE),
+        ("nextvid.json", b'{"kind": "autoencoder_kl", "patch": 1}', NONE),
+        ("README.md", b"a comment", NONE),
+    ],
+)
+def test_autoencoder(
+    changed: Callable[..., Project], tmp_path: Path, file: str, content: bytes, wanted: pl.Expr
+) -> None:
+    project = changed(lambda said: None)
+    (tmp_path / "autoencoder" / file).write_bytes(content)
+    for batch in (FILMS, STILLS):
+        refuse_others(project, batch, wanted)
+
+
+# The films' policy is 4 frames at 4 Hz, one clip a shot, two random crops, the second one flipped; the benchmark's
+# clips have the same times, whole. So the first view and the whole one are never flipped, and both share their clip.
+CLIPS: dict[str, tuple[Change, pl.Expr]] = {
+    "frames": (policy(frames=2), pl.col("frames") == 2),
+    "fps": (policy(fps=2), PRETRAIN),
+    "stride that gives the same times": (policy(fps=None, stride=2), NONE),
+    "stride that gives others": (policy(fps=None, stride=1), PRETRAIN),
+    "more views": (policy(views=3), PRETRAIN & (pl.col("view_index") == 2)),
+    "fewer views": (policy(views=1), NONE),
+    "crop centre": (policy(crop="centre"), PRETRAIN & (pl.col("view_index") == 1)),
+    "pad": (policy(pad="skip"), NONE),
+    "another policy beside it": (
+        lambda said: said["datasets"]["films"]["clips"].append({"frames": 8, "fps": 8, "crop": "whole"}),
+        pl.col("frames") == 8,
+    ),
+    "split": (put("datasets.films.split", {"test": 0.5}), NONE),
+    "weight": (put("datasets.films.weight", 7.0), NONE),
+    "licence": (put("datasets.films.licence", "CC0"), NONE),
+    "quarantine_budget": (put("datasets.films.quarantine_budget", 0.9), NONE),
+    "benchmark's frames": (put("benchmarks.actions.policy.frames", 2), pl.col("uses").list.contains("actions")),
+    "benchmark's epochs": (put("benchmarks.actions.epochs", 3), NONE),
+    "no benchmark": (put("benchmarks", {}), NONE),
+    "reencode": (put("reencode", "auto"), NONE),
+    "min_complete": (put("min_complete", 0.5), NONE),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clips(changed: Callable[..., Project], name: str) -> None:
+    how, wanted = CLIPS[name]
+    project = changed(how)
+    plan = refuse_others(project, FILMS, wanted)
+    assert set(plan.reasons) <= {"new view", "new file"}  # a film of the test split has the benchmark's clips alone
+    refuse_others(project, STILLS, NONE)
+
+
+def test_flip(changed: Callable[..., Project], encoded: Path) -> None:
+    """Half of the views were flipped, by their ids; those alone are new."""
+    flipped = wanted_clips(open_project(encoded / "corpus.yaml"), FILMS).filter("flip")
+    were = pl.struct("clip_id", "view_index").is_in(
+        flipped.select(pl.struct("clip_id", "view_index")).to_series().implode()
+    )
+    assert flipped.height
+    refuse_others(changed(policy(flip=False)), FILMS, PRETRAIN & were)
+
+
+FILTERS = {
+    "trim_s": (0.5, None),
+    "motion_min": (50.0, "all go"),
+    "motion_max": (0.0, "all go"),
+    "freeze_max": (0.4, None),
+    "luma_min": (250.0, "all go"),
+    "luma_max": (1.0, "all go"),
+    "blur_min": (1e9, "all go"),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters(changed: Callable[..., Project], name: str) -> None:
+    """A stricter filter encodes nothing: rows that it rejects are orphaned. trim_s moves the times at cuts only."""
+    value, effect = FILTERS[name]
+    project = changed(put(f"curation.filters.{name}", value))
+    plan = plan_encode(project, FILMS)
+    if effect == "all go":
+        assert plan.rows.is_empty()
+        assert plan.orphaned
+    elif name == "trim_s":
+        moved = set(plan.rows["uri"].str.split("/").list.last())
+        assert moved == {"one.mp4"}  # the only film with a cut
+    else:
+        assert plan.rows.is_empty()
+
+
+@pytest.mark.parametrize(("name", "value"), [("distance", 5), ("quality_min", 90)])
+def test_duplicates(changed: Callable[..., Project], name: str, value: int) -> None:
+    project = changed(put(f"curation.duplicates.{name}", value))
+    refuse_others(project, FILMS, NONE)
+
+
+def test_first_pass_that_finds_the_same_shots(changed: Callable[..., Project]) -> None:
+    """Ids derive from times, not from the detector: its other settings decode again and encode nothing again."""
+    project = changed(put("curation.shots.thumb_width", 96), shots=True)
+    refuse_others(project, FILMS, NONE)
+
+
+def test_moved_folders_and_comments(encoded: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoded, tmp_path / "elsewhere")
+    file = tmp_path / "elsewhere" / "corpus.yaml"
+    shutil.move(tmp_path / "elsewhere" / "autoencoder", tmp_path / "weights")
+    text = file.read_text().replace("autoencoder: autoencoder", "autoencoder: ../weights  # moved")
+    file.write_text("# a comment\n" + text)
+    project = open_project(file)
+    for batch in (FILMS, STILLS):
+        make_clips(project, batch)
+        refuse_others(project, batch, NONE)
