@@ -7,7 +7,6 @@ that of the middle. `from_single_file` of diffusers drops those 50 tensors witho
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,14 +126,15 @@ def _load(path: Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # zip, torch and what reads the pickle raise their own
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not said.startswith("Weights only load failed"):  # torch's words
+            raise ConfigError(f"{path}: not readable as a checkpoint: {said}") from None
         raise ConfigError(
             f"{path}: more than plain tensors, or damaged; what wants to run code is never loaded. Where you trust its "
             "origin, keep its tensors alone: torch.save(torch.load(PATH, weights_only=False, "
-            f"map_location='cpu')['state_dict'], OUT), and import OUT ({str(error).splitlines()[0]})"
+            f"map_location='cpu')['state_dict'], OUT), and import OUT ({said})"
         ) from None
-    except Exception as error:  # zip and torch raise their own
-        raise ConfigError(f"{path}: not readable as a checkpoint: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds {type(found).__name__}, a dictionary of tensors was expected")
     return found

@@ -90,6 +90,7 @@ def test_a_file_that_went_costs_its_rows_and_the_batch_goes_on(
     project = begin(tmp_path, cosine_autoencoder)
     gone, *others = films(tmp_path)
     content = gone.read_bytes()
+    clips = pl.read_parquet(project.root.table("clips", FILMS))
     if change == "vanished":
         gone.unlink()
     else:
@@ -99,17 +100,11 @@ def test_a_file_that_went_costs_its_rows_and_the_batch_goes_on(
     commits = LatentStore(project.root, spec_in_force(project)).commits(FILMS)
     lost = commits.filter(pl.col("status") == "quarantined")
     assert set(lost["reason"]) == {"missing" if change == "vanished" else "changed"}
-    assert set(lost["row_id"]) == {clip_row(gone, i, media_id=media)["row_id"] for i in range(8) for media in ids(gone)}
+    assert set(lost["row_id"]) == set(clips.filter(pl.col("uri") == str(gone))["row_id"])
     gone.write_bytes(content)  # back again: the next call takes up what it lost, and that alone
     assert plan_encode(project, FILMS).reasons == {"failed before": 8}
     assert make_latents(project, FILMS).rows == 24
     assert all(path.exists() for path in others)
-
-
-def ids(path: Path) -> set[bytes]:
-    """Media ids of the clips table for a file."""
-    table = pl.read_parquet(path.parents[1] / "root" / "clips" / f"{FILMS}.parquet")
-    return set(table.filter(pl.col("uri") == str(path))["media_id"])
 
 
 def test_a_full_disk_leaves_no_shard_and_the_next_call_goes_on(
@@ -128,7 +123,7 @@ def test_a_full_disk_leaves_no_shard_and_the_next_call_goes_on(
         with pytest.raises(OSError, match="No space left"):
             make_latents(project, FILMS)
     store = LatentStore(project.root, spec_in_force(project))
-    assert store.commits(FILMS).height == 8  # of 24: two shards of four before the third
+    assert set(store.commits(FILMS)["shard"]) in ({0, 1}, {0, 1, 3})  # whole ones; the fourth was at the door
     assert not list(Path(project.root.url).rglob(f"*{atomic.SUFFIX}"))
     assert store.verify(FILMS) == []
     assert make_latents(project, FILMS).rows == 24
