@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nextvid.train.shards import MOMENTS, like, local, parameters_of, read
+from nextvid.train.shards import MOMENTS, like, local, moments_of, parameters_of, read
 from storage import atomic
 from storage.digest import crc32c
 from storage.errors import DamagedError, RefusedError, UpstreamError
@@ -69,7 +69,7 @@ def save(
     contents = {
         "model.safetensors": model.state_dict(),
         "ema.safetensors": reference.state_dict(),
-        "optimizer.safetensors": _moments(optimizer),
+        "optimizer.safetensors": moments_of(optimizer),
     }
     with atomic.staged_folder(str(path)) as staged:
         for name, tensors in contents.items():
@@ -233,16 +233,6 @@ def _state(path: Path) -> dict[str, Any] | None:
 def _facts(path: Path) -> dict[str, int]:
     data = path.read_bytes()
     return {"size_bytes": len(data), "crc32c": crc32c(data)}
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state as `<moment>/<parameter name>`; empty before the first step."""
-    return {
-        f"{moment}/{name}": optimizer.state[parameter][moment]
-        for name, parameter in parameters_of(optimizer).items()
-        for moment in MOMENTS
-        if moment in optimizer.state[parameter]
-    }
 
 
 def _restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -62,17 +62,23 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     }
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as `<moment>/<parameter name>`; empty before the first step."""
+    return {
+        f"{moment}/{name}": optimizer.state[parameter][moment]
+        for name, parameter in parameters_of(optimizer).items()
+        for moment in MOMENTS
+        if moment in optimizer.state[parameter]
+    }
+
+
 def tensors_of(
     model: nn.Module, reference: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Tensor]:
     """Everything a checkpoint holds, as `model/<name>`, `ema/<name>` and `<moment>/<name>`; whole or cut."""
     parts = (("model", model), ("ema", reference))
     found = {f"{part}/{name}": p.detach() for part, m in parts for name, p in m.named_parameters()}
-    if optimizer is not None:
-        for name, parameter in parameters_of(optimizer).items():
-            state = optimizer.state[parameter]
-            found |= {f"{moment}/{name}": state[moment] for moment in MOMENTS if moment in state}
-    return found
+    return found if optimizer is None else found | moments_of(optimizer)
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> "Future[object]":
