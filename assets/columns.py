@@ -13,7 +13,7 @@ MEANINGS = {
     "uri": "The file, as its dataset's listing names it",
     "revision": "How often the bytes under this name have changed; 0 at first",
     "dataset": "Entry of corpus.yaml",
-    "batch": "Partition: <dataset>.<nnnnnn>, for ever",
+    "batch": "Partition, by dataset and number, for ever",
     "path": "Relative to the dataset's URI: what label files name",
     "kind": "video or image",
     "size_bytes": "Size of the file",

@@ -16,6 +16,7 @@ from typing import Any
 
 import dagster as dg
 
+from nextvid.train.devices import leased
 from nextvid.train.events import read_events
 from nextvid.train.launch import LOG, PreparedRun, end_group
 from nextvid.train.lock import WATCH_S, orphaned
@@ -31,10 +32,10 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     """Train in a process group of its own, which ends with this call. Raises dg.Failure with the end of its output."""
     log_path = Path(run.folder) / LOG
     began = log_path.stat().st_size if log_path.exists() else 0
-    with log_path.open("ab") as log, _pipes(context) as session:
+    with leased(run.ranks, run.device) as devices, log_path.open("ab") as log, _pipes(context) as session:
         process = subprocess.Popen(
             run.child,
-            env={**os.environ, **run.env, **session.get_bootstrap_env_vars()},
+            env={**os.environ, **run.env, **devices, **session.get_bootstrap_env_vars()},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -5,6 +5,8 @@ file (deploy/*/dagster.yaml) says where runs are kept and launched. Holds no add
 """
 
 import os
+import sys
+from pathlib import Path
 
 import dagster as dg
 
@@ -40,6 +42,8 @@ def _ray() -> dg.ExecutorDefinition:
     if not address:
         raise ConfigError(f"{WHERE}=ray needs {RAY_ADDRESS}, the address of the cluster's job server: http://host:8265")
     passed = [name for name in PASSED_ON if name in os.environ]
+    # a step is `dagster api execute_step`: the one of this environment, which stands at the same path everywhere
+    passed.append(f"PATH={Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     found: dg.ExecutorDefinition = ray_executor.configured(
         {"ray": {"address": address, "num_cpus": 1.0, "env_vars": passed}, "retries": {"enabled": {}}}
     )

@@ -46,3 +46,15 @@ def test_links_of_the_readme_lead_to_files(repository: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (repository / "README.md").read_text())
     assert links
     assert [link for link in links if "://" not in link and not (repository / link).exists()] == []
+
+
+def test_what_executes_a_procedure_exists(repository: Path) -> None:
+    text = (repository / "docs" / "operations.md").read_text()
+    named = set(re.findall(r"`(tests/[\w/]+(?:\.py)?/?)", text)) | set(
+        re.findall(r"`((?:deploy|docs)/[\w./-]+)`", text)
+    )
+    assert named
+    assert [path for path in named if not (repository / path).exists()] == []
+    functions = set(re.findall(r"::(test_\w+)", text))
+    defined = "\n".join(path.read_text() for path in (repository / "tests").rglob("test_*.py"))
+    assert [name for name in functions if f"def {name}(" not in defined] == []

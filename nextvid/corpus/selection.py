@@ -23,7 +23,7 @@ from storage.digest import digest_bytes
 from storage.errors import UpstreamError
 from storage.latents import ROWS_PER_SHARD, EncodingSpec, LatentStore
 from storage.reader import ADDRESS
-from storage.root import DataRoot
+from storage.root import DataRoot, Table
 from storage.schemas import Clips, Duplicates
 from storage.tables import read_checks, read_table, require_checks
 from storage.withdrawn import withdrawn_rows
@@ -160,11 +160,13 @@ def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
 def _verdict(project: Project, spec: EncodingSpec, batch: str, known: Mapping[str, Any]) -> tuple[bool, str | None]:
     """(whether the batch counts among those that should be ready, why it is left out or None)."""
     root = project.root
-    clips = read_checks(root.checks("clips", batch))
-    if clips is None:
-        return False, "its clips were never made: the batch waits, or its media or shots did not pass their checks"
-    if not clips["passed"]:
-        return False, "its clips did not pass their checks"
+    tables: tuple[Table, ...] = ("media", "shots", "clips")
+    found = {noun: read_checks(root.checks(noun, batch)) for noun in tables}
+    for noun, verdict in found.items():
+        if verdict is not None and not verdict["passed"]:
+            return False, f"its {noun} did not pass their checks"
+    if found["clips"] is None:
+        return False, "its clips are not made yet"
     latents = read_checks(root.latents_checks(spec.digest(), batch))
     if latents is not None and not latents["passed"]:
         return False, "its latents did not pass their checks"

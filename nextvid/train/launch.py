@@ -24,6 +24,7 @@ from nextvid.corpus.trainset_pixels import freeze_pixels
 from nextvid.outcome import Check, Number, Outcome
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train import checkpoint
+from nextvid.train.devices import leased
 from nextvid.train.events import Event, read_events
 from nextvid.train.lock import launcher_id
 from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
@@ -214,10 +215,10 @@ def _environment(how: HowConfig) -> dict[str, str]:
 
 def _run_group(prepared: PreparedRun) -> int:
     """Run the command in a process group of its own, its errors in trainer.log; the group ends with this call."""
-    with (Path(prepared.folder) / LOG).open("ab") as log:
+    with leased(prepared.ranks, prepared.device) as devices, (Path(prepared.folder) / LOG).open("ab") as log:
         process = subprocess.Popen(
             prepared.child,
-            env={**os.environ, **prepared.env},
+            env={**os.environ, **prepared.env, **devices},
             stdout=STDERR,
             stderr=log,
             start_new_session=True,

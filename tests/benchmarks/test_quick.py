@@ -13,17 +13,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = (
-    "loader",
-    "scale",
-    "manifests",
-    "curation",
-    "duplicates",
-    "sandbox",
-    "encode",
-    "input",
-    "attention",
-)
+BENCHMARKS = ("loader", "scale", "manifests", "curation", "duplicates", "sandbox", "encode", "input", "attention", "batches")
 
 
 def _documented(repository: Path, name: str) -> dict[str, set[str]]:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +25,8 @@ from storage.tables import read_table
 from tests.orchestration.conftest import load_defs
 
 pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def tick(project: Project, instance: dg.DagsterInstance) -> list[dg.RunRequest]:
@@ -247,3 +251,51 @@ def test_a_clock_that_jumps_back_repeats_no_run_and_loses_none(project: Project,
     os.utime(future, (4e9, 4e9))  # a file from the year 2096 is a changed file, no more
     assert [change.changed for change in update_sources(project)] == [1]
     assert update_sources(project) == []
+
+
+def test_a_new_database_finds_everything_done(project: Project, instance: dg.DagsterInstance) -> None:
+    made(project, instance)
+    before = committed(project)
+    with dg.instance_for_test() as other:  # the old one is lost
+        said = look(project, other)
+        assert said.run_requests == []
+        added = [
+            request for request in said.dynamic_partitions_requests or [] if request.partitions_def_name == "batch"
+        ]
+        assert [sorted(request.partition_keys) for request in added] == [["demo_images.000000", "demo_videos.000000"]]
+        apply_partitions(other, project)
+        (outcome,) = run(project, other, [dg.RunRequest(partition_key="demo_images.000000")])
+        assert outcome, "asked for all the same, it makes nothing"
+    assert committed(project).equals(before)
+
+
+RUN_OF_AN_INSTANCE = """
+import sys
+import dagster as dg
+from nextvid.corpus.discover import update_sources
+from nextvid.corpus.project import open_project
+from orchestration.definitions import build_defs
+from orchestration.sensors import apply_partitions
+
+if __name__ == "__main__":
+    with dg.instance_for_test() as instance:
+        project = open_project(sys.argv[1])
+        update_sources(project)
+        apply_partitions(instance, project)
+        job = build_defs(sys.argv[1]).resolve_job_def("ingest")
+        done = job.execute_in_process(instance=instance, partition_key=sys.argv[2], raise_on_error=False)
+        sys.exit(not done.success)
+"""
+
+
+def test_two_instances_on_one_root_make_each_row_once(project: Project, tmp_path: Path) -> None:
+    script = tmp_path / "run_of_an_instance.py"
+    script.write_text(RUN_OF_AN_INSTANCE)
+    command = [sys.executable, str(script), str(project.path), "demo_videos.000000"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    both = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(200) for process in both] == [0, 0]
+    rows = committed(project)
+    assert rows.height > 20
+    assert rows["row_id"].n_unique() == rows.height
+    assert LatentStore(project.root, spec_in_force(project)).verify() == []

@@ -155,6 +155,7 @@ def live_dagster(folder: Path, corpus: Path, settings: str, **environment: str) 
             process.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 

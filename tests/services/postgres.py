@@ -15,11 +15,12 @@ DEBIAN = Path("/usr/lib/postgresql")
 
 
 def binaries() -> Path | None:
-    """Folder of initdb and postgres: on the path, else the newest of Debian's; None where Postgres is not installed."""
-    if found := shutil.which("initdb"):
-        return Path(found).parent
+    """Folder of Postgres' programs: the newest of Debian's, else on the path; None where it is not installed."""
     versions = sorted(DEBIAN.glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    return versions[-1].parent if versions else None
+    if versions:
+        return versions[-1].parent
+    found = shutil.which("initdb")
+    return Path(found).resolve().parent if found else None
 
 
 @contextmanager

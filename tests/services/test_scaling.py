@@ -6,15 +6,21 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import dagster as dg
 import polars as pl
 import pytest
 
+from assets.ray_launcher import RUN
+from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
 from nextvid.corpus.project import Project, open_project
 from nextvid.encode.acceptance import in_force
 from nextvid.encode.plan import spec_in_force
 from nextvid.make import Wish, make
+from nextvid.train.launch import prepare_run
+from orchestration.definitions import build_defs
 from storage.latents import LatentStore
+from tests.nextvid.train.corpus import make_project, tiny_spec
 from tests.services.conftest import DEMO, Live, instance_settings, live_dagster, wait_for
 from tests.services.postgres import binaries, postgres
 from tests.services.ray_cluster import RayCluster, ray_cluster
@@ -35,7 +41,7 @@ datasets:
 
 pytestmark = [
     pytest.mark.services,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(POSTGRES is None, reason="Postgres is not installed: apt-get install postgresql"),
     pytest.mark.skipif(find_spec("dagster_postgres") is None, reason="the extra 'postgres' is not installed"),
     pytest.mark.skipif(find_spec("dagster_ray") is None, reason="the extra 'ray' is not installed"),
@@ -47,7 +53,7 @@ pytestmark = [
 def projects(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project]:
     """Two roots over the same eight films, made up to their clips; the first with latents too, made on this machine."""
     folder = tmp_path_factory.mktemp("films")
-    write_corpus(folder / "written", videos=BATCHES, images=8)
+    write_corpus(folder / "written", videos=2 * BATCHES, images=8)
     films = folder / "films"
     films.mkdir()
     for number, path in enumerate(sorted((folder / "written").rglob("scene_*.mp4"))[:BATCHES]):
@@ -111,10 +117,10 @@ def test_an_encode_over_ray_equals_the_local_one_and_survives_a_killed_worker(
         """Names of the events of steps so far."""
         return [event["__typename"] for run in launched for event in scaled.events(run)]
 
-    wait_for(lambda: "ExecutionStepStartEvent" in steps(), 120, every_s=0.5)
+    wait_for(lambda: "ExecutionStepStartEvent" in steps(), 400, every_s=0.5)
     cluster.kill()
     cluster.add()
-    wait_for(lambda: {scaled.run(run)["status"] for run in launched} == {"SUCCESS"}, 400)
+    wait_for(lambda: {scaled.run(run)["status"] for run in launched} == {"SUCCESS"}, 600)
     assert "ExecutionStepUpForRetryEvent" in steps(), "what ran on the killed worker was tried again"
     assert rows(there).equals(rows(here))
     assert LatentStore(there.root, spec_in_force(there)).verify() == []
@@ -125,3 +131,32 @@ def test_the_history_is_in_postgres(scaled: Live) -> None:
     assert not list(home.rglob("*.db"))
     assert scaled.runs()
     assert os.environ.get("DAGSTER_POSTGRES_URL") != scaled.environment["DAGSTER_POSTGRES_URL"]
+
+
+def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(cluster: RayCluster, tmp_path: Path) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    project = make_project(tmp_path, spec=tiny_spec(height=8, channels=16))
+    overrides = [f"stages.{stage}.steps=1" for stage in range(4)]
+    how = ["device=cpu", "log_every_steps=1", "diagnose_every_steps=1"]
+    prepared = prepare_run(project, "demo", overrides)
+    client = JobSubmissionClient(cluster.address)
+    leftover = client.submit_job(entrypoint="sleep 600", metadata={RUN: prepared.run_id}, entrypoint_num_cpus=1)
+    defs = build_defs(
+        str(project.path), steps="multiprocess", resources={"trainer": TrainerResource(ray_address=cluster.address)}
+    )
+    with dg.instance_for_test() as instance:
+        result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=instance,
+            partition_key="demo",
+            asset_selection=[dg.AssetKey("pretrain")],
+            run_config={"ops": {"pretrain": {"config": {"overrides": overrides, "how": how}}}},
+        )
+        said = "\n".join(record.user_message for record in instance.all_logs(result.run_id))
+    assert result.success
+    assert "step 4/4" in said, "metrics come back while it trains"
+    assert client.get_job_status(leftover) == JobStatus.STOPPED
+    jobs = [job for job in client.list_jobs() if (job.metadata or {}).get(RUN) == prepared.run_id]
+    assert sorted(job.status for job in jobs) == [JobStatus.STOPPED, JobStatus.SUCCEEDED]
+    (made,) = result.get_asset_materialization_events()
+    assert made.materialization.metadata["run"].value == prepared.run_id
