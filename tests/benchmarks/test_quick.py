@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = ("loader", "scale", "manifests", "curation", "duplicates", "sandbox", "encode", "input", "attention", "batches")
+BENCHMARKS = (
+    "loader",
+    "scale",
+    "manifests",
+    "curation",
+    "duplicates",
+    "sandbox",
+    "encode",
+    "input",
+    "attention",
+    "batches",
+)
 
 
 def _documented(repository: Path, name: str) -> dict[str, set[str]]:

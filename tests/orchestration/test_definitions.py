@@ -55,6 +55,16 @@ def test_loading_definitions_leaves_torch_unloaded() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_definitions_load_in_under_two_seconds() -> None:
+    """Of CPU time, so that a busy machine does not turn this red; design 11's target."""
+    code = (
+        "import time; began = time.process_time(); import orchestration.definitions as d; d.defs.get_repository_def(); "
+    )
+    command = [sys.executable, "-c", code + "print(time.process_time() - began)"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2.0
+
+
 @pytest.mark.parametrize("asset", sorted(CHECKS))
 def test_the_names_of_checks_stand_in_the_makers(asset: str) -> None:
     """A check that Dagster waits for and no maker reports would fail every step of its asset."""
