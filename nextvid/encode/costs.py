@@ -19,6 +19,8 @@ from nextvid.encode.plan import EncodePlan, encoding_spec, plan_encode, spec_in_
 from nextvid.encode.unfinished import curation_of
 from storage.latents import EncodingSpec, LatentStore
 
+RATE_BATCHES = 3  # of a dataset: every step asks, so that it must not read the whole store
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -127,9 +129,12 @@ def costs(project: Project, batches: Sequence[str], spec: EncodingSpec) -> tuple
 
 
 def rates(store: LatentStore) -> dict[int, Rate]:
-    """Measured seconds a row by clip length; lengths of which no row was committed are missing."""
+    """Measured seconds a row by clip length, in each dataset's latest batches; lengths never measured are missing."""
     found = {}
-    commits = [store.commits(batch) for batch in store.batches()]
+    recent: dict[str, list[str]] = {}
+    for batch in store.batches():
+        recent.setdefault(batch.split(".")[0], []).append(batch)
+    commits = [store.commits(batch) for batches in recent.values() for batch in batches[-RATE_BATCHES:]]
     good = pl.concat([*commits, store.commits("none")]).filter(pl.col("status") == "ok")
     means = good.group_by("frames").agg(pl.len(), pl.col("encode_s").mean(), pl.col("decode_s").mean())
     for frames, rows, encode_s, decode_s in means.sort("frames").iter_rows():

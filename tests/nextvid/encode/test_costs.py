@@ -30,6 +30,17 @@ def test_rates_are_means_over_good_rows_by_clip_length(corpus: Corpus) -> None:
     assert rates(store) == {FRAMES: Rate(3, 0.5, 0.25)}
 
 
+def test_rates_are_of_the_latest_batches_of_each_dataset(corpus: Corpus) -> None:
+    """An old machine's figures fade, and a plan reads no more of a store of a thousand batches than of one of ten."""
+    for number in range(1, 5):
+        batch = f"films.{number:06d}"
+        rows = [corpus.row(batch, 0)]
+        corpus.clips(batch, rows)
+        corpus.encode(batch, rows, encode_s=float(number), decode_s=1.0)
+    store = LatentStore(corpus.project.root, encoding_spec(corpus.project))
+    assert rates(store) == {FRAMES: Rate(3, 3.0, 1.0)}  # of 2, 3 and 4
+
+
 def test_a_store_without_rows_has_no_rates(tmp_path: Path, random_autoencoder: Path) -> None:
     made = Corpus(tmp_path, random_autoencoder)
     assert rates(LatentStore(made.project.root, encoding_spec(made.project))) == {}
