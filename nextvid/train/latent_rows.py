@@ -21,6 +21,7 @@ from nextvid.model.tokens import normalise, space_to_depth
 from nextvid.train.order import IMAGE, Drawn
 from nextvid.train.ring import Leased, Place, Ring
 from storage.reader import RowReader
+from storage.spec import latent_of_frames
 
 
 class HostLatents:
@@ -29,7 +30,7 @@ class HostLatents:
     def __init__(self, reader: RowReader, trainset: Trainset, fold: int, largest: int) -> None:
         """`largest`: frames of the largest batch; `fold`: cells of the store per cell and side of the model's grid."""
         spec = trainset.spec
-        self._reader, self._fold = reader, fold
+        self._reader, self._fold, self._time_map = reader, fold, spec.time_map
         self._shape = (spec.channels * fold**2, spec.height // fold, spec.width // fold)
         self._mean, self._std = (torch.from_numpy(values) for values in (trainset.mean, trainset.std))
         self._memory = Leased(largest * math.prod(self._shape))
@@ -45,7 +46,7 @@ class HostLatents:
 
     def fill(self, drawn: Drawn, place: Float[Tensor, "B F c h w"]) -> None:
         """Convert rows into their places. Runs in a thread."""
-        for numbers, rows in _rows(self._reader, drawn):
+        for numbers, rows in _rows(self._reader, drawn, self._time_map):
             for number, row in zip(numbers.tolist(), rows, strict=True):
                 out = place[number]
                 if self._fold > 1:
@@ -67,6 +68,7 @@ class StagedLatents:
     ) -> None:
         """As HostLatents; `places` batches are filled or copied at a time."""
         self._reader, self._fold, self._device = reader, fold, device
+        self._time_map = trainset.spec.time_map
         self._shape = (trainset.spec.channels, trainset.spec.height, trainset.spec.width)
         self._mean, self._std = (torch.from_numpy(values).to(device) for values in (trainset.mean, trainset.std))
         self._ring = Ring(places, largest * math.prod(self._shape), torch.float16, pinned=device.type == "cuda")
@@ -83,7 +85,7 @@ class StagedLatents:
     def fill(self, drawn: Drawn, place: tuple[Place, Float[Tensor, "B F C H W"]]) -> None:
         """Copy rows, images into the first frame of their place. Runs in a thread."""
         place[0].wait()
-        for numbers, rows in _rows(self._reader, drawn):
+        for numbers, rows in _rows(self._reader, drawn, self._time_map):
             if len(rows) == len(drawn) and rows[0].shape == place[1].shape[1:]:
                 torch.stack(rows, out=place[1])  # one call: a third less time a clip than one by one
                 continue
@@ -112,8 +114,17 @@ def _will_need(reader: RowReader, drawn: Drawn) -> None:
         reader.will_need(frames, drawn.addresses[drawn.of_frames(frames)])
 
 
-def _rows(reader: RowReader, drawn: Drawn) -> Iterator[tuple[Int[np.ndarray, " n"], list[Float[Tensor, "F C H W"]]]]:
-    """Places in the batch and stored rows of the clips, by length."""
+def _rows(
+    reader: RowReader, drawn: Drawn, time_map: str
+) -> Iterator[tuple[Int[np.ndarray, " n"], list[Float[Tensor, "F C H W"]]]]:
+    """Places in the batch and stored rows of the clips, by length.
+
+    Where rows count latent frames, each frame of the clip takes the one that covers it (method.md 14, 32).
+    """
     for frames in np.unique(drawn.frames).tolist():
         numbers = drawn.of_frames(frames)
-        yield numbers, [torch.from_numpy(row) for row in reader.rows(frames, drawn.addresses[numbers])]
+        rows = [torch.from_numpy(row) for row in reader.rows(frames, drawn.addresses[numbers])]
+        if time_map != "frame":
+            covering = latent_of_frames(time_map, frames)
+            rows = [row[covering] for row in rows]
+        yield numbers, rows

@@ -85,7 +85,7 @@ def write_part(store: LatentStore, batch: str, frames: int, names: Sequence[str]
     """One part of random rows around the statistics, committed."""
     spec = store.spec
     part = store.plan_part(batch, frames, [bytes.fromhex(name) for name in names])
-    shape = (len(names), frames, spec.channels, spec.height, spec.width)
+    shape = (len(names), *spec.row_shape(frames))
     mean = np.resize(MEAN, (spec.channels, 1, 1))
     std = np.resize(STD, (spec.channels, 1, 1))
     latents = (mean + std * rng.standard_normal(shape)).astype(np.float32)

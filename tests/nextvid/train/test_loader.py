@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -307,3 +308,16 @@ def test_tubes_in_numpy_are_the_models(project: Project) -> None:
 def test_clips_of_the_diagnostics_do_not_depend_on_ranks(project: Project) -> None:
     with _loader(project, tiny_recipe()) as alone, _loader(project, tiny_recipe(), Ranks(1, 2, CPU)) as second:
         assert torch.equal(latents_of(alone.clips(range(48))), latents_of(second.clips(range(48))))
+
+
+def test_each_frame_takes_the_latent_that_covers_it(tmp_path: Path) -> None:
+    """Rows of an autoencoder over time, Cosmos's: of 4 frames the first has its own latent, the others share one."""
+    made = make_project(tmp_path, spec=replace(tiny_spec(), time_map="causal4"))
+    recipe = tiny_recipe()
+    make_plan(made.root, recipe)
+    videos = 0
+    for batch in _batches(made, recipe)[:3]:
+        for clip in latents_of(batch):
+            assert torch.equal(clip[1:], clip[1:2].expand_as(clip[1:]))
+            videos += int(not torch.equal(clip[0], clip[1]))
+    assert 0 < videos < 12  # of images every frame is the same
