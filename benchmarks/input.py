@@ -40,7 +40,7 @@ DECODED = 32  # clips of a decord turn: 0.1 s of a core each
 STEP = 6  # source frames between two of a clip: 4 a second of 25, as the decoding arm takes them
 PIXEL_TARGET, LATENT_TARGET = 15.0, 500.0  # design 11
 DECORD, PIXELS, PIXEL_WORKERS, LATENTS = (
-    "decord on the fly, V-JEPA 2 style",
+    "decord, V-JEPA 2 style",
     "pixels, loader's threads",
     "pixels, worker processes",
     "latents, loader's threads",
@@ -221,7 +221,7 @@ def _results(arms: list[Arm], quick: bool, facts: dict[str, Any]) -> dict[str, A
 
 
 def _print(found: dict[str, Any]) -> None:
-    columns = ("arm", "threads or workers", "clips/s", "CPU ms/clip", "x decord per core")
+    columns = ("arm", "workers", "clips/s", "CPU ms/clip", "x decord per core")
     rows = [tuple(row.values()) for row in found["rows"]]
     show(f"trainer input, {found['clips']} clips; pixels at {found['psnr_db']:.1f} dB", columns, rows)
     for name, said in found["targets"].items():
