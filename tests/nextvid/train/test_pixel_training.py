@@ -13,7 +13,7 @@ from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.corpus.trainset_pixels import freeze_pixels
 from nextvid.model.tokens import pixel_tokens, pixel_values
-from nextvid.train import checkpoint, launch, loop
+from nextvid.train import checkpoint, launch
 from nextvid.train.events import read_events
 from nextvid.train.launch import prepare_run
 from nextvid.train.loop import train
@@ -24,6 +24,7 @@ from nextvid.train.step import build_model
 from storage.errors import RefusedError, UpstreamError
 from tests.nextvid.train.corpus import make_project
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
+from tests.nextvid.train.test_loop import _train_until, tensors
 from tests.nextvid.train.test_pixel_rows import PIXELS_IN, PIXELS_OUT, make_pixel_project, pixel_recipe
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
 
@@ -47,35 +48,6 @@ def begin(project: Project, recipe: RecipeConfig, how: Any = HOW) -> Run:
     run = plan_run(project.root, recipe, how, trainset.digest, plan, 0, (), pixels)
     write_run(run)
     return run
-
-
-def tensors(run: Run, step: int) -> dict[str, torch.Tensor]:
-    path = checkpoint.path_at(run.checkpoints, step)
-    names = ("model", "ema", "optimizer")
-    return {
-        f"{name}:{key}": value
-        for name in names
-        for key, value in checkpoint.load_tensors(path / f"{name}.safetensors").items()
-    }
-
-
-class _Stop(Exception):  # noqa: N818 - stands for a kill
-    pass
-
-
-def train_until(monkeypatch: pytest.MonkeyPatch, step: int, project: Project, run: Run) -> None:
-    """One attempt that ends as a kill would, right after `step` steps were taken."""
-    original = loop._Session._after_step
-
-    def after_step(self: Any) -> None:
-        original(self)
-        if self.progress.step == step:
-            raise _Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Session, "_after_step", after_step)
-        with pytest.raises(_Stop):
-            train(project, run, ALONE)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +86,7 @@ def test_resuming_is_bit_equal_to_never_having_stopped(tmp_path: Path, monkeypat
     uninterrupted, resumed = begin(whole, pixel_recipe()), begin(broken, pixel_recipe(), often)
     assert uninterrupted.id == resumed.id
     train(whole, uninterrupted, ALONE)
-    train_until(monkeypatch, 7, broken, resumed)
+    _train_until(monkeypatch, 7, broken, resumed)
     assert resumed.newest_step() == 7
     train(broken, resumed, ALONE)
     ours, theirs = tensors(resumed, 12), tensors(uninterrupted, 12)
