@@ -29,7 +29,7 @@ from benchmarks.sources import DATALOADER, MEMMAP, NPY, OWN, ZARR
 QUICK_CLIPS, CLIPS = 256, 4000  # 4000: research store; 256 is 67 MB a format, one shard
 QUICK_TURNS, TURNS = 2, 3
 STILL_CACHED = 0.05  # share of pages above which a cold turn is not called one; our choice
-QUICK_PASSES, PASSES = 8, 2  # over the clips in a warm turn: worker processes take 0.1 s to start
+QUICK_PASSES, PASSES = 4, 2  # over the clips in a warm turn: worker processes take 0.1 s to start
 WARM, COLD = "warm", "cold"
 RANDOM_READ_TARGET, DECORD_TARGET = 0.9, 500.0  # design 11
 LOADER_TARGETS = {WARM: 2.0, COLD: 1.3}  # design 11
@@ -114,7 +114,7 @@ def _folder(given: Path | None, clips: int) -> Iterator[Path]:
 
 def _lines(arm: Arm, quick: bool) -> Iterator[Line]:
     """Conversion and decoding are bound by the CPU, and `step` differs from `host` by it: all these are warm only."""
-    yield Line(arm, WARM, 1 if arm.name == DECORD else QUICK_PASSES if quick else PASSES)
+    yield Line(arm, WARM, 1 if arm.name in (DECORD, ZARR) else QUICK_PASSES if quick else PASSES)  # these are slow
     if arm.group != "step":
         yield Line(arm, COLD, 1)
 
