@@ -3,9 +3,12 @@
 Ray's own `Cluster` of several nodes in one machine's processes: `ray start` would have the nodes share ports.
 """
 
+import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.services.conftest import free_port
@@ -29,8 +32,31 @@ class RayCluster:
         self.workers.append(worker)
 
     def kill(self) -> None:
-        """SIGKILL the oldest worker with what runs on it, as a machine that goes away."""
-        self.nodes.remove_node(self.workers.pop(0), allow_graceful=False)
+        """SIGKILL every worker with all that runs on it, as machines that go away: Ray alone would leave the steps."""
+        for worker in self.workers:
+            started = [pid for entry in _entries(worker) for pid in below(entry)]
+            self.nodes.remove_node(worker, allow_graceful=False)
+            for pid in started:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.workers.clear()
+
+
+def _entries(worker: Any) -> list[int]:
+    """Process ids that a node was started with: its raylet and agents."""
+    return [info.process.pid for infos in worker.all_processes.values() for info in infos]
+
+
+def below(top: int) -> list[int]:
+    """Every process below one, by /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [top]
+    for process in found:
+        found += [pid for pid, parent in parents.items() if parent == process]
+    return found[1:]
 
 
 @contextmanager

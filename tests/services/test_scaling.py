@@ -119,7 +119,8 @@ def test_an_encode_over_ray_equals_the_local_one_and_survives_a_killed_worker(
 
     wait_for(lambda: "ExecutionStepStartEvent" in steps(), 400, every_s=0.5)
     cluster.kill()
-    cluster.add()
+    for _ in range(2):
+        cluster.add()
     wait_for(lambda: {scaled.run(run)["status"] for run in launched} == {"SUCCESS"}, 600)
     assert "ExecutionStepUpForRetryEvent" in steps(), "what ran on the killed worker was tried again"
     assert rows(there).equals(rows(here))
