@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -34,16 +35,20 @@ def run_job(context: dg.AssetExecutionContext, run: PreparedRun, address: str) -
     passed = {name: os.environ[name] for name in ("PYTHONPATH", "NEXTVID_CORPUS") if name in os.environ}
     on_cpu = run.device == "cpu"
     try:
-        client.run(
-            context=context,
-            submit_job_params={
-                "entrypoint": shlex.join(run.command),  # Ray takes a line for a shell; this one has no word unquoted
-                "runtime_env": {"env_vars": {**passed, **run.env}},
-                "metadata": {RUN: run.run_id},
-                "entrypoint_num_cpus": 1,
-                "entrypoint_num_gpus": 0 if on_cpu else run.ranks,
-            },
-        )
+        # dagster's, of its own message reader
+        with warnings.catch_warnings(action="ignore", category=dg.PreviewWarning):
+            client.run(
+                context=context,
+                submit_job_params={
+                    "entrypoint": shlex.join(
+                        run.command
+                    ),  # Ray takes a line for a shell; this one has no word unquoted
+                    "runtime_env": {"env_vars": {**passed, **run.env}},
+                    "metadata": {RUN: run.run_id},
+                    "entrypoint_num_cpus": 1,
+                    "entrypoint_num_gpus": 0 if on_cpu else run.ranks,
+                },
+            )
     except RuntimeError as error:  # what the client raises of a job that failed or was stopped
         said = str(error)
         own = ENDED.search(said) is not None and SIGNALLED.search(said) is None
