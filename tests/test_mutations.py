@@ -122,7 +122,7 @@ MUTATIONS = {
         f"{TRAIN}/latent_rows.py", "out.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])", "pass", "17"
     ),
     "18 a partial checkpoint": Mutation(
-        "nextvid/encode/autoencoders.py", 'if told["missing_keys"] or told["unexpected_keys"]:', "if False:", "18"
+        "nextvid/encode/families.py", "if missing or unknown:", "if False:", "18"
     ),
     "20 the sampler runs the other way": Mutation(
         f"{MODEL}/flow.py", "h = h + velocity(h, index / steps) / steps",

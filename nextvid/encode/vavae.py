@@ -8,6 +8,7 @@ that of the middle. `from_single_file` of diffusers drops those 50 tensors witho
 import json
 import math
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,8 @@ def _load(path: Path) -> dict[str, Any]:
     except Exception as error:  # zip, torch and what reads the pickle raise their own
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         if not said.startswith("Weights only load failed"):  # torch's words
-            raise ConfigError(f"{path}: not readable as a checkpoint: {said}") from None
+            why = said if zipfile.is_zipfile(path) else "torch.save writes zip archives, and this is none"
+            raise ConfigError(f"{path}: not readable as a checkpoint: {why}") from None
         raise ConfigError(
             f"{path}: more than plain tensors, or damaged; what wants to run code is never loaded. Where you trust its "
             "origin, keep its tensors alone: torch.save(torch.load(PATH, weights_only=False, "

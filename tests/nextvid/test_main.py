@@ -214,7 +214,7 @@ class TestRuns:
         (tmp_path / "a.pt").write_bytes(b"no checkpoint")
         code, _, said = nextvid("import-vavae", str(tmp_path / "a.pt"), str(tmp_path / "out"))
         assert code == 2
-        assert "not a checkpoint of plain tensors" in said
+        assert "not readable as a checkpoint: torch.save writes zip archives, and this is none" in said
         assert nextvid("import-vavae", str(tmp_path / "none.pt"), str(tmp_path / "out"))[0] == 2
         assert not (tmp_path / "out").exists()
 

@@ -164,6 +164,7 @@ def test_which_reader_a_set_gets(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cache.size_gb.*hold no shard.*set 0"):
         reader(SHARD_BYTES - 1)
     local = DataRoot.open(str(tmp_path / "local"))
+    LatentStore(local, store.spec).create()
     assert type(open_reader(local, store.spec, BATCHES, stored)) is RowReader
 
 

@@ -178,7 +178,8 @@ CLIPS: dict[str, tuple[Change, pl.Expr]] = {
     "stride that gives others": (policy(fps=None, stride=1), PRETRAIN),
     "more views": (policy(views=3), PRETRAIN & (pl.col("view_index") == 2)),
     "fewer views": (policy(views=1), NONE),
-    "crop centre": (policy(crop="centre"), PRETRAIN & (pl.col("view_index") == 1)),
+    "one centre crop": (policy(crop="centre", views=1), NONE),
+    "three centre crops": (policy(crop="centre", views=3), PRETRAIN & (pl.col("view_index") > 0)),
     "pad": (policy(pad="skip"), NONE),
     "another policy beside it": (
         lambda said: said["datasets"]["films"]["clips"].append({"frames": 8, "fps": 8, "crop": "whole"}),
