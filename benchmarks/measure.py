@@ -88,7 +88,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
     """Print a table: text to the left, numbers to the right with three digits that count."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)  # names stay whole
     for row in rows:
         table.add_row(
             *(f"{cell:.3g}" if isinstance(cell, float) and cell < 1000 else escape(_plain(cell)) for cell in row)

@@ -12,7 +12,10 @@ import yaml
 from PIL import Image
 
 from nextvid.corpus.project import Project, open_project
+from nextvid.encode.plan import spec_in_force
 from storage.digest import digest, digest_file
+from storage.latents import LatentStore
+from storage.reader import read_row
 from storage.schemas import Clips
 from storage.tables import publish_checks, write_table
 
@@ -20,6 +23,7 @@ SIDE = 64
 FPS = 8
 FRAMES = 24  # 3 s
 F = 4  # frames a clip
+FILMS, STILLS = "films.000000", "stills.000000"
 
 
 def texture(seed: int, frames: int = FRAMES, side: int = SIDE) -> np.ndarray:
@@ -125,3 +129,22 @@ def stills(folder: Path, count: int = 2) -> list[Path]:
     for index, path in enumerate(paths):
         Image.fromarray(texture(50 + index, 1)[0]).save(path)
     return paths
+
+
+def begin(folder: Path, autoencoder: Path) -> Project:
+    """Three films of four views and two stills of two, cut and not yet encoded."""
+    made = write_corpus(folder, autoencoder)
+    rows = [clip_row(path, index, view) for path in films(folder) for index in (0, 3) for view in (0, 1)]
+    publish_clips(made, FILMS, rows)
+    publish_clips(made, STILLS, [clip_row(path, 0, view) for path in stills(folder) for view in (0, 1)])
+    return made
+
+
+def stored(project: Project, batch: str) -> dict[bytes, np.ndarray]:
+    """Every committed row, read through zarr."""
+    store = LatentStore(project.root, spec_in_force(project))
+    good = store.commits(batch).filter(pl.col("status") == "ok")
+    return {
+        row["row_id"]: read_row(store, batch, row["frames"], row["part"], row["slot"])
+        for row in good.iter_rows(named=True)
+    }

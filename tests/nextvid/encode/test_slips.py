@@ -1,0 +1,187 @@
+"""Planted slips: shards made from wrong frames, orders or weights are refused; odd but sound clips pass."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from nextvid.corpus.project import Project
+from nextvid.encode import latents as maker
+from nextvid.encode import pipeline as piping
+from nextvid.encode import shard
+from nextvid.encode.acceptance import in_force
+from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.frames import Seen
+from nextvid.encode.latents import make_latents
+from nextvid.encode.plan import plan_encode, spec_in_force
+from storage.errors import RefusedError, StoreError
+from storage.latents import LatentStore
+from storage.tables import read_checks
+from tests.nextvid.encode.small_corpus import (
+    FILMS,
+    STILLS,
+    begin,
+    clip_row,
+    publish_clips,
+    stored,
+    texture,
+    write_video,
+)
+
+
+@pytest.fixture
+def project(tmp_path: Path, cosine_autoencoder: Path) -> Project:
+    return begin(tmp_path, cosine_autoencoder)
+
+
+def _exchange(folder: Path) -> None:
+    """Other weights of the same size, and the file's times set back."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    at = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
+
+
+def _late(views: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.concatenate([v[1:], v[-1:]]) for v in views]
+
+
+def _crop(views: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.roll(v, 8, axis=2) for v in views]
+
+
+Views = list[np.ndarray]
+
+
+def _frames_slip(slip: Callable[[Views], Views]) -> Callable[..., Any]:
+    """An encoder that is given other frames than those of its rows."""
+
+    def slipped(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
+        def wrong(some: list[bytes]) -> dict[bytes, Seen]:
+            seen = take(some)
+            views = slip([view for row in some if (view := seen[row].frames) is not None])
+            return {row: Seen(view, 0.0) for row, view in zip(some, views, strict=True)}
+
+        return shard.encode_shard(model, spec, frames, ids, wrong, *rest)
+
+    return slipped
+
+
+def _channels(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
+    """An encoder whose latents lose the order of their channels on the way to the store."""
+    on_row, on_batch = rest
+    done = shard.encode_shard(
+        model, spec, frames, ids, take, lambda row, latents: on_row(row, latents[:, ::-1]), on_batch
+    )
+    done.latents[:] = done.latents[:, :, ::-1].copy()
+    return done
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        "slip",
+        [
+            _frames_slip(_late),
+            _frames_slip(_crop),
+            _frames_slip(lambda views: [v[:, :, ::-1].copy() for v in views]),
+            _frames_slip(lambda views: views[1:] + views[:1]),
+            _channels,
+        ],
+        ids=["one frame late", "crop moved", "flipped", "rows swapped", "channels permuted"],
+    )
+    def test_shard_made_from_wrong_frames_is_refused(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch, slip: Callable[..., Any]
+    ) -> None:
+        monkeypatch.setattr(piping, "encode_shard", slip)
+        with pytest.raises(StoreError, match="round trip"):
+            make_latents(project, FILMS)
+        spec = spec_in_force(project)
+        assert LatentStore(project.root, spec).commits(FILMS).height == 0
+        checks = read_checks(project.root.latents_checks(spec.digest(), FILMS))
+        assert checks is not None
+        assert not checks["passed"]
+        monkeypatch.undo()
+        assert make_latents(project, FILMS).passed
+
+    def test_two_rows_swapped_are_refused_where_one_of_them_is_sampled(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sampled = min(pl.read_parquet(project.root.table("clips", FILMS))["row_id"])
+
+        def swapped(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
+            def wrong(some: list[bytes]) -> dict[bytes, Seen]:
+                seen = dict(take(some))
+                if sampled in some:
+                    other = next(row for row in some if row != sampled)
+                    seen[sampled], seen[other] = seen[other], seen[sampled]
+                return seen
+
+            return shard.encode_shard(model, spec, frames, ids, wrong, *rest)
+
+        monkeypatch.setattr(piping, "encode_shard", swapped)
+        with pytest.raises(StoreError, match=f"round trip of row {sampled.hex()}"):
+            make_latents(project, FILMS)
+
+    def test_autoencoder_exchanged_under_the_same_name_encodes_nothing(
+        self, tmp_path: Path, cosine_autoencoder: Path
+    ) -> None:
+        """Between two calls: by the digest, though name, size and modification time are as before."""
+        folder = tmp_path / "autoencoder"
+        shutil.copytree(cosine_autoencoder, folder)
+        project = begin(tmp_path, folder)
+        in_force(project)
+        make_latents(project, FILMS)
+        before = stored(project, FILMS)
+        _exchange(folder)
+        with pytest.raises(RefusedError, match="put the old weights back"):
+            make_latents(project, STILLS)
+        shutil.copytree(cosine_autoencoder, folder, dirs_exist_ok=True)
+        assert make_latents(project, STILLS).passed
+        after = stored(project, FILMS)
+        assert all(np.array_equal(after[row], values) for row, values in before.items())
+
+    def test_autoencoder_exchanged_after_planning_encodes_nothing(
+        self, tmp_path: Path, cosine_autoencoder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "autoencoder"
+        shutil.copytree(cosine_autoencoder, folder)
+        project = begin(tmp_path, folder)
+        planned = plan_encode
+
+        def exchanging(*args: Any) -> Any:
+            found = planned(*args)
+            _exchange(folder)
+            return found
+
+        monkeypatch.setattr(maker, "plan_encode", exchanging)
+        with pytest.raises(RefusedError, match="exchanged since this was planned"):
+            make_latents(project, FILMS)
+        assert not list(Path(project.root.stores()).rglob("commits/*.parquet"))
+
+    def test_symmetric_and_one_frame_clips_pass(self, project: Project, tmp_path: Path) -> None:
+        path = tmp_path / "films" / "mirror.mp4"
+        half = texture(6)[:, :, :32]
+        write_video(path, np.concatenate([half, half[:, :, ::-1]], axis=2))
+        one = clip_row(path, 4, times_us=[500_000], frames=1)
+        publish_clips(project, FILMS, [clip_row(path, 0), clip_row(path, 2), one])
+        outcome = make_latents(project, FILMS)
+        assert outcome.passed
+        assert outcome.rows == 3
+        numbers = next(check for check in outcome.checks if check.name == "round_trip").numbers
+        assert numbers["undecidable flipped frames"] == 3
+
+    def test_stills_pass_and_say_that_time_is_undecidable(self, project: Project, tmp_path: Path) -> None:
+        path = tmp_path / "films" / "still.mp4"
+        write_video(path, texture(5, 1).repeat(24, axis=0))
+        publish_clips(project, FILMS, [clip_row(path, 0), clip_row(path, 2)])
+        outcome = make_latents(project, FILMS)
+        assert outcome.passed
+        numbers = next(check for check in outcome.checks if check.name == "round_trip").numbers
+        assert numbers["undecidable frames one later"] == 2
