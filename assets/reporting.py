@@ -147,14 +147,14 @@ def _values(numbers: Mapping[str, int | float | str]) -> dict[str, Any]:
 
 
 def follows() -> dg.AutomationCondition:  # type: ignore[type-arg]
-    """Eager, but one missing or running batch does not hold it: the trainset itself decides what is complete.
+    """Asked for once whenever something upstream was made; one missing or running batch does not hold it.
 
-    Never `all_deps_blocking_checks_passed`: check status is not by partition, so one stopped batch would stop the
-    corpus.
+    Not `eager()`, which forgets an update where the asset itself was asked for or made since the same tick. Here only a
+    request clears what waits, and none that came before the update: at worst the asset is made once more and finds
+    nothing to do. Never `all_deps_blocking_checks_passed`: check status is not by partition, so one stopped batch would
+    stop the corpus.
     """
-    return (
-        dg.AutomationCondition.eager()
-        .without(~dg.AutomationCondition.any_deps_missing())
-        .without(~dg.AutomationCondition.any_deps_in_progress())
-        .with_label("follows")
-    )
+    updated = dg.AutomationCondition.newly_missing() | dg.AutomationCondition.any_deps_updated()
+    handled = dg.AutomationCondition.newly_requested() & ~updated  # a request is of the tick before: updates came after
+    waits = updated.since(handled | dg.AutomationCondition.initial_evaluation())
+    return (waits & ~dg.AutomationCondition.in_progress()).with_label("follows")
