@@ -7,7 +7,7 @@ DEMO := $(CURDIR)/examples/demo/corpus.yaml
 export DAGSTER_HOME := $(CURDIR)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo ui test lint test-services faults autoencoder clean
+.PHONY: demo ui test lint test-services test-benchmarks faults autoencoder clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/torch:
@@ -35,7 +35,7 @@ ui: $(VENV)/ui ## the Dagster UI on the demo's instance
 	NEXTVID_CORPUS=$(DEMO) $(BIN)/dagster dev
 
 test: $(VENV)/test ## fast tests, as an ordinary user, without a network
-	$(BIN)/python -m pytest -q -n 2 -m "not services and not faults"
+	$(BIN)/python -m pytest -q -n 2 -m "not services and not faults and not benchmarks"
 
 lint: $(VENV)/test ## format, style, types, layers
 	$(BIN)/ruff format --check .
@@ -45,6 +45,9 @@ lint: $(VENV)/test ## format, style, types, layers
 
 test-services: $(VENV)/services ## live daemon, Postgres, Ray and other servers; what is absent is skipped and named
 	$(BIN)/python -m pytest -q -m services
+
+test-benchmarks: $(VENV)/test ## each benchmark's quick run, 4 minutes
+	$(BIN)/python -m pytest -q -m benchmarks
 
 faults: $(VENV)/test ## slow proofs of crash safety
 	$(BIN)/python -m pytest -q -m faults

@@ -48,7 +48,7 @@ def written(
     return request.param, json.loads(path.read_text()), done.stdout
 
 
-@pytest.mark.services
+@pytest.mark.benchmarks
 def test_writes_the_documented_keys(written: tuple[str, dict[str, Any], str], repository: Path) -> None:
     name, found, printed = written
     keys = _documented(repository, name)
@@ -69,7 +69,7 @@ def test_writes_the_documented_keys(written: tuple[str, dict[str, Any], str], re
         assert said["met"] is reached
 
 
-@pytest.mark.services
+@pytest.mark.benchmarks
 def test_no_peer_is_left_out_silently(written: tuple[str, dict[str, Any], str]) -> None:
     name, found, printed = written
     if name != "loader":
