@@ -134,6 +134,7 @@ def test_the_history_is_in_postgres(scaled: Live) -> None:
     assert os.environ.get("DAGSTER_POSTGRES_URL") != scaled.environment["DAGSTER_POSTGRES_URL"]
 
 
+@pytest.mark.filterwarnings("ignore:AssetExecutionContext.dagster_run:DeprecationWarning")  # dagster-ray reads it
 def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(cluster: RayCluster, tmp_path: Path) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
