@@ -1,6 +1,7 @@
 """Files dropped under a live Dagster become latents, and the trainset follows: sensor, queue, runs and automation."""
 
 import csv
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,20 @@ import polars as pl
 import pytest
 
 from nextvid.corpus.pointers import read_latest
+from nextvid.corpus.splits import split_of
 from nextvid.encode.plan import spec_in_force
 from storage.atomic import read_json
+from storage.digest import digest_file
 from storage.latents import LatentStore
-from storage.schemas import Clips, Media, Sources
+from storage.schemas import Clips, Media
 from storage.tables import read_table
-from tests.services.conftest import DEFINITIONS, Live, wait_for
+from tests.services.conftest import Live, wait_for
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1500)]
 
 FREE_BOX = b"\x00\x00\x00\x10free"  # and eight bytes of anything: MP4 readers skip it
 VIDEOS = "demo_videos.000000"
 UNWANTED = {"CANCELED", "FAILURE"}
-TICKS = """query($schedule: ScheduleSelector!) { scheduleOrError(scheduleSelector: $schedule) {
-  ... on Schedule { scheduleState { ticks { status runIds } } } } }"""
 
 
 def encoded(live: Live) -> pl.DataFrame:
@@ -30,16 +31,6 @@ def encoded(live: Live) -> pl.DataFrame:
     store = LatentStore(live.project.root, spec_in_force(live.project))
     commits = [store.commits("none"), *(store.commits(batch) for batch in live.project.root.batches("clips"))]
     return pl.concat(commits).filter(pl.col("status") == "ok")
-
-
-def partitions(live: Live, *statuses: str) -> list[str]:
-    """Batches of the runs of `ingest` that ended so."""
-    found = []
-    for run in live.runs():
-        tags = {tag["key"]: tag["value"] for tag in run["tags"]}
-        if run["status"] in statuses and run["jobName"] == "ingest":
-            found.append(tags["dagster/partition"])
-    return sorted(found)
 
 
 def trainset(live: Live) -> dict[str, Any]:
@@ -68,14 +59,12 @@ def test_the_corpus_follows_its_folders(live: Live) -> None:
     first, before = trainset(live), encoded(live)
     assert before.height > 20
 
-    # dropped in: its latents appear and the trainset follows
-    shutil.copy(scenes[0], folder / "added.mp4")
-    append(folder / "added.mp4", 1)
+    # dropped in: its latents appear
+    drop(live, scenes[0], folder / "added.mp4")
     wait_for(lambda: encoded(live).height > before.height, 400)
-    wait_for(lambda: trainset(live)["digest"] != first["digest"], 400)
-    assert trainset(live)["parent"] == first["digest"]
 
-    # changed: only it is encoded again; poisoned in the same moment: only that one's rows are quarantined
+    # changed: only it is encoded again, and the trainset follows; poisoned in the same moment: only that one's rows are
+    # quarantined
     before = encoded(live)
     append(scenes[0], 2)
     scenes[1].write_bytes(b"no film any more")
@@ -87,39 +76,23 @@ def test_the_corpus_follows_its_folders(live: Live) -> None:
     assert str(scenes[1]) in bad
     assert all(name == str(scenes[1]) or "broken" in name for name in bad), bad
     assert before.join(encoded(live), on="row_id", how="anti").is_empty(), "no row is lost"
+    wait_for(lambda: trainset(live)["digest"] != first["digest"], 400)
     assert not UNWANTED & {run["status"] for run in live.runs()}
 
-    # a night: what is quarantined is tried again, and stays a row with its reason
-    live.command("schedule", "start", "nightly")
 
-    # over its dataset's budget: that batch stops before the trainset, everything else goes on
-    for number in range(2):
-        (Path(root.url) / "extra" / f"broken_{number}.mp4").write_bytes(b"no film at all")
-    scenes[2].unlink()
-    wait_for(lambda: "extra.000000" in partitions(live, "FAILURE"), 400)
-    last = trainset(live)["digest"]
-    append(scenes[0], 3)
-    wait_for(lambda: trainset(live)["digest"] != last and "extra.000000" in trainset(live)["left_out"], 400)
-    assert trainset(live)["left_out"]["extra.000000"] == "its media did not pass their checks"
-    assert set(partitions(live, *UNWANTED)) == {"extra.000000"}
-
-    # deleted: marked, and its rows stay
-    sources = read_table(root.table("sources", VIDEOS), Sources)
-    assert sources.filter(pl.col("gone_at").is_not_null())["uri"].to_list() == [str(scenes[2])]
-
-    wait_for(lambda: any(tick["status"] == "SUCCESS" and tick["runIds"] for tick in ticks(live)), 400)
+def drop(live: Live, source: Path, target: Path) -> None:
+    """A copy with a digest of its own that falls into train: without labels, only that is wanted of it."""
+    split = live.project.corpus.datasets["demo_videos"].split
+    for number in itertools.count(100):
+        candidate = target.with_suffix(".part")
+        shutil.copy(source, candidate)
+        append(candidate, number)
+        if split_of(split, None, None, bytes.fromhex(digest_file(candidate))) == "train":
+            candidate.rename(target)
+            return
 
 
 def append(path: Path, number: int) -> None:
     """Another digest for each number, the same pictures."""
     with path.open("ab") as file:
         file.write(FREE_BOX + number.to_bytes(8, "little"))
-
-
-def ticks(live: Live) -> list[dict[str, Any]]:
-    """Ticks of the schedule `nightly` so far."""
-    selector = {
-        "repositoryName": "__repository__", "repositoryLocationName": DEFINITIONS, "scheduleName": "nightly"
-    }  # fmt: skip
-    found: list[dict[str, Any]] = live.ask(TICKS, schedule=selector)["scheduleOrError"]["scheduleState"]["ticks"]
-    return found
