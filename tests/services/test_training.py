@@ -118,6 +118,7 @@ def test_what_the_launchpad_refuses_is_one_clear_line(trained: Live) -> None:
     assert not (Path(trained.project.root.runs_url) / "pretrain").exists(), "nothing was begun"
 
 
+@pytest.mark.faults  # minutes of waiting for daemons; make faults
 def test_a_run_is_watched_killed_resumed_and_cancelled(trained: Live) -> None:
     first = launched(trained, ENDLESS)
     folder = folder_of(trained, first)
