@@ -5,11 +5,12 @@ holds names and sizes only (design, section 5).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from storage.digest import digest
 from storage.errors import ConfigError
+from storage.spec import checked_fields
 
 SUBSAMPLINGS = ("4:2:0", "4:2:2", "4:4:4")  # what libjpeg-turbo writes of YCbCr
 
@@ -44,13 +45,7 @@ class PixelSpec:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "PixelSpec":
         """Spec of what `to_json` gave; ConfigError where a key is missing, unknown or of another type."""
-        types = {field.name: (int if field.type in ("int", int) else str) for field in fields(PixelSpec)}
-        if not isinstance(value, Mapping) or set(value) != set(types):
-            raise ConfigError(f"a pixel spec has the keys {sorted(types)}, not {sorted(value)}")
-        for name, kind in types.items():
-            if type(value[name]) is not kind:
-                raise ConfigError(f"encoding.pixels.{name}: {value[name]!r} is not of type {kind.__name__}")
-        return PixelSpec(**value)
+        return PixelSpec(**checked_fields(PixelSpec, value, "a pixel spec", "encoding.pixels"))
 
     def row_shape(self, frames: int) -> tuple[int, int, int, int]:
         """(F, H, W, 3) of one row, uint8."""

@@ -18,6 +18,17 @@ STORED = ("float16", "keepbits7", "int8")  # keepbits7: float16 whose mantissa i
 TIME_MAPS = ("frame", "causal4", "causal8")
 
 
+def checked_fields(spec: type[Any], value: Mapping[str, Any], noun: str, where: str) -> Mapping[str, Any]:
+    """What a spec's `to_json` gave; ConfigError where a key is missing, unknown or of another type than its field."""
+    types = {field.name: (int if field.type in ("int", int) else str) for field in fields(spec)}
+    if not isinstance(value, Mapping) or set(value) != set(types):
+        raise ConfigError(f"{noun} has the keys {sorted(types)}, not {sorted(value)}")
+    for name, kind in types.items():
+        if type(value[name]) is not kind:
+            raise ConfigError(f"{where}.{name}: {value[name]!r} is not of type {kind.__name__}")
+    return value
+
+
 @dataclass(frozen=True)
 class EncodingSpec:
     """One way to encode. Sizes are those of a latent frame: channels, rows and columns of cells."""
@@ -54,13 +65,7 @@ class EncodingSpec:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "EncodingSpec":
         """Spec of what `to_json` gave; ConfigError where a key is missing, unknown or of another type."""
-        types = {field.name: (int if field.type in ("int", int) else str) for field in fields(EncodingSpec)}
-        if not isinstance(value, Mapping) or set(value) != set(types):
-            raise ConfigError(f"an encoding spec has the keys {sorted(types)}, not {sorted(value)}")
-        for name, kind in types.items():
-            if type(value[name]) is not kind:
-                raise ConfigError(f"encoding.{name}: {value[name]!r} is not of type {kind.__name__}")
-        return EncodingSpec(**value)
+        return EncodingSpec(**checked_fields(EncodingSpec, value, "an encoding spec", "encoding"))
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip of `frames` frames."""
