@@ -35,8 +35,9 @@ ADDRESS = np.dtype(
     [("row_id", "<u8", 2), ("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("slot", "<u2"), ("crc", "<u4")]
 )
 Fields = tuple[Any, ...]  # of an ADDRESS, as Python numbers
-_madvise, _mincore = ctypes.CDLL(None).madvise, ctypes.CDLL(None).mincore
+_madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mincore = ctypes.PyDLL(None).mincore  # keeps the interpreter: it never waits, and giving it away costs as much
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 _OPEN_MAPS = 512  # Linux allows 65530 maps a process (vm.max_map_count); opening one costs 20 us (research: store, F)
 
@@ -50,15 +51,16 @@ class _Mapped:
     values: Float16[np.ndarray, "n F C h w"] | None  # the same bytes; None where each row must be unpacked
     checked: np.ndarray  # bool [n]
     told: bool  # whether the kernel says which pages lie in memory: to a file's owner and who may write it
+    start: int  # address of the first byte, which begins a page
 
     def will_need(self, start: int, stop: int) -> None:
-        """Hint that these bytes are read soon, unless both ends are in memory: asking takes a tenth of a hint's time.
+        """Hint that these bytes are read soon, unless all are in memory: asking takes a tenth of a hint's time.
 
         Not mmap's own madvise: that holds the interpreter while it waits.
         """
-        first, last = (self.rows.ctypes.data + place - place % mmap.PAGESIZE for place in (start, stop - 1))
-        if not (self.told and _in_memory(first) and _in_memory(last)):
-            _madvise(first, last + mmap.PAGESIZE - first, mmap.MADV_WILLNEED)  # a hint: failing changes nothing
+        first = self.start + start - start % mmap.PAGESIZE
+        if not (self.told and _in_memory(first, self.start + stop - first)):
+            _madvise(first, self.start + stop - first, mmap.MADV_WILLNEED)  # a hint: failing changes nothing
 
 
 class RowReader:
@@ -94,16 +96,16 @@ class RowReader:
         Waits at most for indexes of shards not mapped yet, and where the disk's queue is full.
         """
         ordered = np.sort(addresses, order=("batch", "part", "shard", "slot"))
-        slots = ordered["slot"].astype(np.int64)
-        apart = np.diff(slots) > 1
+        apart = np.diff(ordered["slot"].astype(np.int64)) > 1
         for name in ("batch", "part", "shard"):
             apart |= ordered[name][1:] != ordered[name][:-1]
         ends = np.append(np.flatnonzero(apart) + 1, len(ordered))
         row_bytes, first = self._store.spec.row_bytes(frames), 0
-        for end in ends.tolist() if len(ordered) else ():
-            _, batch, part, number, _, _ = ordered[first].item()
+        fields = ordered.tolist()  # one conversion for all
+        for end in ends.tolist() if fields else ():
+            _, batch, part, number, slot, _ = fields[first]
             mapped = self._mapped((frames, batch, part, number), ordered[first])
-            mapped.will_need(int(slots[first]) * row_bytes, (int(slots[end - 1]) + 1) * row_bytes)
+            mapped.will_need(slot * row_bytes, (fields[end - 1][4] + 1) * row_bytes)
             first = end
 
     def close(self) -> None:
@@ -159,7 +161,7 @@ class RowReader:
         if spec.storage != "int8":
             values = shard.unpacked(data, spec.storage, spec.row_shape(frames))
         told = os.access(part.shard_path(number), os.W_OK)
-        return _Mapped(memory, data, values, np.zeros(rows, dtype=bool), told)
+        return _Mapped(memory, data, values, np.zeros(rows, dtype=bool), told, data.ctypes.data)
 
     def _file(self, part: Part, number: int) -> Path:
         """Where a committed shard stands on this machine."""
@@ -174,10 +176,11 @@ class RowReader:
         return DamagedError(f"{part.shard_path(number)}, row {row}: {what}. Remedy: {encode_again(part, number)}")
 
 
-def _in_memory(page: int) -> bool:
-    """Whether the page of a map at this address lies in the page cache."""
-    found = ctypes.create_string_buffer(1)
-    return _mincore(page, mmap.PAGESIZE, found) == 0 and found.raw[0] & 1 == 1
+def _in_memory(start: int, size_bytes: int) -> bool:
+    """Whether all pages of a map from this one on lie in the page cache."""
+    pages = -(-size_bytes // mmap.PAGESIZE)
+    found = ctypes.create_string_buffer(pages)
+    return _mincore(start, size_bytes, found) == 0 and found.raw.count(1) == pages
 
 
 def addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:
