@@ -79,8 +79,9 @@ def main(
     with tempfile.TemporaryDirectory(prefix="nextvid-encode-") as top:
         films = _films(Path(top, "films"), 2 if quick else 8)
         weights = _vavae(Path(top, "vavae"))
-        vavae = Load("VA-VAE shape", weights, side or (64 if quick else 256), 2, 64 if quick else 48, 8, 1)
-        demo = Load("demo autoencoder", DEMO, 64, 8, 64 if quick else 512, 64, 1 if quick else 3)
+        pixels, rows_of_two, turns = (64, 64, 1) if quick else (256, 48, 2)
+        vavae = Load("VA-VAE shape", weights, side or pixels, 2, rows_of_two, 8, turns)
+        demo = Load("demo autoencoder", DEMO, 64, 8, 64 if quick else 512, 64, turns)
         rows = [_compared(load, films, Path(top)) for load in (vavae, demo)]
         memory = _memory(Load("memory", DEMO, 64, 1 if quick else 4, 300, 64, 1), films, Path(top))
     reached, growth = rows[0]["pipeline_over_alone"], memory["growth"]
