@@ -2,11 +2,10 @@
 
 So the device encodes the next batches while this judges and the disk writes. Holds which rows are tried and the order
 judge, write, commit; the rules stand in roundtrip.py and the bytes in storage. An encoder that is faster than the disk
-waits here, so that a kill loses the shard in hand and the one being written, no more.
+waits here: a kill loses one shard and the first rows of the next, whatever the disk does (docs/decisions/0027).
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -20,13 +19,13 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import Rows, Seen
 from nextvid.encode.preview import CLIPS, Shown
 from nextvid.encode.roundtrip import Trip, error_bound, judge, sampled, window
-from nextvid.encode.shard import EncodedShard, commit_table, row_noise
+from nextvid.encode.shard import EncodedShard, Take, commit_table, row_noise
 from nextvid.encode.verdicts import Trips
 from storage.errors import ConflictError, StoreError
 from storage.latents import Part
 from storage.shard import stored_values
 
-WAITING = 1  # shard whose writing the encoder does not wait for: 134 MB at 16 frames of 32 x 16 x 16
+AHEAD = 32  # rows encoded before the shard before them is committed, an eighth of one (docs/decisions/0027)
 
 
 class Keeper:
@@ -35,7 +34,7 @@ class Keeper:
     def __init__(self, autoencoder: Autoencoder, trips: Trips, threads: int) -> None:
         self._autoencoder, self._trips = autoencoder, trips
         self._thread = ThreadPoolExecutor(1, "keeping", initializer=torch.set_num_threads, initargs=(threads,))
-        self._shards: deque[Future[None]] = deque()
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -54,16 +53,16 @@ class Keeper:
         """Do this after what was submitted before."""
         return self._thread.submit(work)
 
-    def hold(self, written: "Future[None]") -> None:
-        """A shard is on its way to the disk; waits while more than WAITING are. Raises what an earlier one raised."""
-        self._shards.append(written)
-        while len(self._shards) > WAITING or (self._shards and self._shards[0].done()):
-            self._shards.popleft().result()
+    def write(self, work: Callable[[], None]) -> None:
+        """Do this after what was submitted before, once the shard before is committed: one is written at a time."""
+        self.drain()
+        self._writing = self.submit(work)
 
     def drain(self) -> None:
-        """Wait until everything is written. Raises what failed."""
-        while self._shards:
-            self._shards.popleft().result()
+        """Wait until what was handed to `write` is committed. Raises what failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def judged(self, part: Part, row: bytes, latents: Float32[np.ndarray, "F C h w"], seen: Seen) -> Trip:
         """A row's round trip: what the store will hold of it against its frames, decoded again."""
@@ -99,6 +98,19 @@ class Keeping:
         self._found: dict[bytes, Trip] = {}
         self._judging: list[Future[None]] = []
 
+    def paced(self, take: Take) -> Take:
+        """The same rows, but more than the first AHEAD of them only once the shard before is committed."""
+        taken = 0
+
+        def paced(row_ids: list[bytes]) -> Mapping[bytes, Seen]:
+            nonlocal taken
+            if taken >= AHEAD:
+                self._keeper.drain()
+            taken += len(row_ids)
+            return take(row_ids)
+
+        return paced
+
     def row(self, row: bytes, latents: Float32[np.ndarray, "F C h w"]) -> None:
         """A row was encoded; judged if it is one of the sampled. Raises where one before did not come back right."""
         for judging in self._judging:
@@ -115,7 +127,7 @@ class Keeping:
             self._write(encoded, rows)
             twin()
 
-        self._keeper.hold(self._keeper.submit(write))
+        self._keeper.write(write)
 
     def _judge(self, row: bytes, latents: Float32[np.ndarray, "F C h w"], again: Rows) -> None:
         trip = self._keeper.judged(self._part, row, latents, again.take([row])[row])

@@ -93,7 +93,8 @@ class Pipeline:
         keeping = self._keeper.shard(part, begun.number, begun.again, lambda rows: self._decode(part, rows))
         pixels = self._pixels.beside(part, begun.number, begun.frames.take)
         ids = begun.rows["row_id"].to_list()
-        encoded = encode_shard(self._model, part.spec, part.frames, ids, pixels.take, keeping.row, self._telling.batch)
+        take = keeping.paced(pixels.take)
+        encoded = encode_shard(self._model, part.spec, part.frames, ids, take, keeping.row, self._telling.batch)
         keeping.finish(encoded, begun.rows, pixels.finish)
 
     def _decode(self, part: Part, row_ids: list[bytes]) -> Rows:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from nextvid.corpus.project import Project
 from storage import part, shard
+from tests.nextvid.encode.small_corpus import begin
 
 PATCH = 8  # pixels a side of a patch, folded to depth by nextvid.json
 KEPT = 5  # frequencies kept per axis and colour: 3 * 25 = 75 of 192 numbers
@@ -27,6 +29,12 @@ def cosine_basis() -> np.ndarray:
     one[0] /= np.sqrt(2)
     two = np.einsum("ui,vj->uvij", one[:KEPT], one[:KEPT]).reshape(KEPT**2, PATCH**2)
     return np.kron(np.eye(3), two)
+
+
+@pytest.fixture
+def project(tmp_path: Path, cosine_autoencoder: Path) -> Project:
+    """Three films and two stills, cut and not yet encoded."""
+    return begin(tmp_path, cosine_autoencoder)
 
 
 @pytest.fixture(scope="session")

@@ -131,9 +131,9 @@ def stills(folder: Path, count: int = 2) -> list[Path]:
     return paths
 
 
-def begin(folder: Path, autoencoder: Path) -> Project:
+def begin(folder: Path, autoencoder: Path, **encoding: Any) -> Project:
     """Three films of four views and two stills of two, cut and not yet encoded."""
-    made = write_corpus(folder, autoencoder)
+    made = write_corpus(folder, autoencoder, **encoding)
     rows = [clip_row(path, index, view) for path in films(folder) for index in (0, 3) for view in (0, 1)]
     publish_clips(made, FILMS, rows)
     publish_clips(made, STILLS, [clip_row(path, 0, view) for path in stills(folder) for view in (0, 1)])

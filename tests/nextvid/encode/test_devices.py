@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-import polars as pl
 import pytest
 import torch
 
@@ -12,13 +10,10 @@ from nextvid.encode.devices import devices
 from nextvid.encode.latents import make_latents
 from nextvid.encode.pace import Pace
 from nextvid.encode.pipeline import shares
-from nextvid.encode.plan import plan_encode, spec_in_force
+from nextvid.encode.plan import plan_encode
 from storage.errors import ConfigError
-from storage.latents import ROWS_PER_SHARD, LatentStore
-from storage.reader import read_row
-from tests.nextvid.encode.small_corpus import clip_row, publish_clips, stills, write_corpus
-
-STILLS = "stills.000000"
+from storage.latents import ROWS_PER_SHARD
+from tests.nextvid.encode.small_corpus import STILLS, clip_row, publish_clips, stills, stored, write_corpus
 
 
 def begin(folder: Path, autoencoder: Path, count: int) -> Project:
@@ -33,12 +28,6 @@ def begin(folder: Path, autoencoder: Path, count: int) -> Project:
     return made
 
 
-def stored(project: Project) -> dict[bytes, np.ndarray]:
-    store = LatentStore(project.root, spec_in_force(project))
-    good = store.commits(STILLS).filter(pl.col("status") == "ok")
-    return {row["row_id"]: read_row(store, STILLS, 1, row["part"], row["slot"]) for row in good.iter_rows(named=True)}
-
-
 def test_two_processes_store_what_one_stores(tmp_path: Path, cosine_autoencoder: Path) -> None:
     one, two = begin(tmp_path / "one", cosine_autoencoder, 1), begin(tmp_path / "two", cosine_autoencoder, 2)
     paces: list[Pace] = []
@@ -46,7 +35,7 @@ def test_two_processes_store_what_one_stores(tmp_path: Path, cosine_autoencoder:
     assert together.passed
     assert together.digest == alone.digest  # ids and checksums of every row
     assert together.numbers["encoded"] == 2 * ROWS_PER_SHARD + 9
-    assert stored(two).keys() == stored(one).keys()
+    assert stored(two, STILLS).keys() == stored(one, STILLS).keys()
     assert {pace.devices for pace in paces} == {2}
     assert paces[-1].done == paces[-1].total
     checks = {check.name: check.numbers for check in together.checks}

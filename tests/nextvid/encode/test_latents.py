@@ -40,11 +40,6 @@ from tests.nextvid.encode.small_corpus import (
 )
 
 
-@pytest.fixture
-def project(tmp_path: Path, cosine_autoencoder: Path) -> Project:
-    return begin(tmp_path, cosine_autoencoder)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, cosine_autoencoder: Path) -> tuple[Project, Outcome]:
     """A project whose films are encoded, for tests that only read it."""

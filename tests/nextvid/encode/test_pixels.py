@@ -24,17 +24,9 @@ from storage.latents import LatentStore
 from storage.pixel_reader import read_clip
 from storage.pixels import PixelPart, PixelStore
 from storage.shard import ROWS_PER_SHARD
-from tests.nextvid.encode.small_corpus import clip_row, films, publish_clips, stills, write_corpus
+from tests.nextvid.encode.small_corpus import FILMS, STILLS, begin, clip_row, films, publish_clips, write_corpus
 
-FILMS, STILLS = "films.000000", "stills.000000"
 PIXELS = {"quality": 95, "subsampling": "4:4:4"}
-
-
-def begin(folder: Path, autoencoder: Path, **encoding: Any) -> Project:
-    project = write_corpus(folder, autoencoder, **encoding)
-    publish_clips(project, FILMS, [clip_row(path, i, v) for path in films(folder) for i in (0, 3) for v in (0, 1)])
-    publish_clips(project, STILLS, [clip_row(path, 0, view) for path in stills(folder) for view in (0, 1)])
-    return project
 
 
 @pytest.fixture

@@ -34,11 +34,6 @@ from tests.nextvid.encode.small_corpus import (
 )
 
 
-@pytest.fixture
-def project(tmp_path: Path, cosine_autoencoder: Path) -> Project:
-    return begin(tmp_path, cosine_autoencoder)
-
-
 def _exchange(folder: Path) -> None:
     """Other weights of the same size, and the file's times set back."""
     file = folder / "diffusion_pytorch_model.safetensors"
