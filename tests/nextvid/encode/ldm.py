@@ -7,6 +7,7 @@ the decoder's levels count from the finest. Small widths for numerics, the real 
 Axes: B frames, C channels, H W cells.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -169,11 +170,15 @@ class LDM(nn.Module):
 
 
 def randomised(model: LDM, seed: int = 0) -> LDM:
-    """No norm stays the identity, and attention looks somewhere: queries and keys are four times as large."""
+    """No norm stays the identity, and attention looks somewhere: queries and keys are four times as large.
+
+    Matrices are changed by what keeps numbers near 1 at any width, so that bounds on differences mean the same.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weights in model.named_parameters():
-            weights.add_(0.05 * torch.randn(weights.shape, generator=generator))
+            spread = 0.05 if weights.ndim == 1 else 0.6 / math.sqrt(weights[0].numel())
+            weights.add_(spread * torch.randn(weights.shape, generator=generator))
             if ".q." in name or ".k." in name:
                 weights.mul_(4)
     return model.eval()

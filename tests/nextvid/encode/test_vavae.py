@@ -1,6 +1,8 @@
 """The converter of VA-VAE against an independent implementation of its encoder and decoder (ldm.py): the same numbers,
 strictness, and nothing executed. The published file is not needed."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,42 @@ def test_moments_and_frames_are_those_of_the_independent_model(
         pictures, wanted = model.decode(latents).sample, ldm.frames(latents)
         assert (pictures - wanted).abs().max() < bound
         assert wanted.std() > 0.01
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[LDM, Path]:
+    """The published shape with random weights, and the folder that the command line made of it."""
+    torch.manual_seed(0)
+    model, folder = randomised(LDM()), tmp_path_factory.mktemp("published")
+    checkpoint, out = written(model, folder / "vavae.ckpt", wrapped=True), folder / "vavae"
+    command = [sys.executable, "-m", "nextvid", "import-vavae", str(checkpoint), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.stdout.startswith("342 tensors in"), done.stderr
+    checkpoint.unlink()
+    return model, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_at_its_real_width_a_published_file_gives_the_same_numbers(
+    published: tuple[LDM, Path], dtype: torch.dtype, bound: float
+) -> None:
+    """70 M parameters, a small picture: attention in the lowest level looks at 4 x 3 cells."""
+    from diffusers import AutoencoderKL
+
+    ldm, folder = published[0].to(dtype), published[1]
+    model = AutoencoderKL.from_pretrained(folder).to(dtype)
+    assert sum(weights.numel() for weights in model.parameters()) == 69_836_067
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.rand((1, 3, 64, 48), generator=generator, dtype=dtype) * 2 - 1
+    latents = torch.randn((1, 32, 4, 3), generator=generator, dtype=dtype)
+    with torch.inference_mode():
+        moments, wanted = model.encode(frames).latent_dist.parameters, ldm.moments(frames)
+        assert (moments - wanted).abs().max() < bound
+        assert wanted.std() > 0.1
+        pictures, wanted = model.decode(latents).sample, ldm.frames(latents)
+        assert (pictures - wanted).abs().max() < bound
+        assert wanted.std() > 0.1
 
 
 def test_attention_in_the_lowest_level_matters(ldm: LDM) -> None:
