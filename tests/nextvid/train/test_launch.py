@@ -6,15 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from nextvid.config import HowConfig, RecipeConfig
+from nextvid.config import HowConfig
 from nextvid.corpus.project import Project
-from nextvid.train import checkpoint, launch
+from nextvid.train import checkpoint
 from nextvid.train.events import NAME, EventLog, read_events
 from nextvid.train.launch import PreparedRun, end_group, finish_run, prepare_run, pretrain
 from nextvid.train.loop import train
@@ -25,26 +25,8 @@ from storage.errors import ConfigError, RefusedError, UpstreamError
 from tests.nextvid.train.corpus import make_project, tiny_spec, write_trainset
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
 
-REPOSITORY = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("tiny_by_name")
 LAUNCH = "01234567-89ab-cdef-0123-456789abcdef"
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The recipe `tiny`, one thread, and a trainer that is found from anywhere."""
-
-    def by_name(name: str) -> RecipeConfig:
-        assert name == "tiny"
-        return tiny_recipe()
-
-    monkeypatch.setattr(launch, "recipe_by_name", by_name)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.chdir(REPOSITORY)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

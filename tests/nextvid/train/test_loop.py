@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,8 @@ from storage.errors import ConflictError, DamagedError, RefusedError
 from tests.nextvid.train.corpus import make_project, tiny_spec, write_trainset
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[2] / "golden" / "first_losses.txt"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
