@@ -6,7 +6,7 @@ themselves do not exist.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
 from storage.reader import ADDRESS, addresses
 from storage.schemas import Clips, Commits, Duplicates, Labels, Lineage, Media
+from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
 
 RECIPE = "demo"
 FRAMES = 8
@@ -42,7 +43,7 @@ OVERRIDES = (
 )  # fmt: skip
 
 
-def write_project(folder: Path) -> Project:
+def write_project(folder: Path, run: bool = True) -> Project:
     """Everything up to the trainset, and a run of 5 steps that `latest.json` points to."""
     torch.set_num_threads(1)
     save_autoencoder(folder / "autoencoder")
@@ -63,7 +64,17 @@ def write_project(folder: Path) -> Project:
     project = open_project(path)
     _write_tables(project)
     _write_trainset(project)
-    _write_run(project)
+    if run:
+        _write_run(project)
+    return project
+
+
+def write_pixel_project(folder: Path, extra: Sequence[str], without: Collection[bytes] = ()) -> Project:
+    """With stored pixels of all rows but those in `without`, and a run that reads them, with `extra` overrides."""
+    project = write_project(folder, run=False)
+    project = ask_for_pixels(project)
+    write_pixels(project, without)
+    _write_run(project, ("model.encoder.input=pixels", *extra))
     return project
 
 

@@ -19,7 +19,7 @@ from nextvid.sample.samples import make_samples
 from nextvid.sample.scene import CLIPS, choose_clips, open_scene
 from nextvid.train.overrides import apply_overrides
 from storage.errors import RefusedError, UpstreamError
-from tests.nextvid.tiny_project import FRAMES, RECIPE, save_autoencoder
+from tests.nextvid.tiny_project import FRAMES, RECIPE, save_autoencoder, write_pixel_project
 
 
 def test_pictures_and_numbers_are_made_once(own_copy: Project) -> None:
@@ -80,6 +80,25 @@ def test_encoders_of_pixels_see_the_reconstruction(evaluated: Project) -> None:
     predicts = apply_overrides(reads, ["losses.target=pixels", "model.frame_channels=192"])
     pixels = space_to_depth(pixel_values(torch.from_numpy(scene.truth)), 8)
     assert np.array_equal(replace(scene, recipe=predicts).frames(pixels), scene.truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides", [(), ("losses.target=pixels", f"model.frame_channels={3 * 8**2}")], ids=["latents out", "pixels out"]
+)
+def test_a_run_that_was_trained_on_pixels_generates(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """Trained on rows of the pixel store; what it generates onward is given back to it as pixels."""
+    project = write_pixel_project(tmp_path, overrides)
+    outcome = make_samples(project, RECIPE)
+    said = json.loads((Path(project.root.samples(RECIPE, str(outcome.numbers["run"]))) / "samples.json").read_text())
+    assert set(said["masked"]) == {"short", "long"}
+    assert set(said["autoregressive"]) == {"all_cells", "quarter_of_cells", "training_cells"}
+    for found in (*said["masked"].values(), *said["autoregressive"].values()):
+        assert np.isfinite(list(found.values())).all()
+        assert found["psnr_db"] > 0
+    for path in outcome.pictures.values():
+        Image.open(path).verify()
+    assert not make_samples(project, RECIPE).made
 
 
 def test_targets_without_pictures_are_refused(evaluated: Project) -> None:

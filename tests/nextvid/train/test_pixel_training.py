@@ -1,6 +1,7 @@
 """Recipes that read pixels train for real: whole runs, resumption, export, probes' encoders, and what is refused."""
 
-from collections.abc import Iterator
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,20 @@ from nextvid.train.overrides import apply_overrides
 from nextvid.train.run import Run, open_run, plan_run, run_id, write_run
 from nextvid.train.step import build_model
 from storage.errors import RefusedError, UpstreamError
-from tests.nextvid.train.corpus import make_project
+from tests.nextvid.train.corpus import make_project, tiny_spec
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
 from tests.nextvid.train.test_loop import _train_until, tensors
-from tests.nextvid.train.test_pixel_rows import PIXELS_IN, PIXELS_OUT, make_pixel_project, pixel_recipe
-from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
+from tests.nextvid.train.test_pixel_rows import (
+    PIXELS_IN,
+    PIXELS_OUT,
+    _loader,
+    make_pixel_project,
+    pixel_recipe,
+    pixels_of,
+)
+from tests.nextvid.train.tiny import ALONE, HOW, latents_of, tiny_recipe
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def begin(project: Project, recipe: RecipeConfig, how: Any = HOW) -> Run:
@@ -76,6 +76,26 @@ def test_a_whole_run_of_pixels(tmp_path: Path, overrides: tuple[str, ...]) -> No
     with torch.no_grad():
         wanted = reference(pixel_tokens(pixel_values(frames), 8, 2), 4)
     torch.testing.assert_close(encoder(frames), wanted)
+
+
+def test_pixels_in_and_latents_over_time_out(tmp_path: Path) -> None:
+    """As with Cosmos (Tab. 3): a frame's target is the latent that covers it, its input is its own pixels."""
+    project = ask_for_pixels(make_project(tmp_path, spec=replace(tiny_spec(), time_map="causal4")))
+    write_pixels(project)
+    run = begin(project, pixel_recipe((*PIXELS_IN, "losses.target=cosmos")))
+    with _loader(project, run.recipe) as loader:
+        batch = next(iter(loader.batches(0, 1)))
+    clips = [n for n in range(len(batch.draws)) if not torch.equal(pixels_of(batch)[n, 1], pixels_of(batch)[n, 2])]
+    assert clips, "the first batch has images alone"
+    for number in clips:
+        first, *others = latents_of(batch)[number]
+        assert all(torch.equal(latent, others[0]) for latent in others)  # frames 1 to 4 have one latent
+        assert not torch.equal(first, others[0])
+    train(project, run, ALONE)
+    assert run.complete
+    steps = [event for event in read_events(run.folder) if event["kind"] == "step"]
+    assert len(steps) == 12
+    assert all(math.isfinite(value) for event in steps for value in event["loss"].values())
 
 
 def test_resuming_is_bit_equal_to_never_having_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
