@@ -1,12 +1,15 @@
 """What a changed setting encodes again: every field of the encoding, the clip policies and the curation, one at a time.
 
+A field that no case changes is named by the first test; the first word of a case is the field that it changes.
+
 The corpus is real and small (conftest.py); its rows stand in the store as random numbers, since nothing here decodes.
 Each case names the rows of the new clips table that are to be encoded, by an expression; all others must be kept.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,16 @@ import pytest
 import yaml
 
 from nextvid.corpus.clips import make_clips
-from nextvid.corpus.project import Project, open_project
+from nextvid.corpus.project import (
+    ClipPolicy,
+    CurationConfig,
+    DuplicateConfig,
+    EncodingConfig,
+    FilterConfig,
+    Project,
+    ShotConfig,
+    open_project,
+)
 from nextvid.corpus.shots import make_shots
 from nextvid.encode.plan import EncodePlan, encoding_spec, plan_encode, wanted_clips
 from storage.latents import LatentStore
@@ -127,6 +139,20 @@ def refuse_others(project: Project, batch: str, wanted: pl.Expr) -> EncodePlan:
     return plan
 
 
+def test_no_field_is_without_a_case() -> None:
+    """Whoever adds a field says here what it encodes again."""
+
+    def changed_by(cases: Iterable[str]) -> set[str]:
+        return {re.split(r"[ ,]", name)[0] for name in cases}
+
+    assert changed_by(ENCODING) | {"autoencoder"} == set(EncodingConfig.model_fields)
+    assert changed_by(CLIPS) | {"flip"} >= set(ClipPolicy.model_fields)
+    assert set(CurationConfig.model_fields) == {"shots", "filters", "duplicates"}
+    assert set(SHOTS) == set(ShotConfig.model_fields)
+    assert set(FILTERS) == set(FilterConfig.model_fields)
+    assert set(DUPLICATES) == set(DuplicateConfig.model_fields)
+
+
 ENCODING: dict[str, tuple[Change, pl.Expr]] = {
     "resolution": (put("encoding.resolution", 32), ALL),
     "precision": (put("encoding.precision", "bf16"), ALL),
@@ -136,6 +162,7 @@ ENCODING: dict[str, tuple[Change, pl.Expr]] = {
     "batch_frames": (put("encoding.batch_frames", 1), NONE),
     "device": (put("encoding.device", "cpu"), NONE),
     "devices": (put("encoding.devices", 2), NONE),
+    "pixels": (put("encoding.pixels", {"quality": 80}), NONE),  # a store of their own
 }
 
 
@@ -176,11 +203,16 @@ CLIPS: dict[str, tuple[Change, pl.Expr]] = {
     "fps": (policy(fps=2), PRETRAIN),
     "stride that gives the same times": (policy(fps=None, stride=2), NONE),
     "stride that gives others": (policy(fps=None, stride=1), PRETRAIN),
-    "more views": (policy(views=3), PRETRAIN & (pl.col("view_index") == 2)),
-    "fewer views": (policy(views=1), NONE),
-    "one centre crop": (policy(crop="centre", views=1), NONE),
-    "three centre crops": (policy(crop="centre", views=3), PRETRAIN & (pl.col("view_index") > 0)),
-    "pad": (policy(pad="skip"), NONE),
+    "clips_per_shot": (policy(clips_per_shot=2), PRETRAIN),  # neither lies in the middle
+    "starts": (policy(starts="random"), PRETRAIN),
+    "views, more": (policy(views=3), PRETRAIN & (pl.col("view_index") == 2)),
+    "views, fewer": (policy(views=1), NONE),
+    "crop, whole": (policy(crop="whole", views=1), NONE),
+    "crop, one in the centre": (policy(crop="centre", views=1), NONE),
+    "crop, three in the centre": (policy(crop="centre", views=3), PRETRAIN & (pl.col("view_index") > 0)),
+    "pad that leaves out": (policy(pad="skip"), NONE),
+    "pad that repeats": (policy(pad="repeat_last"), NONE),
+    "clips_per_media": (put("datasets.films.clips_per_media", 1), NONE),
     "another policy beside it": (
         lambda said: said["datasets"]["films"]["clips"].append({"frames": 8, "fps": 8, "crop": "whole"}),
         pl.col("frames") == 8,
@@ -243,16 +275,41 @@ def test_filters(changed: Callable[..., Project], name: str) -> None:
         assert plan.rows.is_empty()
 
 
-@pytest.mark.parametrize(("name", "value"), [("distance", 5), ("quality_min", 90)])
-def test_duplicates(changed: Callable[..., Project], name: str, value: int) -> None:
-    project = changed(put(f"curation.duplicates.{name}", value))
+DUPLICATES = {"distance": 5, "quality_min": 90}
+
+
+@pytest.mark.parametrize("name", DUPLICATES)
+def test_duplicates(changed: Callable[..., Project], name: str) -> None:
+    project = changed(put(f"curation.duplicates.{name}", DUPLICATES[name]))
     refuse_others(project, FILMS, NONE)
 
 
-def test_first_pass_that_finds_the_same_shots(changed: Callable[..., Project]) -> None:
-    """Ids derive from times, not from the detector: its other settings decode again and encode nothing again."""
-    project = changed(put("curation.shots.thumb_width", 96), shots=True)
-    refuse_others(project, FILMS, NONE)
+# Ids derive from times, not from the detector: what finds the same shots decodes again and encodes nothing again. Two
+# values let the only cut go by; the film with the cut is then one shot, with its clip elsewhere.
+WITH_A_CUT = pl.col("uri").str.ends_with("/one.mp4")
+SHOTS: dict[str, tuple[float, pl.Expr]] = {
+    "thumb_width": (96, NONE),
+    "thumb_height": (54, NONE),
+    "cut_change": (1000.0, WITH_A_CUT),
+    "cut_ratio": (1000.0, WITH_A_CUT),
+    "min_shot_s": (0.5, NONE),
+    "dissolve_lag_s": (0.5, NONE),
+    "dissolve_change": (40.0, NONE),
+    "dissolve_residual": (0.4, NONE),
+    "dissolve_dip": (0.5, NONE),
+    "fade_luma": (20.0, NONE),
+    "sample_hz": (8.0, NONE),
+    "hash_hz": (2.0, NONE),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOTS)
+def test_first_pass(changed: Callable[..., Project], name: str) -> None:
+    value, wanted = SHOTS[name]
+    project = changed(put(f"curation.shots.{name}", value), shots=True)
+    refuse_others(project, FILMS, wanted)
+    refuse_others(project, STILLS, NONE)
 
 
 def test_moved_folders_and_comments(encoded: Path, tmp_path: Path) -> None:
