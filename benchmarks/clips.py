@@ -1,4 +1,4 @@
-"""The clips that benchmarks/loader.py reads: random latents of the VA-VAE's shape, in our store with a trainset.
+"""The clips that benchmarks read: random latents, by default of the VA-VAE's shape, in our store with a trainset.
 
 Holds the data and our own way of storing it; other formats stand in sources.py and peers.py. The values are standard
 normal numbers from a seed, since latents are incompressible to within 10 % (research: vae, 5).
@@ -34,6 +34,7 @@ from storage.root import DataRoot
 from storage.schemas import Commits
 
 FRAMES, CHANNELS, SIDE = 16, 32, 16  # VA-VAE f16d32 at 256 pixels, the paper's clip length
+STRIDE = 16  # pixels a cell of it
 SHAPE = (FRAMES, CHANNELS, SIDE, SIDE)
 CLIP_BYTES = 2 * FRAMES * CHANNELS * SIDE * SIDE
 BATCH = 32  # clips a step, research: store, C
@@ -45,22 +46,23 @@ MASK_ENTRIES = 1 << 13  # of the mask plan: enough for its checks; how many ther
 Clips = Float16[np.ndarray, "n F C h w"]
 
 
-def random_clips(count: int) -> Clips:
+def random_clips(count: int, shape: tuple[int, int, int, int] = SHAPE) -> Clips:
     """Standard normal numbers in float16; the same for the same count."""
     rng = np.random.default_rng(0)
-    out = np.empty((count, *SHAPE), np.float16)
+    out = np.empty((count, *shape), np.float16)
     for clip in out:
-        clip[:] = rng.standard_normal(SHAPE, dtype=np.float32)
+        clip[:] = rng.standard_normal(shape, dtype=np.float32)
     return out
 
 
-def write_store(clips: Clips, folder: Path) -> None:
-    """Our store, one part of all clips, and a trainset of it."""
+def write_store(clips: Clips, folder: Path, stride: int = STRIDE) -> None:
+    """Our store, one part of all clips, and a trainset of it; `stride`: pixels a cell."""
+    _, frames, channels, height, width = clips.shape
     root = DataRoot.open(str(folder))
-    spec = EncodingSpec("0" * 32, 16 * SIDE, "bicubic", "fp32", "mean", "float16", CHANNELS, SIDE, SIDE)
+    spec = EncodingSpec("0" * 32, stride * height, "bicubic", "fp32", "mean", "float16", channels, height, width)
     store = LatentStore(root, spec)
     store.create()
-    part = store.plan_part(BATCH_KEY, FRAMES, [bytes.fromhex(digest(["clip", n])) for n in range(len(clips))])
+    part = store.plan_part(BATCH_KEY, frames, [bytes.fromhex(digest(["clip", n])) for n in range(len(clips))])
     for shard in range(part.shards):
         rows = part.rows_of(shard)
         defaults = {
@@ -73,18 +75,18 @@ def write_store(clips: Clips, folder: Path) -> None:
         commits = rows.with_columns(**defaults).select(Commits.column_names())
         part.write_shard(shard, clips[first : first + rows.height], commits)
     # one part, so that clip n is row n: the trainset need not be sorted by id for anything that is measured here
-    found = addresses(store.commits(BATCH_KEY, FRAMES), [BATCH_KEY])
+    found = addresses(store.commits(BATCH_KEY, frames), [BATCH_KEY])
     said = {
         "digest": TRAINSET,
         "spec": spec.to_json(),
         "weights": {"random": 1.0},
-        "mean": [0.0] * CHANNELS,
-        "std": [1.0] * CHANNELS,
+        "mean": [0.0] * channels,
+        "std": [1.0] * channels,
         "batches": [BATCH_KEY],
-        "offsets": {f"f{FRAMES}": {"random": [0, len(found)]}},
+        "offsets": {f"f{frames}": {"random": [0, len(found)]}},
     }
     with atomic.staged_folder(root.pointed("trainset", TRAINSET)) as staged:
-        np.save(staged / f"rows.f{FRAMES}.npy", found, allow_pickle=False)
+        np.save(staged / f"rows.f{frames}.npy", found, allow_pickle=False)
         atomic.publish_json(str(staged / "trainset.json"), said)
 
 

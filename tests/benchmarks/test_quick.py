@@ -23,6 +23,7 @@ BENCHMARKS = (
     "encode",
     "input",
     "attention",
+    "step",
     "batches",
 )
 
