@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nextvid.config import RecipeConfig, Strict
+from nextvid.probe.augment import Kind
 
 LN_EPS = 1e-6  # method.md 6.1
 MLP_RATIO = 4  # method.md 9
@@ -38,12 +39,19 @@ class ProbeSettings(Strict):
     init: Literal["xavier", "trunc_normal"] = "xavier"
     query_std: float = 1.0
     held_out: float = 0.2  # share of probe-train that chooses the rate
+    augment: Kind = "none"  # how training clips are varied; latents are what their stored views are
 
 
-def probe_settings(recipe: RecipeConfig, epochs: int, batch: int) -> ProbeSettings:
-    """The demo study's settings below width 512; else the public probe's rates and initialisation (method.md 9)."""
+def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool = False) -> ProbeSettings:
+    """The demo study's settings below width 512; else the public probe's rates and initialisation (method.md 9).
+
+    Encoders of pixels learn their probes on varied clips, of `images` or of videos (design 8).
+    """
+    augment: Kind = "none"
+    if recipe.model.encoder.input == "pixels":
+        augment = "image" if images else "video"
     if recipe.model.encoder.width < SMALL_WIDTH:
-        return ProbeSettings(epochs=epochs, batch=batch)
+        return ProbeSettings(epochs=epochs, batch=batch, augment=augment)
     return ProbeSettings(
         heads=16,  # Tab. 10
         rates=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4),  # method.md 9; its weight decays .01 to .8 are fixed at one of them
@@ -53,6 +61,7 @@ def probe_settings(recipe: RecipeConfig, epochs: int, batch: int) -> ProbeSettin
         batch=batch,
         init="trunc_normal",
         query_std=0.02,
+        augment=augment,
     )
 
 

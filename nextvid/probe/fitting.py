@@ -29,24 +29,32 @@ def normalise(tokens: np.ndarray, device: str = "cpu") -> Float[Tensor, "N L D"]
 
 
 def fit(
-    tokens: Float[Tensor, "N L D"],
+    tokens: Float[Tensor, "N L D"] | Callable[[int], Float[Tensor, "N L D"]],
     labels: Int[np.ndarray, "N"],
     classes: int,
     settings: ProbeSettings,
     seeds: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> Probes:
-    """Train one probe per seed and rate. `tokens` come from `normalise`; each seed has its own start and clip order."""
-    probes = Probes(tokens.shape[-1], classes, settings, seeds).to(tokens.device)
-    answers = torch.from_numpy(labels.astype(np.int64)).to(tokens.device)
-    batch = min(settings.batch, len(tokens))
-    steps = settings.epochs * (len(tokens) // batch)
-    orders = torch.stack([_order(len(tokens), batch, settings.epochs, seed) for seed in seeds]).to(tokens.device)
+    """Train one probe per seed and rate; each seed has its own start and clip order.
+
+    `tokens` come from `normalise`; where clips are varied they are a function of the epoch, asked once for each.
+    """
+    now = tokens(0) if callable(tokens) else tokens
+    device, clips = now.device, len(now)
+    probes = Probes(now.shape[-1], classes, settings, seeds).to(device)
+    answers = torch.from_numpy(labels.astype(np.int64)).to(device)
+    batch = min(settings.batch, clips)
+    an_epoch = clips // batch
+    steps = settings.epochs * an_epoch
+    orders = torch.stack([_order(clips, batch, settings.epochs, seed) for seed in seeds]).to(device)
     optimiser, views = _optimiser(probes, settings)
-    seen = torch.empty(len(seeds) * batch, *tokens.shape[1:], device=tokens.device)  # reused: no new pages a step
+    seen = torch.empty(len(seeds) * batch, *now.shape[1:], device=device)  # reused: no new pages a step
     for step in range(steps):
+        if callable(tokens) and step and step % an_epoch == 0:
+            now = tokens(step // an_epoch)
         chosen = orders[:, step]  # [G, B]
-        torch.index_select(tokens, 0, chosen.flatten(), out=seen)
+        torch.index_select(now, 0, chosen.flatten(), out=seen)
         logits = probes(rearrange(seen, "(g b) l d -> g b l d", b=batch))
         targets = repeat(answers[chosen], "g b -> (g r b)", r=len(settings.rates))
         losses = functional.cross_entropy(rearrange(logits, "g r b y -> (g r b) y"), targets, reduction="none")

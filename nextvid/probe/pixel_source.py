@@ -1,12 +1,13 @@
 """Rows of the pixel store as encoder input, for probes of recipes that were trained on pixels.
 
 The counterpart of LatentSource (features.py): committed rows in any order, images repeated, as training sees them.
-Opens no video, augments nothing: what a benchmark's views differ by was decided when they were stored.
+Clips that probes learn from are varied by `Augmented`; those that they are judged on never are. Opens no video.
 
 Axes: B clips, F frames, H W pixels, N tokens, i numbers in a token.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import polars as pl
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nextvid.config import RecipeConfig
 from nextvid.model.tokens import pixel_tokens, pixel_values
+from nextvid.probe.augment import Kind, augmented
 from storage.pixel_reader import PixelReader, pixel_addresses
 from storage.pixels import PixelSpec, PixelStore
 from storage.root import DataRoot
@@ -48,8 +50,32 @@ class PixelSource:
 
     def tokens(self, rows: pl.DataFrame) -> Float[Tensor, "B N i"]:
         """What the encoder reads of these rows."""
-        return pixel_tokens(pixel_values(torch.from_numpy(self.pixels(rows))), self._model.patch, self._model.tubelet)
+        return self.tokens_of(self.pixels(rows))
+
+    def tokens_of(self, pixels: UInt8[np.ndarray, "B F H W 3"]) -> Float[Tensor, "B N i"]:
+        """What the encoder reads of these frames."""
+        return pixel_tokens(pixel_values(torch.from_numpy(pixels)), self._model.patch, self._model.tubelet)
 
     def close(self) -> None:
         """Close the reader's files."""
         self._reader.close()
+
+
+class Augmented:
+    """The same rows as an epoch of training sees them (augment.py). The source stays whose it is."""
+
+    def __init__(self, source: PixelSource, kind: Kind, seed: int, epoch: int) -> None:
+        self._source, self._kind, self._seed, self._epoch = source, kind, seed, epoch
+
+    def tokens(self, rows: pl.DataFrame) -> Float[Tensor, "B N i"]:
+        """What the encoder reads of these rows in this epoch."""
+
+        def vary(clip: UInt8[np.ndarray, "F H W 3"], row: bytes) -> UInt8[np.ndarray, "F H W 3"]:
+            return augmented(clip, self._kind, self._seed, self._epoch, row)
+
+        with ThreadPoolExecutor() as threads:  # PIL works without the interpreter's lock
+            varied = list(threads.map(vary, self._source.pixels(rows), rows["row_id"]))
+        return self._source.tokens_of(np.stack(varied))
+
+    def close(self) -> None:
+        """Nothing of its own is open."""

@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from torch import Tensor
 
 from nextvid.config import RecipeConfig
 from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.project import BenchmarkConfig, Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.corpus.trainset_pixels import open_pixels
+from nextvid.model.encoder import Encoder
 from nextvid.outcome import Outcome
 from nextvid.probe import neighbours
 from nextvid.probe.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
 from nextvid.probe.encoders import ENCODERS, Trained, device_of, find_run, load_trained
 from nextvid.probe.features import LatentSource, Source, features
 from nextvid.probe.fitting import accuracies, fit, normalise
-from nextvid.probe.pixel_source import PixelSource
+from nextvid.probe.pixel_source import Augmented, PixelSource
 from nextvid.probe.rows import ROW_COLUMNS, BenchmarkRows, ProbeRows, benchmark_rows, groups_of, labels_of
 from nextvid.train.run import Run
 from storage import atomic, tables
@@ -61,11 +63,12 @@ class Task:
 
     def digest(self) -> str:
         """Id of rows, labels, protocol and seeds."""
+        same: set[str] = {"augment"} if self.settings.augment == "none" else set()  # as before there was another
         return digest_config(
             {
                 "rows": self.rows.digest(),
                 "benchmark": self.config.model_dump(mode="json"),
-                "settings": self.settings.model_dump(mode="json"),
+                "settings": self.settings.model_dump(mode="json", exclude=same),
                 "neighbours": neighbours.NEIGHBOURS,
             }
         )
@@ -113,10 +116,10 @@ def plan_task(project: Project, recipe: str, benchmark: str, run: str | None = N
         raise ConfigError(f"there is no benchmark '{benchmark}' in {project.path}; known: {known}")
     found = find_run(project, recipe, run)
     trainset = Trainset.open(project.root, found.trainset)
-    settings = probe_settings(found.recipe, config.epochs, config.batch)
+    settings = probe_settings(found.recipe, config.epochs, config.batch, images=config.policy.frames == 1)
     pixels = _pixels(project.root, found, trainset)
     store = LatentStore(project.root, trainset.spec) if pixels is None else PixelStore(project.root, pixels)
-    rows = _rows(store, benchmark, config, settings, _limits(found.recipe, config))
+    rows = _rows(store, benchmark, config, settings, _limits(found.recipe, config, settings))
     for split in ("train", "test"):
         if rows.part(split).is_empty():
             raise UpstreamError(
@@ -156,13 +159,16 @@ def _rows(
     return benchmark_rows(name, config, clips, labels, duplicates, commits, limits, settings.held_out)
 
 
-def _limits(recipe: RecipeConfig, config: BenchmarkConfig) -> dict[str, int]:
-    """Largest numbers of shots: the study's for small encoders, else what fits in memory beside its normalised copy."""
+def _limits(recipe: RecipeConfig, config: BenchmarkConfig, settings: ProbeSettings) -> dict[str, int]:
+    """Largest numbers of shots: the study's for small encoders, else what fits in memory beside its normalised copy,
+    and beside an epoch's and its copy where clips are varied.
+    """
     if recipe.model.encoder.width < SMALL_WIDTH:
         return dict(SMALL_LIMITS)
     frames = config.policy.frames if config.policy.frames > 1 else recipe.clip_lengths[0]
     tokens = frames // recipe.model.tubelet * recipe.model.cells * config.policy.clips_per_shot * config.policy.views
-    fitting = FEATURE_BYTES // (2 * 4 * tokens * recipe.model.encoder.width)
+    copies = 2 if settings.augment == "none" else 4
+    fitting = FEATURE_BYTES // (copies * 4 * tokens * recipe.model.encoder.width)
     return {"train": fitting * 3 // 4, "test": fitting // 4}
 
 
@@ -190,7 +196,8 @@ def _score(
                 )
                 for split in ("train", "test")
             }
-            scores[name] = score_encoder(parts["train"], parts["test"], task, device)
+            varied = _varied(trained.encoder(name), task, source, device)
+            scores[name] = score_encoder(parts["train"], parts["test"], task, device, varied)
             pooled[name] = parts["test"].mean(axis=1)
             if progress is not None:
                 progress(number + 1, len(ENCODERS))
@@ -203,8 +210,28 @@ def _score(
     atomic.publish_json(f"{folder}/score.json", _described(task, trained, scores, time.perf_counter() - started))
 
 
-def score_encoder(train: np.ndarray, test: np.ndarray, task: Task, device: str = "cpu") -> dict[str, Any]:
-    """Attentive-probe and k-NN accuracy of features [N, L, D].
+def _varied(encoder: Encoder, task: Task, source: Source, device: str) -> Callable[[int], np.ndarray] | None:
+    """Features of an epoch of the clips that heads learn from; None where they are the same in each."""
+    if not isinstance(source, PixelSource):
+        return None
+    settings, train = task.settings, task.rows.part("train")
+    rows = train.filter(~pl.col("held_out"))
+
+    def of_epoch(epoch: int) -> np.ndarray:
+        clips = Augmented(source, settings.augment, task.seeds[0], epoch)
+        return features(encoder, task.run.recipe, clips, rows, task.rows.segments, device)
+
+    return of_epoch
+
+
+def score_encoder(
+    train: np.ndarray,
+    test: np.ndarray,
+    task: Task,
+    device: str = "cpu",
+    varied: Callable[[int], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Attentive-probe and k-NN accuracy of features [N, L, D]. `varied`: what heads learn from in each epoch instead.
 
     Heads train on the part of probe-train that is not held out; the held-out part chooses one rate for all seeds, by
     their mean. Test clips are looked at once, with that rate. Without held-out clips the first rate stands.
@@ -212,8 +239,9 @@ def score_encoder(train: np.ndarray, test: np.ndarray, task: Task, device: str =
     rows = task.rows
     labels, held = labels_of(rows.part("train")), _held_out(rows.part("train"))
     answers, groups = labels_of(rows.part("test")), groups_of(rows.part("test"))
-    chosen, choice = normalise(train[held], device), normalise(train[~held], device)
-    probes = fit(choice, labels[~held], len(rows.classes), task.settings, task.seeds)
+    chosen = normalise(train[held], device)
+    learnt = normalise(train[~held], device) if varied is None else _normalised(varied, device)
+    probes = fit(learnt, labels[~held], len(rows.classes), task.settings, task.seeds)
     by_rate = accuracies(probes, chosen, labels[held]).mean(axis=0) if held.any() else np.zeros(1)
     rate = int(by_rate.argmax())
     by_seed = accuracies(probes, normalise(test, device), answers, groups)[:, rate]
@@ -228,6 +256,10 @@ def score_encoder(train: np.ndarray, test: np.ndarray, task: Task, device: str =
         "knn": nearest,
         "knn_standard_error": standard_error(nearest, len(answers)),
     }
+
+
+def _normalised(varied: Callable[[int], np.ndarray], device: str) -> Callable[[int], Tensor]:
+    return lambda epoch: normalise(varied(epoch), device)
 
 
 def standard_error(accuracy: float, clips: int) -> float:

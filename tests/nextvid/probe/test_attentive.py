@@ -69,5 +69,7 @@ def test_settings_follow_the_width() -> None:
     large = RecipeConfig(name="large", stages=(stage,))
     small = large.model_copy(update={"model": ModelConfig(encoder=EncoderConfig(width=128, heads=4))})
     assert attentive.probe_settings(small, 20, 32) == ProbeSettings()
+    assert attentive.probe_settings(large, 20, 96).augment == "video"  # the paper's encoders read pixels
+    assert attentive.probe_settings(large, 20, 96, images=True).augment == "image"
     paper = attentive.probe_settings(large, 20, 96)
     assert (paper.heads, paper.init, paper.query_std, paper.warm_up_steps) == (16, "trunc_normal", 0.02, 0)

@@ -57,6 +57,23 @@ def test_same_seed_same_probe() -> None:
         assert torch.equal(parameter, second.get_parameter(name)), name
 
 
+def test_each_epoch_is_asked_for_its_own_tokens() -> None:
+    """Once each, in order; where they are the same in every epoch the probes are those of tokens that stand."""
+    tokens, labels = clips_with_a_mark(64, 3, seed=1)
+    asked: list[int] = []
+
+    def of_epoch(epoch: int) -> torch.Tensor:
+        asked.append(epoch)
+        return normalise(tokens)
+
+    varied, standing = fit(of_epoch, labels, 3, SMALL, seeds=[7]), fit(normalise(tokens), labels, 3, SMALL, seeds=[7])
+    assert asked == list(range(SMALL.epochs))
+    for name, parameter in varied.named_parameters():
+        assert torch.equal(parameter, standing.get_parameter(name)), name
+    other = fit(lambda epoch: normalise(tokens + (epoch == 3)), labels, 3, SMALL, seeds=[7])
+    assert not torch.equal(other.query, varied.query)
+
+
 def test_views_are_averaged_before_the_vote() -> None:
     """Two views, one of them sure and wrong in the other direction: the average decides, and the clip counts once."""
     tokens, labels = clips_with_a_mark(300, 3, seed=1)

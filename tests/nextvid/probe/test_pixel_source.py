@@ -1,6 +1,7 @@
 """Probes of recipes that read pixels: the rows that have pixels, as encoder input, and a score from them."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,35 +9,26 @@ import polars as pl
 import pytest
 import torch
 
-from nextvid.corpus.project import Project, open_project
+from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import pixel_tokens, pixel_values
+from nextvid.probe import pixel_source
 from nextvid.probe.encoders import find_run, load_trained
 from nextvid.probe.features import features
-from nextvid.probe.pixel_source import PixelSource
+from nextvid.probe.pixel_source import Augmented, PixelSource
 from nextvid.probe.probes import make_probes, plan_task
 from nextvid.report.data import lineage_section, read_facts
 from storage import atomic
 from storage.pixel_reader import read_clip
 from storage.pixels import PixelStore
-from tests.nextvid import tiny_project
-from tests.nextvid.tiny_project import FRAMES, RECIPE, write_project
-from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
-
-PIXELS_IN = ("model.encoder.input=pixels",)
+from tests.nextvid.tiny_project import FRAMES, RECIPE, clip_rows, write_pixel_project
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a complete run of a few steps whose encoder reads pixels; one clip of a test file has none."""
-    folder = tmp_path_factory.mktemp("pixels")
-    project = write_project(folder)
-    shutil.rmtree(project.root.recipe_folder(RECIPE))
-    project = ask_for_pixels(project)
-    test = tiny_project.clip_rows().filter(pl.col("split") == "test")["row_id"]
-    write_pixels(project, without=[test[0]])
-    tiny_project._write_run(project, PIXELS_IN)
-    return open_project(project.path)
+    test = clip_rows().filter(pl.col("split") == "test")["row_id"]
+    return write_pixel_project(tmp_path_factory.mktemp("pixels"), (), without=[test[0]])
 
 
 def test_tokens_are_the_stored_frames(evaluated: Project) -> None:
@@ -64,6 +56,35 @@ def test_a_clip_without_pixels_is_left_out_and_counted(evaluated: Project) -> No
     task = plan_task(evaluated, RECIPE, "species")
     assert task.rows.left_out["not_encoded"] == 1
     assert task.rows.part("test").height == 29
+
+
+def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
+    evaluated: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every epoch sees each training clip once for each encoder; held-out and test clips are never varied."""
+    task = plan_task(evaluated, RECIPE, "species")
+    assert task.settings.augment == "video"
+    assert task.pixels is not None
+    source = PixelSource(evaluated.root, task.pixels, task.run.recipe, ["pets.000000"], FRAMES)
+    rows = task.rows.part("train").head(3)
+    stored = source.tokens(rows)
+    one, again, other = (Augmented(source, "video", 0, epoch).tokens(rows) for epoch in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert stored.shape == one.shape
+    assert not any(torch.equal(a[n], b[n]) for a, b in ((one, stored), (one, other)) for n in range(3))
+    source.close()
+
+    seen: list[tuple[int, int, bytes]] = []
+
+    def noted(frames: np.ndarray, kind: str, seed: int, epoch: int, row: bytes) -> np.ndarray:
+        seen.append((seed, epoch, row))
+        return frames
+
+    monkeypatch.setattr(pixel_source, "augmented", noted)
+    make_probes(evaluated, RECIPE, "species")
+    learnt = task.rows.part("train").filter(~pl.col("held_out"))["row_id"].to_list()
+    assert Counter(seen) == Counter({(0, epoch, row): 3 for epoch in range(task.settings.epochs) for row in learnt})
+    shutil.rmtree(evaluated.root.probe(RECIPE, task.run.id, "species", task.digest()))
 
 
 def test_a_score_from_stored_pixels(evaluated: Project) -> None:
