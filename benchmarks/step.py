@@ -9,7 +9,9 @@ second over a GPU's bf16 peak; a CPU has none.
 
 import statistics
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +32,7 @@ from nextvid.train.run import plan_run, write_run
 from storage.atomic import publish_json
 
 TARGET = 0.01  # design 11
-QUICK_STEPS, STEPS = 40, 200
+QUICK_STEPS, STEPS = 40, 120
 QUICK_TURNS, TURNS = 1, 3
 LOGGED = 5  # steps a line of events.jsonl
 LEFT_OUT = 2  # lines at the start of a run
@@ -131,7 +133,7 @@ def trained(project: Project, recipe: RecipeConfig, repeat: int, cold: bool) -> 
     run = plan_run(project.root, recipe, how, TRAINSET, plan, repeat, ())
     write_run(run)
     cached = evict(Path(project.root.stores())) if cold else 1.0
-    with join(how) as ranks:
+    with join(how) as ranks, redirect_stdout(StringIO()):  # the run's own lines
         train(project, run, ranks)
     lines = [event for event in read_events(run.folder) if event["kind"] == "step"]
     first, rest = lines[:LEFT_OUT], lines[LEFT_OUT:]

@@ -88,7 +88,7 @@ def commit(project: Project, batch: str) -> None:
 
 @pytest.fixture
 def changed(encoded: Path, tmp_path: Path) -> Callable[..., Project]:
-    """A function that copies the encoded corpus and changes its settings, then makes shots and clips anew."""
+    """A function that copies the encoded corpus and changes its settings, then makes clips anew, and shots of films."""
 
     def change(how: Change, shots: bool = False) -> Project:
         shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
@@ -97,9 +97,9 @@ def changed(encoded: Path, tmp_path: Path) -> Callable[..., Project]:
         how(said)
         file.write_text(yaml.safe_dump(said))
         project = open_project(file)
+        if shots:
+            make_shots(project, FILMS)
         for batch in (FILMS, STILLS):
-            if shots:
-                make_shots(project, batch)
             make_clips(project, batch)
         return project
 
