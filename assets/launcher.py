@@ -23,7 +23,7 @@ from nextvid.train.lock import WATCH_S, orphaned
 from storage.errors import UpstreamError
 
 OBSERVE_S = 20.0  # our choice: three points a minute in the UI; every event stands in events.jsonl and the run's log
-CURVES = ("align", "flow", "lr", "clips_per_s", "wait_share")  # of a `step` event (nextvid/train/loop.py)
+CURVES = ("align", "flow", "lr", "clips_per_s", "wait_share", "mfu")  # of a `step` event (nextvid/train/loop.py)
 # torchrun's summary of a rank that a signal ended: "exitcode  : -9 (pid: 4711)" (torch.distributed.elastic)
 SIGNALLED = re.compile(r"exitcode\s*: -\d+")
 

@@ -22,13 +22,13 @@ from benchmarks.clips import MASK_ENTRIES, TRAINSET, random_clips, write_store
 from benchmarks.measure import evict, machine, show, write
 from nextvid.config import HowConfig, RecipeConfig
 from nextvid.corpus.project import Project, open_project
-from nextvid.model.cost import stage_cost
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train.distributed import join
 from nextvid.train.events import read_events
 from nextvid.train.loop import train
 from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
 from nextvid.train.run import plan_run, write_run
+from nextvid.train.speed import speeds
 from storage.atomic import publish_json
 
 TARGET = 0.01  # design 11
@@ -38,7 +38,6 @@ LOGGED = 5  # steps a line of events.jsonl
 LEFT_OUT = 2  # lines at the start of a run
 CLIPS_A_DRAW = 2  # the store holds twice what a run draws, so that cold pages stay cold until they are drawn
 ARMS = ("in the page cache", "page-cold")
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, by the maker's data sheets
 
 
 @dataclass(frozen=True)
@@ -149,24 +148,19 @@ def _row(name: str, recipe: RecipeConfig, found: list[Measured]) -> dict[str, An
     """Medians over turns."""
     stage, model = recipe.stages[0], recipe.model
     step_s = statistics.median(one.step_s for one in found)
-    flops_per_s = stage_cost(recipe, stage).step_flops / step_s
-    peak = _peak()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    speed = speeds(recipe, stage, stage.batch / step_s, 1, device)
     return {
         "name": name,
         "step_ms": 1e3 * step_s,
         "clips_per_s": stage.batch / step_s,
         "tokens_per_s": stage.batch * stage.frames // model.tubelet * model.cells / step_s,
         "wait_share": statistics.median(one.wait_share for one in found),
-        "tflop_per_s": flops_per_s / 1e12,
-        "mfu": None if peak is None else flops_per_s / peak,
+        "tflop_per_s": speed["tflop_per_s"],
+        "mfu": speed.get("mfu"),
         "first_wait_ms": 1e3 * statistics.median(one.first_wait_s for one in found),
         "cached": statistics.median(one.cached for one in found),
     }
-
-
-def _peak() -> float | None:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for known, peak in PEAK.items() if known in name), None)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def draw(kind: Kind, seed: int, epoch: int, row: bytes, width: int, height: int)
 
 def _rand_augment(rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
     """Some of LAYERS operations, drawn with replacement; larger magnitudes change more, whatever the operation."""
-    found = []
+    found: list[tuple[str, float]] = []
     for name in rng.choice(list(OPERATIONS), LAYERS).tolist():
         if rng.random() < LAYER_SHARE:
             level = float(np.clip(rng.normal(MAGNITUDE, SPREAD), 0, TOP)) / TOP
@@ -139,7 +139,7 @@ def _rand_augment(rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
 
 def _auto_augment(rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
     """One pair of the policy, each half with its probability."""
-    found = []
+    found: list[tuple[str, float]] = []
     for name, probability, magnitude in POLICY[int(rng.integers(len(POLICY)))]:
         if rng.random() < probability:
             level = magnitude / TOP

@@ -28,7 +28,7 @@ from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
 
-LAYOUT = 1  # raise when the report says the same files differently
+LAYOUT = 2  # raise when the report says the same files differently
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def _facts(gathered: Gathered) -> tuple[tuple[str, str], ...]:
         facts.append(("time per step", f"{1000 * mean:.0f} ms"))
         waited = sum(float(event["wait_share"]) for event in steps) / len(steps)
         facts.append(("waiting for data", f"{100 * waited:.1f} %"))
+        if used := [float(event["mfu"]) for event in steps if "mfu" in event]:
+            facts.append(("MFU", f"{100 * sum(used) / len(used):.0f} %"))
     return tuple(facts)
 
 

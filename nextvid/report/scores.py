@@ -14,6 +14,11 @@ import numpy as np
 from nextvid.report.blocks import Block, Picture, Section, Table, Text
 from nextvid.report.scatter import scatter_png
 
+LEARNT = {  # what heads learn from: method.md 9 wants it stated where features are read once
+    "none": "Heads learn from stored views, whose features are read once.",
+    "video": "Heads learn from clips that are varied anew in each epoch (RandAugment, crops, erasing; no flips).",
+    "image": "Heads learn from images that are varied anew in each epoch (AutoAugment, crops, flips, erasing).",
+}
 NAMES = {"ema": "EMA encoder", "online": "online encoder", "random": "random initialisation"}
 
 
@@ -90,7 +95,7 @@ def table(score: Score) -> Table:
                 f"{found['rate']:g}",
             )
         )
-    clips = score.said["clips"]
+    clips, augment = score.said["clips"], score.said["settings"].get("augment", "none")
     return Table(
         head=("", "attentive probe", "points over random", f"{len(score.said['seeds'])} seeds", "k-NN", "chosen rate"),
         rows=tuple(rows),
@@ -98,7 +103,7 @@ def table(score: Score) -> Table:
         caption=(
             f"{score.benchmark} (target {score.said['target']}, {len(score.said['classes'])} classes): {clips['test']} "
             f"test clips, {clips['train']} probe-train clips of which {clips['held_out']} choose the rate; always "
-            f"answering the commonest class gives {_share(score.said['chance'])}."
+            f"answering the commonest class gives {_share(score.said['chance'])}. {LEARNT[augment]}"
         ),
         sources=(score.path,),
         strong=frozenset({0}),

@@ -294,6 +294,8 @@ def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
     if steps:
         found["step_s"] = sum(event["step_s"] for event in steps) / len(steps)
         found["wait_share"] = sum(event["wait_share"] for event in steps) / len(steps)
+        if used := [event["mfu"] for event in steps if "mfu" in event]:
+            found["mfu"] = sum(used) / len(used)
     return found
 
 

@@ -35,6 +35,7 @@ from nextvid.train.optim import draws_before, stage_at
 from nextvid.train.report import Reporter
 from nextvid.train.run import Run
 from nextvid.train.shards import whole
+from nextvid.train.speed import speeds
 from nextvid.train.step import Stepped, Trained, build, means
 from storage import atomic
 from storage.errors import NExTVidError, RefusedError
@@ -110,12 +111,12 @@ class _Meter:
         names = sorted(self.losses)
         values = ranks.mean(torch.stack([self.losses[name] for name in names]) / self.steps).tolist()
         seconds = time.perf_counter() - self.since
-        speeds = {
+        rates = {
             "clips_per_s": self.clips / seconds,
             "step_s": seconds / self.steps,
             "wait_share": self.waited_s / seconds,
         }
-        return dict(zip(names, values, strict=True)), speeds
+        return dict(zip(names, values, strict=True)), rates
 
 
 class _Session:
@@ -186,20 +187,21 @@ class _Session:
 
     def _log(self, stepped: Stepped) -> None:
         """One event for the steps since the last one. Every rank takes part in the mean, rank 0 tells."""
-        losses, speeds = self.meter.read(self.ranks)
+        losses, rates = self.meter.read(self.ranks)
         self.meter = _Meter()
-        stage, _ = stage_at(self.recipe.stages, self.progress.step - 1)
+        stage = self.recipe.stages[stage_at(self.recipe.stages, self.progress.step - 1)[0]]
         self._tell(
             "step",
             {
-                "stage": self.recipe.stages[stage].name,
+                "stage": stage.name,
                 "draws": self.progress.draws,
                 **means(losses),
                 "loss": losses,
                 "norm": {name: float(norm) for name, norm in stepped.norms.items()},
                 "lr": stepped.rates.main,
                 "decoder_lr": stepped.rates.decoder,
-                **speeds,
+                **rates,
+                **speeds(self.recipe, stage, rates["clips_per_s"], self.ranks.count, self.ranks.device),
             },
         )
 

@@ -98,9 +98,10 @@ def describe(event: Event, steps: int) -> str:
     head = f"step {event['step']}/{steps}"
     match event["kind"]:
         case "step":
+            mfu = f" MFU {event['mfu']:.1%}" if "mfu" in event else ""
             return (
                 f"{head} {event['stage']} align {float(event['align']):.4f} flow {float(event['flow']):.4f} "
-                f"lr {event['lr']:.2e} {event['clips_per_s']:.1f} clips/s wait {event['wait_share']:.1%}"
+                f"lr {event['lr']:.2e} {event['clips_per_s']:.1f} clips/s wait {event['wait_share']:.1%}{mfu}"
             )
         case kind:
             rest = " ".join(

@@ -67,7 +67,8 @@ def test_width_must_be_heads_times_something() -> None:
 def test_settings_follow_the_width() -> None:
     stage = StageConfig(name="all", steps=1, frames=8, batch=1, tau_copies=1, lr_start=0.0, lr_end=0.0)
     large = RecipeConfig(name="large", stages=(stage,))
-    small = large.model_copy(update={"model": ModelConfig(encoder=EncoderConfig(width=128, heads=4))})
+    reads_latents = EncoderConfig(input="latents", width=128, heads=4)
+    small = large.model_copy(update={"model": ModelConfig(encoder=reads_latents)})
     assert attentive.probe_settings(small, 20, 32) == ProbeSettings()
     assert attentive.probe_settings(large, 20, 96).augment == "video"  # the paper's encoders read pixels
     assert attentive.probe_settings(large, 20, 96, images=True).augment == "image"

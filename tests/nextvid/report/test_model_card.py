@@ -63,6 +63,7 @@ def test_numbers_are_those_of_the_files(scored: Project) -> None:
     table = scores.table(gathered.scores[0])
     assert table.rows[0][1] == f"{found['accuracy']:.3f} ± {found['standard_error']:.3f}".replace("0.", ".")
     assert table.rows[2][2] == ""
+    assert table.caption.endswith("Heads learn from stored views, whose features are read once.")
     shares = {share.name: share for share in gathered.data.shares}
     assert (shares["pets"].files, shares["stills"].rows) == (20, 6)
 
