@@ -219,15 +219,13 @@ def _require(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path) -> dict[str, Any] | None:
-    """The state of a complete checkpoint, else None."""
-    if not (path / STATE).is_file():
+    """The state of a complete checkpoint, else None; so is one that its run removes meanwhile."""
+    try:
+        state: dict[str, Any] = atomic.read_json(str(path / STATE))
+        sizes = {name: (path / name).stat().st_size for name in state["files"]}
+    except (UpstreamError, FileNotFoundError):
         return None
-    state: dict[str, Any] = atomic.read_json(str(path / STATE))
-    whole = all(
-        (path / name).is_file() and (path / name).stat().st_size == facts["size_bytes"]
-        for name, facts in state["files"].items()
-    )
-    return state if whole else None
+    return state if all(sizes[name] == facts["size_bytes"] for name, facts in state["files"].items()) else None
 
 
 def _facts(path: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from nextvid.train.checkpoint import Identity, Progress
 from nextvid.train.optim import build_optimizer
 from nextvid.train.overrides import apply_overrides
 from nextvid.train.step import build_model
+from storage import atomic
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from tests.nextvid.train.tiny import tiny_recipe
 
@@ -118,6 +120,27 @@ def test_keeps_the_last_ones_and_ends_of_stages(tmp_path: Path) -> None:
     assert [checkpoint.step_of(path) for path in removed] == [1, 2, 4, 5]
     assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)] == [3, 6, 7, 8]
     assert checkpoint.prune(tmp_path, 2, {3, 6}) == []
+
+
+@pytest.mark.parametrize("after", ["state.json", "model.safetensors"])
+def test_who_looks_while_a_run_removes_one_does_not_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """The folder goes between the listing and its state, or between the state and its other files."""
+    parts = _parts()
+    old, new = (checkpoint.save(tmp_path, IDENTITY, Progress(step, 4 * step), *parts) for step in (1, 2))
+    read = atomic.read_json
+
+    def removing(path: str) -> Any:
+        if after == "state.json" and path.startswith(str(old)):
+            shutil.rmtree(old)
+        found = read(path)
+        if path.startswith(str(old)):
+            shutil.rmtree(old)
+        return found
+
+    monkeypatch.setattr(atomic, "read_json", removing)
+    assert checkpoint.complete(tmp_path) == [new]
 
 
 def test_names_that_are_no_checkpoints_are_left_alone(tmp_path: Path) -> None:
