@@ -1,22 +1,25 @@
 """Local copies of what never changes in an object store: whole shards and row files, in a folder of bounded size.
 
 A copy takes its name only when it is whole: its length and, for a shard, index and checksums were compared with the
-commit. Other runs' copies go first, those used longest ago before others; those that the opener needs never do. Any
-number of processes share a folder. Which rows are read, and when a set is cached at all: remote_reader.py.
+commit. Other runs' copies go first, those used longest ago before others; those that are held in this process never do,
+so that the latents and the pixels of a run share the bound. Any number of processes share a folder. Which
+rows are read, and when a set is cached at all: remote_reader.py, pixel_chunks.py.
 """
 
 import fcntl
 import io
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 
 from storage import atomic, listing, remote
-from storage.digest import digest
+from storage.digest import crc32c, digest
 from storage.errors import ConfigError, StoreError, UpstreamError
 from storage.remote import is_local
 from storage.root import DataRoot
@@ -30,7 +33,7 @@ _LOCKS = 64  # our choice: so many copies are made at once by all processes of a
 def fits(root: DataRoot, needed: Mapping[str, int]) -> bool:
     """Whether files (path: size in bytes) fit the cache's bound; ConfigError for a bound that holds none of them.
 
-    A bound of 0 switches the cache off.
+    What other openers of this process need has its place already. A bound of 0 switches the cache off.
     """
     largest = max(needed.values(), default=0)
     if 0 < root.cache_bytes < largest:
@@ -38,33 +41,65 @@ def fits(root: DataRoot, needed: Mapping[str, int]) -> bool:
             f"cache.size_gb: {root.cache_bytes / 1e9:g} GB hold no shard of {largest / 1e9:g} GB. Raise it to the size "
             f"of the set ({sum(needed.values()) / 1e9:g} GB), or set 0 to read rows from the object store"
         )
-    return sum(needed.values()) <= root.cache_bytes
+    return fits_beside(root, needed)
 
 
-def open_rows(root: DataRoot, path: str) -> np.ndarray:
+def fits_beside(root: DataRoot, needed: Mapping[str, int]) -> bool:
+    """Whether files fit beside what other openers of this process need."""
+    places = {place_of(root, path) for path in needed}
+    top = Path(root.cache_folder)
+    others = {place: size for place, size in _needed_now().items() if place not in places and top in place.parents}
+    return sum(needed.values()) + sum(others.values()) <= root.cache_bytes
+
+
+def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
     """An array of a .npy file, memory-mapped; of an object store from a local copy, or in memory without a cache.
 
-    Raises OSError or ValueError where it is missing or no such file.
+    `crc` is the checksum of the file's bytes, where it is known: what comes over the network is compared with it, and a
+    file that was made again has a copy of its own. Raises OSError or ValueError where it is missing or no such file.
     """
     if is_local(path):
         return _array(Path(path))
     size_bytes = listing.size_bytes(path)
     if size_bytes is None:
         raise UpstreamError(f"{path} does not exist")
-    if size_bytes <= root.cache_bytes:
-        return _array(Cache(root, {path: size_bytes}).local(path, size_bytes))
-    loaded: np.ndarray = np.load(io.BytesIO(remote.read_exactly(path, size_bytes)), allow_pickle=False)
+
+    def fault(data: bytes) -> str | None:
+        return None if crc is None or crc32c(data) == crc else "its bytes differ from their checksum"
+
+    if fits_beside(root, {path: size_bytes}):
+        cache = Cache(root, {path: size_bytes}, version="" if crc is None else f".{crc:08x}")
+        return _array(cache.local(path, size_bytes, fault))
+    data = remote.read_exactly(path, size_bytes, fault=fault)
+    loaded: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     return loaded
 
 
-class Cache:
-    """Copies below `root.cache_folder`. `needed` (path: size in bytes) are the files that one opener keeps."""
+def place_of(root: DataRoot, path: str) -> Path:
+    """Where the copy of a file stands."""
+    return Path(root.cache_folder) / digest(["cache of", root.url]) / path.removeprefix(root.url).lstrip("/")
 
-    def __init__(self, root: DataRoot, needed: Mapping[str, int]) -> None:
-        self._root = root
+
+class Cache:
+    """Copies below `root.cache_folder`. `needed` (path: size in bytes) are the files that one opener keeps.
+
+    `version` ends the names of its copies: for files that may be made again with other bytes.
+    """
+
+    def __init__(self, root: DataRoot, needed: Mapping[str, int], version: str = "") -> None:
+        self._root, self._version = root, version
         self._top = Path(root.cache_folder)
-        self._folder = self._top / digest(["cache of", root.url])
-        self._needed = {self._place(path) for path in needed}
+        self.needed = {self._place(path): size_bytes for path, size_bytes in needed.items()}
+
+    def hold(self) -> None:
+        """Have no other opener of this process remove what this one needs, nor count on its room."""
+        with _held_guard:
+            _held.add(self)
+
+    def release(self) -> None:
+        """The opposite; a cache that nobody refers to is released by itself."""
+        with _held_guard:
+            _held.discard(self)
 
     def local(self, path: str, size_bytes: int, fault: Callable[[bytes], str | None] | None = None) -> Path:
         """The copy of an object of this size, made now if there is none.
@@ -104,21 +139,22 @@ class Cache:
         )
 
     def _make_room(self, size_bytes: int) -> tuple[int, int]:
-        """Remove copies that this opener does not need until so many bytes fit; (bytes that do not, temporaries)."""
+        """Remove copies that no opener here needs until so many bytes fit; (bytes that do not, temporaries)."""
         atomic.sweep_litter(str(self._top), LITTER_AGE_S)
-        found = []
+        found, kept = [], self.needed | _needed_now()
         for path in self._top.glob("*/**/*"):
             with suppress(FileNotFoundError):  # a copy was finished or given up
                 found += [(path, path.stat())] if path.is_file() else []
         over = sum(stat.st_size for _, stat in found) + size_bytes - self._root.cache_bytes
         for path, stat in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
-            if over > 0 and path not in self._needed and path.suffix != atomic.SUFFIX:
+            if over > 0 and path not in kept and path.suffix != atomic.SUFFIX:
                 path.unlink(missing_ok=True)  # who has it mapped keeps it
                 over -= stat.st_size
         return over, sum(path.suffix == atomic.SUFFIX for path, _ in found)
 
     def _place(self, path: str) -> Path:
-        return self._folder / path.removeprefix(self._root.url).lstrip("/")
+        place = place_of(self._root, path)
+        return place.with_name(place.name + self._version)
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -128,6 +164,16 @@ class Cache:
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+_held: WeakSet[Cache] = WeakSet()
+_held_guard = threading.Lock()
+
+
+def _needed_now() -> dict[Path, int]:
+    """Every copy that is held for an opener of this process, made or not, and its size in bytes."""
+    with _held_guard:
+        return {place: size_bytes for cache in _held for place, size_bytes in cache.needed.items()}
 
 
 def _stands(place: Path, size_bytes: int) -> bool:

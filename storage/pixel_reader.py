@@ -1,117 +1,62 @@
-"""PixelReader: clips of a pixel store by address, through memory maps. The read path of recipes that feed pixels.
+"""PixelReader: clips of a pixel store by address. The read path of recipes that feed pixels.
 
-An address says where the chunk of a row stands, so a read is a view of a mapped file, its checksum (10 us of a decode
-of milliseconds, so each time) and the decoding of its JPEGs into the caller's buffer. Threads may share a reader.
-`read_clip` is the slow oracle through zarr-python. Must not know draws, batches of clips or torch.
+An address says where the chunk of a row stands: a read is that chunk, its checksum (10 us of a decode of milliseconds,
+so each time) and the decoding of its JPEGs into the caller's buffer. Threads may share a reader. Where the chunk comes
+from: pixel_chunks.py. `read_clip` is the slow oracle through zarr-python. Must not know draws, batches of clips or
+torch.
 
 Axes: F frames, H W pixels.
 """
 
-import mmap
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
 from jaxtyping import UInt8
 
-from storage.digest import crc32c
-from storage.errors import ConfigError, DamagedError
+from storage.errors import DamagedError
 from storage.jpeg import decode_clip
-from storage.pixels import PixelPart, PixelSpec, PixelStore
+from storage.pixel_chunks import OPEN_MAPS, PIXEL_ADDRESS, MappedChunks, open_chunks
+from storage.pixels import PixelSpec, PixelStore
 from storage.remote import is_local
 from storage.root import DataRoot
-from storage.verify import encode_again
 
-# Where one row's chunk stands; which row it is, the trainset says, whose rows these addresses follow. Little-endian.
-PIXEL_ADDRESS = np.dtype(
-    [("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
-)
-_OPEN_MAPS = 512  # as storage/reader.py
+__all__ = ["PIXEL_ADDRESS", "PixelReader", "pixel_addresses", "read_clip"]
 
 
 class PixelReader:
     """Reads rows of one spec; `batches` are the keys that the addresses' `batch` counts."""
 
-    def __init__(self, root: DataRoot, spec: PixelSpec, batches: Sequence[str], open_maps: int = _OPEN_MAPS) -> None:
-        if not is_local(root.url):
-            raise ConfigError(f"root {root.url}: pixels are read from file systems only; choose a recipe for latents")
-        self._store = PixelStore(root, spec)
-        self._batches = tuple(batches)
-        self._open_maps = open_maps
-        self._maps: OrderedDict[tuple[int, int, int, int], mmap.mmap] = OrderedDict()
-        self._guard = threading.Lock()
+    def __init__(self, root: DataRoot, spec: PixelSpec, batches: Sequence[str], open_maps: int = OPEN_MAPS) -> None:
+        self._store, self._batches = PixelStore(root, spec), batches
+        local = is_local(root.url)
+        self._chunks = MappedChunks(self._store, batches, open_maps) if local else open_chunks(self._store, batches)
+
+    def read_again(self, stored: Mapping[int, np.ndarray]) -> None:
+        """Say which rows (PIXEL_ADDRESS [n] by frames) are read again and again, before reading any.
+
+        Those on an object store are copied to this machine if all of them fit the cache.
+        """
+        if not is_local(self._store.root.url):
+            self._chunks.close()
+            self._chunks = open_chunks(self._store, self._batches, stored)
 
     def read_into(self, frames: int, address: np.void, out: UInt8[np.ndarray, "F H W 3"]) -> None:
         """Decode one row into `out`; DamagedError where its file or its bytes are not as committed."""
-        *_, offset, size_bytes, crc = address.item()
         assert out.shape == self._store.spec.row_shape(frames), f"out has shape {out.shape}"
-        data = memoryview(self._mapped(frames, address))
-        chunk = data[offset : offset + size_bytes]
-        if len(chunk) != size_bytes:
-            raise self._damaged(frames, address, f"is short ({len(data)} bytes)")
-        if crc32c(chunk) != crc:
-            raise self._damaged(frames, address, "holds other bytes than were committed (or a withdrawn row)")
+        chunk = self._chunks.chunk(frames, address)
         try:
             decode_clip(chunk, out)
         except DamagedError as error:
-            raise self._damaged(frames, address, str(error)) from error
+            raise self._chunks.damaged(frames, address, str(error)) from error
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
-        """Tell the kernel that these rows are read soon."""
-        for address in addresses:
-            start, size_bytes = int(address["offset"]), int(address["size"])
-            page = start - start % mmap.PAGESIZE
-            memory = self._mapped(frames, address)
-            if start + size_bytes <= len(memory):  # else the read says so
-                memory.madvise(mmap.MADV_WILLNEED, page, start + size_bytes - page)
+        """These rows are read soon: the kernel is told, or the object store asked. Changes nothing but time."""
+        self._chunks.will_need(frames, addresses)
 
     def close(self) -> None:
-        """Forget all maps; the reader stays usable and maps again."""
-        with self._guard:
-            self._maps.clear()
-
-    def _mapped(self, frames: int, address: np.void) -> mmap.mmap:
-        key = (frames, int(address["batch"]), int(address["part"]), int(address["shard"]))
-        with self._guard:
-            memory = self._maps.get(key)
-            if memory is not None:
-                self._maps.move_to_end(key)
-                return memory
-        fresh = self._map(frames, address)  # outside the guard: it waits for the disk
-        with self._guard:
-            memory = self._maps.setdefault(key, fresh)  # another thread may have been faster
-            while len(self._maps) > self._open_maps:
-                self._maps.popitem(last=False)  # unmapped once no thread decodes from it
-            return memory
-
-    def _map(self, frames: int, address: np.void) -> mmap.mmap:
-        part, number = self._part(frames, address), int(address["shard"])
-        if not part.committed(number):
-            raise self._damaged(frames, address, "is not committed")
-        try:
-            with Path(part.shard_path(number)).open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: the file is empty
-            raise self._damaged(frames, address, f"cannot be read ({error})") from error
-
-    def _part(self, frames: int, address: np.void) -> PixelPart:
-        return self._store.part(self._batches[int(address["batch"])], frames, int(address["part"]))
-
-    def _damaged(self, frames: int, address: np.void, what: str) -> DamagedError:
-        part, number, offset = self._part(frames, address), int(address["shard"]), int(address["offset"])
-        row = _row_at(part, number, offset)
-        return DamagedError(f"{part.shard_path(number)}, row {row}: {what}. Remedy: {encode_again(part, number)}")
-
-
-def _row_at(part: PixelPart, number: int, offset: int) -> str:
-    """The row whose chunk stands at an offset, by the commit; for messages, so it never fails."""
-    try:
-        return bytes(part.commit(number).row(by_predicate=pl.col("offset") == offset, named=True)["row_id"]).hex()
-    except (ValueError, pl.exceptions.PolarsError):
-        return f"at byte {offset}"
+        """Give back what is held."""
+        self._chunks.close()
 
 
 def pixel_addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:

@@ -5,33 +5,29 @@ announced; else each row is one ranged request, sent when the row is announced. 
 before anybody sees it, and asked for again a bounded number of times. Both readers do what RowReader does (reader.py).
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float16
 
-from storage import listing, remote, shard
+from storage import listing, shard
 from storage.cache import Cache, fits
 from storage.digest import crc32c
 from storage.errors import DamagedError, UpstreamError
-from storage.latents import LatentStore
+from storage.latents import LatentStore, RowStore
 from storage.part import Part
+from storage.ranges import Range, Ranges
 from storage.reader import Fields, RowReader
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
 
-AT_ONCE = (
-    8  # our choice: shards copied, parts listed or groups of rows asked for at a time; s3fs sends 10 requests each
-)
-AHEAD_BYTES = 1 << 28  # our choice: rows announced and not read; 4 batches of 256 rows of 262 KB
-
-Place = tuple[int, int, int, int, int]  # frames, batch, part, shard, slot
+AT_ONCE = 8  # our choice: shards copied or parts listed at a time; s3fs sends 10 requests each
 
 
 def open_reader(
@@ -52,7 +48,7 @@ def open_reader(
     largest = max((spec.row_bytes(frames) for frames in stored), default=0)
     if wanted > root.cache_bytes >= shard.shard_bytes(ROWS_PER_SHARD, largest):
         return RangedReader(root, spec, batches)
-    needed = _cited(LatentStore(root, spec), batches, stored)
+    needed = cited(LatentStore(root, spec), batches, stored)
     return CachedReader(root, spec, batches, needed) if fits(root, needed) else RangedReader(root, spec, batches)
 
 
@@ -62,6 +58,7 @@ class CachedReader(RowReader):
     def __init__(self, root: DataRoot, spec: EncodingSpec, batches: Sequence[str], needed: Mapping[str, int]) -> None:
         super().__init__(root, spec, batches)
         self._cache, self._needed = Cache(root, needed), needed
+        self._cache.hold()
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
         """Copy the shards of these rows that are not here yet, several at a time, then as RowReader."""
@@ -71,6 +68,11 @@ class CachedReader(RowReader):
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(lambda address: self._mapped((frames, *_shard_of(address)), address), new))
         super().will_need(frames, addresses)
+
+    def close(self) -> None:
+        """As RowReader; others may have the room of these copies."""
+        self._cache.release()
+        super().close()
 
     def _file(self, part: Part, number: int) -> Path:
         path = part.shard_path(number)
@@ -85,8 +87,7 @@ class RangedReader(RowReader):
 
     def __init__(self, root: DataRoot, spec: EncodingSpec, batches: Sequence[str]) -> None:
         super().__init__(root, spec, batches)
-        self._ahead: OrderedDict[Place, Future[bytes | None]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(AT_ONCE, "ranges")
+        self._ranges = Ranges()
 
     def rows(self, frames: int, addresses: np.ndarray) -> list[Float16[np.ndarray, "F C h w"]]:
         """As RowReader, the rows being the caller's own; asks for all of them at once."""
@@ -95,32 +96,11 @@ class RangedReader(RowReader):
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
         """Ask for these rows now; waits for nothing. What is announced and never read is dropped in the end."""
-        row_bytes = self._store.spec.row_bytes(frames)
-        with self._guard:
-            places = {(frames, *_shard_of(address), int(address["slot"])): None for address in addresses}
-            new = [place for place in places if place not in self._ahead]
-            if not new:
-                return
-            asked = self._pool.submit(self._ask, new)
-            for number, place in enumerate(new):
-                self._ahead[place] = _item(asked, number)
-            while len(self._ahead) * row_bytes > AHEAD_BYTES and len(self._ahead) > len(new):
-                self._ahead.popitem(last=False)
+        self._ranges.announce(self._range(frames, address) for address in addresses)
 
     def close(self) -> None:
         """Drop what was announced, wait for what is under way."""
-        with self._guard:
-            self._ahead.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _ask(self, places: Sequence[Place]) -> list[bytes | None]:
-        """One request a row, all at once; None for what came back short or not at all, which is asked for again."""
-        sizes = [self._store.spec.row_bytes(place[0]) for place in places]
-        paths = [self._path(place) for place in places]
-        starts = [place[4] * size for place, size in zip(places, sizes, strict=True)]
-        found = remote.read_ranges(paths, starts, [s + size for s, size in zip(starts, sizes, strict=True)])
-        pairs = zip(found, sizes, strict=True)
-        return [data if isinstance(data, bytes) and len(data) == size else None for data, size in pairs]
+        self._ranges.close()
 
     def _row(self, frames: int, fields: Fields, address: np.void) -> Float16[np.ndarray, "F C h w"]:
         data = bytearray(self._bytes(frames, address))  # torch takes writable memory only
@@ -128,28 +108,22 @@ class RangedReader(RowReader):
         return shard.unpacked(np.frombuffer(data, np.uint8), spec.storage, spec.row_shape(frames))
 
     def _bytes(self, frames: int, address: np.void) -> bytes:
-        slot, crc = int(address["slot"]), int(address["crc"])
-        place = (frames, *_shard_of(address), slot)
-        with self._guard:
-            asked = self._ahead.pop(place, None)
-        data = None if asked is None else asked.result()
-        if data is not None and crc32c(data) == crc:
-            return data
-        path, row_bytes = self._path(place), self._store.spec.row_bytes(frames)
+        wanted, crc = self._range(frames, address), int(address["crc"])
 
         def fault(data: bytes) -> str | None:
             return None if crc32c(data) == crc else "holds other bytes than were committed (or a withdrawn row)"
 
         try:
-            return remote.read_exactly(path, row_bytes, start=slot * row_bytes, fault=fault)
+            return self._ranges.read(wanted, fault)
         except FileNotFoundError as error:
             raise self._damaged(frames, address, "there is no such file") from error
         except DamagedError as error:
-            raise self._damaged(frames, address, str(error).removeprefix(f"{path}: ")) from error
+            raise self._damaged(frames, address, str(error).removeprefix(f"{wanted[0]}: ")) from error
 
-    def _path(self, place: Place) -> str:
-        frames, batch, part, number, _ = place
-        return self._store.part(self._batches[batch], frames, part).shard_path(number)
+    def _range(self, frames: int, address: np.void) -> Range:
+        row_bytes = self._store.spec.row_bytes(frames)
+        path = self._part(frames, address).shard_path(int(address["shard"]))
+        return path, int(address["slot"]) * row_bytes, row_bytes
 
 
 def _refuse_gone(root: DataRoot, spec: EncodingSpec) -> None:
@@ -166,19 +140,7 @@ def _shard_of(address: np.void) -> tuple[int, int, int]:
     return int(address["batch"]), int(address["part"]), int(address["shard"])
 
 
-def _item(asked: Future[list[bytes | None]], number: int) -> Future[bytes | None]:
-    """One of the answers to a group of questions."""
-    item: Future[bytes | None] = Future()
-
-    def done(group: Future[list[bytes | None]]) -> None:
-        failed = group.cancelled() or group.exception() is not None
-        item.set_result(None if failed else group.result()[number])  # asked again alone, which explains what fails
-
-    asked.add_done_callback(done)
-    return item
-
-
-def _cited(store: LatentStore, batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> dict[str, int]:
+def cited(store: RowStore[Any, Any], batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> dict[str, int]:
     """Path and size in bytes of every shard that these rows stand in, by one listing a part."""
     parts: dict[tuple[int, int, int], set[int]] = {}
     for frames, rows in stored.items():

@@ -111,7 +111,7 @@ class Trainset:
         wanted = sum(count for _, count in self.offsets(frames).values())
         path = f"{self._folder}/rows.f{frames}.npy"
         try:
-            rows = open_rows(self._root, path)
+            rows = open_rows(self._root, path, self._said.get("files", {}).get(f"rows.f{frames}.npy"))
         except (OSError, ValueError) as error:
             raise DamagedError(f"{path}: {error}; {self._remedy}") from None
         if rows.dtype != ADDRESS or rows.shape != (wanted,):

@@ -5,8 +5,8 @@ the trainset's rows one for one; `pixels.<spec>.json` stands last and says what 
 the whole: no clip is left out or replaced. Holds no choice of rows (selection.py) and reads no pixel.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from nextvid.corpus.trainset import Trainset
 from nextvid.encode.pixel_plan import pixel_spec
 from nextvid.recipes import RECIPES
 from storage import atomic, listing
-from storage.digest import digest_bytes, digest_config
+from storage.cache import open_rows
+from storage.digest import crc32c, digest_bytes, digest_config
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.pixel_reader import PIXEL_ADDRESS, pixel_addresses
 from storage.pixels import PixelSpec, PixelStore
-from storage.remote import is_local
 from storage.root import DataRoot
 
 NAMED = 3  # rows without pixels that a message names
@@ -33,12 +33,14 @@ NAMED = 3  # rows without pixels that a message names
 class TrainsetPixels:
     """Pixels of a trainset, opened for reading: addresses are memory-mapped, so opening costs the same at any size."""
 
+    root: DataRoot
     trainset: Trainset
     folder: str
     digest: str
     spec: PixelSpec
     psnr_mean_db: float | None  # of the JPEGs against their frames, over the rows that were measured; None without any
     psnr_rows: int
+    files: Mapping[str, int] = field(default_factory=dict)  # crc32c of each file of addresses, by its name
 
     @property
     def path(self) -> str:
@@ -59,7 +61,7 @@ class TrainsetPixels:
         wanted = len(self.trainset.rows(frames))
         path = _addresses_path(self.folder, self.spec, frames)
         try:
-            rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows = open_rows(self.root, path, self.files.get(path.rpartition("/")[2]))
         except (OSError, ValueError) as error:
             raise DamagedError(f"{path}: {error}; {_remedy(self.folder, self.spec)}") from None
         if rows.dtype != PIXEL_ADDRESS or rows.shape != (wanted,):
@@ -88,16 +90,11 @@ def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) ->
             f"{spec.resolution} x {spec.resolution}: choose another recipe, or set 'encoding.resolution' and make "
             "'latents' and 'trainset' again"
         )
-    if not is_local(project.root.url):
-        raise RefusedError(
-            f"recipe {recipe.name} reads pixels, which are read from file systems only, and root {project.root.url} is "
-            f"none: copy the root to a file system and name that in corpus.yaml{_twin(recipe)}"
-        )
     folder = project.root.pointed("trainset", trainset.digest)
     path = _said_path(folder, spec)
     if not atomic.exists(path):
         _freeze(PixelStore(project.root, spec), trainset, folder, recipe.name)
-    return _opened(trainset, folder, path)
+    return _opened(project.root, trainset, folder, path)
 
 
 def open_pixels(root: DataRoot, trainset: Trainset, digest: str) -> TrainsetPixels:
@@ -115,16 +112,18 @@ def frozen_pixels(root: DataRoot, trainset: Trainset) -> Iterator[TrainsetPixels
     folder = root.pointed("trainset", trainset.digest)
     for name in listing.files(folder):
         if name.startswith("pixels.") and name.endswith(".json"):
-            yield _opened(trainset, folder, f"{folder}/{name}")
+            yield _opened(root, trainset, folder, f"{folder}/{name}")
 
 
 def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> None:
     """Write the addresses of every clip length, then what they are."""
-    contents, psnr_db = {}, []
+    contents, files, psnr_db = {}, {}, []
     for frames in trainset.lengths:
-        with atomic.staged_file(_addresses_path(folder, store.spec, frames)) as temporary:
+        path = _addresses_path(folder, store.spec, frames)
+        with atomic.staged_file(path) as temporary:
             found = _write_addresses(temporary, store, trainset, frames, recipe)
             contents[f"f{frames}"] = digest_bytes(found["crc"].tobytes())
+            files[path.rpartition("/")[2]] = crc32c(np.memmap(temporary, np.uint8, "r"))
         psnr_db.append(_psnr(store, trainset, frames))
     measured = pl.concat(psnr_db).drop_nulls()
     said = {
@@ -132,6 +131,7 @@ def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> 
         "spec": store.spec.to_json(),
         "psnr_mean_db": measured.mean(),
         "psnr_rows": len(measured),
+        "files": files,
     }
     atomic.publish_json(_said_path(folder, store.spec), said)
 
@@ -176,12 +176,14 @@ def _psnr(store: PixelStore, trainset: Trainset, frames: int) -> pl.Series:
     return pl.concat([store.commits(trainset.batches[batch], frames)["psnr_db"] for batch in batches])
 
 
-def _opened(trainset: Trainset, folder: str, path: str) -> TrainsetPixels:
+def _opened(root: DataRoot, trainset: Trainset, folder: str, path: str) -> TrainsetPixels:
     said: Any = atomic.read_json(path)
     try:
         spec = PixelSpec.from_json(said["spec"])
-        return TrainsetPixels(trainset, folder, said["digest"], spec, said["psnr_mean_db"], said["psnr_rows"])
-    except (KeyError, TypeError, ValueError) as error:
+        mean_db, measured = said["psnr_mean_db"], said["psnr_rows"]
+        files = said.get("files", {})  # older ones name none
+        return TrainsetPixels(root, trainset, folder, said["digest"], spec, mean_db, measured, files)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(
             f"{path} does not say what it should ({error}): remove it and ask for the run again"
         ) from error

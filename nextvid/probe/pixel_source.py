@@ -42,7 +42,10 @@ class PixelSource:
         )
         assert stored.height == rows.height, "rows without pixels were not left out"
         out = np.empty((rows.height, *self._spec.row_shape(self._frames)), np.uint8)
-        for row, frames, address in zip(out, rows["frames"], pixel_addresses(stored, self._batches), strict=True):
+        lengths, addresses = rows["frames"].to_numpy(), pixel_addresses(stored, self._batches)
+        for frames in np.unique(lengths).tolist():
+            self._reader.will_need(frames, addresses[lengths == frames])
+        for row, frames, address in zip(out, lengths.tolist(), addresses, strict=True):
             self._reader.read_into(frames, address, row[:frames])
             if frames == 1:
                 row[1:] = row[0]

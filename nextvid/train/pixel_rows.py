@@ -32,7 +32,7 @@ class HostPixels:
         self._memory = Leased(largest * math.prod(self._rows.shape), np.uint8)
 
     def will_need(self, drawn: Drawn) -> None:
-        """Have the kernel read them ahead."""
+        """Have them read ahead."""
         self._rows.will_need(drawn)
 
     def place(self, clips: int, frames: int) -> Frames:
@@ -61,7 +61,7 @@ class StagedPixels:
         self._ring = Ring(places, largest * math.prod(self._rows.shape), torch.uint8, pinned=device.type == "cuda")
 
     def will_need(self, drawn: Drawn) -> None:
-        """Have the kernel read them ahead."""
+        """Have them read ahead."""
         self._rows.will_need(drawn)
 
     def place(self, clips: int, frames: int) -> tuple[Place, Frames]:
@@ -94,6 +94,7 @@ class _Rows:
     def __init__(self, reader: PixelReader, pixels: TrainsetPixels) -> None:
         self._reader = reader
         self._addresses = {frames: pixels.rows(frames) for frames in pixels.trainset.lengths}
+        reader.read_again(self._addresses)
         self.shape = pixels.spec.row_shape(1)[1:]  # (H, W, 3)
 
     def will_need(self, drawn: Drawn) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from storage.errors import ConflictError, DamagedError, StoreError
 from storage.jpeg import decode_clip
 from storage.latents import LatentStore
+from storage.pixel_chunks import MappedChunks
 from storage.pixel_reader import PixelReader, pixel_addresses, read_clip
 from storage.pixels import PixelPart, PixelStore
 from storage.root import DataRoot
@@ -257,9 +258,10 @@ def test_few_maps_stay_open_and_threads_share_them(data_root: DataRoot) -> None:
     for thread in readers:
         thread.join()
     assert not wrong
-    assert len(reader._maps) <= 2
+    assert isinstance(reader._chunks, MappedChunks)
+    assert len(reader._chunks._maps) <= 2
     reader.close()
-    assert not reader._maps
+    assert not reader._chunks._maps
 
 
 @given(

@@ -274,11 +274,11 @@ def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, kind: type[Readers]
 
 def test_what_is_announced_and_never_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, stored = filled(tmp_path)
-    monkeypatch.setattr("storage.remote_reader.AHEAD_BYTES", 20 * ROW_BYTES)
+    monkeypatch.setattr("storage.ranges.AHEAD_BYTES", 20 * ROW_BYTES)
     reader = RangedReader(store.root, store.spec, BATCHES)
     for first in range(0, 300, 10):
         reader.will_need(FRAMES, stored[FRAMES][first : first + 10])
-        assert len(reader._ahead) <= 20
+        assert len(reader._ranges._ahead) <= 20
     np.testing.assert_array_equal(np.stack(reader.rows(FRAMES, stored[FRAMES][:3])), wanted(stored[FRAMES][:3]))
     reader.close()
 

@@ -14,8 +14,10 @@ from nextvid.corpus.trainset import Trainset
 from nextvid.corpus.trainset_pixels import TrainsetPixels, freeze_pixels, frozen_pixels, open_pixels
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train.overrides import apply_overrides
+from storage import atomic
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.pixel_reader import PIXEL_ADDRESS, PixelReader
+from storage.pixels import PixelStore
 from storage.reader import row_id
 from storage.root import DataRoot
 from tests.nextvid.train.corpus import ROWS, make_project
@@ -117,6 +119,38 @@ def test_opening_costs_the_same_at_any_size(project: Project) -> None:
     assert peak < 200_000
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
+def test_a_root_on_an_object_store_is_no_other_root(project: Project, cache_bytes: int) -> None:
+    """The same addresses under the same digest, frozen there and opened there; made again, no old copy is read."""
+    here, moved = frozen(project), on_an_object_store(project, cache_bytes)
+    there = frozen(moved)
+    assert there.digest == here.digest
+    assert [one.digest for one in frozen_pixels(moved.root, Trainset.open(moved.root))] == [here.digest]
+    opened = open_pixels(moved.root, Trainset.open(moved.root), here.digest)
+    for frames in LENGTHS:
+        np.testing.assert_array_equal(opened.rows(frames), here.rows(frames))
+        assert isinstance(opened.rows(frames), np.memmap) == (cache_bytes > 0)
+    write_pixels(moved)  # every row stands in a second part, too
+    for frames in LENGTHS:
+        for batch in ("films.000000", "pictures.000000"):
+            store = PixelStore(moved.root, here.spec)
+            if frames in store.frames_of(batch):
+                store.part(batch, frames, 0).discard(0)
+    atomic.remove_tree(there.path)
+    again = frozen(moved)
+    assert again.digest == here.digest
+    assert [set(again.rows(frames)["part"].tolist()) for frames in LENGTHS] == [{1}] * 3
+
+
+def on_an_object_store(project: Project, cache_bytes: int) -> Project:
+    """A copy of its root in fsspec's memory, with a cache of this size."""
+    root = DataRoot.open(f"memory:/{project.path.parent}", project.root.runs_url, f"{project.path}.cache", cache_bytes)
+    for path in sorted(Path(project.root.url).rglob("*")):
+        if path.is_file() and path.suffix != ".lock" and not path.name.startswith("pixels."):
+            atomic.publish_bytes(f"{root.url}/{path.relative_to(project.root.url)}", path.read_bytes())
+    return dataclasses.replace(project, root=root)
+
+
 class TestRefused:
     def test_no_pixels_asked_for(self, plain: Project) -> None:
         """The message says what to do, and which recipe does without."""
@@ -148,11 +182,6 @@ class TestRefused:
             store.part("films.000000", 8, number).discard(0)
         with pytest.raises(RefusedError, match="5 of the 5 rows with 8 frames"):
             frozen(project)
-
-    def test_a_root_on_an_object_store(self, project: Project) -> None:
-        bucket = dataclasses.replace(project, root=DataRoot("s3://bucket", project.root.runs_url))
-        with pytest.raises(RefusedError, match="read from file systems only, and root s3://bucket is none"):
-            freeze_pixels(bucket, Trainset.open(project.root), pixel_recipe())
 
     def test_frames_of_another_size(self, project: Project) -> None:
         recipe = apply_overrides(pixel_recipe(), ["model.patch=16"])

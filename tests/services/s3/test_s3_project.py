@@ -26,12 +26,14 @@ from nextvid.train.run import open_run
 from storage import atomic, listing, remote
 from storage.errors import CorpusError, NExTVidError, RefusedError
 from storage.latents import LatentStore
+from storage.pixels import PixelStore, every_store
 from tests.nextvid.encode.small_corpus import SIDE, texture, write_video
 from tests.nextvid.tiny_project import FRAMES, OVERRIDES, RECIPE
 from tests.services.s3.proxy import Asked, Fault, Proxy
 
 pytestmark = pytest.mark.services
 
+PIXELS = (*OVERRIDES, "model.encoder.input=pixels", "model.patch=8")
 FILMS, STILLS = 4, 16  # statistics want a thousand values a channel
 
 
@@ -56,7 +58,13 @@ def project_of(folder: Path, files: str, root: str, autoencoder: Path, cache_gb:
         "root": root,
         "runs_root": str(folder / "runs"),
         "cache": {"folder": str(folder / "cache"), "size_gb": cache_gb},
-        "encoding": {"autoencoder": str(autoencoder), "resolution": SIDE, "batch_frames": 16, "device": "cpu"},
+        "encoding": {
+            "autoencoder": str(autoencoder),
+            "resolution": SIDE,
+            "batch_frames": 16,
+            "device": "cpu",
+            "pixels": {"quality": 90},
+        },
         "datasets": {
             "films": {
                 "uri": f"{files}/films",
@@ -72,14 +80,19 @@ def project_of(folder: Path, files: str, root: str, autoencoder: Path, cache_gb:
     return open_project(folder / "corpus.yaml")
 
 
-def trained(project: Project) -> list[float]:
+def trained(project: Project, overrides: Sequence[str] = OVERRIDES) -> list[float]:
     """Losses of a few steps from the project's trainset, after its mask plan."""
     how = HowConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
-    prepared = prepare_run(project, RECIPE, OVERRIDES, how)
+    prepared = prepare_run(project, RECIPE, overrides, how)
     with join(how) as ranks:
         train(project, open_run(Path(prepared.folder)), ranks)
     lines = (json.loads(line) for line in (Path(prepared.folder) / "events.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def copies(folder: Path) -> list[Path]:
+    """What stands in a project's cache."""
+    return [path for path in (folder / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def rows(project: Project, noun: str, batch: str) -> pl.DataFrame:
@@ -107,15 +120,19 @@ def test_from_sources_to_training(bucket: str, repository: Path, tmp_path: Path)
     for frames in here.lengths:
         np.testing.assert_array_equal(there.rows(frames), here.rows(frames))
         assert isinstance(there.rows(frames), np.memmap)
-    (store,) = LatentStore.every(remote_one.root)
-    assert store.verify() == []
-    losses = trained(local)
-    assert len(losses) == 5
+    stores = every_store(remote_one.root)
+    assert [type(store) for store in stores] == [LatentStore, PixelStore]
+    assert [store.verify() for store in stores] == [[], []]
+    losses, of_pixels = trained(local), trained(local, PIXELS)
+    assert len(losses) == len(of_pixels) == 5
+    assert losses != of_pixels
     assert trained(remote_one) == losses  # from whole shards in the cache
-    copies = [path for path in (tmp_path / "s3" / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
-    assert len(copies) == 4  # a shard and a row file of each length
+    assert len(copies(tmp_path / "s3")) == 4  # a shard and a row file of each length
+    assert trained(remote_one, PIXELS) == of_pixels  # pixels in, latents out
+    assert len(copies(tmp_path / "s3")) == 8
     ranged = project_of(tmp_path / "ranged", f"{bucket}/files", f"{bucket}/corpus", autoencoder, 0)
     assert trained(ranged) == losses  # from ranges
+    assert trained(ranged, PIXELS) == of_pixels
     assert not (tmp_path / "ranged" / "cache").exists()
     here_files, there_files = (
         {path.removeprefix(root) for path in listing.files_below(root) if "/duplicates/" not in path}  # digest of URIs
@@ -130,11 +147,11 @@ def _withdraw_and_sweep(project: Project, uri: str) -> None:
     """The one change in place, and the one deletion, on a bucket too."""
     assert trace(project, uri).kind == "file"
     withdrawal = withdraw(project, uri, yes=True)
-    assert withdrawal.stored == 2  # two views
-    (store,) = LatentStore.every(project.root)
-    assert store.verify() == []
-    with pytest.raises(RefusedError, match="withdrawn"):
-        trained(project)
+    assert withdrawal.stored == 4  # two views, latents and pixels
+    assert [store.verify() for store in every_store(project.root)] == [[], []]
+    for overrides in (OVERRIDES, PIXELS):
+        with pytest.raises(RefusedError, match="withdrawn"):
+            trained(project, overrides)
     assert sweep(project, yes=True).gone == ()
 
 

@@ -13,12 +13,16 @@ import zarr
 
 from storage import atomic, listing, remote
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
+from storage.jpeg import decode_clip
 from storage.latents import LatentStore
+from storage.pixel_chunks import CopiedChunks, RangedChunks
+from storage.pixel_reader import PixelReader, pixel_addresses
 from storage.reader import ADDRESS, addresses, row_id
 from storage.remote_reader import CachedReader, RangedReader, open_reader
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
 from tests.services.s3.proxy import Asked, Fault, Proxy
+from tests.storage.pixel_stores import SIDE, chunks, pixel_store
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, new_store, spec, values, write
 
 pytestmark = pytest.mark.services
@@ -28,6 +32,7 @@ WRITER = """
 import sys
 from storage.errors import ConflictError
 from storage.root import DataRoot
+from tests.storage.pixel_stores import SIDE, chunks, pixel_store
 from tests.storage.stores import BATCH, FRAMES, new_store, write
 part = new_store(DataRoot.open(sys.argv[1], "/nowhere")).part(BATCH, FRAMES, 0)
 part.shards
@@ -177,6 +182,31 @@ def test_reading_through_trouble(
     assert proxy.used.total() == (1 if cached and fault is FAULTS["slow"] else 3)  # one copy, which was only slow
 
 
+@pytest.mark.parametrize("fault", [*FAULTS.values(), *LIES.values()], ids=[*FAULTS, *LIES])
+@pytest.mark.parametrize("cached", [True, False])
+def test_reading_pixels_through_trouble(
+    root: DataRoot, proxy: Proxy, fault: Callable[[Callable[[Asked], bool]], Fault], cached: bool
+) -> None:
+    """Rows that differ in size, by the same rules."""
+    store, _ = pixel_store(root, 12)
+    assert store.verify() == []
+    found = pixel_addresses(store.commits(BATCH), [BATCH])
+    reader = PixelReader(root, store.spec, [BATCH])
+    if cached:
+        reader.read_again({FRAMES: found})
+    assert type(reader._chunks) is (CopiedChunks if cached else RangedChunks)
+    proxy.faults.append(fault(gets))
+    out, wanted = np.empty((2, FRAMES, SIDE, SIDE, 3), np.uint8)
+    reader.will_need(FRAMES, found)
+    for address, chunk in zip(found, chunks(ids(12)), strict=True):
+        assert chunk is not None
+        decode_clip(chunk, wanted)
+        reader.read_into(FRAMES, address, out)
+        np.testing.assert_array_equal(out, wanted)
+    reader.close()
+    assert proxy.used.total() == (1 if cached and fault is FAULTS["slow"] else 3)
+
+
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("after", [False, True])
 def test_writing_through_trouble(
@@ -292,6 +322,23 @@ def test_damage_in_the_bucket_is_named(root: DataRoot) -> None:
         reader = open_reader(root, store.spec, [BATCH], stored)
         with pytest.raises(DamagedError, match=ids(5)[1].hex()):
             reader.read_into(FRAMES, found[1], np.empty((FRAMES, 2, 2, 3), np.float16))
+        reader.close()
+
+
+def test_damaged_pixels_in_the_bucket_are_named(root: DataRoot) -> None:
+    store, part = pixel_store(root, 5)
+    data = bytearray(atomic.read_bytes(part.shard_path(0)))
+    data[int(store.commits(BATCH)["offset"][1]) + 40] ^= 1
+    atomic.publish_bytes(part.shard_path(0), bytes(data))
+    (problem,) = store.verify()
+    assert (problem.file, problem.row) == (part.shard_path(0), ids(5)[1].hex())
+    found = pixel_addresses(store.commits(BATCH), [BATCH])
+    for again in (True, False):
+        reader = PixelReader(root, store.spec, [BATCH])
+        if again:
+            reader.read_again({FRAMES: found})
+        with pytest.raises(DamagedError, match=ids(5)[1].hex()):
+            reader.read_into(FRAMES, found[1], np.empty((FRAMES, SIDE, SIDE, 3), np.uint8))
         reader.close()
 
 
