@@ -1,12 +1,14 @@
 """The maker of `latent_stats`: what the latents of each dataset are like, from the sums in their commits.
 
-Reads commits only, never a shard. All of it is float64 arithmetic on sums per row; the pair that training normalises by
+Reads commits only, never a shard, and those of one batch at a time: memory is that of the largest batch, whatever the
+store holds. All of it is float64 arithmetic on sums per row; the pair that training normalises by
 is the trainset's (nextvid/corpus/trainset.py), which keeps other rows and weights them.
 
 Axes: n rows, C channels.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +44,7 @@ class Moments:
     mean: Channels
     variance: Channels
     posterior_std: float | None
+    widths: int  # rows whose posterior width is known, of which `posterior_std` is the mean
 
     @property
     def std(self) -> Channels:
@@ -61,9 +64,23 @@ def moments(commits: pl.DataFrame, spec: EncodingSpec) -> Moments:
     mean = means.mean(0)
     # by the law of total variance: inside rows and between them; exact where the mean is far from zero
     inside = np.maximum(squares / values[:, None] - means**2, 0)
-    widths = commits["posterior_std"].drop_nulls().to_numpy()
+    widths = commits["posterior_std"].drop_nulls().to_numpy().astype(np.float64)
     width = float(widths.mean()) if len(widths) else None
-    return Moments(len(sums), int(values.sum()), mean, (inside + (means - mean) ** 2).mean(0), width)
+    variance = (inside + (means - mean) ** 2).mean(0)
+    return Moments(len(sums), int(values.sum()), mean, variance, width, len(widths))
+
+
+def united(first: Moments, second: Moments) -> Moments:
+    """Moments of the rows of both, by the law of total variance: those of all rows at once, but for rounding."""
+    rows, widths = first.rows + second.rows, first.widths + second.widths
+    share = second.rows / rows
+    apart = second.mean - first.mean
+    mean = first.mean + share * apart
+    inside = first.variance + share * (second.variance - first.variance)
+    known = [part.widths / widths * part.posterior_std for part in (first, second) if part.posterior_std is not None]
+    width = sum(known) if known else None
+    variance = inside + share * (1 - share) * apart**2
+    return Moments(rows, first.values + second.values, mean, variance, width, widths)
 
 
 def mixed(parts: list[tuple[float, Moments]]) -> tuple[Channels, Channels]:
@@ -88,14 +105,12 @@ def make_latent_stats(project: Project) -> Outcome:
         raise UpstreamError(
             "no batch of 'latents' has passed its checks in the encoding in force: make 'latents' first"
         )
-    store = LatentStore(root, spec)
-    commits = pl.concat([store.commits(batch) for batch in taken]).filter(pl.col("status") == "ok")
-    if commits.is_empty():
+    found = _by_dataset(LatentStore(root, spec), taken)
+    if not found:
         raise UpstreamError(
             f"no row of {', '.join(taken)} is encoded: no clip was cut, or every one failed; the column 'reason' of "
             "the media, shots and clips tables says why"
         )
-    found = _by_dataset(commits, spec)
     said = {"spec": spec.digest(), "batches": taken, "datasets": {name: _plain(parts) for name, parts in found.items()}}
     digest = digest_config(said)
     path = f"{root.pointed('latent_stats', digest)}/stats.json"
@@ -113,7 +128,7 @@ def make_latent_stats(project: Project) -> Outcome:
             if part.posterior_std is not None:  # beside the deviation: what `posterior: sample` would add
                 numbers[f"{name}_f{length}_posterior_std"] = part.posterior_std
                 numbers[f"{name}_f{length}_std"] = float(part.std.mean())
-    rows = commits.height
+    rows = sum(part.rows for parts in found.values() for part in parts.values())
     return Outcome(
         ASSET, None, made, rows, 0, time.perf_counter() - began, digest=digest, numbers=numbers, checks=checks
     )
@@ -124,15 +139,19 @@ def _passed(project: Project, spec: EncodingSpec, batch: str) -> bool:
     return checks is not None and checks["passed"]
 
 
-def _by_dataset(commits: pl.DataFrame, spec: EncodingSpec) -> dict[str, dict[int, Moments]]:
-    """Moments by dataset and frames, both ascending."""
-    found: dict[str, dict[int, Moments]] = {}
-    named = commits.with_columns(dataset=pl.col("batch").str.split(".").list.first()).sort(
-        "dataset", "frames", "row_id"
-    )
-    for group in named.partition_by("dataset", "frames", maintain_order=True):
-        found.setdefault(group["dataset"][0], {})[int(group["frames"][0])] = moments(group, spec)
-    return found
+def _by_dataset(store: LatentStore, batches: Sequence[str]) -> dict[str, dict[int, Moments]]:
+    """Moments by dataset and frames, both ascending; the commits of one batch are in memory at a time."""
+    found: dict[tuple[str, int], Moments] = {}
+    for batch in batches:
+        rows = store.commits(batch).filter(pl.col("status") == "ok").sort("frames", "row_id")
+        for group in rows.partition_by("frames", maintain_order=True):
+            key = batch.split(".")[0], int(group["frames"][0])
+            here = moments(group, store.spec)
+            found[key] = united(found[key], here) if key in found else here
+    by_dataset: dict[str, dict[int, Moments]] = {}
+    for dataset, frames in sorted(found):
+        by_dataset.setdefault(dataset, {})[frames] = found[dataset, frames]
+    return by_dataset
 
 
 def _plain(parts: dict[int, Moments]) -> dict[str, Any]:

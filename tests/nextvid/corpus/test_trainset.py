@@ -1,5 +1,6 @@
 """trainset: which batches and rows join, what its statistics and digest are, and what its checks catch."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,17 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nextvid.corpus import selection, trainset
 from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.trainset import Trainset, make_trainset
 from nextvid.encode.plan import encoding_spec
-from nextvid.encode.stats import make_latent_stats, mixed, moments
+from nextvid.encode.stats import make_latent_stats, mixed, moments, united
 from storage import atomic
 from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
-from storage.latents import LatentStore
+from storage.latents import EncodingSpec, LatentStore
 from storage.reader import RowReader, row_id
 from storage.schemas import Commits
 from storage.tables import publish_checks
@@ -360,6 +363,58 @@ class TestStatistics:
         assert (again.made, again.digest) == (False, outcome.digest)
         checks = {check.name: check.passed for check in outcome.checks}
         assert checks["std_positive"]
+
+    def test_latent_stats_are_those_of_all_rows_in_one_table(self, corpus: Corpus) -> None:
+        """The slow reference: every commit of every batch at once, as one table in memory."""
+        rows = [corpus.row(MORE, index) for index in range(5)]
+        corpus.clips(MORE, rows)
+        corpus.encode(MORE, rows)
+        spec = encoding_spec(corpus.project)
+        store = LatentStore(corpus.project.root, spec)
+        table = pl.concat([store.commits(batch) for batch in store.batches()]).filter(pl.col("status") == "ok")
+        assert len({batch for batch in table["batch"] if batch.startswith("films.")}) == 2
+        outcome = make_latent_stats(corpus.project)
+        said = atomic.read_json(f"{corpus.project.root.pointed('latent_stats', str(outcome.digest))}/stats.json")
+        wanted = {}
+        for (dataset, frames), group in table.group_by(pl.col("batch").str.split(".").list.first(), "frames"):
+            wanted[dataset, f"f{frames}"] = moments(group, spec)
+        assert {(name, length) for name, lengths in said["datasets"].items() for length in lengths} == set(wanted)
+        for (name, length), part in wanted.items():
+            found = said["datasets"][name][length]
+            assert (found["rows"], found["values"]) == (part.rows, part.values)
+            np.testing.assert_allclose(found["mean"], part.mean, rtol=1e-12, atol=1e-14)
+            np.testing.assert_allclose(found["std"], part.std, rtol=1e-12)
+            assert found["posterior_std"] == pytest.approx(part.posterior_std, rel=1e-12)
+        assert outcome.rows == table.height
+
+    @given(
+        sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+        seed=st.integers(0, 2**32 - 1),
+        shift=st.sampled_from([0.0, 1e4]),
+    )
+    def test_united_moments_are_those_of_all_rows(self, sizes: list[int], seed: int, shift: float) -> None:
+        """Batches of any size, some without a posterior width, means far from zero."""
+        spec = EncodingSpec("0" * 32, 8, "bicubic", "fp32", "mean", "float16", 2, 3, 1)
+        rng, parts = np.random.default_rng(seed), []
+        for size in sizes:
+            values = rng.standard_normal((size, 4, 2, 3, 1)) + shift * rng.standard_normal()
+            width = [None if draw == 0 else draw / 4 for draw in rng.integers(0, 3, size).tolist()]
+            parts.append(
+                pl.DataFrame(
+                    {
+                        "frames": [4] * size,
+                        "sums": values.sum((1, 3, 4)).tolist(),
+                        "sums_squared": (values**2).sum((1, 3, 4)).tolist(),
+                        "posterior_std": pl.Series(width, dtype=pl.Float32),
+                    }
+                )
+            )
+        wanted = moments(pl.concat(parts), spec)
+        found = functools.reduce(united, (moments(part, spec) for part in parts))
+        assert (found.rows, found.values, found.widths) == (wanted.rows, wanted.values, wanted.widths)
+        np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-12, atol=1e-12 * (1 + shift))
+        np.testing.assert_allclose(found.variance, wanted.variance, rtol=1e-9, atol=1e-9 * (1 + shift**2) * 1e-3)
+        assert found.posterior_std == (None if wanted.posterior_std is None else pytest.approx(wanted.posterior_std))
 
     def test_a_small_dataset_beside_a_large_one_stops_nothing(self, corpus: Corpus) -> None:
         """Training normalises by the mixture; a data set of six images of four cells is no mixture's undoing."""
