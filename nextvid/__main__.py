@@ -200,7 +200,9 @@ def exit_code(error: NExTVidError | OSError) -> int:
     """Which kind of error, for scripts."""
     match error:
         case NExTVidError():  # first: a ConflictError is an OSError too
-            return {"config": 2, "corpus": 2, "upstream": 3, "damaged": 4, "table": 4}.get(error.kind, 1)
+            return {"config": 2, "corpus": 2, "upstream": 3, "damaged": 4, "table": 4, "unwritable": 5}.get(
+                error.kind, 1
+            )
         case OSError():
             return 5
 

@@ -8,6 +8,7 @@ know what bytes mean.
 """
 
 import errno
+import io
 import json
 import os
 import secrets
@@ -20,10 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from storage import remote
-from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UpstreamError
+from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UnwritableError, UpstreamError
 from storage.remote import is_local
 
 SUFFIX = ".partial"
+READ_BYTES = 1 << 20  # our choice: small rows come from so large a buffer, larger ones past it
+_FORBIDDEN = {
+    errno.EROFS: "is on a read-only file system",
+    errno.EACCES: "lets this user write nothing",
+    errno.EPERM: "lets this user write nothing",
+}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what file systems without hard links answer
 
 
@@ -58,6 +65,22 @@ def read_bytes(path: str) -> bytes:
         raise UpstreamError(f"{path} does not exist: make it first") from error
 
 
+@contextmanager
+def reading(path: str) -> Iterator[tuple[io.BufferedIOBase, int]]:
+    """A file to be read once from its beginning to its end, and its size in bytes.
+
+    A local one piece by piece, so that no more is in memory; an object comes whole. UpstreamError or an OSError of the
+    system where it cannot be opened.
+    """
+    if not is_local(path):
+        data = read_bytes(path)
+        yield io.BytesIO(data), len(data)
+        return
+    with _local(path).open("rb", buffering=READ_BYTES) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # Linux reads twice as far ahead then
+        yield file, os.fstat(file.fileno()).st_size
+
+
 def read_json(path: str) -> Any:  # noqa: ANN401 - JSON is Any
     """Value of a JSON file; UpstreamError where it is missing, DamagedError where it is not JSON."""
     data = read_bytes(path)
@@ -83,7 +106,8 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
     """A temporary local file that becomes `path` when the block ends well and vanishes when it does not.
 
     The block writes and closes the file; bytes and folder are synced here. With `exclusive` a taken name is a
-    ConflictError. An OSError of the system (no space, no permission) passes through, the old bytes untouched.
+    ConflictError, a place where nothing may be written an UnwritableError. Any other OSError of the system (no space, a
+    broken disk) passes through, the old bytes untouched.
     """
     if not is_local(path):
         with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
@@ -92,18 +116,19 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
             remote.put_file(str(temporary), path, exclusive=exclusive)
         return
     target = _local(path)
-    _make_folder(target.parent)
-    temporary = _temporary(target)
-    try:
-        yield temporary
-        _sync(temporary)
-        if exclusive:
-            _link(temporary, target)
-        else:
-            os.replace(temporary, target)  # noqa: PTH105 - the one place
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(target.parent)
+    with writing(path):
+        _make_folder(target.parent)
+        temporary = _temporary(target)
+        try:
+            yield temporary
+            _sync(temporary)
+            if exclusive:
+                _link(temporary, target)
+            else:
+                os.replace(temporary, target)  # noqa: PTH105 - the one place
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(target.parent)
 
 
 @contextmanager
@@ -123,24 +148,38 @@ def staged_folder(path: str, *, last: str | None = None) -> Iterator[Path]:
     target = _local(path)
     if target.exists():
         raise ConflictError(f"{path} exists already")
-    _make_folder(target.parent)
-    temporary = _temporary(target)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for folder, _, names in os.walk(temporary, topdown=False):
-            for name in names:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+    with writing(path):
+        _make_folder(target.parent)
+        temporary = _temporary(target)
+        temporary.mkdir()
         try:
-            os.rename(temporary, target)  # noqa: PTH104 - the one place
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise ConflictError(f"{path} was created by somebody else in the meantime") from error
+            yield temporary
+            for folder, _, names in os.walk(temporary, topdown=False):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _take_name(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _sync(target.parent)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Whatever the block does to write `path`: UnwritableError where the system forbids it.
+
+    What it forbids elsewhere, such as reading a file of somebody else's, passes through.
+    """
+    try:
+        yield
+    except OSError as error:
+        why, folder = _FORBIDDEN.get(error.errno or 0), _nearest(_local(path).parent)
+        if why is None or not (error.filename is None or Path(error.filename).is_relative_to(folder)):
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync(target.parent)
+        raise UnwritableError(
+            f"{path} cannot be written: {folder} {why}. Make it writable for this user, or name another folder in "
+            "corpus.yaml, and ask again; what was done before stands whole"
+        ) from error
 
 
 def zero(path: str, extents: Sequence[tuple[int, int]]) -> None:
@@ -151,7 +190,7 @@ def zero(path: str, extents: Sequence[tuple[int, int]]) -> None:
             data[offset : offset + size_bytes] = bytes(size_bytes)
         remote.put(path, bytes(data))
         return
-    with _local(path).open("r+b") as file:
+    with writing(path), _local(path).open("r+b") as file:
         for offset, size_bytes in extents:
             file.seek(offset)
             file.write(bytes(size_bytes))
@@ -187,10 +226,11 @@ def remove_tree(path: str) -> None:
             remote.ask(path, lambda fs, key: fs.rm(key, recursive=True))
         return
     target = _local(path)
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    else:
-        target.unlink(missing_ok=True)
+    with writing(path):
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
 
 
 def _is_temporary(name: str) -> bool:
@@ -243,6 +283,20 @@ def _make_folder(folder: Path) -> None:
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync(folder.parent)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first one above it that exists."""
+    return next(place for place in (folder, *folder.parents) if place.exists() or place == place.parent)
+
+
+def _take_name(temporary: Path, target: Path) -> None:
+    try:
+        os.rename(temporary, target)  # noqa: PTH104 - the one place
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ConflictError(f"{target} was created by somebody else in the meantime") from error
+        raise
 
 
 def _link(temporary: Path, target: Path) -> None:

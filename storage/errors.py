@@ -8,6 +8,7 @@
     +-- StoreError       store       a latent store is not what its metadata says
     |   +-- DamagedError damaged     bytes differ from their checksum, or a committed shard is missing or short
     |   +-- ConflictError conflict   somebody else created this name first (also FileExistsError)
+    +-- UnwritableError  unwritable  the system lets nothing be written there (also OSError)
     +-- UpstreamError    upstream    what this step reads is missing or failed its checks
     +-- RefusedError     refused     a run, checkpoint or trainset does not fit what was asked
 
@@ -65,6 +66,12 @@ class ConflictError(StoreError, FileExistsError):
     """Somebody else created this name first; the winner's bytes stand."""
 
     kind = "conflict"
+
+
+class UnwritableError(NExTVidError, OSError):
+    """A read-only disk, or no permission to write; nothing was written."""
+
+    kind = "unwritable"
 
 
 class UpstreamError(NExTVidError):

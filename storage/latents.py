@@ -9,6 +9,7 @@ autoencoders or training. Reading rows fast: reader.py.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import dataframely as dy
@@ -75,11 +76,11 @@ class RowStore(ABC, Generic[S, P]):
 
     def create(self) -> None:
         """Write the spec in words; nothing to do where it stands already."""
-        try:
-            words = json.dumps(self.spec.to_json(), indent=1) + "\n"
-            atomic.create_exclusively(f"{self._folder}/spec.json", words.encode())
-        except ConflictError:
-            self.open(self.root, self.digest)  # refuses one that was changed
+        path = f"{self._folder}/spec.json"
+        if not atomic.exists(path):  # asked first: where nothing may be written, what stands may be used
+            with suppress(ConflictError):
+                atomic.create_exclusively(path, (json.dumps(self.spec.to_json(), indent=1) + "\n").encode())
+        self.open(self.root, self.digest)  # refuses one that was changed
 
     def batches(self) -> list[str]:
         """Batches that have at least one part, sorted."""

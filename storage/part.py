@@ -159,7 +159,8 @@ class PlannedPart(ABC):
             if self._lock_file is not None or not is_local(self.path):
                 yield
                 return
-            self._lock_file = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT, 0o666)
+            with atomic.writing(f"{self.path}/lock"):
+                self._lock_file = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX)
                 yield

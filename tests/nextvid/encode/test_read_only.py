@@ -1,0 +1,61 @@
+"""Makers on a root that may only be read: one error, nothing half-written, and what is up to date stays so."""
+
+from pathlib import Path
+
+import pytest
+
+from nextvid.corpus.trainset import make_trainset
+from nextvid.encode.latents import make_latents
+from nextvid.encode.stats import make_latent_stats
+from storage.errors import UnwritableError
+from tests.nextvid.corpus.encoded_corpus import Corpus, write_autoencoder
+from tests.nextvid.encode.small_corpus import FILMS, begin
+from tests.storage.read_only import read_only, tree
+
+SAID = r"cannot be written: .* is on a read-only file system\. Make it writable"
+
+
+def test_encoding(tmp_path: Path, cosine_autoencoder: Path) -> None:
+    """Before anything is decoded, in the middle of a batch's parts, and where nothing is left to do."""
+    project = begin(tmp_path, cosine_autoencoder)
+    before = tree(project.root.url)
+    with read_only(project.root.url) as refused, pytest.raises(UnwritableError, match=SAID) as caught:
+        make_latents(project, FILMS)
+    assert project.root.url in str(caught.value)
+    assert len(refused) == 1
+    assert tree(project.root.url) == before
+    assert make_latents(project, FILMS).rows == 12
+    done = tree(project.root.url)
+    with read_only(project.root.url) as refused:
+        again = make_latents(project, FILMS)
+    assert not again.made
+    assert again.passed
+    assert refused == []
+    (commit,) = (path for path in done if path.endswith("/commits/000000.parquet"))
+    Path(project.root.url, commit).unlink()  # a shard is to be written again
+    part_done = tree(project.root.url)
+    with read_only(project.root.url), pytest.raises(UnwritableError, match=SAID):
+        make_latents(project, FILMS)
+    assert tree(project.root.url) == part_done
+    assert make_latents(project, FILMS).rows == 12
+
+
+def test_statistics_and_trainset(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, write_autoencoder(tmp_path / "autoencoder"))
+    for batch, count in (("films.000000", 6), ("stills.000000", 4)):
+        rows = [corpus.row(batch, index) for index in range(count)]
+        corpus.clips(batch, rows)
+        corpus.encode(batch, rows)
+    corpus.duplicates()
+    root = corpus.project.root.url
+    for make in (make_latent_stats, make_trainset):
+        before = tree(root)
+        with read_only(root), pytest.raises(UnwritableError, match=SAID):
+            make(corpus.project)
+        assert tree(root) == before
+        outcome = make(corpus.project)
+        assert outcome.made
+        with read_only(root) as refused:
+            again = make(corpus.project)
+        assert (again.made, again.digest) == (False, outcome.digest)
+        assert refused == []
