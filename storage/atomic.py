@@ -76,7 +76,7 @@ def reading(path: str) -> Iterator[tuple[io.BufferedIOBase, int]]:
         data = read_bytes(path)
         yield io.BytesIO(data), len(data)
         return
-    with _local(path).open("rb", buffering=READ_BYTES) as file:
+    with io.BufferedReader(io.FileIO(_local(path)), READ_BYTES) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # Linux reads twice as far ahead then
         yield file, os.fstat(file.fileno()).st_size
 

@@ -22,7 +22,7 @@ from storage.pixel_spec import PixelSpec
 from storage.root import DataRoot
 from storage.schemas import PixelCommits
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
-from storage.verify import Problem, encode_again, verify_part
+from storage.verify import Problem, encode_again, fill, verify_part
 
 __all__ = ["PixelPart", "PixelSpec", "PixelStore", "every_store"]
 
@@ -110,26 +110,27 @@ def every_store(root: DataRoot) -> list[LatentStore | PixelStore]:
 def _rows(part: PixelPart, number: int, commits: pl.DataFrame, withdrawn: frozenset[bytes]) -> list[Problem]:
     path, remedy = part.shard_path(number), encode_again(part, number)
     places = commits.select("row_id", "offset", "size_bytes", "crc32c").rows()
+    wanted_bytes = max((offset + size for _, offset, size, _ in places if offset is not None), default=0) + INDEX_BYTES
+    memory = np.empty(max((size for _, _, size, _ in places if size is not None), default=0), np.uint8)
+    problems = []
     try:
-        data = atomic.read_bytes(path)
+        with atomic.reading(path) as (file, size_bytes):
+            if size_bytes != wanted_bytes:
+                return [Problem(path, None, f"{size_bytes} bytes where {wanted_bytes} were committed", remedy)]
+            for row_id, offset, size, crc in places:
+                if offset is None:
+                    continue
+                file.seek(offset)  # where it stands already
+                row = memory[:size]
+                fill(row, file)
+                if row_id in withdrawn:
+                    if row.any():
+                        what = "withdrawn, but its bytes still stand here: withdraw the file again"
+                        problems.append(Problem(path, row_id.hex(), what, remedy))
+                elif crc32c(row) != crc:
+                    problems.append(Problem(path, row_id.hex(), "its bytes differ from their checksum", remedy))
+            if file.read() != shard.index_of([None if at is None else (at, size) for _, at, size, _ in places]):
+                problems.append(Problem(path, None, "the index at its end was changed", remedy))
     except (OSError, NExTVidError) as error:
         return [Problem(path, None, f"committed, but cannot be read: {error}", remedy)]
-    ends = [offset + size for _, offset, size, _ in places if offset is not None]
-    wanted_bytes = max(ends, default=0) + INDEX_BYTES
-    if len(data) != wanted_bytes:
-        return [Problem(path, None, f"{len(data)} bytes where {wanted_bytes} were committed", remedy)]
-    problems = []
-    index = shard.index_of([None if offset is None else (offset, size) for _, offset, size, _ in places])
-    if data[-INDEX_BYTES:] != index:
-        problems.append(Problem(path, None, "the index at its end was changed", remedy))
-    for row_id, offset, size, crc in places:
-        if offset is None:
-            continue
-        row = memoryview(data)[offset : offset + size]
-        if row_id in withdrawn:
-            if any(row):
-                what = "withdrawn, but its bytes still stand here: withdraw the file again"
-                problems.append(Problem(path, row_id.hex(), what, remedy))
-        elif crc32c(row) != crc:
-            problems.append(Problem(path, row_id.hex(), "its bytes differ from their checksum", remedy))
     return problems

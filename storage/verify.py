@@ -1,22 +1,28 @@
 """Reading every byte of a part against plan, index and commits: what a person runs after an accident.
 
 Reports, never repairs: each problem names the file, the row where it is one row's, and the remedy. The remedies are the
-same everywhere, since a shard without its commit is encoded again. Must not be on any fast path.
+same everywhere, since a shard without its commit is encoded again. A disk is read as fast as it reads: shards by a few
+threads (one waits while another computes), each row into the same memory. Must not be on any fast path.
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from jaxtyping import UInt8
 
 from storage import atomic, listing, shard
 from storage.digest import crc32c
 from storage.errors import NExTVidError
 from storage.part import SWEPT, Part, PlannedPart
+
+AT_ONCE = 4  # our choice: shards at a time; of an object store so many are in memory, 67 MB each
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,15 @@ class Problem:
         return f"{self.file}{row}: {self.what}. Remedy: {self.remedy}"
 
 
+RowsOf = Callable[[int, pl.DataFrame], Sequence[Problem]]  # a shard's number and commits -> what is wrong with its rows
+
+
 def verify_latents(part: Part, withdrawn: frozenset[bytes]) -> list[Problem]:
     """Problems of one part of latents; rows in `withdrawn` must be zeros."""
     return verify_part(part, lambda number, commits: _rows(part, number, commits, withdrawn))
 
 
-def verify_part(part: PlannedPart, rows: Callable[[int, pl.DataFrame], Sequence[Problem]]) -> list[Problem]:
+def verify_part(part: PlannedPart, rows: RowsOf) -> list[Problem]:
     """Problems of one part, whatever its rows are: `rows`, given the commits of one shard, finds those of its bytes."""
     try:
         shards = part.shards
@@ -48,13 +57,20 @@ def verify_part(part: PlannedPart, rows: Callable[[int, pl.DataFrame], Sequence[
         ]
     files = listing.files_below(part.path)
     problems = [*_metadata(part), *_leftovers(part, shards, files)]
-    for number in range(shards):
-        if part.commit_path(number) in files:
-            problems += _shard(part, number, rows)
-        elif part.shard_path(number) in files:
-            what = "a shard without its commit, left by a writer that died"
-            problems.append(Problem(part.shard_path(number), None, what, "make the latents of the batch again"))
+    with ThreadPoolExecutor(AT_ONCE, "verify") as pool:
+        for found in pool.map(lambda number: _found(part, number, files, rows), range(shards)):
+            problems += found
     return problems
+
+
+def _found(part: PlannedPart, number: int, files: Container[str], rows: RowsOf) -> Sequence[Problem]:
+    """Problems of one shard, whether or not it is committed."""
+    if part.commit_path(number) in files:
+        return _shard(part, number, rows)
+    if part.shard_path(number) in files:
+        what = "a shard without its commit, left by a writer that died"
+        return [Problem(part.shard_path(number), None, what, "make the latents of the batch again")]
+    return []
 
 
 def encode_again(part: PlannedPart, number: int) -> str:
@@ -99,7 +115,7 @@ def _leftovers(part: PlannedPart, shards: int, files: Iterable[str]) -> list[Pro
     return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 
 
-def _shard(part: PlannedPart, number: int, rows: Callable[[int, pl.DataFrame], Sequence[Problem]]) -> Sequence[Problem]:
+def _shard(part: PlannedPart, number: int, rows: RowsOf) -> Sequence[Problem]:
     path = part.shard_path(number)
     try:
         commits = part.commit(number)
@@ -115,30 +131,42 @@ def _rows(part: Part, number: int, commits: pl.DataFrame, withdrawn: frozenset[b
     path, remedy = part.shard_path(number), encode_again(part, number)
     row_bytes = part.spec.row_bytes(part.frames)
     wanted_bytes = shard.shard_bytes(commits.height, row_bytes)
+    problems = []
     try:
-        data = np.frombuffer(atomic.read_bytes(path), np.uint8)
+        with atomic.reading(path) as (file, size_bytes):
+            if size_bytes != wanted_bytes:
+                return [Problem(path, None, f"{size_bytes} bytes where {wanted_bytes} were committed", remedy)]
+            row = np.empty(row_bytes, np.uint8)
+            for row_id, status, crc in commits.select("row_id", "status", "crc32c").iter_rows():
+                fill(row, file)
+                what = _row(part, row, row_id, status, crc, withdrawn)
+                if what is not None:
+                    problems.append(Problem(path, row_id.hex(), what, remedy))
+            if file.read() != shard.index(commits.height, row_bytes):
+                problems.append(Problem(path, None, "the index at its end was changed", remedy))
     except (OSError, NExTVidError) as error:
         return [Problem(path, None, f"committed, but cannot be read: {error}", remedy)]
-    if data.nbytes != wanted_bytes:
-        return [Problem(path, None, f"{data.nbytes} bytes where {wanted_bytes} were committed", remedy)]
-    problems = []
-    if data[commits.height * row_bytes :].tobytes() != shard.index(commits.height, row_bytes):
-        problems.append(Problem(path, None, "the index at its end was changed", remedy))
-    rows = data[: commits.height * row_bytes].reshape(commits.height, row_bytes)
-    for row, (row_id, status, crc) in zip(rows, commits.select("row_id", "status", "crc32c").iter_rows(), strict=True):
-        values = shard.unpacked(row, part.spec.storage, part.spec.row_shape(part.frames))
-        what = _row(row, values, row_id, status, crc, withdrawn)
-        if what is not None:
-            problems.append(Problem(path, row_id.hex(), what, remedy))
     return problems
 
 
+def fill(row: UInt8[np.ndarray, " bytes"], file: BufferedIOBase) -> None:
+    """The next bytes of a file into memory that is used again; OSError where it ends before."""
+    if file.readinto(row.data) != row.nbytes:
+        raise OSError("it ended while it was read")
+
+
 def _row(
-    row: np.ndarray, values: np.ndarray, row_id: bytes, status: str, crc: int | None, withdrawn: frozenset[bytes]
+    part: Part,
+    row: UInt8[np.ndarray, " bytes"],
+    row_id: bytes,
+    status: str,
+    crc: int | None,
+    withdrawn: frozenset[bytes],
 ) -> str | None:
     """What is wrong with one row's bytes; None where nothing is."""
     if row_id in withdrawn:
         return "withdrawn, but its bytes still stand here: withdraw the file again" if row.any() else None
     if status != "ok":
+        values = shard.unpacked(row, part.spec.storage, part.spec.row_shape(part.frames))
         return None if np.isnan(values).all() else f"{status}, but its slot holds values"
     return None if crc32c(row) == crc else "its bytes differ from their checksum"

@@ -17,6 +17,7 @@ BENCHMARKS = (
     "loader",
     "scale",
     "manifests",
+    "verify",
     "curation",
     "duplicates",
     "sandbox",
