@@ -25,7 +25,8 @@ pytestmark = pytest.mark.services
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 CHART: dict[str, set[str]] = {  # helm/dagster/values.yaml and its charts/dagster-user-deployments/values.yaml
-    "": {"dagster-user-deployments", "runLauncher", "dagsterDaemon", "postgresql", "global"},
+    "": {"dagster-user-deployments", "runLauncher", "dagsterDaemon", "telemetry", "postgresql", "global"},
+    "telemetry": {"enabled"},
     "dagster-user-deployments.deployments": {
         "name", "image", "dagsterApiGrpcArgs", "port", "env", "envSecrets", "volumes", "volumeMounts",
         "includeConfigInLaunchedRuns",
