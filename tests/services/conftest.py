@@ -18,7 +18,11 @@ import requests
 import yaml
 
 from examples.demo.write_corpus import write_corpus
+from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.project import Project, open_project
+from storage.schemas import Lineage
+from storage.tables import write_table
+from tests.nextvid.train.corpus import make_project, tiny_spec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "examples" / "demo"
@@ -28,6 +32,7 @@ ASSETS = 13  # sources and what follows of it
 EXTRA = """
   extra: {{uri: {uri}, weight: 0.1, clips: [{{frames: 8, fps: 4, crop: whole, pad: skip}}], quarantine_budget: 0.5}}
 """  # a dataset without files so far, whose budget the demo's does not lend
+ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
 LAUNCH = """mutation($params: ExecutionParams!) { launchPipelineExecution(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   ... on RunConfigValidationInvalid { errors { message } } } }"""
@@ -83,6 +88,12 @@ class Live:
         """One of them."""
         return next(run for run in self.runs() if run["runId"] == run_id)
 
+    def ended(self, run_id: str, within_s: float) -> str:
+        """How a run ended, once it did."""
+        wait_for(lambda: self.run(run_id)["status"] in ENDED, within_s)
+        found: str = self.run(run_id)["status"]
+        return found
+
     def events(self, run_id: str) -> list[dict[str, Any]]:
         """The event log of a run, in order."""
         found: list[dict[str, Any]] = self.ask(EVENTS, id=run_id)["logsForRun"]["events"]
@@ -121,6 +132,7 @@ def instance_settings(path: str = "dagster.yaml") -> str:
         if "base_dir" in str(said.get(part)):
             del said[part]  # by default below DAGSTER_HOME
     said["run_monitoring"] |= {"poll_interval_seconds": 2, "free_slots_after_run_end_seconds": 1}
+    said["run_coordinator"]["config"] = {"dequeue_interval_seconds": 1}
     said["auto_materialize"] |= {"minimum_interval_seconds": 2}
     return yaml.safe_dump(said)
 
@@ -177,6 +189,15 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("live")
     with live_dagster(folder, demo_project(folder, videos=8, images=32), instance_settings()) as found:
         yield found
+
+
+def trainset_project(folder: Path) -> Project:
+    """A project with a trainset of random latents in the demo's shape: 8 x 8 cells of 16 channels; with its lineage."""
+    project = make_project(folder, spec=tiny_spec(height=8, channels=16))
+    digest = read_latest(project.root, "trainset")
+    assert digest is not None
+    write_table(f"{project.root.pointed('trainset', digest)}/lineage.parquet", Lineage.create_empty(), Lineage)
+    return project
 
 
 def free_port() -> int:

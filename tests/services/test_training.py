@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from nextvid.train.events import NAME, read_events
-from tests.nextvid.train.corpus import make_project, tiny_spec
-from tests.services.conftest import Live, instance_settings, live_dagster, wait_for
+from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
 
 pytestmark = [
     pytest.mark.services,
@@ -33,9 +32,9 @@ SHORT = {"overrides": [*STAGES, "seed=1"], "how": [*HOW, "diagnose_every_steps=1
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A live Dagster over a trainset of the demo's shape: 8 x 8 cells of 16 channels, clips of 8 frames and images."""
+    """A live Dagster over a trainset of the demo's shape."""
     folder = tmp_path_factory.mktemp("training")
-    project = make_project(folder, spec=tiny_spec(height=8, channels=16))
+    project = trainset_project(folder)
     with live_dagster(folder, project.path, instance_settings(), OMP_NUM_THREADS="1") as found:
         yield found
 
@@ -56,7 +55,7 @@ def said(live: Live, run_id: str) -> str:
 def failure(live: Live, config: dict[str, Any]) -> str:
     """Launch, wait for the failure, and what it says."""
     run_id = launched(live, config)
-    wait_for(lambda: live.run(run_id)["status"] == "FAILURE", 300)
+    assert live.ended(run_id, 300) == "FAILURE"
     answer = live.ask(
         """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
            ... on ExecutionStepFailureEvent { failureMetadata { description } } } } } }""",
@@ -118,7 +117,6 @@ def test_what_the_launchpad_refuses_is_one_clear_line(trained: Live) -> None:
     assert not (Path(trained.project.root.runs_url) / "pretrain").exists(), "nothing was begun"
 
 
-@pytest.mark.faults  # minutes of waiting for daemons; make faults
 def test_a_run_is_watched_killed_resumed_and_cancelled(trained: Live) -> None:
     first = launched(trained, ENDLESS)
     folder = folder_of(trained, first)
@@ -155,10 +153,10 @@ def test_a_run_is_watched_killed_resumed_and_cancelled(trained: Live) -> None:
     trained.cancel(retry)
     wait_for(lambda: not any(map(alive, group[:2])), 10, every_s=0.1)
     assert time.monotonic() - began < 10
-    wait_for(lambda: trained.run(retry)["status"] == "CANCELED", 300)
+    assert trained.ended(retry, 300) == "CANCELED"
 
     # the slots of the killed and of the cancelled run are free: what waited has its turn, and two never share a device
-    wait_for(lambda: trained.run(waiting)["status"] == "SUCCESS", 300)
+    assert trained.ended(waiting, 300) == "SUCCESS", said(trained, waiting)
     other = folder_of(trained, waiting)
     (turn,) = attempts(other)
     assert all(turn[1] <= began_s or ended_s <= turn[0] for began_s, ended_s in attempts(folder))
