@@ -32,7 +32,11 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     """Train in a process group of its own, which ends with this call. Raises dg.Failure with the end of its output."""
     log_path = Path(run.folder) / LOG
     began = log_path.stat().st_size if log_path.exists() else 0
-    with leased(run.ranks, run.device) as devices, log_path.open("ab") as log, _pipes(context) as session:
+    with (
+        leased(run.ranks, run.device) as devices,
+        log_path.open("ab") as log,
+        pipes(context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()) as session,
+    ):
         process = subprocess.Popen(
             run.child,
             env={**os.environ, **run.env, **devices, **session.get_bootstrap_env_vars()},
@@ -54,28 +58,39 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
 
 
 @contextmanager
-def _pipes(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
+def pipes(
+    context: dg.AssetExecutionContext, injector: dg.PipesContextInjector, reader: dg.PipesMessageReader
+) -> Iterator[dg.PipesSession]:
+    """A session of Pipes: what the trainer reports becomes lines of the run's log."""
     with (
         warnings.catch_warnings(action="ignore", category=dg.PreviewWarning),  # dagster's, of its own message reader
-        dg.open_pipes_session(
-            context=context,
-            context_injector=dg.PipesTempFileContextInjector(),
-            message_reader=dg.PipesTempFileMessageReader(),
-        ) as session,
+        dg.open_pipes_session(context=context, context_injector=injector, message_reader=reader) as session,
     ):
         yield session
 
 
+class Watch:
+    """Looks after a run for the step that waits for it: observes it now and then, and ends with the run's process."""
+
+    def __init__(self, context: dg.AssetExecutionContext, folder: Path) -> None:
+        self._context, self._folder = context, folder
+        self._observed, self._step = time.monotonic(), -1
+
+    def look(self) -> None:
+        """Report the newest logged step, if it is time. Raises dg.Failure where nobody waits for the step any more."""
+        if orphaned():
+            raise dg.Failure("the run that this step belongs to is gone; its retry resumes", allow_retries=False)
+        if time.monotonic() - self._observed >= OBSERVE_S:
+            self._observed, self._step = time.monotonic(), observe(self._context, self._folder, self._step)
+
+
 def _wait(context: dg.AssetExecutionContext, process: "subprocess.Popen[bytes]", folder: Path) -> int:
-    """Exit code of the group's first process; observes the run meanwhile, and ends when nobody waits for the step."""
-    observed, step = time.monotonic(), -1
+    """Exit code of the group's first process."""
+    watch = Watch(context, folder)
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(WATCH_S)
-        if orphaned():
-            raise dg.Failure("the run that this step belongs to is gone; its retry resumes", allow_retries=False)
-        if time.monotonic() - observed >= OBSERVE_S:
-            observed, step = time.monotonic(), observe(context, folder, step)
+        watch.look()
 
 
 def observe(context: dg.AssetExecutionContext, folder: Path, after: int) -> int:

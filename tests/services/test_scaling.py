@@ -1,6 +1,7 @@
 """More than one machine, on one: history in Postgres, steps on a Ray cluster of two workers; both real, both ours."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,20 +14,18 @@ import pytest
 from assets.ray_launcher import RUN
 from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
-from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.project import Project, open_project
 from nextvid.encode.acceptance import in_force
 from nextvid.encode.plan import spec_in_force
 from nextvid.make import Wish, make
 from nextvid.train.launch import prepare_run
 from orchestration.definitions import build_defs
+from storage import atomic, remote
 from storage.latents import LatentStore
-from storage.schemas import Lineage
-from storage.tables import write_table
-from tests.nextvid.train.corpus import make_project, tiny_spec
-from tests.services.conftest import DEMO, Live, instance_settings, live_dagster, wait_for
+from tests.services.conftest import DEMO, Live, instance_settings, live_dagster, trainset_project, wait_for
 from tests.services.postgres import binaries, postgres
 from tests.services.ray_cluster import RayCluster, ray_cluster
+from tests.services.s3.server import forget_clients, s3_server, variables_of
 
 POSTGRES = binaries()
 BATCHES = 8
@@ -48,13 +47,29 @@ pytestmark = [
     pytest.mark.skipif(POSTGRES is None, reason="Postgres is not installed: apt-get install postgresql"),
     pytest.mark.skipif(find_spec("dagster_postgres") is None, reason="the extra 'postgres' is not installed"),
     pytest.mark.skipif(find_spec("dagster_ray") is None, reason="the extra 'ray' is not installed"),
+    pytest.mark.skipif(find_spec("moto") is None, reason="moto, an S3 server, is not installed"),
     pytest.mark.skipif(find_spec("aiohttp_cors") is None, reason="ray[default], its job server, is not installed"),
 ]
 
 
 @pytest.fixture(scope="module")
-def projects(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project]:
-    """Two roots over the same eight films, made up to their clips; the first with latents too, made on this machine."""
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a bucket; whatever is started from here on finds its server and credentials in the environment."""
+    with s3_server(tmp_path_factory.mktemp("moto")) as port, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+            patch.delenv(name)
+        for name, value in variables_of(f"http://127.0.0.1:{port}").items():
+            patch.setenv(name, value)
+        forget_clients()
+        fs, _ = remote.connect("s3://films")
+        fs.mkdir("films")
+        yield "s3://films"
+    forget_clients()
+
+
+@pytest.fixture(scope="module")
+def projects(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project]:
+    """Two roots over the same eight films, made up to their clips: a folder, with latents too, and a bucket."""
     folder = tmp_path_factory.mktemp("films")
     write_corpus(folder / "written", videos=2 * BATCHES, images=8)
     films = folder / "films"
@@ -65,8 +80,10 @@ def projects(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project
     (folder / "here.yaml").write_text(said)
     here = open_project(folder / "here.yaml")
     assert all(outcome.passed for outcome in make(here, Wish("clips")))
-    shutil.copytree(here.root.url, folder / "there")
-    (folder / "there.yaml").write_text(said.replace(str(folder / "here"), str(folder / "there")))
+    for path in (path for path in Path(here.root.url).rglob("*") if path.is_file()):
+        atomic.publish_bytes(f"{bucket}/there/{path.relative_to(here.root.url)}", path.read_bytes())
+    elsewhere = f"root: {bucket}/there\nruns_root: {folder / 'runs'}"
+    (folder / "there.yaml").write_text(said.replace(f"root: {folder / 'here'}", elsewhere))
     there = open_project(folder / "there.yaml")
     in_force(there)
     assert all(outcome.passed for outcome in make(here, Wish("latents")))
@@ -74,7 +91,8 @@ def projects(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
+def cluster(bucket: str) -> Iterator[RayCluster]:
+    """Its nodes have the bucket's credentials, as machines of their own would."""
     with ray_cluster(workers=2) as found:
         yield found
 
@@ -103,7 +121,7 @@ def rows(project: Project) -> pl.DataFrame:
     return commits.select("row_id", "batch", "frames", "status", "crc32c").sort("batch", "row_id")
 
 
-def test_an_encode_over_ray_equals_the_local_one_and_survives_a_killed_worker(
+def test_an_encode_over_ray_into_a_bucket_equals_the_local_one_and_survives_a_killed_worker(
     projects: tuple[Project, Project], cluster: RayCluster, scaled: Live
 ) -> None:
     here, there = projects
@@ -137,13 +155,10 @@ def test_the_history_is_in_postgres(scaled: Live) -> None:
     assert os.environ.get("DAGSTER_POSTGRES_URL") != scaled.environment["DAGSTER_POSTGRES_URL"]
 
 
-@pytest.mark.filterwarnings("ignore:AssetExecutionContext.dagster_run:DeprecationWarning")  # dagster-ray reads it
 def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(cluster: RayCluster, tmp_path: Path) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    project = make_project(tmp_path, spec=tiny_spec(height=8, channels=16))
-    digest = read_latest(project.root, "trainset")
-    write_table(f"{project.root.pointed('trainset', digest or '')}/lineage.parquet", Lineage.create_empty(), Lineage)
+    project = trainset_project(tmp_path)
     overrides = [f"stages.{stage}.steps=1" for stage in range(4)]
     how = ["device=cpu", "log_every_steps=1", "diagnose_every_steps=1"]
     prepared = prepare_run(project, "demo", overrides)
@@ -159,9 +174,15 @@ def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(clust
             asset_selection=[dg.AssetKey("pretrain")],
             run_config={"ops": {"pretrain": {"config": {"overrides": overrides, "how": how}}}},
         )
-    assert result.success
+        assert result.success
+        logged = {record.user_message: record.timestamp for record in instance.all_logs(result.run_id)}
     assert client.get_job_status(leftover) == JobStatus.STOPPED
     jobs = [job for job in client.list_jobs() if (job.metadata or {}).get(RUN) == prepared.run_id]
     assert sorted(job.status for job in jobs) == [JobStatus.STOPPED, JobStatus.SUCCEEDED]
+    (trained,) = [job for job in jobs if job.status == JobStatus.SUCCEEDED]
+    ended_s = (trained.end_time or 0) / 1000
+    steps = [at_s for line, at_s in sorted(logged.items()) if re.match(r"step \d/4 [a-z0-9]+ align", line)]
+    assert len(steps) == 4, "every step is in the run's log"
+    assert steps[0] < ended_s, "while the job trains"
     (made,) = result.get_asset_materialization_events()
     assert made.materialization.metadata["run"].value == prepared.run_id
