@@ -146,15 +146,17 @@ def _values(numbers: Mapping[str, int | float | str]) -> dict[str, Any]:
     return {name: value if isinstance(value, int | float) else str(value) for name, value in numbers.items()}
 
 
-def follows() -> dg.AutomationCondition:  # type: ignore[type-arg]
+def follows(nightly: str | None = None) -> dg.AutomationCondition:  # type: ignore[type-arg]
     """Asked for once whenever something upstream was made; one missing or running batch does not hold it.
 
     Not `eager()`, which forgets an update where the asset itself was asked for or made since the same tick. Here only a
     request clears what waits, and none that came before the update: at worst the asset is made once more and finds
     nothing to do. Never `all_deps_blocking_checks_passed`: check status is not by partition, so one stopped batch would
-    stop the corpus.
+    stop the corpus. With `nightly`, a cron line, it is asked for then too, whatever was made.
     """
     updated = dg.AutomationCondition.newly_missing() | dg.AutomationCondition.any_deps_updated()
     handled = dg.AutomationCondition.newly_requested() & ~updated  # a request is of the tick before: updates came after
-    waits = updated.since(handled | dg.AutomationCondition.initial_evaluation())
-    return (waits & ~dg.AutomationCondition.in_progress()).with_label("follows")
+    asked: dg.AutomationCondition[Any] = updated.since(handled | dg.AutomationCondition.initial_evaluation())
+    if nightly:
+        asked = asked | dg.AutomationCondition.cron_tick_passed(nightly)
+    return (asked & ~dg.AutomationCondition.in_progress()).with_label("follows")

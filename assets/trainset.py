@@ -5,6 +5,7 @@ The one gate: it takes batches that passed their checks, are complete in the enc
 """
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 import dagster as dg
 
@@ -13,6 +14,11 @@ from assets.columns import columns
 from assets.resources import ProjectResource
 from storage import schemas
 from storage.errors import UpstreamError
+
+# It is compared with all batches once a day, changed or not, so that its age says whether it still follows them
+# (docs/decisions/0032). An hour after the nightly schedule, in UTC; late by two hours, stale by a second night.
+AFTER_NIGHT = "0 4 * * *"
+LATE, STALE = timedelta(hours=26), timedelta(hours=50)
 
 
 @dg.multi_asset(
@@ -25,7 +31,8 @@ from storage.errors import UpstreamError
             kinds={"numpy", "parquet"},
             owners=reporting.OWNERS,
             code_version="1",
-            automation_condition=reporting.follows(),
+            automation_condition=reporting.follows(AFTER_NIGHT),
+            freshness_policy=dg.FreshnessPolicy.time_window(fail_window=STALE, warn_window=LATE),
             metadata=columns(schemas.Lineage),
             description=__doc__,
             skippable=True,

@@ -5,10 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.freshness import TimeWindowFreshnessPolicy
 
 from assets.checks import CHECKS
 from orchestration.definitions import build_defs
@@ -31,6 +33,7 @@ def snapshot(defs: dg.Definitions) -> dict[str, object]:
             "kinds": sorted(node.kinds),
             "described": bool(node.description),
             "owners": sorted(node.owners),
+            "stale_after_h": stale_after_h(node.freshness_policy_or_from_metadata),
         }
     repository = defs.get_repository_def()
     return {
@@ -39,6 +42,15 @@ def snapshot(defs: dg.Definitions) -> dict[str, object]:
         "sensors": sorted(sensor.name for sensor in repository.sensor_defs),
         "schedules": sorted(schedule.name for schedule in repository.schedule_defs),
     }
+
+
+def stale_after_h(policy: dg.FreshnessPolicy | None) -> float | None:
+    """Hours after which the UI calls an asset stale."""
+    return (
+        policy.fail_window.to_timedelta() / timedelta(hours=1)
+        if isinstance(policy, TimeWindowFreshnessPolicy)
+        else None
+    )
 
 
 def test_definitions_are_as_pinned() -> None:

@@ -6,6 +6,7 @@ holds that premise; should it fall with a newer Dagster, the gate may be thought
 
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ def test_automation_asks_for_the_trainset_when_one_batch_of_many_is_made(
     seen = dg.evaluate_automation_conditions(defs=defs, instance=watched, cursor=seen.cursor)
     asked = [key for key in ("latent_stats", "duplicates", "trainset") if seen.get_num_requested(dg.AssetKey(key))]
     assert asked == ["latent_stats", "trainset"]
+
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    seen = dg.evaluate_automation_conditions(defs=defs, instance=watched, cursor=seen.cursor, evaluation_time=tomorrow)
+    assert seen.get_num_requested(dg.AssetKey("trainset")) == 1, "once a day, whatever was made"
+    assert seen.total_requested == 1
 
 
 def test_automation_waits_without_a_failure_and_a_person_is_told(
