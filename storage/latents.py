@@ -128,6 +128,11 @@ class RowStore(ABC, Generic[S, P]):
         united = pl.concat(found).sort(order).unique("row_id", keep="first", maintain_order=True)
         return united.sort("frames", "part", "slot")
 
+    def table_paths(self, batch: str) -> list[str]:
+        """All that `commits` is read from: each part's plan and commits."""
+        places = [(frames, number) for frames in self.frames_of(batch) for number in self.parts(batch, frames)]
+        return [path for place in places for path in self.part(batch, *place).table_paths()]
+
     def verify(self, batch: str | None = None) -> list[Problem]:
         """Read every byte of one batch or of all; what is missing, changed or left over. Sound: an empty list."""
         problems: list[Problem] = []

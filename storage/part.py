@@ -32,6 +32,7 @@ from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
 
 AXES = ("row", "frame", "channel", "y", "x")
+COMMIT = re.compile(r"[0-9]{6,}\.parquet")  # the shard's number
 SWEPT = "swept"  # reason in the commit of a shard whose bytes a sweep has freed
 
 
@@ -73,7 +74,7 @@ class PlannedPart(ABC):
     @cached_property
     def plan(self) -> pl.DataFrame:
         """Columns of Plan, by slot."""
-        path = f"{self.path}/plan.parquet"
+        path = self.plan_path
         try:
             plan = tables.read_table(path, Plan).sort("slot")
         except (UpstreamError, TableError) as error:
@@ -94,6 +95,15 @@ class PlannedPart(ABC):
         return self.plan.slice(number * ROWS_PER_SHARD, ROWS_PER_SHARD)
 
     @property
+    def plan_path(self) -> str:
+        return f"{self.path}/plan.parquet"
+
+    def table_paths(self) -> list[str]:
+        """The plan and every commit, asked for or not."""
+        names = listing.files(f"{self.path}/commits")
+        return [self.plan_path, *(f"{self.path}/commits/{name}" for name in names if COMMIT.fullmatch(name))]
+
+    @property
     def metadata_paths(self) -> tuple[str, str]:
         """The zarr.json of the group and of its array."""
         return f"{self.path}/zarr.json", f"{self.path}/{self.array}/zarr.json"
@@ -110,7 +120,7 @@ class PlannedPart(ABC):
     def committed_shards(self) -> list[int]:
         """Numbers of all committed shards, by one listing."""
         names = listing.files(f"{self.path}/commits")
-        found = [int(name.removesuffix(".parquet")) for name in names if re.fullmatch(r"[0-9]{6,}\.parquet", name)]
+        found = [int(name.removesuffix(".parquet")) for name in names if COMMIT.fullmatch(name)]
         return sorted(number for number in found if number < self.shards)
 
     def stands(self, number: int) -> bool:

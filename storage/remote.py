@@ -9,7 +9,8 @@ mean, nor who may write what (atomic.py).
 import errno
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,13 +21,23 @@ from fsspec import AbstractFileSystem
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
 
 Answer = TypeVar("Answer")
+Item = TypeVar("Item")
 
 WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # our choice: six tries in 8 s and the client's own timeouts (s3fs: 15 s a read)
+SMALL_AT_ONCE = 16  # our choice: batches looked at, or tables read, at a time; s3fs sends 10 requests each
 BUCKETED = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # protocols of fsspec whose first path segment is a bucket
 # by name, since the client that raises them may not be installed
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
 _OURS = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what s3fs makes of a request that no repetition mends
 _SET = "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where it is not Amazon's, AWS_ENDPOINT_URL"
+
+
+def at_once(path: str, function: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
+    """`function` of each item, in their order: where `path` is on an object store many at a time, since each waits."""
+    if is_local(path):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(SMALL_AT_ONCE) as pool:
+        return list(pool.map(function, items))
 
 
 def is_local(path: str) -> bool:

@@ -13,6 +13,8 @@ from storage import atomic, listing, tables
 from storage.root import DataRoot
 from storage.schemas import Sources
 
+_APPLIED: dict[str, int] = {}  # by root, the change that this process has seen applied: tables only go on from there
+
 
 def version(root: DataRoot) -> int:
     """Number of the newest change; 0 before the first."""
@@ -24,8 +26,9 @@ def version(root: DataRoot) -> int:
 def catch_up(root: DataRoot) -> int:
     """Apply the newest change, wherever its writer stopped, and return its number."""
     number = version(root)
-    if number:
+    if number and _APPLIED.get(root.url) != number:
         _apply(root, _read(root, number))
+        _APPLIED[root.url] = number
     return number
 
 
