@@ -35,6 +35,7 @@ from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
 BATCHES, FILES = 1000, 10  # issue 8: 1,000 batches; ten files each, so that it is batches that cost
 QUICK_BATCHES = 110  # just above the 100 partitions beyond which Dagster marks nothing (research: dagster, 4)
 UI_WAIT_S = 120.0
+LIMIT_S = 60  # for a tick in a code server (dagster/_grpc: DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def measured(project: Project, instance: dg.DagsterInstance, batches: int, regis
 
     work: tuple[tuple[str, Callable[[], object]], ...] = (
         ("listing", lambda: update_sources(project)),
+        ("sensor tick, the first of a process", tick),
         ("sensor tick, nothing new", tick),
         ("partitions into Dagster", lambda: apply_partitions(instance, project)),
         ("plan", lambda: forecast(project)),
@@ -122,8 +124,11 @@ def main() -> None:
         rows = measured(project, instance, batches, time.perf_counter() - began)
         ui_s = ui_start(project, Path(instance.root_directory))
         rows.append(Row("UI, from start to every partition", ui_s, 1000 * ui_s / batches))
-    tick_s = next(row.seconds for row in rows if row.name.startswith("sensor tick"))
-    targets = {"sensor tick within its interval, s": {"measured": tick_s, "at_most": TICK_S, "met": tick_s <= TICK_S}}
+    first_s, tick_s = (row.seconds for row in rows if row.name.startswith("sensor tick"))
+    targets = {
+        "sensor tick within its interval, s": {"measured": tick_s, "at_most": TICK_S, "met": tick_s <= TICK_S},
+        "the first within Dagster's, s": {"measured": first_s, "at_most": LIMIT_S, "met": first_s <= LIMIT_S},
+    }
     found = {
         "benchmark": "batches",
         "quick": arguments.quick,

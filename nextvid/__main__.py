@@ -40,10 +40,19 @@ def make_command(
     json_: Json = False,
 ) -> None:
     """Make an asset and what it lacks upstream."""
+    from nextvid.encode.acceptance import others, outdated
+
+    project = open_project(corpus)
     with shown() as on_pace:
         wish = Wish(asset, batch, recipe, benchmark, set_, ranks, on_pace)
-        for outcome in make(open_project(corpus), wish):
+        for outcome in make(project, wish):
             print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
+    if project.corpus.reencode == "ask" and (names := outdated(project)):
+        print(
+            f"{project.path} asks for {others(names)} than is in force: this went on with what is. 'nextvid plan' says "
+            "what the other costs, 'nextvid plan --accept' puts it in force",
+            file=sys.stderr,
+        )
 
 
 @app.command
@@ -72,7 +81,7 @@ def inspect(
 
 @app.command
 def plan(batch: str | None = None, accept: bool = False, corpus: Corpus = None, json_: Json = False) -> None:
-    """Show what `make latents` would encode, why and at what cost; --accept puts corpus.yaml's encoding in force."""
+    """Show what `make latents` would encode, why and at what cost; --accept puts corpus.yaml in force."""
     from nextvid.encode.acceptance import accept_asked
     from nextvid.encode.costs import forecast
 

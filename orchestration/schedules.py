@@ -6,7 +6,7 @@ import dagster as dg
 
 from assets.resources import ProjectResource
 from orchestration.jobs import ingest
-from orchestration.sensors import apply_partitions, run_key
+from orchestration.sensors import apply_partitions
 
 NIGHT = "0 3 * * *"  # once a night, when a trainer's users sleep
 
@@ -24,16 +24,18 @@ def nightly_at(cron: str) -> dg.ScheduleDefinition:
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
         """One run a batch that needs one. The date is in the key, so that what failed yesterday is tried again."""
         from nextvid.corpus.discover import update_sources
+        from nextvid.encode.acceptance import in_force
         from nextvid.encode.unfinished import waiting
 
         opened = project.open()
         update_sources(opened)
+        in_force(opened)  # `reencode: auto` holds for those too who have no sensor
         apply_partitions(context.instance, opened)
         day = context.scheduled_execution_time.strftime("%Y-%m-%d")
         asking = waiting(opened, retry=True)
         if not asking:
             yield dg.SkipReason("every batch is complete and nothing is quarantined")
-        for batch in asking:
-            yield dg.RunRequest(run_key=f"{day}:{run_key(opened, batch)}", partition_key=batch)
+        for batch, key in asking.items():
+            yield dg.RunRequest(run_key=f"{day}:{key}", partition_key=batch)
 
     return nightly

@@ -34,7 +34,7 @@ def new_sources_every(tick_s: int) -> dg.SensorDefinition:
         opened = project.open()
         changes = listed(context, opened)
         in_force(opened)
-        asked = [dg.RunRequest(run_key=run_key(opened, batch), partition_key=batch) for batch in waiting(opened)]
+        asked = [dg.RunRequest(run_key=key, partition_key=batch) for batch, key in waiting(opened).items()]
         cursor = asked_for(opened, context.cursor)
         said = [*left_behind(opened), *([said] if (said := json.loads(cursor)["said"]) else [])]
         for line in said:
@@ -71,28 +71,20 @@ def listed(context: dg.SensorEvaluationContext, project: Project) -> list[BatchC
 
 
 def asked_for(project: Project, before: str | None) -> str:
-    """Which encoding and curation corpus.yaml asks for beyond those in force, and at what cost, as the sensor's cursor.
+    """What corpus.yaml asks for beyond what is in force, and at what cost, as the sensor's cursor.
 
     Reckoned anew only when one of them changes: a plan of every batch is no matter of seconds.
     """
+    from nextvid.corpus.accepted import pixels_digest
     from nextvid.encode.acceptance import in_force, outdated
     from nextvid.encode.costs import forecast
     from nextvid.encode.plan import encoding_spec
 
-    stands = in_force(project)
-    asked = [encoding_spec(project).digest(), project.corpus.curation_digest(), stands.encoding, stands.curation]
+    wanted = pixels_digest(project.corpus.encoding.pixels)
+    asked = [encoding_spec(project).digest(), project.corpus.curation_digest(), wanted, *in_force(project).digests]
     if before is not None and json.loads(before)["asked"] == asked:
         return before
     return json.dumps({"asked": asked, "said": forecast(project).summary() if outdated(project) else None})
-
-
-def run_key(project: Project, batch: str) -> str:
-    """The same batch, listing, curation and encoding spec ask for one run only: Dagster never repeats a key."""
-    from nextvid.corpus.discover import batch_fingerprint
-    from nextvid.encode.acceptance import in_force
-
-    accepted = in_force(project)
-    return f"{batch}:{batch_fingerprint(project, batch)}:{accepted.curation}:{accepted.encoding}"
 
 
 def observation(project: Project, batch: str) -> dg.AssetObservation:

@@ -2,7 +2,7 @@
 
 The data root, as `root.py` builds it (every path of the project comes from there):
 
-    <root>/accepted.json                              digests of encoding and curation in force
+    <root>/accepted.json                              what is in force: encoding, curation, pixels
            sources/<batch>.parquet                    batch = <dataset>.<nnnnnn>: the listing, append-only
            media/ labels/ shots/ clips/               <batch>.parquet, and <batch>.json: outcome of its checks
            latents/<spec>/spec.json                   the encoding spec in words

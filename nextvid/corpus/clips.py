@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import polars as pl
 
+from nextvid.corpus.accepted import standing
 from nextvid.corpus.batches import config_of, dataset_of, latest
 from nextvid.corpus.gallery import read_pictures, rejected_sheet
 from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of
@@ -33,6 +34,7 @@ def make_clips(project: Project, batch: str, progress: Progress | None = None) -
     Raises UpstreamError where `media` or `shots` is missing or failed its checks.
     """
     started_s = time.perf_counter()
+    project = standing(project)
     root, config = project.root, config_of(project, batch)
     for noun in ("media", "shots"):
         tables.require_checks(root.checks(noun, batch), noun)

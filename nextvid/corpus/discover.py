@@ -49,14 +49,6 @@ class Listing:
     empty: tuple[str, ...]  # folders below that hold nothing at all
 
 
-@dataclass(frozen=True)
-class Accepted:
-    """The digests in force: of the encoding spec and of curation."""
-
-    encoding: str
-    curation: str
-
-
 def list_dataset(project: Project, name: str, held: Held | None = None) -> Listing:
     """List a dataset's folder. With `held`, what an earlier listing saw, a file joins only if it is there unchanged.
 
@@ -169,32 +161,17 @@ def known_sources(project: Project, name: str) -> pl.DataFrame:
     return tables.read_tables(project.root, "sources", batches, Sources).sort("uri", "revision")
 
 
-def batch_fingerprint(project: Project, batch: str) -> str:
-    """Digest of a batch's listing and of its label files' bytes: what changes asks for a new run of the batch."""
+def batch_fingerprint(project: Project, batch: str, labels: Sequence[str] | None = None) -> str:
+    """Digest of a batch's listing and of its label files' bytes: what changes asks for a new run of the batch.
+
+    `labels` are the digests of the dataset's label files, where somebody has them already.
+    """
     rows = tables.read_table(project.root.table("sources", batch), Sources).sort("uri", "revision")
     files = rows.select("uri", "revision", "size_bytes", "fingerprint", pl.col("gone_at").is_not_null().alias("gone"))
     config = project.corpus.datasets.get(dataset_of(batch))
-    labels = label_digests(config.labels) if config else []
-    return digest({"files": [list(row) for row in files.iter_rows()], "labels": labels})
-
-
-def accepted(project: Project) -> Accepted | None:
-    """The digests in force, or None where nothing was accepted yet. Raises CorpusError for a damaged accepted.json."""
-    path = project.root.accepted()
-    if not atomic.exists(path):
-        return None
-    value = atomic.read_json(path)
-    try:
-        return Accepted(str(value["encoding"]), str(value["curation"]))
-    except (KeyError, TypeError):
-        raise CorpusError(f"{path}: keys 'encoding' and 'curation' were expected; accept the plan again") from None
-
-
-def accept(project: Project, encoding: str) -> Accepted:
-    """Put corpus.yaml's curation and the encoding spec of this digest into force."""
-    value = Accepted(encoding, project.corpus.curation_digest())
-    atomic.publish_json(project.root.accepted(), {"encoding": value.encoding, "curation": value.curation})
-    return value
+    if labels is None:
+        labels = label_digests(config.labels) if config else []
+    return digest({"files": [list(row) for row in files.iter_rows()], "labels": list(labels)})
 
 
 def _walk(uri: str, top: str, empty: list[str]) -> Iterator[Mapping[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from nextvid.corpus.accepted import standing
 from nextvid.corpus.contamination import contamination
 from nextvid.corpus.pointers import publish_latest
 from nextvid.corpus.project import Project
@@ -37,6 +38,7 @@ def make_duplicates(project: Project, progress: Progress | None = None) -> Outco
     table that passed. Raises UpstreamError where no batch is ready.
     """
     started_s = time.perf_counter()
+    project = standing(project)
     root, config = project.root, project.corpus.curation.duplicates
     batches = [batch for batch in root.batches("clips") if _passed(project, batch)]
     if not batches:

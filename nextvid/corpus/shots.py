@@ -15,6 +15,7 @@ from typing import Any
 
 import polars as pl
 
+from nextvid.corpus.accepted import standing
 from nextvid.corpus.batches import config_of, latest
 from nextvid.corpus.fetch import fetch, release
 from nextvid.corpus.gallery import KeptPictures, publish_pictures
@@ -60,6 +61,7 @@ def make_shots(project: Project, batch: str, progress: Progress | None = None) -
     Raises UpstreamError where `media` is missing or failed its checks.
     """
     started_s = time.perf_counter()
+    project = standing(project)
     root, config = project.root, project.corpus.curation.shots
     config_of(project, batch)
     tables.require_checks(root.checks("media", batch), "media")

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from nextvid.config import RecipeConfig
+from nextvid.corpus.accepted import standing
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.encode.pixel_plan import pixel_spec
@@ -77,7 +78,12 @@ def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) ->
 
     Raises RefusedError where corpus.yaml asks for none, they do not fit the recipe, or a row has none.
     """
-    spec = pixel_spec(project, trainset.spec)
+    spec = pixel_spec(standing(project), trainset.spec)
+    if spec is None and project.corpus.encoding.pixels is not None:
+        raise RefusedError(
+            f"recipe {recipe.name} reads pixels, which {project.path} asks for and nobody accepted: 'nextvid plan "
+            f"--accept' puts them in force; then make 'latents' again{_twin(recipe)}"
+        )
     if spec is None:
         raise RefusedError(
             f"recipe {recipe.name} reads pixels, and {project.path} asks for none: put 'pixels: {{quality: 90}}' under "

@@ -1,21 +1,26 @@
-"""Which encoding and curation are in force: taken at first use, later by a person, or at once where `reencode: auto`.
+"""Which encoding, curation and pixels are in force: taken at first use, later by a person, or at once by `auto`.
 
 Holds the rule of design section 4 ("a changed autoencoder, resolution or curation") and nothing of how it is stored
-(nextvid/corpus/discover.py) or what it costs (plan.py). Imports no torch.
+(nextvid/corpus/accepted.py) or what it costs (costs.py). Imports no torch.
 """
 
-from nextvid.corpus.discover import Accepted, accept, accepted
+from collections.abc import Sequence
+
+from nextvid.corpus.accepted import Accepted, accept, accepted, going_on, keep_new
 from nextvid.corpus.project import Project
 from nextvid.encode.plan import encoding_spec
 from storage.latents import LatentStore
 
 
 def in_force(project: Project) -> Accepted:
-    """The digests in force; accepts those of corpus.yaml where none are yet, or where it says `reencode: auto`."""
+    """What is in force; accepts corpus.yaml where nothing is yet, or where it says `reencode: auto`.
+
+    Datasets that corpus.yaml names for the first time are taken as they are: nothing of theirs is made anew.
+    """
     stands = accepted(project)
     if stands is None or (project.corpus.reencode == "auto" and outdated(project)):
         return accept_asked(project)
-    return stands
+    return keep_new(project, stands)
 
 
 def accept_asked(project: Project) -> Accepted:
@@ -25,10 +30,19 @@ def accept_asked(project: Project) -> Accepted:
     return accept(project, spec.digest())
 
 
+def others(names: Sequence[str]) -> str:
+    """What `outdated` names, in words."""
+    return " and ".join("other pixels" if name == "pixels" else f"another {name}" for name in names)
+
+
 def outdated(project: Project) -> tuple[str, ...]:
-    """Which of `encoding` and `curation` corpus.yaml asks for differently from what is in force."""
+    """Which of `encoding`, `curation` and `pixels` corpus.yaml asks for differently from what is in force."""
     stands = accepted(project)
     if stands is None:
         return ()
-    asked = Accepted(encoding_spec(project).digest(), project.corpus.curation_digest())
-    return tuple(name for name in ("encoding", "curation") if getattr(stands, name) != getattr(asked, name))
+    found = [] if stands.encoding == encoding_spec(project).digest() else ["encoding"]
+    if stands.rules is None:
+        return (*found, *(["curation"] if stands.curation != project.corpus.curation_digest() else []))
+    on = going_on(project, stands).corpus
+    found += ["curation"] if on.curation_digest() != project.corpus.curation_digest() else []
+    return (*found, *(["pixels"] if on.encoding.pixels != project.corpus.encoding.pixels else []))

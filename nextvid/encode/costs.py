@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from nextvid.corpus.accepted import Accepted, accepted, standing
 from nextvid.corpus.batches import dataset_of
-from nextvid.corpus.discover import Accepted, accepted
 from nextvid.corpus.project import Project
-from nextvid.encode.acceptance import outdated
+from nextvid.encode.acceptance import others, outdated
 from nextvid.encode.pixel_plan import pixel_spec, plan_pixels
 from nextvid.encode.plan import EncodePlan, encoding_spec, plan_encode, spec_in_force
 from nextvid.encode.unfinished import curation_of
@@ -45,7 +45,8 @@ class Cost:
     decode_s: float | None
     unmeasured: tuple[int, ...]  # clip lengths in frames without a rate
     curation_changed: bool  # its clips were cut by another curation than corpus.yaml asks for
-    without_pixels: int  # rows, where corpus.yaml asks for pixels; those that are encoded too need no other decoding
+    without_pixels: int  # rows, where pixels are kept; those that are encoded too need no other decoding
+    pixels_decode_s: float | None  # of the rows that lack pixels alone; None where a length was never measured
 
     def line(self) -> str:
         """For people."""
@@ -57,6 +58,8 @@ class Cost:
             seconds += f" (none measured at {', '.join(map(str, self.unmeasured))} frames)"
         changed = "; its clips are of another curation" if self.curation_changed else ""
         pixels = f"; {self.without_pixels} rows have no pixels yet" if self.without_pixels else ""
+        if pixels and self.pixels_decode_s:
+            pixels += f" ({self.pixels_decode_s:.1f} decode-s more)"
         took = f", {self.size_bytes:,} bytes, {seconds}" if self.rows else ""
         return (
             f"{self.batch}: {self.rows} rows ({why}), {self.kept} kept, {self.orphaned} orphaned{took}{changed}{pixels}"
@@ -68,7 +71,7 @@ class Forecast:
     """What `make latents` would do, and, where corpus.yaml asks for something else, what accepting it would cost."""
 
     in_force: Accepted | None
-    outdated: tuple[str, ...]  # `encoding`, `curation`
+    outdated: tuple[str, ...]  # `encoding`, `curation`, `pixels`
     without_clips: tuple[str, ...]  # batches whose clips were never made: nobody knows their rows
     now: tuple[Cost, ...]
     if_accepted: tuple[Cost, ...]
@@ -80,9 +83,8 @@ class Forecast:
         if self.outdated and not self.now and self.if_accepted:
             lines.append("nothing can be encoded as before: the autoencoder in force is not the one of corpus.yaml")
         if self.outdated:
-            batches = sum(cost.rows > 0 or cost.curation_changed for cost in self.if_accepted)
             lines.append(
-                f"corpus.yaml asks for another {' and '.join(self.outdated)} than is in force: {batches} batches are "
+                f"corpus.yaml asks for {others(self.outdated)} than is in force: {len(self._changed)} batches are "
                 "outdated; 'nextvid plan --accept' puts it in force, and this is what it costs:"
             )
             lines += ["  " + cost.line() for cost in self.if_accepted]
@@ -92,16 +94,26 @@ class Forecast:
         """What accepting corpus.yaml's encoding and curation would cost in all, on one line; None if they stand."""
         if not self.outdated:
             return None
-        costs = [cost for cost in self.if_accepted if cost.rows or cost.curation_changed]
+        costs = self._changed
         known = [cost.encode_s for cost in costs if cost.encode_s is not None]
         seconds = (
             f"{sum(known):.1f} device-s at rates measured in its store" if len(known) == len(costs) else "no rate yet"
         )
+        bare = sum(cost.without_pixels for cost in costs)
+        decoded = [cost.pixels_decode_s for cost in costs if cost.pixels_decode_s is not None]
+        pixels = f", {bare} rows without pixels" if bare else ""
+        pixels += f" ({sum(decoded):.1f} decode-s)" if bare and len(decoded) == len(costs) else ""
         return (
-            f"corpus.yaml asks for another {' and '.join(self.outdated)} than is in force: {len(costs)} batches are "
+            f"corpus.yaml asks for {others(self.outdated)} than is in force: {len(costs)} batches are "
             f"outdated, {sum(cost.rows for cost in costs)} rows, {sum(cost.size_bytes for cost in costs):,} bytes, "
-            f"{seconds}; 'nextvid plan' names them, 'nextvid plan --accept' puts it in force"
+            f"{seconds}{pixels}; 'nextvid plan' names them, 'nextvid plan --accept' puts it in force"
         )
+
+    @property
+    def _changed(self) -> list[Cost]:
+        """Of the batches that accepting changes."""
+        pixels = "pixels" in self.outdated
+        return [c for c in self.if_accepted if c.rows or c.curation_changed or (pixels and c.without_pixels)]
 
 
 def forecast(project: Project, batch: str | None = None) -> Forecast:
@@ -112,7 +124,7 @@ def forecast(project: Project, batch: str | None = None) -> Forecast:
     asked, other = encoding_spec(project), outdated(project)
     now: tuple[Cost, ...] = ()
     if "encoding" not in other or asked.autoencoder == _autoencoder_in_force(project):
-        now = costs(project, ready, spec_in_force(project))
+        now = costs(standing(project), ready, spec_in_force(project))
     return Forecast(
         accepted(project),
         other,
@@ -146,6 +158,8 @@ def _cost(project: Project, plan: EncodePlan, known: Mapping[int, Rate]) -> Cost
     rows = {frames: table.height for frames, table in plan.by_frames.items()}
     unmeasured = tuple(frames for frames in rows if frames not in known)
     pixels = pixel_spec(project, plan.spec)
+    bare = plan_pixels(project, plan.batch, pixels).rows if pixels else plan.rows.clear()
+    alone = bare.join(plan.rows, on="row_id", how="anti").group_by("frames").len().rows()
     return Cost(
         batch=plan.batch,
         rows=plan.rows.height,
@@ -157,7 +171,12 @@ def _cost(project: Project, plan: EncodePlan, known: Mapping[int, Rate]) -> Cost
         decode_s=None if unmeasured else sum(count * known[frames].decode_s for frames, count in rows.items()),
         unmeasured=unmeasured,
         curation_changed=curation_of(project, plan.batch) != project.corpus.curation_digest(dataset_of(plan.batch)),
-        without_pixels=plan_pixels(project, plan.batch, pixels).rows.height if pixels else 0,
+        without_pixels=bare.height,
+        pixels_decode_s=(
+            sum(count * known[frames].decode_s for frames, count in alone)
+            if all(frames in known for frames, _ in alone)
+            else None
+        ),
     )
 
 

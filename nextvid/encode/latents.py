@@ -8,6 +8,7 @@ the same.
 import time
 from collections.abc import Collection
 
+from nextvid.corpus.accepted import standing
 from nextvid.corpus.project import Project
 from nextvid.encode.devices import Share, devices, encoding_on
 from nextvid.encode.pace import OnPace, Pace
@@ -32,6 +33,7 @@ def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: No
     committed, and the published checks say so.
     """
     began = time.perf_counter()
+    project = standing(project)
     require_checks(project.root.checks("clips", batch), "clips")
     plan = plan_encode(project, batch)
     store = LatentStore(project.root, plan.spec)

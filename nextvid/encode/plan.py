@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from nextvid.corpus.discover import accepted
+from nextvid.corpus.accepted import accepted
 from nextvid.corpus.project import Project
 from nextvid.encode.weights import autoencoder_digest, facts
 from storage.errors import ConfigError, RefusedError

@@ -2,7 +2,7 @@
 
 Decides from tables and addresses, reads no latent, rewrites no shard (design 4). A row is wanted where a clips table
 that passed its checks names it and its encoding is in force, asked for by corpus.yaml or a trainset's, whose probes
-read rows beside it; pixels where they are asked for beside such an encoding, or a trainset's runs read them. A batch
+read rows beside it; pixels where they are in force or asked for beside such an encoding, or runs read them. A batch
 whose clips are not known, or did not pass, loses nothing.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from nextvid.corpus.discover import accepted
+from nextvid.corpus.accepted import accepted, standing
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.corpus.trainset_pixels import frozen_pixels
@@ -153,7 +153,7 @@ def _specs(project: Project) -> set[str]:
     if stands is not None and stands.encoding not in {spec.digest() for spec in encodings}:
         encodings.add(LatentStore.open(root, stands.encoding).spec)
     read = {pixels.spec for trainset in trainsets for pixels in frozen_pixels(root, trainset)}
-    asked = {pixel_spec(project, encoding) for encoding in encodings} - {None}
+    asked = {pixel_spec(one, encoding) for encoding in encodings for one in (project, standing(project))}
     return {spec.digest() for spec in (*encodings, *read, *asked) if spec is not None}
 
 

@@ -145,6 +145,16 @@ class TestPlan:
         found = json.loads(nextvid("plan", "--accept", "--json", *where)[1])
         assert (found["outdated"], found["now"][0]["rows"], found["now"][0]["encode_s"]) == ([], 4, None)
 
+    def test_making_says_what_waits(self, nextvid: Command, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("nextvid.__main__.make", lambda project, wish: iter(()))
+        where = ("--corpus", str(corpus.project.path))
+        assert nextvid("plan", "--accept", *where)[0] == 0
+        assert nextvid("make", "clips", *where) == (0, "", "")
+        corpus.configure(encoding={"autoencoder": str(corpus.autoencoder), "resolution": 32})
+        code, _, said = nextvid("make", "clips", *where)
+        assert code == 0
+        assert "another encoding than is in force: this went on with what is" in said
+
     def test_a_batch_that_is_not_there_is_3(self, nextvid: Command, corpus: Corpus) -> None:
         code, _, said = nextvid("plan", "--batch", "films.000009", "--corpus", str(corpus.project.path))
         assert code == 3

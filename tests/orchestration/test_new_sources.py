@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,57 +14,26 @@ import pytest
 
 from assets.resources import ProjectResource
 from nextvid.corpus.discover import update_sources
-from nextvid.corpus.project import Project, open_project
+from nextvid.corpus.project import Project
 from nextvid.encode.plan import spec_in_force
 from orchestration.schedules import NIGHT, nightly_at
-from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
+from orchestration.sensors import apply_partitions
 from storage.errors import CorpusError
 from storage.latents import LatentStore
 from storage.schemas import Sources
 from storage.tables import read_table
 from tests.orchestration.conftest import load_defs
+from tests.orchestration.ticks import committed, edit, look, made, run, tick
 
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def tick(project: Project, instance: dg.DagsterInstance) -> list[dg.RunRequest]:
-    """One tick of the sensor, with its partitions applied as the daemon would; the runs that it requests."""
-    result = look(project, instance)
-    apply_partitions(instance, project)
-    return list(result.run_requests or [])
-
-
-def look(project: Project, instance: dg.DagsterInstance, cursor: str | None = None) -> dg.SensorResult:
-    """One tick of the sensor, nothing applied; what it said."""
-    resources = {"project": ProjectResource(corpus=str(project.path))}
-    context = dg.build_sensor_context(instance=instance, cursor=cursor, resources=resources)
-    result = new_sources_every(TICK_S)(context)
-    assert isinstance(result, dg.SensorResult)
-    return result
-
-
-def run(project: Project, instance: dg.DagsterInstance, requests: Sequence[dg.RunRequest]) -> list[bool]:
-    """What the daemon does with requests: one run of the job each."""
-    job = load_defs(project).resolve_job_def("ingest")
-    return [
-        job.execute_in_process(instance=instance, partition_key=request.partition_key, raise_on_error=False).success
-        for request in requests
-    ]
-
-
 def requested(said: object) -> list[dg.RunRequest]:
     """The run requests among what a schedule yields."""
     assert isinstance(said, Iterable)
     return [request for request in said if isinstance(request, dg.RunRequest)]
-
-
-def committed(project: Project) -> pl.DataFrame:
-    """Every committed row that is ok."""
-    store = LatentStore(project.root, spec_in_force(project))
-    commits = pl.concat([store.commits(batch) for batch in project.root.batches("clips")])
-    return commits.filter(pl.col("status") == "ok")
 
 
 def test_a_dropped_file_is_found_encoded_and_nothing_else_is(project: Project, instance: dg.DagsterInstance) -> None:
@@ -147,41 +116,6 @@ def test_the_night_asks_again_for_what_is_quarantined(project: Project, instance
     assert {request.partition_key for request in again} == {"demo_images.000000", "demo_videos.000000"}, (
         "the small corpus holds broken files of both kinds"
     )
-
-
-def made(project: Project, instance: dg.DagsterInstance) -> None:
-    """Both batches, made."""
-    tick(project, instance)
-    assert run(project, instance, tick(project, instance)) == [True, True]
-
-
-def edit(project: Project, *pairs: tuple[str, str]) -> Project:
-    """Another corpus.yaml at the same place."""
-    text = project.path.read_text()
-    for old, new in pairs:
-        assert old in text
-        text = text.replace(old, new)
-    project.path.write_text(text)
-    return open_project(project.path)
-
-
-def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, instance: dg.DagsterInstance) -> None:
-    made(project, instance)
-    other = edit(project, ("resolution: 64", "resolution: 32"), ("reencode: auto", "reencode: ask"))
-    said = look(other, instance)
-    assert said.run_requests == []
-    assert said.skip_reason is not None
-    message = str(said.skip_reason.skip_message)
-    assert "another encoding than is in force: 2 batches are outdated" in message
-    assert f"{committed(project).height} rows" in message
-    assert "nextvid plan --accept" in message
-    assert look(other, instance, said.cursor).cursor == said.cursor
-    assert tick(edit(other, ("trim_s: 0.25", "trim_s: 0.5")), instance) == [], "nor for another curation"
-
-    auto = edit(other, ("reencode: ask", "reencode: auto"))
-    asked = {request.partition_key for request in tick(auto, instance)}
-    assert asked == {"demo_images.000000", "demo_videos.000000"}
-    assert len(LatentStore.every(project.root)) == 2, "a new spec grows a new store beside the old one"
 
 
 def test_a_deleted_file_is_marked_and_its_rows_stay(project: Project, instance: dg.DagsterInstance) -> None:

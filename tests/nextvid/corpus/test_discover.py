@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 
 from nextvid.corpus import journal
-from nextvid.corpus.discover import accept, accepted, batch_fingerprint, known_sources, list_dataset, update_sources
+from nextvid.corpus.accepted import accept, accepted
+from nextvid.corpus.discover import batch_fingerprint, known_sources, list_dataset, update_sources
 from nextvid.corpus.project import Project
 from storage import tables
 from storage.errors import ConflictError, CorpusError

@@ -85,7 +85,10 @@ def test_what_no_clip_wants_goes_with_its_latents(corpus: Corpus) -> None:
 
 def test_pixels_that_nobody_asks_for_any_more_go_and_latents_stay(corpus: Corpus) -> None:
     store = store_of(corpus)
-    found = sweep(configure(corpus, None), yes=True)
+    plain = configure(corpus, None)
+    assert sweep(plain, yes=True).gone == (), "they are in force until another corpus.yaml is accepted"
+    accept_asked(plain)
+    found = sweep(plain, yes=True)
     assert [Path(shard.path).is_relative_to(corpus.project.root.stores("pixels")) for shard in found.gone] == [
         True,
         True,
@@ -95,7 +98,9 @@ def test_pixels_that_nobody_asks_for_any_more_go_and_latents_stay(corpus: Corpus
 
 def test_pixels_of_another_quality_go(corpus: Corpus) -> None:
     store = store_of(corpus)
-    assert len(sweep(configure(corpus, {"quality": 80}), yes=True).gone) == 2
+    other = configure(corpus, {"quality": 80})
+    accept_asked(other)
+    assert len(sweep(other, yes=True).gone) == 2
     assert standing(store) == [False, False]
 
 

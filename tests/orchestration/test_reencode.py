@@ -1,0 +1,137 @@
+"""What is in force while corpus.yaml asks for other things: `reencode: ask` and `auto` (docs/decisions/0031)."""
+
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from nextvid.corpus.accepted import accepted
+from nextvid.corpus.project import Project
+from nextvid.encode.acceptance import accept_asked, outdated
+from nextvid.encode.plan import spec_in_force
+from nextvid.encode.unfinished import curation_of
+from storage.latents import LatentStore
+from storage.pixels import PixelStore
+from storage.schemas import Clips
+from storage.tables import read_table
+from tests.orchestration.ticks import committed, edit, look, made, run, tick
+
+pytestmark = pytest.mark.slow
+
+VIDEOS, IMAGES = "demo_videos.000000", "demo_images.000000"
+ASK = ("reencode: auto", "reencode: ask")
+SHORTER = (
+    "- {frames: 8, fps: 4, crop: whole, flip: false, pad: skip}",
+    "- {frames: 4, fps: 4, crop: whole, pad: skip}",
+)
+PIXELS = ("  storage: float16", "  storage: float16\n  pixels: {quality: 80}")
+
+
+def said(result: dg.SensorResult) -> str:
+    """Why the sensor asked for nothing."""
+    assert result.run_requests == []
+    assert result.skip_reason is not None
+    return str(result.skip_reason.skip_message)
+
+
+def drop(project: Project) -> str:
+    """One more film among the videos: a copy with a digest of its own; its URI."""
+    videos = Path(project.root.url) / "corpus" / "videos"
+    added = videos / "added.mp4"
+    shutil.copy(next(path for path in sorted(videos.rglob("scene_*.mp4"))), added)
+    with added.open("ab") as file:
+        file.write(b"\x00\x00\x00\x10free" + bytes(8))
+    return str(added)
+
+
+def pixels(project: Project) -> int:
+    """How many rows have pixels."""
+    stores = PixelStore.every(project.root)
+    return sum(
+        store.commits(batch).filter(pl.col("status") == "ok").height for store in stores for batch in (VIDEOS, IMAGES)
+    )
+
+
+def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, instance: dg.DagsterInstance) -> None:
+    made(project, instance)
+    other = edit(project, ("resolution: 64", "resolution: 32"), ("reencode: auto", "reencode: ask"))
+    said = look(other, instance)
+    assert said.run_requests == []
+    assert said.skip_reason is not None
+    message = str(said.skip_reason.skip_message)
+    assert "another encoding than is in force: 2 batches are outdated" in message
+    assert f"{committed(project).height} rows" in message
+    assert "nextvid plan --accept" in message
+    assert look(other, instance, said.cursor).cursor == said.cursor
+    assert tick(edit(other, ("trim_s: 0.25", "trim_s: 0.5")), instance) == [], "nor for another curation"
+
+    auto = edit(other, ("reencode: ask", "reencode: auto"))
+    asked = {request.partition_key for request in tick(auto, instance)}
+    assert asked == {"demo_images.000000", "demo_videos.000000"}
+    assert len(LatentStore.every(project.root)) == 2, "a new spec grows a new store beside the old one"
+
+
+def test_a_new_file_goes_on_with_the_curation_in_force(project: Project, instance: dg.DagsterInstance) -> None:
+    made(project, instance)
+    stands = accepted(project)
+    before = committed(project)
+    other = edit(project, ASK, SHORTER)
+    assert outdated(other) == ("curation",)
+    message = said(look(other, instance))
+    assert "another curation than is in force: 1 batches are outdated" in message
+    uri = drop(other)
+    tick(other, instance)
+    asked = tick(other, instance)
+    assert [request.partition_key for request in asked] == [VIDEOS]
+    assert run(other, instance, asked) == [True]
+    assert accepted(other) == stands
+    assert curation_of(other, VIDEOS) == project.corpus.curation_digest("demo_videos")
+    clips = read_table(other.root.table("clips", VIDEOS), Clips)
+    new = committed(other).join(before, on="row_id", how="anti")
+    assert set(clips.filter(pl.col("row_id").is_in(new["row_id"].implode()))["uri"]) == {uri}
+    assert set(new["frames"]) == {8}, "the new file's clips are as long as those of the others"
+    assert tick(other, instance) == []
+
+    accept_asked(other)
+    (request,) = tick(other, instance)
+    assert request.partition_key == VIDEOS
+    assert run(other, instance, [request]) == [True]
+    assert set(committed(other).filter(pl.col("batch") == VIDEOS)["frames"]) == {4, 8}, "what benchmarks use is of 8"
+    assert tick(other, instance) == []
+
+
+def test_a_new_file_goes_on_with_the_encoding_in_force(project: Project, instance: dg.DagsterInstance) -> None:
+    made(project, instance)
+    before = committed(project)
+    other = edit(project, ASK, ("resolution: 64", "resolution: 32"))
+    drop(other)
+    tick(other, instance)
+    assert run(other, instance, tick(other, instance)) == [True]
+    assert spec_in_force(other).resolution == 64
+    assert committed(other).height > before.height
+    assert [store.spec.resolution for store in LatentStore.every(other.root)] == [64]
+
+
+def test_pixels_wait_for_a_person_or_are_asked_for(project: Project, instance: dg.DagsterInstance) -> None:
+    first = tick(project, instance) + tick(project, instance)
+    assert run(project, instance, first) == [True, True]
+    other = edit(project, ASK, PIXELS)
+    rows = committed(project).height
+    message = said(look(other, instance))
+    assert "other pixels than is in force: 2 batches are outdated, 0 rows, 0 bytes" in message
+    assert f"{rows} rows without pixels (" in message
+    assert "decode-s" in message
+    drop(other)
+    tick(other, instance)
+    assert run(other, instance, tick(other, instance)) == [True]
+    assert pixels(other) == 0, "not silently for new files either"
+
+    auto = edit(other, (ASK[1], ASK[0]))
+    asked = tick(auto, instance)
+    assert sorted(str(request.partition_key) for request in asked) == [IMAGES, VIDEOS]
+    assert not {request.run_key for request in asked} & {request.run_key for request in first}, "Dagster repeats none"
+    assert run(auto, instance, asked) == [True, True]
+    assert pixels(auto) == committed(auto).height
+    assert tick(auto, instance) == []
