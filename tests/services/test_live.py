@@ -22,7 +22,7 @@ from tests.services.conftest import Live, wait_for
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1500)]
 
 FREE_BOX = b"\x00\x00\x00\x10free"  # and eight bytes of anything: MP4 readers skip it
-VIDEOS = "demo_videos.000000"
+VIDEOS, EXTRA_BATCH = "demo_videos.000000", "extra.000000"
 UNWANTED = {"CANCELED", "FAILURE"}
 
 
@@ -54,10 +54,18 @@ def test_the_corpus_follows_its_folders(live: Live) -> None:
         train = [line["path"] for line in csv.DictReader(file) if line["split"] == "train"]
     scenes = sorted(path for path in folder.rglob("scene_*.mp4") if str(path.relative_to(folder)) in train)
     assert live.runs() == []
+    for name in ("one", "other"):  # all of a dataset whose budget is half of it
+        (Path(root.url) / "extra" / f"{name}.mp4").write_bytes(b"no film")
     live.command("sensor", "start", "new_sources")
     wait_for(lambda: read_latest(root, "trainset") is not None, 300)
     first, before = trainset(live), encoded(live)
     assert before.height > 20
+    wait_for(lambda: EXTRA_BATCH in requested(live, "new_sources"), 60)
+    stopped = requested(live, "new_sources")[EXTRA_BATCH]
+    assert live.ended(stopped["runId"], 120) == "FAILURE"
+    assert EXTRA_BATCH not in first["batches"], "its batch stops, all others go on"
+    assert "quarantined_within_budget" in Path(root.checks("media", EXTRA_BATCH)).read_text()
+    assert not Path(root.checks("shots", EXTRA_BATCH)).exists()
 
     # dropped in: its latents appear
     drop(live, scenes[0], folder / "added.mp4")
@@ -76,8 +84,25 @@ def test_the_corpus_follows_its_folders(live: Live) -> None:
     assert str(scenes[1]) in bad
     assert all(name == str(scenes[1]) or "broken" in name for name in bad), bad
     assert before.join(encoded(live), on="row_id", how="anti").is_empty(), "no row is lost"
+    live.command("schedule", "start", "nightly")
     wait_for(lambda: trainset(live)["digest"] != first["digest"], 400)
-    assert not UNWANTED & {run["status"] for run in live.runs()}
+    assert EXTRA_BATCH not in trainset(live)["batches"]
+
+    # the schedule ticks: what failed and what is quarantined is tried again
+    wait_for(lambda: {EXTRA_BATCH, VIDEOS} <= requested(live, "nightly").keys(), 150)
+    others = [run for run in live.runs() if tags(run).get("dagster/partition") != EXTRA_BATCH]
+    assert not UNWANTED & {run["status"] for run in others}
+
+
+def tags(run: dict[str, Any]) -> dict[str, str]:
+    return {tag["key"]: tag["value"] for tag in run["tags"]}
+
+
+def requested(live: Live, by: str) -> dict[str, dict[str, Any]]:
+    """The newest run of each batch that this sensor or schedule asked for."""
+    askers = "dagster/sensor_name", "dagster/schedule_name"
+    runs = [run for run in live.runs() if by in (tags(run).get(name) for name in askers)]
+    return {tags(run)["dagster/partition"]: run for run in reversed(runs)}
 
 
 def drop(live: Live, source: Path, target: Path) -> None:
