@@ -9,8 +9,10 @@ import numpy as np
 from av.video.stream import VideoStream
 
 BITS = 8
-X264_CLOSED = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=2:open-gop=0:log-level=none"}
-X264_OPEN = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=2:open-gop=1:log-level=none"}
+# mbtree=0: with it x264 made three different files of the same film, by what lay in memory (docs/log.md)
+X264_VERYFAST = {"preset": "veryfast", "x264-params": "mbtree=0:log-level=none"}
+X264_CLOSED = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=2:open-gop=0:mbtree=0:log-level=none"}
+X264_OPEN = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=2:open-gop=1:mbtree=0:log-level=none"}
 X265_OPEN = {"x265-params": "keyint=12:min-keyint=12:scenecut=0:bframes=3:open-gop=1:log-level=none"}
 
 

@@ -16,20 +16,21 @@ from nextvid.video.decode import stream
 from nextvid.video.duplicates import groups, near_pairs
 from nextvid.video.probe import probe
 from nextvid.video.shots import first_pass
-from tests.nextvid.video.film import write_film
+from tests.nextvid.video.film import X264_VERYFAST, write_film
 from tests.nextvid.video.splices import FPS, scene
 
 CONFIG = DuplicateConfig()
 Images = list[np.ndarray]
 Hashes = list[tuple[bytes, int]]  # with their quality
-# Least share of copies that is found. Our measurement: 1 for each on real films; .92 of made ones at half their size.
+# Least share of copies that is found. Our measurement: 1 for each, on real films and made ones, at most 12 of 31 bits
+# apart; films of 240x136 are up to 32 bits from their copies at half the size, whose 68 lines PDQ has to stretch.
 LEAST = {
     "exact": 1.0,
     "remuxed": 1.0,
     "encoded again": 0.95,
-    "half the size": 0.9,
-    "letterboxed": 0.9,
-    "brighter": 0.9,
+    "half the size": 0.95,
+    "letterboxed": 0.95,
+    "brighter": 0.95,
 }
 
 
@@ -54,7 +55,7 @@ def copies_of(source: Path, images: Images, folder: Path) -> dict[str, Path]:
     return {
         "exact": Path(shutil.copy(source, folder / "exact.mp4")),
         "remuxed": remuxed(source, folder / "remuxed.mkv"),
-        "encoded again": write_film(folder / "again.mp4", images, fps=FPS, options={"preset": "veryfast"}, crf="35"),
+        "encoded again": write_film(folder / "again.mp4", images, fps=FPS, options=X264_VERYFAST, crf="35"),
         "half the size": write_film(folder / "small.mp4", small, fps=FPS),
         "letterboxed": write_film(folder / "framed.mp4", framed, fps=FPS),
         "brighter": write_film(folder / "bright.mp4", bright, fps=FPS),
@@ -99,7 +100,7 @@ def check(sources: list[Images], folder: Path) -> None:
 
 
 def test_copies_of_made_films_are_found(tmp_path: Path) -> None:
-    check([scene(seed, 50, 240, 136) for seed in range(200, 212)], tmp_path)
+    check([scene(seed, 50, 320, 180) for seed in range(200, 212)], tmp_path)
 
 
 @pytest.mark.realdata

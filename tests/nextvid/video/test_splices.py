@@ -16,7 +16,7 @@ from nextvid.corpus.project import ShotConfig
 from nextvid.video.decode import stream
 from nextvid.video.probe import probe
 from nextvid.video.shots import first_pass
-from tests.nextvid.video.film import write_film
+from tests.nextvid.video.film import X264_VERYFAST, write_film
 from tests.nextvid.video.splices import FPS, Found, Join, compared, found, scene
 
 LEAST = {"hard": 0.95, "dissolve": 0.8, "fade": 0.9}  # issue 6
@@ -80,7 +80,7 @@ def _piece(rng: np.random.Generator, source: Images, speed: int) -> Images:
 
 
 def measured(path: Path, images: Images, joins: list[Join]) -> Found:
-    write_film(path, images, fps=FPS, options={"preset": "veryfast"}, crf="23")  # as web video is coded
+    write_film(path, images, fps=FPS, options=X264_VERYFAST, crf="23")  # as web video is coded
     facts = probe(path)
     return compared(joins, found(first_pass(path, facts, ShotConfig()), facts.start_us))
 
