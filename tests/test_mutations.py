@@ -1,4 +1,4 @@
-"""Wrong implementations of the method, one a trap, each of which its own test must refuse (method.md 13).
+"""Wrong implementations of the method, at least one a trap, each of which its own test must refuse (method.md 13).
 
 The source of a copy of the project is changed at one place and only the named test is run on it, in a process of its
 own. That the unchanged copy passes all of these tests is checked too, so that a red test means the change.
@@ -39,6 +39,8 @@ TESTS = {  # by trap
     "09": f"{ON_MODEL}/test_reference.py::test_trap_09_targets_do_not_know_the_future",
     "10": f"{ON_MODEL}/test_reference.py::test_trap_10_at_init_the_reference_is_the_online_encoder_on_all_tokens",
     "11": f"{ON_MODEL}/test_reference.py::test_trap_11_average_of_constant_weights_has_the_closed_form",
+    "12": f"{ON_MODEL}/test_reference.py::test_trap_12_parameters_pair_by_name_through_wrappers",
+    "12b": f"{ON_MODEL}/test_reference.py::test_trap_12_other_names_are_refused",
     "13": f"{ON_TRAIN}/test_step.py::test_trap_13_the_average_moves_once_a_step_after_the_optimiser",
     "14": f"{ON_TRAIN}/test_optim.py::test_trap_14_groups_hold_every_trained_parameter_once_and_nothing_else",
     "14b": f"{ON_TRAIN}/test_optim.py::test_trap_14_biases_and_norms_do_not_decay_but_the_query_does",
@@ -46,14 +48,21 @@ TESTS = {  # by trap
     "16": f"{ON_MODEL}/test_nextvid.py::test_trap_16_predictions_features_and_targets_stand_at_the_same_ids",
     "17": f"{ON_TRAIN}/test_loader.py::test_trap_17_drawn_latents_have_mean_0_and_deviation_1_by_channel",
     "18": "tests/nextvid/encode/test_autoencoders.py::TestRefusals::test_trap_18_a_missing_tensor",
+    "19": "tests/nextvid/encode/test_roundtrip.py::test_trap_19_decoded_pixels_alone_catch_what_they_are_for",
     "20": f"{ON_MODEL}/test_flow.py::test_trap_20_euler_recovers_a_gaussian",
     "20b": f"{ON_MODEL}/test_flow.py::test_trap_20_model_input_tends_to_data_and_starts_as_noise",
     "21": f"{ON_MODEL}/test_flow.py::test_trap_21_every_copy_strategy_step_seed_and_clip_has_its_own_draws",
     "22": f"{ON_MODEL}/test_decoder.py::test_trap_22_a_sequence_is_one_tubelet_of_one_clip_and_copy",
+    "23": f"{ON_MODEL}/test_nextvid.py::test_trap_23_every_position_of_tubelets_1_on_counts_and_one_cell_suffices",
+    "24": f"{ON_MODEL}/test_nextvid.py::test_trap_24_tubes_that_are_no_tubes_are_refused",
     "25": f"{ON_TRAIN}/test_loader.py::test_trap_25_neighbouring_clips_and_ranks_see_different_cells",
+    "26": f"{ON_MODEL}/test_masks.py::test_trap_26_raw_sampler_reproduces_the_table",
     "27": f"{ON_TRAIN}/test_optim.py::test_trap_27_rates_of_the_paper",
     "28": f"{ON_TRAIN}/test_step.py::test_trap_28_micro_batches_give_the_gradient_of_the_whole",
     "29": f"{ON_MODEL}/test_flow.py::test_trap_29_loss_is_a_mean_over_every_element",
+    "30": f"{ON_TRAIN}/test_pixel_rows.py::test_trap_30_an_image_is_one_view_in_every_frame",
+    "31": "tests/nextvid/probe/test_probes.py::test_trap_31_segments_stand_one_after_the_other",
+    "32": f"{ON_MODEL}/test_nextvid.py::test_trap_32_copies_cost_a_decoder_pass_and_nothing_else",
 }
 
 MUTATIONS = {
@@ -99,6 +108,12 @@ MUTATIONS = {
         f"{MODEL}/reference.py", "reference(tokens, tokens", "reference(tokens.roll(1, 1), tokens", "10"
     ),
     "11 momentum and its rest exchanged": Mutation(f"{MODEL}/reference.py", "1.0 - momentum", "momentum", "11"),
+    "12 names of wrappers are not taken off": Mutation(
+        f"{MODEL}/reference.py", 'name.replace("_orig_mod.", "").removeprefix("module.")', "name", "12"
+    ),
+    "12 whatever has other names is averaged too": Mutation(
+        f"{MODEL}/reference.py", "assert averaged.keys() == current.keys()", "assert True", "12b"
+    ),
     "13 the average before the optimiser": Mutation(
         f"{TRAIN}/step.py",
         "        optimizer.step()\n        ema_update(trained.reference, trained.model.encoder, recipe.optim.ema)",
@@ -124,6 +139,10 @@ MUTATIONS = {
     "18 a partial checkpoint": Mutation(
         "nextvid/encode/families.py", "if missing or unknown:", "if False:", "18"
     ),
+    "19 what other frames resemble more passes": Mutation(
+        "nextvid/encode/roundtrip.py", "if other_db - true_db > LOSS_DB or (must_win and not true_db > other_db):",
+        "if False:", "19",
+    ),
     "20 the sampler runs the other way": Mutation(
         f"{MODEL}/flow.py", "h = h + velocity(h, index / steps) / steps",
         "h = h - velocity(h, index / steps) / steps", "20",
@@ -138,9 +157,19 @@ MUTATIONS = {
     "22 tubelets meet in the decoder": Mutation(
         f"{MODEL}/decoder.py", '"k b f n d -> (k b f) n d")', '"k b f n d -> (b f k) n d")', "22"
     ),
+    "23 tubelet 0 is predicted too": Mutation(
+        f"{MODEL}/nextvid.py", "queries = all_ids(tubelets - 1, cells", "queries = all_ids(tubelets, cells", "23"
+    ),
+    "24 tubelets keep unequally many cells": Mutation(
+        f"{MODEL}/nextvid.py", "assert ids.shape[1] % tubelets == 0", "assert True", "24"
+    ),
     "25 every clip takes one mask": Mutation(
         f"{TRAIN}/order.py", "strategy, draws.start, len(draws),",
         "strategy, 0 * draws.start, len(draws),", "25",
+    ),
+    "26 the scale read as a range": Mutation(
+        f"{MODEL}/masks.py", "area = int(height * width * strategy.scale)",
+        "area = (height * width * (0.15 + 0.55 * uniform[:, 0])).astype(int)", "26",
     ),
     "27 a stage's edge one step late": Mutation(
         f"{TRAIN}/optim.py", "if step < first + stage.steps:", "if step <= first + stage.steps:", "27"
@@ -148,6 +177,18 @@ MUTATIONS = {
     "28 micro-batches are summed": Mutation(f"{TRAIN}/step.py", "1.0 / len(parts)", "1.0", "28"),
     "29 the loss is summed over channels": Mutation(
         f"{MODEL}/flow.py", "draws.noise)).square().mean()", "draws.noise)).square().sum(-1).mean()", "29"
+    ),
+    "30 an image is mirrored from its second frame on": Mutation(
+        f"{TRAIN}/pixel_rows.py", "place[drawn.of_frames(IMAGE)] = place[drawn.of_frames(IMAGE), :1]",
+        "place[drawn.of_frames(IMAGE), 1:] = place[drawn.of_frames(IMAGE), :1].flip(3)", "30",
+    ),
+    "31 segments are averaged": Mutation(
+        "nextvid/probe/features.py", 'rearrange(np.concatenate(pieces), "(n g) l d -> n (g l) d", g=segments)',
+        "np.concatenate(pieces).reshape(-1, segments, *pieces[0].shape[1:]).mean(1)", "31",
+    ),
+    "32 the predictor runs once a copy": Mutation(
+        f"{MODEL}/nextvid.py", "seen, query_ids = self._see(tokens, ids)",
+        "seen, query_ids = [self._see(tokens, ids) for _ in range(copies)][0]", "32",
     ),
 }  # fmt: skip
 
@@ -173,6 +214,7 @@ def test_each_change_fits_one_place_and_names_a_test(repository: Path) -> None:
         path, *_, function = TESTS[change.test].split("::")
         assert f"def {function}(" in (repository / path).read_text(), name
     assert {change.test for change in MUTATIONS.values()} == set(TESTS)
+    assert sorted({int(name[:2]) for name in TESTS}) == list(range(1, 33))
 
 
 @pytest.mark.faults

@@ -100,6 +100,19 @@ def test_pixels_are_the_drawn_rows_read_by_zarr(project: Project) -> None:
     assert images > 3
 
 
+def test_trap_30_an_image_is_one_view_in_every_frame(project: Project) -> None:
+    """Of pixels and of latents: an image is repeated behind its crop and flip, never varied by frame."""
+    recipe, trainset = pixel_recipe(), Trainset.open(project.root)
+    order, seen = Order(trainset, recipe), 0
+    for batch in _batches(project, recipe):
+        frames = latents_of(batch).shape[1]
+        images = order.drawn(frames, batch.draws[0], len(batch.draws)).of_frames(1)
+        seen += len(images)
+        for clips in (pixels_of(batch)[images], latents_of(batch)[images]):
+            assert torch.equal(clips, clips[:, :1].expand_as(clips))
+    assert seen > 3
+
+
 def test_latents_beside_pixels_are_those_of_a_recipe_without(project: Project) -> None:
     """Pixels change neither order nor latents: only what the encoder is given."""
     both, alone = _batches(project, pixel_recipe()), []
