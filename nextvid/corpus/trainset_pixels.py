@@ -72,6 +72,17 @@ class TrainsetPixels:
             )
         return rows
 
+    def check(self) -> None:
+        """Read every file of addresses; DamagedError where one is not what was frozen. Costs what reading costs."""
+        for name, crc in self.files.items():
+            path = f"{self.folder}/{name}"
+            try:
+                found = crc32c(atomic.read_bytes(path))
+            except (OSError, UpstreamError) as error:
+                raise DamagedError(f"{path} cannot be read ({error}); {_remedy(self.folder, self.spec)}") from None
+            if found != crc:
+                raise DamagedError(f"{path}: its bytes differ from their checksum; {_remedy(self.folder, self.spec)}")
+
 
 def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) -> TrainsetPixels:
     """The pixels that a recipe reads of a trainset, as corpus.yaml asks for them; frozen now if they are not yet.

@@ -14,6 +14,7 @@ import polars as pl
 
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_pixels import frozen_pixels
 from nextvid.probe.rows import ProbeRows
 from nextvid.train.run import CONFIG
 from storage import atomic, listing
@@ -186,6 +187,8 @@ def damaged_trainsets(root: DataRoot) -> list[str]:
             trainset = Trainset.open(root, digest)
             trainset.check()
             trainset.lineage()
+            for pixels in frozen_pixels(root, trainset):
+                pixels.check()
         except NExTVidError as error:
             found.append(str(error))
     return found

@@ -1,11 +1,14 @@
 """Small stores for tests: 2 channels, 2x3 cells, so that a row of 4 frames has 96 bytes."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import polars as pl
 
 from storage.latents import EncodingSpec, LatentStore, Part
+from storage.reader import RowReader
 from storage.root import DataRoot
 from storage.schemas import Commits
 
@@ -70,9 +73,33 @@ def write(part: Part, shard: int, failed: Sequence[bytes] = ()) -> None:
     part.write_shard(shard, latents, commit_of(part, shard, failed))
 
 
-def full_store(root: DataRoot, rows: int = 300, failed: Sequence[bytes] = ()) -> tuple[LatentStore, Part]:
-    store = new_store(root)
+def full_store(
+    root: DataRoot, rows: int = 300, failed: Sequence[bytes] = (), **changes: str | int
+) -> tuple[LatentStore, Part]:
+    store = new_store(root, **changes)
     part = store.plan_part(BATCH, FRAMES, ids(rows))
     for shard in range(part.shards):
         write(part, shard, failed)
     return store, part
+
+
+def read_each(reader: RowReader, rows: np.ndarray, frames: int = FRAMES) -> np.ndarray:
+    """Rows by their addresses, one after the other into the same buffer, as one array."""
+    out, found = np.empty((frames, 2, 2, 3), np.float16), []
+    for address in rows:
+        reader.read_into(frames, address, out)
+        found.append(out.copy())
+    return np.stack(found) if found else np.empty((0, *out.shape), np.float16)
+
+
+def in_threads(work: Callable[[int], object], count: int = 4) -> None:
+    """Call `work` with 0, 1, ... in threads of their own, all at once; the first error is raised here."""
+    with ThreadPoolExecutor(count) as pool:
+        together = threading.Barrier(count)
+
+        def begin(number: int) -> object:
+            together.wait()
+            return work(number)
+
+        for _ in pool.map(begin, range(count)):
+            pass

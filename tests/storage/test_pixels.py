@@ -29,7 +29,7 @@ from tests.storage.pixel_stores import (
     pixel_store,
     write_pixels,
 )
-from tests.storage.stores import BATCH, FRAMES, full_store, ids
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads
 
 FAILED = 2
 
@@ -243,21 +243,14 @@ def test_few_maps_stay_open_and_threads_share_them(data_root: DataRoot) -> None:
     for number in range(4):
         write_pixels(store.plan_part(BATCH, FRAMES, ids(6, first=6 * number)), 0)
     reader, found = PixelReader(data_root, store.spec, [BATCH], open_maps=2), addresses(store)
-    wrong: list[int] = []
 
     def read(seed: int) -> None:
         out = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
         for n in np.random.default_rng(seed).permutation(24):
             reader.read_into(FRAMES, found[n], out)
-            if np.abs(out.astype(int) - clip(ids(24)[n])).mean() >= 3:
-                wrong.append(int(n))
+            assert np.abs(out.astype(int) - clip(ids(24)[n])).mean() < 3, n
 
-    readers = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in readers:
-        thread.start()
-    for thread in readers:
-        thread.join()
-    assert not wrong
+    in_threads(read)
     assert isinstance(reader._chunks, MappedChunks)
     assert len(reader._chunks._maps) <= 2
     reader.close()

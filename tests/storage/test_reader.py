@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from storage.latents import LatentStore, Part
 from storage.reader import ADDRESS, RowReader, _in_memory, _Mapped, addresses, read_row, row_id
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
-from tests.storage.stores import BATCH, FRAMES, full_store, ids, new_store, values, write
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, new_store, values, write
 
 ROW_BYTES = FRAMES * 2 * 2 * 3 * 2
 BATCHES = ["other.000000", BATCH]
@@ -169,28 +168,17 @@ def test_wrong_buffers_are_programmers_errors(filled: tuple[LatentStore, np.ndar
 def test_threads_share_a_reader(filled: tuple[LatentStore, np.ndarray]) -> None:
     store, found = filled
     reader = RowReader(store.root, store.spec, BATCHES, open_maps=1)
-    wrong: list[object] = []
 
     def read(seed: int) -> None:
         out = empty()
-        try:
-            for n in np.random.default_rng(seed).integers(0, len(found), 400):
-                reader.read_into(FRAMES, found[n], out)
-                if crc32c(out) != found[n]["crc"]:
-                    wrong.append(n)
-        except Exception as error:
-            wrong.append(error)
+        for n in np.random.default_rng(seed).integers(0, len(found), 400):
+            reader.read_into(FRAMES, found[n], out)
+            assert crc32c(out) == found[n]["crc"]
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    in_threads(read)
     reader.close()
     assert len(reader._maps) == 0
     read(0)
-    assert wrong == []
 
 
 def damaged(root: DataRoot, rows: int = 5) -> tuple[LatentStore, Part, np.ndarray]:

@@ -23,7 +23,7 @@ from storage.reader import RowReader, addresses, row_id
 from storage.remote_reader import CachedReader, RangedReader, open_reader
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD, shard_bytes
-from tests.storage.stores import BATCH, FRAMES, ids, new_store, values, write
+from tests.storage.stores import BATCH, FRAMES, ids, in_threads, new_store, read_each, values, write
 
 ROW_BYTES = FRAMES * 2 * 2 * 3 * 2
 SHARD_BYTES = shard_bytes(ROWS_PER_SHARD, ROW_BYTES)
@@ -58,7 +58,8 @@ def opened(store: LatentStore, stored: dict[int, np.ndarray], kind: type[Readers
 
 
 def wanted(found: np.ndarray, frames: int = FRAMES) -> np.ndarray:
-    return values([row_id(address) for address in found], frames).astype(np.float16)
+    ids = [row_id(address) for address in found]
+    return values(ids, frames).astype(np.float16) if ids else np.empty((0, frames, 2, 2, 3), np.float16)
 
 
 @pytest.fixture(params=[CachedReader, RangedReader])
@@ -84,13 +85,8 @@ def test_rows_are_those_of_the_store(
     if announced:
         reader.will_need(FRAMES, some)
         reader.will_need(1, stored[1])
-    out = np.empty((FRAMES, 2, 2, 3), np.float16)
-    for address in some:
-        reader.read_into(FRAMES, address, out)
-        np.testing.assert_array_equal(out, wanted(address[None])[0])
-    image = np.empty((1, 2, 2, 3), np.float16)
-    reader.read_into(1, stored[1][2], image)
-    np.testing.assert_array_equal(image, wanted(stored[1][2:], 1)[0])
+    np.testing.assert_array_equal(read_each(reader, some), wanted(some))
+    np.testing.assert_array_equal(read_each(reader, stored[1][2:], 1), wanted(stored[1][2:], 1))
     reader.close()
 
 
@@ -103,47 +99,34 @@ def test_ranged_rows_at_once(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_int8_rows_are_unpacked(tmp_path: Path, kind: type[Readers]) -> None:
-    """As from a file system."""
+@pytest.mark.parametrize(("storage", "bound"), [("float16", 3e-3), ("keepbits7", 2e-2), ("int8", 5e-2)])
+def test_every_storage_option_is_as_from_a_file_system(
+    tmp_path: Path, kind: type[Readers], storage: str, bound: float
+) -> None:
     found = []
     for url in (f"memory://{tmp_path.name}", str(tmp_path / "root")):
         root = DataRoot.open(url, str(tmp_path / "runs"), str(tmp_path / "cache"), 10**9)
-        store = new_store(root, storage="int8")
+        store = new_store(root, storage=storage)
         write(store.plan_part(BATCH, FRAMES, ids(5)), 0)
         rows = addresses(store.commits(BATCH), BATCHES)
         reader = open_reader(root, store.spec, BATCHES, {FRAMES: rows} if kind is CachedReader else None)
         reader.will_need(FRAMES, rows)
-        out = np.empty((5, FRAMES, 2, 2, 3), np.float16)
-        for place, address in zip(out, rows, strict=True):
-            reader.read_into(FRAMES, address, place)
+        found.append(read_each(reader, rows))
         reader.close()
-        found.append(out)
     np.testing.assert_array_equal(found[0], found[1])
-    assert np.abs(found[0] - values(ids(5))).max() < 0.05
+    assert np.abs(found[0] - values(ids(5))).max() < bound
 
 
 def test_threads_share_a_reader(tmp_path: Path, kind: type[Readers]) -> None:
     store, stored = filled(tmp_path)
     reader = opened(store, stored, kind)
-    wrong: list[object] = []
 
     def read(seed: int) -> None:
-        out = np.empty((FRAMES, 2, 2, 3), np.float16)
         some = np.random.default_rng(seed).choice(stored[FRAMES], 60)
-        try:
-            reader.will_need(FRAMES, some)
-            for address in some:
-                reader.read_into(FRAMES, address, out)
-                np.testing.assert_array_equal(out, wanted(address[None])[0])
-        except Exception as error:
-            wrong.append(error)
+        reader.will_need(FRAMES, some)
+        np.testing.assert_array_equal(read_each(reader, some), wanted(some))
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    in_threads(read)
     reader.close()
 
 

@@ -199,6 +199,19 @@ class TestDamaged:
         ):
             pixels.rows(4)
 
+    @pytest.mark.parametrize("damage", ["flipped", "gone"])
+    def test_verify_reads_every_address(self, project: Project, damage: str) -> None:
+        pixels = frozen(project)
+        pixels.check()
+        path = Path(pixels.folder, f"pixels.{pixels.spec.digest()}.f4.npy")
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+        if damage == "gone":
+            path.unlink()
+        with pytest.raises(DamagedError, match=r"\.f4\.npy.*remove .*\.json and ask for the run again"):
+            frozen(project).check()
+
     def test_a_file_of_other_rows(self, project: Project) -> None:
         pixels = frozen(project)
         name = f"pixels.{pixels.spec.digest()}"

@@ -5,11 +5,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zarr
 
 from storage import atomic, listing, remote
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
@@ -17,13 +17,13 @@ from storage.jpeg import decode_clip
 from storage.latents import LatentStore
 from storage.pixel_chunks import CopiedChunks, RangedChunks
 from storage.pixel_reader import PixelReader, pixel_addresses
-from storage.reader import ADDRESS, addresses, row_id
+from storage.reader import ADDRESS, RowReader, addresses, read_row, row_id
 from storage.remote_reader import CachedReader, RangedReader, open_reader
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
 from tests.services.s3.proxy import Asked, Fault, Proxy
 from tests.storage.pixel_stores import SIDE, chunks, pixel_store
-from tests.storage.stores import BATCH, FRAMES, full_store, ids, new_store, spec, values, write
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, new_store, read_each, spec, values, write
 
 pytestmark = pytest.mark.services
 
@@ -66,21 +66,28 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAITS_S", (0.01,) * len(remote.WAITS_S))
 
 
-def test_written_verified_read(root: DataRoot, proxy: Proxy) -> None:
-    store, part = full_store(root, ROWS_PER_SHARD + 5, failed=[ids(300)[2]])
+@pytest.mark.parametrize("storage", ["float16", "keepbits7", "int8"])
+def test_written_verified_read(root: DataRoot, tmp_path: Path, storage: str) -> None:
+    """Any Zarr reader opens it; both readers give what the same store on a file system gives, bit for bit."""
+    failed = [ids(300)[2]]
+    store, part = full_store(root, ROWS_PER_SHARD + 5, failed, storage=storage)
     assert store.verify() == []
-    assert LatentStore.open(root, spec().digest()).commits(BATCH).height == ROWS_PER_SHARD + 5
+    assert LatentStore.open(root, store.digest).commits(BATCH).height == ROWS_PER_SHARD + 5
+    local, beside = full_store(DataRoot.open(str(tmp_path / "local")), ROWS_PER_SHARD + 5, failed, storage=storage)
     found = addresses(store.commits(BATCH), [BATCH])
-    oracle = zarr.open_array(f"{part.path}/latent", mode="r")  # any Zarr reader opens it
-    np.testing.assert_array_equal(oracle[3], values([ids(300)[3]])[0].astype(np.float16))
-    out = np.empty((FRAMES, 2, 2, 3), np.float16)
+    np.testing.assert_array_equal(found, addresses(local.commits(BATCH), [BATCH]))
+    for number in range(part.shards):
+        assert atomic.read_bytes(part.shard_path(number)) == atomic.read_bytes(beside.shard_path(number))
+    wanted = read_each(RowReader(local.root, local.spec, [BATCH]), found[:40])
+    if storage == "float16":
+        exact = values([row_id(address) for address in found[:40]]).astype(np.float16)
+        np.testing.assert_array_equal(wanted, exact)
+    np.testing.assert_array_equal(read_row(store, BATCH, FRAMES, 0, 3), wanted[2])  # one before it failed
     for kind, stored in ((CachedReader, {FRAMES: found}), (RangedReader, None)):
         reader = open_reader(root, store.spec, [BATCH], stored)
         assert type(reader) is kind
         reader.will_need(FRAMES, found[:40])
-        for address in found[:40]:
-            reader.read_into(FRAMES, address, out)
-            np.testing.assert_array_equal(out, values([row_id(address)])[0].astype(np.float16))
+        np.testing.assert_array_equal(read_each(reader, found[:40]), wanted)
         reader.close()
 
 
@@ -131,22 +138,14 @@ def test_two_processes_on_one_part(root: DataRoot, environment: dict[str, str], 
 def test_exclusive_among_many(bucket: str) -> None:
     """Of 16 writers released by a barrier one wins, 20 times over."""
     for turn in range(20):
-        barrier = threading.Barrier(16)
         won: list[int] = []
 
-        def create(name: int, turn: int = turn, barrier: threading.Barrier = barrier, won: list[int] = won) -> None:
-            barrier.wait()
-            try:
+        def create(name: int, turn: int = turn, won: list[int] = won) -> None:
+            with suppress(ConflictError):
                 atomic.create_exclusively(f"{bucket}/turn{turn}", bytes([name]))
                 won.append(name)
-            except ConflictError:
-                pass
 
-        threads = [threading.Thread(target=create, args=(name,)) for name in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(create, 16)
         assert len(won) == 1
         assert atomic.read_bytes(f"{bucket}/turn{turn}") == bytes(won)
 
