@@ -25,12 +25,14 @@ from storage import schemas
 )
 def latents(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the batch's latents."""
+    from nextvid.corpus.discover import refuse_unknown
     from nextvid.encode.costs import forecast
     from nextvid.encode.latents import make_latents
     from nextvid.encode.pace import Lines
 
     def make() -> Outcome:
         opened, batch = project.open(), context.partition_key
+        refuse_unknown(opened, batch)
         context.log.info(forecast(opened, batch).text())  # before anything runs
         return make_latents(opened, batch, Lines(context.log.info))
 

@@ -92,8 +92,11 @@ def batch_table(
     schema: type[dy.Schema],
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make one table of a batch; report it with its first rows."""
+    from nextvid.corpus.discover import refuse_unknown
+
     with readable_errors():
         opened = project.open()
+        refuse_unknown(opened, batch)
         reported = result(make(opened, batch))
         rows = preview(read_table(opened.root.table(noun, batch), schema))
         return reported._replace(metadata={**(reported.metadata or {}), "first rows": rows})

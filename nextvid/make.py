@@ -3,7 +3,6 @@
 Holds the order of the graph as plain calls. Holds no work of its own and prints nothing: the command line does.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -106,16 +105,13 @@ def _refuse_names(project: Project, wish: Wish) -> None:
 
 def _refuse_nothing(project: Project, wish: Wish) -> None:
     """No file at all, or no such batch: a loop over nothing would say that all is well."""
-    known = project.root.batches()
-    if not known:
+    from nextvid.corpus.discover import refuse_unknown
+
+    if not project.root.batches():
         places = ", ".join(f"{name}: {dataset.uri}" for name, dataset in sorted(project.corpus.datasets.items()))
         raise CorpusError(f"no dataset holds a video or image ({places}): correct their 'uri', or put files there")
-    if wish.batch is not None and wish.batch not in known:
-        near = difflib.get_close_matches(wish.batch, known, n=1)
-        raise ConfigError(
-            f"there is no batch '{wish.batch}'; "
-            + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}")
-        )
+    if wish.batch is not None:
+        refuse_unknown(project, wish.batch)
 
 
 def partitions(project: Project, asset: Asset, wish: Wish) -> Sequence[str | None]:

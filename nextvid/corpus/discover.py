@@ -5,6 +5,7 @@ made again. Holds no rule of assignment (batches.py), no writing order (journal.
 (media.py). A listing that fails is an error, never "all files deleted" (design 4).
 """
 
+import difflib
 import errno
 import os
 import stat
@@ -26,13 +27,14 @@ from nextvid.outcome import Outcome
 from nextvid.video.probe import kind_of
 from storage import atomic, remote, tables
 from storage.digest import digest
-from storage.errors import ConflictError, CorpusError, NExTVidError
+from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError
 from storage.remote import is_local
 from storage.schemas import KINDS, Sources
 
 Held = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint)
 
 NOT_UTF8 = "name is not UTF-8"  # the fingerprint of a file that no table can name; media.py rejects it
+NAMED = 5  # our choice: batches that a message names
 TRIES = 8  # our choice: so many writers in a row may win before we give up
 # Where file systems of fsspec keep what changes with the content: s3fs, gcsfs and adlfs, http, memory, local.
 FINGERPRINTS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
@@ -159,6 +161,17 @@ def known_sources(project: Project, name: str) -> pl.DataFrame:
     """Every row of `sources` of one dataset, sorted by uri and revision."""
     batches = [batch for batch in project.root.batches("sources") if dataset_of(batch) == name]
     return tables.read_tables(project.root, "sources", batches, Sources).sort("uri", "revision")
+
+
+def refuse_unknown(project: Project, batch: str) -> None:
+    """Raises ConfigError, with the nearest name, for a batch that no listing opened."""
+    known = project.root.batches()
+    if batch in known:
+        return
+    near = difflib.get_close_matches(batch, known, n=1)
+    listed = ", ".join(known[:NAMED]) + (", ..." if len(known) > NAMED else "")
+    said = f"did you mean '{near[0]}'?" if near else f"there are {listed or 'none yet'}"
+    raise ConfigError(f"there is no batch '{batch}'; {said}")
 
 
 def batch_fingerprint(project: Project, batch: str, labels: Sequence[str] | None = None) -> str:

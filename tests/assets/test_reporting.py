@@ -1,5 +1,7 @@
 """An Outcome as Dagster sees it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -8,6 +10,12 @@ import pytest
 from PIL import Image
 
 from assets import reporting
+from assets.clips import clips
+from assets.latents import latents
+from assets.media import media
+from assets.resources import ProjectResource
+from assets.shots import shots
+from benchmarks.registered import register
 from nextvid.outcome import Check, Outcome
 from storage.errors import UpstreamError
 
@@ -112,3 +120,22 @@ def test_an_update_is_followed_whatever_else_happened_since_the_tick_before() ->
         assert [asked(), asked()] == [1, 0]
         made("stats")
         assert [asked(), asked()] == [0, 0]
+
+
+@contextmanager
+def context_of(partition: str) -> Iterator[dg.AssetExecutionContext]:
+    """Of a step that somebody launched by hand."""
+    with (
+        dg.instance_for_test() as instance,
+        dg.build_asset_context(instance=instance, partition_key=partition) as found,
+    ):
+        yield found
+
+
+@pytest.mark.parametrize("asset", [media, shots, clips, latents])
+def test_a_batch_that_is_not_there_is_one_clear_line(asset: dg.AssetsDefinition, tmp_path: Path) -> None:
+    """As where the UI's launchpad, which does not look, is given a partition that does not exist."""
+    project = register(tmp_path / "data", 1, 1)
+    with context_of("pictures.000009") as context, pytest.raises(dg.Failure) as caught:
+        asset(context, project=ProjectResource(corpus=str(project.path)))
+    assert caught.value.description == ("config: there is no batch 'pictures.000009'; did you mean 'pictures.000000'?")
