@@ -26,6 +26,7 @@ from storage.errors import (
     DamagedError,
     RefusedError,
     TableError,
+    UnwritableError,
     UpstreamError,
 )
 from storage.latents import LatentStore
@@ -87,6 +88,7 @@ class TestExitCodes:
         [
             (ConfigError(""), 2), (CorpusError(""), 2), (UpstreamError(""), 3), (DamagedError(""), 4),
             (TableError(""), 4), (RefusedError(""), 1), (ConflictError(""), 1), (OSError(errno.ENOSPC, ""), 5),
+            (UnwritableError(""), 5),
         ],
     )  # fmt: skip
     def test_each_kind_of_error_has_one(self, error: Any, code: int) -> None:

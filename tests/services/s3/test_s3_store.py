@@ -16,13 +16,13 @@ from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidErro
 from storage.jpeg import decode_clip
 from storage.latents import LatentStore
 from storage.pixel_chunks import CopiedChunks, RangedChunks
-from storage.pixel_reader import PixelReader, pixel_addresses
+from storage.pixel_reader import PIXEL_ADDRESS, PixelReader, pixel_addresses
 from storage.reader import ADDRESS, RowReader, addresses, read_row, row_id
 from storage.remote_reader import CachedReader, RangedReader, open_reader
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
 from tests.services.s3.proxy import Asked, Fault, Proxy
-from tests.storage.pixel_stores import SIDE, chunks, pixel_store
+from tests.storage.pixel_stores import SIDE, chunks, pixel_spec, pixel_store
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, new_store, read_each, spec, values, write
 
 pytestmark = pytest.mark.services
@@ -32,7 +32,7 @@ WRITER = """
 import sys
 from storage.errors import ConflictError
 from storage.root import DataRoot
-from tests.storage.pixel_stores import SIDE, chunks, pixel_store
+from tests.storage.pixel_stores import SIDE, chunks, pixel_spec, pixel_store
 from tests.storage.stores import BATCH, FRAMES, new_store, write
 part = new_store(DataRoot.open(sys.argv[1], "/nowhere")).part(BATCH, FRAMES, 0)
 part.shards
@@ -283,6 +283,9 @@ CALLS: dict[str, Callable[[DataRoot], object]] = {
     "batches": lambda root: root.batches(),
     "exists": lambda root: atomic.exists(f"{root.url}/accepted.json"),
     "find": lambda root: listing.files_below(root.url),
+    "pixels": lambda root: PixelReader(root, pixel_spec(), [BATCH]).read_into(
+        FRAMES, np.array([(0, 0, 0, 0, 9, 0)], PIXEL_ADDRESS)[0], np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
+    ),
     "rows": lambda root: open_reader(root, spec(), [BATCH]).read_into(
         FRAMES, np.zeros(1, ADDRESS)[0], np.empty((4, 2, 2, 3), "<f2")
     ),
