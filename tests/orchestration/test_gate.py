@@ -5,6 +5,7 @@ holds that premise; should it fall with a newer Dagster, the gate may be thought
 """
 
 import os
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,9 +19,12 @@ from dagster._core.loader import LoadingContextForTest
 from benchmarks.registered import make_batch, register
 from nextvid.corpus.discover import update_sources
 from nextvid.corpus.pointers import read_latest
-from nextvid.corpus.project import Project
+from nextvid.corpus.project import Project, open_project
+from nextvid.corpus.trainset import Trainset, make_trainset
+from nextvid.encode.unfinished import left_behind, waiting
 from orchestration.sensors import apply_partitions
 from storage.atomic import read_json
+from storage.errors import UpstreamError
 from storage.tables import publish_checks
 from tests.orchestration.conftest import load_defs
 
@@ -106,6 +110,23 @@ def test_batches_that_are_left_out_are_named(large: Project, watched: dg.Dagster
     assert found["version"] != before
     assert (found["batches"], found["batches_left_out"]) == (149, 1)
     assert found["left_out"] == f"{refused}: its clips did not pass their checks"
+
+
+def test_a_dataset_that_is_removed_leaves_whole_what_its_rows_are_in(large: Project, tmp_path: Path) -> None:
+    digest = read_latest(large.root, "trainset")
+    assert digest is not None
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "corpus.yaml"
+    named = f"  others: {{uri: {tmp_path / 'empty'}, weight: 1.0, clips: [{{frames: 1, crop: whole}}]}}\n"
+    path.write_text(re.sub(r"  pictures: .*\n", named, large.path.read_text()))
+    project = open_project(path)
+    assert waiting(project) == {}
+    (line,) = left_behind(project)
+    assert f"dataset pictures is not in {path} any more: its {BATCHES} batches stay as they are" in line
+    with pytest.raises(UpstreamError, match="0 of 0 batches are ready"):
+        make_trainset(project)
+    assert read_latest(project.root, "trainset") == digest
+    Trainset.open(project.root, digest).check()
 
 
 @pytest.mark.filterwarnings("ignore::dagster.BetaWarning")  # of Dagster's own test function
