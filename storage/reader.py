@@ -9,6 +9,7 @@ share a reader. `read_row` is the slow oracle through zarr-python. Must not know
 import ctypes
 import mmap
 import os
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ from storage.verify import encode_again
 ADDRESS = np.dtype(
     [("row_id", "<u8", 2), ("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("slot", "<u2"), ("crc", "<u4")]
 )
-Fields = tuple[Any, ...]  # of an ADDRESS, as Python numbers
+_FIELDS = struct.Struct("<16xIHIHI")  # an ADDRESS but for its row id: a sixth of the time of numpy's own conversion
+Fields = tuple[Any, ...]  # batch, part, shard, slot, crc as Python numbers
 _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _mincore = ctypes.PyDLL(None).mincore  # keeps the interpreter: it never waits, and giving it away costs as much
@@ -78,13 +80,11 @@ class RowReader:
 
         Raises DamagedError where a file or a row's bytes are not as committed.
         """
-        fields = addresses.tolist()  # one conversion for all
-        return [self._row(frames, fields[n], addresses[n]) for n in range(len(addresses))]
+        return [self._row(frames, fields, addresses[n]) for n, fields in enumerate(_fields(addresses))]
 
     def read_into(self, frames: int, address: np.void, out: Float16[np.ndarray, "F C h w"]) -> None:
         """Copy one row into `out` (float16, C order), which keeps its values where DamagedError is raised."""
-        fields: Any = address.item()
-        row = self._row(frames, fields, address)
+        row = self._row(frames, _FIELDS.unpack(address.tobytes()), address)
         assert out.dtype == np.float16, f"out is {out.dtype}"
         assert out.flags.c_contiguous, "out is not in C order"
         assert out.shape == row.shape, f"out has shape {out.shape}, not {row.shape}"
@@ -101,11 +101,11 @@ class RowReader:
             apart |= ordered[name][1:] != ordered[name][:-1]
         ends = np.append(np.flatnonzero(apart) + 1, len(ordered))
         row_bytes, first = self._store.spec.row_bytes(frames), 0
-        fields = ordered.tolist()  # one conversion for all
+        fields = _fields(ordered)
         for end in ends.tolist() if fields else ():
-            _, batch, part, number, slot, _ = fields[first]
+            batch, part, number, slot, _ = fields[first]
             mapped = self._mapped((frames, batch, part, number), ordered[first])
-            mapped.will_need(slot * row_bytes, (fields[end - 1][4] + 1) * row_bytes)
+            mapped.will_need(slot * row_bytes, (fields[end - 1][3] + 1) * row_bytes)
             first = end
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class RowReader:
 
     def _row(self, frames: int, fields: Fields, address: np.void) -> Float16[np.ndarray, "F C h w"]:
         """View of one row, checked; `fields` are those of the address, which serves messages."""
-        _, batch, part, number, slot, crc = fields
+        batch, part, number, slot, crc = fields
         mapped = self._mapped((frames, batch, part, number), address)
         if slot >= len(mapped.rows):
             raise self._damaged(frames, address, f"has {len(mapped.rows)} rows, none in slot {slot}")
@@ -174,6 +174,11 @@ class RowReader:
         part, number = self._part(frames, address), int(address["shard"])
         row = row_id(address).hex()
         return DamagedError(f"{part.shard_path(number)}, row {row}: {what}. Remedy: {encode_again(part, number)}")
+
+
+def _fields(addresses: np.ndarray) -> list[Fields]:
+    """Those of each address."""
+    return list(_FIELDS.iter_unpack(np.ascontiguousarray(addresses).data))
 
 
 def _in_memory(start: int, size_bytes: int) -> bool:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from storage import reader as reader_module
 from storage.digest import crc32c
 from storage.errors import DamagedError
 from storage.latents import LatentStore, Part
-from storage.reader import ADDRESS, RowReader, _in_memory, _Mapped, addresses, read_row, row_id
+from storage.reader import ADDRESS, RowReader, _fields, _in_memory, _Mapped, addresses, read_row, row_id
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, new_store, values, write
@@ -101,6 +102,13 @@ def test_hints_cover_the_rows_and_only_once(filled: tuple[LatentStore, np.ndarra
     assert len(covered) == len(set(covered))
     assert set(covered) == rows
     assert not rows & {(file, stop) for file, _, stop in hinted}  # neighbours in one call
+
+
+@given(arrays.arrays(ADDRESS, st.integers(0, 5)))
+def test_fields_are_those_of_the_addresses(found: np.ndarray) -> None:
+    names = ("batch", "part", "shard", "slot", "crc")
+    for taken in (found, found[::2]):
+        assert _fields(taken) == [tuple(row[name].item() for name in names) for row in taken]
 
 
 def test_a_hint_reads_what_is_not_in_memory(tmp_path: Path) -> None:
