@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from weakref import WeakSet
 
@@ -115,11 +115,14 @@ class Cache:
         return place
 
     def _fetch(self, path: str, place: Path, size_bytes: int, fault: Callable[[bytes], str | None] | None) -> None:
-        with atomic.staged_file(str(place)) as temporary:
+        with ExitStack() as naming, atomic.staged_file(str(place)) as temporary:
             self._reserve(temporary, size_bytes)
             data = remote.read_exactly(path, size_bytes, fault=fault)
             with temporary.open("r+b") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # here, so that the lock is held for a rename only
+            naming.enter_context(self._lock("room"))  # who counts would miss a file whose name changes meanwhile
 
     def _reserve(self, temporary: Path, size_bytes: int) -> None:
         """Create a file of this size within the bound; waits for copies that others are making, which end as files."""
@@ -143,7 +146,7 @@ class Cache:
         atomic.sweep_litter(str(self._top), LITTER_AGE_S)
         found, kept = [], self.needed | _needed_now()
         for path in self._top.glob("*/**/*"):
-            with suppress(FileNotFoundError):  # a copy was finished or given up
+            with suppress(FileNotFoundError):  # a copy was given up
                 found += [(path, path.stat())] if path.is_file() else []
         over = sum(stat.st_size for _, stat in found) + size_bytes - self._root.cache_bytes
         for path, stat in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
