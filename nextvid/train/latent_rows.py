@@ -33,6 +33,7 @@ class HostLatents:
         self._reader, self._fold, self._time_map = reader, fold, spec.time_map
         self._shape = (spec.channels * fold**2, spec.height // fold, spec.width // fold)
         self._mean, self._std = (torch.from_numpy(values) for values in (trainset.mean, trainset.std))
+        self._means, self._stds = (values[:, None, None] for values in (self._mean, self._std))  # over cells
         self._memory = Leased(largest * math.prod(self._shape))
 
     def will_need(self, drawn: Drawn) -> None:
@@ -53,7 +54,7 @@ class HostLatents:
                     out.copy_(space_to_depth(normalise(row[None].float(), self._mean, self._std), self._fold)[0])
                 else:
                     out.copy_(row)  # an image to every frame
-                    out.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])  # `normalise`, in place
+                    out.sub_(self._means).div_(self._stds)  # `normalise`, in place
 
     def deliver(self, drawn: Drawn, place: Float[Tensor, "B F c h w"]) -> Float[Tensor, "B F c h w"]:
         """It is there already."""
