@@ -134,7 +134,7 @@ MUTATIONS = {
         f"{MODEL}/nextvid.py", "target = targets[:, 1:]", "target = targets[:, :-1]", "16"
     ),
     "17 latents as they are stored": Mutation(
-        f"{TRAIN}/latent_rows.py", "out.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])", "pass", "17"
+        f"{TRAIN}/latent_rows.py", "out.sub_(self._means).div_(self._stds)", "pass", "17"
     ),
     "18 a partial checkpoint": Mutation(
         "nextvid/encode/families.py", "if missing or unknown:", "if False:", "18"
