@@ -114,6 +114,13 @@ class Cache:
                 self._fetch(path, place, size_bytes, fault)
         return place
 
+    def shard(self, path: str, fault: Callable[[bytes], str | None]) -> Path:
+        """As `local`, of the size that the opener said or a listing tells; FileNotFoundError where there is none."""
+        size_bytes = self.needed.get(self._place(path)) or listing.size_bytes(path)
+        if size_bytes is None:
+            raise FileNotFoundError(f"{path} does not exist")
+        return self.local(path, size_bytes, fault)
+
     def _fetch(self, path: str, place: Path, size_bytes: int, fault: Callable[[bytes], str | None] | None) -> None:
         with ExitStack() as naming, atomic.staged_file(str(place)) as temporary:
             self._reserve(temporary, size_bytes)

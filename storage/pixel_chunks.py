@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from storage import listing, shard
+from storage import shard
 from storage.cache import Cache, fits_beside
 from storage.digest import crc32c
 from storage.errors import DamagedError
@@ -27,7 +27,7 @@ from storage.ranges import Range, Ranges
 from storage.remote import is_local
 from storage.remote_reader import AT_ONCE, cited
 from storage.shard import INDEX_BYTES
-from storage.verify import encode_again
+from storage.verify import OTHER_BYTES, encode_again
 
 # Where one row's chunk stands; which row it is, the trainset says, whose rows these addresses follow. Little-endian.
 PIXEL_ADDRESS = np.dtype(
@@ -35,7 +35,6 @@ PIXEL_ADDRESS = np.dtype(
 )
 OPEN_MAPS = 512  # as storage/reader.py
 _SUMMED = 1 << 20  # addresses whose sizes are added at a time, 28 MB of them
-_OTHER_BYTES = "holds other bytes than were committed (or a withdrawn row)"
 
 Key = tuple[int, int, int, int]  # frames, batch, part, shard
 
@@ -85,7 +84,7 @@ class MappedChunks(Chunks):
         if len(found) != size_bytes:
             raise self.damaged(frames, address, f"is short ({len(data)} bytes)")
         if crc32c(found) != crc:
-            raise self.damaged(frames, address, _OTHER_BYTES)
+            raise self.damaged(frames, address, OTHER_BYTES)
         return found
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
@@ -136,7 +135,7 @@ class CopiedChunks(MappedChunks):
 
     def __init__(self, store: PixelStore, batches: Sequence[str], needed: Mapping[str, int]) -> None:
         super().__init__(store, batches)
-        self._cache, self._needed = Cache(store.root, needed), needed
+        self._cache = Cache(store.root, needed)
         self._cache.hold()
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
@@ -154,11 +153,7 @@ class CopiedChunks(MappedChunks):
         super().close()
 
     def _file(self, part: PixelPart, number: int) -> Path:
-        path = part.shard_path(number)
-        size_bytes = self._needed.get(path) or listing.size_bytes(path)
-        if size_bytes is None:
-            raise FileNotFoundError(f"{path} does not exist")
-        return self._cache.local(path, size_bytes, partial(_fault, part, number))
+        return self._cache.shard(part.shard_path(number), partial(_fault, part, number))
 
 
 class RangedChunks(Chunks):
@@ -171,12 +166,7 @@ class RangedChunks(Chunks):
     def chunk(self, frames: int, address: np.void) -> memoryview:
         """Bytes of their own."""
         wanted, crc = self._range(frames, address), int(address["crc"])
-        try:
-            return memoryview(self._ranges.read(wanted, lambda data: None if crc32c(data) == crc else _OTHER_BYTES))
-        except FileNotFoundError as error:
-            raise self.damaged(frames, address, "there is no such file") from error
-        except DamagedError as error:
-            raise self.damaged(frames, address, str(error).removeprefix(f"{wanted[0]}: ")) from error
+        return memoryview(self._ranges.read(wanted, crc, partial(self.damaged, frames, address)))
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
         """Ask for these rows now; waits for nothing."""

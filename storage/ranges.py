@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from storage import remote
+from storage.digest import crc32c
+from storage.errors import DamagedError
+from storage.verify import OTHER_BYTES
 
 AT_ONCE = 8  # our choice: groups asked for at a time; s3fs sends 10 requests each
 AHEAD_BYTES = 1 << 28  # our choice: announced and not read; 4 batches of 256 rows of 262 KB
@@ -41,11 +44,15 @@ class Ranges:
                 dropped, _ = self._ahead.popitem(last=False)
                 self._ahead_bytes -= dropped[2]
 
-    def read(self, wanted: Range, fault: Callable[[bytes], str | None]) -> bytes:
-        """Bytes of a range, of which `fault` finds nothing wrong.
+    def read(self, wanted: Range, crc: int, damaged: Callable[[str], DamagedError]) -> bytes:
+        """Bytes of a range with this crc32c.
 
-        FileNotFoundError where there is no such object, DamagedError where every answer is short or at fault.
+        Raises what `damaged` makes of the fault: there is no object, or every answer is short or holds other bytes.
         """
+
+        def fault(data: bytes) -> str | None:
+            return None if crc32c(data) == crc else OTHER_BYTES
+
         with self._guard:
             asked = self._ahead.pop(wanted, None)
             self._ahead_bytes -= 0 if asked is None else wanted[2]
@@ -53,7 +60,12 @@ class Ranges:
         if data is not None and fault(data) is None:
             return data
         path, start, size_bytes = wanted
-        return remote.read_exactly(path, size_bytes, start=start, fault=fault)
+        try:
+            return remote.read_exactly(path, size_bytes, start=start, fault=fault)
+        except FileNotFoundError as error:
+            raise damaged("there is no such file") from error
+        except DamagedError as error:
+            raise damaged(str(error).removeprefix(f"{path}: ")) from error
 
     def close(self) -> None:
         """Drop what was announced, wait for what is under way."""

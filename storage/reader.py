@@ -29,7 +29,7 @@ from storage.part import Part
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
-from storage.verify import encode_again
+from storage.verify import OTHER_BYTES, encode_again
 
 # One row of a store; `slot` counts within the shard. Little-endian on disk.
 ADDRESS = np.dtype(
@@ -121,7 +121,7 @@ class RowReader:
             raise self._damaged(frames, address, f"has {len(mapped.rows)} rows, none in slot {slot}")
         if not mapped.checked[slot]:
             if crc32c(mapped.rows[slot]) != crc:
-                raise self._damaged(frames, address, "holds other bytes than were committed (or a withdrawn row)")
+                raise self._damaged(frames, address, OTHER_BYTES)
             mapped.checked[slot] = True
         if mapped.values is not None:
             row: np.ndarray = mapped.values[slot]

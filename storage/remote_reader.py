@@ -17,7 +17,7 @@ from jaxtyping import Float16
 from storage import listing, shard
 from storage.cache import Cache, fits
 from storage.digest import crc32c
-from storage.errors import DamagedError, UpstreamError
+from storage.errors import UpstreamError
 from storage.latents import LatentStore, RowStore
 from storage.part import Part
 from storage.ranges import Range, Ranges
@@ -57,7 +57,7 @@ class CachedReader(RowReader):
 
     def __init__(self, root: DataRoot, spec: EncodingSpec, batches: Sequence[str], needed: Mapping[str, int]) -> None:
         super().__init__(root, spec, batches)
-        self._cache, self._needed = Cache(root, needed), needed
+        self._cache = Cache(root, needed)
         self._cache.hold()
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
@@ -75,11 +75,7 @@ class CachedReader(RowReader):
         super().close()
 
     def _file(self, part: Part, number: int) -> Path:
-        path = part.shard_path(number)
-        size_bytes = self._needed.get(path) or listing.size_bytes(path)
-        if size_bytes is None:
-            raise FileNotFoundError(f"{path} does not exist")
-        return self._cache.local(path, size_bytes, partial(_fault, part, number))
+        return self._cache.shard(part.shard_path(number), partial(_fault, part, number))
 
 
 class RangedReader(RowReader):
@@ -109,16 +105,7 @@ class RangedReader(RowReader):
 
     def _bytes(self, frames: int, address: np.void) -> bytes:
         wanted, crc = self._range(frames, address), int(address["crc"])
-
-        def fault(data: bytes) -> str | None:
-            return None if crc32c(data) == crc else "holds other bytes than were committed (or a withdrawn row)"
-
-        try:
-            return self._ranges.read(wanted, fault)
-        except FileNotFoundError as error:
-            raise self._damaged(frames, address, "there is no such file") from error
-        except DamagedError as error:
-            raise self._damaged(frames, address, str(error).removeprefix(f"{wanted[0]}: ")) from error
+        return self._ranges.read(wanted, crc, partial(self._damaged, frames, address))
 
     def _range(self, frames: int, address: np.void) -> Range:
         row_bytes = self._store.spec.row_bytes(frames)

@@ -23,6 +23,7 @@ from storage.errors import NExTVidError
 from storage.part import SWEPT, Part, PlannedPart
 
 AT_ONCE = 4  # our choice: shards at a time; of an object store so many are in memory, 67 MB each
+OTHER_BYTES = "holds other bytes than were committed (or a withdrawn row)"  # what readers say of a row
 
 
 @dataclass(frozen=True)
