@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nextvid.config import RecipeConfig
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_files import write_trainset
 from nextvid.corpus.trainset_pixels import TrainsetPixels
 from nextvid.recipes import recipe
 from nextvid.train.distributed import Ranks
@@ -25,7 +26,6 @@ from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.train.order import Drawn, Masks, Order
 from nextvid.train.overrides import apply_overrides
 from nextvid.train.ring import Place
-from storage import atomic
 from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
 from storage.pixel_reader import PixelReader
@@ -85,9 +85,7 @@ def write_store(clips: Clips, folder: Path, stride: int = STRIDE) -> None:
         "batches": [BATCH_KEY],
         "offsets": {f"f{frames}": {"random": [0, len(found)]}},
     }
-    with atomic.staged_folder(root.pointed("trainset", TRAINSET)) as staged:
-        np.save(staged / f"rows.f{frames}.npy", found, allow_pickle=False)
-        atomic.publish_json(str(staged / "trainset.json"), said)
+    write_trainset(root.pointed("trainset", TRAINSET), said, {frames: found}, [])
 
 
 class Store:

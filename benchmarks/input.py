@@ -157,7 +157,7 @@ class Pixels(Dataset[np.ndarray]):
         trainset = Trainset.open(self._root, TRAINSET)
         folder = self._root.pointed("trainset", TRAINSET)
         np.save(f"{folder}/pixels.{self.spec.digest()}.f{FRAMES}.npy", self.addresses, allow_pickle=False)
-        return TrainsetPixels(self._root, trainset, folder, "0" * 32, self.spec, None, 0)
+        return TrainsetPixels(self._root, trainset, folder, "0" * 32, self.spec, None, 0, {})
 
 
 def _arms(store: Path, footage: Path, count: int) -> Iterator[Arm]:

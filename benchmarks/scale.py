@@ -22,6 +22,7 @@ import tyro
 from benchmarks.clips import BATCH, BATCH_KEY, FRAMES, TRAINSET, random_clips, training_recipe, write_store
 from benchmarks.measure import machine, show, write
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_files import SAID, publish_sealed, read_sealed
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import open_loader
 from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
@@ -119,7 +120,7 @@ def _write(folder: Path) -> dict[int, str]:
     original = Trainset.open(root, TRAINSET)
     stored = np.array(original.rows(FRAMES))
     stored["row_id"] = 0  # as in the rest of the sparse table, which must be sorted
-    said = atomic.read_json(f"{root.pointed('trainset', TRAINSET)}/trainset.json")
+    said = read_sealed(f"{root.pointed('trainset', TRAINSET)}/{SAID}", "write the store again")
     digests = {}
     for size in SIZES:
         counts = {name: int(share * size) for name, share in SHARES.items()}
@@ -135,7 +136,7 @@ def _write(folder: Path) -> dict[int, str]:
         with atomic.staged_folder(root.pointed("trainset", digests[size])) as staged:
             shape = (sum(counts.values()),)
             np.lib.format.open_memmap(staged / f"rows.f{FRAMES}.npy", "w+", ADDRESS, shape).flush()
-            atomic.publish_json(str(staged / "trainset.json"), said | changed)
+            publish_sealed(str(staged / SAID), said | changed | {"files": {}})  # checksums would read 3.2 GB
         path = f"{root.pointed('trainset', digests[size])}/rows.f{FRAMES}.npy"
         table = np.load(path, mmap_mode="r+", allow_pickle=False)
         drawn = Order(Trainset.open(root, digests[size]), recipe).drawn(FRAMES, 0, STEPS * BATCH)

@@ -111,10 +111,14 @@ def draws(first: int = 10, recipe: str = "demo", corpus: Corpus = None, json_: J
 @app.command
 def verify(batch: str | None = None, corpus: Corpus = None) -> None:
     """Read every committed byte of every store of latents and pixels, and every trainset; name what is damaged."""
+    from nextvid.corpus.discover import refuse_unknown
     from nextvid.lineage.trace import damaged_trainsets
     from storage.pixels import every_store
 
-    root = open_project(corpus).root
+    project = open_project(corpus)
+    root = project.root
+    if batch is not None:
+        refuse_unknown(project, batch)
     stores = every_store(root)
     if not stores:
         raise UpstreamError("there are no latents yet: 'nextvid make latents' makes them")

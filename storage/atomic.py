@@ -8,6 +8,7 @@ know what bytes mean.
 """
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -132,21 +133,22 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_folder(path: str, *, last: str | None = None) -> Iterator[Path]:
+def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends well; ConflictError if it is taken.
 
     On object stores, which know no folders, the file `last` makes it: it is created when all others stand, and whoever
-    looks for the folder looks for that file. What a dead writer left of the others is written over.
+    looks for the folder looks for that file. What a dead writer left of the others is written over. With `over`, a
+    folder that stands keeps its name: its files are replaced one by one, `last` at the end, and others stay.
     """
     if not is_local(path):
         if last is None:
             raise ConfigError(f"{path} is on an object store: this folder must stand on a file system")
         with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
             yield Path(folder)
-            _upload(Path(folder), path, last)
+            _upload(Path(folder), path, last, over=over)
         return
     target = _local(path)
-    if target.exists():
+    if target.exists() and not over:
         raise ConflictError(f"{path} exists already")
     with writing(path):
         _make_folder(target.parent)
@@ -158,10 +160,44 @@ def staged_folder(path: str, *, last: str | None = None) -> Iterator[Path]:
                 for name in names:
                     _sync(Path(folder, name))
                 _sync(Path(folder))
-            _take_name(temporary, target)
+            if over and target.exists():
+                assert last is not None, "the file that says that all others stand"
+                _replace_files(temporary, target, last)
+            else:
+                _take_name(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         _sync(target.parent)
+
+
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold the file `path` exclusively among threads, processes and machines (flock); waits.
+
+    On object stores, which know no locks, it holds nothing: whoever writes there must bear a second writer.
+    """
+    if not is_local(path):
+        yield
+        return
+    with writing(path):
+        _make_folder(_local(path).parent)
+        file = os.open(_local(path), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)  # and with it the lock
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError of the system in the block names `path`: calls on open files name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -257,10 +293,9 @@ def _write(path: Path, data: bytes) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         left = memoryview(data)
-        while left:
-            left = left[os.write(file, left) :]
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # os.write names no file
+        with naming(path):
+            while left:
+                left = left[os.write(file, left) :]
     finally:
         os.close(file)
 
@@ -269,9 +304,8 @@ def _sync(path: Path) -> None:
     """Force a file's bytes, or a folder's names, to the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with naming(path):
+            os.fsync(file)
     finally:
         os.close(file)
 
@@ -299,6 +333,16 @@ def _take_name(temporary: Path, target: Path) -> None:
         raise
 
 
+def _replace_files(temporary: Path, target: Path, last: str) -> None:
+    """Every file of one folder into the other, the one named `last` once the others are sure to stand."""
+    for name in _names(temporary, last):
+        if name == last:
+            _sync(target)
+        _make_folder((target / name).parent)
+        os.replace(temporary / name, target / name)  # noqa: PTH105 - the one place
+    _sync(target)
+
+
 def _link(temporary: Path, target: Path) -> None:
     try:
         os.link(temporary, target)  # fails where the name is taken, unlike a rename
@@ -311,11 +355,17 @@ def _link(temporary: Path, target: Path) -> None:
         raise
 
 
-def _upload(folder: Path, path: str, last: str) -> None:
-    """Put every file of a folder under `path`, the one named `last` at the end and only if its name is new."""
+def _upload(folder: Path, path: str, last: str, *, over: bool) -> None:
+    """Put every file of a folder under `path`, `last` at the end and, but for `over`, only if its name is new."""
+    names = _names(folder, last)
+    if not over and exists(f"{path}/{last}"):
+        raise ConflictError(f"{path} exists already")
+    for name in names:
+        remote.put_file(str(folder / name), f"{path}/{name}", exclusive=name == last and not over)
+
+
+def _names(folder: Path, last: str) -> list[str]:
+    """Every file below a folder, sorted, but for the one named `last`, which comes at the end."""
     names = [str(found.relative_to(folder)) for found in sorted(folder.rglob("*")) if found.is_file()]
     assert last in names, f"{last} is not among {names}"
-    if exists(f"{path}/{last}"):
-        raise ConflictError(f"{path} exists already")
-    for name in sorted(names, key=lambda name: name == last):
-        remote.put_file(str(folder / name), f"{path}/{name}", exclusive=name == last)
+    return sorted(names, key=lambda name: name == last)

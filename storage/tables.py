@@ -10,9 +10,11 @@ import io
 import json
 import math
 import mmap
+import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from storage.root import DataRoot, Table
 _KEY = "nextvid.crc32c"
 _BLANK = b"crc32c=00000000"
 _FIELD = re.compile(rb"crc32c=[0-9a-f]{8}")
+_NOT_WRITTEN = "Nothing was written: what is to be stored is at fault, not the disk; please report it"
+_OTHER_WRITER = "Another version or program wrote it: remove it and make it again"
+_REFUSED = re.compile(r"\(os error ([0-9]+)\)")  # how Rust's standard library writes an error of the system
 
 
 def write_table(path: str, frame: pl.DataFrame, schema: type[dy.Schema]) -> None:
@@ -38,7 +43,7 @@ def write_table(path: str, frame: pl.DataFrame, schema: type[dy.Schema]) -> None
 
 def encode_table(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> bytes:
     """Parquet bytes of a checked table, sealed with their own crc32c. `path` is for messages only."""
-    checked = _validate(_widened(frame, schema, path), schema, path)
+    checked = _checked(frame, schema, path, _NOT_WRITTEN)
     buffer = io.BytesIO()
     checked.write_parquet(buffer, metadata={_KEY: _BLANK.decode()})
     data = buffer.getvalue()
@@ -58,10 +63,14 @@ def write_tables(path: str, frames: Iterable[pl.DataFrame], schema: type[dy.Sche
             parts.append(f"{folder}/{number}.parquet")
             write_table(parts[-1], frame, schema)
         with atomic.staged_file(path) as temporary:
-            pl.scan_parquet(parts).sink_parquet(temporary, metadata={_KEY: _BLANK.decode()})
-            with temporary.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-                start = memory.rfind(_BLANK)  # the footer stands at the end
-                memory[start : start + len(_BLANK)] = b"crc32c=%08x" % crc32c(np.frombuffer(memory[:], np.uint8))
+            with _system_errors(temporary):
+                pl.scan_parquet(parts).sink_parquet(temporary, metadata={_KEY: _BLANK.decode()})
+            found = crc32c(np.memmap(temporary, np.uint8, "r"))
+            with atomic.naming(temporary), temporary.open("r+b") as file:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+                    start = memory.rfind(_BLANK)  # the footer stands at the end
+                file.seek(start)
+                file.write(b"crc32c=%08x" % found)
 
 
 def read_table(path: str, schema: type[dy.Schema]) -> pl.DataFrame:
@@ -76,7 +85,7 @@ def decode_table(data: bytes, schema: type[dy.Schema], path: str) -> pl.DataFram
         frame = pl.read_parquet(io.BytesIO(data))
     except PolarsError as error:
         raise TableError(f"{path} cannot be read as parquet ({error}): remove it and make it again") from error
-    return _validate(_widened(frame, schema, path), schema, path)
+    return _checked(frame, schema, path, _OTHER_WRITER)
 
 
 def seal(path: str) -> tuple[int, int]:
@@ -148,6 +157,19 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
             return value
 
 
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """What the system refused, as the OSError that it was before polars made a text of it."""
+    try:
+        yield
+    except PolarsError as error:
+        said = _REFUSED.search(str(error))
+        if said is None:
+            raise
+        code = int(said.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
 def _check_seal(data: bytes, path: str) -> int:
     found = list(_FIELD.finditer(data, max(0, len(data) - _footer_size(data))))
     for field in found[::-1]:
@@ -164,21 +186,32 @@ def _footer_size(data: bytes) -> int:
     return int.from_bytes(data[-8:-4], "little") + 8
 
 
-def _widened(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> pl.DataFrame:
+def _checked(frame: pl.DataFrame, schema: type[dy.Schema], path: str, remedy: str) -> pl.DataFrame:
+    """The frame in the schema's dtypes, if it keeps its rules; `remedy` ends the message of the TableError."""
+    widened = _widened(frame, schema, path, remedy)
+    try:
+        return schema.validate(widened)
+    except (dy.exc.ValidationError, dy.exc.SchemaError) as error:
+        raise TableError(f"{path} breaks the rules of {schema.__name__}: {error}. {remedy}") from error
+
+
+def _widened(frame: pl.DataFrame, schema: type[dy.Schema], path: str, remedy: str) -> pl.DataFrame:
     """Columns of the schema in its order and dtypes; TableError where a column is missing, unknown or would change."""
     wanted = _dtypes(schema)
     if frame.schema == wanted:
         return frame
     if set(frame.columns) != set(wanted):
         missing, unknown = sorted(set(wanted) - set(frame.columns)), sorted(set(frame.columns) - set(wanted))
-        raise TableError(f"{path}: columns of {schema.__name__} missing: {missing}, unknown: {unknown}")
+        raise TableError(f"{path}: columns of {schema.__name__} missing: {missing}, unknown: {unknown}. {remedy}")
     for name, dtype in wanted.items():
         if not _fits(frame.schema[name], dtype):
-            raise TableError(f"{path}: column '{name}' is {frame.schema[name]}, {schema.__name__} wants {dtype}")
+            raise TableError(
+                f"{path}: column '{name}' is {frame.schema[name]}, {schema.__name__} wants {dtype}. {remedy}"
+            )
     try:
         return frame.select(pl.col(name).cast(dtype) for name, dtype in wanted.items())
     except PolarsError as error:
-        raise TableError(f"{path}: a value does not fit {schema.__name__}: {error}") from error
+        raise TableError(f"{path}: a value does not fit {schema.__name__}: {error}. {remedy}") from error
 
 
 @functools.cache
@@ -204,10 +237,3 @@ def _fits(found: pl.DataType, wanted: pl.DataType) -> bool:
 
 def _inner(dtype: pl.List) -> pl.DataType:
     return dtype.inner() if isinstance(dtype.inner, type) else dtype.inner
-
-
-def _validate(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> pl.DataFrame:
-    try:
-        return schema.validate(frame)
-    except (dy.exc.ValidationError, dy.exc.SchemaError) as error:
-        raise TableError(f"{path} breaks the rules of {schema.__name__}: {error}") from error

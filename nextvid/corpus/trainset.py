@@ -9,7 +9,7 @@ Axes: C channels.
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -20,38 +20,38 @@ from nextvid.corpus.pointers import publish_latest, read_latest
 from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import publish_verdict
 from nextvid.corpus.selection import Selection, rows_of, select
+from nextvid.corpus.trainset_files import LINEAGE, SAID, Frozen, read_sealed, rows_name, write_trainset
+from nextvid.corpus.trainset_shards import gone_shards
 from nextvid.encode.stats import mixed
 from nextvid.outcome import Check, Number, Outcome
-from nextvid.recipes import recipe
-from storage.atomic import exists, publish_json, read_bytes, read_json, staged_folder
-from storage.cache import open_rows
-from storage.digest import ID_BYTES, crc32c, digest_bytes, digest_config
-from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
-from storage.latents import EncodingSpec
+from storage import listing
+from storage.atomic import exists, locked, remove_tree
+from storage.digest import ID_BYTES, digest_bytes, digest_config
+from storage.errors import ConflictError, DamagedError, RefusedError, TableError, UpstreamError
+from storage.latents import EncodingSpec, LatentStore
 from storage.reader import ADDRESS
 from storage.root import DataRoot
 from storage.schemas import Duplicates, Lineage
-from storage.tables import read_table, write_tables
+from storage.tables import read_table
 
 ASSET = "trainset"
 NAMED = 20  # our choice: batches that a message or an event names one by one
+KEPT = ("parent", "mean", "std")  # facts of a trainset that are not made anew where its files are
 
 
-def make_trainset(project: Project, recipe_names: Sequence[str] | None = None) -> Outcome:
+def make_trainset(project: Project) -> Outcome:
     """Freeze the rows of every batch that passed, is complete and is known to the latest `duplicates`.
 
-    With `recipe_names`, their clip lengths must be there. Raises UpstreamError where too few batches are ready or no
-    row is left, RefusedError where a recipe lacks a clip length.
+    Where the same rows were frozen before, nothing is written, unless files are missing or rows stand elsewhere now.
+    Raises UpstreamError where too few batches are ready or no row is left, DamagedError where bytes of what was frozen
+    have changed.
     """
     began = time.perf_counter()
     chosen = select(project)
-    _refuse_missing_lengths(chosen, recipe_names or ())
     weights = _weights(project, chosen)
     digest = _digest(chosen, weights)
     folder = project.root.pointed("trainset", digest)
-    made = not exists(f"{folder}/trainset.json")
-    if made:
-        _freeze(project, chosen, weights, digest, folder)
+    lacking = _stored(project, chosen, weights, digest, folder)
     checks = _checks(chosen, weights)
     publish_verdict(f"{folder}/checks.json", ASSET, checks)
     if all(check.passed for check in checks) and read_latest(project.root, "trainset") != digest:
@@ -61,8 +61,10 @@ def make_trainset(project: Project, recipe_names: Sequence[str] | None = None) -
     numbers |= {"batches": len(chosen.batches), "batches_left_out": len(chosen.left_out), "spec": chosen.spec.digest()}
     numbers |= {"left_out": _named(chosen.left_out)} if chosen.left_out else {}
     numbers |= {f"dropped_{reason}": count for reason, count in chosen.dropped.items()}
+    numbers |= {"written because": lacking} if lacking else {}
     size_bytes = sum(rows.nbytes for rows in chosen.addresses.values())
     seconds = time.perf_counter() - began
+    made = lacking is not None
     return Outcome(ASSET, None, made, chosen.height, size_bytes, seconds, digest=digest, numbers=numbers, checks=checks)
 
 
@@ -77,6 +79,7 @@ class Trainset:
 
     def __init__(self, root: DataRoot, folder: str, said: Mapping[str, Any]) -> None:
         self._root, self._folder, self._said = root, folder, said
+        self._files = Frozen(root, folder, said["files"], f"remove {folder} and make 'trainset' again")
         self.digest: str = said["digest"]
         self.spec = EncodingSpec.from_json(said["spec"])
         self.parent: str | None = said.get("parent")  # the trainset that was the latest before
@@ -92,11 +95,18 @@ class Trainset:
         if found is None:
             raise UpstreamError("there is no trainset yet: make 'trainset' first")
         folder = root.pointed("trainset", found)
-        said = read_json(f"{folder}/trainset.json")
-        seal = said.pop("seal", None) if isinstance(said, dict) else ""
-        if seal is not None and digest_config(said) != seal:
-            raise DamagedError(f"{folder}/trainset.json was changed; restore it, or remove {folder} and make it again")
-        return cls(root, folder, said)
+        path, remedy = f"{folder}/{SAID}", f"remove {folder} and make 'trainset' again"
+        try:
+            said = read_sealed(path, remedy)
+        except UpstreamError as error:
+            what = f"trainset {found} is not whole: {path} does not exist"
+            raise UpstreamError(f"{what}. Put it back, or make 'trainset' again") from error
+        if said.get("digest") != found:
+            raise DamagedError(f"{path} describes trainset {said.get('digest')}, not that of its folder; {remedy}")
+        try:
+            return cls(root, folder, said)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"{path} does not say what it should ({error}); {remedy}") from error
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -109,14 +119,7 @@ class Trainset:
         Raises RefusedError for a length it has not, DamagedError where the file is not what was frozen.
         """
         wanted = sum(count for _, count in self.offsets(frames).values())
-        path = f"{self._folder}/rows.f{frames}.npy"
-        try:
-            rows = open_rows(self._root, path, self._said.get("files", {}).get(f"rows.f{frames}.npy"))
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{path}: {error}; {self._remedy}") from None
-        if rows.dtype != ADDRESS or rows.shape != (wanted,):
-            raise DamagedError(f"{path}: {rows.shape} rows of {rows.dtype}, {wanted} addresses were frozen")
-        return rows
+        return self._files.open(rows_name(frames), ADDRESS, wanted)
 
     def offsets(self, frames: int) -> dict[str, tuple[int, int]]:
         """(first row, count) of each dataset that has rows of this length."""
@@ -128,31 +131,68 @@ class Trainset:
 
     def check(self) -> None:
         """Read every row file; DamagedError where one is not what was frozen. Costs what reading them costs."""
-        for name, crc in self._said.get("files", {}).items():
-            path = f"{self._folder}/{name}"
-            try:
-                found = crc32c(read_bytes(path))
-            except (OSError, UpstreamError) as error:
-                raise DamagedError(f"{path} cannot be read ({error}); {self._remedy}") from None
-            if found != crc:
-                raise DamagedError(f"{path}: its bytes differ from their checksum; {self._remedy}")
+        self._files.check()
 
-    @property
-    def _remedy(self) -> str:
-        return f"remove {self._folder} and make 'trainset' again"
+    def gone(self) -> list[str]:
+        """A line for each part of the store that lacks shards which rows stand in: which, and what to do."""
+        store, rows = LatentStore(self._root, self.spec), {frames: self.rows(frames) for frames in self.lengths}
+        return gone_shards(store, self.batches, rows, f"trainset {self.digest}", "make 'trainset' again")
 
     def lineage(self) -> pl.DataFrame:
         """One line a row, back to its file (schema Lineage); sorted by batch, then row id."""
-        return read_table(f"{self._folder}/lineage.parquet", Lineage)
+        path = f"{self._folder}/{LINEAGE}"
+        try:
+            return read_table(path, Lineage)
+        except (UpstreamError, TableError) as error:
+            raise DamagedError(f"{path} is missing or damaged; {self._files.remedy}") from error
+
+    def facts(self) -> dict[str, Any]:
+        """What is kept where its files are written again."""
+        return {name: self._said[name] for name in KEPT}
 
 
-def _refuse_missing_lengths(chosen: Selection, names: Sequence[str]) -> None:
-    held = set(chosen.addresses)
-    for name in names:
-        if missing := sorted(set(recipe(name).clip_lengths) - held):
-            raise RefusedError(
-                f"recipe {name} needs clips of {missing} frames, and the rows have {sorted(held)}: add a clip policy"
-            )
+def _stored(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> str | None:
+    """Have the folder hold what was chosen; why it was written, None where it stood."""
+    if _lacking(project.root, chosen, digest, folder) is None:
+        return None  # asked first: where nothing may be written, what stands may be used
+    with locked(f"{folder}.lock"):
+        lacking = _lacking(project.root, chosen, digest, folder)
+        if lacking is None:
+            return None  # somebody else wrote it meanwhile
+        try:
+            _freeze(project, chosen, weights, digest, folder)
+        except ConflictError:
+            if exists(folder) and _lacking(project.root, chosen, digest, folder) is None:
+                return None  # as above, where there are no locks
+            raise
+        return lacking
+
+
+def _lacking(root: DataRoot, chosen: Selection, digest: str, folder: str) -> str | None:
+    """Why the folder has to be written, None where it need not; DamagedError where its bytes have changed."""
+    names = set(listing.files(folder))
+    if not names:
+        return "it was not there"
+    wanted = {SAID, LINEAGE, *(rows_name(frames) for frames in chosen.addresses)}
+    if missing := sorted(wanted - names):
+        return f"{', '.join(missing)} were missing"
+    frozen = Trainset.open(root, digest)
+    if all(_same(frozen, frozen.rows(frames), chosen, rows) for frames, rows in chosen.addresses.items()):
+        return None
+    frozen.check()
+    return "its rows stand elsewhere now"
+
+
+def _same(trainset: Trainset, frozen: np.ndarray, chosen: Selection, rows: np.ndarray) -> bool:
+    """Whether frozen addresses are the chosen ones, whatever else their batches are numbered by."""
+    numbers = {batch: number for number, batch in enumerate(chosen.batches)}
+    now = np.array([numbers.get(batch, -1) for batch in trainset.batches], np.int64)
+    others = [name for name in rows.dtype.names or () if name != "batch"]
+    if frozen["batch"].max(initial=0) >= len(now):
+        return False
+    return np.array_equal(now[frozen["batch"]], rows["batch"]) and all(
+        np.array_equal(frozen[name], rows[name]) for name in others
+    )
 
 
 def _weights(project: Project, chosen: Selection) -> dict[str, float]:
@@ -190,9 +230,10 @@ def statistics(chosen: Selection, weights: Mapping[str, float]) -> tuple[np.ndar
 
 def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> None:
     mean, std = statistics(chosen, weights)
-    said = {
+    latest = read_latest(project.root, "trainset")
+    said: dict[str, Any] = {
         "digest": digest,
-        "parent": read_latest(project.root, "trainset"),
+        "parent": latest if latest != digest else None,
         "spec": chosen.spec.to_json(),
         "weights": dict(weights),
         "mean": mean.tolist(),
@@ -203,13 +244,15 @@ def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], d
         "left_out": dict(chosen.left_out),
         "dropped": dict(chosen.dropped),
     }
-    with staged_folder(folder, last="trainset.json") as temporary:
-        for frames, rows in chosen.addresses.items():
-            np.save(temporary / f"rows.f{frames}.npy", rows, allow_pickle=False)
-        files = sorted(temporary.glob("*.npy"))
-        said["files"] = {path.name: crc32c(np.memmap(path, np.uint8, "r")) for path in files}
-        write_tables(str(temporary / "lineage.parquet"), _lineage(project, chosen), Lineage)
-        publish_json(str(temporary / "trainset.json"), said | {"seal": digest_config(said)})
+    stands = bool(listing.files(folder))
+    before = Trainset.open(project.root, digest) if exists(f"{folder}/{SAID}") else None
+    if before is not None:
+        said |= before.facts()
+    if before is None or before.batches != chosen.batches:
+        for name in listing.files(folder):
+            if name.startswith("pixels.") and name.endswith(".json"):
+                remove_tree(f"{folder}/{name}")  # they count batches as the rows did; frozen again when asked for
+    write_trainset(folder, said, chosen.addresses, _lineage(project, chosen), over=stands)
 
 
 def _lineage(project: Project, chosen: Selection) -> Iterator[pl.DataFrame]:

@@ -6,9 +6,8 @@ the whole: no clip is left out or replaced. Holds no choice of rows (selection.p
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,10 +16,11 @@ from nextvid.config import RecipeConfig
 from nextvid.corpus.accepted import standing
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_files import Frozen, new_array, publish_sealed, read_sealed
+from nextvid.corpus.trainset_shards import gone_shards
 from nextvid.encode.pixel_plan import pixel_spec
 from nextvid.recipes import RECIPES
 from storage import atomic, listing
-from storage.cache import open_rows
 from storage.digest import crc32c, digest_bytes, digest_config
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.pixel_reader import PIXEL_ADDRESS, pixel_addresses
@@ -41,7 +41,7 @@ class TrainsetPixels:
     spec: PixelSpec
     psnr_mean_db: float | None  # of the JPEGs against their frames, over the rows that were measured; None without any
     psnr_rows: int
-    files: Mapping[str, int] = field(default_factory=dict)  # crc32c of each file of addresses, by its name
+    files: Mapping[str, int]  # crc32c of each file of addresses, by its name
 
     @property
     def path(self) -> str:
@@ -59,29 +59,22 @@ class TrainsetPixels:
 
         Raises DamagedError where the file is not what was frozen.
         """
-        wanted = len(self.trainset.rows(frames))
-        path = _addresses_path(self.folder, self.spec, frames)
-        try:
-            rows = open_rows(self.root, path, self.files.get(path.rpartition("/")[2]))
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{path}: {error}; {_remedy(self.folder, self.spec)}") from None
-        if rows.dtype != PIXEL_ADDRESS or rows.shape != (wanted,):
-            raise DamagedError(
-                f"{path}: {rows.shape} rows of {rows.dtype}, {wanted} addresses were frozen; "
-                f"{_remedy(self.folder, self.spec)}"
-            )
-        return rows
+        name = _addresses_path(self.folder, self.spec, frames).rpartition("/")[2]
+        return self._frozen.open(name, PIXEL_ADDRESS, len(self.trainset.rows(frames)))
 
     def check(self) -> None:
         """Read every file of addresses; DamagedError where one is not what was frozen. Costs what reading costs."""
-        for name, crc in self.files.items():
-            path = f"{self.folder}/{name}"
-            try:
-                found = crc32c(atomic.read_bytes(path))
-            except (OSError, UpstreamError) as error:
-                raise DamagedError(f"{path} cannot be read ({error}); {_remedy(self.folder, self.spec)}") from None
-            if found != crc:
-                raise DamagedError(f"{path}: its bytes differ from their checksum; {_remedy(self.folder, self.spec)}")
+        self._frozen.check()
+
+    def gone(self) -> list[str]:
+        """A line for each part of the pixel store that lacks shards which rows stand in: which, and what to do."""
+        store, rows = PixelStore(self.root, self.spec), {frames: self.rows(frames) for frames in self.trainset.lengths}
+        whose = f"the pixels of trainset {self.trainset.digest}"
+        return gone_shards(store, self.trainset.batches, rows, whose, "ask for the run again")
+
+    @property
+    def _frozen(self) -> Frozen:
+        return Frozen(self.root, self.folder, self.files, _remedy(self.path))
 
 
 def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) -> TrainsetPixels:
@@ -109,8 +102,12 @@ def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) ->
         )
     folder = project.root.pointed("trainset", trainset.digest)
     path = _said_path(folder, spec)
-    if not atomic.exists(path):
-        _freeze(PixelStore(project.root, spec), trainset, folder, recipe.name)
+    if atomic.exists(path):
+        stands = _opened(project.root, trainset, folder, path)
+        stands.check()
+        if not stands.gone():
+            return stands
+    _freeze(PixelStore(project.root, spec), trainset, folder, recipe.name)  # anew where its rows stand elsewhere now
     return _opened(project.root, trainset, folder, path)
 
 
@@ -144,19 +141,20 @@ def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> 
         psnr_db.append(_psnr(store, trainset, frames))
     measured = pl.concat(psnr_db).drop_nulls()
     said = {
+        "trainset": trainset.digest,
         "digest": digest_config({"trainset": trainset.digest, "spec": store.digest, "rows": contents}),
         "spec": store.spec.to_json(),
         "psnr_mean_db": measured.mean(),
         "psnr_rows": len(measured),
         "files": files,
     }
-    atomic.publish_json(_said_path(folder, store.spec), said)
+    publish_sealed(_said_path(folder, store.spec), said)
 
 
 def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: int, recipe: str) -> np.ndarray:
     """Addresses into a new file, batch by batch, so that no more than a batch's rows are in memory beside them."""
     rows = trainset.rows(frames)
-    found = np.lib.format.open_memmap(path, mode="w+", dtype=PIXEL_ADDRESS, shape=rows.shape)
+    found = new_array(path, PIXEL_ADDRESS, len(rows))
     order = np.argsort(rows["batch"], kind="stable")
     ends = np.flatnonzero(np.diff(rows["batch"][order])) + 1
     lacking: list[str] = []
@@ -194,16 +192,17 @@ def _psnr(store: PixelStore, trainset: Trainset, frames: int) -> pl.Series:
 
 
 def _opened(root: DataRoot, trainset: Trainset, folder: str, path: str) -> TrainsetPixels:
-    said: Any = atomic.read_json(path)
+    said = read_sealed(path, _remedy(path))
     try:
         spec = PixelSpec.from_json(said["spec"])
-        mean_db, measured = said["psnr_mean_db"], said["psnr_rows"]
-        files = said.get("files", {})  # older ones name none
-        return TrainsetPixels(root, trainset, folder, said["digest"], spec, mean_db, measured, files)
+        mean_db, measured, files = said["psnr_mean_db"], said["psnr_rows"], said["files"]
+        found = TrainsetPixels(root, trainset, folder, said["digest"], spec, mean_db, measured, files)
+        of = said["trainset"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedError(
-            f"{path} does not say what it should ({error}): remove it and ask for the run again"
-        ) from error
+        raise DamagedError(f"{path} does not say what it should ({error}); {_remedy(path)}") from error
+    if (of, found.path) != (trainset.digest, path):
+        raise DamagedError(f"{path} describes pixels of another trainset or another quality; {_remedy(path)}")
+    return found
 
 
 def _twin(recipe: RecipeConfig) -> str:
@@ -219,8 +218,8 @@ def _addresses_path(folder: str, spec: PixelSpec, frames: int) -> str:
     return f"{folder}/pixels.{spec.digest()}.f{frames}.npy"
 
 
-def _remedy(folder: str, spec: PixelSpec) -> str:
-    return f"remove {_said_path(folder, spec)} and ask for the run again"
+def _remedy(path: str) -> str:
+    return f"remove {path} and ask for the run again"
 
 
 def _hex(row: np.void) -> str:

@@ -180,15 +180,17 @@ def trainsets_of(root: DataRoot) -> list[str]:
 
 
 def damaged_trainsets(root: DataRoot) -> list[str]:
-    """What is wrong with each trainset whose files are not what was frozen."""
+    """What is wrong with each trainset whose files are not what was frozen, or whose shards are not there."""
     found = []
-    for digest in trainsets_of(root):
+    for digest in listing.folders(f"{root.url}/trainset", r"[0-9a-f]{32}"):
         try:
             trainset = Trainset.open(root, digest)
             trainset.check()
             trainset.lineage()
+            found += trainset.gone()
             for pixels in frozen_pixels(root, trainset):
                 pixels.check()
+                found += pixels.gone()
         except NExTVidError as error:
             found.append(str(error))
     return found

@@ -87,7 +87,7 @@ def prepare_run(
         carried_out = carried_out.model_copy(update={"ranks": ranks})
     trainset = _trainset(project, recipe, launch)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
-    Trainset.open(project.root, trainset).check()
+    _refuse_damaged(Trainset.open(project.root, trainset))
     plan = _mask_plan(project, config, overridden=bool(overrides))
     pixels = _pixels(project, config, trainset)
     run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides, pixels)
@@ -167,6 +167,14 @@ def _trainset(project: Project, recipe: str, launch: str | None) -> str:
     if newest is None:
         raise UpstreamError("there is no trainset yet: make 'trainset' first")
     return newest
+
+
+def _refuse_damaged(trainset: Trainset) -> None:
+    """DamagedError where a file of the trainset is not what was frozen, or a shard of its rows is not there."""
+    trainset.check()
+    if gone := trainset.gone():
+        more = f" (and {len(gone) - 1} parts more: 'nextvid verify' names them)" if len(gone) > 1 else ""
+        raise DamagedError(f"{gone[0]}{more}")
 
 
 def _pixels(project: Project, config: RecipeConfig, trainset: str) -> str | None:

@@ -18,6 +18,7 @@ import yaml
 from nextvid.config import HowConfig
 from nextvid.corpus.pointers import publish_latest
 from nextvid.corpus.project import Project, open_project
+from nextvid.corpus.trainset_files import write_trainset
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.train.distributed import join
 from nextvid.train.launch import finish_run, prepare_run
@@ -204,23 +205,20 @@ def _write_trainset(project: Project) -> None:
     batches = ["pets.000000", "stills.000000"]
     rows = clip_rows().filter(pl.col("split") == "train").sort("dataset", "row_id")
     name = digest(["trainset", rows["row_id"].bin.encode("hex").to_list()])
-    folder = Path(root.pointed("trainset", name))
-    folder.mkdir(parents=True)
+    folder, frozen = root.pointed("trainset", name), {}
     for dataset, frames in (("pets", FRAMES), ("stills", 1)):
         own = rows.filter(pl.col("dataset") == dataset).select("row_id")
         commits = own.join(store.commits(f"{dataset}.000000"), on="row_id", maintain_order="left")
-        found = addresses(commits, batches)
-        assert found.dtype == ADDRESS
-        np.save(folder / f"rows.f{frames}.npy", found, allow_pickle=False)
-    tables.write_table(str(folder / "lineage.parquet"), rows.select(Lineage.column_names()), Lineage)
+        frozen[frames] = addresses(commits, batches)
+        assert frozen[frames].dtype == ADDRESS
     said = {
         "digest": name, "parent": None, "spec": store.spec.to_json(), "weights": {"pets": 0.9, "stills": 0.1},
         "mean": [0.0] * CHANNELS, "std": [1.0] * CHANNELS, "batches": batches,
         "offsets": {f"f{FRAMES}": {"pets": [0, 20 * CLIPS_A_VIDEO]}, "f1": {"stills": [0, IMAGES]}},
         "duplicates": "d0" * 16, "left_out": {}, "dropped": {},
     }  # fmt: skip
-    atomic.publish_json(str(folder / "trainset.json"), said)
-    tables.publish_checks(str(folder / "checks.json"), "trainset", [])
+    write_trainset(folder, said, frozen, [rows.select(Lineage.column_names())])
+    tables.publish_checks(f"{folder}/checks.json", "trainset", [])
     publish_latest(root, "trainset", name)
 
 

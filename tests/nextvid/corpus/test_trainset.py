@@ -426,10 +426,6 @@ class TestStatistics:
 
 
 class TestOpening:
-    def test_recipe_that_needs_other_lengths_is_refused(self, corpus: Corpus) -> None:
-        with pytest.raises(RefusedError, match="needs clips of"):
-            make_trainset(corpus.project, ["demo"])
-
     def test_nothing_there(self, corpus: Corpus) -> None:
         with pytest.raises(UpstreamError, match="no trainset yet"):
             Trainset.open(corpus.project.root)

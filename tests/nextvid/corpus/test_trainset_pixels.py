@@ -1,7 +1,6 @@
 """trainset_pixels.py: addresses that follow the trainset's rows one for one, and what refuses to be frozen."""
 
 import dataclasses
-import json
 import tracemalloc
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from nextvid.config import RecipeConfig
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_files import publish_sealed, read_sealed
 from nextvid.corpus.trainset_pixels import TrainsetPixels, freeze_pixels, frozen_pixels, open_pixels
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train.overrides import apply_overrides
@@ -104,10 +104,10 @@ def test_psnr_is_that_of_the_measured_rows(project: Project) -> None:
 def test_opening_costs_the_same_at_any_size(project: Project) -> None:
     """Rows are memory-mapped: a file of a million addresses is opened in no memory to speak of."""
     pixels = frozen(project)
-    said = json.loads(Path(pixels.folder, "trainset.json").read_text())
+    said = read_sealed(f"{pixels.folder}/trainset.json", "")
     count = 1_000_000
     said["offsets"]["f4"] = {"films": [0, count]}
-    Path(pixels.folder, "trainset.json").write_text(json.dumps(said))
+    publish_sealed(f"{pixels.folder}/trainset.json", said)
     trainset = Trainset.open(project.root)
     np.save(f"{pixels.folder}/rows.f4.npy", np.zeros(count, trainset.rows(8).dtype))
     np.save(f"{pixels.folder}/pixels.{pixels.spec.digest()}.f4.npy", np.zeros(count, PIXEL_ADDRESS))
@@ -223,7 +223,7 @@ class TestDamaged:
     def test_a_description_that_says_nothing(self, project: Project, text: str) -> None:
         pixels = frozen(project)
         Path(pixels.folder, f"pixels.{pixels.spec.digest()}.json").write_text(text)
-        with pytest.raises(DamagedError, match="does not say what it should"):
+        with pytest.raises(DamagedError, match=r"pixels\..*has no seal.*remove .*\.json and ask for the run again"):
             frozen(project)
 
     def test_the_remedy_heals(self, project: Project) -> None:

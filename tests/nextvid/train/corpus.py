@@ -1,7 +1,7 @@
 """A project whose latents are random numbers: store, trainset and corpus.yaml written by hand, in milliseconds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +9,11 @@ import polars as pl
 
 from nextvid.corpus.pointers import publish_latest
 from nextvid.corpus.project import Project, open_project
-from storage import atomic, tables
+from nextvid.corpus.trainset_files import write_trainset as write_frozen
+from storage import tables
 from storage.digest import digest, digest_config
 from storage.latents import EncodingSpec, LatentStore
-from storage.reader import ADDRESS, addresses
+from storage.reader import ADDRESS, addresses, row_id
 from storage.root import DataRoot
 from storage.schemas import Commits
 from tests.nextvid.train.tiny import CHANNELS, GRID
@@ -72,13 +73,21 @@ def write_trainset(root: DataRoot, spec: EncodingSpec, seed: int = 0) -> str:
         },
     }
     folder = root.pointed("trainset", name)
-    with atomic.staged_folder(folder) as staged:
-        for frames, parts in by_frames.items():
-            np.save(staged / f"rows.f{frames}.npy", np.concatenate(parts).astype(ADDRESS), allow_pickle=False)
-        atomic.publish_json(str(staged / "trainset.json"), said)
+    frozen = {frames: np.concatenate(parts).astype(ADDRESS) for frames, parts in by_frames.items()}
+    write_frozen(folder, said, frozen, lineage_of(frozen))
     tables.publish_checks(f"{folder}/checks.json", "trainset", [{"name": "weights_sum_to_one", "passed": True}])
     publish_latest(root, "trainset", name)
     return name
+
+
+def lineage_of(rows: Mapping[int, np.ndarray]) -> Iterator[pl.DataFrame]:
+    """Of rows whose clips, shots and files nobody ever saw."""
+    for frames, found in rows.items():
+        ids = [row_id(address) for address in found]
+        known = dict.fromkeys(("row_id", "clip_id", "shot_id", "media_id"), ids)
+        where = [BATCHES[batch] for batch in found["batch"].tolist()]
+        names = {"dataset": [batch.split(".")[0] for batch in where], "batch": where, "uri": ["/nowhere"] * len(ids)}
+        yield pl.DataFrame(known | names | {"frames": [frames] * len(ids)})
 
 
 def write_part(store: LatentStore, batch: str, frames: int, names: Sequence[str], rng: np.random.Generator) -> None:

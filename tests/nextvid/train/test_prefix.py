@@ -9,9 +9,9 @@ import pytest
 from nextvid.corpus.pointers import publish_latest
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
+from nextvid.corpus.trainset_files import read_sealed, write_trainset
 from nextvid.train import order, prefix
 from nextvid.train.prefix import Prefix, shared_prefix
-from storage import atomic
 from tests.nextvid.train.corpus import make_project
 from tests.nextvid.train.tiny import tiny_recipe
 
@@ -28,19 +28,19 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 def _grown(project: Project, weights: Mapping[str, float], rows: Mapping[int, Mapping[str, Sequence[int]]]) -> str:
     """A trainset whose parent is the latest, with these of its rows by frames and dataset."""
     parent = Trainset.open(project.root)
-    said = atomic.read_json(f"{project.root.pointed('trainset', parent.digest)}/trainset.json")
+    said = read_sealed(f"{project.root.pointed('trainset', parent.digest)}/trainset.json", "")
     digest = "f" * 32
     offsets: dict[str, dict[str, tuple[int, int]]] = {}
-    with atomic.staged_folder(project.root.pointed("trainset", digest)) as staged:
-        for frames, by_dataset in rows.items():
-            first, parts = 0, []
-            for name, taken in sorted(by_dataset.items()):
-                offsets.setdefault(f"f{frames}", {})[name] = (first, len(taken))
-                parts.append(np.array(parent.rows(frames))[list(taken)])
-                first += len(taken)
-            np.save(staged / f"rows.f{frames}.npy", np.concatenate(parts), allow_pickle=False)
-        changed = {"digest": digest, "parent": parent.digest, "weights": dict(weights), "offsets": offsets}
-        atomic.publish_json(str(staged / "trainset.json"), said | changed)
+    chosen = {}
+    for frames, by_dataset in rows.items():
+        first, parts = 0, []
+        for name, taken in sorted(by_dataset.items()):
+            offsets.setdefault(f"f{frames}", {})[name] = (first, len(taken))
+            parts.append(np.array(parent.rows(frames))[list(taken)])
+            first += len(taken)
+        chosen[frames] = np.concatenate(parts)
+    changed = {"digest": digest, "parent": parent.digest, "weights": dict(weights), "offsets": offsets}
+    write_trainset(project.root.pointed("trainset", digest), said | changed, chosen, [])
     publish_latest(project.root, "trainset", digest)
     return digest
 
@@ -120,14 +120,11 @@ def test_a_dataset_that_is_gone_is_named(project: Project) -> None:
 def test_a_parent_without_the_length_is_another_order(project: Project) -> None:
     _grown(project, {"films": 0.75}, {8: OLD[8]})
     parent = Trainset.open(project.root).digest
-    said = atomic.read_json(f"{project.root.pointed('trainset', parent)}/trainset.json")
-    with atomic.staged_folder(project.root.pointed("trainset", "e" * 32)) as staged:
-        for frames in (4, 8):
-            rows = np.array(Trainset.open(project.root, said["parent"]).rows(frames))
-            np.save(staged / f"rows.f{frames}.npy", rows, allow_pickle=False)
-        offsets = {"f4": {"films": [0, 9]}, "f8": {"films": [0, 5]}}
-        changed = {"digest": "e" * 32, "parent": parent, "offsets": offsets}
-        atomic.publish_json(str(staged / "trainset.json"), said | changed)
+    said = read_sealed(f"{project.root.pointed('trainset', parent)}/trainset.json", "")
+    rows = {frames: np.array(Trainset.open(project.root, said["parent"]).rows(frames)) for frames in (4, 8)}
+    offsets = {"f4": {"films": [0, 9]}, "f8": {"films": [0, 5]}}
+    changed = {"digest": "e" * 32, "parent": parent, "offsets": offsets}
+    write_trainset(project.root.pointed("trainset", "e" * 32), said | changed, rows, [])
     publish_latest(project.root, "trainset", "e" * 32)
     found = _found(project)
     assert found.same == 0
