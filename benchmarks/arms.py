@@ -3,10 +3,10 @@
 Each arm is opened outside the clock. Within a group all of them end with the same thing: `read` with one clip after the
 other copied into one array, in the order of our draws; `host` with float16 batches in this process's memory, as a
 device takes them; `step` with float32 batches, normalised, as a step on the CPU takes them. Consumers keep a batch
-until the next is there, as a step does. It measures nothing.
+until the next is there, as a step does. Worker processes start with the first pass and live on. It measures nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 from benchmarks.clips import BATCH, CHANNELS, SHAPE, Clips, InHostMemory, Store, random_clips, write_store
 from benchmarks.decoding import decoded_batches, write_video
 from benchmarks.sources import Read, Source
-from nextvid.model.tokens import normalise
 from storage.atomic import exists, staged_folder
 
 READ, LOADER = "RowReader", "Loader, thread ring"
@@ -28,14 +27,14 @@ OUR_THREADS = (0, 2)  # design 11 compares with 2; 0: all in the consumer's, as 
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of a table: `prepare` opens it outside the clock and gives the work of so many passes over the clips."""
+    """One line of a table: `prepare` opens it outside the clock and gives the work of one pass over the clips."""
 
     group: str
     name: str
     folder: Path
     workers: int  # processes for others, threads for ours
     clips: int  # a pass
-    prepare: Callable[[int], Callable[[], None]]
+    prepare: Callable[[], Callable[[], None]]
 
 
 def arms(
@@ -55,7 +54,7 @@ def arms(
         if source.opened is not None:
             reading = partial(_reading_other, source.opened, folder, ours, steps)
             yield Arm("read", source.name, folder, 0, count, reading)
-        for number in workers if source.forks else (0,):
+        for number in workers:
             for group in ("host", "step"):
                 batches = partial(_batches, source, folder, number, ours, steps, group == "step")
                 yield Arm(group, source.name, folder, number, count, batches)
@@ -79,16 +78,14 @@ def _written(name: str, writes: Callable[[Clips, Path], None], clips: Callable[[
     return folder
 
 
-def _reading_ours(folder: Path, steps: int, passes: int) -> Callable[[], None]:
+def _reading_ours(folder: Path, steps: int) -> Callable[[], None]:
     store = Store(folder)
-    return _reading(store.read_into, store.order(steps * passes))
+    return _reading(store.read_into, store.order(steps))
 
 
-def _reading_other(
-    opened: Callable[[Path], Read], folder: Path, ours: Path, steps: int, passes: int
-) -> Callable[[], None]:
+def _reading_other(opened: Callable[[Path], Read], folder: Path, ours: Path, steps: int) -> Callable[[], None]:
     read = opened(folder)
-    return _reading(lambda clip, out: np.copyto(out, read(clip)), Store(ours).order(steps * passes))
+    return _reading(lambda clip, out: np.copyto(out, read(clip)), Store(ours).order(steps))
 
 
 def _reading(read_into: Callable[[int, np.ndarray], None], order: list[int]) -> Callable[[], None]:
@@ -101,48 +98,58 @@ def _reading(read_into: Callable[[int, np.ndarray], None], order: list[int]) -> 
     return work
 
 
-def _loading(folder: Path, steps: int, threads: int, host: bool, passes: int) -> Callable[[], None]:
+def _loading(folder: Path, steps: int, threads: int, host: bool) -> Callable[[], None]:
     """Work: the trainer's loader once through its steps, masks included."""
     store = Store(folder)
-    loader = store.loader(steps * passes, InHostMemory if host else None)
+    loader = store.loader(steps, InHostMemory if host else None)
 
     def work() -> None:
         seen = 0
         for batch in loader.batches(0, threads):
             assert batch.latents is not None
             seen += len(batch.latents)
-        assert seen == steps * passes * BATCH, f"{seen} clips"
+        assert seen == steps * BATCH, f"{seen} clips"
 
     return work
 
 
-def _batches(
-    source: Source, folder: Path, workers: int, ours: Path, steps: int, converted: bool, passes: int
-) -> Callable[[], None]:
+def _batches(source: Source, folder: Path, workers: int, ours: Path, steps: int, converted: bool) -> Callable[[], None]:
     """Work: batches of another format, as many as ours."""
-    order = Store(ours).order(steps * passes)
-    return lambda: _consume(source.batches(folder, order, workers), len(order), converted)
+    order = Store(ours).order(steps)
+    batches, consume = source.batches(folder, order, workers), _Consumer(converted)
+    return lambda: consume(batches, len(order))
 
 
-def _converting(steps: int, passes: int) -> Callable[[], None]:
+def _converting(steps: int) -> Callable[[], None]:
     """Work: what others do after reading, on one batch that lies in memory."""
-    batch = torch.from_numpy(random_clips(BATCH))
-    return lambda: _consume((batch for _ in range(steps * passes)), steps * passes * BATCH, converted=True)
+    batch, consume = torch.from_numpy(random_clips(BATCH)), _Consumer(converted=True)
+    return lambda: consume((batch for _ in range(steps)), steps * BATCH)
 
 
-def _decoding(path: Path, workers: int, passes: int) -> Callable[[], None]:
+def _decoding(path: Path, workers: int) -> Callable[[], None]:
     def work() -> None:
-        assert sum(len(batch) for batch in decoded_batches(path, DECODED * passes, workers)) == DECODED * passes
+        assert sum(len(batch) for batch in decoded_batches(path, DECODED, workers)) == DECODED
 
     return work
 
 
-def _consume(batches: Iterator[torch.Tensor], wanted: int, converted: bool) -> None:
-    """What the trainer does with a batch before the model sees it."""
-    mean, std = torch.zeros(CHANNELS), torch.ones(CHANNELS)
-    seen = 0
-    for batch in batches:
-        assert batch.dtype == torch.float16, f"{batch.dtype}"
-        kept = normalise(batch.float(), mean, std) if converted else batch  # until the next one is there
-        seen += len(kept)
-    assert seen == wanted, f"{seen} clips of {wanted}"
+class _Consumer:
+    """What a trainer does with others' batches before the model sees them: keep one until the next is there.
+
+    `converted`: to float32 and normalised, in memory that is used again, as ours is.
+    """
+
+    def __init__(self, converted: bool) -> None:
+        self._ready = torch.empty(BATCH, *SHAPE) if converted else None
+        self._mean, self._std = torch.zeros(CHANNELS, 1, 1), torch.ones(CHANNELS, 1, 1)
+
+    def __call__(self, batches: Iterable[torch.Tensor], wanted: int) -> None:
+        seen = 0
+        for batch in batches:
+            assert batch.dtype == torch.float16, f"{batch.dtype}"
+            kept = batch if self._ready is None else self._converted(self._ready[: len(batch)], batch)
+            seen += len(kept)
+        assert seen == wanted, f"{seen} clips of {wanted}"
+
+    def _converted(self, out: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return out.copy_(batch).sub_(self._mean).div_(self._std)  # `normalise`, in place

@@ -134,9 +134,13 @@ class Store:
 class InHostMemory(StagedLatents):
     """The way to a device up to the copy: its batches are the float16 places of the ring."""
 
+    _held: Place | None = None  # what the consumer has
+
     def deliver(self, drawn: Drawn, place: tuple[Place, Float16[Tensor, "B F C H W"]]) -> Tensor:
-        """The place as it is, which is written again a round of the ring later."""
-        self._ring.give(place[0], copied=None)
+        """The place as it is; it goes back into the ring when the next one is delivered."""
+        if self._held is not None:
+            self._ring.give(self._held, copied=None)
+        self._held = place[0]
         return place[1]
 
 

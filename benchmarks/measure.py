@@ -6,6 +6,7 @@ one turn are compared; a median over turns is what is printed. Holds no workload
 
 import ctypes
 import mmap
+import multiprocessing
 import os
 import platform
 import resource
@@ -14,19 +15,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 from storage.atomic import publish_json
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds by the wall clock, and of CPU in this process and in children that have ended."""
+    """Seconds by the wall clock, and of CPU in this process and its children, workers that live on included."""
 
     wall_s: float
     cpu_s: float
@@ -96,6 +100,12 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
     Console(width=max(100, Console().width)).print(table)
 
 
+def shown(items: Sequence[T], title: str) -> Iterable[T]:
+    """The items one by one, with a bar on stderr where that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, title, console=console, transient=True, disable=not console.is_terminal)
+
+
 def write(path: Path | None, found: Mapping[str, Any]) -> None:
     """Write the JSON file, if one was asked for."""
     if path is not None:
@@ -107,5 +117,12 @@ def _plain(cell: object) -> str:
 
 
 def _cpu_s() -> float:
+    living = sum(_cpu_s_of(child.pid) for child in multiprocessing.active_children() if child.pid is not None)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + ended.ru_utime + ended.ru_stime
+    return time.process_time() + ended.ru_utime + ended.ru_stime + living
+
+
+def _cpu_s_of(process: int) -> float:
+    """User and system seconds of proc(5), fields 14 and 15; the second ends with the last bracket."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

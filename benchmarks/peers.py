@@ -1,7 +1,8 @@
 """Formats with packages of their own (extra `bench`): each written uncompressed and read as its documentation says.
 
 A package that cannot be imported is named as absent. Lance, HF datasets, MDS and litdata give clips by number; batches
-of Lance come in stored order, those of MDS, litdata and WebDataset in a shuffled order of their own, as users have it.
+of Lance without workers come in stored order, those of MDS, litdata and WebDataset in a shuffled order of their own, as
+users have it.
 
 Axes: F frames, C channels, h w cells.
 """
@@ -10,7 +11,8 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -19,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from benchmarks.clips import BATCH, CLIP_BYTES, SHAPE, Clips
-from benchmarks.sources import Read, Source, by_number, stacked
+from benchmarks.sources import ByNumber, Read, Source, by_number, loaded, stacked
 
 SHARD_BYTES = 1 << 26  # 64 MiB, as our shards (67 MB) and the formats' own defaults
 SHUFFLE_BUFFER = 256  # clips, WebDataset: as many as one of our shards
@@ -31,7 +32,7 @@ SHUFFLE_BUFFER = 256  # clips, WebDataset: as many as one of our shards
 def found_peers() -> tuple[tuple[Source, ...], list[dict[str, str]]]:
     """Those that can be imported, and the name and reason of each that cannot."""
     peers = {
-        "lance": Source("Lance", _write_lance, _open_lance, _lance_batches, forks=False),
+        "lance": Source("Lance", _write_lance, _open_lance, _lance_batches),
         "datasets": Source("HF datasets (arrow)", _write_arrow, _open_arrow, _arrow_batches),
         "streaming": Source("mosaicml-streaming MDS", _write_mds, _open_mds, _mds_batches),
         "litdata": Source("litdata, batch_decode off", _write_litdata, _open_litdata, _litdata_batches),
@@ -73,17 +74,6 @@ def _clip(data: bytes | memoryview) -> np.ndarray:
     return np.frombuffer(data, np.float16).reshape(SHAPE)
 
 
-def _passes(once: Callable[[], Iterable[Tensor]], order: Sequence[int]) -> Iterator[Tensor]:
-    """Passes in the format's own order until as many clips came as `order` has."""
-    left = len(order)
-    while left > 0:
-        before = left
-        for batch in once():
-            left -= len(batch)
-            yield batch
-        assert left < before, "a pass without a clip"
-
-
 def _write_lance(clips: Clips, folder: Path) -> None:
     import lance
     import pyarrow
@@ -105,17 +95,25 @@ def _open_lance(folder: Path) -> Read:
 
 
 def _lance_tensor(batch: Any, **_: object) -> Tensor:  # noqa: ANN401 - pyarrow is not always there
-    # Lance passes options that do not apply to one column
+    # Lance passes options that do not apply to one column; a view, as its own conversion gives one
     values = batch.column("clip").flatten().to_numpy(zero_copy_only=True)
-    return torch.from_numpy(values.reshape(-1, *SHAPE).copy())
+    return torch.from_numpy(values.reshape(-1, *SHAPE))
 
 
-def _lance_batches(folder: Path, order: Sequence[int], _workers: int) -> Iterator[Tensor]:
-    """Without workers always: Lance reads ahead in threads of its own and must not be forked (its documentation)."""
+def _lance_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
+    """A scan in stored order, which threads of Lance's own read ahead; with workers rows by number.
+
+    Lance must not be forked (its documentation), so workers are spawned, as its `get_safe_loader` does.
+    """
     from lance.torch.data import LanceDataset
 
-    data = LanceDataset(str(folder / "clips.lance"), BATCH, columns=["clip"], to_tensor_fn=_lance_tensor)
-    return _passes(lambda: data, order)
+    if workers:
+        return loaded(ByNumber(_open_lance, folder), workers, stacked, sampler=order, multiprocessing_context="spawn")
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+    found: Iterable[Tensor] = LanceDataset(
+        str(folder / "clips.lance"), BATCH, columns=["clip"], to_tensor_fn=_lance_tensor
+    )
+    return found
 
 
 def _write_arrow(clips: Clips, folder: Path) -> None:
@@ -141,7 +139,7 @@ def _open_arrow(folder: Path) -> Read:
     return read
 
 
-def _arrow_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _arrow_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
     return by_number(_open_arrow, folder, order, workers)
 
 
@@ -164,11 +162,10 @@ def _open_mds(folder: Path) -> Read:
     return read
 
 
-def _mds_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _mds_batches(folder: Path, _order: Sequence[int], workers: int) -> Iterable[Tensor]:
     from streaming import StreamingDataset
 
-    data = StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True, shuffle_algo="py1br")
-    return _passes(lambda: DataLoader(data, BATCH, num_workers=workers, collate_fn=_stacked_values), order)
+    return loaded(StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True), workers, _stacked_bytes)
 
 
 def _write_litdata(clips: Clips, folder: Path) -> None:
@@ -176,7 +173,7 @@ def _write_litdata(clips: Clips, folder: Path) -> None:
 
     cache = Cache(str(folder), chunk_bytes=SHARD_BYTES)
     for number, clip in enumerate(clips):
-        cache[number] = {"clip": clip.tobytes()}
+        cache[number] = {"clip": clip}  # as bytes it would become an Arrow table, decoded chunk by chunk
     cache.done()
     cache.merge()
 
@@ -187,26 +184,28 @@ def _open_litdata(folder: Path) -> Read:
     data = StreamingDataset(str(folder), batch_decode=False)
 
     def read(clip: int) -> np.ndarray:
-        return _clip(data[clip]["clip"])
+        found: np.ndarray = data[clip]["clip"]
+        return found
 
     return read
 
 
-def _litdata_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _litdata_batches(folder: Path, _order: Sequence[int], workers: int) -> Iterable[Tensor]:
     from litdata import StreamingDataLoader, StreamingDataset
 
-    def once() -> Iterable[Tensor]:
-        data = StreamingDataset(str(folder), shuffle=True, batch_decode=False)
-        found: Iterable[Tensor] = StreamingDataLoader(
-            data, batch_size=BATCH, num_workers=workers, collate_fn=_stacked_values
-        )
-        return found
-
-    return _passes(once, order)
+    data = StreamingDataset(str(folder), shuffle=True, batch_decode=False)
+    found: Iterable[Tensor] = StreamingDataLoader(
+        data, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0, collate_fn=_stacked_arrays
+    )
+    return found
 
 
-def _stacked_values(samples: Sequence[dict[str, bytes]]) -> Tensor:
+def _stacked_bytes(samples: Sequence[dict[str, bytes]]) -> Tensor:
     return stacked([_clip(sample["clip"]) for sample in samples])
+
+
+def _stacked_arrays(samples: Sequence[dict[str, np.ndarray]]) -> Tensor:
+    return stacked([sample["clip"] for sample in samples])
 
 
 def _write_tar(clips: Clips, folder: Path) -> None:
@@ -217,18 +216,16 @@ def _write_tar(clips: Clips, folder: Path) -> None:
             writer.write({"__key__": f"{number:06d}", "clip": clip.tobytes()})
 
 
-def _tar_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _tar_batches(folder: Path, _order: Sequence[int], workers: int) -> Iterable[Tensor]:
     import webdataset
 
     shards = [str(path) for path in sorted(folder.glob("*.tar"))]
-
-    def once() -> Iterable[Tensor]:
-        data = webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False).shuffle(SHUFFLE_BUFFER)
-        return webdataset.WebLoader(
-            data.map(_tar_clip).batched(BATCH, collation_fn=stacked), batch_size=None, num_workers=workers
-        )
-
-    return _passes(once, order)
+    data = webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False).shuffle(SHUFFLE_BUFFER)
+    batches = data.map(_tar_clip).batched(BATCH, collation_fn=stacked)
+    found: Iterable[Tensor] = webdataset.WebLoader(
+        batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0
+    )
+    return found
 
 
 def _tar_clip(sample: dict[str, bytes]) -> np.ndarray:

@@ -7,9 +7,10 @@ Axes: F frames, C channels, h w cells.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,7 @@ class Source:
     name: str
     write: Callable[[Clips, Path], None]
     opened: Callable[[Path], Read] | None  # None: it has no random access
-    batches: Callable[[Path, Sequence[int], int], Iterator[Tensor]]  # of BATCH clips; folder, order, workers
-    forks: bool = True  # whether it may have worker processes
+    batches: Callable[[Path, Sequence[int], int], Iterable[Tensor]]  # folder, order, workers -> an epoch each time
 
 
 class ByNumber(Dataset[np.ndarray]):
@@ -56,10 +56,22 @@ def stacked(clips: Sequence[np.ndarray]) -> Tensor:
     return out
 
 
-def by_number(opened: Callable[[Path], Read], folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def by_number(opened: Callable[[Path], Read], folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
     """Batches in a given order through torch's DataLoader."""
-    data = ByNumber(opened, folder)
-    yield from DataLoader(data, BATCH, sampler=order, num_workers=workers, collate_fn=stacked)
+    return loaded(ByNumber(opened, folder), workers, stacked, sampler=order)
+
+
+def loaded(
+    data: Dataset[Any],
+    workers: int,
+    collate: Callable[[Sequence[Any]], Tensor],
+    **more: Any,  # noqa: ANN401 - torch's
+) -> Iterable[Tensor]:
+    """A DataLoader of torch as all formats have it; its workers live on from epoch to epoch."""
+    found: Iterable[Tensor] = DataLoader(
+        data, BATCH, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate, **more
+    )
+    return found
 
 
 def _write_raw(clips: Clips, folder: Path) -> None:
@@ -68,8 +80,8 @@ def _write_raw(clips: Clips, folder: Path) -> None:
 
 def open_raw(folder: Path) -> Read:
     """One big file in a memory map, without index or checks: the limit of what a file can give."""
-    clips = np.memmap(folder / "clips.bin", np.float16, "r").reshape(-1, *SHAPE)
-    return clips.__getitem__
+    clips = np.asarray(np.memmap(folder / "clips.bin", np.float16, "r"))  # rows of a memmap are memmaps, and cost more
+    return clips.reshape(-1, *SHAPE).__getitem__
 
 
 def _write_npy(clips: Clips, folder: Path) -> None:
@@ -94,13 +106,9 @@ def _write_safetensors(clips: Clips, folder: Path) -> None:
 def _open_safetensors(folder: Path) -> Read:
     from safetensors import safe_open
 
-    rows = safe_open(folder / "clips.safetensors", framework="numpy").get_slice("latents")  # kept open
-
-    def read(clip: int) -> np.ndarray:
-        found: np.ndarray = rows[clip]
-        return found
-
-    return read
+    # a view of the mapped file, where framework="numpy" and get_slice copy
+    rows: np.ndarray = safe_open(folder / "clips.safetensors", framework="pt").get_tensor("latents").numpy()
+    return rows.__getitem__
 
 
 def _open_safetensors_anew(folder: Path) -> Read:
@@ -136,27 +144,27 @@ def _open_store(folder: Path) -> Read:
     return read
 
 
-def _raw_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _raw_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
     return by_number(open_raw, folder, order, workers)
 
 
-def _npy_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _npy_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
     return by_number(_open_npy, folder, order, workers)
 
 
-def _safetensors_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _safetensors_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
     return by_number(_open_safetensors, folder, order, workers)
 
 
-def _safetensors_anew_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _safetensors_anew_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
     return by_number(_open_safetensors_anew, folder, order, workers)
 
 
-def _zarr_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _zarr_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
     return by_number(_open_zarr, folder, order, workers)
 
 
-def _store_batches(folder: Path, order: Sequence[int], workers: int) -> Iterator[Tensor]:
+def _store_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable[Tensor]:
     return by_number(_open_store, folder, order, workers)
 
 
