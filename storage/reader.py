@@ -7,6 +7,7 @@ share a reader. `read_row` is the slow oracle through zarr-python. Must not know
 """
 
 import ctypes
+import itertools
 import mmap
 import os
 import struct
@@ -95,18 +96,18 @@ class RowReader:
 
         Waits at most for indexes of shards not mapped yet, and where the disk's queue is full.
         """
-        ordered = np.sort(addresses, order=("batch", "part", "shard", "slot"))
-        apart = np.diff(ordered["slot"].astype(np.int64)) > 1
-        for name in ("batch", "part", "shard"):
-            apart |= ordered[name][1:] != ordered[name][:-1]
-        ends = np.append(np.flatnonzero(apart) + 1, len(ordered))
-        row_bytes, first = self._store.spec.row_bytes(frames), 0
-        fields = _fields(ordered)
-        for end in ends.tolist() if fields else ():
-            batch, part, number, slot, _ = fields[first]
-            mapped = self._mapped((frames, batch, part, number), ordered[first])
-            mapped.will_need(slot * row_bytes, (fields[end - 1][3] + 1) * row_bytes)
-            first = end
+        row_bytes = self._store.spec.row_bytes(frames)
+        waiting: tuple[_Mapped, int, int] | None = None  # map, first and last slot + 1 of neighbours found so far
+        for (batch, part, number, slot, _), n in sorted(zip(_fields(addresses), itertools.count(), strict=False)):
+            mapped = self._mapped((frames, batch, part, number), addresses[n])
+            if waiting is not None and waiting[0] is mapped and slot <= waiting[2]:
+                waiting = mapped, waiting[1], slot + 1
+                continue
+            if waiting is not None:
+                waiting[0].will_need(waiting[1] * row_bytes, waiting[2] * row_bytes)
+            waiting = mapped, slot, slot + 1
+        if waiting is not None:
+            waiting[0].will_need(waiting[1] * row_bytes, waiting[2] * row_bytes)
 
     def close(self) -> None:
         """Forget all maps; the reader stays usable and maps again."""

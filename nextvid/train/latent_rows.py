@@ -19,7 +19,7 @@ from torch import Tensor
 from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import normalise, space_to_depth
 from nextvid.train.order import IMAGE, Drawn
-from nextvid.train.ring import Leased, Place, Ring
+from nextvid.train.ring import Leased, Place, Ring, sent
 from storage.reader import RowReader
 from storage.spec import latent_of_frames
 
@@ -102,9 +102,9 @@ class StagedLatents:
             copied.record()
         self._ring.give(place[0], copied)
         frames = latents.shape[1]
-        images = torch.from_numpy(drawn.of_frames(IMAGE)) if frames > IMAGE else torch.empty(0, dtype=torch.int64)
-        if len(images):
-            places = images.to(self._device)
+        images = drawn.of_frames(IMAGE)
+        if frames > IMAGE and len(images):
+            places = sent(images, self._device)
             latents[places] = repeat(latents[places, 0], "B C H W -> B F C H W", F=frames)
         normalised = normalise(latents, self._mean, self._std)
         return space_to_depth(normalised, self._fold) if self._fold > 1 else normalised

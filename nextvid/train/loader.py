@@ -34,6 +34,7 @@ from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import draws_before, stage_at
 from nextvid.train.order import Drawn, Masks, Order
 from nextvid.train.pixel_rows import HostPixels, StagedPixels
+from nextvid.train.ring import sent
 from storage.errors import RefusedError
 from storage.pixel_reader import PixelReader
 from storage.reader import RowReader
@@ -147,7 +148,7 @@ class Loader:
 
     def _delivered(self, filled: Filled) -> Batch:
         found = {kind: rows.deliver(filled.drawn, filled.places[kind]) for kind, rows in self._rows.items()}
-        ids = [torch.from_numpy(ids).to(self._ranks.device) for ids in filled.visible]
+        ids = [sent(ids, self._ranks.device) for ids in filled.visible]
         draws = tuple(filled.drawn.draws)
         return Batch(filled.step, draws, found.get("latents"), ids, found.get("pixels"))
 

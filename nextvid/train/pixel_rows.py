@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nextvid.corpus.trainset_pixels import TrainsetPixels
 from nextvid.train.order import IMAGE, Drawn
-from nextvid.train.ring import Leased, Place, Ring
+from nextvid.train.ring import Leased, Place, Ring, sent
 from storage.pixel_reader import PixelReader
 
 Frames = UInt8[Tensor, "B F H W 3"]
@@ -82,9 +82,10 @@ class StagedPixels:
             copied = torch.cuda.Event()
             copied.record()
         self._ring.give(place[0], copied)
-        images = torch.from_numpy(drawn.of_frames(IMAGE)).to(self._device)
+        images = drawn.of_frames(IMAGE)
         if frames.shape[1] > IMAGE and len(images):
-            frames[images] = repeat(frames[images, 0], "B H W c -> B F H W c", F=frames.shape[1])
+            places = sent(images, self._device)
+            frames[places] = repeat(frames[places, 0], "B H W c -> B F H W c", F=frames.shape[1])
         return frames
 
 

@@ -3,7 +3,7 @@
 Two kinds, one for each way out. A `Ring` has a fixed number of places, pinned where a GPU copies from them: a place is
 written again only after the event behind its last copy. `Leased` memory goes to the consumer itself, who reads it in
 place (CPU): it comes back when nothing refers to it any more, so a batch that is kept is never overwritten. Neither
-knows what is stored.
+knows what is stored. What is small goes to a device by `sent`.
 """
 
 import collections
@@ -59,6 +59,15 @@ class Ring:
         """Back into the ring; `copied` marks the end of the copy out of it, None where it is over."""
         place.copied = copied
         self._free.append(place)
+
+
+def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """A small array on a device, without waiting for what the device has still to do.
+
+    A copy from ordinary memory waits for the stream, last step included. torch keeps pinned memory until it is copied.
+    """
+    host = torch.from_numpy(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class Leased:
