@@ -234,6 +234,12 @@ def zero(path: str, extents: Sequence[tuple[int, int]]) -> None:
         os.fsync(file.fileno())
 
 
+def is_temporary(path: str) -> bool:
+    """Whether a path is the temporary name of what is being written, or was."""
+    name = path.rpartition("/")[2]
+    return name.startswith(".") and name.endswith(SUFFIX)
+
+
 def litter(folder: str, older_than_s: float) -> list[str]:
     """Temporary files and folders under `folder` untouched for `older_than_s`; their paths, sorted."""
     if not is_local(folder):
@@ -241,7 +247,7 @@ def litter(folder: str, older_than_s: float) -> list[str]:
     newest_kept = time.time() - older_than_s
     found = []
     for place, folders, names in os.walk(_local(folder)):
-        temporary = [name for name in [*folders, *names] if _is_temporary(name)]
+        temporary = [name for name in [*folders, *names] if is_temporary(name)]
         folders[:] = [name for name in folders if name not in temporary]
         found += [str(path) for path in (Path(place, name) for name in temporary) if _last_touched(path) <= newest_kept]
     return sorted(found)
@@ -267,10 +273,6 @@ def remove_tree(path: str) -> None:
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(SUFFIX)
 
 
 def _last_touched(path: Path) -> float:

@@ -1,32 +1,47 @@
 """Local copies of what never changes in an object store: whole shards and row files, in a folder of bounded size.
 
 A copy takes its name only when it is whole: its length and, for a shard, index and checksums were compared with the
-commit. Other runs' copies go first, those used longest ago before others; those that are held in this process never do,
-so that the latents and the pixels of a run share the bound. Any number of processes share a folder. Which
-rows are read, and when a set is cached at all: remote_reader.py, pixel_chunks.py.
+commit. A copy that proves wrong later is made again, once: this disk changed it. Other runs' copies go first, those
+used longest ago before others; those that are held in this process never do, so that latents and pixels of a run share
+the bound. Any number of processes share a folder. Which rows are read, and when a set is cached at all:
+remote_reader.py, pixel_chunks.py.
 """
 
+import errno
 import fcntl
 import io
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 from weakref import WeakSet
 
 import numpy as np
 
 from storage import atomic, listing, remote
 from storage.digest import crc32c, digest
-from storage.errors import ConfigError, StoreError, UpstreamError
+from storage.errors import ConfigError, StoreError, UnwritableError, UpstreamError
 from storage.remote import is_local
 from storage.root import DataRoot
 
 LITTER_AGE_S = 3600.0  # our choice: a download of a shard (67 MB) that took longer is not coming
 PATIENCE_S = 60.0  # our choice: copies in the making, 67 MB each, are files by then
 _LOOK_S = 0.1
+# what a disk answers that keeps no copy; anything else passes through
+_KEEPS_NONE = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ENOTDIR,
+}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _LOCKS = 64  # our choice: so many copies are made at once by all processes of a machine
 
 
@@ -56,7 +71,8 @@ def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
     """An array of a .npy file, memory-mapped; of an object store from a local copy, or in memory without a cache.
 
     `crc` is the checksum of the file's bytes, where it is known: what comes over the network is compared with it, and a
-    file that was made again has a copy of its own. Raises OSError or ValueError where it is missing or no such file.
+    file that was made again has a copy of its own. A copy is compared once a process. Raises UpstreamError where an
+    object is missing, OSError or ValueError where a file is or is no array.
     """
     if is_local(path):
         return _array(Path(path))
@@ -69,7 +85,10 @@ def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
 
     if fits_beside(root, {path: size_bytes}):
         cache = Cache(root, {path: size_bytes}, version="" if crc is None else f".{crc:08x}")
-        return _array(cache.local(path, size_bytes, fault))
+        place = cache.local(path, size_bytes, fault)
+        while crc is not None and not _as_copied(place, crc) and cache.distrust(path, place.stat().st_ino):
+            place = cache.local(path, size_bytes, fault)
+        return _array(place)
     data = remote.read_exactly(path, size_bytes, fault=fault)
     loaded: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     return loaded
@@ -89,6 +108,7 @@ class Cache:
     def __init__(self, root: DataRoot, needed: Mapping[str, int], version: str = "") -> None:
         self._root, self._version = root, version
         self._top = Path(root.cache_folder)
+        self._distrusted: set[str] = set()
         self.needed = {self._place(path): size_bytes for path, size_bytes in needed.items()}
 
     def hold(self) -> None:
@@ -104,27 +124,53 @@ class Cache:
     def local(self, path: str, size_bytes: int, fault: Callable[[bytes], str | None] | None = None) -> Path:
         """The copy of an object of this size, made now if there is none.
 
-        DamagedError where the object is short, or `fault` says what is wrong with its bytes, in every try.
+        UpstreamError where there is no object; DamagedError where it is short, or `fault` says what is wrong with its
+        bytes, in every try; UnwritableError where the folder keeps no copy.
         """
         place = self._place(path)
-        if _stands(place, size_bytes):
-            return place
-        with self._lock(f"copy.{int(digest(path)[:4], 16) % _LOCKS:02d}"):
-            if not _stands(place, size_bytes):
-                self._fetch(path, place, size_bytes, fault)
+        with self._naming_the_folder():
+            if _stands(place, size_bytes):
+                return place
+            with self._copying(path):
+                if not _stands(place, size_bytes):
+                    self._fetch(path, place, size_bytes, fault)
         return place
 
-    def shard(self, path: str, fault: Callable[[bytes], str | None]) -> Path:
-        """As `local`, of the size that the opener said or a listing tells; FileNotFoundError where there is none."""
+    def open(self, path: str, fault: Callable[[bytes], str | None]) -> BinaryIO:
+        """The copy of a shard, opened; the opener of this cache or a listing says its size. Raises as `local`."""
         size_bytes = self.needed.get(self._place(path)) or listing.size_bytes(path)
         if size_bytes is None:
-            raise FileNotFoundError(f"{path} does not exist")
-        return self.local(path, size_bytes, fault)
+            raise UpstreamError(f"{path} does not exist")
+        with suppress(FileNotFoundError):  # others may make room between the two
+            return self.local(path, size_bytes, fault).open("rb")
+        with self._naming_the_folder():
+            return self.local(path, size_bytes, fault).open("rb")
+
+    def distrust(self, path: str, inode: int) -> bool:
+        """Give up a copy that proved wrong, and say whether to read again: no, if it was made anew for that before.
+
+        `inode` is that of the file with the wrong bytes: the copy that stands may be another by now.
+        """
+        place = self._place(path)
+        with self._naming_the_folder(), self._copying(path):
+            try:
+                if place.stat().st_ino != inode:
+                    return True
+            except FileNotFoundError:
+                return True
+            if path in self._distrusted:
+                return False
+            self._distrusted.add(path)
+            place.unlink()
+        return True
 
     def _fetch(self, path: str, place: Path, size_bytes: int, fault: Callable[[bytes], str | None] | None) -> None:
         with ExitStack() as naming, atomic.staged_file(str(place)) as temporary:
             self._reserve(temporary, size_bytes)
-            data = remote.read_exactly(path, size_bytes, fault=fault)
+            try:
+                data = remote.read_exactly(path, size_bytes, fault=fault)
+            except FileNotFoundError as error:
+                raise UpstreamError(f"{path} does not exist") from error
             with temporary.open("r+b") as file:
                 file.write(data)
                 file.flush()
@@ -166,6 +212,23 @@ class Cache:
         place = place_of(self._root, path)
         return place.with_name(place.name + self._version)
 
+    def _copying(self, path: str) -> AbstractContextManager[None]:
+        return self._lock(f"copy.{int(digest(path)[:4], 16) % _LOCKS:02d}")
+
+    @contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        """What the disk of the cache answers is not taken for an answer of the object store."""
+        try:
+            yield
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error, UnwritableError) else error
+            if not isinstance(cause, OSError) or cause.errno not in _KEEPS_NONE:
+                raise
+            raise UnwritableError(
+                f"cache.folder {self._top} keeps no copies ({cause}). Make room there and let this user write, name "
+                "another cache.folder, or set cache.size_gb to 0 to read from the object store"
+            ) from error
+
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         """Exclusive among threads and processes of this machine."""
@@ -193,7 +256,22 @@ def _stands(place: Path, size_bytes: int) -> bool:
         os.utime(place)  # used now
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if error.errno not in _READ_ONLY:  # there it may be read all the same
+            raise
     return True
+
+
+_compared: set[tuple[int, int, int]] = set()  # device, inode and checksum of copies that this process has compared
+
+
+def _as_copied(place: Path, crc: int) -> bool:
+    with place.open("rb") as file:
+        found = os.fstat(file.fileno())
+        key = (found.st_dev, found.st_ino, crc)
+        if key not in _compared and crc32c(np.memmap(file, np.uint8, "r")) == crc:
+            _compared.add(key)
+        return key in _compared
 
 
 def _array(path: Path) -> np.ndarray:

@@ -12,8 +12,11 @@
     +-- UpstreamError    upstream    what this step reads is missing or failed its checks
     +-- RefusedError     refused     a run, checkpoint or trainset does not fit what was asked
 
-Messages say what is wrong, where, and what to do. Programmers' mistakes are `assert`, never these.
+Messages say what is wrong, where, and what to do. Programmers' mistakes are `assert`, never these. What may be told as
+damage, whose remedy removes files, is decided here alone (`is_damage`).
 """
+
+import errno
 
 
 class NExTVidError(ValueError):
@@ -69,7 +72,7 @@ class ConflictError(StoreError, FileExistsError):
 
 
 class UnwritableError(NExTVidError, OSError):
-    """A read-only disk, or no permission to write; nothing was written."""
+    """A read-only disk, no permission to write, or a disk that keeps no more copies; nothing was written."""
 
     kind = "unwritable"
 
@@ -84,3 +87,16 @@ class RefusedError(NExTVidError):
     """A run, checkpoint or trainset does not fit what was asked of it."""
 
     kind = "refused"
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether reading a file failed for what the file is: gone, unreadable on its disk, or of other bytes.
+
+    A network, credentials, a mode, a full disk or too many open files say nothing of the file. Who removed it for such
+    an error would lose what is sound: they pass through as they are.
+    """
+    if isinstance(error, NExTVidError):
+        return isinstance(error, (DamagedError, TableError, UpstreamError))
+    if isinstance(error, OSError):  # fsspec's have no errno
+        return isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)) or error.errno == errno.EIO
+    return isinstance(error, (ValueError, EOFError))  # what a parser says of bytes

@@ -16,7 +16,7 @@ import dataframely as dy
 import polars as pl
 
 from storage import atomic, listing
-from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError
+from storage.errors import ConfigError, ConflictError, DamagedError, is_damage
 from storage.part import Part, PlannedPart, Spec, create_part
 from storage.root import DataRoot, Stored
 from storage.schemas import Commits
@@ -138,7 +138,9 @@ class RowStore(ABC, Generic[S, P]):
         problems: list[Problem] = []
         try:
             self.open(self.root, self.digest)
-        except NExTVidError as error:
+        except (OSError, ValueError) as error:
+            if not is_damage(error):
+                raise
             problems.append(Problem(f"{self._folder}/spec.json", None, str(error), "restore it"))
         withdrawn = withdrawn_rows(self.root)
         for name in self.batches() if batch is None else [batch]:

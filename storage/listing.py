@@ -4,7 +4,11 @@ A folder that does not exist is an empty one; one that cannot be listed is an er
 what the names mean.
 """
 
+import os
 import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from storage import remote
@@ -22,10 +26,9 @@ def files(folder: str) -> list[str]:
 
 
 def files_below(folder: str) -> dict[str, int]:
-    """Path and size in bytes of every file below a folder."""
+    """Path and size in bytes of every file below a folder; what goes while it is listed may be there or not."""
     if is_local(folder):
-        found = [path for path in Path(folder).rglob("*") if path.is_file()]
-        return {str(path): path.stat().st_size for path in sorted(found)}
+        return dict(sorted(_local_files(folder)))
     protocol = folder.partition("://")[0]
     try:
         entries = remote.ask(folder, lambda fs, key: fs.find(key, detail=True))
@@ -46,11 +49,27 @@ def size_bytes(path: str) -> int | None:
         return None
 
 
+def _local_files(folder: str) -> Iterator[tuple[str, int]]:
+    for place, _, names in os.walk(folder, onerror=_refuse_unlisted):
+        for path in (f"{place}/{name}" for name in names):
+            with suppress(FileNotFoundError):  # a writer gave it another name meanwhile
+                found = Path(path).stat()
+                if stat.S_ISREG(found.st_mode):
+                    yield path, found.st_size
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    """Raise, but for a folder that is not there."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
+
+
 def _entries(folder: str) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of what stands directly in a folder."""
     if is_local(folder):
-        place = Path(folder.removeprefix("file://"))
-        return [(entry.name, entry.is_dir()) for entry in place.iterdir()] if place.is_dir() else []
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return [(entry.name, entry.is_dir()) for entry in Path(folder.removeprefix("file://")).iterdir()]
+        return []
     try:
         key, found = remote.ask(folder, lambda fs, key: (key.strip("/"), fs.ls(key, detail=True)))
     except (FileNotFoundError, NotADirectoryError):

@@ -178,6 +178,22 @@ class PlannedPart(ABC):
                 os.close(self._lock_file)  # and with it the lock
                 self._lock_file = None
 
+    def is_being_written(self) -> bool:
+        """Whether a writer holds the lock at this moment; never known on object stores."""
+        if not is_local(self.path):
+            return False
+        try:
+            file = os.open(f"{self.path}/lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
     def erase(self, slots: Sequence[int]) -> None:
         """Zero the bytes of these slots in place, for withdrawn media only. Nothing else moves or changes."""
         with self.lock():

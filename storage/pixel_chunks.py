@@ -7,6 +7,7 @@ checksum before anybody sees it. Must not know what a chunk holds: pixel_reader.
 """
 
 import mmap
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import polars as pl
@@ -21,7 +23,7 @@ import polars as pl
 from storage import shard
 from storage.cache import Cache, fits_beside
 from storage.digest import crc32c
-from storage.errors import DamagedError
+from storage.errors import DamagedError, is_damage
 from storage.pixels import PixelPart, PixelStore
 from storage.ranges import Range, Ranges
 from storage.remote import is_local
@@ -37,6 +39,7 @@ OPEN_MAPS = 512  # as storage/reader.py
 _SUMMED = 1 << 20  # addresses whose sizes are added at a time, 28 MB of them
 
 Key = tuple[int, int, int, int]  # frames, batch, part, shard
+Mapped = tuple[mmap.mmap, int]  # a file's bytes and its inode
 
 
 class Chunks(ABC):
@@ -73,26 +76,28 @@ class MappedChunks(Chunks):
     def __init__(self, store: PixelStore, batches: Sequence[str], open_maps: int = OPEN_MAPS) -> None:
         super().__init__(store, batches)
         self._open_maps = open_maps
-        self._maps: OrderedDict[Key, mmap.mmap] = OrderedDict()
+        self._maps: OrderedDict[Key, Mapped] = OrderedDict()
         self._guard = threading.Lock()
 
     def chunk(self, frames: int, address: np.void) -> memoryview:
         """A view, valid as long as it is held."""
         *_, offset, size_bytes, crc = address.item()
-        data = memoryview(self._mapped(frames, address))
-        found = data[offset : offset + size_bytes]
-        if len(found) != size_bytes:
-            raise self.damaged(frames, address, f"is short ({len(data)} bytes)")
-        if crc32c(found) != crc:
-            raise self.damaged(frames, address, OTHER_BYTES)
-        return found
+        memory, inode = mapped = self._mapped(frames, address)
+        found = memoryview(memory)[offset : offset + size_bytes]
+        if len(found) == size_bytes and crc32c(found) == crc:
+            return found
+        if self._is_stale(frames, address, inode):
+            self._forget(_key(frames, address), mapped)
+            return self.chunk(frames, address)
+        what = OTHER_BYTES if len(found) == size_bytes else f"is short ({len(memory)} bytes)"
+        raise self.damaged(frames, address, what)
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
         """Tell the kernel."""
         for address in addresses:
             start, size_bytes = int(address["offset"]), int(address["size"])
             page = start - start % mmap.PAGESIZE
-            memory = self._mapped(frames, address)
+            memory, _ = self._mapped(frames, address)
             if start + size_bytes <= len(memory):  # else the read says so
                 memory.madvise(mmap.MADV_WILLNEED, page, start + size_bytes - page)
 
@@ -101,33 +106,44 @@ class MappedChunks(Chunks):
         with self._guard:
             self._maps.clear()
 
-    def _mapped(self, frames: int, address: np.void) -> mmap.mmap:
+    def _mapped(self, frames: int, address: np.void) -> Mapped:
         key = _key(frames, address)
         with self._guard:
-            memory = self._maps.get(key)
-            if memory is not None:
+            mapped = self._maps.get(key)
+            if mapped is not None:
                 self._maps.move_to_end(key)
-                return memory
+                return mapped
         fresh = self._map(frames, address)  # outside the guard: it waits for the disk
         with self._guard:
-            memory = self._maps.setdefault(key, fresh)  # another thread may have been faster
+            mapped = self._maps.setdefault(key, fresh)  # another thread may have been faster
             while len(self._maps) > self._open_maps:
                 self._maps.popitem(last=False)  # unmapped once no thread decodes from it
-            return memory
+            return mapped
 
-    def _map(self, frames: int, address: np.void) -> mmap.mmap:
+    def _map(self, frames: int, address: np.void) -> Mapped:
         part, number = self._part(frames, address), int(address["shard"])
         if not part.committed(number):
             raise self.damaged(frames, address, "is not committed")
         try:
-            with self._file(part, number).open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: the file is empty
+            with self._open(part, number) as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.fstat(file.fileno()).st_ino
+        except (OSError, ValueError) as error:  # a plain ValueError: the file is empty
+            if not is_damage(error):
+                raise
             raise self.damaged(frames, address, f"cannot be read ({error})") from error
 
-    def _file(self, part: PixelPart, number: int) -> Path:
-        """Where a committed shard stands on this machine."""
-        return Path(part.shard_path(number))
+    def _open(self, part: PixelPart, number: int) -> BinaryIO:
+        """The file of a committed shard, on this machine."""
+        return Path(part.shard_path(number)).open("rb")
+
+    def _is_stale(self, frames: int, address: np.void, inode: int) -> bool:
+        """As RowReader's."""
+        return False
+
+    def _forget(self, key: Key, mapped: Mapped) -> None:
+        with self._guard:
+            if self._maps.get(key) is mapped:
+                del self._maps[key]
 
 
 class CopiedChunks(MappedChunks):
@@ -152,8 +168,11 @@ class CopiedChunks(MappedChunks):
         self._cache.release()
         super().close()
 
-    def _file(self, part: PixelPart, number: int) -> Path:
-        return self._cache.shard(part.shard_path(number), partial(_fault, part, number))
+    def _open(self, part: PixelPart, number: int) -> BinaryIO:
+        return self._cache.open(part.shard_path(number), partial(_fault, part, number))
+
+    def _is_stale(self, frames: int, address: np.void, inode: int) -> bool:
+        return self._cache.distrust(self._part(frames, address).shard_path(int(address["shard"])), inode)
 
 
 class RangedChunks(Chunks):

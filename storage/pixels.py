@@ -14,7 +14,7 @@ import polars as pl
 
 from storage import atomic, shard
 from storage.digest import crc32c
-from storage.errors import NExTVidError, StoreError
+from storage.errors import StoreError, is_damage
 from storage.jpeg import frame_places
 from storage.latents import LatentStore, RowStore
 from storage.part import PlannedPart, new_group
@@ -131,6 +131,8 @@ def _rows(part: PixelPart, number: int, commits: pl.DataFrame, withdrawn: frozen
                     problems.append(Problem(path, row_id.hex(), "its bytes differ from their checksum", remedy))
             if file.read() != shard.index_of([None if at is None else (at, size) for _, at, size, _ in places]):
                 problems.append(Problem(path, None, "the index at its end was changed", remedy))
-    except (OSError, NExTVidError) as error:
+    except (OSError, ValueError) as error:
+        if not is_damage(error):
+            raise
         return [Problem(path, None, f"committed, but cannot be read: {error}", remedy)]
     return problems

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
@@ -24,7 +24,7 @@ from jaxtyping import Float16, UInt8
 
 from storage import shard
 from storage.digest import crc32c
-from storage.errors import DamagedError
+from storage.errors import DamagedError, is_damage
 from storage.latents import LatentStore
 from storage.part import Part
 from storage.root import DataRoot
@@ -55,6 +55,7 @@ class _Mapped:
     checked: np.ndarray  # bool [n]
     told: bool  # whether the kernel says which pages lie in memory: to a file's owner and who may write it
     start: int  # address of the first byte, which begins a page
+    inode: int  # of the file that is mapped
 
     def will_need(self, start: int, stop: int) -> None:
         """Hint that these bytes are read soon, unless all are in memory: asking takes a tenth of a hint's time.
@@ -122,6 +123,9 @@ class RowReader:
             raise self._damaged(frames, address, f"has {len(mapped.rows)} rows, none in slot {slot}")
         if not mapped.checked[slot]:
             if crc32c(mapped.rows[slot]) != crc:
+                if self._is_stale(frames, address, mapped.inode):
+                    self._forget((frames, batch, part, number), mapped)
+                    return self._row(frames, fields, address)
                 raise self._damaged(frames, address, OTHER_BYTES)
             mapped.checked[slot] = True
         if mapped.values is not None:
@@ -149,24 +153,37 @@ class RowReader:
         if not part.committed(number):
             raise self._damaged(frames, address, "is not committed")
         try:
-            with self._file(part, number).open("rb") as file:
+            with self._open(part, number) as file:
+                inode, told = os.fstat(file.fileno()).st_ino, os.access(file.name, os.W_OK)
                 # private: torch wants writable memory to read from, and what is written here never reaches the file
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:  # ValueError: the file is empty
+        except (OSError, ValueError) as error:  # a plain ValueError: the file is empty
+            if not is_damage(error):
+                raise
             raise self._damaged(frames, address, f"cannot be read ({error})") from error
         rows = shard.rows_in(len(memory), row_bytes)
         if rows is None or memory[rows * row_bytes :] != shard.index(rows, row_bytes):
+            if self._is_stale(frames, address, inode):
+                return self._map(frames, address)
             raise self._damaged(frames, address, f"is short or its index was changed ({len(memory)} bytes)")
         data = np.frombuffer(memory, np.uint8, rows * row_bytes).reshape(rows, row_bytes)
         spec, values = self._store.spec, None
         if spec.storage != "int8":
             values = shard.unpacked(data, spec.storage, spec.row_shape(frames))
-        told = os.access(part.shard_path(number), os.W_OK)
-        return _Mapped(memory, data, values, np.zeros(rows, dtype=bool), told, data.ctypes.data)
+        return _Mapped(memory, data, values, np.zeros(rows, dtype=bool), told, data.ctypes.data, inode)
 
-    def _file(self, part: Part, number: int) -> Path:
-        """Where a committed shard stands on this machine."""
-        return Path(part.shard_path(number))
+    def _open(self, part: Part, number: int) -> BinaryIO:
+        """The file of a committed shard, on this machine."""
+        return Path(part.shard_path(number)).open("rb")
+
+    def _is_stale(self, frames: int, address: np.void, inode: int) -> bool:
+        """Whether the file with wrong bytes is no truth but a copy, given up now, so that reading again may help."""
+        return False
+
+    def _forget(self, key: tuple[int, int, int, int], mapped: _Mapped) -> None:
+        with self._guard:
+            if self._maps.get(key) is mapped:
+                del self._maps[key]
 
     def _part(self, frames: int, address: np.void) -> Part:
         return self._store.part(self._batches[int(address["batch"])], frames, int(address["part"]))

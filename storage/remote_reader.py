@@ -8,8 +8,7 @@ before anybody sees it, and asked for again a bounded number of times. Both read
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float16
@@ -74,8 +73,11 @@ class CachedReader(RowReader):
         self._cache.release()
         super().close()
 
-    def _file(self, part: Part, number: int) -> Path:
-        return self._cache.shard(part.shard_path(number), partial(_fault, part, number))
+    def _open(self, part: Part, number: int) -> BinaryIO:
+        return self._cache.open(part.shard_path(number), partial(_fault, part, number))
+
+    def _is_stale(self, frames: int, address: np.void, inode: int) -> bool:
+        return self._cache.distrust(self._part(frames, address).shard_path(int(address["shard"])), inode)
 
 
 class RangedReader(RowReader):

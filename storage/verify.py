@@ -1,7 +1,8 @@
 """Reading every byte of a part against plan, index and commits: what a person runs after an accident.
 
 Reports, never repairs: each problem names the file, the row where it is one row's, and the remedy. The remedies are the
-same everywhere, since a shard without its commit is encoded again. A disk is read as fast as it reads: shards by a few
+same everywhere, since a shard without its commit is encoded again. What does not answer is no damage (`is_damage`) and
+ends the reading; what a living writer has under way is no problem. A disk is read as fast as it reads: shards by a few
 threads (one waits while another computes), each row into the same memory. Must not be on any fast path.
 """
 
@@ -19,9 +20,10 @@ from jaxtyping import UInt8
 
 from storage import atomic, listing, shard
 from storage.digest import crc32c
-from storage.errors import NExTVidError
+from storage.errors import DamagedError, is_damage
 from storage.part import SWEPT, Part, PlannedPart
 
+LITTER_AGE_S = 3600.0  # our choice, as the cache's: what a writer left untouched for so long is not being written
 AT_ONCE = 4  # our choice: shards at a time; of an object store so many are in memory, 67 MB each
 OTHER_BYTES = "holds other bytes than were committed (or a withdrawn row)"  # what readers say of a row
 
@@ -52,7 +54,9 @@ def verify_part(part: PlannedPart, rows: RowsOf) -> list[Problem]:
     """Problems of one part, whatever its rows are: `rows`, given the commits of one shard, finds those of its bytes."""
     try:
         shards = part.shards
-    except NExTVidError as error:
+    except (OSError, ValueError) as error:
+        if not is_damage(error):
+            raise
         return [
             Problem(f"{part.path}/plan.parquet", None, str(error), f"remove {part.path} and make the latents again")
         ]
@@ -68,7 +72,9 @@ def _found(part: PlannedPart, number: int, files: Container[str], rows: RowsOf) 
     """Problems of one shard, whether or not it is committed."""
     if part.commit_path(number) in files:
         return _shard(part, number, rows)
-    if part.shard_path(number) in files:
+    if part.shard_path(number) in files and not part.is_being_written():
+        if part.committed(number):  # since the files were listed
+            return _shard(part, number, rows)
         what = "a shard without its commit, left by a writer that died"
         return [Problem(part.shard_path(number), None, what, "make the latents of the batch again")]
     return []
@@ -92,7 +98,14 @@ def _metadata(part: PlannedPart) -> list[Problem]:
             remedy = f"restore it from another part of this length (shape {part.plan.height} rows)"
             found.parent.mkdir(parents=True)
             try:
-                found.write_bytes(atomic.read_bytes(path))
+                data = atomic.read_bytes(path)
+            except (OSError, ValueError) as error:
+                if not is_damage(error):
+                    raise
+                problems.append(Problem(path, None, f"cannot be read: {error}", remedy))
+                continue
+            found.write_bytes(data)
+            try:
                 said, known = (zarr.open(file.parent, mode="r").metadata.to_dict() for file in (found, wanted))
                 strange = sorted(set(json.loads(found.read_bytes())) - set(json.loads(wanted.read_bytes())))
             except Exception as error:  # whatever zarr raises for bytes it does not understand
@@ -107,12 +120,13 @@ def _metadata(part: PlannedPart) -> list[Problem]:
 
 
 def _leftovers(part: PlannedPart, shards: int, files: Iterable[str]) -> list[Problem]:
-    """Files that the plan does not know: temporary ones, and shards or commits beyond the last."""
+    """Files that the plan does not know: temporary ones of dead writers, and shards or commits beyond the last."""
     known = {part.shard_path(number) for number in range(shards)} | {
         part.commit_path(number) for number in range(shards)
     }
     known |= {*part.metadata_paths, f"{part.path}/plan.parquet", f"{part.path}/lock"}
-    strange = sorted(set(files) - known)
+    dead = atomic.litter(part.path, LITTER_AGE_S)
+    strange = sorted(path for path in set(files) - known if path in dead or not atomic.is_temporary(path))
     return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 
 
@@ -120,7 +134,9 @@ def _shard(part: PlannedPart, number: int, rows: RowsOf) -> Sequence[Problem]:
     path = part.shard_path(number)
     try:
         commits = part.commit(number)
-    except NExTVidError as error:
+    except (OSError, ValueError) as error:
+        if not is_damage(error):
+            raise
         return [Problem(part.commit_path(number), None, str(error), encode_again(part, number))]
     if (commits["reason"] == SWEPT).fill_null(False).all():
         swept = "a sweep was killed before it removed this file"
@@ -145,15 +161,17 @@ def _rows(part: Part, number: int, commits: pl.DataFrame, withdrawn: frozenset[b
                     problems.append(Problem(path, row_id.hex(), what, remedy))
             if file.read() != shard.index(commits.height, row_bytes):
                 problems.append(Problem(path, None, "the index at its end was changed", remedy))
-    except (OSError, NExTVidError) as error:
+    except (OSError, ValueError) as error:
+        if not is_damage(error):
+            raise
         return [Problem(path, None, f"committed, but cannot be read: {error}", remedy)]
     return problems
 
 
 def fill(row: UInt8[np.ndarray, " bytes"], file: BufferedIOBase) -> None:
-    """The next bytes of a file into memory that is used again; OSError where it ends before."""
+    """The next bytes of a file into memory that is used again; DamagedError where it ends before."""
     if file.readinto(row.data) != row.nbytes:
-        raise OSError("it ended while it was read")
+        raise DamagedError("it ended while it was read")
 
 
 def _row(

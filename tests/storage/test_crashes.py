@@ -126,9 +126,9 @@ def recovered(folder: Path, forks: Forks, reference: dict[str, bytes]) -> Killed
     assert set(told) <= set(before), "a writer told of a shard that is not committed"
     assert before == {shard: reference[shard] for shard in before}
     assert readable(store) == sum(part.rows_of(int(shard)).height for shard in before)
-    temporary = [problem.file for problem in store.verify() if problem.what == "belongs to nothing in the plan"]
+    temporary = [str(path) for path in Path(store.root.url).rglob(".*.partial")]  # too young for verify to name them
     orphans = [problem.file for problem in store.verify() if "without its commit" in problem.what]
-    assert len(store.verify()) == len(temporary) + len(orphans)
+    assert len(store.verify()) == len(orphans)
     forks.call("tests.storage.writers", "write_all", store.root.url, str(folder / "said"))
     assert atomic.sweep_litter(store.root.url, older_than_s=0) == sorted(temporary)
     assert store.verify() == []

@@ -123,7 +123,7 @@ def test_a_hint_reads_what_is_not_in_memory(tmp_path: Path) -> None:
     if _in_memory(page, 1 << 20):
         pytest.skip("this file system keeps its pages")
     memory[5 * (1 << 20) - 1]  # its last page alone is not enough
-    _Mapped(memory, rows, None, np.zeros(8, bool), True, rows.ctypes.data).will_need(4 << 20, 5 << 20)
+    _Mapped(memory, rows, None, np.zeros(8, bool), True, rows.ctypes.data, 0).will_need(4 << 20, 5 << 20)
     until = time.monotonic() + 10
     while not _in_memory(page, 1 << 20):
         assert time.monotonic() < until, "nothing was read"
@@ -137,7 +137,7 @@ def test_a_hint_is_spared_where_the_kernel_says_so(told: bool, hints: int, monke
     made: list[int] = []
     monkeypatch.setattr(reader_module, "_madvise", lambda *said: made.append(said[1]))
     rows = np.frombuffer(memory, np.uint8).reshape(4, -1)
-    _Mapped(memory, rows, None, np.zeros(4, bool), told, rows.ctypes.data).will_need(0, 1 << 15)
+    _Mapped(memory, rows, None, np.zeros(4, bool), told, rows.ctypes.data, 0).will_need(0, 1 << 15)
     assert len(made) == hints
 
 

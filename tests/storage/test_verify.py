@@ -1,8 +1,13 @@
 """storage/verify.py and withdrawn.py: damage is named with file, row and remedy; a sound store says nothing."""
 
+import errno
+import io
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +15,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.errors import DamagedError
+from storage import atomic
+from storage.errors import DamagedError, StoreError
 from storage.latents import LatentStore, Part
 from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES
+from storage.verify import LITTER_AGE_S
 from storage.withdrawn import record_withdrawal, withdrawn_rows
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, spec, write
 
@@ -39,6 +46,12 @@ def fill_failed_slot(part: Part) -> None:
         file.write(b"\0\0")
 
 
+def leave_litter(part: Part, age_s: float) -> None:
+    path = Path(part.path, "commits", ".x.partial")
+    path.touch()
+    os.utime(path, (time.time() - age_s,) * 2)
+
+
 DAMAGE: list[tuple[str, Callable[[Part], object], str, str, int | None]] = [
     ("data", lambda part: flip(Path(part.shard_path(1)), 5), "c/1/0/0/0/0", "differ from their checksum", 256),
     ("index", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
@@ -49,7 +62,7 @@ DAMAGE: list[tuple[str, Callable[[Part], object], str, str, int | None]] = [
     ("short", lambda part: Path(part.shard_path(1)).write_bytes(b"x"), "c/1/0/0/0/0", "1 bytes where", None),
     ("no commit", lambda part: Path(part.commit_path(1)).unlink(), "c/1/0/0/0/0", "without its commit", None),
     ("failed slot", fill_failed_slot, "c/0/0/0/0/0", "holds values", 2),
-    ("stray", lambda part: Path(part.path, "commits", ".x.partial").write_bytes(b""), ".x.partial", "belongs to", None),
+    ("stray", lambda part: leave_litter(part, LITTER_AGE_S + 60), ".x.partial", "belongs to", None),
     ("beyond", lambda part: Path(part.path, "latent/c/2").write_bytes(b""), "c/2", "belongs to", None),
     (
         "shape",
@@ -123,6 +136,91 @@ def test_a_flipped_bit_anywhere_is_named(
     row_bytes = part.spec.row_bytes(FRAMES)
     if place < len(rows) * row_bytes:
         assert [problem.row for problem in problems] == [rows[place // row_bytes].hex()]
+
+
+def test_what_a_living_writer_has_under_way_is_no_problem(data_root: DataRoot) -> None:
+    store, part = full_store(data_root, 300)
+    leave_litter(part, 1.0)
+    Path(part.commit_path(1)).unlink()
+    with part.lock():
+        assert store.verify() == []
+    (problem,) = store.verify()  # the writer has gone
+    assert problem.what == "a shard without its commit, left by a writer that died"
+
+
+def test_a_name_that_goes_while_it_is_listed(data_root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, part = full_store(data_root, 3)
+    leave_litter(part, LITTER_AGE_S + 60)
+    real = Path.stat
+
+    def stat(path: Path, **how: bool) -> os.stat_result:
+        if path.name == ".x.partial":
+            path.unlink(missing_ok=True)
+        return real(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+def test_a_file_that_the_disk_cannot_read_is_named(
+    data_root: DataRoot, region: Callable[[Part], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, part = full_store(data_root, 300)
+    refuse(monkeypatch, region(part), errno.EIO)
+    problems = store.verify()
+    assert {problem.file for problem in problems} == {region(part)}
+    assert "Input/output error" in problems[0].what
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
+def test_a_system_that_refuses_says_nothing_of_the_file(
+    data_root: DataRoot, region: Callable[[Part], str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever followed the remedy for damage would remove what is sound."""
+    store, part = full_store(data_root, 300)
+    refuse(monkeypatch, region(part), code)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        store.verify()
+    assert caught.value.errno == code
+    assert "Remedy" not in str(caught.value)
+
+
+def test_a_store_that_does_not_answer_is_not_damaged(data_root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = full_store(data_root, 3)
+
+    def silent(path: str) -> bytes:
+        raise StoreError(f"{path}: 6 tries failed")
+
+    monkeypatch.setattr(atomic, "read_bytes", silent)
+    with pytest.raises(StoreError, match="6 tries"):
+        store.verify()
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, path: str, code: int) -> None:
+    """Opening and reading this file fails so."""
+    real_open, real_read, real_file = Path.open, Path.read_bytes, io.FileIO
+
+    def refused(file: Path) -> None:
+        if str(file) == path:
+            raise OSError(code, os.strerror(code), path)
+
+    def opened(file: Path, *args: Any, **how: Any) -> Any:
+        refused(file)
+        return real_open(file, *args, **how)
+
+    def read(file: Path) -> bytes:
+        refused(file)
+        return real_read(file)
+
+    def raw(file: Path, *args: Any) -> io.FileIO:
+        refused(file)
+        return real_file(file, *args)
+
+    monkeypatch.setattr(io, "FileIO", raw)
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "read_bytes", read)
 
 
 def test_the_remedy_heals(data_root: DataRoot) -> None:
