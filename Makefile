@@ -53,7 +53,7 @@ faults: $(VENV)/test ## slow proofs of crash safety
 	$(BIN)/python -m pytest -q -m faults
 
 autoencoder: $(VENV)/ui ## train the demo autoencoder again
-	$(BIN)/python -m examples.demo.train_autoencoder
+	$(BIN)/python -m examples.demo.train_autoencoder data/demo/autoencoder_corpus examples/demo/autoencoder
 
-clean: ## the demo's data and history
-	rm -rf data
+clean: ## the demo's data and history, nobody else's
+	rm -rf data/demo data/dagster

@@ -4,7 +4,7 @@ Holds the order of the graph as plain calls. Holds no work of its own and prints
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from nextvid.corpus.project import Project
@@ -40,7 +40,7 @@ UPSTREAM: dict[Asset, tuple[Asset, ...]] = {
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for. Without a batch or benchmark: all of them."""
+    """What is asked for. Without a batch or benchmark: all of them; without a run: the recipe's latest."""
 
     asset: Asset
     batch: str | None = None
@@ -49,6 +49,7 @@ class Wish:
     overrides: tuple[str, ...] = ()
     ranks: int = 1
     on_pace: OnPace = field(default=lambda pace: None, compare=False)  # told how encoding is getting on
+    run: str | None = None
 
 
 def chain(asset: Asset) -> list[Asset]:
@@ -83,6 +84,8 @@ def make(project: Project, wish: Wish) -> Iterator[Outcome]:
                 stopped[_key(partition)] = str(error)
                 continue
             yield outcome
+            if name == "pretrain":
+                wish = replace(wish, run=str(outcome.numbers["run"]))  # with overrides it is not the recipe's latest
             if not outcome.passed:
                 if name not in BY_BATCH:
                     raise UpstreamError(f"{name}: blocking checks failed: {_failed(outcome)}")
@@ -98,6 +101,8 @@ def _refuse_names(project: Project, wish: Wish) -> None:
     """What would only be missed after hours of encoding."""
     if "mask_plan" in chain(wish.asset):
         recipe_by_name(_recipe(wish))
+    if "pretrain" not in chain(wish.asset) and (wish.overrides or wish.ranks != 1):
+        raise ConfigError(f"--set and --ranks are for training, and {wish.asset} does not wait for any: leave them out")
     if wish.benchmark is not None and wish.benchmark not in project.corpus.benchmarks:
         known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
         raise ConfigError(f"{project.path}: there is no benchmark '{wish.benchmark}'; there are: {known}")
@@ -175,15 +180,15 @@ def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) 
         case "probes":
             from nextvid.probe.probes import make_probes
 
-            return make_probes(project, _recipe(wish), _key(partition))
+            return make_probes(project, _recipe(wish), _key(partition), wish.run)
         case "samples":
             from nextvid.sample.samples import make_samples
 
-            return make_samples(project, _key(partition))
+            return make_samples(project, _key(partition), wish.run)
         case "report":
             from nextvid.report.model_card import make_report
 
-            return make_report(project, _key(partition))
+            return make_report(project, _key(partition), wish.run)
 
 
 def _recipe(wish: Wish) -> str:

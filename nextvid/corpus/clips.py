@@ -1,4 +1,4 @@
-"""`clips`: the curated clip manifest, one row a view; and the labels that benchmarks read from it.
+"""`clips`: the curated clip manifest, one row a view.
 
 Made again at every call from `shots`, `media`, `labels` and corpus.yaml, and written only where it differs: nothing
 is decoded, so new thresholds, labels or policies cost seconds. Splits are decided here, once (splits.py). Holds no
@@ -19,13 +19,11 @@ from nextvid.corpus.project import DatasetConfig, FilterConfig, Project
 from nextvid.corpus.publishing import counts, publish_table, publish_verdict, table_digest
 from nextvid.corpus.splits import split_of
 from nextvid.outcome import Check, Outcome
-from nextvid.video.clips import ROUNDING_US, View, clip_id, row_id
+from nextvid.video.clips import View, clip_id, row_id
 from storage import atomic, tables
-from storage.errors import ConfigError, UpstreamError
 from storage.schemas import Clips, Labels, Media, Shots, Sources
 
 Progress = Callable[[int, int], None]
-LABEL_COLUMNS = ("row_id", "split", "value", "media_id", "group", "batch", "frames")
 
 
 def make_clips(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
@@ -60,43 +58,6 @@ def make_clips(project: Project, batch: str, progress: Progress | None = None) -
     if written or not atomic.exists(root.preview("clips", batch, "scores")):
         _publish_pictures(project, batch, clips, good)
     return _outcome(project, batch, clips, checks, written, unlabelled, started_s)
-
-
-def clip_labels(project: Project, benchmark: str) -> pl.DataFrame:
-    """Rows of a benchmark with their values: columns of LABEL_COLUMNS, sorted by batch and row id.
-
-    Reads every batch of its datasets whose clips passed. Rows without exactly one value are left out; `make_clips`
-    counts them. Raises ConfigError for an unknown benchmark, UpstreamError where no batch is made.
-    """
-    config = project.corpus.benchmarks.get(benchmark)
-    if config is None:
-        known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
-        raise ConfigError(f"{project.path}: there is no benchmark '{benchmark}'; there are: {known}")
-    batches = [batch for batch in project.root.batches("clips") if dataset_of(batch) in config.datasets]
-    passed = [
-        batch for batch in batches if (tables.read_checks(project.root.checks("clips", batch)) or {}).get("passed")
-    ]
-    if not passed:
-        raise UpstreamError(
-            f"benchmark {benchmark}: no batch of {', '.join(config.datasets)} has clips; make them first"
-        )
-    frames = [_batch_labels(project, batch, benchmark, config.target) for batch in passed]
-    return pl.concat(frames).sort("batch", "row_id")
-
-
-def _batch_labels(project: Project, batch: str, benchmark: str, target: str) -> pl.DataFrame:
-    """The rule of `manifest.value_of` for all clips of a batch at once."""
-    clips = tables.read_table(project.root.table("clips", batch), Clips)
-    clips = clips.filter((pl.col("status") == "ok") & pl.col("uses").list.contains(benchmark))
-    labels = tables.read_table(project.root.table("labels", batch), Labels).filter(pl.col("target") == target)
-    joined = clips.join(labels.select("media_id", "start_us", "end_us", "value"), on="media_id")
-    first, last = pl.col("times_us").list.first(), pl.col("times_us").list.last()
-    inside = joined.filter(
-        (pl.col("start_us").is_null() | (first >= pl.col("start_us") - ROUNDING_US))
-        & (pl.col("end_us").is_null() | (last < pl.col("end_us") + ROUNDING_US))
-    )
-    values = inside.group_by("row_id").agg(pl.col("value").unique()).filter(pl.col("value").list.len() == 1)
-    return clips.join(values.with_columns(pl.col("value").list.first()), on="row_id").select(LABEL_COLUMNS)
 
 
 def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[bytes, MediaNow]:

@@ -2,12 +2,14 @@
 
 Pure functions of a shot's row, its media, labels and corpus.yaml. Filters are pretraining's: a benchmark takes what
 its protocol says, so that scores compare (design 6). A clip serves a benchmark only where the benchmark's target has
-one value for it. Holds no tables (clips.py) and no geometry (nextvid/video/clips.py).
+one value for it. Reads and writes no tables (clips.py) and holds no geometry (nextvid/video/clips.py).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import polars as pl
 
 from nextvid.corpus.project import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
 from nextvid.corpus.splits import Split
@@ -83,6 +85,22 @@ def value_of(labels: Sequence[Label], target: str, times_us: Sequence[int]) -> s
         and (label.end_us is None or times_us[-1] < label.end_us + ROUNDING_US)
     }
     return values.pop() if len(values) == 1 else None
+
+
+def with_value(clips: pl.DataFrame, labels: pl.DataFrame, target: str) -> pl.DataFrame:
+    """`value_of` for many clips: those with one, in the column `label`. Tables of the schemas Clips and Labels."""
+    spans = labels.filter(pl.col("target") == target).select("media_id", "start_us", "end_us", "value")
+    first, last = pl.col("times_us").list.first(), pl.col("times_us").list.last()
+    inside = (
+        clips.select("batch", "row_id", "media_id", "times_us")
+        .join(spans, on="media_id")
+        .filter(
+            (pl.col("start_us").is_null() | (first >= pl.col("start_us") - ROUNDING_US))
+            & (pl.col("end_us").is_null() | (last < pl.col("end_us") + ROUNDING_US))
+        )
+    )
+    found = inside.group_by("batch", "row_id").agg(pl.col("value").unique()).filter(pl.col("value").list.len() == 1)
+    return clips.join(found.select("batch", "row_id", label=pl.col("value").list.first()), on=["batch", "row_id"])
 
 
 def rows_of(

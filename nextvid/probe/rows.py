@@ -15,6 +15,7 @@ import dataframely as dy
 import numpy as np
 import polars as pl
 
+from nextvid.corpus.manifest import with_value
 from nextvid.corpus.project import BenchmarkConfig
 from storage.digest import digest_config
 from storage.schemas import SPLITS
@@ -64,10 +65,9 @@ class BenchmarkRows:
         listed = [list(row) for row in rows.rows()]
         return digest_config({"target": self.target, "classes": list(self.classes), "rows": listed})
 
-    def part(self, split: str, held_out: bool | None = None) -> pl.DataFrame:
-        """Rows of one split; of probe-train either those that train heads or those that choose among them."""
-        rows = self.frame.filter(pl.col("split") == split)
-        return rows if held_out is None else rows.filter(pl.col("held_out") == held_out)
+    def part(self, split: str) -> pl.DataFrame:
+        """Rows of one split."""
+        return self.frame.filter(pl.col("split") == split)
 
 
 def benchmark_rows(
@@ -88,7 +88,7 @@ def benchmark_rows(
     wanted = clips.filter(
         (pl.col("status") == "ok") & pl.col("uses").list.contains(name) & pl.col("split").is_in(["train", "test"])
     )
-    labelled = with_label(wanted, labels, config.target)
+    labelled = with_value(wanted, labels, config.target)
     copies = duplicates.filter(pl.col("dropped_from").list.contains("probe_train")).select("shot_id")
     kept = labelled.filter(pl.col("split") == "test").vstack(
         labelled.filter(pl.col("split") == "train").join(copies, on="shot_id", how="anti")
@@ -115,23 +115,6 @@ def benchmark_rows(
     return BenchmarkRows(
         name, config.target, classes, config.policy.clips_per_shot, frame.sort("sample", "segment"), left_out
     )
-
-
-def with_label(clips: pl.DataFrame, labels: pl.DataFrame, target: str) -> pl.DataFrame:
-    """Clips with the column `label`: the value of the shortest span that holds every frame of the clip.
-
-    A null span is the whole file. Clips that no span holds, or two equally short ones with different values, drop out.
-    """
-    spans = labels.filter(pl.col("target") == target).select("media_id", "start_us", "end_us", "value")
-    times = pl.col("times_us")
-    inside = clips.join(spans, on="media_id", how="inner").filter(
-        pl.col("start_us").is_null()
-        | ((pl.col("start_us") <= times.list.min()) & (times.list.max() < pl.col("end_us")))
-    )
-    length = (pl.col("end_us") - pl.col("start_us")).fill_null(pl.lit(2**62))
-    shortest = inside.filter(length == length.min().over("row_id"))
-    single = shortest.filter(pl.col("value").n_unique().over("row_id") == 1).unique("row_id")
-    return single.drop("start_us", "end_us").rename({"value": "label"})
 
 
 def _into_samples(clips: pl.DataFrame, segments: int) -> pl.DataFrame:

@@ -7,6 +7,7 @@ Kubernetes give out devices themselves: then each job sees its own alone.
 
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,9 +55,14 @@ def visible() -> list[str]:
 
 def _take(stack: ExitStack, name: str) -> str | None:
     """Lock a device until the stack ends; the holder's process id if it is taken."""
+    # of this machine alone, where a home may be shared between machines; others can put their own thing there first
     folder = Path(tempfile.gettempdir(), f"nextvid-devices-{os.getuid()}")
-    folder.mkdir(exist_ok=True)
-    file = stack.enter_context((folder / f"{name.replace('/', '_')}.lock").open("a+"))
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise RefusedError(f"{folder} is not a folder of this user: have it removed, or set TMPDIR to another place")
+    path = folder / f"{name.replace('/', '_')}.lock"
+    file = stack.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -18,16 +18,14 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextvid.config import ModelConfig, RecipeConfig, parse
+from nextvid.config import ModelConfig, parse
 from nextvid.corpus.trainset import Trainset
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.encoder import Encoder
-from nextvid.model.reference import reference_encoder
 from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
 from nextvid.train.checkpoint import fill, load_tensors
 from nextvid.train.run import Run
-from nextvid.train.step import build_model
 from storage import atomic
 from storage.errors import ConfigError, RefusedError, UpstreamError
 
@@ -152,18 +150,17 @@ def load_encoder(path: str | Path, device: str = "cpu") -> ExportedEncoder:
         raise ConfigError(
             f"{folder}: format {config.get('format')!r}, and this version reads {FORMAT}: export it again"
         )
+    try:
+        model, autoencoder = config["model"], config["autoencoder"]
+        resolution, precision = config["encoding"]["resolution"], config["encoding"]["precision"]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}/config.json does not say {error}: export the run again") from error
+    if autoencoder not in (None, AUTOENCODER):  # a path of somebody else's choosing would leave the folder
+        raise ConfigError(f"{folder}/config.json: the autoencoder stands in '{AUTOENCODER}', not {autoencoder!r}")
     tensors = load_tensors(folder / WEIGHTS)
-    found = ExportedEncoder(
-        parse(ModelConfig, config["model"], f"{folder}/config.json"), tensors["mean"], tensors["std"]
-    )
+    found = ExportedEncoder(parse(ModelConfig, model, f"{folder}/config.json"), tensors["mean"], tensors["std"])
     fill(found, folder / WEIGHTS)
-    if config["autoencoder"]:
-        found.autoencoder = Autoencoder.load(folder / config["autoencoder"], device, config["encoding"]["precision"])
-    found.resolution = config["encoding"]["resolution"]
+    if autoencoder:
+        found.autoencoder = Autoencoder.load(folder / AUTOENCODER, device, precision)
+    found.resolution = resolution
     return found.to(device)
-
-
-def random_encoder(recipe: RecipeConfig, seed: int | None = None) -> Encoder:
-    """The recipe's encoder as initialised, frozen: what every probe is compared with. None takes the recipe's seed."""
-    seeded = recipe if seed is None else recipe.model_copy(update={"seed": seed})
-    return reference_encoder(build_model(seeded).encoder)

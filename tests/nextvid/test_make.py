@@ -11,7 +11,7 @@ from nextvid import make as module
 from nextvid.corpus.project import Project
 from nextvid.encode.plan import spec_in_force
 from nextvid.make import ASSETS, BY_BATCH, UPSTREAM, Asset, Wish, chain, make
-from nextvid.outcome import Check, Outcome
+from nextvid.outcome import Check, Number, Outcome
 from storage.errors import ConfigError, CorpusError, UpstreamError
 from tests.nextvid.corpus.encoded_corpus import write_autoencoder
 from tests.nextvid.corpus.small_media import write_picture, write_project
@@ -39,7 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
         if asset == "sources":
             return real(project, asset, partition, wish)
         noted.append((asset, partition))
-        return Outcome(asset, partition, made=True, rows=1, size_bytes=1, seconds=0.0)
+        numbers: dict[str, Number] = {"run": "r" * 32} if asset == "pretrain" else {}
+        return Outcome(asset, partition, made=True, rows=1, size_bytes=1, seconds=0.0, numbers=numbers)
 
     monkeypatch.setattr(module, "make_one", noting)
     return noted
@@ -204,3 +205,28 @@ def test_a_changed_encoding_waits_for_a_person_unless_told_otherwise(
         project = write_project(tmp_path, {"stills": {"uri": "stills"}}, encoding=encoding, reencode=reencode)
         module.make_one(project, "latents", FIRST, Wish("latents"))
     assert specs == [16, 32 if follows else 16]
+
+
+def test_what_reads_a_run_takes_the_one_that_was_trained(
+    project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With overrides it is not the recipe's latest."""
+    before: Maker = module.make_one
+    seen: list[tuple[str, str | None]] = []
+
+    def trained(project: Project, asset: Asset, partition: str | None, wish: Wish) -> Outcome:
+        seen.append((asset, wish.run))
+        return before(project, asset, partition, wish)
+
+    monkeypatch.setattr(module, "make_one", trained)
+    list(make(project, Wish("report", recipe="demo", overrides=("seed=1",))))
+    assert {asset: run for asset, run in seen if run is not None} == {"samples": "r" * 32, "report": "r" * 32}
+    assert ("pretrain", None) in seen
+
+
+@pytest.mark.parametrize(
+    "wish", [Wish("trainset", overrides=("seed=1",)), Wish("latents", ranks=2)], ids=["--set", "--ranks"]
+)
+def test_overrides_where_nothing_is_trained_are_refused(project: Project, wish: Wish) -> None:
+    with pytest.raises(ConfigError, match="--set and --ranks are for training"):
+        list(make(project, wish))

@@ -8,15 +8,14 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nextvid.corpus.clips import LABEL_COLUMNS, _checks, clip_labels, make_clips
+from nextvid.corpus.clips import _checks, make_clips
 from nextvid.corpus.discover import update_sources
-from nextvid.corpus.manifest import Label, value_of
 from nextvid.corpus.media import make_media
 from nextvid.corpus.project import Project
 from nextvid.corpus.shots import make_shots
 from nextvid.video.clips import View, clip_id, row_id
 from storage import tables
-from storage.errors import ConfigError, UpstreamError
+from storage.errors import UpstreamError
 from storage.schemas import Clips, Labels, Shots
 from tests.nextvid.corpus.conftest import POLICY, Made, films_of
 from tests.nextvid.corpus.small_media import write_picture, write_project
@@ -179,20 +178,6 @@ def test_rows_of_a_gone_file_stay_and_those_of_a_replaced_one_do_not(tmp_path: P
     }
 
 
-def test_clip_labels_agree_with_the_rule_for_one_clip(small_corpus: Made) -> None:
-    project = small_corpus.project
-    found = clip_labels(project, "actions")
-    assert found.columns == list(LABEL_COLUMNS)
-    labels = tables.read_table(project.root.table("labels", FILMS), Labels)
-    wanted = {}
-    for row in clips_of(project).filter(pl.col("uses").list.contains("actions")).iter_rows(named=True):
-        mine = labels.filter(pl.col("media_id") == row["media_id"])
-        known = [Label(r["target"], r["value"], r["start_us"], r["end_us"]) for r in mine.iter_rows(named=True)]
-        wanted[row["row_id"]] = value_of(known, "action", row["times_us"])
-    assert dict(found.select("row_id", "value").iter_rows()) == wanted
-    assert sorted(wanted.values(), key=str) == ["jump", "jump", "walk", "walk"]
-
-
 def test_values_that_are_missing_or_several_are_left_out(own_copy: Callable[..., Project]) -> None:
     project = own_copy()
     labels = tables.read_table(project.root.table("labels", FILMS), Labels)
@@ -201,18 +186,8 @@ def test_values_that_are_missing_or_several_are_left_out(own_copy: Callable[...,
         start_us=pl.lit(0, pl.Int64), end_us=pl.lit(3_000_000, pl.Int64), value=pl.lit("run")
     )
     tables.write_table(project.root.table("labels", FILMS), pl.concat([labels, extra]), Labels)
-    assert media not in clip_labels(project, "actions")["media_id"].to_list(), "walk as a whole, run from 0 to 3 s"
     outcome = make_clips(project, FILMS)
-    assert outcome.numbers["unlabelled_actions"] == 2, "of two.mp4 for its two values, of still.mp4 for want of one"
-
-
-def test_benchmarks_are_named_and_need_clips(own_copy: Callable[..., Project]) -> None:
-    project = own_copy()
-    with pytest.raises(ConfigError, match="there are: actions, fruits"):
-        clip_labels(project, "dances")
-    tables.publish_checks(project.root.checks("clips", FILMS), "clips", [{"name": "ids", "passed": False}])
-    with pytest.raises(UpstreamError, match="make them first"):
-        clip_labels(project, "actions")
+    assert outcome.numbers["unlabelled_actions"] == 2, "two.mp4 walks and runs from 0 to 3 s; still.mp4"
 
 
 def test_failed_shots_stop_it(own_copy: Callable[..., Project]) -> None:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.corpus.manifest import PRETRAIN, Label, MediaNow, hold_quota, rows_of, value_of
+from nextvid.corpus.manifest import PRETRAIN, Label, MediaNow, hold_quota, rows_of, value_of, with_value
 from nextvid.corpus.project import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
 
 SHOT = {
@@ -53,6 +54,30 @@ def test_other_targets_and_whole_files() -> None:
 def test_a_span_may_be_rounded_to_a_millisecond() -> None:
     assert value_of([Label("t", "a", 2_667_000, 4_000_000)], "t", [2_666_667, 3_000_000]) == "a"
     assert value_of([Label("t", "a", 2_669_000, 4_000_000)], "t", [2_666_667, 3_000_000]) is None
+
+
+MOMENTS = st.integers(0, 6).map(lambda n: n * 700)  # so that many lie within the rounding of each other
+
+
+@given(
+    spans=st.lists(st.tuples(st.sampled_from("ab"), st.none() | MOMENTS, st.none() | MOMENTS), max_size=4),
+    clips=st.lists(st.lists(MOMENTS, min_size=1, max_size=3).map(sorted), min_size=1, max_size=4),
+)
+def test_many_clips_are_labelled_as_one(
+    spans: list[tuple[str, int | None, int | None]], clips: list[list[int]]
+) -> None:
+    labels = [Label("t", *span) for span in spans]
+    schema = {"media_id": pl.Binary, "target": pl.String, "value": pl.String, "start_us": pl.Int64, "end_us": pl.Int64}
+    table = pl.DataFrame([(b"m", "t", *span) for span in spans], schema, orient="row")
+    other = pl.DataFrame([(b"n", "t", "c", None, None), (b"m", "u", "c", None, None)], schema, orient="row")
+    rows = pl.DataFrame(
+        [("d.000000", bytes([n]), b"m", times) for n, times in enumerate(clips)],
+        {"batch": pl.String, "row_id": pl.Binary, "media_id": pl.Binary, "times_us": pl.List(pl.Int64)},
+        orient="row",
+    )
+    found = dict(with_value(rows, pl.concat([table, other]), "t").select("row_id", "label").iter_rows())
+    wanted = {bytes([n]): value_of(labels, "t", times) for n, times in enumerate(clips)}
+    assert found == {row: value for row, value in wanted.items() if value is not None}
 
 
 def test_a_refused_media_is_one_row_with_its_reason() -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from nextvid.corpus.clips import clip_labels, make_clips
+from nextvid.corpus.clips import make_clips
 from nextvid.corpus.discover import known_sources, update_sources
+from nextvid.corpus.manifest import with_value
 from nextvid.corpus.media import make_media
 from nextvid.corpus.project import Project
 from nextvid.corpus.shots import make_shots
 from nextvid.video.probe import kind_of
 from storage import tables
-from storage.schemas import Clips, Media, Shots
+from storage.schemas import Clips, Labels, Media, Shots
 from tests.nextvid.corpus.small_media import write_project
 
 pytestmark = pytest.mark.realdata
@@ -99,10 +100,19 @@ def test_good_files_are_good_and_damage_made_on_purpose_is_found(project: Projec
     assert known["androidx/sample_audio_only_15s.mp4"] == "no_video"
 
 
+def benchmark_clips(project: Project, benchmark: str, target: str) -> pl.DataFrame:
+    found = []
+    for batch in project.root.batches("clips"):
+        clips = tables.read_table(project.root.table("clips", batch), Clips)
+        labels = tables.read_table(project.root.table("labels", batch), Labels)
+        found.append(with_value(clips.filter(pl.col("uses").list.contains(benchmark)), labels, target))
+    return pl.concat(found)
+
+
 def test_the_actions_are_labelled_split_by_person_and_found_again(project: Project) -> None:
-    found = clip_labels(project, "actions")
+    found = benchmark_clips(project, "actions", "action")
     assert found.select("media_id").n_unique() == 36
-    assert found.group_by("value").agg(pl.col("media_id").n_unique()).sort("value").rows() == [
+    assert found.group_by("label").agg(pl.col("media_id").n_unique()).sort("label").rows() == [
         ("bend", 9),
         ("jack", 9),
         ("wave1", 9),
@@ -110,8 +120,8 @@ def test_the_actions_are_labelled_split_by_person_and_found_again(project: Proje
     ]
     groups = found.group_by("split").agg(pl.col("group").unique().sort())
     assert dict(groups.select(pl.col("split").cast(pl.String), "group").iter_rows())["test"] == ["p2", "p5", "p8"]
-    garments = clip_labels(project, "garments")
-    assert garments["value"].unique().to_list() == ["dress"]
+    garments = benchmark_clips(project, "garments", "garment")
+    assert garments["label"].unique().to_list() == ["dress"]
     assert sorted(garments["split"].unique()) == ["test", "train", "val"]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.corpus.project import BenchmarkConfig, ClipPolicy
-from nextvid.probe.rows import BenchmarkRows, benchmark_rows, groups_of, labels_of, with_label
+from nextvid.probe.rows import BenchmarkRows, benchmark_rows, groups_of, labels_of
 from storage.schemas import Clips, Duplicates, Labels
 
 LIMITS = {"train": 1000, "test": 1000}
@@ -88,26 +88,12 @@ def test_other_uses_splits_and_statuses_are_not_asked() -> None:
     assert rows.frame["shot_id"].to_list() == [key("s1")]
 
 
-def test_a_span_labels_what_lies_inside_it_and_the_shortest_wins() -> None:
-    clips = clips_table([clip("a", "s", n) for n in range(4)])  # frames at n and n + 0.5 s
-    labels = labels_table(("a", None, None, "pet"), ("a", 0, 3_000_000, "dog"), ("a", 1_000_000, 2_000_000, "cat"))
-    found = with_label(clips, labels, "animal").sort("clip_id")["label"].to_list()
-    assert found == ["dog", "cat", "dog", "pet"]
-
-
-def test_a_clip_across_a_span_s_end_has_no_label() -> None:
-    clips = clips_table([clip("a", "s", 0)])
-    assert with_label(clips, labels_table(("a", 0, 500_000, "cat")), "animal").height == 0
-    assert with_label(clips, labels_table(("a", 0, 500_001, "cat")), "animal").height == 1
-    assert with_label(clips, labels_table(("a", 1, 900_000, "cat")), "animal").height == 0
-
-
-def test_two_equally_short_spans_that_disagree_label_nothing() -> None:
-    clips = clips_table([clip("a", "s", 1)])
-    disagreeing = labels_table(("a", 0, 2_000_000, "cat"), ("a", 500_000, 2_500_000, "dog"))
-    assert with_label(clips, disagreeing, "animal").height == 0
-    agreeing = labels_table(("a", 0, 2_000_000, "cat"), ("a", 500_000, 2_500_000, "cat"))
-    assert with_label(clips, agreeing, "animal")["label"].to_list() == ["cat"]
+def test_a_clip_with_no_value_or_several_is_counted() -> None:
+    clips = clips_table([clip("a", "s", 0), clip("b", "t", 1), clip("c", "u", 2)])
+    labels = labels_table(("a", 333, 2_000_000, "cat"), ("b", None, None, "cat"), ("b", 0, 3_000_000, "dog"))
+    rows = build(clips, labels)
+    assert rows.frame["shot_id"].to_list() == [key("s")], "a third of a millisecond before its span, as clips count it"
+    assert rows.left_out["unlabelled"] == 2
 
 
 def test_copies_of_test_clips_leave_probe_train_only() -> None:

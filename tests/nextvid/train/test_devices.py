@@ -56,6 +56,32 @@ def test_a_killed_run_gives_its_device_back() -> None:
         pass
 
 
+def test_a_place_that_somebody_else_prepared_is_refused(tmp_path: Path) -> None:
+    folder, precious = tmp_path / f"nextvid-devices-{os.getuid()}", tmp_path / "precious"
+    precious.write_text("mine")
+    folder.mkdir()
+    (folder / "4.lock").symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic link"), leased(1, "cuda"):
+        pass
+    (folder / "4.lock").unlink()
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(RefusedError, match="is not a folder of this user"), leased(1, "cuda"):
+        pass
+    assert precious.read_text() == "mine"
+
+
+def test_the_place_is_this_user_s_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with leased(1, "cuda"):
+        assert (tmp_path / f"nextvid-devices-{os.getuid()}").stat().st_mode & 0o777 == 0o700
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    (tmp_path / f"nextvid-devices-{os.getuid()}").mkdir()  # ours, and so not that user's
+    with pytest.raises(RefusedError, match="is not a folder of this user"), leased(1, "cuda"):
+        pass
+
+
 def test_a_run_on_cpu_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with leased(9, "cpu") as given:
         assert given == {}

@@ -17,7 +17,7 @@ from nextvid.corpus.trainset import Trainset
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.tokens import latent_tokens
-from nextvid.train.export import copy_encoder, export_encoder, load_encoder, random_encoder
+from nextvid.train.export import copy_encoder, export_encoder, load_encoder
 from nextvid.train.run import Run, plan_run
 from nextvid.train.step import build_model
 from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError, UpstreamError
@@ -110,20 +110,20 @@ def test_what_cannot_be_opened_says_why(project: Project, tmp_path: Path) -> Non
     config.write_text(text.replace('"depth"', '"dept"', 1))
     with pytest.raises(ConfigError, match="did you mean 'depth'"):
         load_encoder(folder)
+    for key in ("model", "autoencoder", "encoding", "resolution", "precision"):
+        said = json.loads(text)
+        del (said if key in said else said["encoding"])[key]
+        config.write_text(json.dumps(said))
+        with pytest.raises(ConfigError, match=f"does not say '{key}': export the run again"):
+            load_encoder(folder)
+    for elsewhere in ("../autoencoder", "/etc", "."):
+        config.write_text(json.dumps(json.loads(text) | {"autoencoder": elsewhere}))
+        with pytest.raises(ConfigError, match="the autoencoder stands in 'autoencoder'"):
+            load_encoder(folder)
     config.write_text(text)
     (folder / "model.safetensors").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(DamagedError):
         load_encoder(folder)
-
-
-def test_the_random_twin_has_the_seeds_weights_and_no_gradients() -> None:
-    recipe = tiny_recipe()
-    twin, other = random_encoder(recipe), random_encoder(recipe, seed=5)
-    wanted = build_model(recipe).encoder.state_dict()
-    assert all(torch.equal(value, wanted[name]) for name, value in twin.state_dict().items())
-    assert not torch.equal(twin.embed.weight, other.embed.weight)
-    assert not any(parameter.requires_grad for parameter in twin.parameters())
-    assert not twin.training
 
 
 def test_importing_the_package_costs_no_torch_until_an_encoder_is_asked_for() -> None:
