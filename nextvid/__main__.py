@@ -19,7 +19,7 @@ from nextvid.corpus.project import open_project
 from nextvid.encode.bar import shown
 from nextvid.make import Asset, Wish, make
 from nextvid.outcome import Outcome
-from storage.errors import NExTVidError, UpstreamError
+from storage.errors import ConfigError, NExTVidError, UpstreamError
 
 app = SubcommandApp()
 
@@ -93,18 +93,33 @@ def plan(batch: str | None = None, accept: bool = False, corpus: Corpus = None, 
 
 
 @app.command
-def draws(first: int = 10, recipe: str = "demo", corpus: Corpus = None, json_: Json = False) -> None:
+def draws(
+    first: Annotated[int, tyro.conf.arg(help="how many draws")] = 10,
+    start: Annotated[int, tyro.conf.arg(help="number of the draw to begin with")] = 0,
+    recipe: str = "demo",
+    corpus: Corpus = None,
+    json_: Json = False,
+) -> None:
     """Print the first draws of a recipe on the newest trainset: dataset, row and mask entries, without data or GPU.
 
-    Says on stderr how many of them are those of the trainset before it, and why the others are not.
+    Says on stderr how many draws training makes, if fewer than asked for; and how many of the first ones are those of
+    the trainset before it, and why the others are not.
     """
-    from nextvid.train.order import first_draws
+    from nextvid.recipes import recipe as recipe_by_name
+    from nextvid.train.optim import draws_before
+    from nextvid.train.order import listed_draws
     from nextvid.train.prefix import shared_prefix
 
-    project = open_project(corpus)
-    for drawn in first_draws(project, recipe, first):
+    if first < 1 or start < 0:
+        raise ConfigError(f"--first {first} --start {start}: ask for one draw or more, counted from 0")
+    project, config = open_project(corpus), recipe_by_name(recipe)
+    for drawn in listed_draws(project, recipe, range(start, start + first)):
         print(json.dumps(drawn) if json_ else "  ".join(f"{k}={v}" for k, v in drawn.items()))
-    if prefix := shared_prefix(project, recipe, first):
+    if (made := draws_before(config.stages, config.steps)) < start + first:
+        print(f"training makes {made} draws, the last is number {made - 1}", file=sys.stderr)
+    if config.masks.keep != "fixed":
+        print(f"masks of keep: {config.masks.keep} hang on the step too and are not printed", file=sys.stderr)
+    if prefix := shared_prefix(project, recipe, start + first):
         print(prefix.text(), file=sys.stderr)
 
 

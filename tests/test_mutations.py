@@ -140,7 +140,8 @@ MUTATIONS = {
         "nextvid/encode/families.py", "if missing or unknown:", "if False:", "18"
     ),
     "19 what other frames resemble more passes": Mutation(
-        "nextvid/encode/roundtrip.py", "if other_db - true_db > LOSS_DB or (must_win and not true_db > other_db):",
+        "nextvid/encode/roundtrip.py",
+        "if (can_lose and other_db - true_db > LOSS_DB) or (must_win and not true_db > other_db):",
         "if False:", "19",
     ),
     "20 the sampler runs the other way": Mutation(

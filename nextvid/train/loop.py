@@ -171,9 +171,11 @@ class _Session:
             norms = {name: float(norm) for name, norm in stepped.norms.items()}
             self._tell("skipped", {"in_a_row": skipped, "norm": norms})
             if skipped > SKIPS_ALLOWED:
+                start = draws_before(self.recipe.stages, step - skipped)
                 raise RefusedError(
                     f"run {self.run.id}: {skipped} steps in a row had no finite gradient (norms of the last: {norms}); "
-                    "lower the learning rate, or look at the rows of these steps with 'nextvid draws'"
+                    "lower the learning rate, or look at the rows of these steps with 'nextvid draws --recipe "
+                    f"{self.recipe.name} --start {start} --first {self.progress.draws - start}'"
                 )
         if step % self.how.log_every_steps == 0 or step in self.stage_ends:
             self._log(stepped)

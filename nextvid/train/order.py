@@ -21,7 +21,7 @@ from nextvid.model.masks import bucket_entry, flat_ids, step_bucket
 from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import stage_at
-from storage.draws import Draws, mask_entries
+from storage.draws import BLOCK, Draws, mask_entries
 from storage.errors import RefusedError
 from storage.reader import ADDRESS, row_id
 from storage.root import DataRoot
@@ -150,20 +150,34 @@ def in_every_tubelet(kept: Int[np.ndarray, "B n"], tubelets: int, cells: int) ->
     return (starts[None, :, None] + kept[:, None, :]).reshape(len(kept), -1)
 
 
-def first_draws(project: Project, recipe: str, count: int) -> Iterator[dict[str, int | str]]:
-    """The first draws of a recipe on the newest trainset: row and mask entries, without latents, plan or device."""
+def pieces(recipe: RecipeConfig, draws: range) -> Iterator[tuple[int, range]]:
+    """Draws of training by clip length, cut where a stage ends and every BLOCK draws; none beyond the last."""
+    first = 0
+    for stage in recipe.stages:
+        stop = first + stage.steps * stage.batch
+        for start in range(max(first, draws.start), min(stop, draws.stop), BLOCK):
+            yield stage.frames, range(start, min(start + BLOCK, stop, draws.stop))
+        first = stop
+
+
+def listed_draws(project: Project, recipe: str, draws: range) -> Iterator[dict[str, int | str]]:
+    """Draws of a recipe on the newest trainset: row and mask entries, without latents, plan or device.
+
+    Entries of a `fixed` plan only: other masks hang on the step. Draws that training never makes are left out.
+    """
     config = recipe_by_name(recipe)
-    order = Order(Trainset.open(project.root), config)
-    drawn = order.drawn(config.stages[0].frames, 0, count)
-    strategies = config.masks.strategies if config.masks.keep == "fixed" else ()
-    entries = {
-        f"mask_{strategy.name}": mask_entries(config.seed, index, 0, count, config.masks.entries).tolist()
-        for index, strategy in enumerate(strategies)
-    }
-    for n, draw in enumerate(drawn.draws):
-        found: dict[str, int | str] = {"draw": draw, "dataset": drawn.names[drawn.datasets[n]]}
-        found |= {"frames": int(drawn.frames[n]), "row": row_id(drawn.addresses[n]).hex()}
-        yield found | {name: numbers[n] for name, numbers in entries.items()}
+    order, masks = Order(Trainset.open(project.root), config), config.masks
+    strategies = masks.strategies if masks.keep == "fixed" else ()
+    for frames, piece in pieces(config, draws):
+        drawn = order.drawn(frames, piece.start, len(piece))
+        entries = {
+            f"mask_{strategy.name}": mask_entries(config.seed, index, piece.start, len(piece), masks.entries).tolist()
+            for index, strategy in enumerate(strategies)
+        }
+        for n, draw in enumerate(drawn.draws):
+            found: dict[str, int | str] = {"draw": draw, "dataset": drawn.names[drawn.datasets[n]]}
+            found |= {"frames": int(drawn.frames[n]), "row": row_id(drawn.addresses[n]).hex()}
+            yield found | {name: numbers[n] for name, numbers in entries.items()}
 
 
 def _held(trainset: Trainset, recipe: RecipeConfig) -> list[int]:

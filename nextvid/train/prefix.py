@@ -7,14 +7,15 @@ old prefix as it was up to the first block in which its weight moves a quota. Re
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isclose
 
 import numpy as np
 
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.recipes import recipe as recipe_by_name
-from nextvid.train.order import Drawn, Order
-from storage.draws import BLOCK
+from nextvid.train.optim import draws_before
+from nextvid.train.order import Drawn, Order, pieces
 from storage.errors import RefusedError
 
 
@@ -42,19 +43,16 @@ def shared_prefix(project: Project, recipe: str, count: int) -> Prefix | None:
         return None
     config, before = recipe_by_name(recipe), Trainset.open(project.root, now.parent)
     reasons = tuple(_differences(before, now))
-    frames = config.stages[0].frames
+    asked = min(count, draws_before(config.stages, config.steps))
     try:
         orders = Order(before, config), Order(now, config)
     except RefusedError:  # the parent lacks a length or a dataset's rows
-        return Prefix(now.parent, 0, count, reasons)
-    same = 0
-    while same < count:
-        some = min(BLOCK, count - same)
-        alike = _alike(*(order.drawn(frames, same, some) for order in orders))
-        if alike < some:
-            return Prefix(now.parent, same + alike, count, reasons)
-        same += some
-    return Prefix(now.parent, same, count, reasons)
+        return Prefix(now.parent, 0, asked, reasons)
+    for frames, piece in pieces(config, range(asked)):
+        alike = _alike(*(order.drawn(frames, piece.start, len(piece)) for order in orders))
+        if alike < len(piece):
+            return Prefix(now.parent, piece.start + alike, asked, reasons)
+    return Prefix(now.parent, asked, asked, reasons)
 
 
 def _alike(one: Drawn, other: Drawn) -> int:
@@ -66,13 +64,15 @@ def _alike(one: Drawn, other: Drawn) -> int:
 
 
 def _differences(before: Trainset, now: Trainset) -> Iterator[str]:
-    """What differs between two trainsets of what the order hangs on."""
+    """What differs between two trainsets of what the order hangs on; of weights, those to each other."""
+    common = before.weights.keys() & now.weights.keys()
+    scale = sum(before.weights[name] for name in common) / (sum(now.weights[name] for name in common) or 1.0)
     for name in sorted(before.weights.keys() | now.weights.keys()):
         if name not in before.weights:
             yield f"dataset '{name}' is new"
         elif name not in now.weights:
             yield f"dataset '{name}' is gone"
-        elif before.weights[name] != now.weights[name]:
+        elif not isclose(before.weights[name], scale * now.weights[name]):
             yield f"dataset '{name}' has weight {now.weights[name]:.6g}, {before.weights[name]:.6g} before"
         for frames in sorted({*before.lengths, *now.lengths}):
             counts = [_count(trainset, frames, name) for trainset in (now, before)]

@@ -19,6 +19,7 @@ from nextvid.__main__ import exit_code, line, main
 from nextvid.corpus.project import Project
 from nextvid.outcome import Check, Outcome
 from nextvid.probe.encoders import find_run
+from nextvid.train.order import listed_draws
 from storage.errors import (
     ConfigError,
     ConflictError,
@@ -35,6 +36,8 @@ from storage.tables import read_table
 from tests.nextvid.corpus.encoded_corpus import Corpus, write_autoencoder
 from tests.nextvid.corpus.small_media import write_picture
 from tests.nextvid.tiny_project import RECIPE, uri_of
+from tests.nextvid.train.corpus import make_project
+from tests.nextvid.train.tiny import tiny_recipe
 
 FILMS = "films.000000"
 Command = Callable[..., tuple[int, str, str]]
@@ -221,6 +224,40 @@ class TestRuns:
         code, _, said = nextvid("draws", "--corpus", write_yaml(tmp_path))
         assert code == 3
         assert "make 'trainset' first" in said
+
+    def test_draws(self, nextvid: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, where = make_project(tmp_path), ("--recipe", "tiny", "--corpus", str(tmp_path / "corpus.yaml"))
+        for module in ("nextvid.recipes.recipe", "nextvid.train.order.recipe_by_name"):
+            monkeypatch.setattr(module, lambda name: tiny_recipe(name, steps=(240, 3, 3, 20)))
+        code, out, said = nextvid("draws", "--first", "1000", "--json", *where)
+        assert (code, said) == (0, "")
+        found = [json.loads(line) for line in out.splitlines()]
+        assert [one["draw"] for one in found] == list(range(1000))
+        assert found == list(listed_draws(made, "tiny", range(1000)))
+        code, out, said = nextvid("draws", "--start", "1020", *where)
+        assert out.splitlines()[0].startswith("draw=1020  dataset=")
+        assert (code, len(out.splitlines()), said) == (0, 4, "training makes 1024 draws, the last is number 1023\n")
+
+    def test_draws_whose_masks_hang_on_the_step(
+        self, nextvid: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_project(tmp_path)
+        for module in ("nextvid.recipes.recipe", "nextvid.train.order.recipe_by_name"):
+            monkeypatch.setattr(module, lambda name: tiny_recipe(name, keep="bucket"))
+        code, out, said = nextvid("draws", "--recipe", "tiny", "--corpus", str(tmp_path / "corpus.yaml"))
+        assert (code, "mask" in out) == (0, False)
+        assert said == "masks of keep: bucket hang on the step too and are not printed\n"
+
+    @pytest.mark.parametrize("wrong", [("--first", "0"), ("--first", "-5"), ("--start", "-1")])
+    def test_draws_that_cannot_be(self, nextvid: Command, tmp_path: Path, wrong: tuple[str, str]) -> None:
+        code, _, said = nextvid("draws", *wrong, "--corpus", write_yaml(tmp_path))
+        assert code == 2
+        assert "ask for one draw or more, counted from 0" in said
+
+    def test_a_batch_that_nobody_knows_is_2(self, nextvid: Command, corpus: Corpus) -> None:
+        code, out, said = nextvid("verify", "--batch", "typo.000000", "--corpus", str(corpus.project.path))
+        assert (code, out) == (2, "")
+        assert "typo.000000" in said
 
     def test_a_file_that_is_no_checkpoint_is_2(self, nextvid: Command, tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(b"no checkpoint")

@@ -9,6 +9,7 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.roundtrip import (
     FRAMES_PER_ROW,
     IMAGES_PER_SHARD,
+    LOSS_DB,
     PSNR_CEILING_DB,
     ROWS_PER_SHARD,
     Trip,
@@ -123,6 +124,20 @@ def test_what_cannot_be_told_passes_as_undecidable(autoencoder: Autoencoder, kin
     verdict = trip(autoencoder, clip, clip)
     assert verdict.faults == ()
     assert any(name.startswith(names) or names in name for name in verdict.undecidable)
+
+
+def test_a_fade_is_not_taken_for_a_slip() -> None:
+    """A reconstruction paler than the truth is nearer to the next frame, which is paler itself."""
+    fade = np.linspace(1.0, 0.9, 8)[:, None, None, None]
+    picture = scene(1, 3).astype(np.float64) - 128
+    noise = np.random.default_rng(0).normal(0, 6, (8, SIDE, SIDE, 3))
+    truth = (128 + fade * picture).clip(0, 255).astype(np.uint8)
+    paler = (128 + 0.85 * fade * picture + noise).clip(0, 255).astype(np.uint8)
+    stored = np.zeros((8, 1, 1, 1), np.float32)
+    assert psnr(paler[:-1], truth[1:]) - psnr(paler[:-1], truth[:-1]) > LOSS_DB
+    verdict = judge(stored, stored, paler, truth, BOUND)
+    assert verdict.faults == ()
+    assert "frames one later" in verdict.undecidable
 
 
 def test_one_frame_clip_skips_time(autoencoder: Autoencoder) -> None:

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from nextvid.config import RecipeConfig
 from nextvid.corpus.project import Project
@@ -21,7 +19,7 @@ from nextvid.train.latent_rows import StagedLatents
 from nextvid.train.loader import READ_AHEAD, Loader, open_loader
 from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.train.optim import draws_before, stage_at
-from nextvid.train.order import Masks, Order, in_every_tubelet
+from nextvid.train.order import Drawn, Masks, Order, in_every_tubelet
 from storage import atomic
 from storage.draws import Draws, mask_entry
 from storage.errors import ConfigError, DamagedError, RefusedError
@@ -134,14 +132,65 @@ def test_other_ways_of_thinning(project: Project, keep: Keep) -> None:
                 assert ids.shape[1] % (8 * tubelets) == 0
 
 
-@given(first=st.integers(0, 12))  # 3, 6, 9: borders of stages; 12: after the last
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_trap_25_resuming_at_any_step_goes_on_with_the_same_batches(project: Project, first: int) -> None:
-    recipe = tiny_recipe()
-    everything = _batches(project, recipe)
-    resumed = _batches(project, recipe, first)
-    assert len(resumed) == recipe.steps - first
+@pytest.fixture(scope="module")
+def everything(project: Project) -> list[Batch]:
+    return _batches(project, tiny_recipe())
+
+
+@pytest.mark.parametrize("first", range(13))  # 3, 6, 9: borders of stages; 12: after the last
+def test_trap_25_resuming_at_any_step_goes_on_with_the_same_batches(
+    project: Project, everything: list[Batch], first: int
+) -> None:
+    resumed = _batches(project, tiny_recipe(), first)
+    assert len(resumed) == 12 - first
     assert all(_same(a, b) for a, b in zip(everything[first:], resumed, strict=True))
+
+
+def test_trap_25_resuming_where_a_pass_over_a_dataset_ends(project: Project) -> None:
+    """All nine films were drawn equally often, and the next pass takes them in another order."""
+    recipe = tiny_recipe(steps=(40, 1, 1, 1))
+    everything = _batches(project, recipe)
+    drawn = Order(Trainset.open(project.root), recipe).drawn(4, 0, 160)
+    films = np.cumsum(np.array(drawn.names)[drawn.datasets] == "films")[3::4]  # after each step of four clips
+    ends = [step + 1 for step, count in enumerate(films.tolist()) if count % 9 == 0]
+    assert len(ends) >= 2
+    for first in ends:
+        resumed = _batches(project, recipe, first)
+        assert all(_same(a, b) for a, b in zip(everything[first:], resumed, strict=True))
+
+
+@dataclass
+class _Noted:
+    """Rows that only note what is asked of them, by the step of their first draw."""
+
+    notes: list[tuple[str, int]] = field(default_factory=list)
+
+    def will_need(self, drawn: Drawn) -> None:
+        self.notes.append(("hint", drawn.first // 4))
+
+    def place(self, clips: int, frames: int) -> None:
+        pass
+
+    def fill(self, drawn: Drawn, place: None) -> None:
+        self.notes.append(("fill", drawn.first // 4))
+
+    def deliver(self, drawn: Drawn, place: None) -> torch.Tensor:
+        self.notes.append(("deliver", drawn.first // 4))
+        return torch.empty(4, 0)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_rows_are_hinted_four_batches_before_they_are_filled(project: Project, threads: int) -> None:
+    recipe, rows = tiny_recipe(steps=(12, 1, 1, 1)), _Noted()
+    plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
+    order = Order(Trainset.open(project.root), recipe)
+    loader = Loader(recipe, order, Masks(recipe, plan), {"latents": rows}, Ranks(0, 1, CPU))
+    assert len(list(loader.batches(0, threads))) == 15
+    for step in range(8):
+        filled = rows.notes.index(("fill", step))
+        assert rows.notes.index(("hint", step)) < filled
+        if threads < 2:  # else the two may overtake each other
+            assert ("hint", step + READ_AHEAD) in rows.notes[:filled]
 
 
 def test_draw_numbers_run_on_across_stages(project: Project) -> None:

@@ -21,7 +21,7 @@ ASKED = 2500  # more than two blocks
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     for module in (order, prefix):
-        monkeypatch.setattr(module, "recipe_by_name", tiny_recipe)
+        monkeypatch.setattr(module, "recipe_by_name", lambda name: tiny_recipe(name, steps=(700, 3, 3, 3)))
     return make_project(tmp_path)
 
 
@@ -66,7 +66,7 @@ def _by_hand(project: Project, parent: str, child: str) -> int:
     lists = []
     for digest in (parent, child):
         publish_latest(project.root, "trainset", digest)
-        lists.append([(one["dataset"], one["row"]) for one in order.first_draws(project, "tiny", ASKED)])
+        lists.append([(one["dataset"], one["row"]) for one in order.listed_draws(project, "tiny", range(ASKED))])
     return next((n for n, (one, other) in enumerate(zip(*lists, strict=True)) if one != other), ASKED)
 
 
@@ -79,6 +79,19 @@ def test_the_same_rows_and_weights_are_the_same_draws(project: Project) -> None:
     found = _found(project)
     assert (found.same, found.reasons) == (ASKED, ())
     assert "the first 2500 draws are those of" in found.text()
+
+
+def test_training_ends_before_what_is_asked(project: Project) -> None:
+    _grown(project, {"films": 0.75, "pictures": 0.25}, OLD)
+    found = _found(project, 10_000)
+    assert (found.same, found.asked) == (2830, 2830), "2800 of the first stage, 24 and 6 of the others"
+
+
+def test_weights_count_in_proportion(project: Project) -> None:
+    """A trainset's weights add up to one, so that a dataset more changes all of them."""
+    _grown(project, {"films": 0.6, "pictures": 0.2, "extra": 0.2}, MORE)
+    said = [reason for reason in _found(project).reasons if "weight" in reason]
+    assert said == []
 
 
 def test_a_dataset_more_with_a_weight_that_moves_no_quota_leaves_the_prefix(project: Project) -> None:
