@@ -126,7 +126,10 @@ class Trainset:
         found = self._said["offsets"].get(f"f{frames}")
         if found is None:
             held = ", ".join(str(length) for length in self.lengths)
-            raise RefusedError(f"trainset {self.digest} has no clips of {frames} frames; it has {held}")
+            raise RefusedError(
+                f"trainset {self.digest} has no clips of {frames} frames; it has {held}. Add clips of that length in "
+                "corpus.yaml and make 'trainset' again, or choose another recipe"
+            )
         return {name: (int(first), int(count)) for name, (first, count) in found.items()}
 
     def check(self) -> None:

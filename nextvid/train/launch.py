@@ -26,6 +26,7 @@ from nextvid.recipes import recipe as recipe_by_name
 from nextvid.train import checkpoint
 from nextvid.train.devices import leased
 from nextvid.train.events import Event, read_events
+from nextvid.train.fit import refuse_unfit
 from nextvid.train.lock import launcher_id
 from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
 from nextvid.train.overrides import apply_overrides
@@ -78,8 +79,8 @@ def prepare_run(
 
     `launch` is the id of the Dagster run that asks first: its retries find the same trainset whatever the newest is.
     Raises ConfigError for wrong overrides, UpstreamError where trainset or mask plan are missing or failed checks,
-    DamagedError where the trainset is not what was frozen, RefusedError where the recipe reads pixels and its rows have
-    none.
+    DamagedError where the trainset is not what was frozen, RefusedError where the recipe does not fit it, or its rows
+    have no pixels and the recipe reads some.
     """
     config = apply_overrides(recipe_by_name(recipe), overrides)
     carried_out = how or HowConfig()
@@ -87,7 +88,9 @@ def prepare_run(
         carried_out = carried_out.model_copy(update={"ranks": ranks})
     trainset = _trainset(project, recipe, launch)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
-    _refuse_damaged(Trainset.open(project.root, trainset))
+    opened = Trainset.open(project.root, trainset)
+    _refuse_damaged(opened)
+    refuse_unfit(opened, config)
     plan = _mask_plan(project, config, overridden=bool(overrides))
     pixels = _pixels(project, config, trainset)
     run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides, pixels)

@@ -29,6 +29,7 @@ from nextvid.corpus.trainset import Trainset
 from nextvid.corpus.trainset_pixels import TrainsetPixels
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
+from nextvid.train.fit import fold
 from nextvid.train.latent_rows import HostLatents, StagedLatents
 from nextvid.train.mask_plan import OpenedPlan
 from nextvid.train.optim import draws_before, stage_at
@@ -85,7 +86,10 @@ class Loader:
         self._recipe, self._order, self._masks, self._rows, self._ranks = recipe, order, masks, rows, ranks
         for stage in recipe.stages:
             if stage.batch % ranks.count:
-                raise RefusedError(f"stage {stage.name}: batch {stage.batch} is not divisible by {ranks.count} ranks")
+                raise RefusedError(
+                    f"stage {stage.name}: batch {stage.batch} is not divisible by {ranks.count} ranks: ask for as many "
+                    "as divide it, or override the batch"
+                )
 
     def batches(self, first_step: int, threads: int = 1) -> Iterator[Batch]:
         """Batches of steps first_step..last, in order. Without threads each is filled when it is asked for."""
@@ -218,10 +222,10 @@ def open_loader(
 
 def latent_rows(reader: RowReader, trainset: Trainset, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
     """Latents on the device of a rank. Raises RefusedError where they do not fit the recipe."""
-    fold, largest = _fold(trainset, recipe), _largest(recipe, ranks)
+    folded, largest = fold(trainset, recipe), _largest(recipe, ranks)
     if ranks.device.type == "cpu":
-        return HostLatents(reader, trainset, fold, largest)
-    return StagedLatents(reader, trainset, fold, largest, READ_AHEAD + 1, ranks.device)
+        return HostLatents(reader, trainset, folded, largest)
+    return StagedLatents(reader, trainset, folded, largest, READ_AHEAD + 1, ranks.device)
 
 
 def pixel_rows(reader: PixelReader, pixels: TrainsetPixels, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
@@ -234,18 +238,3 @@ def pixel_rows(reader: PixelReader, pixels: TrainsetPixels, recipe: RecipeConfig
 def _largest(recipe: RecipeConfig, ranks: Ranks) -> int:
     """Frames of a rank's largest batch."""
     return max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
-
-
-def _fold(trainset: Trainset, recipe: RecipeConfig) -> int:
-    """Cells of the store per cell and side of the model's grid; refuses what does not fit."""
-    spec, model = trainset.spec, recipe.model
-    fold = max(1, spec.height // model.grid_height)
-    stored = (spec.channels, spec.height, spec.width)
-    wanted = (model.frame_channels // fold**2, model.grid_height * fold, model.grid_width * fold)
-    if stored != wanted or model.frame_channels % fold**2:
-        raise RefusedError(
-            f"recipe {recipe.name} wants {model.frame_channels} channels on a grid of {model.grid_height} x "
-            f"{model.grid_width}, and the latents are {spec.channels} channels of {spec.height} x {spec.width} "
-            f"(encoding of {spec.resolution} pixels): choose another recipe, resolution or autoencoder"
-        )
-    return fold

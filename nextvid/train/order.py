@@ -70,7 +70,8 @@ class Order:
             if lacking:
                 raise RefusedError(
                     f"trainset {trainset.digest} has no clips of {frames} frames and no images of "
-                    f"{', '.join(lacking)}, which recipe {recipe.name} draws from: add a clip policy to corpus.yaml"
+                    f"{', '.join(lacking)}, which recipe {recipe.name} draws from: add clips of {frames} frames "
+                    "in corpus.yaml, or longer videos"
                 )
             self._draws[frames] = Draws(recipe.seed, trainset.weights, sizes)
 

@@ -84,6 +84,19 @@ def test_overrides_make_another_run_and_draw_their_own_masks(project: Project) -
     assert prepare_run(project, "tiny", repeat=1).run_id != plain.run_id
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.cooldown.frames=16", "no clips of 16 frames; it has 1, 4, 8. Add clips of that length"),
+        ("model.grid_height=8", "on a grid of 8 x 4, and the latents are"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_run_is_written(project: Project, override: str, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        prepare_run(project, "tiny", (override,))
+    assert not Path(project.root.run("tiny", "0" * 12)).parent.exists()
+
+
 def test_upstream_is_asked_for(tmp_path: Path) -> None:
     project = make_project(tmp_path)
     with pytest.raises(UpstreamError, match="mask_plan"):
