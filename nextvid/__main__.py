@@ -19,7 +19,7 @@ from nextvid.corpus.project import open_project
 from nextvid.encode.bar import shown
 from nextvid.make import Asset, Wish, make
 from nextvid.outcome import Outcome
-from storage.errors import ConfigError, NExTVidError, UpstreamError
+from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
 
 app = SubcommandApp()
 
@@ -222,17 +222,6 @@ def line(outcome: Outcome) -> str:
     failed = [check.name for check in outcome.checks if not check.passed]
     verdict = f", failed: {', '.join(failed)}" if failed else ""
     return f"{name:38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}"
-
-
-def exit_code(error: NExTVidError | OSError) -> int:
-    """Which kind of error, for scripts."""
-    match error:
-        case NExTVidError():  # first: a ConflictError is an OSError too
-            return {"config": 2, "corpus": 2, "upstream": 3, "damaged": 4, "table": 4, "unwritable": 5}.get(
-                error.kind, 1
-            )
-        case OSError():
-            return 5
 
 
 def main() -> None:

@@ -89,6 +89,23 @@ class RefusedError(NExTVidError):
     kind = "refused"
 
 
+def exit_code(error: NExTVidError | OSError) -> int:
+    """Of every command: 2 configuration or corpus, 3 upstream, 4 damage, 5 the system refused, 1 anything else."""
+    match error:
+        case ConfigError() | CorpusError():
+            return 2
+        case UpstreamError():
+            return 3
+        case DamagedError() | TableError():
+            return 4
+        case UnwritableError():
+            return 5
+        case NExTVidError():  # before OSError: a ConflictError is one too
+            return 1
+        case OSError():
+            return 5
+
+
 def is_damage(error: Exception) -> bool:
     """Whether reading a file failed for what the file is: gone, unreadable on its disk, or of other bytes.
 

@@ -19,9 +19,9 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import Rows, Seen
 from nextvid.encode.preview import CLIPS, Shown
 from nextvid.encode.roundtrip import Trip, error_bound, judge, sampled, window
-from nextvid.encode.shard import EncodedShard, Take, commit_table, row_noise
+from nextvid.encode.shard import EncodedShard, RoundTripError, Take, commit_table, row_noise
 from nextvid.encode.verdicts import Trips
-from storage.errors import ConflictError, StoreError
+from storage.errors import ConflictError
 from storage.latents import Part
 from storage.shard import stored_values
 
@@ -68,7 +68,9 @@ class Keeper:
         """A row's round trip: what the store will hold of it against its frames, decoded again."""
         spec = part.spec
         if seen.frames is None:
-            raise StoreError(f"row {row.hex()} was decoded once and not again ({seen.reason}): make 'latents' again")
+            raise RoundTripError(
+                f"row {row.hex()} was decoded once and not again ({seen.reason}): make 'latents' again"
+            )
         about = self._autoencoder.about
         checked = window(row, part.frames) if about.time_map == "frame" else slice(None)
         stored = stored_values(latents[None], np.array([True]), spec.storage)[0, checked]
@@ -132,7 +134,7 @@ class Keeping:
     def _judge(self, row: bytes, latents: Float32[np.ndarray, "F C h w"], again: Rows) -> None:
         trip = self._keeper.judged(self._part, row, latents, again.take([row])[row])
         if trip.faults:
-            raise StoreError(
+            raise RoundTripError(
                 f"round trip of row {row.hex()} failed, its shard is not committed: {'; '.join(trip.faults)}"
             )
         self._found[row] = trip

@@ -17,11 +17,11 @@ from nextvid.encode.pixel_plan import pixel_spec
 from nextvid.encode.pixels import PixelWriter
 from nextvid.encode.plan import EncodePlan, plan_encode
 from nextvid.encode.preview import preview_png
-from nextvid.encode.shard import Batch
+from nextvid.encode.shard import Batch, RefusedShardError
 from nextvid.encode.verdicts import Trips, outcome_of, publish_refused
 from nextvid.outcome import Outcome
 from storage.atomic import publish_bytes
-from storage.errors import ConflictError, StoreError
+from storage.errors import ConflictError
 from storage.latents import LatentStore, Part
 from storage.tables import require_checks
 
@@ -29,7 +29,7 @@ from storage.tables import require_checks
 def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: None) -> Outcome:
     """Encode what a batch lacks in the spec in force, with its pixels if asked for; publish its checks and a picture.
 
-    Raises UpstreamError without checked clips, and StoreError where a shard is refused: then nothing of that shard is
+    Raises UpstreamError without checked clips, RefusedShardError where a shard is refused: then nothing of that shard is
     committed, and the published checks say so.
     """
     began = time.perf_counter()
@@ -42,7 +42,7 @@ def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: No
     if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
         try:
             _encode(project, plan, store, names, trips, on_pace)
-        except StoreError as error:
+        except RefusedShardError as error:
             publish_refused(project, plan, trips, error)
             raise
         if trips.pictures:

@@ -23,8 +23,16 @@ from storage.schemas import Commits
 NOT_WANTED = "not_wanted"  # planned, but the clips table changed before it was encoded
 
 
-class UnstorableError(StoreError):
-    """Latents that are no signal: the shard that they belong to is not committed."""
+class RefusedShardError(StoreError):
+    """A shard that is not committed for what is in it; other errors of a store say nothing of its rows."""
+
+
+class UnstorableError(RefusedShardError):
+    """Latents that are no signal."""
+
+
+class RoundTripError(RefusedShardError):
+    """A row that does not come back as the frames that it was made of."""
 
 
 Latents = Float32[np.ndarray, "n F C h w"]

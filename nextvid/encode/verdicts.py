@@ -18,11 +18,10 @@ from nextvid.encode.pixels import pixel_check
 from nextvid.encode.plan import EncodePlan, wanted_clips
 from nextvid.encode.preview import Shown
 from nextvid.encode.roundtrip import Trip
-from nextvid.encode.shard import UnstorableError
+from nextvid.encode.shard import RefusedShardError, UnstorableError
 from nextvid.outcome import Check, Number, Outcome
 from storage.atomic import exists
 from storage.digest import digest
-from storage.errors import StoreError
 from storage.latents import EncodingSpec, LatentStore
 from storage.tables import read_checks
 
@@ -98,7 +97,7 @@ def outcome_of(
     )
 
 
-def publish_refused(project: Project, plan: EncodePlan, trips: Trips, error: StoreError) -> None:
+def publish_refused(project: Project, plan: EncodePlan, trips: Trips, error: RefusedShardError) -> None:
     """Publish that a shard was refused, by which check, so that nothing reads this batch until it passes."""
     commits = _wanted(project, plan, LatentStore(project.root, plan.spec).commits(plan.batch))
     numbers: dict[str, Number] = {"rows": trips.rows, "error": str(error)}

@@ -12,7 +12,7 @@ import tyro
 
 from nextvid.corpus.project import open_project
 from nextvid.train.lock import die_with
-from storage.errors import ConfigError, NExTVidError, StoreError, UpstreamError
+from storage.errors import NExTVidError, exit_code
 
 
 def main(
@@ -41,22 +41,12 @@ def main(
         train(project, open_run(Path(project.root.run(recipe, name))), ranks)
 
 
-def exit_code(error: NExTVidError) -> int:
-    """2 the user's configuration is wrong, 3 upstream is missing, 4 a store is damaged, 1 anything else."""
-    match error:
-        case ConfigError():
-            return 2
-        case UpstreamError():
-            return 3
-        case StoreError():
-            return 4
-        case _:
-            return 1
-
-
 if __name__ == "__main__":
     try:
         tyro.cli(main, prog="python -m nextvid.train")
     except NExTVidError as error:
         sys.stderr.write(f"{error.kind}: {error}\n")
+        sys.exit(exit_code(error))
+    except OSError as error:
+        sys.stderr.write(f"system: {error}\n")
         sys.exit(exit_code(error))

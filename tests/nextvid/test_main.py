@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nextvid.__main__ import exit_code, line, main
+from nextvid.__main__ import line, main
 from nextvid.corpus.project import Project
 from nextvid.outcome import Check, Outcome
 from nextvid.probe.encoders import find_run
@@ -25,10 +25,14 @@ from storage.errors import (
     ConflictError,
     CorpusError,
     DamagedError,
+    MediaError,
+    NExTVidError,
     RefusedError,
+    StoreError,
     TableError,
     UnwritableError,
     UpstreamError,
+    exit_code,
 )
 from storage.latents import LatentStore
 from storage.schemas import Media
@@ -91,7 +95,7 @@ class TestExitCodes:
         [
             (ConfigError(""), 2), (CorpusError(""), 2), (UpstreamError(""), 3), (DamagedError(""), 4),
             (TableError(""), 4), (RefusedError(""), 1), (ConflictError(""), 1), (OSError(errno.ENOSPC, ""), 5),
-            (UnwritableError(""), 5),
+            (UnwritableError(""), 5), (StoreError(""), 1), (MediaError("", ""), 1), (NExTVidError(""), 1),
         ],
     )  # fmt: skip
     def test_each_kind_of_error_has_one(self, error: Any, code: int) -> None:

@@ -105,6 +105,19 @@ class TestRoundTrip:
         monkeypatch.undo()
         assert make_latents(project, FILMS).passed
 
+    def test_a_store_that_does_not_answer_is_no_failed_check(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The verdict that stands goes on, and what is complete is not dropped for a network."""
+
+        def silent(*_: Any) -> Any:
+            raise StoreError("s3://bucket: 6 tries failed")
+
+        monkeypatch.setattr(piping, "encode_shard", silent)
+        with pytest.raises(StoreError, match="6 tries failed"):
+            make_latents(project, FILMS)
+        assert read_checks(project.root.latents_checks(spec_in_force(project).digest(), FILMS)) is None
+
     def test_two_rows_swapped_are_refused_where_one_of_them_is_sampled(
         self, project: Project, monkeypatch: pytest.MonkeyPatch
     ) -> None:
