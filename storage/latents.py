@@ -16,7 +16,7 @@ import dataframely as dy
 import polars as pl
 
 from storage import atomic, listing
-from storage.errors import ConfigError, ConflictError, DamagedError, is_damage
+from storage.errors import ConfigError, ConflictError, DamagedError, UpstreamError, is_damage
 from storage.part import Part, PlannedPart, Spec, create_part
 from storage.root import DataRoot, Stored
 from storage.schemas import Commits
@@ -133,6 +133,16 @@ class RowStore(ABC, Generic[S, P]):
         places = [(frames, number) for frames in self.frames_of(batch) for number in self.parts(batch, frames)]
         return [path for place in places for path in self.part(batch, *place).table_paths()]
 
+    def refuse_gone(self) -> None:
+        """UpstreamError where the store is not there whose rows are asked for, DamagedError for another spec."""
+        try:
+            self.open(self.root, self.digest)
+        except UpstreamError as error:
+            raise UpstreamError(
+                f"the {self.noun} in {self._folder} are gone: {error}. Put the folder back, or make 'latents' and "
+                "'trainset' again"
+            ) from error
+
     def verify(self, batch: str | None = None) -> list[Problem]:
         """Read every byte of one batch or of all; what is missing, changed or left over. Sound: an empty list."""
         problems: list[Problem] = []
@@ -142,7 +152,11 @@ class RowStore(ABC, Generic[S, P]):
             if not is_damage(error):
                 raise
             problems.append(Problem(f"{self._folder}/spec.json", None, str(error), "restore it"))
-        withdrawn = withdrawn_rows(self.root)
+        try:
+            withdrawn = withdrawn_rows(self.root)
+        except DamagedError as error:  # rows of that file are then told as well: nobody knows that they may be zeros
+            problems.append(Problem(self.root.withdrawn(), None, str(error), "as it says"))
+            withdrawn = frozenset()
         for name in self.batches() if batch is None else [batch]:
             for frames in self.frames_of(name):
                 for number in self.parts(name, frames):

@@ -26,6 +26,7 @@ from storage.digest import crc32c
 from storage.errors import DamagedError, is_damage
 from storage.pixels import PixelPart, PixelStore
 from storage.ranges import Range, Ranges
+from storage.reader import batch_of
 from storage.remote import is_local
 from storage.remote_reader import AT_ONCE, cited
 from storage.shard import INDEX_BYTES
@@ -67,7 +68,7 @@ class Chunks(ABC):
         return DamagedError(f"{part.shard_path(number)}, row {row}: {what}. Remedy: {encode_again(part, number)}")
 
     def _part(self, frames: int, address: np.void) -> PixelPart:
-        return self._store.part(self._batches[int(address["batch"])], frames, int(address["part"]))
+        return self._store.part(batch_of(address, self._batches), frames, int(address["part"]))
 
 
 class MappedChunks(Chunks):

@@ -36,6 +36,7 @@ from storage.verify import OTHER_BYTES, encode_again
 ADDRESS = np.dtype(
     [("row_id", "<u8", 2), ("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("slot", "<u2"), ("crc", "<u4")]
 )
+ADDRESSES_CHANGED = "the trainset's file of rows is not what was frozen, 'nextvid verify' names it"
 _FIELDS = struct.Struct("<16xIHIHI")  # an ADDRESS but for its row id: a sixth of the time of numpy's own conversion
 Fields = tuple[Any, ...]  # batch, part, shard, slot, crc as Python numbers
 _madvise = ctypes.CDLL(None).madvise
@@ -120,7 +121,8 @@ class RowReader:
         batch, part, number, slot, crc = fields
         mapped = self._mapped((frames, batch, part, number), address)
         if slot >= len(mapped.rows):
-            raise self._damaged(frames, address, f"has {len(mapped.rows)} rows, none in slot {slot}")
+            what = f"has {len(mapped.rows)} rows, none in slot {slot}: {ADDRESSES_CHANGED}"
+            raise self._damaged(frames, address, what)
         if not mapped.checked[slot]:
             if crc32c(mapped.rows[slot]) != crc:
                 if self._is_stale(frames, address, mapped.inode):
@@ -186,7 +188,7 @@ class RowReader:
                 del self._maps[key]
 
     def _part(self, frames: int, address: np.void) -> Part:
-        return self._store.part(self._batches[int(address["batch"])], frames, int(address["part"]))
+        return self._store.part(batch_of(address, self._batches), frames, int(address["part"]))
 
     def _damaged(self, frames: int, address: np.void, what: str) -> DamagedError:
         part, number = self._part(frames, address), int(address["shard"])
@@ -217,6 +219,14 @@ def addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:
     found["slot"] = ok["slot"] % ROWS_PER_SHARD
     found["crc"] = ok["crc32c"]
     return found
+
+
+def batch_of(address: np.void, batches: Sequence[str]) -> str:
+    """The key that an address' `batch` counts; DamagedError where it counts beyond them."""
+    number = int(address["batch"])
+    if number >= len(batches):
+        raise DamagedError(f"an address names batch {number} of {len(batches)}: {ADDRESSES_CHANGED}")
+    return batches[number]
 
 
 def row_id(address: np.void) -> bytes:

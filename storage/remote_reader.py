@@ -16,7 +16,6 @@ from jaxtyping import Float16
 from storage import listing, shard
 from storage.cache import Cache, fits
 from storage.digest import crc32c
-from storage.errors import UpstreamError
 from storage.latents import LatentStore, RowStore
 from storage.part import Part
 from storage.ranges import Range, Ranges
@@ -38,7 +37,7 @@ def open_reader(
     Raises UpstreamError where the store is gone, DamagedError where its spec was changed, ConfigError for a cache that
     is too small for one shard.
     """
-    _refuse_gone(root, spec)
+    LatentStore(root, spec).refuse_gone()
     if is_local(root.url):
         return RowReader(root, spec, batches)
     wanted = sum(len(rows) * spec.row_bytes(frames) for frames, rows in (stored or {}).items())
@@ -113,16 +112,6 @@ class RangedReader(RowReader):
         row_bytes = self._store.spec.row_bytes(frames)
         path = self._part(frames, address).shard_path(int(address["shard"]))
         return path, int(address["slot"]) * row_bytes, row_bytes
-
-
-def _refuse_gone(root: DataRoot, spec: EncodingSpec) -> None:
-    try:
-        LatentStore.open(root, spec.digest())
-    except UpstreamError as error:
-        raise UpstreamError(
-            f"the latents in {root.spec_folder(spec.digest())} are gone: {error}. Put the folder back, or make "
-            "'latents' and 'trainset' again"
-        ) from error
 
 
 def _shard_of(address: np.void) -> tuple[int, int, int]:

@@ -22,7 +22,8 @@ def checked_fields(spec: type[Any], value: Mapping[str, Any], noun: str, where: 
     """What a spec's `to_json` gave; ConfigError where a key is missing, unknown or of another type than its field."""
     types = {field.name: (int if field.type in ("int", int) else str) for field in fields(spec)}
     if not isinstance(value, Mapping) or set(value) != set(types):
-        raise ConfigError(f"{noun} has the keys {sorted(types)}, not {sorted(value)}")
+        found = sorted(value, key=str) if isinstance(value, Mapping) else f"those of {value!r:.100}"
+        raise ConfigError(f"{noun} has the keys {sorted(types)}, not {found}")
     for name, kind in types.items():
         if type(value[name]) is not kind:
             raise ConfigError(f"{where}.{name}: {value[name]!r} is not of type {kind.__name__}")

@@ -81,8 +81,10 @@ def _found(part: PlannedPart, number: int, files: Container[str], rows: RowsOf) 
 
 
 def encode_again(part: PlannedPart, number: int) -> str:
-    """The remedy for damaged bytes of a shard."""
-    return f"remove {part.commit_path(number)} and make the latents of batch {part.batch} again"
+    """The remedy for a shard that cannot be read."""
+    if part.committed(number):
+        return f"remove {part.commit_path(number)} and make the latents of batch {part.batch} again"
+    return f"make the latents of batch {part.batch} again, and 'trainset', whose rows stand elsewhere then"
 
 
 def _metadata(part: PlannedPart) -> list[Problem]:

@@ -23,15 +23,28 @@ def record_withdrawal(root: DataRoot, media_id: str, row_ids: Iterable[bytes]) -
     atomic.publish_json(path, {"media_id": media_id, "row_ids": names})
 
 
+def withdrawn_media(root: DataRoot) -> frozenset[bytes]:
+    """Ids (16 bytes) of withdrawn media: the names of their records; other files there mean nothing."""
+    names = (name.removesuffix(".json") for name in listing.files(root.withdrawn()) if name.endswith(".json"))
+    return frozenset(bytes.fromhex(name) for name in names if _MEDIA.fullmatch(name))
+
+
 def withdrawn_rows(root: DataRoot) -> frozenset[bytes]:
     """Row ids (16 bytes) of every withdrawn media; DamagedError where a record cannot be read."""
-    names = listing.files(root.withdrawn())
-    records = [name for name in names if _MEDIA.fullmatch(name.removesuffix(".json")) and name.endswith(".json")]
-    return frozenset().union(*(_rows(f"{root.withdrawn()}/{name}") for name in records))
+    records = sorted(f"{root.withdrawn()}/{media.hex()}.json" for media in withdrawn_media(root))
+    return frozenset().union(*(_rows(path) for path in records))
 
 
 def _rows(path: str) -> set[bytes]:
+    said = atomic.read_json(path)
     try:
-        return {bytes.fromhex(name) for name in atomic.read_json(path)["row_ids"]}
-    except (KeyError, TypeError) as error:
-        raise DamagedError(f"{path} is no record of a withdrawal: restore it, or withdraw the file again") from error
+        return {_row_id(name) for name in said["row_ids"]}
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{path} is no record of a withdrawal ({type(error).__name__}: {error})"
+        raise DamagedError(f"{what}: restore it, or withdraw the file again") from error
+
+
+def _row_id(name: str) -> bytes:
+    if not _MEDIA.fullmatch(name):
+        raise ValueError(f"'{name:.50}' is no row id")
+    return bytes.fromhex(name)

@@ -25,11 +25,11 @@ from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.outcome import Check, Outcome
 from nextvid.video.sandbox import Sandbox
-from storage import listing, tables
+from storage import tables
 from storage.errors import MediaError
 from storage.remote import is_local
-from storage.root import DataRoot
 from storage.schemas import Labels, Media, Sources
+from storage.withdrawn import withdrawn_media
 
 Progress = Callable[[int, int], None]
 Row = dict[str, Any]
@@ -86,12 +86,6 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
         },
         checks=checks,
     )
-
-
-def withdrawn_media(root: DataRoot) -> set[bytes]:
-    """Ids of withdrawn media: the names of the files in `withdrawn/`."""
-    names = listing.files(root.withdrawn())
-    return {bytes.fromhex(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[0] != "."}
 
 
 def _kept(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
@@ -251,7 +245,9 @@ def _doubled(project: Project, batch: str) -> dict[str, str]:
     return doubled(config, present["path"].to_list())
 
 
-def _judge(media: pl.DataFrame, labels: pl.DataFrame, withdrawn: set[bytes], twice: Mapping[str, str]) -> pl.DataFrame:
+def _judge(
+    media: pl.DataFrame, labels: pl.DataFrame, withdrawn: frozenset[bytes], twice: Mapping[str, str]
+) -> pl.DataFrame:
     """Reject what is withdrawn, what shares the name that its labels go by, and what has labels that contradict each
     other.
     """

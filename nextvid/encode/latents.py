@@ -29,7 +29,7 @@ from storage.tables import require_checks
 def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: None) -> Outcome:
     """Encode what a batch lacks in the spec in force, with its pixels if asked for; publish its checks and a picture.
 
-    Raises UpstreamError without checked clips, RefusedShardError where a shard is refused: then nothing of that shard is
+    Raises UpstreamError without checked clips, RefusedShardError where a shard is refused: then nothing of it is
     committed, and the published checks say so.
     """
     began = time.perf_counter()

@@ -38,6 +38,7 @@ from nextvid.train.pixel_rows import HostPixels, StagedPixels
 from nextvid.train.ring import sent
 from storage.errors import RefusedError
 from storage.pixel_reader import PixelReader
+from storage.pixels import PixelStore
 from storage.reader import RowReader
 from storage.remote_reader import open_reader
 from storage.root import DataRoot
@@ -214,6 +215,7 @@ def open_loader(
             rows["latents"] = latent_rows(reader, trainset, recipe, ranks)
         if recipe.reads_pixels:
             assert pixels is not None, "a recipe that reads pixels was given none"
+            PixelStore(root, pixels.spec).refuse_gone()
             jpegs = PixelReader(root, pixels.spec, trainset.batches)
             stack.callback(jpegs.close)
             rows["pixels"] = pixel_rows(jpegs, pixels, recipe, ranks)

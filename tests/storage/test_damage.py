@@ -189,6 +189,35 @@ def test_what_is_wrong_in_the_bucket_is_damage(tmp_path: Path, made: Made, monke
     assert copies(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("batch", 7, "an address names batch 7 of 1: the trainset's file of rows"),
+        ("slot", 200, "has 3 rows, none in slot 200: the trainset's file of rows"),
+        ("part", 9, "is not committed. Remedy: make the latents of batch demo.000000 again, and 'trainset'"),
+        ("shard", 9, "is not committed. Remedy: make the latents of batch demo.000000 again, and 'trainset'"),
+    ],
+)
+def test_an_address_that_leads_nowhere(data_root: DataRoot, field: str, value: int, said: str) -> None:
+    store, _ = full_store(data_root, 3)
+    found = addresses(store.commits(BATCH), [BATCH])
+    found[field][1] = value
+    with pytest.raises(DamagedError, match=said):
+        RowReader(store.root, store.spec, [BATCH]).rows(FRAMES, found)
+
+
+@pytest.mark.parametrize("field", ["batch", "part", "shard"])
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_address_of_pixels_that_leads_nowhere(tmp_path: Path, field: str, copied: bool) -> None:
+    store, stored = filled = test_remote_pixels.filled(tmp_path)
+    reader = test_remote_pixels.opened(filled, CopiedChunks if copied else RangedChunks)
+    address = stored[FRAMES][5].copy()
+    address[field] = 9
+    with pytest.raises(DamagedError, match=r"batch 9 of 2|not committed|no such file"):
+        reader.read_into(FRAMES, address, np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8))
+    assert store.verify() == []
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ENOENT])
 def test_a_local_shard_that_cannot_be_opened(data_root: DataRoot, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store, part = full_store(data_root, 3)

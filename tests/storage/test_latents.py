@@ -1,5 +1,6 @@
 """storage/latents.py, part.py, spec.py: planned parts, write-once shards, and what readers may see."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from storage import atomic
@@ -52,6 +55,28 @@ def test_create_and_open(data_root: DataRoot) -> None:
     path.write_text("[]")
     with pytest.raises(DamagedError, match="no spec of latents"):
         LatentStore.open(data_root, store.digest)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*spec().to_json(), "x"]), inner),
+    max_leaves=12,
+)
+
+
+@given(said=JSON, change=st.dictionaries(st.sampled_from(sorted(spec().to_json())), JSON, min_size=1, max_size=3))
+def test_whatever_json_stands_for_a_spec_is_told(
+    tmp_path_factory: pytest.TempPathFactory, said: object, change: dict[str, object]
+) -> None:
+    store = new_store(DataRoot.open(str(tmp_path_factory.mktemp("spec"))))
+    path = Path(store.root.spec_folder(store.digest), "spec.json")
+    changed = spec().to_json() | change
+    for wrong in (said, *([changed] if repr(changed) != repr(spec().to_json()) else [])):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(DamagedError, match=r"spec\.json"):
+            LatentStore.open(store.root, store.digest)
+        (problem,) = store.verify()
+        assert problem.file == str(path)
 
 
 def test_an_empty_store(data_root: DataRoot) -> None:

@@ -22,7 +22,7 @@ from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES
 from storage.verify import LITTER_AGE_S
-from storage.withdrawn import record_withdrawal, withdrawn_rows
+from storage.withdrawn import record_withdrawal, withdrawn_media, withdrawn_rows
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, spec, write
 
 MEDIA = "ab" * 16
@@ -255,11 +255,26 @@ def test_withdrawals_are_recorded_and_united(data_root: DataRoot) -> None:
 
 def test_a_damaged_withdrawal_is_never_an_empty_one(data_root: DataRoot) -> None:
     record_withdrawal(data_root, MEDIA, ids(2))
+    for said in ("{}", "null", "3", '["row_ids"]', '{"row_ids": ["zz"]}', '{"row_ids": [7]}', '{"row_ids": 7}', "{"):
+        Path(data_root.withdrawn(), f"{MEDIA}.json").write_text(said)
+        with pytest.raises(DamagedError, match=MEDIA):
+            withdrawn_rows(data_root)
     Path(data_root.withdrawn(), f"{MEDIA}.json").write_text("{}")
     with pytest.raises(DamagedError, match="no record of a withdrawal"):
         withdrawn_rows(data_root)
     with pytest.raises(DamagedError):
         record_withdrawal(data_root, MEDIA, ids(1))
+    store, _ = full_store(data_root, 3)
+    (problem,) = store.verify()
+    assert MEDIA in str(problem)
+
+
+def test_other_files_beside_withdrawals_mean_nothing(data_root: DataRoot) -> None:
+    record_withdrawal(data_root, MEDIA, ids(2))
+    for name in ("notes.json", f"{MEDIA}.json.bak", MEDIA.upper() + ".json", ".json"):
+        Path(data_root.withdrawn(), name).write_text("nobody knows")
+    assert withdrawn_media(data_root) == {bytes.fromhex(MEDIA)}
+    assert withdrawn_rows(data_root) == frozenset(ids(2))
 
 
 def test_withdrawn_rows_are_zeros_and_the_rest_stands(data_root: DataRoot) -> None:

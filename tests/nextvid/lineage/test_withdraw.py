@@ -7,7 +7,6 @@ import polars as pl
 import pytest
 import torch
 
-from nextvid.corpus.media import withdrawn_media
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
 from nextvid.lineage.withdraw import withdraw
@@ -22,7 +21,7 @@ from storage.pixel_reader import read_clip
 from storage.reader import read_row
 from storage.schemas import Clips, Media
 from storage.tables import read_table, write_table
-from storage.withdrawn import withdrawn_rows
+from storage.withdrawn import withdrawn_media, withdrawn_rows
 from tests.nextvid.tiny_project import CLIPS_A_VIDEO, FRAMES, RECIPE, clip_rows, uri_of
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
 
