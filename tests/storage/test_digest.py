@@ -76,20 +76,22 @@ def test_crc32c_of_any_buffer() -> None:
 
 def test_others_run_while_a_checksum_waits_for_pages() -> None:
     """With turns of an hour a thread gives the interpreter away only where it means to."""
-    with mmap.mmap(-1, 1 << 29) as memory:  # zeros that nobody touched: a hundred thousand page faults
-        over = threading.Event()
+    with mmap.mmap(-1, 1 << 26) as memory:
+        ran = threading.Event()
+        left = [100]  # of checksums, 5 ms each
 
         def check() -> None:
-            crc32c(memoryview(memory))
-            over.set()
+            while left[0] and not ran.is_set():
+                crc32c(memoryview(memory))
+                left[0] -= 1
 
         thread = threading.Thread(target=check)
         before = sys.getswitchinterval()
         sys.setswitchinterval(3600)
         try:
             thread.start()
-            ran_meanwhile = not over.is_set()
+            ran.set()
         finally:
             sys.setswitchinterval(before)
             thread.join()
-    assert ran_meanwhile
+    assert left[0], "all were over before this thread ran"

@@ -13,12 +13,11 @@ from tests.nextvid.train.tiny import tiny_recipe
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads. The loop sets denormals, which are reset too."""
+    """Bits depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
