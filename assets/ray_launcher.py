@@ -19,11 +19,13 @@ import dagster as dg
 from assets.launcher import SIGNALLED, Watch, pipes
 from nextvid.train.launch import PreparedRun
 from storage.errors import ConflictError
+from storage.remote import S3_PLACE
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 RUN = "nextvid/run"  # metadata of a job: the training run that it is for
+PASSED_ON = ("PYTHONPATH", "NEXTVID_CORPUS", *S3_PLACE)  # no keys: a job's environment can be read by others
 MESSAGES = "pipes.jsonl"  # in the run's folder, while a job trains
 POLL_S = 1.0  # our choice: as long as a cancelled step may take to notice a job's end
 STOP_S = 30.0  # our choice: Ray kills what a stopped job leaves after 3 s (RAY_JOB_STOP_WAIT_TIME_S)
@@ -36,7 +38,7 @@ def run_job(context: dg.AssetExecutionContext, run: PreparedRun, address: str) -
 
     client = JobSubmissionClient(address)
     _stop_leftovers(context, client, run)
-    passed = {name: os.environ[name] for name in ("PYTHONPATH", "NEXTVID_CORPUS") if name in os.environ}
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     reader = dg.PipesFileMessageReader(str(Path(run.folder) / MESSAGES))
     with pipes(context, dg.PipesEnvContextInjector(), reader) as session:
         job = client.submit_job(

@@ -11,12 +11,13 @@ from pathlib import Path
 import dagster as dg
 
 from storage.errors import ConfigError
+from storage.remote import S3_PLACE
 
 WHERE = "NEXTVID_STEPS"  # multiprocess | ray | kubernetes
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own variable: http://<head>:8265
 # What a step on another machine has to know to find project and instance (deploy/README.md).
 TRAIN_ON = "NEXTVID_TRAIN_ON"  # empty: beside the step; else the address of a Ray cluster's job server
-PASSED_ON = ("DAGSTER_HOME", "NEXTVID_CORPUS", "PYTHONPATH", "DAGSTER_POSTGRES_URL", "AWS_ENDPOINT_URL")
+PASSED_ON = ("DAGSTER_HOME", "NEXTVID_CORPUS", "PYTHONPATH", "DAGSTER_POSTGRES_URL", *S3_PLACE)
 
 
 def executor(where: str | None = None) -> dg.ExecutorDefinition:

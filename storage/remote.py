@@ -29,6 +29,8 @@ BUCKETED = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # protocols of fsspec whose
 # by name, since the client that raises them may not be installed
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
 _OURS = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what s3fs makes of a request that no repetition mends
+S3_PLACE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")  # where, without who: what jobs elsewhere are told
+_ONE_PUT_BYTES = 5 * 2**30  # Amazon S3's limit of one PUT; s3fs cuts what is larger than two of its chunks, 100 MiB
 _SET = "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where it is not Amazon's, AWS_ENDPOINT_URL"
 
 
@@ -100,7 +102,9 @@ def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
     A client below us that repeats a request whose answer was lost may take our own bytes for somebody else's. All who
     create exclusively can live with that: they go on with what stands there.
     """
-    _put(path, lambda fs, key, mode: fs.pipe_file(key, data, mode=mode), lambda: data, exclusive=exclusive)
+    _put(
+        path, lambda fs, key, mode: fs.pipe_file(key, data, mode=mode, **_whole(fs)), lambda: data, exclusive=exclusive
+    )
 
 
 def put_file(local: str, path: str, *, exclusive: bool = False) -> None:
@@ -110,7 +114,12 @@ def put_file(local: str, path: str, *, exclusive: bool = False) -> None:
         with open(local, "rb") as file:  # noqa: PTH123 - fsspec's paths are strings
             return file.read()
 
-    _put(path, lambda fs, key, mode: fs.put_file(local, key, mode=mode), read, exclusive=exclusive)
+    _put(path, lambda fs, key, mode: fs.put_file(local, key, mode=mode, **_whole(fs)), read, exclusive=exclusive)
+
+
+def _whole(fs: AbstractFileSystem) -> dict[str, int]:
+    """What makes a client put an object in one request: who dies in the midst of several leaves parts, unlisted."""
+    return {"chunksize": _ONE_PUT_BYTES // 2} if "s3" in fs.protocol else {}
 
 
 def get_file(path: str, local: str) -> None:

@@ -1,0 +1,24 @@
+"""An encoder that runs in a process of its own, to be killed (tests/forked.py calls it by name)."""
+
+import os
+import time
+
+from nextvid.corpus.project import open_project
+from nextvid.encode.latents import make_latents
+from tests.nextvid.encode.conftest import shards_of_four
+from tests.nextvid.encode.small_corpus import FILMS
+
+SYNC_S = 0.01  # what a disk takes to force bytes down, so that names are on their way for a part of the time
+
+
+def encode(corpus: str) -> None:
+    """Make the latents and the pixels of the films, in shards of four rows, on a disk that syncs slowly."""
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        time.sleep(SYNC_S)
+        real(file)
+
+    os.fsync = fsync  # type: ignore[assignment]
+    with shards_of_four():
+        make_latents(open_project(corpus), FILMS)
