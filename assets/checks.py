@@ -17,7 +17,7 @@ CHECKS: dict[str, dict[str, str]] = {
         "no_overlap": "No two shots of a file overlap",
     },
     "clips": {
-        "no_clip_crosses_a_cut": "Every clip's times lie inside its trimmed shot",
+        "no_clip_crosses_a_cut": "Every clip's times lie inside its shot",
         "ids_derive_from_content": "Ids drawn again from media, times and crops are the same, and none repeats",
         "every_shot_has_a_row": "Every shot has a row: a clip, or the reason why not",
     },
@@ -37,7 +37,7 @@ CHECKS: dict[str, dict[str, str]] = {
         "budgets_exact": "Every entry keeps exactly the budget",
         "tubes_constant": "The visible set is the same in every tubelet",
         "thinning_uniform": "Thinning favours no visible cell",
-        "raw_statistics": "The raw sampler reproduces the statistics of method.md 2.3 (paper geometry)",
+        "raw_statistics": "The raw sampler reproduces the paper's statistics, on its grid",
     },
     "trainset": {
         "no_test_duplicate": "No row is a near-duplicate of a probe test clip",

@@ -30,7 +30,7 @@ from nextvid.video.shots import first_pass
 from nextvid.video.transitions import Transitions
 
 TARGET = 2.0  # design 11
-WIDTH, HEIGHT, FPS = 640, 360, 25  # issue and design measure at 360p; 25 as most of research video 8's files
+WIDTH, HEIGHT, FPS = 640, 360, 25  # the design measures at 360p; 25 as most of research video 8's files
 QUICK_SECONDS, SECONDS = 6, 30
 QUICK_TURNS, TURNS = 3, 5
 STAGES = ("planes", "thumbnails", "detectors", "samples", "hashes")

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.manifests [--quick]` writes 100 batches of 100,000 clips (with --quick 10 of 10,000) with every
 column of the schema, then filters, joins and freezes them in a process of its own, as the asset does, and reports its
-peak memory (design 11 and issue 5: 2 GB at ten million rows). Latents are not written: what the store says of a batch
+peak memory (our bound: 2 GB at ten million rows). Latents are not written: what the store says of a batch
 stands in one table in place of its 391 commit files, so that reading these is not part of the time.
 """
 
@@ -31,7 +31,7 @@ from storage.latents import ROWS_PER_SHARD, LatentStore
 from storage.schemas import Clips, Commits, Duplicates
 from storage.tables import publish_checks, write_table
 
-PEAK_MB = 2048  # issue 5, item 7
+PEAK_MB = 2048  # our bound at ten million rows
 BATCHES, ROWS = 100, 100_000
 QUICK_BATCHES, QUICK_ROWS = 10, 10_000
 FRAMES = 16  # the paper's

@@ -22,8 +22,8 @@ from nextvid.video.probe import probe
 from nextvid.video.sandbox import Sandbox
 from storage.errors import MediaError
 
-RESTART_S = 1.0  # issue 6: under a second
-OVERHEAD_MS = 10.0  # issue 6: milliseconds
+RESTART_S = 1.0  # our requirement: under a second
+OVERHEAD_MS = 10.0  # our requirement: milliseconds
 CALLS, QUICK_CALLS = 200, 50
 FAULTS, QUICK_FAULTS = 5, 2
 HANG_S = 0.2

@@ -21,7 +21,7 @@ from storage.root import DataRoot
 CLIPS, QUICK_CLIPS = 8192, 1024  # 2.1 GB in 32 shards; 268 MB in 4
 TURNS, QUICK_TURNS = 5, 3
 PIECE_BYTES = 1 << 17  # what coreutils' cat reads at a time
-AT_LEAST = 0.9  # our reading of `at disk speed` (issue 5): of the rate of plain reading, page-cold
+AT_LEAST = 0.9  # our reading of `at disk speed`: of the rate of plain reading, page-cold
 ARMS = ("read", "verify")
 
 

@@ -36,7 +36,7 @@ def new_sources_every(tick_s: int) -> dg.SensorDefinition:
         in_force(opened)
         asked = [dg.RunRequest(run_key=key, partition_key=batch) for batch, key in waiting(opened).items()]
         cursor = asked_for(opened, context.cursor)
-        said = [*left_behind(opened), *([said] if (said := json.loads(cursor)["said"]) else [])]
+        said = [*left_behind(opened), *([cost] if (cost := json.loads(cursor)["said"]) else [])]
         for line in said:
             context.log.info(line)
         return dg.SensorResult(

@@ -4,13 +4,16 @@ The data root, as `root.py` builds it (every path of the project comes from ther
 
     <root>/accepted.json                              what is in force: encoding, curation, pixels
            sources/<batch>.parquet                    batch = <dataset>.<nnnnnn>: the listing, append-only
-           media/ labels/ shots/ clips/               <batch>.parquet, and <batch>.json: outcome of its checks
+           sources/changes/ sources/pending.json      each change of a listing by its number, and what is being made
+           media/ labels/ shots/ clips/               <batch>.parquet, <batch>.json: outcome of its checks, pictures
            latents/<spec>/spec.json                   the encoding spec in words
            latents/<spec>/<batch>.json                outcome of the checks of the batch in this spec
            latents/<spec>/<batch>/f16/<part>/         Zarr v3 group with array `latent`; plan.parquet,
                                                       commits/<shard>.parquet
+           pixels/<spec>/                             as latents, with JPEG chunks in array `pixels`
            latent_stats/<digest>/  duplicates/<digest>/  mask_plan/<digest>/  withdrawn/<media>.json
-           trainset/<digest>/                         trainset.json rows.f16.npy lineage.parquet
+           trainset/<digest>/                         trainset.json rows.f16.npy lineage.parquet, and
+                                                      pixels.<spec>.json pixels.<spec>.f16.npy once frozen
     <runs_root>/pretrain/<recipe>/<run>/              config.json events.jsonl checkpoints/ encoder/ lock
            probes/ samples/ report/<recipe>/<run>/
 

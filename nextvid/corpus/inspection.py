@@ -1,7 +1,7 @@
 """What the sandbox does to a file before any clip is cut: identity and facts of one demux, then the first pass.
 
 Imported by the sandbox's processes, so it holds no tables (polars would cost each process half a second). Facts are
-probe.py's, shots those of video/shots.py. probe.py's.
+those of video/probe.py, shots those of video/shots.py.
 """
 
 from dataclasses import dataclass

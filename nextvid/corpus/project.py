@@ -220,7 +220,7 @@ class BenchmarkConfig(Strict):
     @classmethod
     def _protocol(cls, policy: ClipPolicy) -> ClipPolicy:
         if policy.flip:
-            raise ValueError("clips of a benchmark are never flipped (method.md 9): leave 'flip' out")
+            raise ValueError("clips of a benchmark are never flipped: leave 'flip' out")
         return policy if "crop" in policy.model_fields_set else policy.model_copy(update={"crop": "centre"})
 
 

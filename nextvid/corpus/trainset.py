@@ -158,7 +158,7 @@ def _stored(project: Project, chosen: Selection, weights: Mapping[str, float], d
     """Have the folder hold what was chosen; why it was written, None where it stood."""
     if _lacking(project.root, chosen, digest, folder) is None:
         return None  # asked first: where nothing may be written, what stands may be used
-    with locked(f"{folder}.lock"):
+    with locked(f"{project.root.url}/trainset/lock"):
         lacking = _lacking(project.root, chosen, digest, folder)
         if lacking is None:
             return None  # somebody else wrote it meanwhile

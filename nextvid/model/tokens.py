@@ -1,7 +1,7 @@
 """Between stored arrays and tokens: patches, latent cells, stacked targets, gathering by id (method.md 1; trap 15).
 
 Channels of a token run frame by frame: 0..C-1 are the first frame of the tubelet, C..2C-1 the second. Flat ids are
-t*S + h*W + w. It holds no weights; every function here is a rearrangement, the last two an affine map per channel.
+t*S + h*W + w. It holds no weights: rearrangements, and maps of values by channel.
 
 Axes: B clips, F frames, u frames per tubelet, T tubelets, C channels of one frame, h and w cells, s sub-cells per side,
 S = h*w cells, N = T*S tokens, L tokens gathered, i numbers in a token.

@@ -38,7 +38,7 @@ def training_section(run: Run, events: Sequence[Event]) -> Section:
         for key, title in names.items()
         if looks and key in looks[-1]
     ]
-    caption = "First and last value logged. Without learning, alignment is about 1 and flow about 2 (method.md 4)."
+    caption = "First and last value logged. Without learning, alignment is about 1 and flow about 2."
     blocks.append(Table(("", "first", "last"), tuple(rows), "lrr", caption, (path,)))
     if skipped := sum(event["kind"] == "skipped" for event in events):
         blocks.append(Text(f"{skipped} steps without a finite gradient were skipped.", "caveat", (path,)))

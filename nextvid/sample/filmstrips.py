@@ -1,4 +1,4 @@
-"""Film strips as PNG: clips under each other, each as labelled rows of frames. Pixels only.
+"""Film strips as PNG: clips under each other, each as labelled rows of frames; and what a reconstruction loses.
 
 Holds layout and drawing; which frames are shown, and what masked input looks like, is decided by the caller.
 

@@ -62,7 +62,7 @@ class Run:
 
 
 def run_id(recipe: RecipeConfig, trainset: str, mask_plan: str, repeat: int = 0, pixels: str | None = None) -> str:
-    """First 12 hex digits of the digest of what is trained, on what, with which masks, the how-manieth time."""
+    """First 12 hex digits of the digest of what is trained, on what, with which masks, and which repeat of it."""
     said = {"what": recipe.digest(), "trainset": trainset, "mask_plan": mask_plan, "repeat": repeat}
     return digest(said if pixels is None else said | {"pixels": pixels})[:ID_DIGITS]
 

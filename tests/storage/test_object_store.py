@@ -1,6 +1,6 @@
 """The latent store on an object store: the same rows and the same rule, without locks and renames.
 
-fsspec's memory file system stands for the bucket here; S3 itself: tests/services/test_s3_store.py.
+fsspec's memory file system stands for the bucket here; S3 itself: tests/services/s3/test_s3_store.py.
 """
 
 from collections.abc import Callable

@@ -146,7 +146,7 @@ def on_an_object_store(project: Project, cache_bytes: int) -> Project:
     """A copy of its root in fsspec's memory, with a cache of this size."""
     root = DataRoot.open(f"memory:/{project.path.parent}", project.root.runs_url, f"{project.path}.cache", cache_bytes)
     for path in sorted(Path(project.root.url).rglob("*")):
-        if path.is_file() and path.suffix != ".lock" and not path.name.startswith("pixels."):
+        if path.is_file() and path.name != "lock" and not path.name.startswith("pixels."):
             atomic.publish_bytes(f"{root.url}/{path.relative_to(project.root.url)}", path.read_bytes())
     return dataclasses.replace(project, root=root)
 

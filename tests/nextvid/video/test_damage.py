@@ -16,7 +16,7 @@ from tests.nextvid.video.film import barcode, numbers, write_barcodes
 
 FRAMES = 60
 SEED = 7  # fixed, so that a red test is red for everybody
-GARBAGE_ALLOWED = 2  # issue 6: of 40
+GARBAGE_ALLOWED = 2  # our requirement: of 40
 GARBAGE_LEVELS = 12.0  # mean difference to the picture that was coded; the clean films differ by at most 7
 CODECS: dict[str, dict[str, object]] = {
     "h264.mp4": {},

@@ -19,7 +19,7 @@ from nextvid.video.shots import first_pass
 from tests.nextvid.video.film import X264_VERYFAST, write_film
 from tests.nextvid.video.splices import FPS, Found, Join, compared, found, scene
 
-LEAST = {"hard": 0.95, "dissolve": 0.8, "fade": 0.9}  # issue 6
+LEAST = {"hard": 0.95, "dissolve": 0.8, "fade": 0.9}  # our requirement: shares found
 PRECISION = 0.9
 # Real sources held apart: (file, first frame, frames), each within one shot of its film.
 HELD_APART = (
