@@ -8,12 +8,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from nextvid.config import Strict, parse
+from nextvid.config import Count, Share, Strict, parse
 from storage.digest import digest_config
 from storage.errors import ConfigError
 from storage.remote import refuse_credentials
@@ -21,6 +21,9 @@ from storage.root import CACHE_FOLDER, DataRoot
 
 NAME = re.compile(r"[a-z0-9_]+")  # design 2: dataset names are part of paths and partition keys
 RESERVED_TARGETS = frozenset({"split", "group"})  # design 2
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Threshold = Annotated[float, Field(allow_inf_nan=False)] | None
 
 
 class PixelConfig(Strict):
@@ -34,12 +37,12 @@ class EncodingConfig(Strict):
     """How given frames become stored bytes. The autoencoder's digest, not its path, enters the encoding spec."""
 
     autoencoder: str  # folder of diffusers weights, relative to corpus.yaml
-    resolution: int = 256  # pixels of the square view
+    resolution: Count = 256  # pixels of the square view
     precision: Literal["fp32", "bf16"] = "fp32"
     posterior: Literal["mean", "sample"] = "mean"
     storage: Literal["float16", "keepbits7", "int8"] = "float16"
     pixels: PixelConfig | None = None  # none are kept; they have a spec of their own and may be added later
-    batch_frames: int = 64  # how, not what: frames per forward; in no digest
+    batch_frames: Count = 64  # how, not what: frames per forward; in no digest
     device: Literal["auto", "cpu", "cuda"] = "auto"  # how, not what
     devices: int = Field(default=0, ge=0)  # how: processes that encode, one a GPU; 0 is every GPU, or one on CPU
 
@@ -47,38 +50,40 @@ class EncodingConfig(Strict):
 class ShotConfig(Strict):
     """The first pass: what changes here decodes again."""
 
-    thumb_width: int = 80  # research video 8: detectors fed 80x45 thumbnails
-    thumb_height: int = 45
+    thumb_width: Count = 80  # research video 8: detectors fed 80x45 thumbnails
+    thumb_height: Count = 45
     # Cuts and dissolves: tuned on one half of the real media (docs/decisions/0018)
-    cut_change: float = 16.0  # grey levels, the changes of Y, Cb and Cr added up
-    cut_ratio: float = 2.6  # of the steps beside it
-    min_shot_s: float = 0.25
-    dissolve_lag_s: float = 0.32  # a lag in seconds, not frames (research video 8)
-    dissolve_change: float = 20.0  # grey levels over two lags (research video 8)
-    dissolve_residual: float = 0.6  # share of the change
-    dissolve_dip: float = 0.3  # by how much the dip of the variance exceeds the residual
-    fade_luma: float = 12.0  # ThresholdDetector(12)
-    sample_hz: float = 4.0  # motion and freeze are measured at this rate
-    hash_hz: float = 1.0  # PDQ at 1 fps
+    cut_change: Positive = 16.0  # grey levels, the changes of Y, Cb and Cr added up
+    cut_ratio: Positive = 2.6  # of the steps beside it
+    min_shot_s: AtLeastZero = 0.25
+    dissolve_lag_s: Positive = 0.32  # a lag in seconds, not frames (research video 8)
+    dissolve_change: Positive = 20.0  # grey levels over two lags (research video 8)
+    dissolve_residual: Positive = 0.6  # share of the change
+    dissolve_dip: AtLeastZero = 0.3  # by how much the dip of the variance exceeds the residual
+    fade_luma: AtLeastZero = 12.0  # ThresholdDetector(12)
+    sample_hz: Positive = 4.0  # motion and freeze are measured at this rate
+    hash_hz: Positive = 1.0  # PDQ at 1 fps
 
 
 class FilterConfig(Strict):
     """Thresholds on scores: what changes here decodes nothing again. None switches a test off."""
 
-    trim_s: float = 0.25  # design 6: at cuts, not at file ends
-    motion_min: float | None = 0.1  # % of the diagonal per 0.25 s (research video 8)
-    motion_max: float | None = 6.0
-    freeze_max: float | None = 0.5
-    luma_min: float | None = 16.0
-    luma_max: float | None = 235.0
-    blur_min: float | None = 8.0
+    trim_s: AtLeastZero = 0.25  # design 6: at cuts, not at file ends
+    motion_min: Threshold = 0.1  # % of the diagonal per 0.25 s (research video 8)
+    motion_max: Threshold = 6.0
+    freeze_max: Threshold = 0.5
+    luma_min: Threshold = 16.0
+    luma_max: Threshold = 235.0
+    blur_min: Threshold = 8.0
 
 
 class DuplicateConfig(Strict):
     """Near-duplicate search over PDQ hashes."""
 
-    distance: int = 31  # bits of 256; no unrelated pair below 102 (research video 8)
-    quality_min: int = 50  # design 4: flatter frames join nothing
+    distance: int = Field(
+        default=31, ge=0, le=31
+    )  # bits of 256, what the search finds without fail; no unrelated pair below 102 (research video 8)
+    quality_min: int = Field(default=50, ge=0, le=100)  # design 4: flatter frames join nothing
 
 
 class CurationConfig(Strict):
@@ -92,12 +97,12 @@ class CurationConfig(Strict):
 class ClipPolicy(Strict):
     """How clips are cut from a shot: F frames at `fps` or every `stride`-th source frame."""
 
-    frames: int = Field(ge=1)
-    fps: float | None = Field(default=None, gt=0)
-    stride: int | None = Field(default=None, ge=1)
-    clips_per_shot: int = Field(default=1, ge=1)
+    frames: Count
+    fps: Positive | None = None
+    stride: Count | None = None
+    clips_per_shot: Count = 1
     starts: Literal["tile", "random"] = "tile"
-    views: int = Field(default=1, ge=1)
+    views: Count = 1
     # random: area 0.3-1.0, aspect 0.75-1.35 (method.md 8); centre: a square, with three views also those at the ends of
     # the longer side (method.md 9)
     crop: Literal["whole", "centre", "random"] = "random"
@@ -116,8 +121,8 @@ class ClipPolicy(Strict):
 class SplitConfig(Strict):
     """Shares of the hash split, for files without an official one. What is left is train."""
 
-    val: float = Field(default=0.0, ge=0, le=1)
-    test: float = Field(default=0.2, ge=0, le=1)  # design 4: 80 to 20
+    val: Share = 0.0
+    test: Share = 0.2  # design 4: 80 to 20
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -187,17 +192,15 @@ class DatasetConfig(Strict):
     """One dataset. With a weight it is pretrained on, by its clip policies; benchmarks name it for probing."""
 
     uri: str  # folder or fsspec URL, relative to corpus.yaml
-    weight: float | None = Field(default=None, gt=0)
+    weight: Positive | None = None
     clips: tuple[ClipPolicy, ...] = ()
-    clips_per_media: int | None = Field(default=None, ge=1)  # of each length; docs/decisions/0019
+    clips_per_media: Count | None = None  # of each length; docs/decisions/0019
     labels: LabelConfig = LabelConfig()
     split: SplitConfig = SplitConfig()
-    quarantine_budget: float = Field(
-        default=0.05, ge=0, le=1
-    )  # largest share of files that may be quarantined before the batch stops
+    quarantine_budget: Share = 0.05  # largest share of files that may be quarantined before the batch stops
     licence: str = "unknown"
-    max_batch_videos: int = Field(default=1000, ge=1)  # design 2
-    max_batch_images: int = Field(default=10000, ge=1)
+    max_batch_videos: Count = 1000  # design 2
+    max_batch_images: Count = 10000
 
     @model_validator(mode="after")
     def _weight_needs_clips(self) -> Self:
@@ -209,12 +212,12 @@ class DatasetConfig(Strict):
 class BenchmarkConfig(Strict):
     """A probe task: which datasets, which target, which clips."""
 
-    datasets: tuple[str, ...]
+    datasets: tuple[str, ...] = Field(min_length=1)
     target: str
     policy: ClipPolicy  # segments: clips_per_shot; views: views; `crop` is `centre` unless the protocol names another
-    epochs: int = 20  # Tab. 10
-    batch: int = 32
-    seeds: int = 3  # research demo 5: one probe seed is noise for claims under 6 points
+    epochs: Count = 20  # Tab. 10
+    batch: Count = 32
+    seeds: Count = 3  # research demo 5: one probe seed is noise for claims under 6 points
 
     @field_validator("policy")
     @classmethod
@@ -228,7 +231,7 @@ class CacheConfig(Strict):
     """Local copies of a trainset's shards, where `root` is an object store. How, not what: in no digest."""
 
     folder: str = CACHE_FOLDER  # shared by all processes of a machine
-    size_gb: float = Field(default=20.0, ge=0)  # our choice; a set that does not fit is read row by row, as with 0
+    size_gb: AtLeastZero = 20.0  # our choice; a set that does not fit is read row by row, as with 0
 
 
 class CorpusConfig(Strict):
@@ -242,7 +245,7 @@ class CorpusConfig(Strict):
     datasets: dict[str, DatasetConfig]
     benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict)
     reencode: Literal["ask", "auto"] = "ask"
-    min_complete: float = 1.0
+    min_complete: Share = 1.0
 
     @field_validator("datasets", "benchmarks")
     @classmethod
