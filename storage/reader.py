@@ -221,6 +221,18 @@ def addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:
     return found
 
 
+def shards_of(rows: np.ndarray) -> dict[tuple[int, int], list[int]]:
+    """Numbers of the shards that rows (ADDRESS or PIXEL_ADDRESS [n]) stand in, by (batch, part), all ascending."""
+    # as numbers: numpy sorts rows of several fields 30 times slower
+    places = rows["batch"].astype(np.uint64) << np.uint64(16) | rows["part"]
+    parts, which = np.unique(places, return_inverse=True)
+    found: dict[tuple[int, int], list[int]] = {}
+    for one in np.unique(which.astype(np.uint64) << np.uint64(32) | rows["shard"]).tolist():
+        batch, part = divmod(int(parts[one >> 32]), 1 << 16)
+        found.setdefault((batch, part), []).append(one & 0xFFFFFFFF)
+    return found
+
+
 def batch_of(address: np.void, batches: Sequence[str]) -> str:
     """The key that an address' `batch` counts; DamagedError where it counts beyond them."""
     number = int(address["batch"])

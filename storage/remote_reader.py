@@ -19,7 +19,7 @@ from storage.digest import crc32c
 from storage.latents import LatentStore, RowStore
 from storage.part import Part
 from storage.ranges import Range, Ranges
-from storage.reader import Fields, RowReader
+from storage.reader import Fields, RowReader, shards_of
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
@@ -120,10 +120,7 @@ def _shard_of(address: np.void) -> tuple[int, int, int]:
 
 def cited(store: RowStore[Any, Any], batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> dict[str, int]:
     """Path and size in bytes of every shard that these rows stand in, by one listing a part."""
-    parts: dict[tuple[int, int, int], set[int]] = {}
-    for frames, rows in stored.items():
-        for batch, number, shard_number in np.unique(rows[["batch", "part", "shard"]]).tolist():
-            parts.setdefault((frames, batch, number), set()).add(shard_number)
+    parts = {(frames, *place): shards for frames, rows in stored.items() for place, shards in shards_of(rows).items()}
     opened = [store.part(batches[batch], frames, number) for frames, batch, number in parts]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         listings = pool.map(lambda part: listing.files_below(f"{part.path}/{part.array}/c"), opened)

@@ -15,6 +15,7 @@ from typing import Any
 
 import polars as pl
 
+from nextvid.cores import available_cores
 from nextvid.corpus.accepted import standing
 from nextvid.corpus.batches import config_of, dataset_of, latest
 from nextvid.corpus.discover import NOT_UTF8, batch_fingerprint, known_sources
@@ -312,4 +313,4 @@ def _spans_inside(media: pl.DataFrame, labels: pl.DataFrame) -> Check:
 
 def _workers(sizes_bytes: Sequence[int]) -> int:
     worth = max(len(sizes_bytes) // FILES_A_WORKER, sum(sizes_bytes) // BYTES_A_WORKER)
-    return max(1, min(WORKERS, os.cpu_count() or 1, worth))
+    return max(1, min(WORKERS, available_cores(), worth))

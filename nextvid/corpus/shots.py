@@ -5,7 +5,6 @@ the next call. Everything is made again when the first pass's configuration chan
 (clips.py). Holds no decoding and no detectors (nextvid/video).
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from nextvid.cores import available_cores
 from nextvid.corpus.accepted import standing
 from nextvid.corpus.batches import config_of, latest
 from nextvid.corpus.fetch import fetch, release
@@ -154,7 +154,7 @@ def _first_passes(wanted: Sequence[Row], config: ShotConfig) -> Iterator[_Seen]:
     timeout_s = TIMEOUT_S + TIMEOUT_A_SECOND * longest_s
     seconds = sum(row["duration_us"] for row in wanted) / 1e6
     worth = max(len(wanted) // FILES_A_WORKER, int(seconds / SECONDS_A_WORKER))
-    workers = max(1, min(WORKERS, os.cpu_count() or 1, worth))
+    workers = max(1, min(WORKERS, available_cores(), worth))
     with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
         rows: dict[Path, Row] = {}
         failed: list[_Seen] = []

@@ -5,7 +5,6 @@ each waits where the next one is full, so memory does not grow with the corpus. 
 get of the machine; which rows there are and what is made of the outcome is latents.py's.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import polars as pl
 import torch
 
+from nextvid.cores import available_cores
 from nextvid.corpus.project import EncodingConfig, Project
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import Decoding, Rows
@@ -138,8 +138,7 @@ def shares(device: str, sharers: int) -> tuple[int, int]:
     An encoder on CPU costs more than decoding (research vae 2, video 3): one core of four decodes, at least one; on a
     device all but one core do.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    mine = max(1, cores // sharers)
+    mine = max(1, available_cores() // sharers)
     workers = max(1, mine // 4 if device == "cpu" else mine - 1)
     return workers, max(1, mine - workers)
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from nextvid.corpus.accepted import accepted, standing
@@ -26,6 +25,7 @@ from storage.latents import LatentStore
 from storage.listing import size_bytes
 from storage.part import PlannedPart
 from storage.pixels import PixelStore, every_store
+from storage.reader import shards_of
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.tables import read_checks, read_table
@@ -166,8 +166,9 @@ def _cited(root: DataRoot) -> dict[Place, set[str]]:
         addressed += [(pixels.spec.digest(), pixels.rows) for pixels in frozen_pixels(root, trainset)]
         for spec, rows_of in addressed:
             for frames in trainset.lengths:
-                for batch, part, shard in np.unique(rows_of(frames)[["batch", "part", "shard"]]).tolist():
-                    found.setdefault((spec, trainset.batches[batch], frames, part, shard), set()).add(digest)
+                for (batch, part), shards in shards_of(rows_of(frames)).items():
+                    for shard in shards:
+                        found.setdefault((spec, trainset.batches[batch], frames, part, shard), set()).add(digest)
     return found
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nextvid.config import HowConfig, RecipeConfig
+from nextvid.cores import available_cores
 from nextvid.corpus.pointers import read_latest
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset
@@ -217,8 +218,7 @@ def _command(project: Project, run: Run) -> list[str]:
 
 def _environment(how: HowConfig) -> dict[str, str]:
     """What makes CPU runs faster; on a GPU nothing is changed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // how.ranks)))}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // how.ranks)))}
     if how.device == "cuda":
         return threads
     return threads | {name: os.environ.get(name, value) for name, value in CPU_VARIABLES.items()}

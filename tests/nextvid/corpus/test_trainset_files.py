@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 from nextvid.corpus.project import Project
 from nextvid.corpus.trainset import Trainset, make_trainset
 from nextvid.corpus.trainset_files import new_array, write_array
-from nextvid.corpus.trainset_shards import shards_of
 from nextvid.encode.plan import encoding_spec
 from nextvid.lineage.trace import damaged_trainsets
 from storage import atomic
 from storage.errors import ConfigError, DamagedError, UpstreamError
 from storage.latents import LatentStore, Problem
-from storage.reader import ADDRESS, RowReader, row_id
+from storage.reader import ADDRESS, RowReader, row_id, shards_of
 from storage.tables import write_tables
 from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, write_autoencoder
 from tests.nextvid.train.corpus import make_project
