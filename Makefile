@@ -44,7 +44,7 @@ lint: $(VENV)/test ## format, style, types, layers
 	$(BIN)/lint-imports
 
 test-services: $(VENV)/services ## live daemon, Postgres, Ray and other servers; what is absent is skipped and named
-	$(BIN)/python -m pytest -q -m "services and not faults" -W ignore::pytest.PytestUnraisableExceptionWarning # dagster-ray leaves event loops open
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "services and not faults" -W ignore::pytest.PytestUnraisableExceptionWarning # dagster-ray leaves event loops open
 
 test-benchmarks: $(VENV)/test ## each benchmark's quick run, 4 minutes
 	$(BIN)/python -m pytest -q -m benchmarks
