@@ -2,8 +2,8 @@
 
 Exit codes: 0 done, 2 the user's configuration or corpus is wrong (or the command itself), 3 something upstream is
 missing or failed its checks, 4 a store or table is damaged, 5 the system refused (disk full, no permission), 1 anything
-else. Progress is a plain line an outcome, and a bar while a terminal waits for latents; `--json` prints what a script
-would read.
+else. Progress is a plain line an outcome, and at a terminal a bar for what counts files or rows; `--json` prints what a
+script would read.
 """
 
 import json
@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.extras import SubcommandApp
 
+from nextvid.bar import shown
 from nextvid.corpus.project import open_project
-from nextvid.encode.bar import shown
 from nextvid.make import Asset, Wish, make
 from nextvid.outcome import Outcome
 from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
@@ -43,8 +43,8 @@ def make_command(
     from nextvid.encode.acceptance import others, outdated
 
     project = open_project(corpus)
-    with shown() as on_pace:
-        wish = Wish(asset, batch, recipe, benchmark, set_, ranks, on_pace)
+    with shown() as bars:
+        wish = Wish(asset, batch, recipe, benchmark, set_, ranks, bars.on_pace, on_count=bars.on_count)
         for outcome in make(project, wish):
             print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
     if project.corpus.reencode == "ask" and (names := outdated(project)):

@@ -5,11 +5,12 @@ Holds the order of the graph as plain calls. Holds no work of its own and prints
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 from nextvid.corpus.project import Project
 from nextvid.encode.pace import OnPace
-from nextvid.outcome import Outcome
+from nextvid.outcome import OnCount, Outcome
 from nextvid.recipes import recipe as recipe_by_name
 from storage.errors import ConfigError, CorpusError, UpstreamError
 
@@ -50,6 +51,7 @@ class Wish:
     ranks: int = 1
     on_pace: OnPace = field(default=lambda pace: None, compare=False)  # told how encoding is getting on
     run: str | None = None
+    on_count: OnCount = field(default=lambda name, done, total: None, compare=False)  # how curation is
 
 
 def chain(asset: Asset) -> list[Asset]:
@@ -134,6 +136,7 @@ def partitions(project: Project, asset: Asset, wish: Wish) -> Sequence[str | Non
 
 def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) -> Outcome:
     """Make one asset, once: the table of makers."""
+    counted = partial(wish.on_count, f"{asset} {partition}" if partition else asset)
     match asset:
         case "sources":
             from nextvid.corpus.discover import make_sources
@@ -142,15 +145,15 @@ def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) 
         case "media":
             from nextvid.corpus.media import make_media
 
-            return make_media(project, _key(partition))
+            return make_media(project, _key(partition), counted)
         case "shots":
             from nextvid.corpus.shots import make_shots
 
-            return make_shots(project, _key(partition))
+            return make_shots(project, _key(partition), counted)
         case "clips":
             from nextvid.corpus.clips import make_clips
 
-            return make_clips(project, _key(partition))
+            return make_clips(project, _key(partition), counted)
         case "latents":
             from nextvid.encode.acceptance import in_force
             from nextvid.encode.latents import make_latents
@@ -164,7 +167,7 @@ def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) 
         case "duplicates":
             from nextvid.corpus.duplicates import make_duplicates
 
-            return make_duplicates(project)
+            return make_duplicates(project, counted)
         case "trainset":
             from nextvid.corpus.trainset import make_trainset
 

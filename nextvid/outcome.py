@@ -3,10 +3,12 @@
 Every function `make_<asset>` of this package returns an `Outcome`. Holds no knowledge of any asset and writes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 Number = int | float | str
+Progress = Callable[[int, int], None]  # told how many of how many are done, while a maker works
+OnCount = Callable[[str, int, int], None]  # the same of whatever has that name
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ rule of what a shot gives (manifest.py) and no geometry (nextvid/video/clips.py)
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import polars as pl
 
@@ -18,12 +18,10 @@ from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of
 from nextvid.corpus.project import DatasetConfig, FilterConfig, Project
 from nextvid.corpus.publishing import counts, publish_table, publish_verdict, table_digest
 from nextvid.corpus.splits import split_of
-from nextvid.outcome import Check, Outcome
+from nextvid.outcome import Check, Outcome, Progress
 from nextvid.video.clips import View, clip_id, row_id
 from storage import atomic, tables
 from storage.schemas import Clips, Labels, Media, Shots, Sources
-
-Progress = Callable[[int, int], None]
 
 
 def make_clips(project: Project, batch: str, progress: Progress | None = None) -> Outcome:

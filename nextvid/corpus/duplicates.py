@@ -7,7 +7,7 @@ copies, pretraining keeps one file a dataset. Holds no search (nextvid/video/dup
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,12 @@ from nextvid.corpus.contamination import contamination
 from nextvid.corpus.pointers import publish_latest
 from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import publish_verdict
-from nextvid.outcome import Check, Outcome
+from nextvid.outcome import Check, Outcome, Progress
 from nextvid.video.duplicates import groups, near_pairs
 from storage import atomic, tables
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
 from storage.schemas import Clips, Duplicates, Shots
-
-Progress = Callable[[int, int], None]
 
 LARGEST_GROUP = 1000  # design 4: files; beyond it a threshold is wrong or a title card joins the corpus
 VERSION = 1  # of the rules below: raise it when they change, so that the digest does

@@ -9,7 +9,7 @@ shots.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from nextvid.corpus.inspection import Inspection, identify, inspect_file
 from nextvid.corpus.labels import contradictions, doubled, read_labels
 from nextvid.corpus.project import Project
 from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
-from nextvid.outcome import Check, Outcome
+from nextvid.outcome import Check, Outcome, Progress
 from nextvid.video.sandbox import Sandbox
 from storage import tables
 from storage.errors import MediaError
@@ -32,7 +32,6 @@ from storage.remote import is_local
 from storage.schemas import Labels, Media, Sources
 from storage.withdrawn import withdrawn_media
 
-Progress = Callable[[int, int], None]
 Row = dict[str, Any]
 
 WORKERS = 2  # our choice: probing waits for the disk, two processes keep one busy

@@ -7,7 +7,7 @@ the next call. Everything is made again when the first pass's configuration chan
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from nextvid.corpus.gallery import KeptPictures, publish_pictures
 from nextvid.corpus.inspection import Viewing, view_file
 from nextvid.corpus.project import Project, ShotConfig
 from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
-from nextvid.outcome import Check, Outcome
+from nextvid.outcome import Check, Outcome, Progress
 from nextvid.report.sheets import SheetRow, Tile, contact_sheet
 from nextvid.video.clips import shot_id
 from nextvid.video.probe import MediaFacts
@@ -33,7 +33,6 @@ from storage.errors import MediaError
 from storage.root import DataRoot
 from storage.schemas import Media, Shots, Sources
 
-Progress = Callable[[int, int], None]
 Row = dict[str, Any]
 
 WORKERS = 2  # research video 3: one thread a worker; more workers belong to more batches

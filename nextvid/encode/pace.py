@@ -1,6 +1,6 @@
 """How an encode is getting on: rows, rates and how busy the device is. Numbers and their wording; shows nothing itself.
 
-The command line draws a bar from them (bar.py), the asset writes lines to Dagster's log.
+The command line draws a bar from them (nextvid/bar.py), the asset writes lines to Dagster's log.
 """
 
 import time

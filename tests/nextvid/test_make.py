@@ -188,6 +188,20 @@ def test_real_makers_find_done_what_they_made(project: Project) -> None:
     assert not any(outcome.made for outcome in again)
 
 
+def test_who_waits_is_told_how_far_each_maker_of_curation_is(project: Project) -> None:
+    told: list[tuple[str, int, int]] = []
+    list(make(project, Wish("duplicates", on_count=lambda *count: told.append(count))))
+    assert told == [
+        *[(f"media {FIRST}", done, 2) for done in (1, 2)],
+        (f"media {SECOND}", 1, 1),
+        *[(f"shots {FIRST}", done, 2) for done in (1, 2)],
+        (f"shots {SECOND}", 1, 1),
+        *[(f"clips {FIRST}", done, 2) for done in (1, 2)],
+        (f"clips {SECOND}", 1, 1),
+        *[("duplicates", done, 2) for done in (1, 2)],
+    ]
+
+
 @pytest.mark.parametrize(("reencode", "follows"), [("ask", False), ("auto", True)])
 def test_a_changed_encoding_waits_for_a_person_unless_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reencode: str, follows: bool

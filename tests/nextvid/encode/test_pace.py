@@ -1,11 +1,7 @@
-"""The pace of an encode: its numbers, its lines, and the bar that a terminal gets."""
-
-import io
+"""The pace of an encode: its numbers and its lines."""
 
 import pytest
-from rich.console import Console
 
-from nextvid.encode.bar import shown
 from nextvid.encode.pace import Lines, Pace
 
 HALF = Pace("films.000000", done=50, total=100, seconds=10.0, busy_s=9.0)
@@ -41,23 +37,3 @@ def test_a_note_is_said_at_once() -> None:
     said: list[str] = []
     Lines(said.append, every_s=1e9)(Pace("b", 1, 100, 1.0, 1.0, note="from now on 32 frames a batch"))
     assert said == ["latents b: from now on 32 frames a batch"]
-
-
-def test_a_terminal_gets_a_bar_that_moves() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with shown(console) as on_pace:
-        on_pace(HALF)
-        on_pace(Pace("films.000000", 100, 100, 20.0, 19.0, note="a note"))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "films.000000" in text
-    assert "a note" in text
-    assert "100/100" in text
-
-
-def test_elsewhere_there_are_plain_lines() -> None:
-    console = Console(file=io.StringIO(), force_terminal=False, width=20)
-    with shown(console) as on_pace:
-        on_pace(Pace("films.000000", 100, 100, 20.0, 19.0))
-    assert console.file.getvalue() == (  # type: ignore[attr-defined]
-        "latents films.000000: 100 of 100 rows, 5.00 rows/s, device busy 95%, 0 s to go\n"
-    )
