@@ -168,11 +168,11 @@ def _store_batches(folder: Path, order: Sequence[int], workers: int) -> Iterable
     return by_number(_open_store, folder, order, workers)
 
 
-MEMMAP, NPY = "np.memmap, one raw file", "npy per clip"
+MEMMAP, VIEW, NPY = "np.memmap, one raw file", "safetensors, kept open", "npy per clip"
 DATALOADER, ZARR = "torch DataLoader over RowReader", "zarr z[i]"
 OWN: tuple[Source, ...] = (
     Source(MEMMAP, _write_raw, open_raw, _raw_batches),
-    Source("safetensors, kept open", _write_safetensors, _open_safetensors, _safetensors_batches),
+    Source(VIEW, _write_safetensors, _open_safetensors, _safetensors_batches),
     Source("safetensors, LightningDiT", _write_safetensors, _open_safetensors_anew, _safetensors_anew_batches),
     Source(NPY, _write_npy, _open_npy, _npy_batches),
     Source(DATALOADER, write_store, None, _store_batches),  # its read alone is the RowReader's
