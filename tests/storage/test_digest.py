@@ -78,7 +78,7 @@ def test_others_run_while_a_checksum_waits_for_pages() -> None:
     """With turns of an hour a thread gives the interpreter away only where it means to."""
     with mmap.mmap(-1, 1 << 26) as memory:
         ran = threading.Event()
-        left = [100]  # of checksums, 5 ms each
+        left = [4000]  # of checksums, 5 ms each: on a busy machine this thread waits longer for a core than one takes
 
         def check() -> None:
             while left[0] and not ran.is_set():
