@@ -141,7 +141,7 @@ def _by_block(q: Tensor, k: Tensor, v: Tensor, frames: int, attend: Attend) -> T
     rows, keys = q.shape[2] // frames, k.shape[2] // frames
     blocks = []
     # From the last block back, each prefix a slice of the one before: backward then fills up gradients to the next
-    # longer prefix, not each to full length (T=8, 256 cells: .57 of the dense mask's time, and .61; docs/performance).
+    # longer prefix, not to full length (T=8, 256 cells: .57 of the dense mask's time, and .61; docs/performance.md).
     for t, block in reversed(list(enumerate(q.split(rows, dim=2)))):
         k, v = k[:, :, : (t + 1) * keys], v[:, :, : (t + 1) * keys]
         blocks.append(attend(block, k, v))
