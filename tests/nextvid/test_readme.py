@@ -1,0 +1,131 @@
+"""Every block of the README: YAML is read, Python is executed, and shell lines run on a small project.
+
+What is too large for a test (installs, the demo, training) is checked to exist: make targets by a dry run, commands by
+the parser, which refuses an unknown flag or recipe.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nextvid.__main__ as command_line
+from nextvid.corpus.project import Project, load_corpus
+from nextvid.make import Wish
+from nextvid.outcome import Outcome
+from nextvid.probe.encoders import find_run
+from nextvid.recipes import recipe
+from tests.nextvid.tiny_project import RECIPE, uri_of
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+NOT_RUN = {". .venv/bin/activate"}
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def lines() -> list[list[str]]:
+    """Words of every command in shell blocks, comments and assignments of the environment left out."""
+    commands = [shlex.split(line, comments=True) for block in blocks("shell") for line in block.splitlines()]
+    return [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in commands if words]
+
+
+def nextvid_runs(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of `nextvid ARGUMENTS`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["nextvid", *arguments])
+    try:
+        command_line.main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+@pytest.fixture
+def asked(own_copy: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Wish]:
+    """The small project as the command line's, in an empty folder; what `nextvid make` is asked for is not made."""
+    wishes: list[Wish] = []
+
+    def note(project: Project, wish: Wish) -> Iterator[Outcome]:
+        wishes.append(wish)
+        yield from ()
+
+    monkeypatch.setenv("NEXTVID_CORPUS", str(own_copy.path))
+    monkeypatch.setattr(command_line, "make", note)
+    monkeypatch.chdir(tmp_path)
+    return wishes
+
+
+def test_every_kind_of_block_and_command_is_known() -> None:
+    languages = re.findall(r"^```(\w*)\n.*?^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert set(languages) == {"shell", "yaml", "python"}
+    unknown = [words for words in lines() if words[0] not in ("make", "nextvid", "dagster")]
+    assert {" ".join(words) for words in unknown} == NOT_RUN
+
+
+def test_the_corpus_is_valid(tmp_path: Path) -> None:
+    (written,) = blocks("yaml")
+    (tmp_path / "corpus.yaml").write_text(written)
+    corpus = load_corpus(tmp_path / "corpus.yaml")
+    assert corpus.root == str(tmp_path / "data" / "mine")
+    assert list(corpus.datasets) == ["my_videos"]
+    lengths = {policy.frames for policy in corpus.datasets["my_videos"].clips}
+    assert lengths == set(recipe("nextvid_s_latent").clip_lengths)
+
+
+@pytest.mark.parametrize("words", [words for words in lines() if words[0] == "make"], ids=" ".join)
+def test_make_targets_exist(words: list[str], repository: Path) -> None:
+    dry = subprocess.run([*words, "--dry-run"], cwd=repository, capture_output=True, text=True, check=False)
+    assert dry.returncode == 0, dry.stderr
+
+
+@pytest.mark.parametrize("words", [words for words in lines() if words[0] == "dagster"], ids=" ".join)
+def test_dagster_commands_exist(words: list[str]) -> None:
+    helped = subprocess.run([sys.executable, "-m", *words, "--help"], capture_output=True, text=True, check=False)
+    assert helped.returncode == 0, helped.stderr
+
+
+def test_commands_run(
+    asked: list[Wish], own_copy: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"RUN": find_run(own_copy, RECIPE).id, "FILE": uri_of(0), "FOLDER": "exported"}
+    commands = [words[1:] for words in lines() if words[0] == "nextvid" and words[1] != "import-vavae"]
+    assert len(commands) > 10
+    for arguments in commands:
+        code = nextvid_runs([known.get(word, word) for word in arguments], monkeypatch)
+        assert code == 0, (arguments, capsys.readouterr().err)
+    assert {(wish.asset, wish.recipe) for wish in asked} >= {("trainset", None), ("pretrain", "nextvid_s_latent")}
+    for wish in asked:
+        recipe(wish.recipe or RECIPE)
+    assert Path("exported", "config.json").is_file()
+
+
+def test_a_missing_checkpoint_is_named(
+    asked: list[Wish], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((_, *arguments),) = [words for words in lines() if words[:2] == ["nextvid", "import-vavae"]]
+    assert nextvid_runs(arguments, monkeypatch) == 2
+    assert re.match(r"config: .*CHECKPOINT", capsys.readouterr().err)
+
+
+def test_the_encoder_of_the_example_gives_tokens(
+    asked: list[Wish], own_copy: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (export,) = re.findall(r"`nextvid (export RUN \w+)`", README.read_text())
+    run = find_run(own_copy, RECIPE).id
+    assert nextvid_runs([run if word == "RUN" else word for word in export.split()], monkeypatch) == 0
+    (example,) = blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(example, str(README), "exec"), names)  # the README's own lines
+    assert getattr(names["tokens"], "shape", ())[:2] == (1, 4 * 64)
+
+
+def test_a_wrong_flag_is_refused(asked: list[Wish], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands above can fail."""
+    assert nextvid_runs(["plan", "--acept"], monkeypatch) == 2
+    assert asked == []
