@@ -1,7 +1,7 @@
 """The checks that stand on each asset, by name, with what they mean; makers in nextvid report their outcomes.
 
 Dagster needs the names before anything runs; a test compares them with what the makers return. Blocking checks stop
-what reads the asset, here and, through the outcome files, on the command line too (design, section 4).
+what reads the asset, here and, through the outcome files, on the command line too.
 """
 
 import dagster as dg

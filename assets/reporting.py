@@ -25,7 +25,7 @@ from storage.tables import read_table
 OWNERS = ["team:nextvid"]
 CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
 PREVIEW_ROWS, PREVIEW_DIGITS, PREVIEW_CHARACTERS = 5, 8, 40  # our choice: what fits a screen and 2 kB of an event
-PREVIEW_WIDTH = 960  # pixels; an event with a 640 px picture is 5 kB (research: dagster, 5)
+PREVIEW_WIDTH = 960  # pixels; an event with a 640 px picture is 5 kB
 
 
 def materialised(make: Callable[[], Outcome]) -> dg.MaterializeResult:  # type: ignore[type-arg]
@@ -52,7 +52,7 @@ def readable_errors() -> Iterator[None]:
 
 
 def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Everything that every materialisation reports (design, section 4)."""
+    """Everything that every materialisation reports."""
     metadata: dict[str, Any] = {
         "dagster/row_count": outcome.rows,
         "made": outcome.made,

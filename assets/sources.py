@@ -14,7 +14,7 @@ from assets.resources import ProjectResource
 from storage import schemas
 
 with warnings.catch_warnings():
-    # The one beta feature used: an observation that downstream automation counts (research: dagster, 2).
+    # The one beta feature used: an observation that downstream automation counts.
     warnings.simplefilter("ignore", dg.BetaWarning)
 
     @dg.observable_source_asset(

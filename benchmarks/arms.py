@@ -22,7 +22,7 @@ from storage.atomic import exists, staged_folder
 READ, LOADER = "RowReader", "Loader, thread ring"
 CONVERSION, DECORD = "no reading: conversion alone", "decord on the fly, V-JEPA 2 style"
 DECODED = 64  # clips of the decoding arm a pass: 0.1 s of a core each
-OUR_THREADS = (0, 2)  # design 11 compares with 2; 0: all in the consumer's, as others have it without workers
+OUR_THREADS = (0, 2)  # 2 is what targets compare; 0: all in the consumer's, as others have it without workers
 
 
 @dataclass(frozen=True)

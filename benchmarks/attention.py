@@ -19,7 +19,7 @@ import tyro
 from benchmarks.measure import Took, machine, median_ratio, show, timed, write
 from nextvid.model.attention import Backend, frame_attention
 
-TARGET = 0.65  # design 11, at T=8, forward and backward
+TARGET = 0.65  # our aim at T=8, forward and backward
 QUICK_TURNS, TURNS = 3, 7
 ARMS: tuple[Backend, ...] = ("loop", "dense")
 BATCH = 1  # small enough for a CPU; both arms grow alike with it

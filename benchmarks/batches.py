@@ -33,7 +33,7 @@ from nextvid.encode.stats import make_latent_stats
 from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
 
 BATCHES, FILES = 1000, 10  # our scale: 1,000 batches; ten files each, so that it is batches that cost
-QUICK_BATCHES = 110  # just above the 100 partitions beyond which Dagster marks nothing (research: dagster, 4)
+QUICK_BATCHES = 110  # above 100 partitions Dagster marks nothing (tests/orchestration/test_gate.py)
 UI_WAIT_S = 120.0
 LIMIT_S = 60  # for a tick in a code server (dagster/_grpc: DAGSTER_SENSOR_GRPC_TIMEOUT_SECONDS)
 

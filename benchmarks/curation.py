@@ -1,7 +1,7 @@
 """The first pass of a file against decoding it alone: `python -m benchmarks.curation [FILES] [--quick]`.
 
 Both arms decode every frame with the same reader on one thread, in turns, in one process, and are compared by CPU time:
-what is above 1.0 is what thumbnails, detectors, scores and hashes add (design 11: at most 2.0), over all files
+what is above 1.0 is what thumbnails, detectors, scores and hashes add (our aim: at most 2.0), over all files
 together, as a corpus pays for it. Then each stage alone, on frames that are decoded already. Without files it writes
 two: `moving` (drifting texture, pans and four cuts, 360p) and `static` (a still with noise, so that decoding is
 cheap); they are synthetic, so a figure for a corpus comes from its own files.
@@ -29,8 +29,8 @@ from nextvid.video.quality import GREY_SIDE, Box, Sampler, perceptual_hash
 from nextvid.video.shots import first_pass
 from nextvid.video.transitions import Transitions
 
-TARGET = 2.0  # design 11
-WIDTH, HEIGHT, FPS = 640, 360, 25  # the design measures at 360p; 25 as most of research video 8's files
+TARGET = 2.0  # over decoding, our aim
+WIDTH, HEIGHT, FPS = 640, 360, 25  # 360p at 25 fps, as most of the measured files
 QUICK_SECONDS, SECONDS = 6, 30
 QUICK_TURNS, TURNS = 3, 5
 STAGES = ("planes", "thumbnails", "detectors", "samples", "hashes")

@@ -44,9 +44,9 @@ from storage.latents import LatentStore
 from storage.schemas import Clips
 from storage.tables import publish_checks, write_table
 
-TARGET = 0.95  # design 11
+TARGET = 0.95  # of the autoencoder's own rate, our aim
 GROWTH = 1.1  # our choice of "constant": allocators round, and the first run is short
-SOURCE, FPS, FILM_FRAMES = 256, 8, 64  # pixels a side, as research video 8's small sources; 8 s a file
+SOURCE, FPS, FILM_FRAMES = 256, 8, 64  # pixels a side as in Kinetics copies of 256p; 8 s a file
 BATCH = "films.000000"
 CONTRAST = 10.0  # of the noise: far below the difference between any picture and a random decoder's
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo" / "autoencoder"

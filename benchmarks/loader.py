@@ -1,7 +1,7 @@
 """Our read path and loader against other ways to read the same clips: `python -m benchmarks.loader [--quick]`.
 
-What is compared stands in arms.py; targets in design 11, for ours with 2 threads against the best of the others with
-any number of workers, and with 2 (`..._of_2_workers`). Warm means a pass before the clock; cold, pages dropped from the
+arms.py lists what is compared. The targets are our aims: our 2 threads against the best of the others with any number
+of workers, and with 2 (`..._of_2_workers`). Warm means a pass before the clock; cold, pages dropped from the
 cache of this system, and worker processes that start in the first pass. Ours draws the masks too, and checks a row's
 crc32c on its first touch, which only cold rows pay.
 A run over part of the formats (--only) has ours in it, and a folder that is given keeps what was written, so that all
@@ -28,17 +28,17 @@ from benchmarks.measure import Took, evict, machine, median_ratio, show, shown, 
 from benchmarks.peers import found_peers
 from benchmarks.sources import DATALOADER, MEMMAP, NPY, OWN, VIEW, ZARR
 
-QUICK_CLIPS, CLIPS = 256, 4000  # 4000: research store; 256 is 67 MB a format, one shard
+QUICK_CLIPS, CLIPS = 256, 4000  # 4000 is 1 GB a format; 256 is 67 MB a format, one shard
 QUICK_TURNS, TURNS = 2, 3
 STILL_CACHED = 0.05  # share of pages above which a cold turn is not called one; our choice
 QUICK_PASSES, PASSES = 4, 2  # over the clips in a warm turn: 4000 clips warm are 0.05 s of ours
 EVICTIONS = 3  # tries: what a process of the arm before still maps cannot be dropped until it ends
 WARM, COLD = "warm", "cold"
-RANDOM_READ_TARGET, DECORD_TARGET = 0.9, 500.0  # design 11
-LOADER_TARGETS = {WARM: 2.0, COLD: 1.3}  # design 11
+RANDOM_READ_TARGET, DECORD_TARGET = 0.9, 500.0  # our aims: over np.memmap, and CPU time of decord
+LOADER_TARGETS = {WARM: 2.0, COLD: 1.3}  # our aims, over the best of the others
 WHOLE_FILES = (MEMMAP, VIEW)  # one array over one file, which does nothing but copy
-WHOLE_FILE_TARGET = 1.0  # ours: to keep up with that; design 11 asks it of single reads alone
-NOT_IN_TARGET = (LOADER, CONVERSION, DECORD, DATALOADER, ZARR, NPY, *WHOLE_FILES)  # ours, or not in design 11's list
+WHOLE_FILE_TARGET = 1.0  # our aim: to keep up with one file kept open
+NOT_IN_TARGET = (LOADER, CONVERSION, DECORD, DATALOADER, ZARR, NPY, *WHOLE_FILES)  # ours, or no training format
 
 
 @dataclass

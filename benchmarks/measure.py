@@ -1,6 +1,6 @@
 """What the benchmarks share: time and CPU time of a piece of work, a cold page cache, tables and the JSON file.
 
-Machines swing by a factor of two within minutes (research: store), so arms are measured in turns and only ratios inside
+Shared machines swing by a factor of two within minutes, so arms are measured in turns and only ratios inside
 one turn are compared; a median over turns is what is printed. Holds no workload.
 """
 

@@ -23,7 +23,8 @@ from storage.spec import EncodingSpec
 
 TOP = Path(__file__).resolve().parents[1]
 RATES, PAGE = TOP / "benchmarks" / "rates.json", TOP / "docs" / "scale.md"
-# Files and hours of Tab. 6 (method.md 8). The self-collected source is not in corpus.yaml: it is cut as InternVid here.
+# Files and hours of Tab. 6 (docs/method.md 8). The self-collected source is not in corpus.yaml; here it is cut as
+# InternVid.
 MIXTURE = {
     "imagenet1k": (1_280_000, 0.0),
     "something_something_v2": (169_000, 168.0),
@@ -32,14 +33,14 @@ MIXTURE = {
     "ttvideo": (115_000_000, 958_000.0),
 }
 CUT_AS = {"ttvideo": "internvid"}
-# VA-VAE at 256 pixels: 32 channels of 16 x 16 cells (method.md 1).
+# VA-VAE at 256 pixels: 32 channels of 16 x 16 cells (docs/method.md 1).
 VAVAE = EncodingSpec("0" * 32, 256, "bicubic", "bf16", "sample", "float16", 32, 16, 16)
-ENCODE_FLOP_PER_FRAME = 137.5e9  # research: vae, counted by torch's FlopCounterMode at 256 pixels
+ENCODE_FLOP_PER_FRAME = 137.5e9  # counted by torch's FlopCounterMode at 256 pixels
 H200_FLOPS = 989e12  # dense bf16, the vendor's figure
 UTILISATION = {
     "latents": 0.40,
     "pretrain": 0.35,
-}  # research: vae (an extrapolation); design 11 (a target): not measured
+}  # an extrapolation and our aim: neither was measured
 UI = "UI, from start"  # a row of benchmarks.batches that does not grow by the batch alone
 MARKS = "<!-- made by benchmarks/mixture.py: begin -->", "<!-- made by benchmarks/mixture.py: end -->"
 

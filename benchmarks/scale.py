@@ -32,15 +32,15 @@ from storage.reader import ADDRESS
 from storage.root import DataRoot
 from storage.withdrawn import record_withdrawal
 
-SIZES = (10**4, 10**6, 10**8)  # rows; design 11
+SIZES = (10**4, 10**6, 10**8)  # rows
 CLIPS = 256  # one shard
 STEPS = 8
 WEIGHTS = {"large": 0.7, "middle": 0.2, "small": 0.1}
 SHARES = {"large": 0.9, "middle": 0.09, "small": 0.01}  # of the rows
 WITHDRAWN = 64  # row ids to look for, each by bisection
-FAR = 5 * 10**9  # a draw late in a long run (research: store, G)
+FAR = 5 * 10**9  # a draw late in a long run
 FLAT, MEMORY_MB = 2.0, 16.0  # our reading of `flat`: largest over smallest in time; megabytes more than the smallest
-DEFINITIONS_S = 2.0  # design 11
+DEFINITIONS_S = 2.0  # our aim
 QUICK_TURNS, TURNS = 2, 5
 
 

@@ -1,4 +1,4 @@
-"""Where steps run: on this machine, as jobs of a Ray cluster, or as jobs of Kubernetes (design, section 9).
+"""Where steps run: on this machine, as jobs of a Ray cluster, or as jobs of Kubernetes.
 
 Chosen by one variable of the deployment, since definitions are loaded before any instance is known; the instance's own
 file (deploy/*/dagster.yaml) says where runs are kept and launched. Holds no addresses beyond those variables.

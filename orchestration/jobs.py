@@ -1,6 +1,6 @@
 """The jobs that sensors and schedules request, and that a person finds in the UI.
 
-One run a batch for the four steps up to the latents: steps that share a run share its ticks and start-ups (design, 4).
+One run a batch for the four steps up to the latents: steps that share a run share its ticks and start-ups.
 """
 
 import dagster as dg

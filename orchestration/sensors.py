@@ -1,7 +1,7 @@
 """What looks for change: the sensor of new sources, and the automation sensor that lets the corpus follow.
 
 The sensors keep no state that matters: what was listed, and what has not yet held still over two listings, stands
-beside the tables in sources/ (design, section 4); the cursor only spares reckoning a cost twice.
+beside the tables in sources/; the cursor only spares reckoning a cost twice.
 """
 
 import json

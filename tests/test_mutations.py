@@ -1,4 +1,4 @@
-"""Wrong implementations of the method, at least one a trap, each of which its own test must refuse (method.md 13).
+"""Wrong implementations of the method, at least one a trap, each of which its own test must refuse (docs/method.md 13).
 
 The source of a copy of the project is changed at one place and only the named test is run on it, in a process of its
 own. That the unchanged copy passes all of these tests is checked too, so that a red test means the change.

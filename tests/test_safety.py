@@ -1,8 +1,8 @@
 """Rules that hold over the whole repository, read from its syntax: who renames files, and what nobody may call.
 
-Only storage/atomic.py renames, links or replaces files (design, section 3). Nobody unpickles, evaluates text, loads
-YAML with constructors or starts a shell (design, section 12: hostile checkpoints and tables execute nothing). Tests are
-free of both rules, since they build what is hostile; examples are free of the first.
+Only storage/atomic.py renames, links or replaces files. Nobody unpickles, evaluates text, loads YAML with constructors
+or starts a shell, so that hostile checkpoints and tables execute nothing. Tests are free of both rules, since they
+build what is hostile; examples are free of the first.
 """
 
 import ast

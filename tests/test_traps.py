@@ -1,4 +1,4 @@
-"""Every row of the method's table of traps (method.md 13) has a test, named `test_trap_NN_what`."""
+"""Every row of the method's table of traps (docs/method.md 13) has a test, named `test_trap_NN_what`."""
 
 import ast
 import re

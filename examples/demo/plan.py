@@ -13,12 +13,12 @@ import numpy as np
 from examples.demo.scenes import MOTIONS, SIZE, SOURCE_FPS, Frames, Rng, Shot, digit_images, dissolve, draw_shot, render
 
 VERSION = 2  # of the generator: any change of a pixel or a label raises it
-SHOTS = 5  # labelled shots a video: 800 training videos hold the study's 4000 training clips (research demo 1)
+SHOTS = 5  # labelled shots a video: 800 training videos hold the study's 4000 training clips (docs/demo.md)
 SHOT_FRAMES = 22  # 2.75 s: one clip of 8 frames at 4 a second, 0.25 s trimmed at both cuts, 0.125 s of room at each
 DISSOLVE_FRAMES = 4  # 0.5 s
 DISSOLVE_ROOM = 4  # frames more beside dissolves, whose ends are found less exactly than cuts
 MARGIN = SHOT_FRAMES // 2 + DISSOLVE_ROOM + DISSOLVE_FRAMES + 2  # pixels of texture around: drift is below 1 px a frame
-TEST_EVERY = 5  # every fifth video is a test video (design 4: 80 to 20)
+TEST_EVERY = 5  # every fifth video is a test video (80 to 20, as the hash split)
 DISSOLVE_EVERY = 6  # about every sixth transition is a dissolve
 STILL_EVERY = 20  # every twentieth video holds one shot without any motion
 COPY_EVERY, RECODE_EVERY, LEAK_EVERY, BROKEN_EVERY = 80, 80, 500, 160  # one each for so many videos, at least one

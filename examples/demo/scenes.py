@@ -2,7 +2,7 @@
 
 Holds the drawing alone: digits, textures, shots and dissolves, each a function of numbers that were drawn before. It
 writes no file and knows no container (files.py) and no label table (plan.py). The numbers are those of the laptop study
-(research, demo 1): it moved per frame and read every second one, so the speeds here are per source frame and double per
+(docs/demo.md): it moved per frame and read every second one, so the speeds here are per source frame and double per
 stored step.
 Axes: n frames, h rows, w columns, c red, green, blue; frames are uint8, textures and masks float32 in 0..1.
 """
@@ -22,24 +22,24 @@ Frames = NDArray[np.uint8]
 Picture = NDArray[np.float32]
 Rng = np.random.Generator
 
-SIZE = 64  # pixels; research demo 1: 64 px
+SIZE = 64  # pixels; docs/demo.md
 SOURCE_FPS = 8  # our choice: every second frame is a stored step at 4 a second, as the study read its clips
-TRAIN_DIGITS = 1300  # research demo 1: the first 1300 digit images train, the other 497 test
+TRAIN_DIGITS = 1300  # docs/demo.md: the first 1300 digit images train, the other 497 test
 GLYPH = 32  # pixels of a digit before it is warped onto the canvas: 4 times the 8 of scikit-learn's images
-DIGIT_PX = (19.0, 24.0)  # research demo 1: digit canvas
-SPEED_PX = (0.9, 1.7)  # research demo 1: per source frame
-TURN_DEG = (4.0, 8.0)  # research demo 1: per source frame
-LOG_SCALE = (0.035, 0.06)  # research demo 1: per source frame
-DRIFTING = 0.75  # research demo 1: share of scenes whose background drifts, independently of the digit
-DRIFT_PX = 1.0  # research demo 1: fastest drift per source frame
-BLOBS = (4, 11)  # research demo 1: 4 to 10 blobs
+DIGIT_PX = (19.0, 24.0)  # docs/demo.md: digit canvas
+SPEED_PX = (0.9, 1.7)  # docs/demo.md: per source frame
+TURN_DEG = (4.0, 8.0)  # docs/demo.md: per source frame
+LOG_SCALE = (0.035, 0.06)  # docs/demo.md: per source frame
+DRIFTING = 0.75  # docs/demo.md: share of scenes whose background drifts, independently of the digit
+DRIFT_PX = 1.0  # docs/demo.md: fastest drift per source frame
+BLOBS = (4, 11)  # docs/demo.md: 4 to 10 blobs
 STRIPES = (0.02, 0.05)  # our choice: stronger ones, drifting, look like dissolves (22 of 505 shots were lost at .09)
 CLOUD, CLOUD_PX = 0.05, 7.0  # brightness and spacing; our measurement: no two of 5000 scenes within 31 bits
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 CUT_CONTENT = 40.0  # neighbouring scenes differ by this in ContentDetector's measure, whose threshold is 27
-DISSOLVE_LUMA = 50.0  # mean change of luma over a dissolve: the detector asks for 20 within 0.48 s (research video 8)
+DISSOLVE_LUMA = 50.0  # mean change of luma over a dissolve: detectors ask for 20 within 0.48 s
 DIRECTIONS = ("right", "down_right", "down", "down_left", "left", "up_left", "up", "up_right")
-MOTIONS = (*DIRECTIONS, "turn_clockwise", "turn_anticlockwise", "grow", "shrink")  # research demo 1: 8 + 2 + 2
+MOTIONS = (*DIRECTIONS, "turn_clockwise", "turn_anticlockwise", "grow", "shrink")  # 12 classes: 8 + 2 + 2
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Trains the demo's autoencoder on decoded frames of a corpus of its own, whitens it, saves it with its provenance.
 
 Holds data, loop, saving and the command line; shape and measures stand in reconstruction.py, whitening in whitening.py.
-The recipe is the measured one (research, vae 6 and demo 1). The corpus has another seed than the demo's, so the demo's
+The recipe is the measured one (docs/demo.md). The corpus has another seed than the demo's, so the demo's
 scenes are new to the model; held-out frames show digits of the test images. It is a small autoencoder, not VA-VAE.
 
     python examples/demo/train_autoencoder.py CORPUS OUT [--steps N] [--threads N] [--photos FOLDER --photos-name NAME]
@@ -31,18 +31,16 @@ from examples.demo.whitening import fold_whitening, moments
 from examples.demo.write_corpus import write_corpus
 
 CORPUS_SEED, CORPUS_VIDEOS = 1, 1000  # not the demo's seed 0; our choice: 4000 training scenes
-STEPS = 5_000  # our choice: six minutes of one thread; 3600 gave the study 33.2 dB (research demo 1)
-BATCH = 16  # research vae 6
-PEAK_LR = 2e-3  # research vae 6
+STEPS = 5_000  # our choice: six minutes of one thread; 3600 gave the study 33.2 dB (docs/demo.md)
+BATCH = 16  # docs/demo.md
+PEAK_LR = 2e-3  # docs/demo.md
 WARM_UP = 0.05  # our choice: share of the steps
-L1_WEIGHT = 0.2  # research demo 1
-KL_WEIGHT = (
-    1e-6  # research demo 1; on the mean over latents: on a frame's sum, 10 of 16 channels died (our measurement)
-)
+L1_WEIGHT = 0.2  # docs/demo.md
+KL_WEIGHT = 1e-6  # docs/demo.md; on the mean over latents: on a frame's sum, 10 of 16 channels died (our measurement)
 EMA = 0.999  # our choice: a horizon of 1000 steps, reached by (1 + n) / (10 + n)
 STRIDE = 4  # source frames: neighbours differ by a pixel, so every fourth is kept
-WHITENING_FRAMES = 4000  # research demo 1: the covariance of 500 clips of 8 frames
-HELD_OUT = 256  # research demo 1: frames of the measured PSNR
+WHITENING_FRAMES = 4000  # docs/demo.md: the covariance of 500 clips of 8 frames
+HELD_OUT = 256  # docs/demo.md: frames of the measured PSNR
 NOTE = (
     "This is not VA-VAE. It is a small autoencoder of the same family (diffusers' AutoencoderKL), trained from scratch "
     "on frames of this demo's generator at 64 x 64 pixels, with no alignment to a vision foundation model."

@@ -25,8 +25,8 @@ import cv2
 from examples.demo import files, plan
 from storage.errors import CorpusError
 
-VIDEOS, IMAGES = 1000, 250  # 4000 training and 1000 test clips as in the study (research demo 1); images: .05 of draws
-PROCESSES = 2  # the demo's machine has two cores (design 1)
+VIDEOS, IMAGES = 1000, 250  # 4000 training and 1000 test clips as in the study (docs/demo.md); images: .05 of draws
+PROCESSES = 2  # the demo is made for two cores
 MARKER = "corpus.json"
 VIDEO_COLUMNS = ("path", "start_s", "end_s", "motion", "shape", "split")
 IMAGE_COLUMNS = ("path", "start_s", "end_s", "shape", "split")

@@ -40,7 +40,7 @@ def prepared(folder: Path, code: str, *arguments: str) -> PreparedRun:
 
 
 def gone(process: int, within_s: float = 10.0) -> bool:
-    """Whether a process ends within the time that the design grants."""
+    """Whether a process ends within the time that cancelling may take."""
     until = time.monotonic() + within_s
     while time.monotonic() < until:
         try:

@@ -81,7 +81,7 @@ def test_base_is_the_one_gpu_recipe_cut_where_the_paper_stops() -> None:
     ]
     assert base.steps / whole.steps == pytest.approx(15 / 132)
     assert recipe("ablation_full_30k").steps / whole.steps == pytest.approx(30 / 132)
-    # method.md 7.3: the paper's rate there is 4.95e-4, a 0.99th of the peak
+    # docs/method.md 7.3: the paper's rate there is 4.95e-4, a 0.99th of the peak
     assert base.stages[-1].lr_end / whole.stages[1].lr_start == pytest.approx(4.95e-4 / 5e-4, rel=2e-3)
     assert whole.model_copy(update={"name": BASE, "stages": base.stages}) == base
 

@@ -1,4 +1,4 @@
-"""Recipes against the paper's tables as method.md gives them, and the rules that scale them."""
+"""Recipes against the paper's tables as docs/method.md gives them, and the rules that scale them."""
 
 import math
 
@@ -22,7 +22,7 @@ def rate_at(config: RecipeConfig, step: int) -> tuple[float, float]:
 
 
 def by_formula(step: int) -> tuple[float, float]:
-    """method.md 7.2, as written."""
+    """docs/method.md 7.2, as written."""
     if step < 12_000:
         main = 1e-4 + 4e-4 * step / 12_000
     elif step < 40_000:
@@ -39,7 +39,7 @@ def test_rates_of_the_paper(name: str) -> None:
     config = recipe(name)
     for step in (0, 6_000, 11_999, 12_000, 26_000, 39_999, 40_000, 80_000, 119_999, 120_000, 126_000, 131_999):
         assert rate_at(config, step) == pytest.approx(by_formula(step), rel=1e-9)
-    checks = {6_000: 3.0e-4, 26_000: 4.75e-4, 80_000: 2.75e-4, 126_000: 5.05e-5}  # method.md 7.2
+    checks = {6_000: 3.0e-4, 26_000: 4.75e-4, 80_000: 2.75e-4, 126_000: 5.05e-5}  # docs/method.md 7.2
     assert {step: rate_at(config, step)[0] for step in checks} == pytest.approx(checks)
 
 
@@ -78,7 +78,7 @@ def test_sizes(name: str, depth: int, width: int, heads: int, hidden: int) -> No
 
 @pytest.mark.parametrize("name", ["nextvid_s", "nextvid_b"])
 def test_scaled_recipes_follow_the_rules(name: str) -> None:
-    """method.md 7.3: shares of the steps, square-root rate, horizon of the average, cool-down at constant tokens."""
+    """docs/method.md 7.3: shares of steps, square-root rate, the average's horizon, cool-down at constant tokens."""
     config, paper = recipe(name), recipe("nextvid_l")
     for stage, full in zip(config.stages, paper.stages, strict=True):
         assert stage.steps / config.steps == pytest.approx(full.steps / paper.steps, abs=1e-3)
@@ -93,7 +93,7 @@ def test_scaled_recipes_follow_the_rules(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "tflop_per_s"), [("nextvid_s", 115), ("nextvid_b", 167)])
 def test_one_gpu_and_one_day(name: str, tflop_per_s: float) -> None:
-    """The arithmetic of the recipes' docstring: below half of the 35 % that design 11 wants of a ViT-L step."""
+    """The arithmetic of the recipes' docstring: below half of the 35 % that we aim at for a ViT-L step."""
     for config in (recipe(name), recipe(f"{name}_latent")):
         flops = sum(s.steps * c.step_flops for s, c in zip(config.stages, cost(config).stages, strict=True))
         a_second = flops / (24 * 3600)

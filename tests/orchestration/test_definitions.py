@@ -68,7 +68,7 @@ def test_loading_definitions_leaves_torch_unloaded() -> None:
 
 
 def test_definitions_load_in_under_two_seconds() -> None:
-    """Of CPU time, so that a busy machine does not turn this red; design 11's target."""
+    """Of CPU time, so that a busy machine does not turn this red; 2 s is our aim."""
     code = (
         "import time; began = time.process_time(); import orchestration.definitions as d; d.defs.get_repository_def(); "
     )

@@ -74,7 +74,7 @@ def test_what_is_packed_is_unpacked(latents: np.ndarray, storage: str) -> None:
 
 @pytest.mark.parametrize(("storage", "bound"), [("float16", 3e-4), ("keepbits7", 2e-3), ("int8", 1e-2)])
 def test_noise_costs_what_was_measured(storage: str, bound: float) -> None:
-    """RMS error of standard normal latents in the shape of VA-VAE; research vae 5: 2.1e-4, 1.7e-3, 9.0e-3."""
+    """RMS error of standard normal latents in the shape of VA-VAE: 2.1e-4, 1.7e-3 and 9.0e-3 in a study."""
     latents = np.random.default_rng(0).standard_normal((4, 16, 32, 16, 16), np.float32)
     stored = stored_values(latents, all_ok(latents), storage).astype(np.float32)
     error = float(np.sqrt(np.mean((stored - latents) ** 2)))

@@ -59,7 +59,7 @@ def test_latents_are_white(model: AutoencoderKL) -> None:
     values = torch.linalg.eigvalsh(covariance)
     assert mean.abs().max() < 0.3
     assert values.min() > 0.4
-    assert values.max() < 2.0  # 100 other scenes; raw latents span four orders of magnitude (research demo 3a)
+    assert values.max() < 2.0  # 100 other scenes; raw latents span four orders of magnitude
 
 
 def test_the_pipelines_adapter_gives_the_same_latents_and_pictures(model: AutoencoderKL, held_out: Frames) -> None:
@@ -68,7 +68,7 @@ def test_the_pipelines_adapter_gives_the_same_latents_and_pictures(model: Autoen
     encoded = adapter.encode(held_out[:6])
     wanted = reconstruction.encode(model, held_out[:6]).numpy()
     assert encoded.latents.shape == (6, 16, 8, 8)
-    assert np.abs(encoded.latents - wanted).max() < 1e-3  # of unit variance; memory formats differ (research vae 7)
+    assert np.abs(encoded.latents - wanted).max() < 1e-3  # of unit variance; memory formats differ
     decoded = adapter.decode(encoded.latents)
     assert np.abs(decoded.astype(int) - reconstruction.reconstruct(model, held_out[:6]).astype(int)).max() <= 1
 

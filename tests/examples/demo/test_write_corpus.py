@@ -88,7 +88,7 @@ def test_still_shots_do_not_move_in_the_file_and_others_do(corpus: Path) -> None
         shot = files.read_video(corpus / "videos" / row["path"]).astype(float)[start : start + plan.SHOT_FRAMES : 2]
         change = np.median(np.abs(np.diff(shot.mean(axis=3), axis=0)).mean(axis=(1, 2)))
         if row["kind"] == "still":
-            assert change < 0.05  # research video 8: a frozen frame
+            assert change < 0.05  # a frozen frame
         elif row["path"] not in with_still:
             assert change > 0.3
 
@@ -104,7 +104,7 @@ def test_copies_are_equal_in_bytes_and_recoded_files_only_to_the_eye(corpus: Pat
         distances = [
             np.count_nonzero(pdqhash.compute(new[n])[0] != pdqhash.compute(old[n])[0]) for n in range(4, 60, 8)
         ]
-        assert np.median(distances) <= 31  # design 4's duplicates
+        assert np.median(distances) <= 31  # the distance of duplicates
         assert (corpus / row["path"]).read_bytes() != (corpus / row["of"]).read_bytes()
 
 
@@ -123,7 +123,7 @@ def test_unrelated_scenes_are_no_near_duplicates() -> None:
     videos = plan.plan_videos(0, 12)
     frames = [plan.render_video(video)[at] for video in videos for at in (8, 80)]
     hashes = [pdqhash.compute(frame) for frame in frames]
-    assert min(quality for _, quality in hashes) >= 50  # below, hashes join nothing (design 4)
+    assert min(quality for _, quality in hashes) >= 50  # below, hashes join nothing (curation.duplicates)
     pairs = [(a, b) for a in range(len(hashes)) for b in range(a)]
     assert min(np.count_nonzero(hashes[a][0] != hashes[b][0]) for a, b in pairs) > 31
 

@@ -34,7 +34,7 @@ def listed(files: dict[str, tuple[int, str]]) -> pl.DataFrame:
 
 
 def reference(listings: list[dict[str, tuple[int, str]]]) -> dict[str, str]:
-    """URI -> batch by the words of the design: keep, else fill the last open batch of the kind, sorted, else the
+    """URI -> batch by the rule: keep, else fill the last open batch of the kind, sorted, else the
     next."""
     batch_of: dict[str, int] = {}
     kind_of: dict[int, str] = {}

@@ -87,7 +87,7 @@ class TestEncode:
         exact = Autoencoder.load(random_autoencoder).encode(frames).latents
         fast = Autoencoder.load(random_autoencoder, precision="bf16").encode(frames).latents
         assert fast.dtype == np.float32
-        assert 0 < np.sqrt(((fast - exact) ** 2).mean()) < 0.05 * exact.std()  # research vae 7: 0.3 to 2.3 %
+        assert 0 < np.sqrt(((fast - exact) ** 2).mean()) < 0.05 * exact.std()  # measured: 0.3 to 2.3 %
 
     def test_side_that_is_no_multiple_is_refused(self, cosine_autoencoder: Path) -> None:
         with pytest.raises(ConfigError, match="multiple"):

@@ -64,7 +64,7 @@ def test_the_real_shape_has_the_published_tensors() -> None:
     for name, value in converted.items():
         matrix = ".attentions." in name and value.ndim == 4
         assert (value.shape[:2] if matrix else value.shape) == ours[name].shape, name
-    assert sum(value.numel() for value in theirs.values()) == 69_836_067  # research vae 1: 69.84 M
+    assert sum(value.numel() for value in theirs.values()) == 69_836_067  # 28.4M and 41.4M, docs/method.md 8
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

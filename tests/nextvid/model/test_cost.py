@@ -85,7 +85,7 @@ def test_flops_are_what_torch_counts(name: str, copies: int, monkeypatch: pytest
     [("nextvid_l", 5.1, 3.6, 17.9), ("nextvid_h", 7.8, 6.3, 30.7), ("nextvid_g", 10.9, 9.4, 44.9)],
 )
 def test_flops_of_the_paper(name: str, first: float, third: float, last: float) -> None:
-    """The table of method.md 12, in TFLOP a clip, which still holds the last tubelet that we drop: 1 to 7 % more."""
+    """docs/method.md 12, in TFLOP a clip, with the last tubelet that we drop: 1 to 7 % more."""
     stages = cost(recipe(name)).stages
     for stage, table in ((stages[0], first), (stages[2], third), (stages[3], last)):
         assert 0.93 * table < stage.clip_flops / 1e12 < table
@@ -137,7 +137,7 @@ def test_memory_and_parameters_of_vit_l() -> None:
         "encoder": 303.9,
         "predictor": 22.1,
         "decoder": 32.9,
-    }  # method.md 6.2
+    }  # docs/method.md 6.2
     trained = sum(found.parameters.values())
     memory = found.memory
     assert (memory.weights, memory.gradients, memory.moments) == (4 * trained, 4 * trained, 8 * trained)

@@ -1,4 +1,4 @@
-"""The simplified model's decoders: what a noisy token may see (method.md 10)."""
+"""The simplified model's decoders: what a noisy token may see (docs/method.md 10)."""
 
 import torch
 from torch import Tensor

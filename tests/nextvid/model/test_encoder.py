@@ -114,14 +114,14 @@ def test_levels_pass_the_final_norm() -> None:
 
 
 def test_input_width_of_pixels_and_latents() -> None:
-    assert input_width(ModelConfig()) == 1536  # method.md 1
+    assert input_width(ModelConfig()) == 1536  # docs/method.md 1
     assert input_width(ModelConfig(encoder=EncoderConfig(input="latents"))) == 64
     assert HEIGHT != WIDTH
 
 
 @pytest.mark.parametrize(("width", "heads", "std"), [(128, 4, 128**-0.5), (512, 8, 0.02)])
 def test_initialisation_by_width_and_depth(width: int, heads: int, std: float) -> None:
-    """1/sqrt(fan_in) below width 512, 0.02 from there on; residual outputs of block l over sqrt(2l) (design 8)."""
+    """1/sqrt(fan_in) below width 512, else 0.02; residual outputs of block l over sqrt(2l) (docs/method.md 6.1)."""
     torch.manual_seed(0)
     encoder = Encoder(ModelConfig(encoder=EncoderConfig(depth=3, width=width, heads=heads, mlp_hidden=2 * width)))
     for number, block in enumerate(encoder.blocks, start=1):

@@ -1,4 +1,4 @@
-"""The block sampler against a plain loop and method.md 2.3's table; exact, uniform, order-free thinning."""
+"""The block sampler against a plain loop and docs/method.md 2.3's table; exact, uniform, order-free thinning."""
 
 import math
 
@@ -35,7 +35,7 @@ strategies = st.builds(
 
 
 def by_hand(strategy: MaskStrategy, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
-    """One entry, block by block (method.md 2.2)."""
+    """One entry, block by block (docs/method.md 2.2)."""
     area = int(height * width * strategy.scale)
     aspect = strategy.aspect_min + uniform[0] * (strategy.aspect_max - strategy.aspect_min)
     tall, wide = min(height, round(math.sqrt(area * aspect))), min(width, round(math.sqrt(area / aspect)))
@@ -74,7 +74,7 @@ def test_an_entry_does_not_depend_on_how_many_there_are(strategy: MaskStrategy, 
 def test_trap_26_raw_sampler_reproduces_the_table(
     strategy: MaskStrategy, mean: float, sd: float, centre: float, edge: float, corner: float
 ) -> None:
-    """method.md 2.3, at 3 % and 0.02. Tab. 8 read as ranges would miss by far."""
+    """docs/method.md 2.3, at 3 % and 0.02. Tab. 8 read as ranges would miss by far."""
     found = statistics(draw_visible(strategy, 16, 16, 1 << 14, (0, 0)), 16, 16)
     assert found.mean == pytest.approx(mean, rel=0.03)
     assert found.sd == pytest.approx(sd, rel=0.03)
@@ -165,7 +165,7 @@ def test_bucket_entries_keep_the_bucket_and_differ_by_draw() -> None:
 
 
 def test_flat_is_the_ancestors_prefix_and_independent_of_the_batch() -> None:
-    """Equal lengths whatever the split over ranks; sorted ids; late tubelets lose their cells (method.md 2.3)."""
+    """Equal lengths whatever the split over ranks; sorted ids; late tubelets lose their cells (docs/method.md 2.3)."""
     draws = list(range(16))
     whole = flat_ids(SHORT, 16, 16, 8, (0, 0), 5, draws)
     halves = [flat_ids(SHORT, 16, 16, 8, (0, 0), 5, part) for part in (draws[:5], draws[5:])]
@@ -182,7 +182,7 @@ def test_flat_is_the_ancestors_prefix_and_independent_of_the_batch() -> None:
 
 @pytest.mark.parametrize(("index", "cells", "slack"), [(0, 60, 4), (1, 15, 2)])
 def test_flat_lengths_are_those_of_a_local_batch_of_32(index: int, cells: int, slack: int) -> None:
-    """method.md 2.4: 60 and 15 cells at 32 clips per GPU; three standard errors of 60 steps."""
+    """docs/method.md 2.4: 60 and 15 cells at 32 clips per GPU; three standard errors of 60 steps."""
     strategy = (SHORT, LONG)[index]
     lengths = [flat_ids(strategy, 16, 16, 1, (0, index), step, [0]).shape[1] for step in range(60)]
     assert np.mean(lengths) == pytest.approx(cells, abs=slack)

@@ -87,7 +87,7 @@ def test_trap_07_flow_alone_moves_the_encoder_once_gates_are_open() -> None:
     changes: dict[str, Any] = {"losses": {"align": 0.0}}
     closed = tiny_model(tiny_recipe(**changes), trained=False)
     losses(closed).total.backward()
-    assert gradients(closed.encoder) == 0.0  # zero head and gates, method.md 4.5
+    assert gradients(closed.encoder) == 0.0  # zero head and gates, docs/method.md 4.5
     opened = tiny_model(tiny_recipe(**changes))
     losses(opened).total.backward()
     assert gradients(opened.encoder) > 1e-4
@@ -197,7 +197,7 @@ def test_trap_29_initial_losses() -> None:
 
 
 def test_wide_models_start_near_one() -> None:
-    """method.md 4.1: about 1.03 at the paper's initialisation, std 0.02 from width 512 on."""
+    """docs/method.md 4.1: about 1.03 at the paper's initialisation, std 0.02 from width 512 on."""
     wide = {"encoder": {"width": 512, "heads": 8, "depth": 1}, "predictor": {"width": 512, "heads": 8, "depth": 1}}
     found = losses(tiny_model(tiny_recipe(model=wide), trained=False))
     assert float(found.align["short"].detach()) == pytest.approx(1.2, abs=0.05)  # 1 + 512 * 0.02^2
@@ -238,7 +238,7 @@ def flops(config: RecipeConfig, copies: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def by_formula(config: RecipeConfig, copies: int) -> float:
-    """method.md 12, without the last tubelet in the online encoder."""
+    """docs/method.md 12, without the last tubelet in the online encoder."""
     L, D, H, d = config.model.encoder.depth, config.model.encoder.width, config.model.encoder.mlp_hidden, 384
     T = 8
 
@@ -268,7 +268,7 @@ def test_trap_32_flops_of_a_step(copies: int, monkeypatch: pytest.MonkeyPatch) -
     ("name", "copies", "table"), [("nextvid_l", 4, 5.1), ("nextvid_l", 1, 3.6), ("nextvid_g", 4, 10.9)]
 )
 def test_flops_of_the_paper(name: str, copies: int, table: float) -> None:
-    """The table of method.md 12, in TFLOP, still holds the last tubelet that we drop: 3 to 5 % more."""
+    """The table of docs/method.md 12, in TFLOP, still holds the last tubelet that we drop: 3 to 5 % more."""
     assert 0.92 * table < by_formula(recipe(name), copies) / 1e12 < table
 
 
@@ -321,7 +321,7 @@ def millions(module: nn.Module | None) -> float:
 def test_query_token_decays_like_a_matrix() -> None:
     predictor = tiny_model(tiny_recipe()).predictor
     assert predictor is not None
-    assert predictor.query.ndim == 3  # method.md 7.4: no decay on one-dimensional tensors
+    assert predictor.query.ndim == 3  # docs/method.md 7.4: no decay on one-dimensional tensors
 
 
 @pytest.mark.parametrize(

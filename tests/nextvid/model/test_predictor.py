@@ -124,7 +124,7 @@ def test_joint_mask() -> None:
 
 
 def test_joint_has_as_many_weights_as_cross() -> None:
-    """Same but for the context's own norm and its projection's rows: method.md 10."""
+    """Same but for the context's own norm and its projection's rows: docs/method.md 10."""
     counts = []
     for kind in ("cross", "joint"):
         predictor = tiny_model(tiny_recipe(model={"predictor": {"kind": kind}})).predictor

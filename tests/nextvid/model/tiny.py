@@ -47,7 +47,7 @@ def tiny_recipe(**changes: Any) -> RecipeConfig:
 
 
 def s_model(kind: str, **losses: Any) -> dict[str, Any]:
-    """Changes that make the simplified model of method.md 10."""
+    """Changes that make the simplified model of docs/method.md 10."""
     share = "clip" if kind == "xattn_self" else "tubelet"
     model = {"predictor": {"kind": "none"}, "decoder": {"kind": kind}}
     return {"model": model, "losses": {"align": 0.0, "tau_share": share, **losses}}

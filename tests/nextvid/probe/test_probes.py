@@ -52,7 +52,7 @@ def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
 
 
 def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: Project) -> None:
-    """Trap 31 of method.md 13: final norm, frame-causal, every cell, one token after the other."""
+    """Trap 31 of docs/method.md 13: final norm, frame-causal, every cell, one token after the other."""
     task = plan_task(evaluated, RECIPE, "species")
     trained = load_trained(task.run)
     rows = task.rows.part("test").head(5)

@@ -28,7 +28,7 @@ PAPER = recipe("nextvid_l").stages
 
 
 @pytest.mark.parametrize(
-    ("step", "main"),  # method.md 7.2, check values and edges
+    ("step", "main"),  # docs/method.md 7.2, check values and edges
     [
         (0, 1e-4),
         (6_000, 3e-4),
@@ -51,7 +51,7 @@ def test_trap_27_rates_of_the_paper(step: int, main: float) -> None:
 
 
 def test_cosine_is_one_curve_between_warmup_and_cooldown() -> None:
-    assert rates(PAPER, "cosine", 40_000).main == pytest.approx(4.37e-4, rel=1e-3)  # method.md 7.2
+    assert rates(PAPER, "cosine", 40_000).main == pytest.approx(4.37e-4, rel=1e-3)  # docs/method.md 7.2
     assert rates(PAPER, "cosine", 12_000).main == pytest.approx(5e-4)
     assert rates(PAPER, "cosine", 119_999).main == pytest.approx(1e-4, rel=1e-6)
     for step in (0, 6_000, 126_000):  # warm-up and cool-down stay linear
@@ -79,7 +79,7 @@ def test_draw_counter_is_the_running_sum_of_batches(step: int) -> None:
 
 
 def test_all_clips_of_the_paper() -> None:
-    assert draws_before(PAPER, 132_000) == 120_000 * 3072 + 12_000 * 768  # method.md 1: 377.9M clips
+    assert draws_before(PAPER, 132_000) == 120_000 * 3072 + 12_000 * 768  # docs/method.md 1: 377.9M clips
     with pytest.raises(AssertionError):
         stage_at(PAPER, 132_000)
 

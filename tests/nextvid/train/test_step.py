@@ -99,7 +99,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 
 
 def test_losses_begin_where_the_method_says() -> None:
-    """method.md 4.2: 2 for flow with a zero-initialised head; alignment: 1 of the target, and 1 of a narrow z."""
+    """docs/method.md 4.2: 2 for flow with a zero-initialised head; alignment: 1 of the target, and 1 of a narrow z."""
     stepped = take_step(build(tiny_recipe(), ALONE), random_batch(clips=16), 0, 0)
     found = means({name: float(value) for name, value in stepped.losses.items()})
     assert found["flow"] == pytest.approx(2.0, abs=0.1)

@@ -9,8 +9,8 @@ import numpy as np
 from nextvid.video.shots import ShotFacts
 
 FPS = 25
-BLEND = 12  # frames of a dissolve: as in research video 8
-SLACK = 4  # frames by which a transition may be missed and still count as found: as in research video 8
+BLEND = 12  # frames of a dissolve
+SLACK = 4  # frames by which a transition may be missed and still count as found
 Join = tuple[
     str, int, int
 ]  # kind, first and last frame of the transition (a hard cut: the new shot's first frame twice)

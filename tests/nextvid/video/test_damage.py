@@ -25,7 +25,7 @@ CODECS: dict[str, dict[str, object]] = {
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "good", "cpu-used": "8"}},
     "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12"}},
 }
-# As research: video, 5: flips of single bits, truncation, a hole, and damage to the index in the container's head.
+# Damage of four kinds: flips of single bits, truncation, a hole, and damage to the index in the container's head.
 DAMAGE = ("8 flips", "200 flips", "5000 flips", "cut at 30 %", "cut at 70 %", "cut at 95 %", "hole", "late hole")
 
 
