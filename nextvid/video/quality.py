@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import pdqhash
 from jaxtyping import UInt8
 
+from nextvid.video.pdq import pdq_hash
 from nextvid.video.planes import Look, Planes
 
 # Of the short side. Our measurement on 665 pairs of real frames: a third of the time of research video 8's 64 pixels,
@@ -151,8 +151,7 @@ def perceptual_hash(luma: UInt8[np.ndarray, "h w"], box: Box, width: int, height
     top, left = int(np.ceil(box.y * down)), int(np.ceil(box.x * across))
     bottom, right = int((box.y + box.h) * down), int((box.x + box.w) * across)
     inside = luma[top : max(bottom, top + 1), left : max(right, left + 1)]
-    bits, quality = pdqhash.compute(cv2.merge([inside] * 3))  # takes RGB alone and hashes its luma
-    return np.packbits(bits.astype(np.uint8)).tobytes(), int(quality)
+    return pdq_hash(inside)
 
 
 def _motion(before: UInt8[np.ndarray, "h w"], after: UInt8[np.ndarray, "h w"], seconds: float) -> float:
