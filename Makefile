@@ -1,4 +1,4 @@
-# What a person types. `make demo` and `make ui` work on a fresh clone with Python 3.11, make and gcc.
+# What a person types. `make demo` and `make ui` work on a fresh clone with Python 3.11 and make, without a compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

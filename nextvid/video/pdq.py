@@ -3,7 +3,7 @@
 The algorithm and its constants are those of github.com/facebook/ThreatExchange, pdq/cpp: two passes of a box filter, a
 pick of 64 x 64 values, the 16 x 16 lowest waves of their cosine transform, one bit for each wave above the median. In a
 flat or symmetric picture the waves differ by rounding alone: sums are taken in the float32 order of that code, so that
-every bit is equal to its bit (docs/decisions/0034-own-pdq-hash.md).
+every bit is equal to its bit (docs/decisions/0034).
 """
 
 import math
