@@ -83,7 +83,7 @@ def test_paths_that_are_named_exist(repository: Path) -> None:
 
 
 def test_sections_that_are_cited_exist(repository: Path) -> None:
-    method = (repository / "docs" / "docs/method.md").read_text()
+    method = (repository / "docs" / "method.md").read_text()
     sections = set(re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", method, flags=re.MULTILINE))
     known = decisions(repository)
     assert {"0", "2.3", "13"} <= sections
