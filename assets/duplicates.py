@@ -25,6 +25,6 @@ from storage import schemas
 )
 def duplicates(project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Search all batches' hashes."""
-    from nextvid.corpus.duplicates import make_duplicates
+    from nextvid.trainset.duplicates import make_duplicates
 
     return reporting.materialised(lambda: make_duplicates(project.open()))

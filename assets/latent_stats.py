@@ -19,6 +19,6 @@ from assets.resources import ProjectResource
 )
 def latent_stats(project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Sum the commits."""
-    from nextvid.encode.stats import make_latent_stats
+    from nextvid.encode.latent_stats import make_latent_stats
 
     return reporting.materialised(lambda: make_latent_stats(project.open()))

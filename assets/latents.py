@@ -6,7 +6,7 @@ from assets import checks, reporting
 from assets.columns import columns
 from assets.partitions import BATCHES
 from assets.resources import ProjectResource
-from nextvid.outcome import Outcome
+from nextvid.making.outcome import Outcome
 from storage import schemas
 
 
@@ -25,10 +25,10 @@ from storage import schemas
 )
 def latents(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the batch's latents."""
-    from nextvid.corpus.discover import refuse_unknown
-    from nextvid.encode.costs import forecast
+    from nextvid.corpus.sources import refuse_unknown
     from nextvid.encode.latents import make_latents
-    from nextvid.encode.pace import Lines
+    from nextvid.making.progress import Lines
+    from nextvid.planning.costs import forecast
 
     def make() -> Outcome:
         opened, batch = project.open(), context.partition_key

@@ -16,10 +16,9 @@ from typing import Any
 
 import dagster as dg
 
-from nextvid.train.devices import leased
+from nextvid.machine import WATCH_S, leased, orphaned
 from nextvid.train.events import read_events
-from nextvid.train.launch import LOG, PreparedRun, end_group
-from nextvid.train.lock import WATCH_S, orphaned
+from nextvid.train.pretrain import LOG, PreparedRun, end_group
 from storage.errors import UpstreamError
 
 OBSERVE_S = 20.0  # our choice: three points a minute in the UI; every event stands in events.jsonl and the run's log

@@ -19,6 +19,6 @@ from assets.resources import ProjectResource
 )
 def mask_plan(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Draw the recipe's plan, unless it is there."""
-    from nextvid.train.mask_plan import make_mask_plan
+    from nextvid.trainset.mask_plan import make_mask_plan
 
     return reporting.materialised(lambda: make_mask_plan(project.open(), context.partition_key))

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from nextvid.recipes import RECIPES
+from nextvid.config.recipes import RECIPES
 
 BATCHES = dg.DynamicPartitionsDefinition(name="batch")
 RECIPE = dg.StaticPartitionsDefinition(list(RECIPES))

@@ -46,9 +46,9 @@ def pretrain(
     context: dg.AssetExecutionContext, config: PretrainConfig, project: ProjectResource, trainer: TrainerResource
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Prepare the run, train until it is complete, verify what is on disk."""
-    from nextvid.config import HowConfig
-    from nextvid.train.launch import finish_run, prepare_run
-    from nextvid.train.overrides import apply_how
+    from nextvid.config.overrides import apply_how
+    from nextvid.config.recipe import HowConfig
+    from nextvid.train.pretrain import finish_run, prepare_run
 
     opened, recipe = project.open(), context.partition_key
     with reporting.readable_errors():

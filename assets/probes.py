@@ -20,7 +20,7 @@ from assets.resources import ProjectResource, WhichRun
 )
 def probes(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Probe one run on one benchmark."""
-    from nextvid.probe.probes import make_probes
+    from nextvid.evaluate.probes import make_probes
 
     key = context.partition_key
     assert isinstance(key, dg.MultiPartitionKey)

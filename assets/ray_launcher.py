@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from assets.launcher import SIGNALLED, Watch, pipes
-from nextvid.train.launch import PreparedRun
+from nextvid.train.pretrain import PreparedRun
 from storage.errors import ConflictError
 from storage.remote import S3_PLACE
 

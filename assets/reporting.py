@@ -15,8 +15,8 @@ import polars as pl
 from PIL import Image
 
 from assets.resources import ProjectResource
-from nextvid.corpus.project import Project
-from nextvid.outcome import Outcome
+from nextvid.config.corpus import Project
+from nextvid.making.outcome import Outcome
 from storage import atomic
 from storage.errors import NExTVidError
 from storage.root import Table
@@ -92,7 +92,7 @@ def batch_table(
     schema: type[dy.Schema],
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make one table of a batch; report it with its first rows."""
-    from nextvid.corpus.discover import refuse_unknown
+    from nextvid.corpus.sources import refuse_unknown
 
     with readable_errors():
         opened = project.open()

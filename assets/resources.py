@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
-from nextvid.corpus.project import Project, open_project
+from nextvid.config.corpus import Project, open_project
 
 if TYPE_CHECKING:
-    from nextvid.train.launch import PreparedRun
+    from nextvid.train.pretrain import PreparedRun
 
 
 class ProjectResource(dg.ConfigurableResource):  # type: ignore[type-arg]

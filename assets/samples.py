@@ -23,7 +23,7 @@ from assets.resources import ProjectResource, WhichRun
 )
 def samples(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the samples of a run."""
-    from nextvid.sample.samples import make_samples
+    from nextvid.evaluate.samples import make_samples
 
     with reporting.readable_errors():
         opened = project.open()

@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     )
     def sources(project: ProjectResource) -> dg.DataVersionsByPartition:
         """Observe every batch by hand; the sensor does the same on its own."""
-        from nextvid.corpus.discover import batch_fingerprint
+        from nextvid.corpus.sources import batch_fingerprint
 
         opened = project.open()
         return dg.DataVersionsByPartition({batch: batch_fingerprint(opened, batch) for batch in opened.root.batches()})

@@ -44,7 +44,7 @@ LATE, STALE = timedelta(hours=26), timedelta(hours=50)
 )
 def trainset(context: dg.AssetExecutionContext, project: ProjectResource) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
     """Freeze, or say why not: a person's run fails, automation's waits for the batches that are missing."""
-    from nextvid.corpus.trainset import make_trainset
+    from nextvid.trainset.trainset import make_trainset
 
     with reporting.readable_errors():
         opened = project.open()

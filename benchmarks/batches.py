@@ -24,12 +24,12 @@ import dagster as dg
 from assets.resources import ProjectResource
 from benchmarks.measure import machine, show, write
 from benchmarks.registered import register
-from nextvid.corpus.discover import update_sources
-from nextvid.corpus.duplicates import make_duplicates
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import make_trainset
-from nextvid.encode.costs import forecast
-from nextvid.encode.stats import make_latent_stats
+from nextvid.config.corpus import Project
+from nextvid.corpus.sources import update_sources
+from nextvid.encode.latent_stats import make_latent_stats
+from nextvid.planning.costs import forecast
+from nextvid.trainset.duplicates import make_duplicates
+from nextvid.trainset.trainset import make_trainset
 from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
 
 BATCHES, FILES = 1000, 10  # our scale: 1,000 batches; ten files each, so that it is batches that cost

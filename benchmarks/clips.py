@@ -14,18 +14,18 @@ import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from nextvid.config import RecipeConfig
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_files import write_trainset
-from nextvid.corpus.trainset_pixels import TrainsetPixels
-from nextvid.recipes import recipe
+from nextvid.config.overrides import apply_overrides
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.recipes import recipe
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import StagedLatents
 from nextvid.train.loader import READ_AHEAD, Loader, latent_rows, pixel_rows
-from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
-from nextvid.train.order import Drawn, Masks, Order
-from nextvid.train.overrides import apply_overrides
 from nextvid.train.ring import Place
+from nextvid.trainset.files import write_trainset
+from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.trainset.order import Drawn, Masks, Order
+from nextvid.trainset.pixels import TrainsetPixels
+from nextvid.trainset.trainset import Trainset
 from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
 from storage.pixel_reader import PixelReader

@@ -31,14 +31,14 @@ import yaml
 from av.video.stream import VideoStream
 
 from benchmarks.measure import machine, median_ratio, show, write
-from nextvid.corpus.project import Project, open_project
+from nextvid.config.corpus import Project, open_project
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import Decoding
 from nextvid.encode.latents import make_latents
 from nextvid.encode.pipeline import shares
 from nextvid.encode.plan import plan_encode, wanted_clips
 from nextvid.encode.vavae import CONFIG
-from nextvid.outcome import Outcome
+from nextvid.making.outcome import Outcome
 from storage.digest import digest, digest_file
 from storage.latents import LatentStore
 from storage.schemas import Clips

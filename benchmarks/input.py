@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.clips import BATCH, BATCH_KEY, FRAMES, TRAINSET, Store, random_clips, write_store
 from benchmarks.decoding import SIDE, decoded_batches, write_video
 from benchmarks.measure import Took, machine, show, timed, write
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_pixels import TrainsetPixels
+from nextvid.trainset.pixels import TrainsetPixels
+from nextvid.trainset.trainset import Trainset
 from storage.jpeg import encode_clip
 from storage.latents import LatentStore
 from storage.pixel_reader import PixelReader, pixel_addresses

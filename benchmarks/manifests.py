@@ -20,11 +20,11 @@ import polars as pl
 import tyro
 
 from benchmarks.measure import machine, show, write
-from nextvid.corpus.pointers import publish_latest
-from nextvid.corpus.project import Project, open_project
-from nextvid.corpus.trainset import Trainset, make_trainset
-from nextvid.encode.acceptance import in_force
+from nextvid.config.corpus import Project, open_project
 from nextvid.encode.plan import spec_in_force
+from nextvid.making.publishing import publish_latest
+from nextvid.planning.acceptance import in_force
+from nextvid.trainset.trainset import Trainset, make_trainset
 from storage import atomic
 from storage.digest import digest_bytes
 from storage.latents import ROWS_PER_SHARD, LatentStore

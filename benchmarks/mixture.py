@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextvid.corpus.project import ClipPolicy, DatasetConfig, load_corpus
+from nextvid.config.corpus import ClipPolicy, DatasetConfig, load_corpus
+from nextvid.config.recipes import recipe
 from nextvid.model.cost import cost
-from nextvid.recipes import recipe
 from storage.atomic import publish_bytes, publish_json
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec

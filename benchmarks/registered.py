@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from nextvid.corpus.discover import batch_fingerprint, update_sources
-from nextvid.corpus.project import Project, open_project
-from nextvid.encode.acceptance import in_force
+from nextvid.config.corpus import Project, open_project
+from nextvid.corpus.sources import batch_fingerprint, update_sources
 from nextvid.encode.plan import spec_in_force
+from nextvid.planning.acceptance import in_force
 from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
 from storage.schemas import Clips, Commits, Media, Shots, Sources

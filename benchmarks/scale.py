@@ -21,12 +21,12 @@ import tyro
 
 from benchmarks.clips import BATCH, BATCH_KEY, FRAMES, TRAINSET, random_clips, training_recipe, write_store
 from benchmarks.measure import machine, show, write
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_files import SAID, publish_sealed, read_sealed
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import open_loader
-from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
-from nextvid.train.order import Order
+from nextvid.trainset.files import SAID, publish_sealed, read_sealed
+from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.trainset.order import Order
+from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.reader import ADDRESS
 from storage.root import DataRoot

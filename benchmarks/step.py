@@ -20,15 +20,14 @@ import tyro
 
 from benchmarks.clips import MASK_ENTRIES, TRAINSET, random_clips, write_store
 from benchmarks.measure import evict, machine, show, write
-from nextvid.config import HowConfig, RecipeConfig
-from nextvid.corpus.project import Project, open_project
-from nextvid.recipes import recipe as recipe_by_name
+from nextvid.config.corpus import Project, open_project
+from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.train.distributed import join
 from nextvid.train.events import read_events
-from nextvid.train.loop import train
-from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
+from nextvid.train.loop import speeds, train
 from nextvid.train.run import plan_run, write_run
-from nextvid.train.speed import speeds
+from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
 from storage.atomic import publish_json
 
 TARGET = 0.01  # share of a step's time, our aim

@@ -1,10 +1,11 @@
 """NExT-Vid: video representation learning by masked next-frame prediction.
 
-    corpus/   which files and rows there are            train/    rows -> weights
-    video/    files -> frames and facts                 probe/    frozen features -> accuracies
-    encode/   frames -> latents                         sample/   generated next frames
-    model/    the paper, one file per box of Fig. 2     lineage/  which data made what
-    config.py, recipes.py   every configuration         report/   what people look at
+    config/    corpus.yaml and recipes                 trainset/  clips -> frozen training set, mask plans
+    video/     files -> frames and facts               train/     trainset -> weights
+    corpus/    files -> clips table                    evaluate/  weights -> scores and generated frames
+    encode/    clips table -> latents                  report/    the model card
+    model/     the paper, one file per box of Fig. 2   lineage/   which data made what
+    planning/  what is missing and what it costs       making/    what all makers share
 
 `nextvid.load_encoder(path)` opens an exported encoder.
 """

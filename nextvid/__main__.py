@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 import tyro
 from tyro.extras import SubcommandApp
 
-from nextvid.bar import shown
-from nextvid.corpus.project import open_project
+from nextvid.config.corpus import open_project
 from nextvid.make import Asset, Wish, make
-from nextvid.outcome import Outcome
+from nextvid.making.bars import shown
+from nextvid.making.outcome import Outcome
 from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
 
 app = SubcommandApp()
@@ -40,7 +40,7 @@ def make_command(
     json_: Json = False,
 ) -> None:
     """Make an asset and what it lacks upstream."""
-    from nextvid.encode.acceptance import others, outdated
+    from nextvid.planning.acceptance import others, outdated
 
     project = open_project(corpus)
     with shown() as bars:
@@ -63,10 +63,10 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Print what a recipe costs: parameters, tokens, FLOPs and memory by part; with --json the recipe in full too."""
+    from nextvid.config.overrides import apply_overrides
+    from nextvid.config.recipes import recipe as recipe_by_name
     from nextvid.model.cost import cost
-    from nextvid.recipe_summary import summary
-    from nextvid.recipes import recipe as recipe_by_name
-    from nextvid.train.overrides import apply_overrides
+    from nextvid.model.summary import summary
 
     match what:
         case "recipe":
@@ -82,8 +82,8 @@ def inspect(
 @app.command
 def plan(batch: str | None = None, accept: bool = False, corpus: Corpus = None, json_: Json = False) -> None:
     """Show what `make latents` would encode, why and at what cost; --accept puts corpus.yaml in force."""
-    from nextvid.encode.acceptance import accept_asked
-    from nextvid.encode.costs import forecast
+    from nextvid.planning.acceptance import accept_asked
+    from nextvid.planning.costs import forecast
 
     project = open_project(corpus)
     if accept:
@@ -105,10 +105,10 @@ def draws(
     Says on stderr how many draws training makes, if fewer than asked for; and how many of the first ones are those of
     the trainset before it, and why the others are not.
     """
-    from nextvid.recipes import recipe as recipe_by_name
-    from nextvid.train.optim import draws_before
-    from nextvid.train.order import listed_draws
-    from nextvid.train.prefix import shared_prefix
+    from nextvid.config.recipes import recipe as recipe_by_name
+    from nextvid.config.stages import draws_before
+    from nextvid.trainset.order import listed_draws
+    from nextvid.trainset.prefix import shared_prefix
 
     if first < 1 or start < 0:
         raise ConfigError(f"--first {first} --start {start}: ask for one draw or more, counted from 0")
@@ -126,7 +126,7 @@ def draws(
 @app.command
 def verify(batch: str | None = None, corpus: Corpus = None) -> None:
     """Read every committed byte of every store of latents and pixels, and every trainset; name what is damaged."""
-    from nextvid.corpus.discover import refuse_unknown
+    from nextvid.corpus.sources import refuse_unknown
     from nextvid.lineage.trace import damaged_trainsets
     from storage.pixels import every_store
 

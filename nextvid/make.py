@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, get_args
 
-from nextvid.corpus.project import Project
-from nextvid.encode.pace import OnPace
-from nextvid.outcome import OnCount, Outcome
-from nextvid.recipes import recipe as recipe_by_name
+from nextvid.config.corpus import Project
+from nextvid.config.recipes import recipe as recipe_by_name
+from nextvid.making.outcome import OnCount, Outcome
+from nextvid.making.progress import OnPace
 from storage.errors import ConfigError, CorpusError, UpstreamError
 
 Asset = Literal[
@@ -112,7 +112,7 @@ def _refuse_names(project: Project, wish: Wish) -> None:
 
 def _refuse_nothing(project: Project, wish: Wish) -> None:
     """No file at all, or no such batch: a loop over nothing would say that all is well."""
-    from nextvid.corpus.discover import refuse_unknown
+    from nextvid.corpus.sources import refuse_unknown
 
     if not project.root.batches():
         places = ", ".join(f"{name}: {dataset.uri}" for name, dataset in sorted(project.corpus.datasets.items()))
@@ -139,7 +139,7 @@ def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) 
     counted = partial(wish.on_count, f"{asset} {partition}" if partition else asset)
     match asset:
         case "sources":
-            from nextvid.corpus.discover import make_sources
+            from nextvid.corpus.sources import make_sources
 
             return make_sources(project)
         case "media":
@@ -155,37 +155,37 @@ def make_one(project: Project, asset: Asset, partition: str | None, wish: Wish) 
 
             return make_clips(project, _key(partition), counted)
         case "latents":
-            from nextvid.encode.acceptance import in_force
             from nextvid.encode.latents import make_latents
+            from nextvid.planning.acceptance import in_force
 
             in_force(project)  # first use, or `reencode: auto`; else what stands goes on, as in the graph
             return make_latents(project, _key(partition), wish.on_pace)
         case "latent_stats":
-            from nextvid.encode.stats import make_latent_stats
+            from nextvid.encode.latent_stats import make_latent_stats
 
             return make_latent_stats(project)
         case "duplicates":
-            from nextvid.corpus.duplicates import make_duplicates
+            from nextvid.trainset.duplicates import make_duplicates
 
             return make_duplicates(project, counted)
         case "trainset":
-            from nextvid.corpus.trainset import make_trainset
+            from nextvid.trainset.trainset import make_trainset
 
             return make_trainset(project)
         case "mask_plan":
-            from nextvid.train.mask_plan import make_mask_plan
+            from nextvid.trainset.mask_plan import make_mask_plan
 
             return make_mask_plan(project, _key(partition))
         case "pretrain":
-            from nextvid.train.launch import pretrain
+            from nextvid.train.pretrain import pretrain
 
             return pretrain(project, _key(partition), wish.overrides, ranks=wish.ranks)
         case "probes":
-            from nextvid.probe.probes import make_probes
+            from nextvid.evaluate.probes import make_probes
 
             return make_probes(project, _recipe(wish), _key(partition), wish.run)
         case "samples":
-            from nextvid.sample.samples import make_samples
+            from nextvid.evaluate.samples import make_samples
 
             return make_samples(project, _key(partition), wish.run)
         case "report":

@@ -23,9 +23,9 @@ def nightly_at(cron: str) -> dg.ScheduleDefinition:
         context: dg.ScheduleEvaluationContext, project: ProjectResource
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
         """One run a batch that needs one. The date is in the key, so that what failed yesterday is tried again."""
-        from nextvid.corpus.discover import update_sources
-        from nextvid.encode.acceptance import in_force
-        from nextvid.encode.unfinished import waiting
+        from nextvid.corpus.sources import update_sources
+        from nextvid.planning.acceptance import in_force
+        from nextvid.planning.waiting import waiting
 
         opened = project.open()
         update_sources(opened)

@@ -10,8 +10,8 @@ import dagster as dg
 
 from assets.partitions import BATCHES, BENCHMARK
 from assets.resources import ProjectResource
+from nextvid.config.corpus import Project
 from nextvid.corpus.batches import BatchChange
-from nextvid.corpus.project import Project
 from orchestration.jobs import ingest
 from storage.errors import CorpusError
 
@@ -28,8 +28,8 @@ def new_sources_every(tick_s: int) -> dg.SensorDefinition:
     )
     def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg.SensorResult:
         """One listing: partitions equal to sources/, observations of what changed, one run a changed batch."""
-        from nextvid.encode.acceptance import in_force
-        from nextvid.encode.unfinished import left_behind, waiting
+        from nextvid.planning.acceptance import in_force
+        from nextvid.planning.waiting import left_behind, waiting
 
         opened = project.open()
         changes = listed(context, opened)
@@ -55,7 +55,7 @@ def listed(context: dg.SensorEvaluationContext, project: Project) -> list[BatchC
 
     Raises its CorpusError where nothing changed, so that the tick shows it.
     """
-    from nextvid.corpus.discover import update_sources
+    from nextvid.corpus.sources import update_sources
 
     changes: list[BatchChange] = []
     failed: list[CorpusError] = []
@@ -75,10 +75,10 @@ def asked_for(project: Project, before: str | None) -> str:
 
     Reckoned anew only when one of them changes: a plan of every batch is no matter of seconds.
     """
-    from nextvid.corpus.accepted import pixels_digest
-    from nextvid.encode.acceptance import in_force, outdated
-    from nextvid.encode.costs import forecast
+    from nextvid.config.accepted import pixels_digest
     from nextvid.encode.plan import encoding_spec
+    from nextvid.planning.acceptance import in_force, outdated
+    from nextvid.planning.costs import forecast
 
     wanted = pixels_digest(project.corpus.encoding.pixels)
     asked = [encoding_spec(project).digest(), project.corpus.curation_digest(), wanted, *in_force(project).digests]
@@ -89,7 +89,7 @@ def asked_for(project: Project, before: str | None) -> str:
 
 def observation(project: Project, batch: str) -> dg.AssetObservation:
     """A new data version of `sources` for one batch."""
-    from nextvid.corpus.discover import batch_fingerprint
+    from nextvid.corpus.sources import batch_fingerprint
 
     version = batch_fingerprint(project, batch)
     return dg.AssetObservation("sources", partition=batch, tags={"dagster/data_version": version})

@@ -232,3 +232,20 @@ class Lineage(dy.Schema):
     batch = dy.String()
     uri = dy.String()
     frames = dy.Int32()
+
+
+class ProbeRows(dy.Schema):
+    """What a score keeps of its rows, beside score.json: who was asked, and with which answer."""
+
+    sample_number = dy.Int64(primary_key=True, alias="sample")  # `sample` is a method of every schema
+    segment = dy.Int64(primary_key=True)
+    row_id = dy.Binary()
+    clip_id = dy.Binary()
+    shot_id = dy.Binary()
+    media_id = dy.Binary()
+    dataset = dy.String()
+    batch = dy.String()
+    uri = dy.String()
+    split = dy.Enum(SPLITS)
+    held_out = dy.Bool()
+    label = dy.Int64(min=0)

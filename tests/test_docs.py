@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.corpus.project import load_corpus
+from nextvid.config.corpus import load_corpus
 
 FOLDERS = ("nextvid", "storage", "assets", "orchestration", "tests", "benchmarks", "examples", "deploy", "docs", ".ci")
 SUFFIXES = (".md", ".py", ".toml", ".yaml", ".yml")

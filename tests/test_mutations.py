@@ -61,7 +61,7 @@ TESTS = {  # by trap
     "28": f"{ON_TRAIN}/test_step.py::test_trap_28_micro_batches_give_the_gradient_of_the_whole",
     "29": f"{ON_MODEL}/test_flow.py::test_trap_29_loss_is_a_mean_over_every_element",
     "30": f"{ON_TRAIN}/test_pixel_rows.py::test_trap_30_an_image_is_one_view_in_every_frame",
-    "31": "tests/nextvid/probe/test_probes.py::test_trap_31_segments_stand_one_after_the_other",
+    "31": "tests/nextvid/evaluate/test_probes.py::test_trap_31_segments_stand_one_after_the_other",
     "32": f"{ON_MODEL}/test_nextvid.py::test_trap_32_copies_cost_a_decoder_pass_and_nothing_else",
 }
 
@@ -165,7 +165,7 @@ MUTATIONS = {
         f"{MODEL}/nextvid.py", "assert ids.shape[1] % tubelets == 0", "assert True", "24"
     ),
     "25 every clip takes one mask": Mutation(
-        f"{TRAIN}/order.py", "strategy, draws.start, len(draws),",
+        "nextvid/trainset/order.py", "strategy, draws.start, len(draws),",
         "strategy, 0 * draws.start, len(draws),", "25",
     ),
     "26 the scale read as a range": Mutation(
@@ -184,7 +184,7 @@ MUTATIONS = {
         "place[drawn.of_frames(IMAGE), 1:] = place[drawn.of_frames(IMAGE), :1].flip(3)", "30",
     ),
     "31 segments are averaged": Mutation(
-        "nextvid/probe/features.py", 'rearrange(np.concatenate(pieces), "(n g) l d -> n (g l) d", g=segments)',
+        "nextvid/evaluate/features.py", 'rearrange(np.concatenate(pieces), "(n g) l d -> n (g l) d", g=segments)',
         "np.concatenate(pieces).reshape(-1, segments, *pieces[0].shape[1:]).mean(1)", "31",
     ),
     "32 the predictor runs once a copy": Mutation(

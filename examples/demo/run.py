@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.demo.write_corpus import write_corpus
-from nextvid.corpus.discover import update_sources
-from nextvid.corpus.project import Project, open_project
-from nextvid.encode.acceptance import in_force
-from nextvid.encode.unfinished import waiting
+from nextvid.config.corpus import Project, open_project
+from nextvid.corpus.sources import update_sources
+from nextvid.planning.acceptance import in_force
+from nextvid.planning.waiting import waiting
 from nextvid.train.events import read_events
 from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions, observation

@@ -1,3 +1,1 @@
-"""Which files there are and which rows they give: corpus.yaml, listings, batches, labels, splits, trainset. No
-torch.
-"""
+"""Files to the clips table: listings, batches, labels, media facts, shots and clips."""

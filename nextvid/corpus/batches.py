@@ -13,7 +13,7 @@ from typing import Literal
 
 import polars as pl
 
-from nextvid.corpus.project import DatasetConfig, Project
+from nextvid.config.corpus import DatasetConfig, Project
 from storage.errors import CorpusError
 
 Kind = Literal["video", "image"]

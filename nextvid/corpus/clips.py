@@ -2,7 +2,7 @@
 
 Made again at every call from `shots`, `media`, `labels` and corpus.yaml, and written only where it differs: nothing
 is decoded, so new thresholds, labels or policies cost seconds. Splits are decided here, once (splits.py). Holds no
-rule of what a shot gives (manifest.py) and no geometry (nextvid/video/clips.py).
+rule of what a shot gives (manifest.py) and no geometry (nextvid/corpus/cutting.py).
 """
 
 import time
@@ -11,15 +11,14 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from nextvid.corpus.accepted import standing
+from nextvid.config.accepted import standing
+from nextvid.config.corpus import DatasetConfig, FilterConfig, Project
 from nextvid.corpus.batches import config_of, dataset_of, latest
+from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.gallery import read_pictures, rejected_sheet
-from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of
-from nextvid.corpus.project import DatasetConfig, FilterConfig, Project
-from nextvid.corpus.publishing import counts, publish_table, publish_verdict, table_digest
-from nextvid.corpus.splits import split_of
-from nextvid.outcome import Check, Outcome, Progress
-from nextvid.video.clips import View, clip_id, row_id
+from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of, split_of
+from nextvid.making.outcome import Check, Outcome, Progress
+from nextvid.making.publishing import counts, publish_table, publish_verdict, table_digest
 from storage import atomic, tables
 from storage.schemas import Clips, Labels, Media, Shots, Sources
 
@@ -136,7 +135,7 @@ def _own_ids(row: Row) -> bool:
 
 def _publish_pictures(project: Project, batch: str, clips: pl.DataFrame, shots: pl.DataFrame) -> None:
     """The gallery of what pretraining left out, and histograms of the scores beside their thresholds."""
-    from nextvid.report.histograms import Histogram, histograms_png  # matplotlib takes half a second to import
+    from nextvid.corpus.histograms import Histogram, histograms_png  # matplotlib takes half a second to import
 
     root, filters = project.root, project.corpus.curation.filters
     atomic.publish_bytes(root.preview("clips", batch), rejected_sheet(clips, shots, read_pictures(root, batch)))

@@ -2,7 +2,7 @@
 them.
 
 New thresholds decode nothing, so their pictures must be there before anybody sets them: of each score that a filter
-judges, the first pass keeps the shots at its ends. Holds no thresholds and no drawing (nextvid/report/sheets.py).
+judges, the first pass keeps the shots at its ends. Holds no thresholds and no drawing (nextvid/corpus/sheets.py).
 """
 
 import io
@@ -12,13 +12,13 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-from nextvid.report.sheets import SheetRow, Tile, contact_sheet
+from nextvid.corpus.sheets import SheetRow, Tile, contact_sheet
 from nextvid.video.shots import ShotFacts
 from storage import atomic, tables
 from storage.root import DataRoot
 from storage.schemas import Pictures
 
-# Of the scores that nextvid/video/clips.py judges: which end is rejected (True: low values).
+# Of the scores that nextvid/corpus/cutting.py judges: which end is rejected (True: low values).
 ENDS = {
     "motion_low": ("motion_mean", True),
     "motion_high": ("motion_mean", False),

@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 import fsspec
 import polars as pl
 
+from nextvid.config.corpus import RESERVED_TARGETS, DatasetConfig, LabelConfig
 from nextvid.corpus.layouts import read_lines
-from nextvid.corpus.project import RESERVED_TARGETS, DatasetConfig, LabelConfig
 from storage import atomic
 from storage.digest import digest_stream
 from storage.errors import CorpusError, UpstreamError

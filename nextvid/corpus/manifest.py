@@ -2,21 +2,28 @@
 
 Pure functions of a shot's row, its media, labels and corpus.yaml. Filters are pretraining's: a benchmark takes what
 its protocol says, so that scores compare (design 6). A clip serves a benchmark only where the benchmark's target has
-one value for it. Reads and writes no tables (clips.py) and holds no geometry (nextvid/video/clips.py).
+one value for it. Reads and writes no tables (clips.py) and holds no geometry (nextvid/corpus/cutting.py).
+
+Which split a file belongs to: decided once, the same for every clip of it, for ever.
+
+Holds the rule of design 4: the official split, else by hash of the group, else of the media id. The hash alone
+decides, so adding files moves nothing. Holds no labels (labels.py) and no fractions (corpus.yaml).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import polars as pl
 
-from nextvid.corpus.project import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
-from nextvid.corpus.splits import Split
-from nextvid.video.clips import ROUNDING_US, clip_id, clips_of, filter_reason, row_id, views
+from nextvid.config.corpus import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig, SplitConfig
+from nextvid.corpus.cutting import ROUNDING_US, clip_id, clips_of, filter_reason, row_id, views
 from nextvid.video.quality import Box
 from storage.digest import digest
-from storage.schemas import Clips
+from storage.schemas import SPLITS, Clips
+
+Split = Literal["train", "val", "test"]
+
 
 Row = dict[str, Any]
 PRETRAIN = "pretrain"
@@ -227,3 +234,18 @@ def _blank(shot: Mapping[str, Any], media: MediaNow) -> Row:
         "view_index": 0,
         "flip": False,
     }
+
+
+PARTS = 1 << 32  # a share is compared with 32 bits of the hash: finer than one file in 10^9
+
+
+def split_of(config: SplitConfig, official: str | None, group: str | None, media_id: bytes) -> Split:
+    """The split of a file, from its labels `split` and `group` and its id."""
+    if official is not None:
+        assert official in SPLITS, official
+        return cast("Split", official)
+    key = ["group", group] if group is not None else ["media", media_id.hex()]
+    drawn = int(digest(["split", *key])[:8], 16)
+    if drawn < round(config.test * PARTS):
+        return "test"
+    return "val" if drawn < round((config.test + config.val) * PARTS) else "train"

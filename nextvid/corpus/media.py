@@ -15,16 +15,16 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.cores import available_cores
-from nextvid.corpus.accepted import standing
+from nextvid.config.accepted import standing
+from nextvid.config.corpus import Project
 from nextvid.corpus.batches import config_of, dataset_of, latest
-from nextvid.corpus.discover import NOT_UTF8, batch_fingerprint, known_sources
-from nextvid.corpus.fetch import fetch, release
-from nextvid.corpus.inspection import Inspection, identify, inspect_file
 from nextvid.corpus.labels import contradictions, doubled, read_labels
-from nextvid.corpus.project import Project
-from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
-from nextvid.outcome import Check, Outcome, Progress
+from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, known_sources
+from nextvid.machine import available_cores
+from nextvid.making.outcome import Check, Outcome, Progress
+from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
+from nextvid.video.fetch import fetch, release
+from nextvid.video.inspection import Inspection, identify, inspect_file
 from nextvid.video.sandbox import Sandbox
 from storage import tables
 from storage.errors import MediaError

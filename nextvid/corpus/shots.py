@@ -14,17 +14,17 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.cores import available_cores
-from nextvid.corpus.accepted import standing
+from nextvid.config.accepted import standing
+from nextvid.config.corpus import Project, ShotConfig
 from nextvid.corpus.batches import config_of, latest
-from nextvid.corpus.fetch import fetch, release
+from nextvid.corpus.cutting import shot_id
 from nextvid.corpus.gallery import KeptPictures, publish_pictures
-from nextvid.corpus.inspection import Viewing, view_file
-from nextvid.corpus.project import Project, ShotConfig
-from nextvid.corpus.publishing import counts, existing, publish_table, publish_verdict, table_digest
-from nextvid.outcome import Check, Outcome, Progress
-from nextvid.report.sheets import SheetRow, Tile, contact_sheet
-from nextvid.video.clips import shot_id
+from nextvid.corpus.sheets import SheetRow, Tile, contact_sheet
+from nextvid.machine import available_cores
+from nextvid.making.outcome import Check, Outcome, Progress
+from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
+from nextvid.video.fetch import fetch, release
+from nextvid.video.inspection import Viewing, view_file
 from nextvid.video.probe import MediaFacts
 from nextvid.video.sandbox import Sandbox
 from nextvid.video.shots import ShotFacts

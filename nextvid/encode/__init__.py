@@ -1,1 +1,1 @@
-"""Frames to latents: autoencoders, views, plan, shard, statistics, previews."""
+"""The clips table to committed shards of latents and pixels, and their statistics."""

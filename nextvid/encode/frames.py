@@ -20,9 +20,8 @@ from typing import Self
 
 import polars as pl
 
-from nextvid.corpus.fetch import local_file
-from nextvid.encode.looks import Look, Task, View, decode
-from nextvid.encode.views import CropBox
+from nextvid.encode.decode_task import CropBox, Look, Task, View, decode
+from nextvid.video.fetch import local_file
 from nextvid.video.sandbox import START_S, Sandbox
 from storage.errors import MediaError
 

@@ -8,18 +8,17 @@ the same.
 import time
 from collections.abc import Collection
 
-from nextvid.corpus.accepted import standing
-from nextvid.corpus.project import Project
-from nextvid.encode.devices import Share, devices, encoding_on
-from nextvid.encode.pace import OnPace, Pace
+from nextvid.config.accepted import standing
+from nextvid.config.corpus import Project
+from nextvid.encode.checks import Trips, outcome_of, publish_refused
 from nextvid.encode.pipeline import Telling, shares
-from nextvid.encode.pixel_plan import pixel_spec
 from nextvid.encode.pixels import PixelWriter
-from nextvid.encode.plan import EncodePlan, plan_encode
+from nextvid.encode.plan import EncodePlan, pixel_spec, plan_encode
 from nextvid.encode.preview import preview_png
+from nextvid.encode.processes import Share, devices, encoding_on
 from nextvid.encode.shard import Batch, RefusedShardError
-from nextvid.encode.verdicts import Trips, outcome_of, publish_refused
-from nextvid.outcome import Outcome
+from nextvid.making.outcome import Outcome
+from nextvid.making.progress import OnPace, Pace
 from storage.atomic import publish_bytes
 from storage.errors import ConflictError
 from storage.latents import LatentStore, Part

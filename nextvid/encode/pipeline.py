@@ -12,17 +12,16 @@ from dataclasses import dataclass
 import polars as pl
 import torch
 
-from nextvid.cores import available_cores
-from nextvid.corpus.project import EncodingConfig, Project
+from nextvid.config.corpus import EncodingConfig, Project
 from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.checks import Trips
+from nextvid.encode.committer import Keeper
 from nextvid.encode.frames import Decoding, Rows
-from nextvid.encode.keeping import Keeper
-from nextvid.encode.pixel_plan import pixel_spec
 from nextvid.encode.pixels import PixelWriter
-from nextvid.encode.plan import wanted_clips
+from nextvid.encode.plan import pixel_spec, wanted_clips
 from nextvid.encode.roundtrip import sampled
 from nextvid.encode.shard import Batch, encode_shard
-from nextvid.encode.verdicts import Trips
+from nextvid.machine import available_cores
 from storage.errors import RefusedError
 from storage.latents import EncodingSpec, Part
 

@@ -15,12 +15,12 @@ from typing import Self
 import numpy as np
 import polars as pl
 
-from nextvid.corpus.project import Project
+from nextvid.config.corpus import Project
 from nextvid.encode.frames import Decoding, Seen
-from nextvid.encode.pixel_plan import PixelPlan, plan_pixels
+from nextvid.encode.plan import PixelPlan, plan_pixels
 from nextvid.encode.roundtrip import psnr
 from nextvid.encode.shard import NOT_WANTED
-from nextvid.outcome import Check, Number
+from nextvid.making.outcome import Check, Number
 from storage.errors import ConflictError
 from storage.jpeg import decode_clip, encode_clip
 from storage.latents import Part

@@ -2,6 +2,11 @@
 
 Holds decisions from tables and commits; decodes nothing, loads no weights and imports no torch, so that `nextvid plan`
 answers at once. Rows wanted are the clips table's rows that are ok and have a use; nothing is ever deleted here.
+
+Which rows lack pixels: the pixel spec of a project, and the clips of a batch that its pixel store does not hold.
+
+The counterpart of plan.py for pixels, under the same rules: rows wanted are those of the clips table that are ok and
+have a use, and what was committed stays. Decodes nothing and imports no torch.
 """
 
 from collections.abc import Mapping
@@ -9,11 +14,12 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from nextvid.corpus.accepted import accepted
-from nextvid.corpus.project import Project
+from nextvid.config.accepted import accepted
+from nextvid.config.corpus import Project
 from nextvid.encode.weights import autoencoder_digest, facts
 from storage.errors import ConfigError, RefusedError
 from storage.latents import EncodingSpec, LatentStore
+from storage.pixels import PixelSpec, PixelStore
 from storage.schemas import Clips
 from storage.tables import read_table
 
@@ -57,7 +63,7 @@ def encoding_spec(project: Project) -> EncodingSpec:
     return EncodingSpec(
         autoencoder=autoencoder_digest(encoding.autoencoder),
         resolution=encoding.resolution,
-        resize="bicubic",  # nextvid/encode/views.py
+        resize="bicubic",  # nextvid/encode/decode_task.py
         precision=encoding.precision,
         posterior=encoding.posterior,
         storage=encoding.storage,
@@ -116,3 +122,36 @@ def wanted_clips(project: Project, batch: str) -> pl.DataFrame:
     """Rows of the clips table that the store should hold."""
     clips = read_table(project.root.table("clips", batch), Clips)
     return clips.filter((pl.col("status") == "ok") & (pl.col("uses").list.len() > 0))
+
+
+@dataclass(frozen=True)
+class PixelPlan:
+    """One batch under one pixel spec. `rows` are clips without pixels, in the order of their slots."""
+
+    batch: str
+    spec: PixelSpec
+    rows: pl.DataFrame
+    commits: pl.DataFrame  # of wanted rows: columns of PixelCommits, batch, frames, part, shard
+
+    @property
+    def by_frames(self) -> Mapping[int, pl.DataFrame]:
+        """Rows without pixels by stored frames, ascending."""
+        lengths = self.rows["frames"].unique().sort().to_list()
+        return {frames: self.rows.filter(pl.col("frames") == frames) for frames in lengths}
+
+
+def pixel_spec(project: Project, encoding: EncodingSpec) -> PixelSpec | None:
+    """The spec of pixels beside latents of this encoding: the same frames, as corpus.yaml says; None without them."""
+    asked = project.corpus.encoding.pixels
+    if asked is None:
+        return None
+    return PixelSpec(encoding.resolution, encoding.resize, asked.quality, asked.subsampling)
+
+
+def plan_pixels(project: Project, batch: str, spec: PixelSpec) -> PixelPlan:
+    """Rows of a batch that the store of this spec lacks. Raises UpstreamError without clips."""
+    clips = wanted_clips(project, batch)
+    commits = PixelStore(project.root, spec).commits(batch).join(clips.select("row_id"), on="row_id", how="semi")
+    missing = clips.join(commits.filter(pl.col("status") == "ok"), on="row_id", how="anti")
+    ordered = missing.sort("uri", "media_id", "times_us", "view_index", "row_id")  # as plan.py: a file in one piece
+    return PixelPlan(batch, spec, ordered, commits)

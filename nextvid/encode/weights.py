@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nextvid.config import Strict, parse
+from nextvid.config.strict import Strict, parse
 from storage.digest import digest_config, digest_file
 from storage.errors import ConfigError
 from storage.spec import latent_frames

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import polars as pl
 
-from nextvid.corpus.accepted import accepted, standing
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_pixels import frozen_pixels
-from nextvid.encode.pixel_plan import pixel_spec
-from nextvid.encode.plan import encoding_spec, wanted_clips
+from nextvid.config.accepted import accepted, standing
+from nextvid.config.corpus import Project
+from nextvid.encode.plan import encoding_spec, pixel_spec, wanted_clips
 from nextvid.lineage.trace import scores_of, trainsets_of
-from nextvid.probe.rows import ProbeRows
+from nextvid.trainset.pixels import frozen_pixels
+from nextvid.trainset.trainset import Trainset
 from storage.atomic import litter, remove_tree
 from storage.latents import LatentStore
 from storage.listing import size_bytes
@@ -28,6 +26,7 @@ from storage.pixels import PixelStore, every_store
 from storage.reader import shards_of
 from storage.remote import is_local
 from storage.root import DataRoot
+from storage.schemas import ProbeRows
 from storage.tables import read_checks, read_table
 
 LITTER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name

@@ -12,15 +12,14 @@ from typing import Any, Literal
 
 import polars as pl
 
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_pixels import frozen_pixels
-from nextvid.probe.rows import ProbeRows
+from nextvid.config.corpus import Project
 from nextvid.train.run import CONFIG
+from nextvid.trainset.pixels import frozen_pixels
+from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing
 from storage.errors import ConfigError, NExTVidError
 from storage.root import DataRoot
-from storage.schemas import Clips, Media
+from storage.schemas import Clips, Media, ProbeRows
 from storage.tables import read_table, read_tables
 
 Kind = Literal["run", "checkpoint", "score", "trainset", "file"]

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
+from nextvid.config.corpus import Project
 from nextvid.lineage.trace import Trace, scores_of, trace, trainsets_of
-from nextvid.probe.rows import ProbeRows
+from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError
 from storage.latents import ROWS_PER_SHARD, LatentStore
 from storage.part import PlannedPart
 from storage.pixels import every_store
 from storage.root import DataRoot
-from storage.schemas import Clips, Media
+from storage.schemas import Clips, Media, ProbeRows
 from storage.tables import read_table, read_tables
 from storage.withdrawn import record_withdrawal
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from nextvid.config import ConfigError
+from nextvid.config.recipe import ConfigError
 from nextvid.model.rope import rotate
 
 Backend = Literal["loop", "dense", "flash"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nextvid.config import ModelConfig, RecipeConfig, StageConfig
+from nextvid.config.recipe import ModelConfig, RecipeConfig, StageConfig
 from nextvid.model.decoder import MLP_RATIO, SINUSOID, condition_width
 from nextvid.model.encoder import input_width
 from nextvid.model.nextvid import NExTVid

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from nextvid.config import ModelConfig
+from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Attend, CrossAttention, Mlp, SelfAttention
 from nextvid.model.decoder import MLP_RATIO, Head, Place, TimeEmbedding, initialise_dit, modulate
 from nextvid.model.encoder import NORM_EPS, causal

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from nextvid.config import ModelConfig
+from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Mlp, SelfAttention
 from nextvid.model.encoder import NORM_EPS
 from nextvid.model.rope import rotary

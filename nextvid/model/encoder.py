@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nextvid.config import ModelConfig
+from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Attend, Mlp, SelfAttention, allow_by_id, frame_attention, masked_attention
 from nextvid.model.rope import rotary
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nextvid.config import LossConfig
+from nextvid.config.recipe import LossConfig
 
 ODE_STEPS = 50  # method.md 11
 

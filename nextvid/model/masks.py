@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from nextvid.config import ConfigError, MaskConfig, MaskStrategy
+from nextvid.config.recipe import ConfigError, MaskConfig, MaskStrategy
 
 ATTEMPTS = 1000  # draws of an entry before the geometry is refused; the paper's are accepted in 97 % (method.md 2.4)
 CHUNK = 8192  # entries drawn at once: bounds memory at about 70 MB on a 16x16 grid

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nextvid.config import MaskConfig, RecipeConfig
+from nextvid.config.recipe import MaskConfig, RecipeConfig
 from nextvid.model.attention import flash_kernel
 from nextvid.model.cross_decoder import CrossFlowDecoder
 from nextvid.model.decoder import FlowDecoder, Place

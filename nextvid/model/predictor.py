@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nextvid.config import ModelConfig
+from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Attend, CrossAttention, Mlp, allow_by_id, masked_attention
 from nextvid.model.encoder import NORM_EPS, EncoderBlock, causal, initialise
 from nextvid.model.rope import rotary

@@ -1,1 +1,1 @@
-"""What people look at: pictures, HTML, Markdown."""
+"""The model card of a run: scores, curves, samples and lineage as HTML."""

@@ -4,18 +4,15 @@ Holds drawing and what is drawn: losses by strategy, learning rates, gradient no
 to read on white and on black paper. Reads no files; what events hold is said in nextvid/train/loop.py.
 """
 
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nextvid.pictures import COLOURS, INK, png, quiet
 from nextvid.train.diagnose import ALARM_AFTER, ALARM_RATIO
 
-INK = "#808893"  # between black and white paper
-COLOURS = ("#3b82c4", "#d9822b", "#2f9e77", "#a866c9", "#c9504f", "#8a8f2d")
-DPI = 110
 Event = dict[str, Any]
 Curve = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
 
@@ -35,21 +32,6 @@ def curves_png(events: Sequence[Event]) -> bytes:
     for panel in (losses, rates, norms, ranks):
         _stages(panel, [event["step"] for event in events if event["kind"] == "stage"][1:])
     return png(figure)
-
-
-def png(figure: Figure) -> bytes:
-    """PNG bytes of a figure, without a background."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, transparent=True)
-    return buffer.getvalue()
-
-
-def quiet(axes: Axes, title: str) -> None:
-    """Grey ink, no box, title to the left."""
-    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=8)
 
 
 def _panel(axes: Axes, title: str, curves: Iterable[Curve], log: bool = False) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_pixels import TrainsetPixels, open_pixels
+from nextvid.config.corpus import Project
 from nextvid.lineage.trace import DatasetShare, shares
 from nextvid.report.blocks import Block, Section, Table, Text
 from nextvid.train.run import Run
+from nextvid.trainset.pixels import TrainsetPixels, open_pixels
+from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.schemas import Clips, Media, Shots
 from storage.tables import read_tables

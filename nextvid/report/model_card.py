@@ -12,9 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nextvid.corpus.project import Project
-from nextvid.outcome import Outcome
-from nextvid.probe.encoders import find_run
+from nextvid.config.corpus import Project
+from nextvid.making.outcome import Outcome
 from nextvid.report import scores, study
 from nextvid.report.blocks import Card, Picture
 from nextvid.report.data import DataFacts, data_section, lineage_section, read_facts
@@ -23,7 +22,7 @@ from nextvid.report.markdown import FIGURES, render_markdown
 from nextvid.report.pictures import previews_section, samples_section, training_section
 from nextvid.report.scores import Score, read_features
 from nextvid.train.events import read_events
-from nextvid.train.run import CONFIG, Run
+from nextvid.train.run import CONFIG, Run, find_run
 from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError

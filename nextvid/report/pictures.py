@@ -6,11 +6,11 @@ Holds which pictures are shown and their captions. Draws curves only (curves.py)
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
+from nextvid.config.corpus import Project
 from nextvid.report.blocks import Block, Picture, Section, Table, Text
 from nextvid.report.curves import curves_png
 from nextvid.train.run import Run
+from nextvid.trainset.trainset import Trainset
 from storage import atomic
 
 Event = dict[str, Any]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from nextvid.report.curves import INK, png, quiet
+from nextvid.pictures import INK, png, quiet
 
 CLIPS = 600  # our choice: more take longer and show no more; test clips stand in the order of their shots' hashes
 PCA = 50  # method.md 11

@@ -1,1 +1,1 @@
-"""Rows to weights: loader, optimiser, checkpoints, loop. `python -m nextvid.train` is torchrun's entry."""
+"""Trainset to weights: loader, optimiser, loop, checkpoints, export. torchrun starts `python -m nextvid.train`."""

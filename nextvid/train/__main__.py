@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from nextvid.corpus.project import open_project
-from nextvid.train.lock import die_with
+from nextvid.config.corpus import open_project
+from nextvid.machine import die_with
 from storage.errors import NExTVidError, exit_code
 
 
@@ -25,10 +25,10 @@ def main(
     """Train one run to its end."""
     if launcher is not None:
         die_with(launcher)
-    from nextvid.config import HowConfig
+    from nextvid.config.recipe import HowConfig
     from nextvid.train.distributed import join
-    from nextvid.train.launch import prepare_run
     from nextvid.train.loop import train
+    from nextvid.train.pretrain import prepare_run
     from nextvid.train.run import open_run
 
     project = open_project(corpus)

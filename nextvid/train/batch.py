@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from nextvid.config import ModelConfig, RecipeConfig
+from nextvid.config.recipe import ModelConfig, RecipeConfig
 from nextvid.model.tokens import latent_tokens, pixel_tokens, pixel_values, space_to_depth, stack_target
 from storage.errors import ConfigError
 

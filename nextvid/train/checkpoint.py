@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nextvid.train.shards import MOMENTS, like, local, moments_of, parameters_of, read
+from nextvid.train.fsdp import MOMENTS, like, local, moments_of, parameters_of, read
 from storage import atomic
 from storage.digest import crc32c
 from storage.errors import DamagedError, RefusedError, UpstreamError

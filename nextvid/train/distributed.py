@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nextvid.config import HowConfig
+from nextvid.config.recipe import HowConfig
 from storage.errors import ConfigError
 
 

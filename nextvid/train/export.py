@@ -18,14 +18,15 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextvid.config import ModelConfig, parse
-from nextvid.corpus.trainset import Trainset
+from nextvid.config.recipe import ModelConfig
+from nextvid.config.strict import parse
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.encoder import Encoder
 from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
 from nextvid.train.checkpoint import fill, load_tensors
 from nextvid.train.run import Run
+from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.errors import ConfigError, RefusedError, UpstreamError
 

@@ -16,10 +16,10 @@ from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nextvid.corpus.trainset import Trainset
 from nextvid.model.tokens import normalise, space_to_depth
-from nextvid.train.order import IMAGE, Drawn
 from nextvid.train.ring import Leased, Place, Ring, sent
+from nextvid.trainset.order import IMAGE, Drawn
+from nextvid.trainset.trainset import Trainset
 from storage.reader import RowReader
 from storage.spec import latent_of_frames
 

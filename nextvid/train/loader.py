@@ -24,18 +24,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nextvid.config import RecipeConfig
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_pixels import TrainsetPixels
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
-from nextvid.train.fit import fold
 from nextvid.train.latent_rows import HostLatents, StagedLatents
-from nextvid.train.mask_plan import OpenedPlan
-from nextvid.train.optim import draws_before, stage_at
-from nextvid.train.order import Drawn, Masks, Order
 from nextvid.train.pixel_rows import HostPixels, StagedPixels
 from nextvid.train.ring import sent
+from nextvid.trainset.mask_plan import OpenedPlan
+from nextvid.trainset.order import Drawn, Masks, Order, fold
+from nextvid.trainset.pixels import TrainsetPixels
+from nextvid.trainset.trainset import Trainset
 from storage.errors import RefusedError
 from storage.pixel_reader import PixelReader
 from storage.pixels import PixelStore

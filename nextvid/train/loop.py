@@ -2,6 +2,11 @@
 
 One path for one CPU and for many GPUs. It holds no mathematics (step.py), starts no processes (launch.py) and opens no
 video: it reads a trainset and a mask plan. Rank 0 alone writes.
+
+How fast a run is, in FLOPs by the model's own formulas (method.md 12) and as a share of its GPUs' peak (MFU).
+
+Holds the peaks and a division; what a clip costs is model/cost.py's. FLOPs of recomputed blocks are not counted: they
+are no work that the model asks for.
 """
 
 import itertools
@@ -15,28 +20,27 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from nextvid.config import HowConfig, RecipeConfig
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_pixels import open_pixels
+from nextvid.config.corpus import Project
+from nextvid.config.recipe import HowConfig, RecipeConfig, StageConfig
+from nextvid.config.stages import draws_before, stage_at
+from nextvid.model.cost import stage_cost
 from nextvid.model.encoder import Encoder
 from nextvid.train import checkpoint
 from nextvid.train import step as steps
-from nextvid.train.background import Background
+from nextvid.train.async_checkpoint import Background
 from nextvid.train.batch import Batch, encoder_tokens
 from nextvid.train.checkpoint import Progress
 from nextvid.train.diagnose import CLIPS, collapsed, diagnose
 from nextvid.train.distributed import Ranks
+from nextvid.train.events import Reporter
 from nextvid.train.export import export_encoder
+from nextvid.train.fsdp import whole
 from nextvid.train.loader import Loader, open_loader
-from nextvid.train.lock import run_lock
-from nextvid.train.mask_plan import grid_of, open_mask_plan
-from nextvid.train.optim import draws_before, stage_at
-from nextvid.train.report import Reporter
-from nextvid.train.run import Run
-from nextvid.train.shards import whole
-from nextvid.train.speed import speeds
+from nextvid.train.run import Run, run_lock
 from nextvid.train.step import Stepped, Trained, build, means
+from nextvid.trainset.mask_plan import grid_of, open_mask_plan
+from nextvid.trainset.pixels import open_pixels
+from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.errors import NExTVidError, RefusedError
 
@@ -263,3 +267,22 @@ class _Session:
     def _tell(self, kind: str, values: dict[str, Any]) -> None:
         if self.reporter:
             self.reporter.event(kind, self.progress.step, values)
+
+
+# Dense bf16 FLOP/s by the makers' data sheets, by what a name of torch contains; the first that fits
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def peak(device: torch.device) -> float | None:
+    """FLOP/s that this device can do; None for a CPU, and for a GPU that is not listed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in PEAKS.items() if known in name), None)
+
+
+def speeds(
+    recipe: RecipeConfig, stage: StageConfig, clips_per_s: float, ranks: int, device: torch.device
+) -> dict[str, float]:
+    """TFLOP/s of all ranks together and, where the device's peak is known, `mfu`."""
+    flops_per_s = stage_cost(recipe, stage).clip_flops * clips_per_s
+    found, most = {"tflop_per_s": flops_per_s / 1e12}, peak(device)
+    return found if most is None else found | {"mfu": flops_per_s / (ranks * most)}

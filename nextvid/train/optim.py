@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nextvid.config import OptimConfig, StageConfig
-from nextvid.train.shards import local, whole
+from nextvid.config.recipe import OptimConfig, StageConfig
+from nextvid.config.stages import stage_at
+from nextvid.train.fsdp import local, whole
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_
 Decoder = "decoder"  # the module whose rate is separate from Stable2 on (Tab. 8)
@@ -24,26 +25,6 @@ class Rates:
 
     main: float
     decoder: float
-
-
-def stage_at(stages: Sequence[StageConfig], step: int) -> tuple[int, int]:
-    """Index of the stage that `step` (from 0) belongs to, and the step's number within it."""
-    first = 0
-    for index, stage in enumerate(stages):
-        if step < first + stage.steps:
-            return index, step - first
-        first += stage.steps
-    raise AssertionError(f"step {step} lies behind the last stage ({first} steps)")
-
-
-def draws_before(stages: Sequence[StageConfig], step: int) -> int:
-    """Draw number of the first clip of `step`: clips of all earlier steps, across stages. `step` may be the end."""
-    draws, left = 0, step
-    for stage in stages:
-        here = min(left, stage.steps)
-        draws, left = draws + here * stage.batch, left - here
-    assert left == 0, f"step {step} lies behind the last stage"
-    return draws
 
 
 def rates(stages: Sequence[StageConfig], shape: str, step: int) -> Rates:

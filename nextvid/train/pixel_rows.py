@@ -15,9 +15,9 @@ from einops import repeat
 from jaxtyping import UInt8
 from torch import Tensor
 
-from nextvid.corpus.trainset_pixels import TrainsetPixels
-from nextvid.train.order import IMAGE, Drawn
 from nextvid.train.ring import Leased, Place, Ring, sent
+from nextvid.trainset.order import IMAGE, Drawn
+from nextvid.trainset.pixels import TrainsetPixels
 from storage.pixel_reader import PixelReader
 
 Frames = UInt8[Tensor, "B F H W 3"]

@@ -5,20 +5,24 @@ how it is carried out (design 2, "run"). Holds no training and starts no process
 """
 
 import dataclasses
+import fcntl
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import nextvid
-from nextvid.config import HowConfig, RecipeConfig, parse
+from nextvid.config.corpus import Project
+from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.strict import parse
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity
 from storage import atomic
 from storage.digest import digest
-from storage.errors import RefusedError, UpstreamError
+from storage.errors import ConflictError, RefusedError, UpstreamError
 from storage.root import DataRoot
 
 ID_DIGITS = 12  # design 2, "run"
@@ -105,7 +109,7 @@ def write_run(run: Run) -> None:
             "repeat": run.repeat,
             "how": run.how.model_dump(mode="json"),
             "versions": {
-                "nextvid": nextvid.__version__,
+                "nextvid": version("nextvid"),
                 "torch": version("torch"),
                 "python": platform.python_version(),
             },
@@ -137,3 +141,33 @@ def open_run(folder: Path) -> Run:
 def with_how(run: Run, how: HowConfig) -> Run:
     """The same run, carried out differently."""
     return dataclasses.replace(run, how=how)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold `<folder>/lock` exclusively; raises ConflictError, naming the holder, if another process has it."""
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ConflictError(
+                f"{folder}: another process (id {holder}) trains this run; wait for it, or end it and ask again"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def find_run(project: Project, recipe: str, run: str | None = None) -> Run:
+    """The run named, else the recipe's last complete one without overrides. Raises UpstreamError."""
+    name = run or atomic.read_json(project.root.latest_run(recipe))["run"]
+    found = open_run(Path(project.root.run(recipe, name)))
+    if found.newest_step() != found.recipe.steps:
+        raise UpstreamError(
+            f"run {name} has {found.newest_step() or 0} of {found.recipe.steps} steps: finish it first with "
+            f"'nextvid make pretrain --recipe {recipe}'"
+        )
+    return found

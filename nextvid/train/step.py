@@ -2,26 +2,34 @@
 
 Holds the trained state and what happens to it in a step. It reads no files and decides no schedule: rates and copies
 follow from the step number, noise from draw numbers. A step whose gradient is not finite changes nothing.
+
+How the model's blocks are carried out: recomputed in backward, compiled one by one. What they compute stays.
+
+Both are switches of HowConfig and change no parameter's name, so that checkpoints, the average and the optimiser meet
+the model as it is. Recomputing goes around what is compiled: torch.compile does not look into a checkpoint from
+outside. It holds no mathematics.
 """
 
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
-from nextvid.config import HowConfig, RecipeConfig
+from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.stages import stage_at
 from nextvid.model.encoder import Encoder
 from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import Losses, NExTVid
 from nextvid.model.reference import ema_update, reference_encoder, reference_features
 from nextvid.train.batch import Batch, encoder_tokens, flow_targets
-from nextvid.train.blocks import blocks_of, carry_out
 from nextvid.train.distributed import Ranks
-from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, stage_at, trained_modules
-from nextvid.train.shards import cut
+from nextvid.train.fsdp import cut
+from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, trained_modules
 
 PLAIN = HowConfig()  # nothing recomputed, compiled or folded
 
@@ -137,3 +145,20 @@ def means(losses: dict[str, float]) -> dict[str, float]:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+def blocks_of(model: NExTVid) -> list[nn.Module]:
+    """Blocks of encoder, predictor and decoder, as far as the recipe has them."""
+    parts: tuple[nn.Module | None, ...] = (model.encoder, model.predictor, model.decoder)
+    return [block for part in parts if part is not None for block in part.get_submodule("blocks").children()]
+
+
+def carry_out(model: NExTVid, how: HowConfig, backend: str = "inductor") -> None:
+    """Change every block in place as `how` says. `backend` is torch.compile's."""
+    for block in blocks_of(model):
+        forward = block.forward
+        if how.compile:
+            forward = torch.compile(forward, fullgraph=True, backend=backend)
+        if how.recompute_blocks:  # no random numbers are drawn inside a block, so none need to be remembered
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = forward

@@ -1,1 +1,1 @@
-"""Files to frames and facts: probe, decode, sandbox, shots, quality, duplicates, clips. No torch, no tables' paths."""
+"""Files to frames and facts: probe, decode, sandbox, shot detection, image quality."""

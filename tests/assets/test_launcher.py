@@ -11,9 +11,9 @@ import pytest
 
 from assets import launcher
 from assets.launcher import run_group
+from nextvid.machine import WATCH_S
 from nextvid.train.events import EventLog
-from nextvid.train.launch import PreparedRun
-from nextvid.train.lock import WATCH_S
+from nextvid.train.pretrain import PreparedRun
 
 PARENT = (
     "import subprocess, sys, time; "

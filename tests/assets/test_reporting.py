@@ -16,7 +16,7 @@ from assets.media import media
 from assets.resources import ProjectResource
 from assets.shots import shots
 from benchmarks.registered import register
-from nextvid.outcome import Check, Outcome
+from nextvid.making.outcome import Check, Outcome
 from storage.errors import UpstreamError
 
 

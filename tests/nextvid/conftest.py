@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.corpus.project import Project, open_project
+from nextvid.config.corpus import Project, open_project
 
 
 @pytest.fixture(scope="session")

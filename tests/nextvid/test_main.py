@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from nextvid.__main__ import line, main
-from nextvid.corpus.project import Project
-from nextvid.outcome import Check, Outcome
-from nextvid.probe.encoders import find_run
-from nextvid.train.order import listed_draws
+from nextvid.config.corpus import Project
+from nextvid.making.outcome import Check, Outcome
+from nextvid.train.run import find_run
+from nextvid.trainset.order import listed_draws
 from storage.errors import (
     ConfigError,
     ConflictError,
@@ -231,7 +231,7 @@ class TestRuns:
 
     def test_draws(self, nextvid: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made, where = make_project(tmp_path), ("--recipe", "tiny", "--corpus", str(tmp_path / "corpus.yaml"))
-        for module in ("nextvid.recipes.recipe", "nextvid.train.order.recipe_by_name"):
+        for module in ("nextvid.config.recipes.recipe", "nextvid.trainset.order.recipe_by_name"):
             monkeypatch.setattr(module, lambda name: tiny_recipe(name, steps=(240, 3, 3, 20)))
         code, out, said = nextvid("draws", "--first", "1000", "--json", *where)
         assert (code, said) == (0, "")
@@ -246,7 +246,7 @@ class TestRuns:
         self, nextvid: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         make_project(tmp_path)
-        for module in ("nextvid.recipes.recipe", "nextvid.train.order.recipe_by_name"):
+        for module in ("nextvid.config.recipes.recipe", "nextvid.trainset.order.recipe_by_name"):
             monkeypatch.setattr(module, lambda name: tiny_recipe(name, keep="bucket"))
         code, out, said = nextvid("draws", "--recipe", "tiny", "--corpus", str(tmp_path / "corpus.yaml"))
         assert (code, "mask" in out) == (0, False)

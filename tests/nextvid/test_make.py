@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from nextvid import make as module
-from nextvid.corpus.project import Project
+from nextvid.config.corpus import Project
 from nextvid.encode.plan import spec_in_force
 from nextvid.make import ASSETS, BY_BATCH, UPSTREAM, Asset, Wish, chain, make
-from nextvid.outcome import Check, Number, Outcome
+from nextvid.making.outcome import Check, Number, Outcome
 from storage.errors import ConfigError, CorpusError, UpstreamError
 from tests.nextvid.corpus.encoded_corpus import write_autoencoder
 from tests.nextvid.corpus.small_media import write_picture, write_project

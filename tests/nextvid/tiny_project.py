@@ -15,15 +15,15 @@ import polars as pl
 import torch
 import yaml
 
-from nextvid.config import HowConfig
-from nextvid.corpus.pointers import publish_latest
-from nextvid.corpus.project import Project, open_project
-from nextvid.corpus.trainset_files import write_trainset
+from nextvid.config.corpus import Project, open_project
+from nextvid.config.recipe import HowConfig
 from nextvid.encode.weights import autoencoder_digest
+from nextvid.making.publishing import publish_latest
 from nextvid.train.distributed import join
-from nextvid.train.launch import finish_run, prepare_run
 from nextvid.train.loop import train
+from nextvid.train.pretrain import finish_run, prepare_run
 from nextvid.train.run import open_run
+from nextvid.trainset.files import write_trainset
 from storage import atomic, tables
 from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore

@@ -17,11 +17,11 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from benchmarks.registered import make_batch, register
-from nextvid.corpus.discover import update_sources
-from nextvid.corpus.pointers import read_latest
-from nextvid.corpus.project import Project, open_project
-from nextvid.corpus.trainset import Trainset, make_trainset
-from nextvid.encode.unfinished import left_behind, waiting
+from nextvid.config.corpus import Project, open_project
+from nextvid.corpus.sources import update_sources
+from nextvid.making.publishing import read_latest
+from nextvid.planning.waiting import left_behind, waiting
+from nextvid.trainset.trainset import Trainset, make_trainset
 from orchestration.sensors import apply_partitions
 from storage.atomic import read_json
 from storage.errors import UpstreamError

@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 
 from assets.resources import ProjectResource
-from nextvid.corpus.discover import update_sources
-from nextvid.corpus.project import Project
+from nextvid.config.corpus import Project
+from nextvid.corpus.sources import update_sources
 from nextvid.encode.plan import spec_in_force
 from orchestration.schedules import NIGHT, nightly_at
 from orchestration.sensors import apply_partitions
@@ -206,8 +206,8 @@ def test_a_new_database_finds_everything_done(project: Project, instance: dg.Dag
 RUN_OF_AN_INSTANCE = """
 import sys
 import dagster as dg
-from nextvid.corpus.discover import update_sources
-from nextvid.corpus.project import open_project
+from nextvid.corpus.sources import update_sources
+from nextvid.config.corpus import open_project
 from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions
 

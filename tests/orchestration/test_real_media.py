@@ -8,8 +8,8 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from nextvid.corpus.discover import update_sources
-from nextvid.corpus.project import Project, open_project
+from nextvid.config.corpus import Project, open_project
+from nextvid.corpus.sources import update_sources
 from orchestration.sensors import apply_partitions
 from storage.atomic import read_json
 from storage.schemas import Clips, Media, Shots

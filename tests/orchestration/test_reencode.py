@@ -7,11 +7,11 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from nextvid.corpus.accepted import accepted
-from nextvid.corpus.project import Project
-from nextvid.encode.acceptance import accept_asked, outdated
+from nextvid.config.accepted import accepted
+from nextvid.config.corpus import Project
 from nextvid.encode.plan import spec_in_force
-from nextvid.encode.unfinished import curation_of
+from nextvid.planning.acceptance import accept_asked, outdated
+from nextvid.planning.waiting import curation_of
 from storage.latents import LatentStore
 from storage.pixels import PixelStore
 from storage.schemas import Clips

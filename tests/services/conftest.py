@@ -18,8 +18,8 @@ import requests
 import yaml
 
 from examples.demo.write_corpus import write_corpus
-from nextvid.corpus.pointers import read_latest
-from nextvid.corpus.project import Project, open_project
+from nextvid.config.corpus import Project, open_project
+from nextvid.making.publishing import read_latest
 from storage.schemas import Lineage
 from storage.tables import write_table
 from tests.nextvid.train.corpus import make_project, tiny_spec

@@ -9,9 +9,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nextvid.corpus.pointers import read_latest
-from nextvid.corpus.splits import split_of
+from nextvid.corpus.manifest import split_of
 from nextvid.encode.plan import spec_in_force
+from nextvid.making.publishing import read_latest
 from storage.atomic import read_json
 from storage.digest import digest_file
 from storage.latents import LatentStore

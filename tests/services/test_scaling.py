@@ -14,11 +14,11 @@ import pytest
 from assets.ray_launcher import RUN
 from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
-from nextvid.corpus.project import Project, open_project
-from nextvid.encode.acceptance import in_force
+from nextvid.config.corpus import Project, open_project
 from nextvid.encode.plan import spec_in_force
 from nextvid.make import Wish, make
-from nextvid.train.launch import prepare_run
+from nextvid.planning.acceptance import in_force
+from nextvid.train.pretrain import prepare_run
 from orchestration.definitions import build_defs
 from storage import atomic, remote
 from storage.latents import LatentStore

@@ -14,7 +14,7 @@ from scenedetect import ContentDetector, FrameTimecode
 from examples.demo import files, plan, write_corpus
 from examples.demo.reconstruction import psnr_db
 from examples.demo.scenes import Frames
-from nextvid.corpus.project import load_corpus
+from nextvid.config.corpus import load_corpus
 from nextvid.video.pdq import pdq_hash
 from storage.errors import CorpusError
 

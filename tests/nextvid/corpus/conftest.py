@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from nextvid.config.corpus import Project
 from nextvid.corpus.clips import make_clips
-from nextvid.corpus.discover import update_sources
 from nextvid.corpus.media import make_media
-from nextvid.corpus.project import Project
 from nextvid.corpus.shots import make_shots
-from nextvid.outcome import Outcome
+from nextvid.corpus.sources import update_sources
+from nextvid.making.outcome import Outcome
 from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture, write_project
 
 POLICY = {"frames": 4, "fps": 4}
@@ -105,7 +105,7 @@ def own_copy(small_corpus: Made, tmp_path: Path) -> Callable[..., Project]:
     def copy(**changed: Any) -> Project:
         import yaml
 
-        from nextvid.corpus.project import open_project
+        from nextvid.config.corpus import open_project
 
         said = yaml.safe_load(small_corpus.project.path.read_text())
         shutil.copytree(small_corpus.project.root.url, tmp_path / "root")

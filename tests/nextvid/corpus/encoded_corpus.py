@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 import yaml
 
-from nextvid.corpus.pointers import publish_latest
-from nextvid.corpus.project import Project, open_project
+from nextvid.config.corpus import Project, open_project
 from nextvid.encode.plan import encoding_spec
+from nextvid.making.publishing import publish_latest
 from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.latents import LatentStore

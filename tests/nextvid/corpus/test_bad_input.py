@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from nextvid.config.corpus import Project
 from nextvid.corpus.clips import make_clips
-from nextvid.corpus.discover import known_sources, list_dataset, make_sources, update_sources
 from nextvid.corpus.media import make_media
-from nextvid.corpus.project import Project
 from nextvid.corpus.shots import make_shots
+from nextvid.corpus.sources import known_sources, list_dataset, make_sources, update_sources
 from storage import tables
 from storage.errors import CorpusError
 from storage.schemas import Clips, Labels, Media
@@ -182,7 +182,7 @@ def test_batches_are_bounded_and_folders_are_read_as_they_are_reached(
     sizes = known_sources(project, "d").group_by("batch").len().sort("batch")
     assert sizes["len"].to_list() == [10, 10, 3]
 
-    from nextvid.corpus import discover
+    from nextvid.corpus import sources as discover
 
     reached: list[str] = []
     walk = discover._walk

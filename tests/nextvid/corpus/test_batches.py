@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextvid.config.corpus import DatasetConfig, Project
 from nextvid.corpus.batches import assign, batch_key, batch_number, config_of, dataset_of, merge
-from nextvid.corpus.project import DatasetConfig, Project
 from storage.errors import CorpusError
 from storage.schemas import Sources
 from tests.nextvid.corpus.conftest import Made

@@ -8,12 +8,12 @@ from typing import Any
 import polars as pl
 import pytest
 
+from nextvid.config.corpus import Project
 from nextvid.corpus.clips import _checks, make_clips
-from nextvid.corpus.discover import update_sources
+from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.media import make_media
-from nextvid.corpus.project import Project
 from nextvid.corpus.shots import make_shots
-from nextvid.video.clips import View, clip_id, row_id
+from nextvid.corpus.sources import update_sources
 from storage import tables
 from storage.errors import UpstreamError
 from storage.schemas import Clips, Labels, Shots

@@ -11,11 +11,11 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from nextvid.config.corpus import Project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.gallery import ENDS, KEPT, KeptPictures, extreme, read_pictures, rejected_sheet, scores_of
-from nextvid.corpus.project import Project
+from nextvid.corpus.histograms import Histogram, histograms_png
 from nextvid.corpus.shots import make_shots
-from nextvid.report.histograms import Histogram, histograms_png
 from nextvid.video.shots import ShotFacts
 from storage import tables
 from storage.schemas import Pictures, Shots

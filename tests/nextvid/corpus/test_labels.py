@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextvid.config.corpus import DatasetConfig, LabelConfig
 from nextvid.corpus.labels import contradictions, label_bytes, read_labels
-from nextvid.corpus.project import DatasetConfig, LabelConfig
 from storage.errors import CorpusError
 
 

@@ -6,8 +6,8 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextvid.config.corpus import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
 from nextvid.corpus.manifest import PRETRAIN, Label, MediaNow, hold_quota, rows_of, value_of, with_value
-from nextvid.corpus.project import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
 
 SHOT = {
     "shot_id": b"s" * 16,

@@ -10,9 +10,9 @@ import fsspec
 import polars as pl
 import pytest
 
-from nextvid.corpus.discover import update_sources
+from nextvid.config.corpus import Project
 from nextvid.corpus.media import make_media
-from nextvid.corpus.project import Project
+from nextvid.corpus.sources import update_sources
 from storage import tables
 from storage.digest import digest_file
 from storage.errors import UpstreamError

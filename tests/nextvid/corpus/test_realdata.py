@@ -7,12 +7,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from nextvid.config.corpus import Project
 from nextvid.corpus.clips import make_clips
-from nextvid.corpus.discover import known_sources, update_sources
 from nextvid.corpus.manifest import with_value
 from nextvid.corpus.media import make_media
-from nextvid.corpus.project import Project
 from nextvid.corpus.shots import make_shots
+from nextvid.corpus.sources import known_sources, update_sources
 from nextvid.video.probe import kind_of
 from storage import tables
 from storage.schemas import Clips, Labels, Media, Shots

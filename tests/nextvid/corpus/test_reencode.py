@@ -18,8 +18,7 @@ import polars as pl
 import pytest
 import yaml
 
-from nextvid.corpus.clips import make_clips
-from nextvid.corpus.project import (
+from nextvid.config.corpus import (
     ClipPolicy,
     CurationConfig,
     DuplicateConfig,
@@ -29,6 +28,7 @@ from nextvid.corpus.project import (
     ShotConfig,
     open_project,
 )
+from nextvid.corpus.clips import make_clips
 from nextvid.corpus.shots import make_shots
 from nextvid.encode.plan import EncodePlan, encoding_spec, plan_encode, wanted_clips
 from storage.latents import LatentStore

@@ -9,11 +9,11 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from nextvid.corpus.discover import update_sources
+from nextvid.config.corpus import Project
+from nextvid.corpus.cutting import shot_id
 from nextvid.corpus.media import make_media
-from nextvid.corpus.project import Project
 from nextvid.corpus.shots import facts_of, make_shots
-from nextvid.video.clips import shot_id
+from nextvid.corpus.sources import update_sources
 from nextvid.video.probe import probe
 from storage import tables
 from storage.errors import UpstreamError

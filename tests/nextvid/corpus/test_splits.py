@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.corpus.project import SplitConfig
-from nextvid.corpus.splits import Split, split_of
+from nextvid.config.corpus import SplitConfig
+from nextvid.corpus.manifest import Split, split_of
 
 
 def ids(n: int) -> list[bytes]:

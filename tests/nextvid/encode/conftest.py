@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextvid.corpus.project import Project
+from nextvid.config.corpus import Project
 from storage import part, pixel_chunks, pixels, shard
 from tests.nextvid.encode.small_corpus import begin
 

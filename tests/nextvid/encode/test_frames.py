@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 from nextvid.encode import frames as module
+from nextvid.encode.decode_task import Task
 from nextvid.encode.frames import Decoding, Rows
-from nextvid.encode.looks import Task
 from storage.errors import MediaError
 from storage.schemas import Clips
 from tests.nextvid.encode.small_corpus import F, clip_row

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nextvid.corpus.project import CorpusConfig
+from nextvid.config.corpus import CorpusConfig
+from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.encode.weights import autoencoder_digest
-from nextvid.video.clips import View, clip_id, row_id
 from storage.latents import EncodingSpec
 
 PINNED = Path(__file__).parents[2] / "golden" / "encoding_digests.json"

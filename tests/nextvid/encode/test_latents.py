@@ -8,17 +8,18 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from nextvid.corpus.project import Project
-from nextvid.encode import looks, shard
+from nextvid.config.corpus import Project
+from nextvid.encode import decode_task as looks
+from nextvid.encode import shard
 from nextvid.encode.autoencoders import Autoencoder, Running
+from nextvid.encode.checks import ledger
+from nextvid.encode.decode_task import CropBox
 from nextvid.encode.frames import Seen
+from nextvid.encode.latent_stats import moments
 from nextvid.encode.latents import make_latents
-from nextvid.encode.pace import Pace
 from nextvid.encode.plan import plan_encode, spec_in_force
-from nextvid.encode.stats import moments
-from nextvid.encode.verdicts import ledger
-from nextvid.encode.views import CropBox
-from nextvid.outcome import Outcome
+from nextvid.making.outcome import Outcome
+from nextvid.making.progress import Pace
 from nextvid.video.decode import frames_at
 from storage import part as parts
 from storage.errors import UpstreamError

@@ -8,16 +8,15 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from nextvid.corpus.project import Project, open_project
+from nextvid.config.corpus import Project, open_project
 from nextvid.encode import pixels as writer
-from nextvid.encode.costs import forecast
 from nextvid.encode.frames import Decoding, Seen
 from nextvid.encode.latents import make_latents
-from nextvid.encode.pixel_plan import PixelPlan, pixel_spec, plan_pixels
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import PixelPlan, pixel_spec, plan_pixels, spec_in_force
 from nextvid.encode.roundtrip import psnr
-from nextvid.encode.unfinished import standard, unfinished
-from nextvid.outcome import Check, Outcome
+from nextvid.making.outcome import Check, Outcome
+from nextvid.planning.costs import forecast
+from nextvid.planning.waiting import standard, unfinished
 from nextvid.video.decode import frames_at
 from storage.errors import ConfigError, ConflictError
 from storage.latents import LatentStore

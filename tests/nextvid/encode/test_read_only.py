@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.corpus.trainset import make_trainset
+from nextvid.encode.latent_stats import make_latent_stats
 from nextvid.encode.latents import make_latents
-from nextvid.encode.stats import make_latent_stats
+from nextvid.trainset.trainset import make_trainset
 from storage.errors import UnwritableError
 from tests.nextvid.corpus.encoded_corpus import Corpus, write_autoencoder
 from tests.nextvid.encode.small_corpus import FILMS, begin

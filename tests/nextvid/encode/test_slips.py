@@ -10,15 +10,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nextvid.corpus.project import Project
+from nextvid.config.corpus import Project
 from nextvid.encode import latents as maker
 from nextvid.encode import pipeline as piping
 from nextvid.encode import shard
-from nextvid.encode.acceptance import in_force
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import Seen
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import plan_encode, spec_in_force
+from nextvid.planning.acceptance import in_force
 from storage.errors import RefusedError, StoreError
 from storage.latents import LatentStore
 from storage.tables import read_checks

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from nextvid.corpus.project import Project
+from nextvid.config.corpus import Project
 from nextvid.lineage.compare import Difference, compare, find
-from nextvid.probe.encoders import find_run
-from nextvid.train.run import CONFIG
+from nextvid.train.run import CONFIG, find_run
 from storage.errors import ConfigError
 from tests.nextvid.tiny_project import RECIPE
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.corpus.trainset import Trainset, make_trainset
-from nextvid.encode.acceptance import accept_asked
+from nextvid.encode.latent_stats import make_latent_stats
 from nextvid.encode.plan import encoding_spec, plan_encode
-from nextvid.encode.stats import make_latent_stats
 from nextvid.lineage.sweep import sweep
+from nextvid.planning.acceptance import accept_asked
+from nextvid.trainset.trainset import Trainset, make_trainset
 from storage.latents import LatentStore
 from storage.reader import RowReader
 from storage.tables import publish_checks

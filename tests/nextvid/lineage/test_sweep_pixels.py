@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset, make_trainset
-from nextvid.corpus.trainset_pixels import freeze_pixels
-from nextvid.encode.acceptance import accept_asked
-from nextvid.encode.pixel_plan import pixel_spec
-from nextvid.encode.plan import encoding_spec
+from nextvid.config.corpus import Project
+from nextvid.config.overrides import apply_overrides
+from nextvid.encode.plan import encoding_spec, pixel_spec
 from nextvid.lineage.sweep import sweep
-from nextvid.train.overrides import apply_overrides
+from nextvid.planning.acceptance import accept_asked
+from nextvid.trainset.pixels import freeze_pixels
+from nextvid.trainset.trainset import Trainset, make_trainset
 from storage.pixels import PixelStore
 from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, write_autoencoder
 from tests.nextvid.train.pixel_corpus import write_shard

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.corpus.project import Project
+from nextvid.config.corpus import Project
+from nextvid.evaluate.probes import make_probes
 from nextvid.lineage.trace import trace
-from nextvid.probe.encoders import find_run
-from nextvid.probe.probes import make_probes
+from nextvid.train.run import find_run
 from storage.errors import ConfigError
 from tests.nextvid.tiny_project import CLIPS_A_VIDEO, IMAGES, RECIPE, uri_of
 

@@ -7,13 +7,13 @@ import polars as pl
 import pytest
 import torch
 
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
+from nextvid.config.corpus import Project
 from nextvid.lineage.withdraw import withdraw
-from nextvid.probe.encoders import find_run
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import open_loader
-from nextvid.train.mask_plan import open_mask_plan
+from nextvid.train.run import find_run
+from nextvid.trainset.mask_plan import open_mask_plan
+from nextvid.trainset.trainset import Trainset
 from storage.atomic import read_json
 from storage.errors import ConfigError, RefusedError
 from storage.latents import LatentStore

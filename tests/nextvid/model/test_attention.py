@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nextvid.config import ConfigError
+from nextvid.config.recipe import ConfigError
 from nextvid.model.attention import Backend, allow_by_id, flash_kernel, frame_attention, masked_attention
 from nextvid.model.rope import rotary, rotate
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextvid.config import RecipeConfig, parse
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.recipes import recipe
+from nextvid.config.strict import parse
 from nextvid.model.cost import KEPT_BYTES, cost, count_parameters, stage_cost
 from nextvid.model.encoder import Encoder, all_ids, input_width
 from nextvid.model.flow import FlowDraws
 from nextvid.model.nextvid import NExTVid
 from nextvid.model.tokens import tube_ids
-from nextvid.recipes import recipe
 from tests.nextvid.model.tiny import CELLS, clip, features, key, s_model, tiny_model, tiny_recipe, visible
 
 VARIANTS: dict[str, dict[str, Any]] = {

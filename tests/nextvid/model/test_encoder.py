@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextvid.config import EncoderConfig, ModelConfig
+from nextvid.config.recipe import EncoderConfig, ModelConfig
 from nextvid.model.encoder import Encoder, EncoderBlock, all_ids, input_width
 from nextvid.model.tokens import gather_tokens, tube_ids
 from tests.nextvid.model.tiny import CELLS, HEIGHT, TUBELETS, WIDTH, clip, tiny_model, tiny_recipe, visible

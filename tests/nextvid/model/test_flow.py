@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nextvid.config import LossConfig
+from nextvid.config.recipe import LossConfig
 from nextvid.model.flow import FlowDraws, NoiseKey, draw_flow, euler, flow_loss, interpolate
 
 CPU = torch.device("cpu")

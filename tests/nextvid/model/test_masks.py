@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config import ConfigError, MaskConfig, MaskStrategy
+from nextvid.config.recipe import ConfigError, MaskConfig, MaskStrategy
 from nextvid.model.masks import (
     bucket_entry,
     cells_of,

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextvid.config import RecipeConfig
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.recipes import recipe
 from nextvid.model.decoder import Place
 from nextvid.model.encoder import Encoder
 from nextvid.model.flow import FlowDraws, draw_flow
 from nextvid.model.nextvid import Losses, NExTVid, hidden_cells, strategy_names
 from nextvid.model.tokens import gather_tokens, tube_ids
-from nextvid.recipes import recipe
 from tests.nextvid.model.tiny import (
     CELLS,
     KEPT,

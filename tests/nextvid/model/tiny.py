@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextvid.config import RecipeConfig, parse
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.strict import parse
 from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import NExTVid
 from nextvid.model.reference import reference_encoder, reference_features

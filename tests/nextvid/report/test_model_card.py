@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.corpus.project import Project
-from nextvid.probe.encoders import find_run
-from nextvid.probe.probes import make_probes
+from nextvid.config.corpus import Project
+from nextvid.evaluate.probes import make_probes
+from nextvid.evaluate.samples import make_samples
 from nextvid.report import scores
 from nextvid.report.model_card import build_card, gather, make_report
 from nextvid.report.scores import Score
-from nextvid.sample.samples import make_samples
+from nextvid.train.run import find_run
 from storage.errors import UpstreamError
 from tests.nextvid.tiny_project import RECIPE
 

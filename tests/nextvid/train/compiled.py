@@ -7,9 +7,9 @@ from unittest.mock import patch
 import torch
 from torch import _dynamo as dynamo
 
-from nextvid.config import HowConfig
+from nextvid.config.recipe import HowConfig
 from nextvid.train import step
-from nextvid.train.blocks import carry_out
+from nextvid.train.step import carry_out
 from tests.nextvid.train.tiny import ALONE, gradients_of, random_batch, tiny_recipe
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextvid.config import RecipeConfig
-from nextvid.train import launch
+from nextvid.config.recipe import RecipeConfig
+from nextvid.train import pretrain as launch
 from tests.nextvid.train.tiny import tiny_recipe
 
 

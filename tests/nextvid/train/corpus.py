@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from nextvid.corpus.pointers import publish_latest
-from nextvid.corpus.project import Project, open_project
-from nextvid.corpus.trainset_files import write_trainset as write_frozen
+from nextvid.config.corpus import Project, open_project
+from nextvid.making.publishing import publish_latest
+from nextvid.trainset.files import write_trainset as write_frozen
 from storage import tables
 from storage.digest import digest, digest_config
 from storage.latents import EncodingSpec, LatentStore

@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 import torch
 
-from nextvid.config import HowConfig, RecipeConfig
+from nextvid.config.recipe import HowConfig, RecipeConfig
 from nextvid.train import step
 from nextvid.train.distributed import Ranks, join
-from nextvid.train.shards import whole
+from nextvid.train.fsdp import whole
 from tests.nextvid.train.tiny import ALONE, random_batch, tiny_recipe
 
 STEPS = 3

@@ -5,9 +5,9 @@ from collections.abc import Collection
 import polars as pl
 import yaml
 
-from nextvid.corpus.project import Project, open_project
-from nextvid.corpus.trainset import Trainset
-from nextvid.encode.pixel_plan import pixel_spec
+from nextvid.config.corpus import Project, open_project
+from nextvid.encode.plan import pixel_spec
+from nextvid.trainset.trainset import Trainset
 from storage.jpeg import encode_clip
 from storage.latents import LatentStore
 from storage.pixels import PixelPart, PixelSpec, PixelStore

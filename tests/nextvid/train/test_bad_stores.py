@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextvid.corpus.trainset import Trainset
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import open_loader
-from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.trainset.trainset import Trainset
 from storage.errors import DamagedError, NExTVidError, UpstreamError
 from storage.shard import INDEX_BYTES
 from tests.nextvid.train.corpus import make_project, tiny_spec

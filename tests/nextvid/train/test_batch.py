@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nextvid.config import RecipeConfig
+from nextvid.config.overrides import apply_overrides
+from nextvid.config.recipe import RecipeConfig
 from nextvid.model.tokens import latent_tokens, stack_target
 from nextvid.train.batch import Batch, encoder_tokens, flow_targets
-from nextvid.train.overrides import apply_overrides
 from nextvid.train.step import build, take_step
 from storage.errors import ConfigError
 from tests.nextvid.train.tiny import ALONE, CHANNELS, GRID, latents_of, tiny_recipe

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nextvid.config import HowConfig
+from nextvid.config.recipe import HowConfig
 from nextvid.train.step import Trained, build, take_step
 from tests.nextvid.train.tiny import ALONE, gradients_of, random_batch, tiny_recipe
 

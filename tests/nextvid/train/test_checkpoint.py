@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from nextvid.config.overrides import apply_overrides
 from nextvid.model.encoder import Encoder
 from nextvid.model.nextvid import NExTVid
 from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity, Progress
 from nextvid.train.optim import build_optimizer
-from nextvid.train.overrides import apply_overrides
 from nextvid.train.step import build_model
 from storage import atomic
 from storage.errors import DamagedError, RefusedError, UpstreamError

@@ -12,14 +12,14 @@ import torch
 from diffusers import AutoencoderKL
 
 import nextvid
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
+from nextvid.config.corpus import Project
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.tokens import latent_tokens
 from nextvid.train.export import copy_encoder, export_encoder, load_encoder
 from nextvid.train.run import Run, plan_run
 from nextvid.train.step import build_model
+from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError, UpstreamError
 from storage.latents import EncodingSpec
 from tests.nextvid.train.corpus import MEAN, STD, make_project

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from nextvid.config import RecipeConfig
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
+from nextvid.config.corpus import Project
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.tokens import space_to_depth, tube_ids
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import StagedLatents
 from nextvid.train.loader import READ_AHEAD, Loader, open_loader
-from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
-from nextvid.train.optim import draws_before, stage_at
-from nextvid.train.order import Drawn, Masks, Order, in_every_tubelet
+from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.trainset.order import Drawn, Masks, Order, in_every_tubelet
+from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.draws import Draws, mask_entry
 from storage.errors import ConfigError, DamagedError, RefusedError

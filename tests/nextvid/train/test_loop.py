@@ -14,17 +14,16 @@ import pytest
 import torch
 
 import nextvid
-from nextvid.config import HowConfig, RecipeConfig
-from nextvid.corpus.pointers import read_latest
-from nextvid.corpus.project import Project
+from nextvid.config.corpus import Project
+from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.making.publishing import read_latest
 from nextvid.train import checkpoint, loop
 from nextvid.train import step as step_module
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import read_events
-from nextvid.train.lock import run_lock
 from nextvid.train.loop import train
-from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
-from nextvid.train.run import Run, open_run, plan_run, with_how, write_run
+from nextvid.train.run import Run, open_run, plan_run, run_lock, with_how, write_run
+from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
 from storage.errors import ConflictError, DamagedError, RefusedError
 from tests.nextvid.train.corpus import make_project, tiny_spec, write_trainset
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
@@ -267,7 +266,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import torch
-from nextvid.corpus.project import open_project
+from nextvid.config.corpus import open_project
 from nextvid.train.loop import train
 from nextvid.train.run import open_run
 from tests.nextvid.train.tiny import ALONE

@@ -7,20 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config import OptimConfig
+from nextvid.config.recipe import OptimConfig
+from nextvid.config.recipes import recipe
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.reference import reference_encoder
-from nextvid.recipes import recipe
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity, Progress
-from nextvid.train.optim import (
-    build_optimizer,
-    clip_gradients,
-    draws_before,
-    rates,
-    set_rates,
-    stage_at,
-    trained_modules,
-)
+from nextvid.train.optim import build_optimizer, clip_gradients, rates, set_rates, trained_modules
 from nextvid.train.step import build_model
 from tests.nextvid.train.tiny import tiny_recipe
 

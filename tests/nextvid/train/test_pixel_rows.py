@@ -9,18 +9,18 @@ import polars as pl
 import pytest
 import torch
 
-from nextvid.config import RecipeConfig
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_pixels import TrainsetPixels, freeze_pixels
+from nextvid.config.corpus import Project
+from nextvid.config.overrides import apply_overrides
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.stages import stage_at
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import Loader, open_loader
-from nextvid.train.mask_plan import grid_of, make_plan, open_mask_plan
-from nextvid.train.optim import stage_at
-from nextvid.train.order import Order
-from nextvid.train.overrides import apply_overrides
 from nextvid.train.pixel_rows import StagedPixels
+from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.trainset.order import Order
+from nextvid.trainset.pixels import TrainsetPixels, freeze_pixels
+from nextvid.trainset.trainset import Trainset
 from storage.errors import DamagedError
 from storage.pixel_reader import PixelReader, read_clip
 from storage.pixels import PixelStore

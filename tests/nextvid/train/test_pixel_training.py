@@ -9,19 +9,20 @@ import pytest
 import torch
 
 import nextvid
-from nextvid.config import RecipeConfig
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
-from nextvid.corpus.trainset_pixels import freeze_pixels
+from nextvid.config.corpus import Project
+from nextvid.config.overrides import apply_overrides
+from nextvid.config.recipe import RecipeConfig
 from nextvid.model.tokens import pixel_tokens, pixel_values
-from nextvid.train import checkpoint, launch
+from nextvid.train import checkpoint
+from nextvid.train import pretrain as launch
 from nextvid.train.events import read_events
-from nextvid.train.launch import prepare_run
 from nextvid.train.loop import train
-from nextvid.train.mask_plan import grid_of, make_plan, plan_digest
-from nextvid.train.overrides import apply_overrides
+from nextvid.train.pretrain import prepare_run
 from nextvid.train.run import Run, open_run, plan_run, run_id, write_run
 from nextvid.train.step import build_model
+from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
+from nextvid.trainset.pixels import freeze_pixels
+from nextvid.trainset.trainset import Trainset
 from storage.errors import RefusedError, UpstreamError
 from tests.nextvid.train.corpus import make_project, tiny_spec
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.corpus.project import Project
-from nextvid.corpus.trainset import Trainset
+from nextvid.config.corpus import Project
 from nextvid.train.latent_rows import StagedLatents
-from nextvid.train.order import Order
 from nextvid.train.ring import Leased, Place, Ring
+from nextvid.trainset.order import Order
+from nextvid.trainset.trainset import Trainset
 from storage.reader import RowReader
 from tests.nextvid.train.corpus import make_project
 from tests.nextvid.train.tiny import ALONE, tiny_recipe

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nextvid.model.cost import stage_cost
-from nextvid.train.report import describe
-from nextvid.train.speed import peak, speeds
-from tests.nextvid.train.test_report import STEP
+from nextvid.train.events import describe
+from nextvid.train.loop import peak, speeds
+from tests.nextvid.train.test_event_sinks import STEP
 from tests.nextvid.train.tiny import tiny_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nextvid.config import RecipeConfig
+from nextvid.config.recipe import RecipeConfig
 from nextvid.model.flow import NoiseKey
 from nextvid.model.tokens import latent_tokens, stack_target
 from nextvid.train.step import build, build_model, means, take_step

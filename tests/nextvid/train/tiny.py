@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from nextvid.config import (
+from nextvid.config.recipe import (
     DecoderConfig,
     EncoderConfig,
     HowConfig,
@@ -18,8 +18,8 @@ from nextvid.config import (
 )
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
-from nextvid.train.order import in_every_tubelet
 from nextvid.train.step import Trained
+from nextvid.trainset.order import in_every_tubelet
 
 Keep = Literal["fixed", "bucket", "flat", "all"]
 CHANNELS = 4

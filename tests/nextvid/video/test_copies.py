@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
-from nextvid.corpus.project import DuplicateConfig, ShotConfig
+from nextvid.config.corpus import DuplicateConfig, ShotConfig
+from nextvid.trainset.hash_search import groups, near_pairs
 from nextvid.video.decode import stream
-from nextvid.video.duplicates import groups, near_pairs
 from nextvid.video.probe import probe
 from nextvid.video.shots import first_pass
 from tests.nextvid.video.film import X264_VERYFAST, write_film

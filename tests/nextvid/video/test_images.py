@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextvid.corpus.project import ClipPolicy, ShotConfig
-from nextvid.video.clips import clips_of
+from nextvid.config.corpus import ClipPolicy, ShotConfig
+from nextvid.corpus.cutting import clips_of
 from nextvid.video.decode import frames_at, stream
 from nextvid.video.images import animation, animation_times, load_image
 from nextvid.video.probe import probe

@@ -11,18 +11,18 @@ import torch
 import yaml
 from PIL import Image
 
-from nextvid.config import HowConfig
-from nextvid.corpus.discover import known_sources, update_sources
-from nextvid.corpus.project import Project, open_project
-from nextvid.corpus.trainset import Trainset
+from nextvid.config.corpus import Project, open_project
+from nextvid.config.recipe import HowConfig
+from nextvid.corpus.sources import known_sources, update_sources
 from nextvid.lineage.sweep import sweep
 from nextvid.lineage.trace import trace
 from nextvid.lineage.withdraw import withdraw
 from nextvid.make import Wish, make
 from nextvid.train.distributed import join
-from nextvid.train.launch import prepare_run
 from nextvid.train.loop import train
+from nextvid.train.pretrain import prepare_run
 from nextvid.train.run import open_run
+from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing, remote
 from storage.errors import CorpusError, NExTVidError, RefusedError
 from storage.latents import LatentStore

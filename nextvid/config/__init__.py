@@ -1,0 +1,1 @@
+"""Every configuration of the project: recipes, corpus.yaml, and the accepted copy of its digested parts."""

@@ -1,0 +1,67 @@
+"""Overrides `key.path=value` of a recipe, or of how a run is carried out, as strict as any other configuration.
+
+Holds no recipe. Stages and mask strategies are addressed by name or number: `stages.warmup.steps=10`,
+`masks.strategies.0.budget=8`, `model.encoder.depth=6`. Values are JSON, or else text.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.strict import Model, parse
+from storage.errors import ConfigError
+
+
+def apply_overrides(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeConfig:
+    """The recipe with each `key.path=value` put in place. Raises ConfigError with the nearest name."""
+    return _applied(recipe, overrides, f"recipe {recipe.name} with {', '.join(overrides)}")
+
+
+def apply_how(how: HowConfig, overrides: Sequence[str]) -> HowConfig:
+    """The same for how a run is carried out: `device=cpu`, `checkpoint_every_steps=100`."""
+    return _applied(how, overrides, f"how, with {', '.join(overrides)}")
+
+
+def _applied(config: Model, overrides: Sequence[str], where: str) -> Model:
+    if not overrides:
+        return config
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override '{override}': write it as key.path=value")
+        _put(values, path.strip().split("."), _value(text), override)
+    return parse(type(config), values, where)
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 - JSON is Any
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _put(values: Any, path: Sequence[str], value: Any, override: str) -> None:  # noqa: ANN401 - JSON is Any
+    holder = values
+    for part in path[:-1]:
+        holder = holder[_key(holder, part, override)]
+    holder[_key(holder, path[-1], override)] = value
+
+
+def _key(holder: Any, part: str, override: str) -> str | int:  # noqa: ANN401 - JSON is Any
+    """The key or index that `part` names in a mapping, or in a list by number or by its members' names."""
+    match holder:
+        case dict():
+            known = {name: name for name in holder}
+        case list():
+            known = {str(index): index for index in range(len(holder))}
+            known |= {item["name"]: index for index, item in enumerate(holder) if isinstance(item, dict)}
+        case _:
+            raise ConfigError(f"override '{override}': there is nothing below the value before '{part}'")
+    if part in known:
+        return known[part]
+    near = difflib.get_close_matches(part, list(known), n=1)
+    remedy = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+    raise ConfigError(f"override '{override}': there is no '{part}'; {remedy}")

@@ -1,0 +1,69 @@
+"""The strict base of every configuration, and `parse`, which explains what a file got wrong."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from storage.digest import digest_config
+from storage.errors import ConfigError as ConfigError  # re-exported: nextvid.model imports no storage
+
+Model = TypeVar("Model", bound=BaseModel)
+Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Base of every configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """Id of this configuration: canonical JSON with floats as `repr`."""
+        return digest_config(self.model_dump(mode="json"))
+
+
+def parse(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """Build a configuration from plain values.
+
+    Raises ConfigError that names the place and, for a misspelt key, the nearest known one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(model, problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_fields_at(model, problem["loc"][:-1]))
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key '{path}'; {remedy}"
+    return f"'{path}': {problem['msg']}" + (f" (got {problem['input']!r})" if path else "")
+
+
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
+    """Names of the fields of the model that stands at `path` inside `model`."""
+    current: Any = model
+    for part in path:
+        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else current
+        current = _inner_model(annotation) or current
+    return set(current.model_fields)
+
+
+def _inner_model(annotation: object) -> type[BaseModel] | None:
+    """The configuration inside `X`, `X | None`, `list[X]`, `tuple[X, ...]` or `dict[str, X]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in typing.get_args(annotation):
+        if found := _inner_model(argument):
+            return found
+    return None

@@ -1,0 +1,314 @@
+"""What is in the datasets' folders, and what changed since: listings to `sources`, nothing is opened.
+
+Holds listing through fsspec, the wait until a file holds still, and the fingerprint that says whether a batch must be
+made again. Holds no rule of assignment (batches.py), no writing order (journal.py) and no content of files
+(media.py). A listing that fails is an error, never "all files deleted" (design 4).
+"""
+
+import difflib
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+
+from nextvid.config.corpus import Project
+from nextvid.corpus import journal
+from nextvid.corpus.batches import BatchChange, dataset_of, latest, merge
+from nextvid.corpus.labels import label_digests, nowhere
+from nextvid.making.outcome import Outcome
+from nextvid.video.probe import kind_of
+from storage import atomic, remote, tables
+from storage.digest import digest
+from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError
+from storage.remote import is_local
+from storage.schemas import KINDS, Sources
+
+Held = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint)
+
+NOT_UTF8 = "name is not UTF-8"  # the fingerprint of a file that no table can name; media.py rejects it
+NAMED = 5  # our choice: batches that a message names
+TRIES = 8  # our choice: so many writers in a row may win before we give up
+# Where file systems of fsspec keep what changes with the content: s3fs, gcsfs and adlfs, http, memory, local.
+FINGERPRINTS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A dataset's media files: columns uri, path, kind, size_bytes, fingerprint; sorted by uri."""
+
+    dataset: str
+    files: pl.DataFrame
+    waiting: pl.DataFrame  # seen, but not yet twice with the same size and fingerprint
+    ignored: int  # files whose extension is of no media
+    empty: tuple[str, ...]  # folders below that hold nothing at all
+
+
+def list_dataset(project: Project, name: str, held: Held | None = None) -> Listing:
+    """List a dataset's folder. With `held`, what an earlier listing saw, a file joins only if it is there unchanged.
+
+    Raises CorpusError where the folder is missing or any part of it cannot be listed.
+    """
+    uri = project.corpus.datasets[name].uri
+    rows: list[tuple[str, str, str, int, str]] = []
+    empty: list[str] = []
+    ignored = 0
+    try:
+        _, top = remote.connect(uri)
+        for info in _walk(uri, top, empty):
+            row = _row(top, uri, info)
+            ignored += row is None
+            if row is not None:
+                rows.append(row)
+    except CorpusError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if str(error) != uri:  # a folder below, which was there a moment ago
+            raise CorpusError(f"dataset {name}: listing {uri} failed ({error!r}); nothing was changed") from error
+        raise CorpusError(f"dataset {name}: {uri} is not a folder; correct its 'uri' or mount it") from error
+    except Exception as error:  # object stores raise their clients' own classes; any failure means an unknown listing
+        said = str(error) if isinstance(error, NExTVidError) else repr(error)
+        raise CorpusError(f"dataset {name}: listing {uri} failed ({said}); nothing was changed") from error
+    frame = _frame(rows)
+    if held is None:
+        return Listing(name, frame, frame.clear(), ignored, tuple(empty))
+    still = pl.Series([held.get(row[0]) == (row[3], row[4]) for row in frame.iter_rows()], dtype=pl.Boolean)
+    return Listing(name, frame.filter(still), frame.filter(~still), ignored, tuple(empty))
+
+
+def update_sources(project: Project, settle: bool = False, datasets: Sequence[str] | None = None) -> list[BatchChange]:
+    """List the datasets (all unless named) and write `sources/`; returns what changed by batch, nothing if nothing did.
+
+    `settle=False` takes files at once; `settle=True` takes those that an earlier settling listing saw with the same
+    size and fingerprint. A dataset that cannot be listed stays as it was and does not hold up the others: CorpusError
+    names it after they are written.
+    """
+    names = sorted(datasets if datasets is not None else project.corpus.datasets)
+    for _ in range(TRIES):
+        read = journal.catch_up(project.root)
+        listings, tables_after, changes = [], [], []
+        failed: list[CorpusError] = []
+        for name in names:
+            known = known_sources(project, name)
+            try:
+                listing = list_dataset(project, name, _held(project, name, known) if settle else None)
+                _refuse_vanished(project, listing, known)
+            except CorpusError as error:
+                failed.append(error)
+                continue
+            config = project.corpus.datasets[name]
+            now = datetime.now(UTC)
+            rows, changed = merge(known, listing.files, listing.waiting["uri"].to_list(), name, config, now)
+            listings.append(listing)
+            tables_after.append(rows.filter(pl.col("batch").is_in([change.batch for change in changed])))
+            changes += changed
+        try:
+            if changes:
+                journal.publish(project.root, read, pl.concat(tables_after).sort("batch", "uri", "revision"))
+        except ConflictError:
+            continue
+        if settle:
+            _remember(project, listings)
+        if failed:
+            raise CorpusError("; ".join(str(error) for error in failed)) from failed[0]
+        return sorted(changes, key=lambda change: change.batch)
+    raise CorpusError(f"{project.root.folder('sources')}: {TRIES} other writers were faster; list again later")
+
+
+def make_sources(project: Project) -> Outcome:
+    """List all datasets at once and report; what `nextvid make` does first. Raises CorpusError."""
+    started_s = time.perf_counter()
+    changes = update_sources(project)
+    rows = tables.read_tables(project.root, "sources", None, Sources)
+    return Outcome(
+        asset="sources",
+        partition=None,
+        made=bool(changes),
+        rows=rows.height,
+        size_bytes=int(rows["size_bytes"].sum()),
+        seconds=time.perf_counter() - started_s,
+        numbers={
+            "batches": len(project.root.batches()),
+            "added": sum(change.added for change in changes),
+            "changed": sum(change.changed for change in changes),
+            "gone": sum(change.gone for change in changes),
+            **_labels_without_file(project),
+        },
+    )
+
+
+def _labels_without_file(project: Project) -> dict[str, int | float | str]:
+    """How many names in the datasets' label files no listed file bears, and the first of each dataset."""
+    found = {
+        name: nowhere(config, known_sources(project, name)["path"].to_list())
+        for name, config in sorted(project.corpus.datasets.items())
+    }
+    some = {name: names for name, names in found.items() if names}
+    if not some:
+        return {}
+    examples = ", ".join(f"{name}: {names[0]!r}" for name, names in some.items())
+    return {"labels_without_file": sum(map(len, some.values())), "labels_without_file_such_as": examples}
+
+
+def known_sources(project: Project, name: str) -> pl.DataFrame:
+    """Every row of `sources` of one dataset, sorted by uri and revision."""
+    batches = [batch for batch in project.root.batches("sources") if dataset_of(batch) == name]
+    return tables.read_tables(project.root, "sources", batches, Sources).sort("uri", "revision")
+
+
+def refuse_unknown(project: Project, batch: str) -> None:
+    """Raises ConfigError, with the nearest name, for a batch that no listing opened."""
+    known = project.root.batches()
+    if batch in known:
+        return
+    near = difflib.get_close_matches(batch, known, n=1)
+    listed = ", ".join(known[:NAMED]) + (", ..." if len(known) > NAMED else "")
+    said = f"did you mean '{near[0]}'?" if near else f"there are {listed or 'none yet'}"
+    raise ConfigError(f"there is no batch '{batch}'; {said}")
+
+
+def batch_fingerprint(project: Project, batch: str, labels: Sequence[str] | None = None) -> str:
+    """Digest of a batch's listing and of its label files' bytes: what changes asks for a new run of the batch.
+
+    `labels` are the digests of the dataset's label files, where somebody has them already.
+    """
+    rows = tables.read_table(project.root.table("sources", batch), Sources).sort("uri", "revision")
+    files = rows.select("uri", "revision", "size_bytes", "fingerprint", pl.col("gone_at").is_not_null().alias("gone"))
+    config = project.corpus.datasets.get(dataset_of(batch))
+    if labels is None:
+        labels = label_digests(config.labels) if config else []
+    return digest({"files": [list(row) for row in files.iter_rows()], "labels": list(labels)})
+
+
+def _walk(uri: str, top: str, empty: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Every file below `top`, the key of `uri`; folders without anything are added to `empty`.
+
+    Not fsspec's own walk: below the first level it swallows errors, whatever it is told. FileNotFoundError(uri) where
+    `top` is no folder.
+    """
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        found = _entries(uri, folder, is_top=folder == top)
+        if not found:
+            empty.append(folder.removeprefix(top).strip("/"))
+        for info in found:
+            if info["type"] != "directory":
+                yield info
+            elif info["name"].rstrip("/") != folder.rstrip("/"):  # object stores list a folder's marker within it
+                folders.append(info["name"])
+
+
+def _entries(uri: str, folder: str, *, is_top: bool) -> list[Mapping[str, Any]]:
+    if is_local(uri):
+        fs = fsspec.filesystem("file")
+        if is_top and not fs.isdir(folder):
+            raise FileNotFoundError(uri)
+        return list(fs.ls(folder, detail=True))
+    try:
+        found = remote.ask(uri, lambda fs, _: list(fs.ls(folder, detail=True)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(uri if is_top else folder) from error
+    if is_top and [info["name"] for info in found if info["type"] != "directory"] == [folder]:
+        raise FileNotFoundError(uri)  # it is a file
+    return found
+
+
+def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, int, str] | None:
+    """One file as (uri, path, kind, size, fingerprint); None where it is no media."""
+    name = str(info["name"])
+    if (shown := name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) != name:
+        path = shown.removeprefix(top.rstrip("/") + "/")
+        return (f"{uri.rstrip('/')}/{path}", path, kind, 0, NOT_UTF8) if (kind := kind_of(shown)) else None
+    if info.get("islink") and Path(name).is_dir():
+        raise CorpusError(f"{name} is a link to a folder, which listings do not follow; name that folder as a dataset")
+    kind = kind_of(name)
+    path = name.removeprefix(top.rstrip("/") + "/")
+    if kind is None or any(part.startswith(".") for part in path.split("/")):
+        return None
+    size, fingerprint = int(info.get("size") or 0), _fingerprint(info)
+    if is_local(uri):
+        size, fingerprint, regular = _local(Path(name))
+        if not regular:
+            return None
+    return f"{uri.rstrip('/')}/{path}", path, kind, size, fingerprint
+
+
+def _local(path: Path) -> tuple[int, str, bool]:
+    """Size, modification time and whether it is a file, links followed; a link to nothing or to itself counts as an
+    unreadable file.
+    """
+    try:
+        found = os.stat(path)  # noqa: PTH116 - one call per file of a listing
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return 0, "broken link", True
+        raise
+    return found.st_size, f"mtime {found.st_mtime_ns}", stat.S_ISREG(found.st_mode)
+
+
+def _fingerprint(info: Mapping[str, Any]) -> str:
+    for key in FINGERPRINTS:
+        if info.get(key) is not None:
+            return f"{key} {info[key]}"
+    return "none"
+
+
+def _frame(rows: list[tuple[str, str, str, int, str]]) -> pl.DataFrame:
+    schema = {
+        "uri": pl.String(),
+        "path": pl.String(),
+        "kind": pl.Enum(KINDS),
+        "size_bytes": pl.Int64(),
+        "fingerprint": pl.String(),
+    }
+    return pl.DataFrame(rows, schema, orient="row").sort("uri")
+
+
+def _refuse_vanished(project: Project, listing: Listing, known: pl.DataFrame) -> None:
+    """An empty folder where files were known is an unmounted disk more often than a wish, at the top or below."""
+    seen = listing.files.height + listing.waiting.height
+    present = latest(known).filter(pl.col("gone_at").is_null())
+    uri = project.corpus.datasets[listing.dataset].uri
+    if present.height and not seen:
+        raise CorpusError(
+            f"dataset {listing.dataset}: {uri} holds none of its {present.height} files; mount it, or, if they were "
+            "deleted on purpose, remove the dataset from corpus.yaml"
+        )
+    for folder in filter(None, listing.empty):
+        if missed := present.filter(pl.col("path").str.starts_with(f"{folder}/")).height:
+            raise CorpusError(
+                f"dataset {listing.dataset}: {uri.rstrip('/')}/{folder} is empty where {missed} files were; mount it, "
+                "or, if they were deleted on purpose, remove the empty folder"
+            )
+
+
+def _pending(project: Project) -> str:
+    return f"{project.root.folder('sources')}/pending.json"
+
+
+def _held(project: Project, name: str, known: pl.DataFrame) -> dict[str, tuple[int, str]]:
+    """What the tables and the last settling listing hold of a dataset."""
+    rows = latest(known).select("uri", "size_bytes", "fingerprint")
+    held = {uri: (size, fingerprint) for uri, size, fingerprint in rows.iter_rows()}
+    pending = atomic.read_json(_pending(project)) if atomic.exists(_pending(project)) else {}
+    return held | {uri: (size, text) for uri, (size, text) in pending.get(name, {}).items()}
+
+
+def _remember(project: Project, listings: Sequence[Listing]) -> None:
+    """Keep what is waiting, so that the next settling listing can compare; the file is no table and may be lost."""
+    before = atomic.read_json(_pending(project)) if atomic.exists(_pending(project)) else {}
+    after = dict(before)
+    for listing in listings:
+        rows = listing.waiting.select("uri", "size_bytes", "fingerprint")
+        after[listing.dataset] = {uri: [size, text] for uri, size, text in rows.iter_rows()}
+    after = {name: files for name, files in after.items() if files}
+    if after != before:
+        atomic.publish_json(_pending(project), after)

@@ -1,0 +1,176 @@
+"""The maker of `latent_stats`: what the latents of each dataset are like, from the sums in their commits.
+
+Reads commits only, never a shard, and those of one batch at a time: memory is that of the largest batch, whatever the
+store holds. All of it is float64 arithmetic on sums per row; the pair that training normalises by
+is the trainset's (nextvid/trainset/trainset.py), which keeps other rows and weights them.
+
+Axes: n rows, C channels.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float64
+
+from nextvid.config.corpus import Project
+from nextvid.encode.plan import spec_in_force
+from nextvid.making.outcome import Check, Number, Outcome
+from nextvid.making.publishing import publish_latest, publish_verdict, read_latest
+from storage.atomic import exists, publish_json
+from storage.digest import digest_config
+from storage.errors import UpstreamError
+from storage.latents import EncodingSpec, LatentStore
+from storage.tables import read_checks
+
+ASSET = "latent_stats"
+# Our choice: of independent values, a deviation is then known to 2 %. Of all datasets together, since the pair that
+# training normalises by is of their mixture: a small dataset counts by its weight (docs/decisions/0021).
+ENOUGH_VALUES = 1000
+
+Channels = Float64[np.ndarray, " C"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Rows of one kind: how many, and the mean and variance of a value per channel, every row weighing the same."""
+
+    rows: int
+    values: int  # per channel
+    mean: Channels
+    variance: Channels
+    posterior_std: float | None
+    widths: int  # rows whose posterior width is known, of which `posterior_std` is the mean
+
+    @property
+    def std(self) -> Channels:
+        return np.asarray(np.sqrt(self.variance))
+
+
+def moments(commits: pl.DataFrame, spec: EncodingSpec) -> Moments:
+    """Moments of committed rows (columns sums, sums_squared, frames, posterior_std), at least one.
+
+    Each row weighs the same, whatever its frames: an image is repeated to the length of a clip when it is read.
+    """
+    sums = commits["sums"].explode().to_numpy().reshape(commits.height, spec.channels)
+    squares = commits["sums_squared"].explode().to_numpy().reshape(commits.height, spec.channels)
+    lengths = {frames: spec.latent_frames(frames) for frames in commits["frames"].unique()}
+    values = commits["frames"].replace_strict(lengths).to_numpy().astype(np.float64) * spec.height * spec.width
+    means = sums / values[:, None]
+    mean = means.mean(0)
+    # by the law of total variance: inside rows and between them; exact where the mean is far from zero
+    inside = np.maximum(squares / values[:, None] - means**2, 0)
+    widths = commits["posterior_std"].drop_nulls().to_numpy().astype(np.float64)
+    width = float(widths.mean()) if len(widths) else None
+    variance = (inside + (means - mean) ** 2).mean(0)
+    return Moments(len(sums), int(values.sum()), mean, variance, width, len(widths))
+
+
+def united(first: Moments, second: Moments) -> Moments:
+    """Moments of the rows of both, by the law of total variance: those of all rows at once, but for rounding."""
+    rows, widths = first.rows + second.rows, first.widths + second.widths
+    share = second.rows / rows
+    apart = second.mean - first.mean
+    mean = first.mean + share * apart
+    inside = first.variance + share * (second.variance - first.variance)
+    known = [part.widths / widths * part.posterior_std for part in (first, second) if part.posterior_std is not None]
+    width = sum(known) if known else None
+    variance = inside + share * (1 - share) * apart**2
+    return Moments(rows, first.values + second.values, mean, variance, width, widths)
+
+
+def mixed(parts: list[tuple[float, Moments]]) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of a mixture of (weight, moments); weights are positive and need not sum to one."""
+    total = sum(weight for weight, _ in parts)
+    mean = sum((weight / total * part.mean for weight, part in parts), np.zeros_like(parts[0][1].mean))
+    variance = sum(
+        (weight / total * (part.variance + (part.mean - mean) ** 2) for weight, part in parts), np.zeros_like(mean)
+    )
+    return mean, np.sqrt(variance)
+
+
+def make_latent_stats(project: Project) -> Outcome:
+    """Mean, deviation and posterior width by dataset and clip length, over every row committed in the spec in force.
+
+    Batches whose checks have not passed are left out. Raises UpstreamError where none has passed or no row is left.
+    """
+    began = time.perf_counter()
+    root, spec = project.root, spec_in_force(project)
+    taken = [batch for batch in root.batches("clips") if _passed(project, spec, batch)]
+    if not taken:
+        raise UpstreamError(
+            "no batch of 'latents' has passed its checks in the encoding in force: make 'latents' first"
+        )
+    found = _by_dataset(LatentStore(root, spec), taken)
+    if not found:
+        raise UpstreamError(
+            f"no row of {', '.join(taken)} is encoded: no clip was cut, or every one failed; the column 'reason' of "
+            "the media, shots and clips tables says why"
+        )
+    said = {"spec": spec.digest(), "batches": taken, "datasets": {name: _plain(parts) for name, parts in found.items()}}
+    digest = digest_config(said)
+    path = f"{root.pointed('latent_stats', digest)}/stats.json"
+    made = not exists(path)
+    if made:
+        publish_json(path, said)
+    checks = _checks([part for parts in found.values() for part in parts.values()])
+    publish_verdict(f"{root.pointed('latent_stats', digest)}/checks.json", ASSET, checks)
+    if read_latest(root, "latent_stats") != digest:
+        publish_latest(root, "latent_stats", digest)
+    numbers: dict[str, Number] = {}
+    for name, parts in found.items():
+        for length, part in parts.items():
+            numbers[f"{name}_f{length}_rows"] = part.rows
+            if part.posterior_std is not None:  # beside the deviation: what `posterior: sample` would add
+                numbers[f"{name}_f{length}_posterior_std"] = part.posterior_std
+                numbers[f"{name}_f{length}_std"] = float(part.std.mean())
+    rows = sum(part.rows for parts in found.values() for part in parts.values())
+    return Outcome(
+        ASSET, None, made, rows, 0, time.perf_counter() - began, digest=digest, numbers=numbers, checks=checks
+    )
+
+
+def _passed(project: Project, spec: EncodingSpec, batch: str) -> bool:
+    checks = read_checks(project.root.latents_checks(spec.digest(), batch))
+    return checks is not None and checks["passed"]
+
+
+def _by_dataset(store: LatentStore, batches: Sequence[str]) -> dict[str, dict[int, Moments]]:
+    """Moments by dataset and frames, both ascending; the commits of one batch are in memory at a time."""
+    found: dict[tuple[str, int], Moments] = {}
+    for batch in batches:
+        rows = store.commits(batch).filter(pl.col("status") == "ok").sort("frames", "row_id")
+        for group in rows.partition_by("frames", maintain_order=True):
+            key = batch.split(".")[0], int(group["frames"][0])
+            here = moments(group, store.spec)
+            found[key] = united(found[key], here) if key in found else here
+    by_dataset: dict[str, dict[int, Moments]] = {}
+    for dataset, frames in sorted(found):
+        by_dataset.setdefault(dataset, {})[frames] = found[dataset, frames]
+    return by_dataset
+
+
+def _plain(parts: dict[int, Moments]) -> dict[str, Any]:
+    return {
+        f"f{frames}": {
+            "rows": part.rows,
+            "values": part.values,
+            "mean": part.mean.tolist(),
+            "std": part.std.tolist(),
+            "posterior_std": part.posterior_std,
+        }
+        for frames, part in parts.items()
+    }
+
+
+def _checks(parts: list[Moments]) -> tuple[Check, ...]:
+    lowest = min(float(part.std.min()) for part in parts)
+    values, fewest = sum(part.values for part in parts), min(part.values for part in parts)
+    enough = {"values": values, "fewest_of_a_dataset": fewest, "needed": ENOUGH_VALUES}
+    return (
+        Check("std_positive", lowest > 0, {"lowest_std": lowest}),
+        Check("enough_rows", values >= ENOUGH_VALUES, enough),
+    )

@@ -1,0 +1,182 @@
+"""The attentive probe: one learned query looks at all tokens of a frozen encoder, then an MLP and a linear layer.
+
+Holds the probe, its settings and the plain reference. Holds no training (fitting.py), no encoder and no files. The
+protocol is method.md 9 (V-JEPA 2's cross-attention block without its self-attention blocks); the settings for small
+encoders are research demo 5. The query being one vector, `(LN(x) W_k) q` is computed as `LN(x) (W_k q)` and
+`sum_n a_n (LN(x_n) W_v)` as `(sum_n a_n LN(x_n)) W_v`: the tokens are read twice instead of projected twice.
+
+Axes: G seeds, R rates, K = R G probes, B clips of a batch, L tokens of a clip, D width, H heads, E = D / H, Y classes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.strict import Strict
+from nextvid.evaluate.augment import Kind
+
+LN_EPS = 1e-6  # method.md 6.1
+MLP_RATIO = 4  # method.md 9
+SMALL_WIDTH = 512  # design 8: below this, initialisations and settings made for width 1024 fail
+
+
+class ProbeSettings(Strict):
+    """How probes are trained. The defaults are the demo study's (research demo 5)."""
+
+    heads: int = 4
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    weight_decay: float = 0.05
+    warm_up_steps: int = 40
+    clip: float = 1.0
+    epochs: int = 20
+    batch: int = 32
+    init: Literal["xavier", "trunc_normal"] = "xavier"
+    query_std: float = 1.0
+    held_out: float = 0.2  # share of probe-train that chooses the rate
+    augment: Kind = "none"  # how training clips are varied; latents are what their stored views are
+
+
+def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool = False) -> ProbeSettings:
+    """The demo study's settings below width 512; else the public probe's rates and initialisation (method.md 9).
+
+    Encoders of pixels learn their probes on varied clips, of `images` or of videos (design 8).
+    """
+    augment: Kind = "none"
+    if recipe.model.encoder.input == "pixels":
+        augment = "image" if images else "video"
+    if recipe.model.encoder.width < SMALL_WIDTH:
+        return ProbeSettings(epochs=epochs, batch=batch, augment=augment)
+    return ProbeSettings(
+        heads=16,  # Tab. 10
+        rates=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4),  # method.md 9; its weight decays .01 to .8 are fixed at one of them
+        weight_decay=0.1,
+        warm_up_steps=0,
+        epochs=epochs,
+        batch=batch,
+        init="trunc_normal",
+        query_std=0.02,
+        augment=augment,
+    )
+
+
+class Probes(nn.Module):
+    """K = rates x seeds probes, each parameter stacked along a leading axis K (rate-major: a rate is one slice).
+
+    Probes of one seed start equal, so that their rates are compared on one start.
+    """
+
+    query: Tensor
+    ask: Tensor
+    ask_bias: Tensor
+    key: Tensor
+    value: Tensor
+    value_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    mlp_norm_weight: Tensor
+    mlp_norm_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+    last: Tensor
+    last_bias: Tensor
+
+    def __init__(self, width: int, classes: int, settings: ProbeSettings, seeds: Sequence[int]) -> None:
+        super().__init__()
+        if width % settings.heads:
+            raise ValueError(f"width {width} is not a multiple of {settings.heads} probe heads")
+        self.heads, self.seeds, self.rates = settings.heads, len(seeds), len(settings.rates)
+        starts = [_start(width, classes, settings, seed) for seed in seeds]
+        for name in starts[0]:
+            stacked = torch.stack([start[name] for start in starts])
+            self.register_parameter(name, nn.Parameter(repeat(stacked, "g ... -> (r g) ...", r=self.rates).clone()))
+
+    def forward(self, tokens: Float[Tensor, "G B L D"]) -> Float[Tensor, "G R B Y"]:
+        """Logits of every probe; `tokens` are normalised without affine (`normalise`), one batch a seed."""
+        pooled = self._pool(tokens)  # [K, H, B, D]
+        values = einsum(pooled, self._by_head(self.value), "k h b d, k h e d -> k b h e")
+        values = rearrange(values, "k b h e -> k b (h e)") + self.value_bias[:, None]
+        hidden = self.query[:, None] + values  # [K, B, D]
+        hidden = hidden + self._mlp(hidden)
+        logits = torch.baddbmm(self.last_bias[:, None], hidden, rearrange(self.last, "k y d -> k d y"))
+        return rearrange(logits, "(r g) b y -> g r b y", r=self.rates)
+
+    def _pool(self, tokens: Float[Tensor, "G B L D"]) -> Float[Tensor, "K H B D"]:
+        """Tokens weighted by attention, with LN's affine part applied after the sum (the weights add up to one)."""
+        query = einsum(self.ask, self.query, "k d c, k c -> k d") + self.ask_bias
+        query = rearrange(query, "k (h e) -> k h e", h=self.heads)
+        key = einsum(query, self._by_head(self.key), "k h e, k h e d -> k h d")
+        key = key * self.norm_weight[:, None] / math.sqrt(query.shape[-1])
+        key = rearrange(key, "(r g) h d -> g d (r h)", r=self.rates)
+        clips = tokens.shape[1]
+        logits = rearrange(tokens, "g b l d -> g (b l) d") @ key
+        weights = rearrange(logits, "g (b l) q -> (g b) q l", b=clips).softmax(-1)
+        pooled = weights @ rearrange(tokens, "g b l d -> (g b) l d")
+        pooled = rearrange(pooled, "(g b) (r h) d -> (r g) h b d", b=clips, r=self.rates)
+        return pooled * self.norm_weight[:, None, None] + self.norm_bias[:, None, None]
+
+    def _mlp(self, x: Float[Tensor, "K B D"]) -> Float[Tensor, "K B D"]:
+        x = functional.layer_norm(x, x.shape[-1:], eps=LN_EPS) * self.mlp_norm_weight[:, None]
+        x = x + self.mlp_norm_bias[:, None]
+        x = torch.baddbmm(self.up_bias[:, None], x, rearrange(self.up, "k f d -> k d f"))
+        return torch.baddbmm(self.down_bias[:, None], functional.gelu(x), rearrange(self.down, "k d f -> k f d"))
+
+    def _by_head(self, weight: Float[Tensor, "K D D"]) -> Float[Tensor, "K H E D"]:
+        return rearrange(weight, "k (h e) d -> k h e d", h=self.heads)
+
+
+def _start(width: int, classes: int, settings: ProbeSettings, seed: int) -> dict[str, Tensor]:
+    """Parameters of one probe. There is no bias on keys: it moves all logits of a head alike, so softmax drops it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(rows: int, columns: int) -> Tensor:
+        weight = torch.empty(rows, columns)
+        match settings.init:
+            case "xavier":
+                return nn.init.xavier_uniform_(weight, generator=generator)
+            case "trunc_normal":
+                return nn.init.trunc_normal_(weight, std=0.02, generator=generator)  # method.md 9
+
+    hidden = MLP_RATIO * width
+    return {
+        "query": settings.query_std * torch.randn(width, generator=generator),
+        "ask": linear(width, width),
+        "ask_bias": torch.zeros(width),
+        "key": linear(width, width),
+        "value": linear(width, width),
+        "value_bias": torch.zeros(width),
+        "norm_weight": torch.ones(width),
+        "norm_bias": torch.zeros(width),
+        "mlp_norm_weight": torch.ones(width),
+        "mlp_norm_bias": torch.zeros(width),
+        "up": linear(hidden, width),
+        "up_bias": torch.zeros(hidden),
+        "down": linear(width, hidden),
+        "down_bias": torch.zeros(width),
+        "last": linear(classes, width),
+        "last_bias": torch.zeros(classes),
+    }
+
+
+def reference_logits(probes: Probes, probe: int, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B Y"]:
+    """The same probe written out plainly for raw tokens: project keys and values, attend, MLP, linear."""
+    p = {name: parameter[probe] for name, parameter in probes.named_parameters()}
+    width = tokens.shape[-1]
+    x = functional.layer_norm(tokens, (width,), p["norm_weight"], p["norm_bias"], LN_EPS)
+    query = rearrange(functional.linear(p["query"], p["ask"], p["ask_bias"]), "(h e) -> h 1 e", h=probes.heads)
+    key = rearrange(functional.linear(x, p["key"]), "b l (h e) -> b h l e", h=probes.heads)
+    value = rearrange(functional.linear(x, p["value"], p["value_bias"]), "b l (h e) -> b h l e", h=probes.heads)
+    seen = functional.scaled_dot_product_attention(query.expand(len(tokens), -1, -1, -1), key, value)
+    hidden = p["query"] + rearrange(seen, "b h 1 e -> b (h e)")
+    inner = functional.layer_norm(hidden, (width,), p["mlp_norm_weight"], p["mlp_norm_bias"], LN_EPS)
+    inner = functional.gelu(functional.linear(inner, p["up"], p["up_bias"]))
+    hidden = hidden + functional.linear(inner, p["down"], p["down_bias"])
+    return functional.linear(hidden, p["last"], p["last_bias"])

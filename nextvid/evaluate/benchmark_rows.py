@@ -1,0 +1,134 @@
+"""Which clips a benchmark asks about, with their labels, and the digest that freezes the list.
+
+Holds the rules that turn tables into a task: uses, labels by span, splits, duplicates, segments, views, held-out rows.
+Holds no torch and no latents. A clip is asked about if its row is committed in the trainset's encoding spec. Clips
+whose near-duplicates are in a test set were left out of probe-train by `duplicates` (design 4). Every clip that a
+benchmark wanted and did not get is counted under a reason in `left_out`.
+
+A *sample* is what the probe sees at once: the segments of one shot and view, in the order of time (method.md 9).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from nextvid.config.corpus import BenchmarkConfig
+from nextvid.corpus.manifest import with_value
+from storage.digest import digest_config
+from storage.schemas import ProbeRows
+
+_32_BITS = 1 << 32
+SAMPLE = ["shot_id", "label", "view_index"]
+
+
+ROW_COLUMNS = ProbeRows.column_names()
+
+
+@dataclass(frozen=True)
+class BenchmarkRows:
+    """A frozen task.
+
+    `frame` has one row a (sample, segment), sorted by them, with columns sample, segment, clip_group (views of one clip
+    share it), split, held_out, label (its number in `classes`) and the address columns of commits.
+    """
+
+    benchmark: str
+    target: str
+    classes: tuple[str, ...]
+    segments: int
+    frame: pl.DataFrame
+    left_out: Mapping[str, int]
+
+    def digest(self) -> str:
+        """Id of rows, their bytes, labels and splits; not of where they stand in the store."""
+        rows = self.frame.select(pl.col("row_id").bin.encode("hex"), "crc32c", "sample", "segment", "label", "split")
+        listed = [list(row) for row in rows.rows()]
+        return digest_config({"target": self.target, "classes": list(self.classes), "rows": listed})
+
+    def part(self, split: str) -> pl.DataFrame:
+        """Rows of one split."""
+        return self.frame.filter(pl.col("split") == split)
+
+
+def benchmark_rows(
+    name: str,
+    config: BenchmarkConfig,
+    clips: pl.DataFrame,
+    labels: pl.DataFrame,
+    duplicates: pl.DataFrame,
+    commits: pl.DataFrame,
+    limits: Mapping[str, int],
+    held_out: float,
+) -> BenchmarkRows:
+    """Build the task from tables of the schemas Clips, Labels, Duplicates and from `LatentStore.commits`.
+
+    `limits` are the largest numbers of shots by split (`train`, `test`); which ones stay is decided by shot id, that
+    is by a hash. `held_out` is the share of probe-train that chooses heads, by hash of the group, else of the media.
+    """
+    wanted = clips.filter(
+        (pl.col("status") == "ok") & pl.col("uses").list.contains(name) & pl.col("split").is_in(["train", "test"])
+    )
+    labelled = with_value(wanted, labels, config.target)
+    copies = duplicates.filter(pl.col("dropped_from").list.contains("probe_train")).select("shot_id")
+    kept = labelled.filter(pl.col("split") == "test").vstack(
+        labelled.filter(pl.col("split") == "train").join(copies, on="shot_id", how="anti")
+    )
+    addresses = commits.filter(pl.col("status") == "ok").select("row_id", "batch", "part", "shard", "slot", "crc32c")
+    stored = kept.join(addresses, on=["row_id", "batch"]).sort("batch").unique("row_id", keep="first")
+    sampled = _into_samples(stored, config.policy.clips_per_shot)
+    limited = pl.concat(
+        _first_samples(sampled.filter(pl.col("split") == split), limit) for split, limit in limits.items()
+    )
+    classes = tuple(sorted(limited["label"].unique().to_list()))
+    frame = limited.with_columns(
+        label=pl.col("label").replace_strict(list(classes), range(len(classes)), return_dtype=pl.Int64),
+        held_out=pl.Series([_share(key) < held_out for key in _group_keys(limited)], dtype=pl.Boolean),
+        sample=pl.struct("split", *SAMPLE).rank("dense").cast(pl.Int64) - 1,
+        clip_group=pl.struct("split", *SAMPLE[:-1]).rank("dense").cast(pl.Int64) - 1,
+    )
+    left_out = {
+        "unlabelled": wanted.height - labelled.height,
+        "copies_of_test_clips": labelled.height - kept.height,
+        "not_encoded": kept["row_id"].n_unique() - stored.height,
+        "over_the_limit": sampled.height - limited.height,
+    }
+    return BenchmarkRows(
+        name, config.target, classes, config.policy.clips_per_shot, frame.sort("sample", "segment"), left_out
+    )
+
+
+def _into_samples(clips: pl.DataFrame, segments: int) -> pl.DataFrame:
+    """One row a (sample, segment): a shot with fewer clips than segments repeats them in turn."""
+    ordered = clips.sort(*SAMPLE, pl.col("times_us").list.first(), "row_id").group_by(SAMPLE, maintain_order=True)
+    pieces = ordered.agg(pl.all().head(segments), _n=pl.min_horizontal(pl.len(), pl.lit(segments)))
+    turns = pieces.with_columns(segment=pl.lit(list(range(segments)))).explode("segment")
+    columns = [name for name in clips.columns if name not in SAMPLE]
+    return turns.with_columns(pl.col(name).list.get(pl.col("segment") % pl.col("_n")) for name in columns).drop("_n")
+
+
+def _first_samples(rows: pl.DataFrame, limit: int) -> pl.DataFrame:
+    """Rows of the first `limit` shots by id, so that views of a shot stay together."""
+    shots = rows["shot_id"].unique().sort().head(limit)
+    return rows.filter(pl.col("shot_id").is_in(shots.implode()))
+
+
+def _group_keys(rows: pl.DataFrame) -> Sequence[str]:
+    media = rows["media_id"].bin.encode("hex")
+    return [f"group {g}" if g is not None else f"media {m}" for g, m in zip(rows["group"], media, strict=True)]
+
+
+def _share(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int(digest_config(["probe", key])[:8], 16) / _32_BITS
+
+
+def labels_of(rows: pl.DataFrame) -> np.ndarray:
+    """Label of each sample, in order: int64 [N]."""
+    return rows.unique("sample").sort("sample")["label"].to_numpy()
+
+
+def groups_of(rows: pl.DataFrame) -> np.ndarray:
+    """Clip group of each sample, in order: int64 [N]."""
+    return rows.unique("sample").sort("sample")["clip_group"].to_numpy()

@@ -1,0 +1,140 @@
+"""Training attentive probes on frozen features: all seeds and rates side by side, on features that are read once.
+
+Holds the schedule, the optimiser and the scoring. Holds no architecture (attentive.py), no encoder and no files. The
+schedule is method.md 9 and research demo 5. Every probe learns as if alone: its own batches, clipping and moments.
+
+Axes: G seeds, R rates, K = R G probes, N clips, B clips of a batch, L tokens of a clip, D width, Y classes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nextvid.evaluate.attentive import LN_EPS, Probes, ProbeSettings
+
+
+def normalise(tokens: np.ndarray, device: str = "cpu") -> Float[Tensor, "N L D"]:
+    """LN without affine of every token, once for all steps: a float32 copy on the device."""
+    out = torch.empty(tokens.shape, device=device)
+    for first in range(0, len(tokens), 64):  # a piece that stays in cache
+        piece = torch.from_numpy(np.ascontiguousarray(tokens[first : first + 64], dtype=np.float32)).to(device)
+        out[first : first + 64] = functional.layer_norm(piece, piece.shape[-1:], eps=LN_EPS)
+    return out
+
+
+def fit(
+    tokens: Float[Tensor, "N L D"] | Callable[[int], Float[Tensor, "N L D"]],
+    labels: Int[np.ndarray, "N"],
+    classes: int,
+    settings: ProbeSettings,
+    seeds: Sequence[int],
+    progress: Callable[[int, int], None] | None = None,
+) -> Probes:
+    """Train one probe per seed and rate; each seed has its own start and clip order.
+
+    `tokens` come from `normalise`; where clips are varied they are a function of the epoch, asked once for each.
+    """
+    now = tokens(0) if callable(tokens) else tokens
+    device, clips = now.device, len(now)
+    probes = Probes(now.shape[-1], classes, settings, seeds).to(device)
+    answers = torch.from_numpy(labels.astype(np.int64)).to(device)
+    batch = min(settings.batch, clips)
+    an_epoch = clips // batch
+    steps = settings.epochs * an_epoch
+    orders = torch.stack([_order(clips, batch, settings.epochs, seed) for seed in seeds]).to(device)
+    optimiser, views = _optimiser(probes, settings)
+    seen = torch.empty(len(seeds) * batch, *now.shape[1:], device=device)  # reused: no new pages a step
+    for step in range(steps):
+        if callable(tokens) and step and step % an_epoch == 0:
+            now = tokens(step // an_epoch)
+        chosen = orders[:, step]  # [G, B]
+        torch.index_select(now, 0, chosen.flatten(), out=seen)
+        logits = probes(rearrange(seen, "(g b) l d -> g b l d", b=batch))
+        targets = repeat(answers[chosen], "g b -> (g r b)", r=len(settings.rates))
+        losses = functional.cross_entropy(rearrange(logits, "g r b y -> (g r b) y"), targets, reduction="none")
+        probes.zero_grad()
+        (losses.sum() / batch).backward()
+        _clip_each(probes, settings.clip)
+        for view, parameter, rate in views:
+            assert parameter.grad is not None
+            view.grad = parameter.grad.unflatten(0, (-1, len(seeds)))[rate]
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * _share_of_peak(step, steps, settings.warm_up_steps)
+        optimiser.step()
+        if progress is not None:
+            progress(step + 1, steps)
+    return probes
+
+
+@torch.no_grad()
+def accuracies(
+    probes: Probes,
+    tokens: Float[Tensor, "N L D"],
+    labels: Int[np.ndarray, "N"],
+    groups: Int[np.ndarray, "N"] | None = None,
+) -> Float[np.ndarray, "G R"]:
+    """Share of clips answered rightly, by seed and rate.
+
+    Rows of one `groups` value are views of one clip: their softmaxes are averaged and they count once (method.md 9).
+    """
+    logits = [probes(piece.expand(probes.seeds, -1, -1, -1)) for piece in tokens.split(256)]
+    shares = torch.cat(logits, dim=2).softmax(-1).cpu().numpy()  # [G, R, N, Y]
+    if groups is not None:
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        summed = np.zeros((*shares.shape[:2], len(first), shares.shape[-1]), np.float32)
+        for row, where in enumerate(group):
+            summed[:, :, where] += shares[:, :, row]
+        shares, labels = summed, labels[first]
+    right: np.ndarray = (shares.argmax(-1) == labels).mean(-1)
+    return right
+
+
+def _order(clips: int, batch: int, epochs: int, seed: int) -> Int[Tensor, "steps batch"]:
+    """Clip numbers of every step: a new permutation an epoch, whole batches only."""
+    generator = np.random.default_rng([seed, 1])  # 1: another stream than the start's
+    whole = clips // batch * batch
+    epochs_of = [generator.permutation(clips)[:whole].reshape(-1, batch) for _ in range(epochs)]
+    return torch.from_numpy(np.concatenate(epochs_of)) if epochs_of else torch.empty(0, batch, dtype=torch.int64)
+
+
+def _share_of_peak(step: int, steps: int, warm_up: int) -> float:
+    """Linear warm-up, then a cosine to zero (method.md 9; warm-up from research demo 5)."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _optimiser(
+    probes: Probes, settings: ProbeSettings
+) -> tuple[torch.optim.AdamW, list[tuple[Tensor, nn.Parameter, int]]]:
+    """One AdamW over views into the stacked parameters, one group a rate and decay.
+
+    Also the views as (view, parameter, rate), for their gradients. Matrices decay, vectors do not (V-JEPA 2's probe).
+    """
+    views: list[tuple[Tensor, nn.Parameter, int]] = []
+    groups: list[dict[str, object]] = []
+    for rate, peak in enumerate(settings.rates):
+        matrices, vectors = list[Tensor](), list[Tensor]()
+        for parameter in probes.parameters():
+            view = parameter.detach().unflatten(0, (-1, probes.seeds))[rate].requires_grad_()
+            views.append((view, parameter, rate))
+            (matrices if parameter.dim() == 3 else vectors).append(view)
+        groups.append({"params": matrices, "peak": peak, "weight_decay": settings.weight_decay})
+        groups.append({"params": vectors, "peak": peak, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, fused=True), views
+
+
+@torch.no_grad()
+def _clip_each(probes: Probes, limit: float) -> None:
+    """Clip the gradient norm of each probe on its own, so that one rate does not slow another."""
+    gradients = [p.grad for p in probes.parameters() if p.grad is not None]
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()  # [K]
+    scale = (limit / (norms + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch.nn.utils.clip_grad_norm_
+    for gradient in gradients:
+        gradient.mul_(scale.reshape(-1, *[1] * (gradient.dim() - 1)))

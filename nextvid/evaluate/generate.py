@@ -1,0 +1,99 @@
+"""Autoregressive generation: from tubelet 0 alone, one tubelet after the other, each seeing what was generated before.
+
+Every tubelet is encoded once, by the online encoder, whose keys and values are kept
+(nextvid/model/incremental.py). What the encoder reads of a generated tubelet is `ReadBack`: the latents themselves, or
+for encoders of pixels the decoded frames as bytes, as if they had been stored (method.md 11).
+
+Axes: B clips, f frames of a tubelet, F frames generated, C channels of one frame, h and w cells of the grid, S = h w
+cells, n visible cells, i numbers in a token, H and W pixels.
+
+Masked generation: from the visible cells of real tubelets 0..t-1, tubelet t, all t in one pass (teacher forcing).
+
+Holds no files and no pictures. The predictor was trained on exactly this, with the online encoder (method.md 11).
+
+Axes: B clips, N = T*S tokens of whole clips, i numbers in a token, n visible cells, F frames of tubelets 1..T-1,
+C channels of one frame, h and w cells of the grid.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from nextvid.config.recipe import ModelConfig
+from nextvid.model.flow import ODE_STEPS
+from nextvid.model.incremental import Onward
+from nextvid.model.nextvid import NExTVid
+from nextvid.model.tokens import gather_tokens, latent_tokens, pixel_tokens, pixel_values, tube_ids, unstack_target
+
+ReadBack = Callable[[Float[Tensor, "B f C h w"]], Float[Tensor, "B S i"]]
+Decode = Callable[[Float[Tensor, "B f C h w"]], UInt8[Tensor, "B f H W 3"]]
+
+
+@torch.no_grad()
+def generate_onward(
+    model: NExTVid,
+    seed: Float[Tensor, "B S i"],
+    tubelets: int,
+    cells: Int[Tensor, "B n"],
+    generator: torch.Generator,
+    read_back: ReadBack,
+    steps: int = ODE_STEPS,
+) -> Float[Tensor, "B F C h w"]:
+    """Targets of tubelets 1..tubelets-1, normalised as in training; `seed` are the encoder's tokens of tubelet 0.
+
+    `cells` are what the encoder sees of every tubelet, ascending: all of them, or fewer, since more context than in
+    training is a shift too (method.md 11).
+    """
+    config = model.recipe.model
+    assert seed.shape[1] == config.cells, f"the seed is one tubelet, {config.cells} tokens"
+    onward, tokens, generated = Onward(model), seed, []
+    for known in range(1, tubelets):
+        seen = onward.predict(gather_tokens(tokens, cells), cells)
+        following = unstack_target(model.sample(seen, steps, generator), config.tubelet, config.grid_height)
+        generated.append(following)
+        if known < tubelets - 1:
+            tokens = read_back(following)
+    return torch.cat(generated, dim=1)
+
+
+def reads_latents(model: ModelConfig) -> ReadBack:
+    """The encoder reads the generated latents themselves."""
+    return partial(latent_tokens, tubelet=model.tubelet)
+
+
+def reads_pixels(model: ModelConfig, decode: Decode) -> ReadBack:
+    """The encoder reads frames that `decode` makes of the generated targets."""
+
+    def read_back(latents: Tensor) -> Tensor:
+        return pixel_tokens(pixel_values(decode(latents)), model.patch, model.tubelet)
+
+    return read_back
+
+
+def random_tube(cells: int, share: float, clips: int, generator: torch.Generator) -> Int[Tensor, "B n"]:
+    """A share of the cells, the same in every tubelet, another choice for each clip; ascending, at least one."""
+    kept = max(1, round(share * cells))
+    order = torch.rand(clips, cells, generator=generator, device=generator.device).argsort(dim=1)
+    return order[:, :kept].sort(dim=1).values
+
+
+@torch.no_grad()
+def generate_masked(
+    model: NExTVid,
+    tokens: Float[Tensor, "B N i"],
+    cells: Int[Tensor, "B n"],
+    generator: torch.Generator,
+    steps: int = ODE_STEPS,
+) -> Float[Tensor, "B F C h w"]:
+    """Targets of tubelets 1..T-1, normalised as in training; `tokens` are the encoder's of whole clips.
+
+    `cells` are visible, ascending, the same in every tubelet. `steps=1` is the one-step mean h0 + v at tau 0.
+    """
+    config = model.recipe.model
+    before = tokens.shape[1] // config.cells - 1
+    ids = tube_ids(cells, before, config.cells)
+    seen = model.condition(gather_tokens(tokens, ids), ids, before)
+    return unstack_target(model.sample(seen, steps, generator), config.tubelet, config.grid_height)

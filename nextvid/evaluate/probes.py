@@ -1,0 +1,305 @@
+"""The asset `probes`: one run on one benchmark, its accuracies beside its own random initialisation, as score.json.
+
+Holds the order of the work and what is written: rows.parquet (who was asked), features.npz (mean-pooled test features,
+for pictures), score.json last. The row list, labels, protocol and seeds are frozen under the digest in the path; where
+score.json stands, nothing is computed again. Architecture and training of heads are attentive.py and fitting.py.
+
+Axes: N samples, L tokens, D width, Y classes.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from torch import Tensor
+
+from nextvid.config.corpus import BenchmarkConfig, Project
+from nextvid.config.recipe import RecipeConfig
+from nextvid.evaluate import neighbours
+from nextvid.evaluate.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
+from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, groups_of, labels_of
+from nextvid.evaluate.encoders import ENCODERS, Trained, load_trained
+from nextvid.evaluate.features import LatentSource, Source, features
+from nextvid.evaluate.fitting import accuracies, fit, normalise
+from nextvid.evaluate.pixel_source import Augmented, PixelSource
+from nextvid.machine import device_of
+from nextvid.making.outcome import Outcome
+from nextvid.making.publishing import read_latest
+from nextvid.model.encoder import Encoder
+from nextvid.train.run import Run, find_run
+from nextvid.trainset.pixels import open_pixels
+from nextvid.trainset.trainset import Trainset
+from storage import atomic, tables
+from storage.digest import digest_config
+from storage.errors import ConfigError, UpstreamError
+from storage.latents import LatentStore
+from storage.pixels import PixelSpec, PixelStore
+from storage.root import DataRoot
+from storage.schemas import Clips, Duplicates, Labels, ProbeRows
+
+SMALL_LIMITS = {"train": 1000, "test": 1000}  # clips; research demo, part 2: 1000 and 1000 resolve 3 points
+FEATURE_BYTES = 16 << 30  # our bound on features in memory; larger encoders are probed on as many clips as fit
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that decides a score, before anything is computed."""
+
+    run: Run
+    trainset: Trainset
+    config: BenchmarkConfig
+    settings: ProbeSettings
+    rows: BenchmarkRows
+    pixels: PixelSpec | None = None  # what the encoder reads, where it reads no latents
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the heads."""
+        return list(range(self.config.seeds))
+
+    def digest(self) -> str:
+        """Id of rows, labels, protocol and seeds."""
+        same: set[str] = {"augment"} if self.settings.augment == "none" else set()  # as before there was another
+        return digest_config(
+            {
+                "rows": self.rows.digest(),
+                "benchmark": self.config.model_dump(mode="json"),
+                "settings": self.settings.model_dump(mode="json", exclude=same),
+                "neighbours": neighbours.NEIGHBOURS,
+            }
+        )
+
+
+def make_probes(
+    project: Project,
+    recipe: str,
+    benchmark: str,
+    run: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Score a run's EMA, online and random-init encoders on a benchmark, unless score.json stands.
+
+    Raises ConfigError for an unknown benchmark, UpstreamError where run, rows or labels are missing.
+    """
+    started = time.perf_counter()
+    task = plan_task(project, recipe, benchmark, run)
+    folder = project.root.probe(recipe, task.run.id, benchmark, task.digest())
+    path = f"{folder}/score.json"
+    made = not atomic.exists(path)
+    if made:
+        _score(project, task, folder, progress, started)
+    score = atomic.read_json(path)
+    numbers: dict[str, float | str] = {"run": task.run.id, "trainset": task.run.trainset}
+    for name, found in score["encoders"].items():
+        numbers |= {f"{name}_accuracy": found["accuracy"], f"{name}_knn": found["knn"]}
+    return Outcome(
+        asset="probes",
+        partition=f"{recipe}|{benchmark}",
+        made=made,
+        rows=score["clips"]["test"],
+        size_bytes=len(atomic.read_bytes(path)),
+        seconds=time.perf_counter() - started,
+        digest=task.digest(),
+        numbers=numbers,
+    )
+
+
+def plan_task(project: Project, recipe: str, benchmark: str, run: str | None = None) -> Task:
+    """Rows, labels, protocol and seeds of one score, from tables alone."""
+    config = project.corpus.benchmarks.get(benchmark)
+    if config is None:
+        known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
+        raise ConfigError(f"there is no benchmark '{benchmark}' in {project.path}; known: {known}")
+    found = find_run(project, recipe, run)
+    trainset = Trainset.open(project.root, found.trainset)
+    settings = probe_settings(found.recipe, config.epochs, config.batch, images=config.policy.frames == 1)
+    pixels = _pixels(project.root, found, trainset)
+    store = LatentStore(project.root, trainset.spec) if pixels is None else PixelStore(project.root, pixels)
+    rows = _rows(store, benchmark, config, settings, _limits(found.recipe, config, settings))
+    for split in ("train", "test"):
+        if rows.part(split).is_empty():
+            raise UpstreamError(
+                f"benchmark '{benchmark}' has no encoded {split} clip with a label '{config.target}' "
+                f"(left out: {dict(rows.left_out)}): check the labels and splits of {', '.join(config.datasets)}"
+            )
+    return Task(found, trainset, config, settings, rows, pixels)
+
+
+def _pixels(root: DataRoot, run: Run, trainset: Trainset) -> PixelSpec | None:
+    """The spec of the pixels that the run's encoder reads; None where it reads latents."""
+    if run.recipe.model.encoder.input == "latents":
+        return None
+    assert run.pixels is not None, f"run {run.id} reads pixels and names none"
+    return open_pixels(root, trainset, run.pixels).spec
+
+
+def _rows(
+    store: LatentStore | PixelStore,
+    name: str,
+    config: BenchmarkConfig,
+    settings: ProbeSettings,
+    limits: Mapping[str, int],
+) -> BenchmarkRows:
+    """The benchmark's rows from the tables of its datasets and the commits of what the encoder reads."""
+    root = store.root
+    batches = [batch for batch in root.batches("clips") if batch.rsplit(".", 1)[0] in config.datasets]
+    if not batches:
+        raise UpstreamError(f"benchmark '{name}': no clips of {', '.join(config.datasets)} yet; make 'latents' first")
+    commits = pl.concat([store.commits(batch) for batch in batches])
+    clips = tables.read_tables(root, "clips", batches, Clips)
+    labels = tables.read_tables(root, "labels", batches, Labels)
+    digest = read_latest(root, "duplicates")
+    if digest is None:
+        raise UpstreamError(f"benchmark '{name}': near-duplicates are not known; make 'duplicates' first")
+    duplicates = tables.read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
+    return benchmark_rows(name, config, clips, labels, duplicates, commits, limits, settings.held_out)
+
+
+def _limits(recipe: RecipeConfig, config: BenchmarkConfig, settings: ProbeSettings) -> dict[str, int]:
+    """Largest numbers of shots: the study's for small encoders, else what fits in memory beside its normalised copy,
+    and beside an epoch's and its copy where clips are varied.
+    """
+    if recipe.model.encoder.width < SMALL_WIDTH:
+        return dict(SMALL_LIMITS)
+    frames = config.policy.frames if config.policy.frames > 1 else recipe.clip_lengths[0]
+    tokens = frames // recipe.model.tubelet * recipe.model.cells * config.policy.clips_per_shot * config.policy.views
+    copies = 2 if settings.augment == "none" else 4
+    fitting = FEATURE_BYTES // (copies * 4 * tokens * recipe.model.encoder.width)
+    return {"train": fitting * 3 // 4, "test": fitting // 4}
+
+
+def _score(
+    project: Project, task: Task, folder: str, progress: Callable[[int, int], None] | None, started: float
+) -> None:
+    """Compute and publish: the rows, pooled test features, then score.json."""
+    device = device_of(project.corpus.encoding.device)
+    trained = load_trained(task.run, device)
+    policy, recipe = task.config.policy, task.run.recipe
+    frames = policy.frames if policy.frames > 1 else recipe.clip_lengths[0]
+    batches = task.rows.frame["batch"].unique().sort().to_list()
+    source: Source = (
+        LatentSource(project.root, task.trainset, recipe, batches, frames)
+        if task.pixels is None
+        else PixelSource(project.root, task.pixels, recipe, batches, frames)
+    )
+    scores: dict[str, Any] = {}
+    pooled: dict[str, np.ndarray] = {}
+    try:
+        for number, name in enumerate(ENCODERS):
+            parts = {
+                split: features(
+                    trained.encoder(name), recipe, source, task.rows.part(split), task.rows.segments, device
+                )
+                for split in ("train", "test")
+            }
+            varied = _varied(trained.encoder(name), task, source, device)
+            scores[name] = score_encoder(parts["train"], parts["test"], task, device, varied)
+            pooled[name] = parts["test"].mean(axis=1)
+            if progress is not None:
+                progress(number + 1, len(ENCODERS))
+    finally:
+        source.close()
+    tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
+    buffer = io.BytesIO()
+    np.savez(buffer, labels=labels_of(task.rows.part("test")), **pooled)  # type: ignore[arg-type]
+    atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
+    atomic.publish_json(f"{folder}/score.json", _described(task, trained, scores, time.perf_counter() - started))
+
+
+def _varied(encoder: Encoder, task: Task, source: Source, device: str) -> Callable[[int], np.ndarray] | None:
+    """Features of an epoch of the clips that heads learn from; None where they are the same in each."""
+    if not isinstance(source, PixelSource):
+        return None
+    settings, train = task.settings, task.rows.part("train")
+    rows = train.filter(~pl.col("held_out"))
+
+    def of_epoch(epoch: int) -> np.ndarray:
+        clips = Augmented(source, settings.augment, task.seeds[0], epoch)
+        return features(encoder, task.run.recipe, clips, rows, task.rows.segments, device)
+
+    return of_epoch
+
+
+def score_encoder(
+    train: np.ndarray,
+    test: np.ndarray,
+    task: Task,
+    device: str = "cpu",
+    varied: Callable[[int], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Attentive-probe and k-NN accuracy of features [N, L, D]. `varied`: what heads learn from in each epoch instead.
+
+    Heads train on the part of probe-train that is not held out; the held-out part chooses one rate for all seeds, by
+    their mean. Test clips are looked at once, with that rate. Without held-out clips the first rate stands.
+    """
+    rows = task.rows
+    labels, held = labels_of(rows.part("train")), _held_out(rows.part("train"))
+    answers, groups = labels_of(rows.part("test")), groups_of(rows.part("test"))
+    chosen = normalise(train[held], device)
+    learnt = normalise(train[~held], device) if varied is None else _normalised(varied, device)
+    probes = fit(learnt, labels[~held], len(rows.classes), task.settings, task.seeds)
+    by_rate = accuracies(probes, chosen, labels[held]).mean(axis=0) if held.any() else np.zeros(1)
+    rate = int(by_rate.argmax())
+    by_seed = accuracies(probes, normalise(test, device), answers, groups)[:, rate]
+    clips = len(np.unique(groups))
+    nearest = neighbours.accuracy(train.mean(axis=1), labels, test.mean(axis=1), answers)
+    return {
+        "accuracy": float(by_seed.mean()),
+        "standard_error": standard_error(float(by_seed.mean()), clips),
+        "by_seed": [float(value) for value in by_seed],
+        "rate": task.settings.rates[rate],
+        "held_out_by_rate": [float(value) for value in by_rate],
+        "knn": nearest,
+        "knn_standard_error": standard_error(nearest, len(answers)),
+    }
+
+
+def _normalised(varied: Callable[[int], np.ndarray], device: str) -> Callable[[int], Tensor]:
+    return lambda epoch: normalise(varied(epoch), device)
+
+
+def standard_error(accuracy: float, clips: int) -> float:
+    """Binomial standard error of an accuracy on so many test clips; seeds of heads share the clips and add none."""
+    return math.sqrt(accuracy * (1 - accuracy) / clips)
+
+
+def _held_out(rows: pl.DataFrame) -> np.ndarray:
+    held: np.ndarray = rows.unique("sample").sort("sample")["held_out"].to_numpy()
+    return held
+
+
+def _described(task: Task, trained: Trained, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    rows, train, test = task.rows, task.rows.part("train"), task.rows.part("test")
+    answers = labels_of(test)
+    return {
+        "recipe": task.run.recipe.name,
+        "run": task.run.id,
+        "checkpoint": trained.checkpoint.name,
+        "trainset": task.run.trainset,
+        "mask_plan": task.run.mask_plan,
+        "encoding_spec": task.trainset.spec.digest(),
+        "pixel_spec": None if task.pixels is None else task.pixels.digest(),
+        "benchmark": rows.benchmark,
+        "datasets": list(task.config.datasets),
+        "target": rows.target,
+        "classes": list(rows.classes),
+        "rows": rows.digest(),
+        "seeds": task.seeds,
+        "settings": task.settings.model_dump(mode="json"),
+        "neighbours": neighbours.NEIGHBOURS,
+        "clips": {
+            "train": int(train["sample"].n_unique()),
+            "held_out": int(train.filter(pl.col("held_out"))["sample"].n_unique()),
+            "test": int(test["clip_group"].n_unique()),
+        },
+        "segments": rows.segments,
+        "left_out": dict(rows.left_out),
+        "chance": float(np.bincount(answers).max() / len(answers)),
+        "encoders": dict(scores),
+        "seconds": round(seconds, 3),
+    }

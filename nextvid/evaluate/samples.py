@@ -1,0 +1,191 @@
+"""The asset `samples`: generated next frames of a run as pictures, with PSNR beside what copying would give.
+
+Writes masked.png, autoregressive.png and, last, samples.json; where that stands, nothing is made again. Generation is
+masked.py and autoregressive.py, clips and numbers are scene.py. Holds which ways to generate are shown.
+
+Axes: B clips, S cells, n visible cells.
+"""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from nextvid.config.corpus import Project
+from nextvid.encode.frames import Decoding
+from nextvid.evaluate.encoders import load_trained
+from nextvid.evaluate.filmstrips import Strip, filmstrips, hide
+from nextvid.evaluate.generate import generate_masked, generate_onward, random_tube, reads_latents, reads_pixels
+from nextvid.evaluate.scene import Generated, Scene, compared, open_scene
+from nextvid.machine import device_of
+from nextvid.making.outcome import Outcome
+from nextvid.model.flow import ODE_STEPS
+from nextvid.model.nextvid import NExTVid
+from nextvid.train.run import Run, find_run
+from nextvid.trainset.mask_plan import grid_of, open_mask_plan
+from nextvid.trainset.trainset import Trainset
+from storage import atomic
+from storage.errors import RefusedError
+from storage.schemas import Clips
+
+SHOWN = 3  # clips in a picture
+FADE = 4  # how much fainter the given tubelet is drawn
+SEED = 0  # of the noise that generation starts from
+QUARTER = 0.25  # of the cells, at random: nearer to training than all of them (method.md 11)
+MASK_ENTRY = 0  # whose visible cells are shown: the plan's first
+
+
+def make_samples(project: Project, recipe: str, run: str | None = None) -> Outcome:
+    """Generate next frames of test clips (of any, where none is encoded), unless samples.json stands.
+
+    Raises UpstreamError where no clip is encoded, RefusedError where the autoencoder is another one.
+    """
+    started = time.perf_counter()
+    found = find_run(project, recipe, run)
+    if found.recipe.losses.flow <= 0:
+        raise RefusedError(f"recipe {recipe} trains no decoder (flow weight 0): it generates nothing")
+    folder = project.root.samples(recipe, found.id)
+    made = not atomic.exists(f"{folder}/samples.json")
+    if made:
+        _make(project, found, folder)
+    said = atomic.read_json(f"{folder}/samples.json")
+    numbers = {
+        f"{kind}_{name}_psnr_db": v["psnr_db"]
+        for kind in ("masked", "autoregressive")
+        for name, v in said[kind].items()
+    }
+    pictures = {name: f"{folder}/{name}.png" for name in ("masked", "autoregressive")}
+    return Outcome(
+        asset="samples",
+        partition=recipe,
+        made=made,
+        rows=len(said["clips"]),
+        size_bytes=sum(len(atomic.read_bytes(path)) for path in pictures.values()),
+        seconds=time.perf_counter() - started,
+        numbers={"run": found.id, **numbers},
+        pictures=pictures,
+    )
+
+
+def _make(project: Project, run: Run, folder: str) -> None:
+    trainset = Trainset.open(project.root, run.trainset)
+    device = device_of(project.corpus.encoding.device)
+    scene = open_scene(project, run, trainset, device)
+    model = load_trained(run, device).model
+    visible = _visible(project, run)
+    masked = {name: _masked(model, scene, bits, device) for name, bits in visible.items()}
+    onward = {name: _onward(model, scene, cells, device) for name, cells in _seen(scene, visible, device).items()}
+    sources = _sources(project, trainset, scene.rows.head(SHOWN))
+    atomic.publish_bytes(f"{folder}/masked.png", _picture(scene, sources, masked, visible, run))
+    atomic.publish_bytes(f"{folder}/autoregressive.png", _picture(scene, sources, onward, {}, run))
+    atomic.publish_json(
+        f"{folder}/samples.json",
+        {
+            "recipe": run.recipe.name,
+            "run": run.id,
+            "trainset": run.trainset,
+            "mask_plan": run.mask_plan,
+            "autoencoder": trainset.spec.autoencoder,
+            "ode_steps": ODE_STEPS,
+            "seed": SEED,
+            "clips": _listed(scene.rows),
+            "masked": {name: found.numbers for name, found in masked.items()},
+            "autoregressive": {name: found.numbers for name, found in onward.items()},
+        },
+    )
+    scene.source.close()
+
+
+def _listed(rows: pl.DataFrame) -> list[dict[str, str]]:
+    return [
+        {"row": row["row_id"].hex(), "media": row["media_id"].hex(), "uri": row["uri"], "split": row["split"]}
+        for row in rows.iter_rows(named=True)
+    ]
+
+
+def _visible(project: Project, run: Run) -> dict[str, np.ndarray]:
+    """Visible cells of one entry of each strategy, [S] bool; everything for the recipe without masks."""
+    masks, grid = run.recipe.masks, grid_of(run.recipe.model)
+    if masks.keep == "all":
+        return {"all": np.ones(run.recipe.model.cells, bool)}
+    plan = open_mask_plan(project.root, masks, grid)
+    bits = plan.kept or plan.raw
+    if not bits:
+        raise RefusedError(f"masks of kind '{masks.keep}' have no drawn entries to show")
+    return {name: found[MASK_ENTRY] for name, found in bits.items()}
+
+
+def _seen(scene: Scene, visible: Mapping[str, np.ndarray], device: str) -> dict[str, Tensor]:
+    """Cells that the encoder sees of every tubelet in autoregressive generation, [B, n] each (method.md 11)."""
+    clips, cells = len(scene.truth), scene.recipe.model.cells
+    found = {"all_cells": _cells(np.ones(cells, bool), clips, device)}
+    found["quarter_of_cells"] = random_tube(cells, QUARTER, clips, _noise(device))
+    if scene.recipe.masks.keep != "all":
+        found["training_cells"] = _cells(next(iter(visible.values())), clips, device)
+    return found
+
+
+def _masked(model: NExTVid, scene: Scene, visible: np.ndarray, device: str) -> Generated:
+    """Teacher forcing; copying repeats the last true frame before each tubelet."""
+    cells, tubelet = _cells(visible, len(scene.truth), device), model.recipe.model.tubelet
+    generated, mean = (generate_masked(model, scene.tokens(), cells, _noise(device), steps) for steps in (ODE_STEPS, 1))
+    before = np.arange(scene.truth.shape[1]) // tubelet * tubelet - 1
+    return compared(scene, generated, mean, before.clip(0))
+
+
+def _onward(model: NExTVid, scene: Scene, cells: Tensor, device: str) -> Generated:
+    """From the first tubelet on; copying repeats the seed's last frame to the end."""
+    config, frames = model.recipe.model, scene.truth.shape[1]
+    seed, count = scene.tokens()[:, : config.cells], frames // config.tubelet
+    read_back = reads_latents(config) if config.encoder.input == "latents" else reads_pixels(config, scene.decode)
+    generated, mean = (
+        generate_onward(model, seed, count, cells, _noise(device), read_back, steps) for steps in (ODE_STEPS, 1)
+    )
+    return compared(scene, generated, mean, np.full(frames, config.tubelet - 1))
+
+
+def _sources(project: Project, trainset: Trainset, rows: pl.DataFrame) -> list[Strip]:
+    """The files' own frames, decoded again; an empty strip with the reason where a file is gone."""
+    with Decoding(1) as decoding:
+        seen = decoding.start(rows.select(Clips.column_names()), trainset.spec.resolution).collect()
+    found = [seen[row] for row in rows["row_id"]]
+    return [Strip("source" if s.frames is not None else f"source:\n{s.reason}", s.frames) for s in found]
+
+
+def _picture(
+    scene: Scene,
+    sources: list[Strip],
+    generated: Mapping[str, Generated],
+    visible: Mapping[str, np.ndarray],
+    run: Run,
+) -> bytes:
+    """Source, reconstruction, and for each way to generate its input (where cells are hidden) and its frames.
+
+    The first tubelet is given, not generated: it is faded.
+    """
+    given = run.recipe.model.tubelet
+    clips = []
+    for index, source in enumerate(sources):
+        strips = [source, Strip("reconstruction", scene.truth[index])]
+        for name, found in generated.items():
+            if name in visible:
+                hidden = hide(scene.truth[index], visible[name], grid_of(run.recipe.model))
+                strips.append(Strip(f"input,\n{name} mask", hidden))
+            label = "generated" if name in visible else f"from tubelet 0,\n{name.replace('_', ' ')}"
+            faded = found.frames[index].copy()
+            faded[:given] = 255 - (255 - faded[:given]) // FADE
+            strips.append(Strip(label, faded))
+        clips.append(strips)
+    return filmstrips(clips)
+
+
+def _cells(visible: np.ndarray, clips: int, device: str) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(visible)).to(device).expand(clips, -1)
+
+
+def _noise(device: str) -> torch.Generator:
+    """The same noise for everything that is compared."""
+    return torch.Generator(device).manual_seed(SEED)

@@ -1,0 +1,1 @@
+"""What all makers share: outcomes, batches, publication of results, progress."""

@@ -1,0 +1,25 @@
+"""One style for all drawings: ink, colours, resolution, PNG bytes."""
+
+import io
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#808893"  # between black and white paper
+COLOURS = ("#3b82c4", "#d9822b", "#2f9e77", "#a866c9", "#c9504f", "#8a8f2d")
+DPI = 110
+
+
+def png(figure: Figure) -> bytes:
+    """PNG bytes of a figure, without a background."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, transparent=True)
+    return buffer.getvalue()
+
+
+def quiet(axes: Axes, title: str) -> None:
+    """Grey ink, no box, title to the left."""
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8)

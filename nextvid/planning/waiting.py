@@ -1,0 +1,177 @@
+"""Why a batch asks for a run: what is missing, outdated, failed or quarantined, read from files alone.
+
+Used by the sensor, the nightly schedule and scripts. Holds no listing and makes nothing. The makers record what they
+were made from in the numbers of their checks: `listing` for media, `curation` for clips.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import polars as pl
+
+from nextvid.config.accepted import accepted, pixels_digest, standing
+from nextvid.config.corpus import Project
+from nextvid.corpus.batches import dataset_of
+from nextvid.corpus.labels import label_digests
+from nextvid.corpus.sources import batch_fingerprint, known_sources
+from nextvid.encode.plan import encoding_spec, pixel_spec, plan_encode, plan_pixels
+from storage.latents import EncodingSpec, LatentStore
+from storage.pixels import PixelSpec, PixelStore
+from storage.remote import at_once
+from storage.root import Table
+from storage.schemas import Media, Shots
+from storage.tables import read_checks, read_table, seal
+
+T = TypeVar("T")
+TABLES: tuple[Table, ...] = ("media", "shots", "clips")
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What batches are held against, read once for all of them: what is in force, not what corpus.yaml asks for."""
+
+    project: Project
+    spec: EncodingSpec
+    pixels: PixelSpec | None
+    curation: Mapping[str, str]  # digest by dataset
+    labels: Mapping[str, Sequence[str]]  # digests of label files by dataset
+
+    def listing(self, batch: str) -> str:
+        """The fingerprint of a batch's listing and label files."""
+        labels = self.labels[dataset_of(batch)]
+        table = self.project.root.table("sources", batch)
+        return _remembered([table], ("listing", *labels), lambda: batch_fingerprint(self.project, batch, labels))
+
+    def not_encoded(self, batch: str) -> int:
+        """How many rows that the batch's clips want have no latents."""
+        store = LatentStore(self.project.root, self.spec)
+        return self._missing(batch, store, lambda: plan_encode(self.project, batch, self.spec).rows)
+
+    def without_pixels(self, batch: str) -> int:
+        """How many rows have no pixels, where pixels are kept."""
+        if (spec := self.pixels) is None:
+            return 0
+        store = PixelStore(self.project.root, spec)
+        return self._missing(batch, store, lambda: plan_pixels(self.project, batch, spec).rows)
+
+    def _missing(self, batch: str, store: LatentStore | PixelStore, rows: Callable[[], pl.DataFrame]) -> int:
+        tables = [self.project.root.table("clips", batch), *store.table_paths(batch)]
+        return _remembered(tables, (store.noun, store.digest), lambda: rows().height)
+
+    def key(self, batch: str) -> str:
+        """The same batch, listing, curation, encoding and pixels have the same key."""
+        made_by = (
+            self.curation[dataset_of(batch)],
+            self.spec.digest(),
+            pixels_digest(self.project.corpus.encoding.pixels),
+        )
+        return ":".join(filter(None, [batch, self.listing(batch), *made_by]))
+
+
+def standard(project: Project) -> Standard:
+    """The project's standard now."""
+    stands, on = accepted(project), standing(project)
+    # whether or not its autoencoder is still at hand: what is missing can be said without
+    spec = LatentStore.open(project.root, stands.encoding).spec if stands else encoding_spec(project)
+    datasets = on.corpus.datasets
+    return Standard(
+        on,
+        spec,
+        pixel_spec(on, spec),
+        {name: on.corpus.curation_digest(name) for name in datasets},
+        {name: label_digests(dataset.labels) for name, dataset in datasets.items()},
+    )
+
+
+def waiting(project: Project, *, retry: bool = False) -> dict[str, str]:
+    """Batches that ask for a run, each with the key of what it asks for.
+
+    With `retry` those too that hold quarantined files, whose state may have changed. A batch whose dataset corpus.yaml
+    names no longer asks for nothing: see `left_behind`.
+    """
+    against = standard(project)
+    named = [batch for batch in project.root.batches() if dataset_of(batch) in project.corpus.datasets]
+    found = at_once(
+        project.root.url,
+        lambda batch: bool(unfinished(against, batch) or (retry and quarantined(project, batch))),
+        named,
+    )
+    return {batch: against.key(batch) for batch, asks in zip(named, found, strict=True) if asks}
+
+
+def left_behind(project: Project) -> list[str]:
+    """One line for each dataset that has batches and is not in corpus.yaml any more."""
+    batches = [dataset_of(batch) for batch in project.root.batches()]
+    lines = []
+    for name in sorted(set(batches) - set(project.corpus.datasets)):
+        line = f"dataset {name} is not in {project.path} any more: its {batches.count(name)} batches stay as they are, "
+        line += "join no new trainset and are not listed; runs that used them can still be traced"
+        uri = known_sources(project, name)["uri"][0]
+        if heirs := [new for new, d in project.corpus.datasets.items() if uri.startswith(d.uri.rstrip("/") + "/")]:
+            line += f". Its files are listed as {heirs[0]} now: call that {name} again, or all of it is made anew"
+        lines.append(line)
+    return lines
+
+
+def unfinished(against: Standard, batch: str) -> tuple[str, ...]:
+    """Reasons to run the batch again; none means that a run would change nothing, but perhaps what is quarantined."""
+    root = against.project.root
+    verdicts: dict[str, dict[str, Any] | None] = {noun: read_checks(root.checks(noun, batch)) for noun in TABLES}
+    verdicts["latents"] = read_checks(root.latents_checks(against.spec.digest(), batch))
+    reasons = [f"{noun} was never made" for noun, found in verdicts.items() if found is None]
+    if reasons:
+        return tuple(reasons)
+    reasons += [f"{noun} failed its checks" for noun, found in verdicts.items() if found and not found["passed"]]
+    if _recorded(verdicts["media"], "listing") != against.listing(batch):
+        reasons.append("the listing or a label file changed")
+    if _recorded(verdicts["clips"], "curation") != against.curation[dataset_of(batch)]:
+        reasons.append("the curation changed")
+    if not reasons and (missing := against.not_encoded(batch)):
+        reasons.append(f"{missing} rows are not encoded")
+    if not reasons and (missing := against.without_pixels(batch)):
+        reasons.append(f"{missing} rows have no pixels")
+    return tuple(reasons)
+
+
+_KNOWN: dict[tuple[str, ...], tuple[tuple[int, ...], Any]] = {}
+
+
+def _remembered(tables: list[str], what: tuple[str, ...], reckon: Callable[[], T]) -> T:
+    """What was reckoned from these tables, while each still has the seal that it had then.
+
+    A tick finds next to nothing changed, and reading a table costs many times what checking its seal does. What is kept
+    is one number or digest a batch, and no table.
+    """
+    about = (*what, tables[0])  # the first is the batch's own
+    seals = tuple(hash((path, seal(path))) for path in tables)
+    known = _KNOWN.get(about)
+    if known is None or known[0] != seals:
+        known = _KNOWN[about] = (seals, reckon())
+    found: T = known[1]
+    return found
+
+
+def curation_of(project: Project, batch: str) -> str | None:
+    """Digest of the curation that the batch's clips were cut by; None where they were not made."""
+    found: str | None = _recorded(read_checks(project.root.checks("clips", batch)), "curation")
+    return found
+
+
+def _recorded(verdict: dict[str, Any] | None, name: str) -> Any:  # noqa: ANN401 - JSON is Any
+    """A number of any of the checks in a verdict; None where none holds it."""
+    checks = verdict["checks"] if verdict else []
+    return next((check["numbers"][name] for check in checks if name in check.get("numbers", {})), None)
+
+
+def quarantined(project: Project, batch: str) -> tuple[str, ...]:
+    """What could not be read when the batch was made, and is tried again every night."""
+    found = []
+    if read_checks(project.root.checks("shots", batch)) is None:
+        return ()
+    media = read_table(project.root.table("media", batch), Media)
+    shots = read_table(project.root.table("shots", batch), Shots)
+    for noun, table in (("files", media), ("first passes", shots)):
+        if rows := table.filter(pl.col("status") == "quarantined").height:
+            found.append(f"{rows} {noun} are quarantined")
+    return tuple(found)

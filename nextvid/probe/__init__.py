@@ -1,1 +1,0 @@
-"""Frozen features to accuracies: features, attentive probe, nearest neighbours."""

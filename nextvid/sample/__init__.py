@@ -1,1 +1,0 @@
-"""Generated next frames: masked and autoregressive."""

@@ -1,0 +1,322 @@
+"""Runs from outside: prepare one, start torchrun as a child, end it, and judge what it left on disk.
+
+Used by the command line and, through `prepare_run` and `finish_run`, by the asset. Holds no training: everything below
+torchrun happens in other processes. torch is not imported until a checkpoint is verified.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nextvid.config.corpus import Project
+from nextvid.config.overrides import apply_overrides
+from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipes import recipe as recipe_by_name
+from nextvid.machine import available_cores, launcher_id, leased
+from nextvid.making.outcome import Check, Number, Outcome
+from nextvid.making.publishing import read_latest
+from nextvid.train import checkpoint
+from nextvid.train.events import Event, read_events
+from nextvid.train.run import Run, open_run, plan_run, write_run
+from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
+from nextvid.trainset.order import refuse_unfit
+from nextvid.trainset.pixels import freeze_pixels
+from nextvid.trainset.trainset import Trainset
+from storage import atomic, tables
+from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
+
+GRACE_S = 8.0  # design 4: a cancelled group is gone within 10 s; what is left of it is killed after this
+LOG = "trainer.log"
+STDERR = 2  # progress is not what a command prints: stdout stays free for it
+# research: demo (5), "Time": 4.04 -> 3.30 s for 11 steps, by keeping freed pages. How threads wait is left to the user:
+# for `demo` on 2 cores spinning takes 0.18 s a step and OMP_WAIT_POLICY=PASSIVE 0.25 to 0.31; beside other programs
+# (load 5) PASSIVE takes 0.6 to 0.9, one thread 0.4, and spinning did not end 36 steps in 60 s.
+CPU_VARIABLES = {
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that can be started: `command` and `env` (to be added to the environment) are all it takes."""
+
+    run_id: str
+    folder: str
+    command: list[str]
+    complete: bool
+    env: Mapping[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    device: str = "auto"
+
+    @property
+    def child(self) -> list[str]:
+        """The command for a child of this process: it ends when this process does, or the one that spawned it."""
+        return [*self.command, "--launcher", str(launcher_id())]
+
+
+def prepare_run(
+    project: Project,
+    recipe: str,
+    overrides: Sequence[str] = (),
+    how: HowConfig | None = None,
+    *,
+    ranks: int | None = None,
+    launch: str | None = None,
+    repeat: int = 0,
+) -> PreparedRun:
+    """Fix what a run reads and write its config.json. Asking again gives the same run.
+
+    `launch` is the id of the Dagster run that asks first: its retries find the same trainset whatever the newest is.
+    Raises ConfigError for wrong overrides, UpstreamError where trainset or mask plan are missing or failed checks,
+    DamagedError where the trainset is not what was frozen, RefusedError where the recipe does not fit it, or its rows
+    have no pixels and the recipe reads some.
+    """
+    config = apply_overrides(recipe_by_name(recipe), overrides)
+    carried_out = how or HowConfig()
+    if ranks is not None:
+        carried_out = carried_out.model_copy(update={"ranks": ranks})
+    trainset = _trainset(project, recipe, launch)
+    tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
+    opened = Trainset.open(project.root, trainset)
+    _refuse_damaged(opened)
+    refuse_unfit(opened, config)
+    plan = _mask_plan(project, config, overridden=bool(overrides))
+    pixels = _pixels(project, config, trainset)
+    run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides, pixels)
+    write_run(run)
+    if launch is not None:
+        _remember(project, run, launch)
+    return PreparedRun(
+        run.id,
+        str(run.folder),
+        _command(project, run),
+        run.complete,
+        _environment(carried_out),
+        carried_out.ranks,
+        carried_out.device,
+    )
+
+
+def pretrain(
+    project: Project,
+    recipe: str,
+    overrides: Sequence[str] = (),
+    how: HowConfig | None = None,
+    *,
+    ranks: int | None = None,
+    repeat: int = 0,
+) -> Outcome:
+    """Train a recipe to its end, in child processes; resumes a run that was begun, does nothing for a complete one."""
+    prepared = prepare_run(project, recipe, overrides, how, ranks=ranks, repeat=repeat)
+    if not prepared.complete:
+        code = _run_group(prepared)
+        if code:
+            reason = _reason(Path(prepared.folder))
+            raise RefusedError(f"run {prepared.run_id} ended with exit code {code}{reason}; asking again resumes it")
+    return finish_run(project, recipe, prepared.run_id, made=not prepared.complete)
+
+
+def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) -> Outcome:
+    """Judge a run by what is on disk, publish the verdict, and point `latest.json` to it if it may be used.
+
+    Raises UpstreamError where there is no such run, or it is not complete.
+    """
+    opened = open_run(Path(project.root.run(recipe, run)))
+    if not opened.complete:
+        raise UpstreamError(
+            f"run {run} has {opened.newest_step() or 0} of {opened.recipe.steps} steps{_reason(opened.folder)}; "
+            "ask for it again: it resumes"
+        )
+    events = read_events(opened.folder)
+    checks = (_checkpoint_loads(opened), _losses_finite(events), _rank_above_alarm(events, opened))
+    checks_path = str(opened.folder / "checks.json")
+    tables.publish_checks(checks_path, "pretrain", [asdict(check) for check in checks])
+    passed = all(check.passed for check in checks)
+    if passed and not opened.overrides:
+        atomic.publish_json(
+            project.root.latest_run(recipe),
+            {"run": run, "trainset": opened.trainset, "mask_plan": opened.mask_plan},
+        )
+    return Outcome(
+        "pretrain",
+        recipe,
+        made,
+        rows=_last(events, "step").get("draws", 0),
+        size_bytes=sum(path.stat().st_size for path in opened.folder.rglob("*") if path.is_file()),
+        seconds=_seconds(events),
+        digest=opened.identity.recipe,
+        numbers=_numbers(opened, events),
+        checks=checks,
+    )
+
+
+def _trainset(project: Project, recipe: str, launch: str | None) -> str:
+    """The trainset of the launch's first attempt, else the newest."""
+    if launch is not None and atomic.exists(path := project.root.launch(recipe, launch)):
+        first: str = atomic.read_json(path)["trainset"]
+        return first
+    newest = read_latest(project.root, "trainset")
+    if newest is None:
+        raise UpstreamError("there is no trainset yet: make 'trainset' first")
+    return newest
+
+
+def _refuse_damaged(trainset: Trainset) -> None:
+    """DamagedError where a file of the trainset is not what was frozen, or a shard of its rows is not there."""
+    trainset.check()
+    if gone := trainset.gone():
+        more = f" (and {len(gone) - 1} parts more: 'nextvid verify' names them)" if len(gone) > 1 else ""
+        raise DamagedError(f"{gone[0]}{more}")
+
+
+def _pixels(project: Project, config: RecipeConfig, trainset: str) -> str | None:
+    """Digest of the trainset's pixels, for a recipe that reads them; frozen now if no other run did."""
+    if not config.reads_pixels:
+        return None
+    return freeze_pixels(project, Trainset.open(project.root, trainset), config).digest
+
+
+def _mask_plan(project: Project, config: RecipeConfig, *, overridden: bool) -> str:
+    """Digest of the recipe's plan; one that only overrides ask for is drawn here, since no asset would make it."""
+    if overridden:
+        make_plan(project.root, config)
+    name = plan_digest(config.masks, grid_of(config.model))
+    tables.require_checks(f"{project.root.pointed('mask_plan', name)}/checks.json", "mask_plan")
+    return name
+
+
+def _remember(project: Project, run: Run, launch: str) -> None:
+    """Write the launch's pointer, unless an earlier attempt did."""
+    pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
+    path = project.root.launch(run.recipe.name, launch)
+    with contextlib.suppress(ConflictError):
+        atomic.create_exclusively(path, json.dumps(pointer).encode())
+
+
+def _command(project: Project, run: Run) -> list[str]:
+    """Torchrun, on whatever machine this is called."""
+    return [
+        sys.executable,
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.how.ranks)),
+        # the two dashes end torchrun's own options: it would take our --run for its --run-path
+        *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
+        *("--run", run.id),
+    ]
+
+
+def _environment(how: HowConfig) -> dict[str, str]:
+    """What makes CPU runs faster; on a GPU nothing is changed."""
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // how.ranks)))}
+    if how.device == "cuda":
+        return threads
+    return threads | {name: os.environ.get(name, value) for name, value in CPU_VARIABLES.items()}
+
+
+def _run_group(prepared: PreparedRun) -> int:
+    """Run the command in a process group of its own, its errors in trainer.log; the group ends with this call."""
+    with leased(prepared.ranks, prepared.device) as devices, (Path(prepared.folder) / LOG).open("ab") as log:
+        process = subprocess.Popen(
+            prepared.child,
+            env={**os.environ, **prepared.env, **devices},
+            stdout=STDERR,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        finally:
+            end_group(process)
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End what is left of a process group: SIGTERM, then SIGKILL after the grace."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _reason(folder: Path) -> str:
+    """What the trainer said last of itself, if it did, and where the rest stands."""
+    with contextlib.suppress(UpstreamError):
+        last = read_events(folder)[-1]
+        if last["kind"] == "error":
+            return f" ({last['message']})"
+    return f" (see {folder / LOG})" if (folder / LOG).exists() else ""
+
+
+def _checkpoint_loads(run: Run) -> Check:
+    """Whether the last checkpoint is this run's, whole, and opens."""
+    last = checkpoint.complete(run.checkpoints)[-1]
+    try:
+        checkpoint.refuse_other(last, run.identity)
+        checkpoint.verify(last)
+        tensors = sum(len(checkpoint.load_tensors(path)) for path in sorted(last.glob("*.safetensors")))
+    except (DamagedError, RefusedError) as error:
+        return Check("checkpoint_loads", False, {"step": checkpoint.step_of(last)}, description=str(error))
+    return Check("checkpoint_loads", True, {"step": checkpoint.step_of(last), "tensors": tensors})
+
+
+def _losses_finite(events: Sequence[Event]) -> Check:
+    """Whether every logged loss is a number, and how many steps were skipped."""
+    values = [value for event in events if event["kind"] == "step" for value in event["loss"].values()]
+    wrong = sum(not math.isfinite(float(value)) for value in values)
+    skipped = sum(event["kind"] == "skipped" for event in events)
+    return Check(
+        "losses_finite", bool(values) and not wrong, {"logged": len(values), "wrong": wrong, "skipped": skipped}
+    )
+
+
+def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
+    """Whether the reference features' rank at the end is no alarm."""
+    from nextvid.train.diagnose import ALARM_RATIO, collapsed
+
+    looked = [event for event in events if event["kind"] == "diagnostics"]
+    numbers: dict[str, Number] = {"alarm_below": ALARM_RATIO, "alarms": sum(e["kind"] == "alarm" for e in events)}
+    if not looked:
+        return Check("rank_above_alarm", False, numbers, description="no diagnostics were logged")
+    first, last = float(looked[0]["effective_rank"]), float(looked[-1]["effective_rank"])
+    numbers |= {"first_rank": first, "last_rank": last, "ratio": last / first}
+    return Check("rank_above_alarm", not collapsed(last, first, run.recipe.steps, run.recipe.steps), numbers)
+
+
+def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
+    step, look = _last(events, "step"), _last(events, "diagnostics")
+    steps = [event for event in events if event["kind"] == "step"]
+    found: dict[str, Number] = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
+    found |= {"steps": run.recipe.steps, "clips": step.get("draws", 0), "ranks": run.how.ranks}
+    found |= {name: step[name] for name in ("align", "flow") if name in step}
+    found |= {name: look[name] for name in ("effective_rank", "online_effective_rank", "feature_std") if name in look}
+    if steps:
+        found["step_s"] = sum(event["step_s"] for event in steps) / len(steps)
+        found["wait_share"] = sum(event["wait_share"] for event in steps) / len(steps)
+        if used := [event["mfu"] for event in steps if "mfu" in event]:
+            found["mfu"] = sum(used) / len(used)
+    return found
+
+
+def _last(events: Sequence[Event], kind: str) -> dict[str, Any]:
+    return next((event for event in reversed(events) if event["kind"] == kind), {})
+
+
+def _seconds(events: Sequence[Event]) -> float:
+    """Time between each attempt's first event and its last, added up."""
+    total, began, last = 0.0, None, 0.0
+    for event in events:
+        if event["kind"] == "start":
+            total, began = total + (last - began if began is not None else 0.0), event["time_s"]
+        last = event["time_s"]
+    return total + (last - began if began is not None else 0.0)

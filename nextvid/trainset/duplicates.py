@@ -1,0 +1,247 @@
+"""`duplicates`: which shots look alike across all batches, and what each is left out of because of it.
+
+Shots are joined by exact copies of their file and by near perceptual hashes; shots of one file alone are no group. The
+rules are design 4's: no row is moved; where a probe test set is touched, pretraining and probe training give way; of
+copies, pretraining keeps one file a dataset. Holds no search (nextvid/trainset/hash_search.py); the trainset obeys
+`dropped_from`.
+
+How far pretraining and probe training overlap with what probes are tested on: the table that the report prints.
+
+Counted before anything is dropped, so that it says what would have leaked. Holds no search and no rule (duplicates.py).
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from nextvid.config.accepted import standing
+from nextvid.config.corpus import Project
+from nextvid.making.outcome import Check, Outcome, Progress
+from nextvid.making.publishing import publish_latest, publish_verdict
+from nextvid.trainset.hash_search import groups, near_pairs
+from storage import atomic, tables
+from storage.digest import digest, digest_bytes
+from storage.errors import UpstreamError
+from storage.schemas import Clips, Duplicates, Shots
+
+LARGEST_GROUP = 1000  # design 4: files; beyond it a threshold is wrong or a title card joins the corpus
+VERSION = 1  # of the rules below: raise it when they change, so that the digest does
+
+
+def make_duplicates(project: Project, progress: Progress | None = None) -> Outcome:
+    """Search all batches whose shots and clips passed; publish the table, the contamination and the checks.
+
+    Nothing is searched where the same batches were searched with the same thresholds. `latest.json` moves only to a
+    table that passed. Raises UpstreamError where no batch is ready.
+    """
+    started_s = time.perf_counter()
+    project = standing(project)
+    root, config = project.root, project.corpus.curation.duplicates
+    batches = [batch for batch in root.batches("clips") if _passed(project, batch)]
+    if not batches:
+        raise UpstreamError("no batch has shots and clips that passed their checks: make 'clips' first")
+    inputs = {
+        batch: [digest_bytes(atomic.read_bytes(root.table(noun, batch))) for noun in ("shots", "clips")]
+        for batch in batches
+    }
+    key = digest({"version": VERSION, "distance": config.distance, "quality": config.quality_min, "inputs": inputs})
+    folder = root.pointed("duplicates", key)
+    searched = not atomic.exists(f"{folder}/checks.json")  # written last
+    if searched:
+        shots = _members(project, batches, progress)
+        found = _judged(shots, _grouped(shots, config.distance, config.quality_min))
+        table = found.select(Duplicates.column_names()).sort("group", "batch", "shot_id")
+        tables.write_table(f"{folder}/duplicates.parquet", table, Duplicates)
+        said = {
+            "batches": batches,
+            "inputs": inputs,
+            "shots": shots.height,
+            "contamination": contamination(shots, found),
+        }
+        atomic.publish_json(f"{folder}/duplicates.json", said)
+    table = tables.read_table(f"{folder}/duplicates.parquet", Duplicates)
+    checks = _checks(table)
+    publish_verdict(f"{folder}/checks.json", "duplicates", checks)
+    if all(check.passed for check in checks):
+        publish_latest(root, "duplicates", key)
+    return Outcome(
+        asset="duplicates",
+        partition=None,
+        made=searched,
+        rows=table.height,
+        size_bytes=int(table.estimated_size()),
+        seconds=time.perf_counter() - started_s,
+        digest=key,
+        numbers=_numbers(table, len(batches)),
+        checks=checks,
+    )
+
+
+def _passed(project: Project, batch: str) -> bool:
+    paths = (project.root.checks("shots", batch), project.root.checks("clips", batch))
+    return all((tables.read_checks(path) or {}).get("passed", False) for path in paths)
+
+
+def _members(project: Project, batches: Sequence[str], progress: Progress | None) -> pl.DataFrame:
+    """One row per ok shot and batch: identity, hashes, and what its clips are used for."""
+    frames = []
+    for number, batch in enumerate(batches, 1):
+        shots = tables.read_table(project.root.table("shots", batch), Shots).filter(pl.col("status") == "ok")
+        clips = tables.read_table(project.root.table("clips", batch), Clips)
+        frames.append(shots.select(_SHOT_COLUMNS).join(_uses(clips), on="shot_id", how="inner"))
+        if progress:
+            progress(number, len(batches))
+    shots = pl.concat(frames).sort("batch", "shot_id").with_row_index("member")
+    return shots.with_columns(pl.col("member").cast(pl.Int64))
+
+
+_SHOT_COLUMNS = (
+    "shot_id",
+    "media_id",
+    "dataset",
+    "batch",
+    "hashes",
+    "hash_quality",
+    "start_us",
+    "end_us",
+    "crop_w",
+    "crop_h",
+)
+
+
+def _uses(clips: pl.DataFrame) -> pl.DataFrame:
+    """By shot: its split, whether pretraining uses it, and the benchmarks that do."""
+    good = pl.col("status") == "ok"
+    used = pl.col("uses").filter(good).list.explode(keep_nulls=False, empty_as_null=False)
+    return clips.group_by("shot_id").agg(
+        pl.col("split").first(),
+        (used == "pretrain").any().alias("pretrain"),
+        used.filter(used != "pretrain").unique().sort().alias("benchmarks"),
+    )
+
+
+def _grouped(shots: pl.DataFrame, distance: int, quality_min: int) -> pl.DataFrame:
+    """Members that share their group with another file's: columns member, group (from 0, by first member)."""
+    joined = groups(shots.height, np.concatenate([_copies(shots), _look_alikes(shots, distance, quality_min)]))
+    grouped = shots.select("member", "batch", "media_id").with_columns(group=pl.Series(joined, dtype=pl.Int64))
+    files = grouped.group_by("group").agg(pl.struct("batch", "media_id").n_unique().alias("files"))
+    several = grouped.join(files.filter(pl.col("files") > 1), on="group")
+    return several.select("member", (pl.col("group").rank("dense") - 1).cast(pl.Int64).alias("group"))
+
+
+def _copies(shots: pl.DataFrame) -> np.ndarray:
+    """Pairs (first, other) of members with one shot id: the same bytes in several batches."""
+    pairs = shots.select(pl.col("member").min().over("shot_id").alias("first"), "member")
+    return pairs.filter(pl.col("first") != pl.col("member")).to_numpy().astype(np.int64).reshape(-1, 2)
+
+
+def _look_alikes(shots: pl.DataFrame, distance: int, quality_min: int) -> np.ndarray:
+    """Pairs of members with a near pair of hashes; shots of one file too, as links between what they look like."""
+    hashed = shots.select("member", "hashes", "hash_quality").explode("hashes", "hash_quality").drop_nulls()
+    if hashed.is_empty():
+        return np.empty((0, 2), np.int64)
+    bits = np.frombuffer(b"".join(hashed["hashes"]), np.uint8).reshape(hashed.height, -1)
+    near = near_pairs(bits, distance, hashed["hash_quality"].to_numpy().astype(np.int64), quality_min)
+    return np.unique(hashed["member"].to_numpy()[near], axis=0).reshape(-1, 2)
+
+
+def _judged(shots: pl.DataFrame, grouped: pl.DataFrame) -> pl.DataFrame:
+    """Rows of Duplicates: what each member of a group is left out of, and why."""
+    rows = shots.join(grouped, on="member").drop("hashes", "hash_quality")
+    tested = (pl.col("split") == "test") & (pl.col("benchmarks").list.len() > 0)
+    trains = (pl.col("split") == "train") & (pl.col("benchmarks").list.len() > 0)
+    rows = rows.with_columns(tested.any().over("group").alias("touched"), trains.alias("trains"))
+    rows = rows.join(_kept(rows.filter(pl.col("pretrain") & ~pl.col("touched"))), on="member", how="left")
+    leaks = pl.col("touched") & (pl.col("split") != "test") & (pl.col("pretrain") | pl.col("trains"))
+    copy = pl.col("pretrain") & ~pl.col("touched") & ~pl.col("kept").fill_null(False)
+    nowhere = pl.lit([], pl.List(pl.String))
+    from_pretrain = pl.when(pl.col("pretrain") & (leaks | copy)).then(pl.lit(["pretrain"])).otherwise(nowhere)
+    from_probes = pl.when(leaks & pl.col("trains")).then(pl.lit(["probe_train"])).otherwise(nowhere)
+    return rows.with_columns(
+        pl.concat_list(from_pretrain, from_probes).alias("dropped_from"),
+        pl.when(leaks).then(pl.lit("test_duplicate")).when(copy).then(pl.lit("copy")).alias("reason"),
+    )
+
+
+def _kept(candidates: pl.DataFrame) -> pl.DataFrame:
+    """Members of the one file a group and dataset that pretraining keeps: the largest picture, the longest, the
+    first.
+    """
+    files = candidates.group_by("group", "dataset", "batch", "media_id").agg(
+        (pl.col("crop_w").cast(pl.Int64) * pl.col("crop_h")).max().alias("pixels"),
+        (pl.col("end_us") - pl.col("start_us")).sum().alias("length_us"),
+    )
+    ranked = files.sort(
+        "group",
+        "dataset",
+        "pixels",
+        "length_us",
+        "batch",
+        "media_id",
+        descending=[False, False, True, True, False, False],
+    )
+    best = ranked.unique(["group", "dataset"], keep="first", maintain_order=True)
+    kept = candidates.join(best.select("group", "batch", "media_id"), on=["group", "batch", "media_id"], how="semi")
+    return kept.select("member", kept=pl.lit(True))
+
+
+def _checks(table: pl.DataFrame) -> tuple[Check, ...]:
+    files = table.group_by("group").agg(pl.struct("batch", "media_id").n_unique().alias("files"))
+    largest = int(files["files"].max() or 0)  # type: ignore[arg-type]  # a count
+    return (
+        Check(
+            "groups_are_small",
+            largest <= LARGEST_GROUP,
+            {"largest_files": largest, "limit_files": LARGEST_GROUP},
+            description="a huge group means that a title card or a flat picture joined what is unlike",
+        ),
+    )
+
+
+def _numbers(table: pl.DataFrame, batches: int) -> dict[str, Any]:
+    dropped = table.explode("dropped_from").group_by("dropped_from", "reason").len().drop_nulls()
+    return {
+        "batches": batches,
+        "groups": table["group"].n_unique(),
+        "files": table.select(pl.struct("batch", "media_id").n_unique()).item() if table.height else 0,
+        **{f"dropped_from_{use}_{reason}": int(n) for use, reason, n in sorted(dropped.iter_rows())},
+    }
+
+
+FILE = pl.struct("batch", "media_id")
+
+
+def contamination(shots: pl.DataFrame, found: pl.DataFrame) -> list[dict[str, Any]]:
+    """One entry a benchmark, sorted by name.
+
+    `shots` has every shot, `found` those in groups, with columns batch, media_id, dataset, group, split, pretrain,
+    benchmarks, dropped_from. Counts are of files, except `dropped_*`, which are of shots.
+    """
+    names = sorted(set(shots["benchmarks"].explode(keep_nulls=False, empty_as_null=False)))
+    return [_entry(name, shots, found) for name in names]
+
+
+def _entry(name: str, shots: pl.DataFrame, found: pl.DataFrame) -> dict[str, Any]:
+    mine = pl.col("benchmarks").list.contains(name)
+    test, train = mine & (pl.col("split") == "test"), mine & (pl.col("split") == "train")
+    near = found.filter(test.any().over("group"))
+    leaks = near.filter(pl.col("reason") == "test_duplicate")
+    leaked = near.filter((pl.col("pretrain") & (pl.col("split") != "test")).any().over("group"))
+    pretrained = leaks.filter(pl.col("dropped_from").list.contains("pretrain"))
+    by_dataset = pretrained.group_by("dataset").len().sort("dataset")
+    return {
+        "benchmark": name,
+        "test_files": _files(shots.filter(test)),
+        "test_files_seen_in_pretraining": _files(leaked.filter(test)),
+        "dropped_from_pretrain_shots": {dataset: int(n) for dataset, n in by_dataset.iter_rows()},
+        "dropped_from_probe_train_shots": leaks.filter(pl.col("dropped_from").list.contains("probe_train")).height,
+        "train_files": _files(shots.filter(train)),
+        "train_files_in_pretraining": _files(shots.filter(train & pl.col("pretrain"))),
+    }
+
+
+def _files(rows: pl.DataFrame) -> int:
+    return rows.select(FILE).n_unique() if rows.height else 0

@@ -1,0 +1,238 @@
+"""The asset `mask_plan`: visible cells of every strategy, drawn once, kept under the digest of what decides them.
+
+Writes and reads mask_plan/<digest>/: plan.json with statistics, `<strategy>.raw.npy` (as drawn) and, for `fixed`,
+`<strategy>.npy` (thinned), as packed bits; a gallery; the outcome of the checks, last. It samples nothing itself
+(nextvid/model/masks.py). All four ways of thinning have a plan and a digest; `flat` and `all` have no entries.
+
+Axes: E entries, S cells.
+"""
+
+import io
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from nextvid.config.corpus import Project
+from nextvid.config.recipe import MaskConfig, MaskStrategy, ModelConfig, RecipeConfig
+from nextvid.config.recipes import recipe as recipe_by_name
+from nextvid.making.outcome import Check, Outcome
+from nextvid.model.masks import cells_of, draw_plan, draw_visible, pack, statistics, unpack
+from nextvid.trainset.mask_gallery import gallery
+from storage import atomic, tables
+from storage.digest import digest_bytes, digest_config
+from storage.errors import DamagedError
+from storage.root import DataRoot
+
+SAMPLER = 1  # raise when nextvid/model/masks.py draws other bits for the same configuration
+SIGMAS = 6.0  # our bound on the thinning statistic: chance of a false alarm about 1e-9
+TOLERANCE = 0.02  # trap 26: probabilities of the raw sampler
+MEAN_TOLERANCE = 0.03  # trap 26: mean of visible cells, relative
+# method.md 2.3: mean of visible cells; P(visible) at centre, middle of the upper edge, corner
+PAPER_STATISTICS = {(8, 0.15): (97.3, 0.05, 0.66, 0.93), (2, 0.70): (48.5, 0.00, 0.36, 0.81)}
+PAPER_GRID = (16, 16)
+
+Bits = Bool[np.ndarray, "E S"]
+
+
+@dataclass(frozen=True)
+class OpenedPlan:
+    """A mask plan in memory: raw and kept bits by strategy name; empty for `flat` and `all`."""
+
+    digest: str
+    masks: MaskConfig
+    grid: tuple[int, int]
+    raw: dict[str, Bits]
+    kept: dict[str, Bits]
+
+    def cells(self, strategy: str) -> Int[np.ndarray, "E n"]:
+        """Visible cells of every entry of a `fixed` plan, ascending."""
+        return cells_of(self.kept[strategy])
+
+
+def plan_digest(masks: MaskConfig, grid: tuple[int, int]) -> str:
+    """Identity of a plan: configuration, grid and sampler."""
+    return digest_config({"masks": masks.model_dump(mode="json"), "grid": list(grid), "sampler": SAMPLER})
+
+
+def grid_of(model: ModelConfig) -> tuple[int, int]:
+    """Cells per tubelet, as rows and columns."""
+    return model.grid_height, model.grid_width
+
+
+def make_mask_plan(project: Project, recipe: str) -> Outcome:
+    """Draw the plan of a recipe, unless it is there."""
+    return make_plan(project.root, recipe_by_name(recipe))
+
+
+def make_plan(root: DataRoot, recipe: RecipeConfig) -> Outcome:
+    """Draw, check and write the plan of a recipe's masks, unless its checks stand there already."""
+    started = time.perf_counter()
+    masks, grid = recipe.masks, grid_of(recipe.model)
+    name = plan_digest(masks, grid)
+    folder = root.pointed("mask_plan", name)
+    done = tables.read_checks(f"{folder}/checks.json")
+    if done is not None:
+        checks = tuple(Check(**check) for check in done["checks"])
+        return _outcome(recipe.name, name, folder, False, atomic.read_json(f"{folder}/plan.json"), checks, started)
+    plan = draw_plan(masks, *grid)
+    opened = OpenedPlan(
+        name,
+        masks,
+        grid,
+        {strategy.name: strategy.raw for strategy in plan.strategies},
+        {strategy.name: strategy.kept for strategy in plan.strategies if strategy.kept is not None},
+    )
+    checks = _checks(opened, recipe)
+    described = _write(opened, folder)
+    atomic.publish_bytes(f"{folder}/gallery.png", gallery(opened.raw, opened.kept, grid))
+    tables.publish_checks(f"{folder}/checks.json", "mask_plan", [asdict(check) for check in checks])
+    return _outcome(recipe.name, name, folder, True, described, checks, started)
+
+
+def open_mask_plan(root: DataRoot, masks: MaskConfig, grid: tuple[int, int]) -> OpenedPlan:
+    """The plan of these masks. Raises UpstreamError where it is missing or failed, DamagedError where it changed."""
+    name = plan_digest(masks, grid)
+    folder = root.pointed("mask_plan", name)
+    tables.require_checks(f"{folder}/checks.json", "mask_plan")
+    raw: dict[str, Bits] = {}
+    kept: dict[str, Bits] = {}
+    for file, digest in atomic.read_json(f"{folder}/plan.json")["files"].items():
+        data = atomic.read_bytes(f"{folder}/{file}")
+        if digest_bytes(data) != digest:
+            raise DamagedError(
+                f"{folder}/{file}: bytes differ from plan.json; remove the folder and make mask_plan again"
+            )
+        bits = unpack(np.load(io.BytesIO(data), allow_pickle=False), grid[0] * grid[1])
+        strategy, _, stage = file.removesuffix(".npy").partition(".")
+        (raw if stage == "raw" else kept)[strategy] = bits
+    return OpenedPlan(name, masks, grid, raw, kept)
+
+
+def _write(plan: OpenedPlan, folder: str) -> dict[str, Any]:
+    """Publish the bits, then plan.json, which names their digests."""
+    files: dict[str, str] = {}
+    for suffix, bits_by_name in ((".raw.npy", plan.raw), (".npy", plan.kept)):
+        for name, bits in bits_by_name.items():
+            buffer = io.BytesIO()
+            np.save(buffer, pack(bits), allow_pickle=False)
+            atomic.publish_bytes(f"{folder}/{name}{suffix}", buffer.getvalue())
+            files[name + suffix] = digest_bytes(buffer.getvalue())
+    described = {
+        "masks": plan.masks.model_dump(mode="json"),
+        "grid": list(plan.grid),
+        "sampler": SAMPLER,
+        "bits": "row-major, little-endian: cell i of an entry is bit i % 8 of byte i // 8",
+        "files": files,
+        "statistics": {name: _statistics(bits, plan.grid) for name, bits in plan.raw.items()},
+    }
+    atomic.publish_json(f"{folder}/plan.json", described)
+    return described
+
+
+def _statistics(raw: Bits, grid: tuple[int, int]) -> dict[str, float]:
+    found = statistics(raw, *grid)
+    return {
+        "visible_mean": found.mean,
+        "visible_sd": found.sd,
+        "visible_least": found.least,
+        "visible_most": found.most,
+    }
+
+
+def _outcome(
+    recipe: str, digest: str, folder: str, made: bool, plan: dict[str, Any], checks: tuple[Check, ...], started: float
+) -> Outcome:
+    numbers = {f"{name}_{key}": value for name, found in plan["statistics"].items() for key, value in found.items()}
+    entries = plan["masks"]["entries"] * len(plan["statistics"])
+    size_bytes = sum(len(atomic.read_bytes(f"{folder}/{file}")) for file in plan["files"]) if made else 0
+    return Outcome(
+        "mask_plan",
+        recipe,
+        made,
+        rows=entries,
+        size_bytes=size_bytes,
+        seconds=time.perf_counter() - started,
+        digest=digest,
+        numbers=numbers,
+        pictures={"mask gallery": f"{folder}/gallery.png"},
+        checks=checks,
+    )
+
+
+def _checks(plan: OpenedPlan, recipe: RecipeConfig) -> tuple[Check, ...]:
+    budgets = {strategy.name: strategy.budget for strategy in plan.masks.strategies}
+    wrong = sum(int((bits.sum(axis=1) != budgets[name]).sum()) for name, bits in plan.kept.items())
+    statistic, bound = thinning_statistic(plan)
+    worst = max((_raw_error(plan, index) for index in range(len(plan.raw))), default=0.0)
+    return (
+        Check("budgets_exact", wrong == 0, {"entries": sum(map(len, plan.kept.values())), "wrong": wrong}),
+        Check("tubes_constant", _tubes_constant(plan, recipe), {"strategies": len(plan.kept)}),
+        Check("thinning_uniform", statistic <= bound, {"statistic": statistic, "bound": bound}),
+        Check(
+            "raw_statistics",
+            worst <= 1.0,
+            {"worst_of_tolerance": worst, "paper_geometry": int(any(_paper(plan, s) for s in plan.masks.strategies))},
+        ),
+    )
+
+
+def _tubes_constant(plan: OpenedPlan, recipe: RecipeConfig) -> bool:
+    """Whether ids as training builds them hold the same cells in every tubelet, for every clip length."""
+    import torch
+
+    from nextvid.model.tokens import tube_ids
+
+    total = plan.grid[0] * plan.grid[1]
+    for name, bits in plan.kept.items():
+        if len(np.unique(bits.sum(axis=1))) > 1:
+            return False
+        cells = torch.from_numpy(plan.cells(name)[:1024])
+        for frames in recipe.clip_lengths:
+            ids = tube_ids(cells, frames // recipe.model.tubelet, total).unflatten(1, (-1, cells.shape[1]))
+            starts = total * torch.arange(ids.shape[1])[None, :, None]
+            if not torch.equal(ids - starts, cells[:, None].expand_as(ids)):
+                return False
+    return True
+
+
+def thinning_statistic(plan: OpenedPlan) -> tuple[float, float]:
+    """How far thinning departs from uniform, and its bound, over all cells of all strategies.
+
+    Given an entry's n visible cells each is kept with probability budget / n; the sum over entries of (kept - that) at
+    one cell has that binomial variance. The squares of the standardised sums add up to about one a cell.
+    """
+    total, cells = 0.0, 0
+    for name, kept in plan.kept.items():
+        raw = plan.raw[name]
+        share = kept.sum(axis=1) / raw.sum(axis=1)
+        expected = share @ raw
+        variance = (share * (1 - share)) @ raw
+        varying = variance > 0
+        total += float(((kept.sum(axis=0) - expected)[varying] ** 2 / variance[varying]).sum())
+        cells += int(varying.sum())
+        if (kept & ~raw).any():
+            return math.inf, 0.0
+    return total, cells + SIGMAS * math.sqrt(2 * cells)
+
+
+def _paper(plan: OpenedPlan, strategy: MaskStrategy) -> bool:
+    plain = (strategy.aspect_min, strategy.aspect_max) == (0.75, 1.5)
+    return plan.grid == PAPER_GRID and plain and (strategy.blocks, strategy.scale) in PAPER_STATISTICS
+
+
+def _raw_error(plan: OpenedPlan, index: int) -> float:
+    """Largest departure from method.md 2.3 in units of its tolerance; 0 where the geometry is not the paper's."""
+    strategy = plan.masks.strategies[index]
+    if not _paper(plan, strategy):
+        return 0.0
+    # without the redraws of entries below the budget, which the paper's sampler does not know
+    drawn = draw_visible(strategy, *plan.grid, plan.masks.entries, (plan.masks.seed, index))
+    found = statistics(drawn, *plan.grid)
+    mean, *probabilities = PAPER_STATISTICS[strategy.blocks, strategy.scale]
+    places = (found.visible[7:9, 7:9].mean(), found.visible[0, 7:9].mean(), found.visible[0, 0])
+    errors = [abs(place - wanted) / TOLERANCE for place, wanted in zip(places, probabilities, strict=True)]
+    return float(max([abs(found.mean / mean - 1) / MEAN_TOLERANCE, *errors]))

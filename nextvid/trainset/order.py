@@ -1,0 +1,212 @@
+"""Which row and which masks a draw number means: a pure function of the seed and that number (design, 5 "Order").
+
+Clips of a stage are the dataset's images first, then its clips of the stage's length. Draw numbers run on across
+stages, so ranks, workers, micro-batches and resumption change nothing. It reads addresses and mask bits, no latents.
+
+Axes: B clips, n visible cells, L visible tokens.
+
+Whether a recipe can be trained on a trainset: asked before a run is written, so that nothing starts in vain.
+
+Reads facts and row tables, no latents. What fits is drawn by order.py and read by loader.py.
+"""
+
+import bisect
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from nextvid.config.corpus import Project
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.recipes import recipe as recipe_by_name
+from nextvid.config.stages import stage_at
+from nextvid.model.masks import bucket_entry, flat_ids, step_bucket
+from nextvid.trainset.mask_plan import OpenedPlan
+from nextvid.trainset.trainset import Trainset
+from storage.draws import BLOCK, Draws, mask_entries
+from storage.errors import RefusedError
+from storage.reader import ADDRESS, row_id
+from storage.root import DataRoot
+from storage.withdrawn import withdrawn_rows
+
+IMAGE = 1  # stored frames of an image
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Clips of consecutive draws: which row each takes, and where that lies."""
+
+    first: int  # number of the first draw
+    names: tuple[str, ...]  # datasets of the trainset, sorted
+    datasets: Int[np.ndarray, " B"]  # indices in `names`
+    frames: Int[np.ndarray, " B"]  # stored frames of the row: 1 for an image
+    rows: Int[np.ndarray, " B"]  # place in the trainset's rows of that many frames; other kinds of rows are aligned
+    addresses: np.ndarray  # ADDRESS [B]: the latents' place in the store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def draws(self) -> range:
+        """Their numbers."""
+        return range(self.first, self.first + len(self))
+
+    def of_frames(self, frames: int) -> Int[np.ndarray, " n"]:
+        """Places in here of the clips that are stored with so many frames."""
+        return np.flatnonzero(self.frames == frames)
+
+
+class Order:
+    """Draws of a recipe on a trainset, by clip length. Raises RefusedError where a dataset lacks a length."""
+
+    def __init__(self, trainset: Trainset, recipe: RecipeConfig) -> None:
+        self._rows = {frames: trainset.rows(frames) for frames in _held(trainset, recipe)}
+        for rows in self._rows.values():
+            if isinstance(rows.base, mmap.mmap):  # draws lie far apart: a cold one takes 0.08 ms, with read-ahead 0.5
+                rows.base.madvise(mmap.MADV_RANDOM)
+        self._offsets = {frames: trainset.offsets(frames) for frames in self._rows}
+        self._draws: dict[int, Draws] = {}
+        for frames in recipe.clip_lengths:
+            sizes = {name: self._images(name) + self._clips(name, frames) for name in trainset.weights}
+            lacking = sorted(name for name, size in sizes.items() if size == 0)
+            if lacking:
+                raise RefusedError(
+                    f"trainset {trainset.digest} has no clips of {frames} frames and no images of "
+                    f"{', '.join(lacking)}, which recipe {recipe.name} draws from: add clips of {frames} frames "
+                    "in corpus.yaml, or longer videos"
+                )
+            self._draws[frames] = Draws(recipe.seed, trainset.weights, sizes)
+
+    def drawn(self, frames: int, first: int, count: int) -> Drawn:
+        """Draws first..first+count-1 of a stage whose clips have `frames` frames."""
+        draws = self._draws[frames]
+        datasets, rows = draws.range(first, count)
+        images = np.array([self._images(name) for name in draws.datasets])[datasets]
+        stored = np.where(rows < images, IMAGE, frames)
+        places, addresses = np.empty(count, np.int64), np.empty(count, ADDRESS)
+        for length in np.unique(stored).tolist():
+            of_length = stored == length
+            firsts = np.array([self._offsets[length].get(name, (0, 0))[0] for name in draws.datasets])
+            inside = rows - (images if length != IMAGE else 0)
+            places[of_length] = (firsts[datasets] + inside)[of_length]
+            addresses[of_length] = self._rows[length][places[of_length]]
+        return Drawn(first, draws.datasets, datasets, stored, places, addresses)
+
+    def refuse_withdrawn(self, root: DataRoot, trainset: Trainset) -> None:
+        """Raise RefusedError if one of the rows was withdrawn; a binary search a dataset, so cheap at any size."""
+        for wanted in withdrawn_rows(root):
+            for frames, offsets in self._offsets.items():
+                for first, count in offsets.values():
+                    rows = self._rows[frames][first : first + count]
+                    place = bisect.bisect_left(rows, wanted, key=row_id)
+                    if place < count and row_id(rows[place]) == wanted:
+                        raise RefusedError(
+                            f"trainset {trainset.digest} holds row {wanted.hex()}, which was withdrawn: make the "
+                            "trainset again and train on the new one"
+                        )
+
+    def _images(self, dataset: str) -> int:
+        return self._offsets.get(IMAGE, {}).get(dataset, (0, 0))[1]
+
+    def _clips(self, dataset: str, frames: int) -> int:
+        return self._offsets.get(frames, {}).get(dataset, (0, 0))[1] if frames != IMAGE else 0
+
+
+class Masks:
+    """Visible ids of drawn clips, by strategy, for every way of thinning."""
+
+    def __init__(self, recipe: RecipeConfig, plan: OpenedPlan) -> None:
+        self._recipe, self._plan = recipe, plan
+        self._cells = {name: plan.cells(name) for name in plan.kept}
+
+    def visible(self, step: int, draws: range) -> list[Int[np.ndarray, "B L"]]:
+        """Sorted flat ids over all tubelets of the step's stage, int64, one array a strategy."""
+        recipe, cells = self._recipe, self._recipe.model.cells
+        masks = recipe.masks
+        tubelets = recipe.stages[stage_at(recipe.stages, step)[0]].frames // recipe.model.tubelet
+        if masks.keep == "all":
+            return [np.broadcast_to(np.arange(tubelets * cells), (len(draws), tubelets * cells)).copy()]
+        found = []
+        for index, strategy in enumerate(masks.strategies):
+            key = (masks.seed, index)
+            if masks.keep == "flat":
+                grid = recipe.model.grid_height, recipe.model.grid_width
+                found.append(flat_ids(strategy, *grid, tubelets, key, step, list(draws)))
+                continue
+            if masks.keep == "fixed":
+                kept = self._cells[strategy.name][self.entries(index, draws)]
+            else:
+                raw = self._plan.raw[strategy.name]
+                bucket = step_bucket(raw, key, step)
+                kept = np.stack([bucket_entry(raw, bucket, key, draw) for draw in draws])
+            found.append(in_every_tubelet(kept, tubelets, cells))
+        return found
+
+    def entries(self, strategy: int, draws: range) -> Int[np.ndarray, " B"]:
+        """Entries of a `fixed` plan that draws take."""
+        return mask_entries(self._recipe.seed, strategy, draws.start, len(draws), self._recipe.masks.entries)
+
+
+def in_every_tubelet(kept: Int[np.ndarray, "B n"], tubelets: int, cells: int) -> Int[np.ndarray, "B L"]:
+    """The same cells in every tubelet as flat ids, in the order t, cell: nextvid.model.tokens.tube_ids in numpy."""
+    starts = cells * np.arange(tubelets)
+    return (starts[None, :, None] + kept[:, None, :]).reshape(len(kept), -1)
+
+
+def pieces(recipe: RecipeConfig, draws: range) -> Iterator[tuple[int, range]]:
+    """Draws of training by clip length, cut where a stage ends and every BLOCK draws; none beyond the last."""
+    first = 0
+    for stage in recipe.stages:
+        stop = first + stage.steps * stage.batch
+        for start in range(max(first, draws.start), min(stop, draws.stop), BLOCK):
+            yield stage.frames, range(start, min(start + BLOCK, stop, draws.stop))
+        first = stop
+
+
+def listed_draws(project: Project, recipe: str, draws: range) -> Iterator[dict[str, int | str]]:
+    """Draws of a recipe on the newest trainset: row and mask entries, without latents, plan or device.
+
+    Entries of a `fixed` plan only: other masks hang on the step. Draws that training never makes are left out.
+    """
+    config = recipe_by_name(recipe)
+    order, masks = Order(Trainset.open(project.root), config), config.masks
+    strategies = masks.strategies if masks.keep == "fixed" else ()
+    for frames, piece in pieces(config, draws):
+        drawn = order.drawn(frames, piece.start, len(piece))
+        entries = {
+            f"mask_{strategy.name}": mask_entries(config.seed, index, piece.start, len(piece), masks.entries).tolist()
+            for index, strategy in enumerate(strategies)
+        }
+        for n, draw in enumerate(drawn.draws):
+            found: dict[str, int | str] = {"draw": draw, "dataset": drawn.names[drawn.datasets[n]]}
+            found |= {"frames": int(drawn.frames[n]), "row": row_id(drawn.addresses[n]).hex()}
+            yield found | {name: numbers[n] for name, numbers in entries.items()}
+
+
+def _held(trainset: Trainset, recipe: RecipeConfig) -> list[int]:
+    """Lengths to open: those of the stages, and images if there are any."""
+    return sorted({*recipe.clip_lengths, *([IMAGE] if IMAGE in trainset.lengths else [])})
+
+
+def refuse_unfit(trainset: Trainset, recipe: RecipeConfig) -> None:
+    """RefusedError where a dataset has no clip of a stage's length, or the latents are of another shape."""
+    Order(trainset, recipe)
+    if recipe.reads_latents:
+        fold(trainset, recipe)
+
+
+def fold(trainset: Trainset, recipe: RecipeConfig) -> int:
+    """Cells of the store per cell and side of the model's grid; refuses what does not fit."""
+    spec, model = trainset.spec, recipe.model
+    fold = max(1, spec.height // model.grid_height)
+    stored = (spec.channels, spec.height, spec.width)
+    wanted = (model.frame_channels // fold**2, model.grid_height * fold, model.grid_width * fold)
+    if stored != wanted or model.frame_channels % fold**2:
+        raise RefusedError(
+            f"recipe {recipe.name} wants {model.frame_channels} channels on a grid of {model.grid_height} x "
+            f"{model.grid_width}, and the latents are {spec.channels} channels of {spec.height} x {spec.width} "
+            f"(encoding of {spec.resolution} pixels): choose another recipe, resolution or autoencoder"
+        )
+    return fold

@@ -1,0 +1,225 @@
+"""The pixels of a frozen trainset: where each of its rows stands in a pixel store, under a digest of its own.
+
+Made on demand for the first recipe that reads pixels, never changed afterwards (design, 5). Files of addresses follow
+the trainset's rows one for one; `pixels.<spec>.json` stands last and says what they are. A row without pixels refuses
+the whole: no clip is left out or replaced. Holds no choice of rows (selection.py) and reads no pixel.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from nextvid.config.accepted import standing
+from nextvid.config.corpus import Project
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.recipes import RECIPES
+from nextvid.encode.plan import pixel_spec
+from nextvid.trainset.files import Frozen, gone_shards, new_array, publish_sealed, read_sealed
+from nextvid.trainset.trainset import Trainset
+from storage import atomic, listing
+from storage.digest import crc32c, digest_bytes, digest_config
+from storage.errors import DamagedError, RefusedError, UpstreamError
+from storage.pixel_reader import PIXEL_ADDRESS, pixel_addresses
+from storage.pixels import PixelSpec, PixelStore
+from storage.root import DataRoot
+
+NAMED = 3  # rows without pixels that a message names
+
+
+@dataclass(frozen=True)
+class TrainsetPixels:
+    """Pixels of a trainset, opened for reading: addresses are memory-mapped, so opening costs the same at any size."""
+
+    root: DataRoot
+    trainset: Trainset
+    folder: str
+    digest: str
+    spec: PixelSpec
+    psnr_mean_db: float | None  # of the JPEGs against their frames, over the rows that were measured; None without any
+    psnr_rows: int
+    files: Mapping[str, int]  # crc32c of each file of addresses, by its name
+
+    @property
+    def path(self) -> str:
+        """The file that says what they are."""
+        return _said_path(self.folder, self.spec)
+
+    @property
+    def words(self) -> str:
+        """How they were stored, and how close that is."""
+        psnr = "PSNR not measured" if self.psnr_mean_db is None else f"{self.psnr_mean_db:.1f} dB PSNR"
+        return f"JPEG of quality {self.spec.quality}, {self.spec.subsampling}, {psnr} over {self.psnr_rows} clips"
+
+    def rows(self, frames: int) -> np.ndarray:
+        """PIXEL_ADDRESS of each of the trainset's rows of a clip length, in their order.
+
+        Raises DamagedError where the file is not what was frozen.
+        """
+        name = _addresses_path(self.folder, self.spec, frames).rpartition("/")[2]
+        return self._frozen.open(name, PIXEL_ADDRESS, len(self.trainset.rows(frames)))
+
+    def check(self) -> None:
+        """Read every file of addresses; DamagedError where one is not what was frozen. Costs what reading costs."""
+        self._frozen.check()
+
+    def gone(self) -> list[str]:
+        """A line for each part of the pixel store that lacks shards which rows stand in: which, and what to do."""
+        store, rows = PixelStore(self.root, self.spec), {frames: self.rows(frames) for frames in self.trainset.lengths}
+        whose = f"the pixels of trainset {self.trainset.digest}"
+        return gone_shards(store, self.trainset.batches, rows, whose, "ask for the run again")
+
+    @property
+    def _frozen(self) -> Frozen:
+        return Frozen(self.root, self.folder, self.files, _remedy(self.path))
+
+
+def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) -> TrainsetPixels:
+    """The pixels that a recipe reads of a trainset, as corpus.yaml asks for them; frozen now if they are not yet.
+
+    Raises RefusedError where corpus.yaml asks for none, they do not fit the recipe, or a row has none.
+    """
+    spec = pixel_spec(standing(project), trainset.spec)
+    if spec is None and project.corpus.encoding.pixels is not None:
+        raise RefusedError(
+            f"recipe {recipe.name} reads pixels, which {project.path} asks for and nobody accepted: 'nextvid plan "
+            f"--accept' puts them in force; then make 'latents' again{_twin(recipe)}"
+        )
+    if spec is None:
+        raise RefusedError(
+            f"recipe {recipe.name} reads pixels, and {project.path} asks for none: put 'pixels: {{quality: 90}}' under "
+            f"'encoding', make 'latents' again (it adds pixels and touches no latent), then ask again{_twin(recipe)}"
+        )
+    side = recipe.model.grid_height * recipe.model.patch, recipe.model.grid_width * recipe.model.patch
+    if side != (spec.resolution, spec.resolution):
+        raise RefusedError(
+            f"recipe {recipe.name} reads frames of {side[0]} x {side[1]} pixels, and the trainset's have "
+            f"{spec.resolution} x {spec.resolution}: choose another recipe, or set 'encoding.resolution' and make "
+            "'latents' and 'trainset' again"
+        )
+    folder = project.root.pointed("trainset", trainset.digest)
+    path = _said_path(folder, spec)
+    if atomic.exists(path):
+        stands = _opened(project.root, trainset, folder, path)
+        stands.check()
+        if not stands.gone():
+            return stands
+    _freeze(PixelStore(project.root, spec), trainset, folder, recipe.name)  # anew where its rows stand elsewhere now
+    return _opened(project.root, trainset, folder, path)
+
+
+def open_pixels(root: DataRoot, trainset: Trainset, digest: str) -> TrainsetPixels:
+    """The frozen pixels of this digest. Raises UpstreamError where the trainset has none such."""
+    for found in frozen_pixels(root, trainset):
+        if found.digest == digest:
+            return found
+    raise UpstreamError(
+        f"trainset {trainset.digest} has no pixels {digest}: somebody removed them. Put them back, or start a new run"
+    )
+
+
+def frozen_pixels(root: DataRoot, trainset: Trainset) -> Iterator[TrainsetPixels]:
+    """Everything that was frozen of a trainset's pixels, by spec."""
+    folder = root.pointed("trainset", trainset.digest)
+    for name in listing.files(folder):
+        if name.startswith("pixels.") and name.endswith(".json"):
+            yield _opened(root, trainset, folder, f"{folder}/{name}")
+
+
+def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> None:
+    """Write the addresses of every clip length, then what they are."""
+    contents, files, psnr_db = {}, {}, []
+    for frames in trainset.lengths:
+        path = _addresses_path(folder, store.spec, frames)
+        with atomic.staged_file(path) as temporary:
+            found = _write_addresses(temporary, store, trainset, frames, recipe)
+            contents[f"f{frames}"] = digest_bytes(found["crc"].tobytes())
+            files[path.rpartition("/")[2]] = crc32c(np.memmap(temporary, np.uint8, "r"))
+        psnr_db.append(_psnr(store, trainset, frames))
+    measured = pl.concat(psnr_db).drop_nulls()
+    said = {
+        "trainset": trainset.digest,
+        "digest": digest_config({"trainset": trainset.digest, "spec": store.digest, "rows": contents}),
+        "spec": store.spec.to_json(),
+        "psnr_mean_db": measured.mean(),
+        "psnr_rows": len(measured),
+        "files": files,
+    }
+    publish_sealed(_said_path(folder, store.spec), said)
+
+
+def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: int, recipe: str) -> np.ndarray:
+    """Addresses into a new file, batch by batch, so that no more than a batch's rows are in memory beside them."""
+    rows = trainset.rows(frames)
+    found = new_array(path, PIXEL_ADDRESS, len(rows))
+    order = np.argsort(rows["batch"], kind="stable")
+    ends = np.flatnonzero(np.diff(rows["batch"][order])) + 1
+    lacking: list[str] = []
+    for places in np.split(order, ends) if len(order) else ():
+        batch = trainset.batches[int(rows["batch"][places[0]])]
+        joined = _joined(rows[places], store.commits(batch, frames))
+        without = joined.filter(pl.col("crc32c").is_null())["at"]
+        lacking += [f"{_hex(rows[places[at]])} of {batch}" for at in without]
+        if not lacking:
+            found[places] = pixel_addresses(joined, trainset.batches)
+    if lacking:
+        named = ", ".join(lacking[:NAMED]) + (", ..." if len(lacking) > NAMED else "")
+        raise RefusedError(
+            f"recipe {recipe} reads pixels, and {len(lacking)} of the {len(rows)} rows with {frames} frames of "
+            f"trainset {trainset.digest} have none of quality {store.spec.quality} ({named}): make 'latents' of their "
+            "batches again (it adds pixels and touches no latent), then ask again"
+        )
+    found.flush()
+    return found
+
+
+def _joined(rows: np.ndarray, commits: pl.DataFrame) -> pl.DataFrame:
+    """The commits of these rows in their order, columns null where there is none; `at` numbers the rows."""
+    good = commits.filter(pl.col("status") == "ok")
+    halves = np.frombuffer(b"".join(good["row_id"].to_list()), ">u8").reshape(-1, 2).astype("<u8")
+    known = good.with_columns(high=pl.Series(halves[:, 0]), low=pl.Series(halves[:, 1]))
+    wanted = {"high": rows["row_id"][:, 0], "low": rows["row_id"][:, 1], "at": np.arange(len(rows))}
+    return pl.DataFrame(wanted).join(known, on=["high", "low"], how="left", maintain_order="left")
+
+
+def _psnr(store: PixelStore, trainset: Trainset, frames: int) -> pl.Series:
+    """PSNR of the measured rows of the batches in question; null for the others."""
+    batches = np.unique(trainset.rows(frames)["batch"]).tolist()
+    return pl.concat([store.commits(trainset.batches[batch], frames)["psnr_db"] for batch in batches])
+
+
+def _opened(root: DataRoot, trainset: Trainset, folder: str, path: str) -> TrainsetPixels:
+    said = read_sealed(path, _remedy(path))
+    try:
+        spec = PixelSpec.from_json(said["spec"])
+        mean_db, measured, files = said["psnr_mean_db"], said["psnr_rows"], said["files"]
+        found = TrainsetPixels(root, trainset, folder, said["digest"], spec, mean_db, measured, files)
+        of = said["trainset"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{path} does not say what it should ({error}); {_remedy(path)}") from error
+    if (of, found.path) != (trainset.digest, path):
+        raise DamagedError(f"{path} describes pixels of another trainset or another quality; {_remedy(path)}")
+    return found
+
+
+def _twin(recipe: RecipeConfig) -> str:
+    twin = f"{recipe.name}_latent"
+    return f"; or train {twin}, which reads latents" if twin in RECIPES else ""
+
+
+def _said_path(folder: str, spec: PixelSpec) -> str:
+    return f"{folder}/pixels.{spec.digest()}.json"
+
+
+def _addresses_path(folder: str, spec: PixelSpec, frames: int) -> str:
+    return f"{folder}/pixels.{spec.digest()}.f{frames}.npy"
+
+
+def _remedy(path: str) -> str:
+    return f"remove {path} and ask for the run again"
+
+
+def _hex(row: np.void) -> str:
+    return "".join(f"{half:016x}" for half in row["row_id"].tolist())

@@ -1,0 +1,262 @@
+"""Which batches and rows a trainset takes, and why the others are left out.
+
+A batch joins when its clips and latents passed their checks, every wanted row has a commit in the spec in force, and
+the `duplicates` that are cited know its tables as they are now. A row joins when it is for pretraining, of split train,
+stored, no duplicate that gives way and not withdrawn. One batch's tables are in memory at a time: what is kept of a row
+are 32 bytes, 10 million rows fit in 2 GB (benchmarks/manifests.py). Decides only: freezing is trainset.py's.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from nextvid.config.corpus import Project
+from nextvid.encode.latent_stats import Moments, moments
+from nextvid.encode.plan import spec_in_force
+from nextvid.making.publishing import read_latest
+from storage.atomic import read_bytes, read_json
+from storage.digest import digest_bytes
+from storage.errors import UpstreamError
+from storage.latents import ROWS_PER_SHARD, EncodingSpec, LatentStore
+from storage.reader import ADDRESS
+from storage.root import DataRoot, Table
+from storage.schemas import Clips, Duplicates
+from storage.tables import read_checks, read_table, require_checks
+from storage.withdrawn import withdrawn_rows
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a trainset is made of: of each row its address (32 bytes), whatever a table says of it beside that.
+
+    `addresses` and `offsets` are by frames; rows are sorted by dataset, then row id, and offsets are (first, count).
+    """
+
+    spec: EncodingSpec
+    duplicates: str
+    batches: tuple[str, ...]
+    left_out: Mapping[str, str]  # batch -> reason
+    addresses: Mapping[int, np.ndarray]
+    offsets: Mapping[int, Mapping[str, tuple[int, int]]]
+    moments: Mapping[tuple[str, int], Sequence[Moments]]  # (dataset, frames) -> of each batch's rows
+    dropped: Mapping[str, int]  # reason -> rows for pretraining that were not taken
+    leaked: int  # rows of shots that look like a probe test clip's, or are one
+
+    @property
+    def height(self) -> int:
+        """All rows."""
+        return sum(len(rows) for rows in self.addresses.values())
+
+    @property
+    def datasets(self) -> list[str]:
+        """Datasets that have rows, sorted."""
+        return sorted({name for offsets in self.offsets.values() for name in offsets})
+
+
+def select(project: Project) -> Selection:
+    """Choose. Raises UpstreamError where `duplicates` is missing or old, too few batches are ready, or no row is."""
+    root, spec = project.root, spec_in_force(project)
+    duplicates, known = _known_to_duplicates(root)
+    verdicts = {batch: _verdict(project, spec, batch, known) for batch in _pretraining_batches(project)}
+    taken = tuple(sorted(batch for batch, (_, reason) in verdicts.items() if reason is None))
+    left_out = {batch: reason for batch, (_, reason) in verdicts.items() if reason is not None}
+    passed = sum(counts for counts, _ in verdicts.values())
+    if passed == 0 or len(taken) / passed < project.corpus.min_complete:
+        listed = "; ".join(f"{batch}: {reason}" for batch, reason in sorted(left_out.items())) or "there is none"
+        needed = f"{project.corpus.min_complete:.0%} of the batches must be complete"
+        raise UpstreamError(f"{len(taken)} of {passed} batches are ready, {needed}. Not taken: {listed}")
+    table = read_table(f"{root.pointed('duplicates', duplicates)}/duplicates.parquet", Duplicates)
+    gathered = _Gathered(spec, taken, _test_shots(project, table))
+    for batch in taken:
+        gathered.add(batch, *rows_of(project, spec, batch, table))
+    if not gathered.parts:
+        raise UpstreamError(f"no row for pretraining is left in {', '.join(taken)}: {dict(gathered.dropped)}")
+    addresses, offsets = gathered.sorted()
+    dropped = dict(sorted(gathered.dropped.items()))
+    return Selection(spec, duplicates, taken, left_out, addresses, offsets, gathered.moments, dropped, gathered.leaked)
+
+
+class _Gathered:
+    """What is kept of one batch after the other, so that no more than one batch's tables are in memory."""
+
+    def __init__(self, spec: EncodingSpec, batches: tuple[str, ...], test_shots: pl.Series) -> None:
+        self._spec, self._batches, self._test_shots = spec, batches, test_shots
+        self.parts: dict[tuple[int, str], list[np.ndarray]] = {}  # addresses by (frames, dataset)
+        self.moments: dict[tuple[str, int], list[Moments]] = {}
+        self.dropped: Counter[str] = Counter()
+        self.leaked = 0
+
+    def add(self, batch: str, kept: pl.DataFrame, lost: pl.DataFrame) -> None:
+        """The rows taken of one batch, and those that were not, with `why`."""
+        self.dropped.update(dict(lost.group_by("why").len().iter_rows()))
+        self.leaked += kept.filter(pl.col("shot_id").is_in(self._test_shots.implode())).height
+        for group in kept.partition_by("dataset", "frames"):
+            dataset, frames = str(group["dataset"][0]), int(group["frames"][0])
+            self.parts.setdefault((frames, dataset), []).append(_addresses(group, self._batches.index(batch)))
+            self.moments.setdefault((dataset, frames), []).append(moments(group, self._spec))
+
+    def sorted(self) -> tuple[dict[int, np.ndarray], dict[int, dict[str, tuple[int, int]]]]:
+        """Addresses and offsets as a Selection has them; empties `parts`."""
+        addresses: dict[int, np.ndarray] = {}
+        offsets: dict[int, dict[str, tuple[int, int]]] = {}
+        for frames in sorted({frames for frames, _ in self.parts}):
+            names = sorted(name for length, name in self.parts if length == frames)
+            counts = [sum(map(len, self.parts[frames, name])) for name in names]
+            firsts = [sum(counts[:n]) for n in range(len(counts))]
+            out = np.empty(sum(counts), ADDRESS)
+            for name, first, count in zip(names, firsts, counts, strict=True):
+                rows = out[first : first + count]
+                np.concatenate(self.parts.pop((frames, name)), out=rows)
+                # stable, so that a row id in two batches keeps their order
+                rows[:] = rows[np.lexsort((rows["row_id"][:, 1], rows["row_id"][:, 0]))]
+            addresses[frames] = out
+            offsets[frames] = dict(zip(names, zip(firsts, counts, strict=True), strict=True))
+        return addresses, offsets
+
+
+def _addresses(rows: pl.DataFrame, batch: int) -> np.ndarray:
+    """ADDRESS of rows of one batch, in their order."""
+    out = np.zeros(rows.height, ADDRESS)
+    out["row_id"] = np.frombuffer(b"".join(rows["row_id"].to_list()), ">u8").reshape(-1, 2)
+    out["batch"] = batch
+    for name, column in (("part", "part"), ("shard", "shard"), ("slot", "slot"), ("crc", "crc32c")):
+        out[name] = rows[column].to_numpy()
+    return out
+
+
+def _pretraining_batches(project: Project) -> list[str]:
+    """Batches of datasets that have a weight, whether or not their clips were ever made."""
+    weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
+    known = sorted({*project.root.batches(), *project.root.batches("clips")})
+    return [batch for batch in known if batch.split(".")[0] in weighted]
+
+
+def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
+    """The latest `duplicates`, and the digests of each batch's tables that it searched.
+
+    Raises UpstreamError where a batch with clips of a probe test set is not among them: what it shares with pretraining
+    is not known then, and no trainset can be said to be clean.
+    """
+    digest = read_latest(root, "duplicates")
+    if digest is None:
+        raise UpstreamError("'duplicates' has not been made: make 'duplicates' first")
+    folder = root.pointed("duplicates", digest)
+    require_checks(f"{folder}/checks.json", "duplicates")
+    known = read_json(f"{folder}/duplicates.json")["inputs"]
+    for batch in root.batches("clips"):
+        checks = read_checks(root.checks("clips", batch))
+        if checks is None or not checks["passed"] or _is_known(root, batch, known):
+            continue
+        clips = read_table(root.table("clips", batch), Clips)
+        if clips.filter(_tested()).height:
+            raise UpstreamError(f"batch {batch} holds probe test clips that 'duplicates' has not seen: make it again")
+    return digest, known
+
+
+def _verdict(project: Project, spec: EncodingSpec, batch: str, known: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """(whether the batch counts among those that should be ready, why it is left out or None)."""
+    root = project.root
+    tables: tuple[Table, ...] = ("media", "shots", "clips")
+    found = {noun: read_checks(root.checks(noun, batch)) for noun in tables}
+    for noun, verdict in found.items():
+        if verdict is not None and not verdict["passed"]:
+            return False, f"its {noun} did not pass their checks"
+    if found["clips"] is None:
+        return False, "its clips are not made yet"
+    latents = read_checks(root.latents_checks(spec.digest(), batch))
+    if latents is not None and not latents["passed"]:
+        return False, "its latents did not pass their checks"
+    if latents is None:
+        return True, "it has no latents in the encoding in force"
+    wanted = read_table(root.table("clips", batch), Clips).filter(_stored())
+    missing = wanted.join(LatentStore(root, spec).commits(batch), on="row_id", how="anti").height
+    if missing:
+        return True, f"{missing} of its {wanted.height} rows are not encoded yet"
+    if not _is_known(root, batch, known):
+        return True, "'duplicates' has not seen its clips as they are now"
+    return True, None
+
+
+def _is_known(root: DataRoot, batch: str, known: Mapping[str, Any]) -> bool:
+    now = [digest_bytes(read_bytes(root.table(noun, batch))) for noun in ("shots", "clips")]
+    return known.get(batch) == now
+
+
+def rows_of(
+    project: Project, spec: EncodingSpec, batch: str, duplicates: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(rows taken, rows for pretraining that are not, with `why`) of one batch.
+
+    Columns of the rows taken: those of Lineage, and part, shard, slot (within the shard), crc32c, sums, sums_squared,
+    posterior_std.
+    """
+    clips = read_table(project.root.table("clips", batch), Clips)
+    asked = clips.filter(_stored() & pl.col("uses").list.contains("pretrain"))
+    commits = (
+        LatentStore(project.root, spec)
+        .commits(batch)
+        .select(
+            "row_id",
+            "part",
+            "shard",
+            (pl.col("slot") % ROWS_PER_SHARD).alias("slot"),
+            "crc32c",
+            "sums",
+            "sums_squared",
+            "posterior_std",
+            pl.col("status").alias("committed"),
+        )
+    )
+    given_way = duplicates.filter((pl.col("batch") == batch) & pl.col("dropped_from").list.contains("pretrain"))
+    gone = pl.Series(sorted(withdrawn_rows(project.root)), dtype=pl.Binary)
+    why = (
+        pl.when(pl.col("split") != "train")
+        .then(pl.lit("split"))
+        .when(pl.col("committed") != "ok")
+        .then(pl.lit("not_encoded"))
+        .when(pl.col("row_id").is_in(gone.implode()))
+        .then(pl.lit("withdrawn"))
+        .otherwise(pl.col("why"))
+    )
+    judged = (
+        asked.join(commits, on="row_id", how="inner")
+        .join(given_way.select("shot_id", why=pl.col("reason")), on="shot_id", how="left")
+        .with_columns(why=why)
+    )
+    kept = judged.filter(pl.col("why").is_null()).select(_COLUMNS)
+    return kept, judged.filter(pl.col("why").is_not_null()).select("row_id", "why")
+
+
+_COLUMNS = (
+    *("row_id", "clip_id", "shot_id", "media_id", "dataset", "batch", "uri", "frames"),
+    *("part", "shard", "slot", "crc32c", "sums", "sums_squared", "posterior_std"),
+)
+
+
+def _test_shots(project: Project, duplicates: pl.DataFrame) -> pl.Series:
+    """Shots of probe test clips and all that share a group with one, found anew from clips and groups.
+
+    Does not look at `dropped_from`, so that the check made of it can contradict the table it rests on.
+    """
+    tested: Sequence[pl.DataFrame] = [
+        read_table(project.root.table("clips", batch), Clips).filter(_tested()).select("shot_id")
+        for batch in project.root.batches("clips")
+    ]
+    shots = pl.concat([Clips.create_empty().select("shot_id"), *tested])["shot_id"].unique()
+    touched = duplicates.filter(pl.col("shot_id").is_in(shots.implode()))["group"].unique()
+    near = duplicates.filter(pl.col("group").is_in(touched.implode()))["shot_id"]
+    return pl.concat([shots, near]).unique().sort()
+
+
+def _stored() -> pl.Expr:
+    return (pl.col("status") == "ok") & (pl.col("uses").list.len() > 0)
+
+
+def _tested() -> pl.Expr:
+    """Clips of a probe's test set."""
+    probed = pl.col("uses").list.set_difference(pl.lit(["pretrain"], pl.List(pl.String))).list.len() > 0
+    return (pl.col("status") == "ok") & (pl.col("split") == "test") & probed

@@ -1,0 +1,284 @@
+"""The maker of `trainset`: the frozen snapshot of rows that pretraining reads, under one digest; and how it is opened.
+
+The one gate between a corpus that grows and runs that must not (design, 4): it compares digests itself, lists what it
+leaves out, and moves nothing. Which batches and rows it takes is decided in selection.py; this module freezes and
+opens.
+
+Axes: C channels.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float32
+
+from nextvid.config.corpus import Project
+from nextvid.encode.latent_stats import mixed
+from nextvid.making.outcome import Check, Number, Outcome
+from nextvid.making.publishing import publish_latest, publish_verdict, read_latest
+from nextvid.trainset.files import LINEAGE, SAID, Frozen, gone_shards, read_sealed, rows_name, write_trainset
+from nextvid.trainset.selection import Selection, rows_of, select
+from storage import listing
+from storage.atomic import exists, locked, remove_tree
+from storage.digest import ID_BYTES, digest_bytes, digest_config
+from storage.errors import ConflictError, DamagedError, RefusedError, TableError, UpstreamError
+from storage.latents import EncodingSpec, LatentStore
+from storage.reader import ADDRESS
+from storage.root import DataRoot
+from storage.schemas import Duplicates, Lineage
+from storage.tables import read_table
+
+ASSET = "trainset"
+NAMED = 20  # our choice: batches that a message or an event names one by one
+KEPT = ("parent", "mean", "std")  # facts of a trainset that are not made anew where its files are
+
+
+def make_trainset(project: Project) -> Outcome:
+    """Freeze the rows of every batch that passed, is complete and is known to the latest `duplicates`.
+
+    Where the same rows were frozen before, nothing is written, unless files are missing or rows stand elsewhere now.
+    Raises UpstreamError where too few batches are ready or no row is left, DamagedError where bytes of what was frozen
+    have changed.
+    """
+    began = time.perf_counter()
+    chosen = select(project)
+    weights = _weights(project, chosen)
+    digest = _digest(chosen, weights)
+    folder = project.root.pointed("trainset", digest)
+    lacking = _stored(project, chosen, weights, digest, folder)
+    checks = _checks(chosen, weights)
+    publish_verdict(f"{folder}/checks.json", ASSET, checks)
+    if all(check.passed for check in checks) and read_latest(project.root, "trainset") != digest:
+        publish_latest(project.root, "trainset", digest)
+    numbers: dict[str, Number] = {f"rows_f{frames}": len(rows) for frames, rows in chosen.addresses.items()}
+    numbers |= {f"weight_{name}": weight for name, weight in weights.items()}
+    numbers |= {"batches": len(chosen.batches), "batches_left_out": len(chosen.left_out), "spec": chosen.spec.digest()}
+    numbers |= {"left_out": _named(chosen.left_out)} if chosen.left_out else {}
+    numbers |= {f"dropped_{reason}": count for reason, count in chosen.dropped.items()}
+    numbers |= {"written because": lacking} if lacking else {}
+    size_bytes = sum(rows.nbytes for rows in chosen.addresses.values())
+    seconds = time.perf_counter() - began
+    made = lacking is not None
+    return Outcome(ASSET, None, made, chosen.height, size_bytes, seconds, digest=digest, numbers=numbers, checks=checks)
+
+
+def _named(left_out: Mapping[str, str]) -> str:
+    """The first batches that were left out and why; all stand in trainset.json."""
+    first = "; ".join(f"{batch}: {reason}" for batch, reason in itertools.islice(sorted(left_out.items()), NAMED))
+    return first + (f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else "")
+
+
+class Trainset:
+    """A frozen trainset, opened for reading: rows are memory-mapped, so opening costs the same at any size."""
+
+    def __init__(self, root: DataRoot, folder: str, said: Mapping[str, Any]) -> None:
+        self._root, self._folder, self._said = root, folder, said
+        self._files = Frozen(root, folder, said["files"], f"remove {folder} and make 'trainset' again")
+        self.digest: str = said["digest"]
+        self.spec = EncodingSpec.from_json(said["spec"])
+        self.parent: str | None = said.get("parent")  # the trainset that was the latest before
+        self.weights: dict[str, float] = said["weights"]
+        self.batches: tuple[str, ...] = tuple(said["batches"])  # an address's `batch` is an index into these
+        self.mean: Float32[np.ndarray, " C"] = np.array(said["mean"], np.float32)
+        self.std: Float32[np.ndarray, " C"] = np.array(said["std"], np.float32)
+
+    @classmethod
+    def open(cls, root: DataRoot, digest: str | None = None) -> Self:
+        """The trainset of a digest, else the latest. Raises UpstreamError where there is none."""
+        found = digest or read_latest(root, "trainset")
+        if found is None:
+            raise UpstreamError("there is no trainset yet: make 'trainset' first")
+        folder = root.pointed("trainset", found)
+        path, remedy = f"{folder}/{SAID}", f"remove {folder} and make 'trainset' again"
+        try:
+            said = read_sealed(path, remedy)
+        except UpstreamError as error:
+            what = f"trainset {found} is not whole: {path} does not exist"
+            raise UpstreamError(f"{what}. Put it back, or make 'trainset' again") from error
+        if said.get("digest") != found:
+            raise DamagedError(f"{path} describes trainset {said.get('digest')}, not that of its folder; {remedy}")
+        try:
+            return cls(root, folder, said)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"{path} does not say what it should ({error}); {remedy}") from error
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Clip lengths in frames that it holds, ascending; 1 are images."""
+        return tuple(sorted(int(name[1:]) for name in self._said["offsets"]))
+
+    def rows(self, frames: int) -> np.ndarray:
+        """Addresses of all rows of a clip length, memory-mapped; sorted by dataset, then row id.
+
+        Raises RefusedError for a length it has not, DamagedError where the file is not what was frozen.
+        """
+        wanted = sum(count for _, count in self.offsets(frames).values())
+        return self._files.open(rows_name(frames), ADDRESS, wanted)
+
+    def offsets(self, frames: int) -> dict[str, tuple[int, int]]:
+        """(first row, count) of each dataset that has rows of this length."""
+        found = self._said["offsets"].get(f"f{frames}")
+        if found is None:
+            held = ", ".join(str(length) for length in self.lengths)
+            raise RefusedError(
+                f"trainset {self.digest} has no clips of {frames} frames; it has {held}. Add clips of that length in "
+                "corpus.yaml and make 'trainset' again, or choose another recipe"
+            )
+        return {name: (int(first), int(count)) for name, (first, count) in found.items()}
+
+    def check(self) -> None:
+        """Read every row file; DamagedError where one is not what was frozen. Costs what reading them costs."""
+        self._files.check()
+
+    def gone(self) -> list[str]:
+        """A line for each part of the store that lacks shards which rows stand in: which, and what to do."""
+        store, rows = LatentStore(self._root, self.spec), {frames: self.rows(frames) for frames in self.lengths}
+        return gone_shards(store, self.batches, rows, f"trainset {self.digest}", "make 'trainset' again")
+
+    def lineage(self) -> pl.DataFrame:
+        """One line a row, back to its file (schema Lineage); sorted by batch, then row id."""
+        path = f"{self._folder}/{LINEAGE}"
+        try:
+            return read_table(path, Lineage)
+        except (UpstreamError, TableError) as error:
+            raise DamagedError(f"{path} is missing or damaged; {self._files.remedy}") from error
+
+    def facts(self) -> dict[str, Any]:
+        """What is kept where its files are written again."""
+        return {name: self._said[name] for name in KEPT}
+
+
+def _stored(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> str | None:
+    """Have the folder hold what was chosen; why it was written, None where it stood."""
+    if _lacking(project.root, chosen, digest, folder) is None:
+        return None  # asked first: where nothing may be written, what stands may be used
+    with locked(f"{project.root.url}/trainset/lock"):
+        lacking = _lacking(project.root, chosen, digest, folder)
+        if lacking is None:
+            return None  # somebody else wrote it meanwhile
+        try:
+            _freeze(project, chosen, weights, digest, folder)
+        except ConflictError:
+            if exists(folder) and _lacking(project.root, chosen, digest, folder) is None:
+                return None  # as above, where there are no locks
+            raise
+        return lacking
+
+
+def _lacking(root: DataRoot, chosen: Selection, digest: str, folder: str) -> str | None:
+    """Why the folder has to be written, None where it need not; DamagedError where its bytes have changed."""
+    names = set(listing.files(folder))
+    if not names:
+        return "it was not there"
+    wanted = {SAID, LINEAGE, *(rows_name(frames) for frames in chosen.addresses)}
+    if missing := sorted(wanted - names):
+        return f"{', '.join(missing)} were missing"
+    frozen = Trainset.open(root, digest)
+    if all(_same(frozen, frozen.rows(frames), chosen, rows) for frames, rows in chosen.addresses.items()):
+        return None
+    frozen.check()
+    return "its rows stand elsewhere now"
+
+
+def _same(trainset: Trainset, frozen: np.ndarray, chosen: Selection, rows: np.ndarray) -> bool:
+    """Whether frozen addresses are the chosen ones, whatever else their batches are numbered by."""
+    numbers = {batch: number for number, batch in enumerate(chosen.batches)}
+    now = np.array([numbers.get(batch, -1) for batch in trainset.batches], np.int64)
+    others = [name for name in rows.dtype.names or () if name != "batch"]
+    if frozen["batch"].max(initial=0) >= len(now):
+        return False
+    return np.array_equal(now[frozen["batch"]], rows["batch"]) and all(
+        np.array_equal(frozen[name], rows[name]) for name in others
+    )
+
+
+def _weights(project: Project, chosen: Selection) -> dict[str, float]:
+    """Mixture weights over the datasets that have rows; they sum to one."""
+    held = chosen.datasets
+    written = {name: weight for name, weight in sorted(project.corpus.weights().items()) if name in held and weight > 0}
+    total = sum(written.values())
+    return {name: weight / total for name, weight in written.items()}
+
+
+def _digest(chosen: Selection, weights: Mapping[str, float]) -> str:
+    """Of the spec, the weights and (dataset, row id, crc) in order: a row that moved is the same row."""
+    rows: dict[str, dict[str, str]] = {}
+    for frames, addresses in chosen.addresses.items():
+        for name, (first, count) in chosen.offsets[frames].items():
+            some = addresses[first : first + count]
+            content = some["row_id"].astype(">u8").tobytes() + some["crc"].astype("<u4").tobytes()
+            rows.setdefault(f"f{frames}", {})[name] = digest_bytes(content)
+    return digest_config({"spec": chosen.spec.digest(), "weights": dict(weights), "rows": rows})
+
+
+def statistics(chosen: Selection, weights: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation per channel [C], float64: images and clips of the base length, weighted as the mixture.
+
+    Within a dataset every row weighs the same.
+    """
+    base = min((frames for frames in chosen.addresses if frames > 1), default=1)
+    parts = []
+    for name, weight in weights.items():
+        found = [part for frames in sorted({1, base}) for part in chosen.moments.get((name, frames), ())]
+        rows = sum(part.rows for part in found)
+        parts += [(weight * part.rows / rows, part) for part in found]
+    return mixed(parts)
+
+
+def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> None:
+    mean, std = statistics(chosen, weights)
+    latest = read_latest(project.root, "trainset")
+    said: dict[str, Any] = {
+        "digest": digest,
+        "parent": latest if latest != digest else None,
+        "spec": chosen.spec.to_json(),
+        "weights": dict(weights),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "batches": list(chosen.batches),
+        "offsets": {f"f{frames}": dict(offsets) for frames, offsets in chosen.offsets.items()},
+        "duplicates": chosen.duplicates,
+        "left_out": dict(chosen.left_out),
+        "dropped": dict(chosen.dropped),
+    }
+    stands = bool(listing.files(folder))
+    before = Trainset.open(project.root, digest) if exists(f"{folder}/{SAID}") else None
+    if before is not None:
+        said |= before.facts()
+    if before is None or before.batches != chosen.batches:
+        for name in listing.files(folder):
+            if name.startswith("pixels.") and name.endswith(".json"):
+                remove_tree(f"{folder}/{name}")  # they count batches as the rows did; frozen again when asked for
+    write_trainset(folder, said, chosen.addresses, _lineage(project, chosen), over=stands)
+
+
+def _lineage(project: Project, chosen: Selection) -> Iterator[pl.DataFrame]:
+    """Lineage of the chosen rows, a batch at a time, sorted by row id; read again, since a row's line is long.
+
+    Raises ConflictError where a batch has other rows by now than were chosen.
+    """
+    table = read_table(f"{project.root.pointed('duplicates', chosen.duplicates)}/duplicates.parquet", Duplicates)
+    order = {frames: np.argsort(rows["batch"], kind="stable") for frames, rows in chosen.addresses.items()}
+    for number, batch in enumerate(chosen.batches):
+        kept, _ = rows_of(project, chosen.spec, batch, table)
+        ids: list[bytes] = []
+        for frames, rows in chosen.addresses.items():
+            first, last = np.searchsorted(rows["batch"], (number, number + 1), sorter=order[frames])
+            data = rows["row_id"][order[frames][first:last]].astype(">u8").tobytes()
+            ids += [data[start : start + ID_BYTES] for start in range(0, len(data), ID_BYTES)]
+        lines = kept.sort("row_id")
+        if lines["row_id"].to_list() != sorted(ids):
+            raise ConflictError(f"batch {batch} changed while its rows were frozen: make 'trainset' again")
+        yield lines.select(Lineage.column_names())
+
+
+def _checks(chosen: Selection, weights: Mapping[str, float]) -> tuple[Check, ...]:
+    total = sum(weights.values())
+    return (
+        Check("no_test_duplicate", chosen.leaked == 0, {"rows": chosen.height, "leaked": chosen.leaked}),
+        Check("weights_sum_to_one", abs(total - 1) < 1e-9, {"sum": total}),
+    )

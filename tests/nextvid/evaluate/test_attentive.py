@@ -1,0 +1,76 @@
+"""The re-associated probe against the plain one, and its settings."""
+
+import numpy as np
+import pytest
+import torch
+
+from nextvid.config.recipe import EncoderConfig, ModelConfig, RecipeConfig, StageConfig
+from nextvid.evaluate import attentive
+from nextvid.evaluate.attentive import Probes, ProbeSettings, reference_logits
+from nextvid.evaluate.fitting import normalise
+
+
+def scramble(probes: Probes, seed: int = 0) -> Probes:
+    """Give every parameter a value of its own, so that no term is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in probes.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return probes
+
+
+def test_fast_path_equals_the_plain_probe() -> None:
+    settings = ProbeSettings(heads=4, rates=(1e-3, 3e-3))
+    probes = scramble(Probes(32, 5, settings, seeds=[3, 4, 5]))
+    tokens = 3 * torch.randn(7, 11, 32) + 1
+    fast = probes(normalise(tokens.numpy()).expand(3, -1, -1, -1))
+    for seed in range(3):
+        for rate in range(2):
+            plain = reference_logits(probes, rate * 3 + seed, tokens)
+            torch.testing.assert_close(fast[seed, rate], plain, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_fast_and_plain_agree() -> None:
+    probes = scramble(Probes(16, 3, ProbeSettings(heads=2, rates=(1e-3,)), seeds=[0]))
+    tokens, labels = torch.randn(6, 5, 16), torch.randint(0, 3, (6,))
+    torch.nn.functional.cross_entropy(reference_logits(probes, 0, tokens), labels).backward()
+    plain = {name: parameter.grad for name, parameter in probes.named_parameters()}
+    probes.zero_grad()
+    torch.nn.functional.cross_entropy(probes(normalise(tokens.numpy())[None])[0, 0], labels).backward()
+    for name, parameter in probes.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_each_seed_sees_its_own_batch() -> None:
+    probes = scramble(Probes(16, 3, ProbeSettings(heads=2, rates=(1e-3, 2e-3)), seeds=[0, 1]))
+    tokens = normalise(np.random.default_rng(0).normal(size=(4, 5, 16)))
+    both = probes(torch.stack([tokens[:2], tokens[2:]]))
+    swapped = probes(torch.stack([tokens[2:], tokens[2:]]))
+    assert torch.equal(both[1], swapped[1])
+    assert not torch.allclose(both[0], swapped[0])
+
+
+def test_seeds_differ_and_rates_start_equal() -> None:
+    probes = Probes(16, 3, ProbeSettings(), seeds=[0, 1])
+    start = probes.last.detach()  # rate-major
+    assert torch.equal(start[0], start[2])
+    assert torch.equal(start[1], start[3])
+    assert not torch.equal(start[0], start[1])
+
+
+def test_width_must_be_heads_times_something() -> None:
+    with pytest.raises(ValueError, match="multiple of 4 probe heads"):
+        Probes(30, 3, ProbeSettings(), seeds=[0])
+
+
+def test_settings_follow_the_width() -> None:
+    stage = StageConfig(name="all", steps=1, frames=8, batch=1, tau_copies=1, lr_start=0.0, lr_end=0.0)
+    large = RecipeConfig(name="large", stages=(stage,))
+    reads_latents = EncoderConfig(input="latents", width=128, heads=4)
+    small = large.model_copy(update={"model": ModelConfig(encoder=reads_latents)})
+    assert attentive.probe_settings(small, 20, 32) == ProbeSettings()
+    assert attentive.probe_settings(large, 20, 96).augment == "video"  # the paper's encoders read pixels
+    assert attentive.probe_settings(large, 20, 96, images=True).augment == "image"
+    paper = attentive.probe_settings(large, 20, 96)
+    assert (paper.heads, paper.init, paper.query_std, paper.warm_up_steps) == (16, "trunc_normal", 0.02, 0)

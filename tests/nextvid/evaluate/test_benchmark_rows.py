@@ -1,0 +1,165 @@
+"""Which clips a benchmark asks about: labels by span, splits, copies, segments, views, limits, and the digest."""
+
+from collections.abc import Mapping, Sequence
+
+import polars as pl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextvid.config.corpus import BenchmarkConfig, ClipPolicy
+from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, groups_of, labels_of
+from storage.schemas import Clips, Duplicates, Labels
+
+LIMITS = {"train": 1000, "test": 1000}
+
+
+def key(word: str) -> bytes:
+    return word.encode().ljust(16, b"_")
+
+
+def clip(media: str, shot: str, number: int = 0, view: int = 0, **changes: object) -> dict[str, object]:
+    """One row of the clips table: 2 frames a second from second `number`."""
+    start = number * 1_000_000
+    row: dict[str, object] = {
+        "row_id": key(f"{shot}{number}{view}"), "clip_id": key(f"{shot}{number}"), "shot_id": key(shot),
+        "media_id": key(media), "dataset": "pets", "batch": "pets.000000", "uri": f"/{media}.mp4", "kind": "video",
+        "decoder": "decord", "frames": 2, "times_us": [start, start + 500_000], "view_index": view, "crop_x": 0,
+        "crop_y": 0, "crop_w": 8, "crop_h": 8, "flip": False, "uses": ["pretrain", "species"], "split": "train",
+        "group": None, "status": "ok", "reason": None, "error": None,
+    }  # fmt: skip
+    return row | changes
+
+
+def clips_table(rows: Sequence[Mapping[str, object]]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=Clips.create_empty().schema)
+
+
+def labels_table(*rows: tuple[str, int | None, int | None, str]) -> pl.DataFrame:
+    listed = [(key(media), start, end, "animal", value) for media, start, end, value in rows]
+    return pl.DataFrame(listed, schema=Labels.create_empty().schema, orient="row")
+
+
+def commits_of(clips: pl.DataFrame, **changes: pl.Expr | pl.Series) -> pl.DataFrame:
+    """Every clip committed, in order."""
+    return clips.select(
+        "row_id", "batch", "frames", part=pl.lit(0), shard=pl.lit(0), slot=pl.int_range(pl.len()),
+        status=pl.lit("ok"), crc32c=pl.lit(7),
+    ).with_columns(**changes)  # fmt: skip
+
+
+def build(
+    clips: pl.DataFrame, labels: pl.DataFrame, segments: int = 1, limits: Mapping[str, int] | None = None,
+    dropped: Sequence[str] = (), commits: pl.DataFrame | None = None, held_out: float = 0.2,
+) -> BenchmarkRows:  # fmt: skip
+    policy = ClipPolicy(frames=2, fps=2, clips_per_shot=segments)
+    config = BenchmarkConfig(datasets=("pets",), target="animal", policy=policy)
+    duplicates: pl.DataFrame = Duplicates.create_empty()
+    if dropped:
+        rows = [
+            {"shot_id": key(shot), "media_id": key("m"), "dataset": "pets", "batch": "pets.000000", "group": 0,
+             "split": "train", "benchmarks": ["species"], "pretrain": True, "dropped_from": ["probe_train"],
+             "reason": "copy"}
+            for shot in dropped
+        ]  # fmt: skip
+        duplicates = pl.DataFrame(rows, schema=duplicates.schema)
+    commits = commits_of(clips) if commits is None else commits
+    return benchmark_rows("species", config, clips, labels, duplicates, commits, limits or LIMITS, held_out)
+
+
+def test_a_plain_task() -> None:
+    clips = clips_table([clip("a", "s1"), clip("b", "s2"), clip("c", "s3", split="test")])
+    rows = build(clips, labels_table(("a", None, None, "cat"), ("b", None, None, "dog"), ("c", None, None, "dog")))
+    assert rows.classes == ("cat", "dog")
+    assert [rows.classes[i] for i in labels_of(rows.part("train"))] == ["cat", "dog"]
+    assert [rows.classes[i] for i in labels_of(rows.part("test"))] == ["dog"]
+    assert set(rows.left_out.values()) == {0}
+
+
+def test_other_uses_splits_and_statuses_are_not_asked() -> None:
+    clips = clips_table(
+        [
+            clip("a", "s1"),
+            clip("a", "s2", uses=["pretrain"]),
+            clip("a", "s3", split="val"),
+            clip("a", "s4", status="rejected", reason="dark"),
+        ]
+    )
+    rows = build(clips, labels_table(("a", None, None, "cat")))
+    assert rows.frame["shot_id"].to_list() == [key("s1")]
+
+
+def test_a_clip_with_no_value_or_several_is_counted() -> None:
+    clips = clips_table([clip("a", "s", 0), clip("b", "t", 1), clip("c", "u", 2)])
+    labels = labels_table(("a", 333, 2_000_000, "cat"), ("b", None, None, "cat"), ("b", 0, 3_000_000, "dog"))
+    rows = build(clips, labels)
+    assert rows.frame["shot_id"].to_list() == [key("s")], "a third of a millisecond before its span, as clips count it"
+    assert rows.left_out["unlabelled"] == 2
+
+
+def test_copies_of_test_clips_leave_probe_train_only() -> None:
+    clips = clips_table([clip("a", "s1"), clip("b", "s2"), clip("c", "s3", split="test")])
+    labels = labels_table(*[(m, None, None, m) for m in "abc"])
+    rows = build(clips, labels, dropped=["s1", "s3"])
+    assert rows.part("train")["shot_id"].to_list() == [key("s2")]
+    assert rows.part("test")["shot_id"].to_list() == [key("s3")]
+    assert rows.left_out["copies_of_test_clips"] == 1
+
+
+def test_only_committed_rows() -> None:
+    clips = clips_table([clip("a", "s1"), clip("b", "s2"), clip("c", "s3")])
+    commits = commits_of(clips, status=pl.Series(["ok", "quarantined", "ok"])).head(2)
+    rows = build(clips, labels_table(*[(m, None, None, m) for m in "abc"]), commits=commits)
+    assert rows.frame["row_id"].to_list() == [key("s100")]
+    assert rows.left_out["not_encoded"] == 2
+
+
+def test_a_row_in_two_batches_counts_once() -> None:
+    clips = clips_table([clip("a", "s1"), clip("a", "s1", batch="pets.000001")])
+    rows = build(clips, labels_table(("a", None, None, "cat")))
+    assert rows.frame["batch"].to_list() == ["pets.000000"]
+    assert rows.left_out["not_encoded"] == 0
+
+
+def test_segments_in_the_order_of_time_and_repeated_where_the_shot_is_short() -> None:
+    clips = clips_table([clip("a", "s1", n) for n in (2, 0, 1)] + [clip("b", "s2", 0)])
+    rows = build(clips, labels_table(("a", None, None, "cat"), ("b", None, None, "dog")), segments=3).frame
+    by_shot = {shot[0]: part["row_id"].to_list() for shot, part in rows.group_by("shot_id")}
+    assert by_shot[key("s1")] == [key("s100"), key("s110"), key("s120")]
+    assert by_shot[key("s2")] == [key("s200")] * 3
+    assert rows.group_by("sample").len()["len"].to_list() == [3, 3]
+
+
+def test_views_are_samples_of_one_group() -> None:
+    clips = clips_table([clip("a", "s1", 0, view) for view in range(3)] + [clip("b", "s2")])
+    rows = build(clips, labels_table(("a", None, None, "cat"), ("b", None, None, "dog"))).frame
+    assert len(labels_of(rows)) == 4
+    groups = groups_of(rows).tolist()
+    assert sorted(groups.count(g) for g in set(groups)) == [1, 3]
+
+
+@given(st.integers(1, 30), st.integers(0, 30))
+def test_limits_keep_whole_shots_and_count_the_rest(shots: int, limit: int) -> None:
+    clips = clips_table([clip(f"m{n}", f"s{n:03d}", 0, view) for n in range(shots) for view in range(2)])
+    labels = labels_table(*[(f"m{n}", None, None, "cat") for n in range(shots)])
+    rows = build(clips, labels, limits={"train": limit, "test": 0})
+    assert rows.frame.height == 2 * min(shots, limit)
+    assert rows.left_out["over_the_limit"] == 2 * max(0, shots - limit)
+
+
+def test_held_out_rows_are_a_share_of_groups_and_never_split_one() -> None:
+    clips = clips_table([clip(f"m{n}", f"s{n:03d}", group=f"g{n // 2}") for n in range(400)])
+    labels = labels_table(*[(f"m{n}", None, None, "cat") for n in range(400)])
+    train = build(clips, labels).part("train")
+    assert 0.1 < train["held_out"].mean() < 0.3  # type: ignore[operator]
+    assert train.group_by("group").agg(pl.col("held_out").n_unique())["held_out"].max() == 1
+
+
+def test_the_digest_follows_rows_bytes_and_labels_but_not_addresses() -> None:
+    clips = clips_table([clip("a", "s1"), clip("b", "s2", split="test")])
+    labels = labels_table(("a", None, None, "cat"), ("b", None, None, "dog"))
+    first = build(clips, labels).digest()
+    assert build(clips.reverse(), labels, commits=commits_of(clips, slot=pl.lit(9))).digest() == first
+    assert build(clips, labels, commits=commits_of(clips, crc32c=pl.lit(8))).digest() != first
+    other = labels_table(("a", None, None, "dog"), ("b", None, None, "dog"))
+    assert build(clips, other).digest() != first
+    assert build(clips.head(1), labels).digest() != first

@@ -1,0 +1,43 @@
+"""k-NN against scikit-learn's, and its ties and edges."""
+
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from nextvid.evaluate import neighbours
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_agrees_with_scikit_learn(k: int) -> None:
+    rng = np.random.default_rng(k)
+    known, asked = rng.normal(size=(150, 8)), rng.normal(size=(60, 8))
+    labels = rng.integers(0, 5, 150)
+    theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(known, labels).predict(asked)
+    np.testing.assert_array_equal(neighbours.predict(known, labels, asked, k), theirs)
+
+
+def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    known, asked, labels = rng.normal(size=(50, 4)), rng.normal(size=(31, 4)), rng.integers(0, 3, 50)
+    whole = neighbours.predict(known, labels, asked)
+    monkeypatch.setattr(neighbours, "_ASKED_AT_ONCE", 7)
+    np.testing.assert_array_equal(neighbours.predict(known, labels, asked), whole)
+
+
+def test_tie_goes_to_the_smallest_label() -> None:
+    known = np.array([[1.0, 0.1], [1.0, -0.1]])
+    assert neighbours.predict(known, np.array([2, 1]), np.array([[1.0, 0.0]]), 2).tolist() == [1]
+
+
+def test_length_of_a_feature_does_not_matter() -> None:
+    known, labels = np.array([[1.0, 0.0], [0.0, 50.0]]), np.array([0, 1])
+    assert neighbours.predict(known, labels, np.array([[100.0, 90.0], [0.01, 0.02]]), 1).tolist() == [0, 1]
+
+
+def test_fewer_clips_than_neighbours() -> None:
+    known, labels = np.eye(3), np.array([1, 1, 0])
+    assert neighbours.predict(known, labels, np.eye(3), 20).tolist() == [1, 1, 1]
+
+
+def test_zero_features_are_answered() -> None:
+    assert neighbours.accuracy(np.zeros((4, 2)), np.array([1, 1, 1, 0]), np.zeros((2, 2)), np.array([1, 0])) == 0.5

@@ -1,0 +1,58 @@
+"""`nextvid inspect`: the numbers of the model, in words and as JSON."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from nextvid.__main__ import inspect
+from nextvid.config.recipes import recipe
+from nextvid.model.cost import cost
+from nextvid.model.summary import GIB, summary
+
+
+def test_every_part_stage_and_byte_is_named() -> None:
+    found, reckoned = recipe("nextvid_l_latent"), cost(recipe("nextvid_l_latent"))
+    text = summary(found, reckoned)
+    assert text.splitlines()[0] == f"nextvid_l_latent  {found.digest()}"
+    assert re.search(r"encoder +302\.38 M", text)  # 303.9 less the embedding of 1536 numbers, plus one of 64
+    for stage in reckoned.stages:
+        assert f"stage {stage.name}: {stage.clips} clips of {stage.frames} frames" in text
+        assert f"{stage.clip_flops / 1e12:.3f} TFLOP" in text
+    assert re.search(r"short \(60 cells\), encoder +420 tokens", text)
+    total = reckoned.memory.weights * 4 + reckoned.memory.average + reckoned.memory.copies
+    assert f"{total / GIB:.3f} GiB" in text.splitlines()[-1]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_parts_that_are_not_there_are_not_listed() -> None:
+    text = summary(recipe("ablation_gen_isolated"), cost(recipe("ablation_gen_isolated")))
+    assert ", predictor" not in text
+    assert "reference encoder" not in text
+    assert ", decoder" in text
+
+
+def test_command_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    inspect("recipe", "demo")
+    assert capsys.readouterr().out.startswith("demo  ")
+    inspect("recipe", "demo", json_=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["digest"] == recipe("demo").digest()
+    assert found["model"]["encoder"]["width"] == 128
+    assert found["cost"]["parameters"] == cost(recipe("demo")).parameters
+    assert found["cost"]["stages"][3]["name"] == "cooldown"
+
+
+def test_the_command_takes_overrides_and_knows_what_it_inspects() -> None:
+    def ran(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nextvid", "inspect", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    smaller = ran("recipe", "demo", "--set", "model.encoder.depth=2", "--json")
+    assert json.loads(smaller.stdout)["model"]["encoder"]["depth"] == 2
+    misspelt = ran("recipe", "demo", "--set", "model.encoder.depht=2")
+    assert (misspelt.returncode, misspelt.stdout) == (2, "")
+    assert "did you mean 'depth'?" in misspelt.stderr
+    assert ran("trainset", "demo").returncode == 2

@@ -1,0 +1,274 @@
+"""Preparing, starting, cancelling and judging runs; torchrun itself where it matters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from nextvid.config.corpus import Project
+from nextvid.config.recipe import HowConfig
+from nextvid.train import checkpoint
+from nextvid.train.events import NAME, EventLog, read_events
+from nextvid.train.loop import train
+from nextvid.train.pretrain import PreparedRun, end_group, finish_run, prepare_run, pretrain
+from nextvid.train.run import open_run
+from nextvid.trainset.mask_plan import make_plan
+from storage import atomic, tables
+from storage.errors import ConfigError, RefusedError, UpstreamError
+from tests.nextvid.train.corpus import make_project, tiny_spec, write_trainset
+from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("tiny_by_name")
+LAUNCH = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    made = make_project(tmp_path)
+    make_plan(made.root, tiny_recipe())
+    return made
+
+
+def _train_here(project: Project, prepared: PreparedRun) -> None:
+    train(project, open_run(Path(prepared.folder)), ALONE)
+
+
+def test_prepared_once_is_prepared_the_same_again(project: Project) -> None:
+    one, two = prepare_run(project, "tiny", how=HOW), prepare_run(project, "tiny", how=HOW, ranks=2)
+    assert one.run_id == two.run_id
+    assert not one.complete
+    assert open_run(Path(one.folder)).how == HOW.model_copy(update={"ranks": 2})
+    config = json.loads((Path(one.folder) / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_the_command_stands_for_itself(project: Project) -> None:
+    prepared = prepare_run(project, "tiny", ranks=3)
+    command = prepared.command
+    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert command[command.index("--nproc-per-node") + 1] == "3"
+    assert command[command.index("--run") + 1] == prepared.run_id
+    assert prepared.child == [*command, "--launcher", str(os.getpid())], "only a child of ours can end with us"
+    assert Path(command[command.index("--corpus") + 1]).is_absolute()
+    assert prepared.env["OMP_NUM_THREADS"] == "1"
+    assert int(prepared.env["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
+    assert set(prepare_run(project, "tiny", how=HowConfig(device="cuda")).env) == {"OMP_NUM_THREADS"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sed=1"], "did you mean 'seed'"),
+        (["stages.warmup.steps=many"], "stages.0.steps"),
+        (["seed"], "key.path=value"),
+    ],
+)
+def test_wrong_overrides(project: Project, overrides: Sequence[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare_run(project, "tiny", overrides)
+
+
+def test_overrides_make_another_run_and_draw_their_own_masks(project: Project) -> None:
+    plain = prepare_run(project, "tiny")
+    seeded = prepare_run(project, "tiny", ["seed=1"])
+    masked = prepare_run(project, "tiny", ["masks.strategies.long.budget=5"])
+    assert len({plain.run_id, seeded.run_id, masked.run_id}) == 3
+    assert prepare_run(project, "tiny", ["seed=1"]).run_id == seeded.run_id
+    assert prepare_run(project, "tiny", repeat=1).run_id != plain.run_id
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.cooldown.frames=16", "no clips of 16 frames; it has 1, 4, 8. Add clips of that length"),
+        ("model.grid_height=8", "on a grid of 8 x 4, and the latents are"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_run_is_written(project: Project, override: str, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        prepare_run(project, "tiny", (override,))
+    assert not Path(project.root.run("tiny", "0" * 12)).parent.exists()
+
+
+def test_upstream_is_asked_for(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    with pytest.raises(UpstreamError, match="mask_plan"):
+        prepare_run(project, "tiny")
+    make_plan(project.root, tiny_recipe())
+    prepare_run(project, "tiny")
+    trainset = atomic.read_json(project.root.latest("trainset"))["digest"]
+    tables.publish_checks(
+        f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset", [{"name": "leak", "passed": False}]
+    )
+    with pytest.raises(UpstreamError, match="leak"):
+        prepare_run(project, "tiny")
+
+
+def test_a_retry_of_a_launch_finds_the_first_attempts_trainset(project: Project) -> None:
+    first = prepare_run(project, "tiny", launch=LAUNCH)
+    write_trainset(project.root, tiny_spec(), seed=1)
+    assert prepare_run(project, "tiny", launch=LAUNCH).run_id == first.run_id
+    assert prepare_run(project, "tiny").run_id != first.run_id
+    assert prepare_run(project, "tiny", launch=LAUNCH.replace("0", "1")).run_id != first.run_id
+    pointer = atomic.read_json(project.root.launch("tiny", LAUNCH))
+    assert pointer["run"] == first.run_id
+
+
+def test_finished_without_overrides_becomes_the_latest(project: Project) -> None:
+    other = prepare_run(project, "tiny", ["seed=1"], HOW)
+    _train_here(project, other)
+    outcome = finish_run(project, "tiny", other.run_id)
+    assert outcome.passed
+    assert not atomic.exists(project.root.latest_run("tiny"))
+    plain = prepare_run(project, "tiny", how=HOW)
+    _train_here(project, plain)
+    outcome = finish_run(project, "tiny", plain.run_id)
+    assert [check.name for check in outcome.checks] == ["checkpoint_loads", "losses_finite", "rank_above_alarm"]
+    assert atomic.read_json(project.root.latest_run("tiny"))["run"] == plain.run_id
+    assert (outcome.rows, outcome.numbers["steps"]) == (42, 12)
+    assert 0 < float(outcome.numbers["step_s"]) < outcome.seconds
+    assert prepare_run(project, "tiny", how=HOW).complete
+
+
+def test_unfinished_runs_are_not_judged(project: Project) -> None:
+    prepared = prepare_run(project, "tiny", how=HOW)
+    with pytest.raises(UpstreamError, match="0 of 12 steps"):
+        finish_run(project, "tiny", prepared.run_id)
+    with pytest.raises(UpstreamError, match="no such run"):
+        finish_run(project, "tiny", "f" * 12)
+
+
+def _finished(project: Project) -> Path:
+    prepared = prepare_run(project, "tiny", how=HOW)
+    _train_here(project, prepared)
+    return Path(prepared.folder)
+
+
+def test_each_check_can_fail_and_then_nothing_points_to_the_run(project: Project) -> None:
+    folder = _finished(project)
+    intact = (folder / NAME).read_bytes()
+    with EventLog(folder) as log:
+        log.write("step", 12, {"loss": {"flow/short": float("nan")}, "step_s": 1.0, "wait_share": 0.0})
+    assert _failed(project, folder) == ["losses_finite"]
+    (folder / NAME).write_bytes(intact)
+    with EventLog(folder) as log:
+        log.write("diagnostics", 12, {"effective_rank": 1.0})
+    assert _failed(project, folder) == ["rank_above_alarm"]
+    (folder / NAME).write_bytes(intact)
+    path = checkpoint.path_at(folder / "checkpoints", 12) / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert _failed(project, folder) == ["checkpoint_loads"]
+    assert not atomic.exists(project.root.latest_run("tiny"))
+
+
+def _failed(project: Project, folder: Path) -> list[str]:
+    return [check.name for check in finish_run(project, "tiny", folder.name).checks if not check.passed]
+
+
+def _begun(folder: Path, process: "subprocess.Popen[bytes]") -> list[int]:
+    """Wait for the first steps; process ids of agent and trainer."""
+    deadline = time.monotonic() + 120
+    while not (folder / NAME).exists() or not any(e["kind"] == "step" for e in read_events(folder)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    trainer = next(event["process"] for event in read_events(folder) if event["kind"] == "start")
+    return [process.pid, int(trainer)]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+ENDLESS = ["stages.warmup.steps=1000000"]
+
+
+@pytest.mark.slow
+def test_a_cancelled_group_is_gone_within_ten_seconds(project: Project) -> None:
+    prepared = prepare_run(project, "tiny", ENDLESS, HOW)
+    process = subprocess.Popen(
+        prepared.child, env={**os.environ, **prepared.env}, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    pids = _begun(Path(prepared.folder), process)
+    began = time.monotonic()
+    end_group(process)
+    while any(map(_alive, pids)):
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    assert time.monotonic() - began < 10
+
+
+LAUNCHER = """
+import subprocess, sys
+from nextvid.config.corpus import open_project
+from nextvid.train import launch
+from tests.nextvid.train.tiny import HOW, tiny_recipe
+launch.recipe_by_name = lambda name: tiny_recipe()
+launch.pretrain(open_project(sys.argv[1]), "tiny", ["stages.warmup.steps=1000000"], HOW)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_no_trainer_behind(project: Project) -> None:
+    prepared = prepare_run(project, "tiny", ENDLESS, HOW)
+    command = [sys.executable, "-c", LAUNCHER, str(project.path)]
+    launcher = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    _, trainer = _begun(Path(prepared.folder), launcher)
+    agent = int(Path(f"/proc/{trainer}/stat").read_text().rpartition(")")[2].split()[1])
+    assert agent != launcher.pid
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while _alive(trainer):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    while _alive(agent):  # the agent follows its trainer
+        assert time.monotonic() < deadline + 10
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_failed_trainer_says_why(project: Project) -> None:
+    odd = HOW.model_copy(update={"micro_batch": 3})
+    with pytest.raises(RefusedError, match="micro_batch 3 does not divide the 4 clips"):
+        pretrain(project, "tiny", how=odd)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """The same draws at equal global batch, the same losses but for the order of sums; then nothing is left to do."""
+    recipe = tiny_recipe()
+    runs = []
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        project = make_project(tmp_path / str(ranks))
+        make_plan(project.root, recipe)
+        outcome = pretrain(project, "tiny", how=HOW, ranks=ranks)
+        assert outcome.made
+        assert outcome.passed
+        runs.append(Path(project.root.run("tiny", str(outcome.numbers["run"]))))
+        stamps = {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")}
+        assert not pretrain(project, "tiny", how=HOW, ranks=ranks).made
+        assert {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")} == stamps
+    one, two = ([e for e in read_events(folder) if e["kind"] == "step"] for folder in runs)
+    assert read_events(runs[1])[0]["ranks"] == 2
+    assert [event["draws"] for event in one] == [event["draws"] for event in two]
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4)
+        assert b["norm"] == pytest.approx(a["norm"], rel=1e-2)
+
+
+def test_how_defaults_are_one_rank_on_whatever_there_is() -> None:
+    assert (HowConfig().ranks, HowConfig().device) == (1, "auto")
