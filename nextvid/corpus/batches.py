@@ -1,7 +1,7 @@
 """Which batch a file belongs to: append-only assignment of URIs to batches of one kind.
 
 Holds the rule alone, as a pure function of tables: a URI keeps its batch for ever; new ones, sorted, fill the last open
-batch of their kind, then open the next (design 2). Holds no listing (discover.py) and no disk (journal.py). Sizes come
+batch of their kind, then open the next (design 2). Holds no listing (sources.py) and no disk (journal.py). Sizes come
 from corpus.yaml.
 """
 

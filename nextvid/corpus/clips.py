@@ -1,7 +1,7 @@
 """`clips`: the curated clip manifest, one row a view.
 
 Made again at every call from `shots`, `media`, `labels` and corpus.yaml, and written only where it differs: nothing
-is decoded, so new thresholds, labels or policies cost seconds. Splits are decided here, once (splits.py). Holds no
+is decoded, so new thresholds, labels or policies cost seconds. Splits are decided here, once (manifest.py). Holds no
 rule of what a shot gives (manifest.py) and no geometry (nextvid/corpus/cutting.py).
 """
 

@@ -2,7 +2,7 @@
 
 Holds the layouts none, folders and csv of corpus.yaml and the rules of the long label table (design 2): a null span
 means the whole file; `split` and `group` are reserved targets and always speak of the whole file. Holds no public data
-set's list (layouts.py), no media (media.py joins rows to files) and no decision about splits (splits.py). Empty cells
+set's list (layouts.py), no media (media.py joins rows to files) and no decision about splits (manifest.py). Empty cells
 are no labels; wrong cells are errors that name the file and line.
 """
 

@@ -2,7 +2,7 @@
 
 Every file is read in the sandbox, once per revision; failures are rows that the next call tries again. Labels are
 joined afresh at each call, so a changed label file costs no reading. Withdrawn media and contradictory labels reject
-a file; lifting the cause lifts the verdict. Holds no listing (discover.py), no label layouts (labels.py) and no
+a file; lifting the cause lifts the verdict. Holds no listing (sources.py), no label layouts (labels.py) and no
 shots.
 """
 

@@ -1,7 +1,7 @@
 """Rows of the clips table to frames: one pass over each file, in killable processes, a bounded number of bytes ahead.
 
 Holds which task decodes which rows, how far decoding runs ahead of whoever takes the rows, the copy of a remote file,
-and the retry; what runs inside the sandbox is looks.py. Every retry goes to PyAV, never to decord: decord reads
+and the retry; what runs inside the sandbox is decode_task.py. Every retry goes to PyAV, never to decord: decord reads
 hazardous files wrongly and without an error (research video 4).
 
 Axes: F frames, R pixels a side.

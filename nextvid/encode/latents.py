@@ -1,7 +1,7 @@
 """The maker of `latents`: rows that a batch's store lacks are decoded, encoded, checked and committed, shard by shard.
 
-Holds the order of events only; plan.py decides what, pipeline.py does it on one device and devices.py on several,
-verdicts.py reports, and the store keeps. Killed anywhere, the next call finishes the part that was begun, row for row
+Holds the order of events only; plan.py decides what, pipeline.py does it on one device and processes.py on several,
+checks.py reports, and the store keeps. Killed anywhere, the next call finishes the part that was begun, row for row
 the same.
 """
 

@@ -1,8 +1,8 @@
 """The pipeline of one device: frames of a part's shards in, committed shards out, three stages at once.
 
-Processes decode (frames.py), this thread keeps the device busy (shard.py), another one judges and writes (keeping.py);
-each waits where the next one is full, so memory does not grow with the corpus. Holds how they are joined and what they
-get of the machine; which rows there are and what is made of the outcome is latents.py's.
+Processes decode (frames.py), this thread keeps the device busy (shard.py), another one judges and writes
+(committer.py); each waits where the next one is full, so memory does not grow with the corpus. Holds how they are
+joined and what they get of the machine; which rows there are and what is made of the outcome is latents.py's.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -2,7 +2,7 @@
 
 In the pass that makes the latents, each of their shards has its twin, compressed by threads while the autoencoder
 works. What has none afterwards (pixels were asked for later, a writer died in between) is decoded for itself; latents
-are never touched. A row that cannot be decoded is a row with a reason here too. Which rows lack pixels: pixel_plan.py.
+are never touched. A row that cannot be decoded is a row with a reason here too. Which rows lack pixels: plan.py.
 """
 
 import time

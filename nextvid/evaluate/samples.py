@@ -1,7 +1,7 @@
 """The asset `samples`: generated next frames of a run as pictures, with PSNR beside what copying would give.
 
 Writes masked.png, autoregressive.png and, last, samples.json; where that stands, nothing is made again. Generation is
-masked.py and autoregressive.py, clips and numbers are scene.py. Holds which ways to generate are shown.
+generate.py, clips and numbers are scene.py. Holds which ways to generate are shown.
 
 Axes: B clips, S cells, n visible cells.
 """

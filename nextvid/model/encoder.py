@@ -83,7 +83,7 @@ class Encoder(nn.Module):
     def extend(
         self, tokens: Float[Tensor, "B n i"], ids: Int[Tensor, "b n"], attends: Sequence[Attend]
     ) -> Float[Tensor, "B n D"]:
-        """Features of further tokens; one attention a block, which knows what stood before them (onward.py)."""
+        """Features of further tokens; one attention a block, which knows what stood before them (incremental.py)."""
         return self.norm(self._run(tokens, ids, attends, levels=())[0])
 
     def levels(

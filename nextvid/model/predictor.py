@@ -95,7 +95,7 @@ class Predictor(nn.Module):
         query_ids: Int[Tensor, "c Q"],
         attends: Sequence[Attend],
     ) -> Predicted:
-        """One attention a block, which may know of context before the one given (onward.py)."""
+        """One attention a block, which may know of context before the one given (incremental.py)."""
         model = self.model
         head_dim = model.predictor.width // model.predictor.heads
         embedded = self.embed(context)

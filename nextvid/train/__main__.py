@@ -1,6 +1,6 @@
 """The trainer's entry point: `python -m nextvid.train --corpus F --recipe R [--run ID] [--set key.path=value ...]`.
 
-Started by torchrun, or alone for one rank. With --run the run was prepared before (launch.py); without it rank 0
+Started by torchrun, or alone for one rank. With --run the run was prepared before (pretrain.py); without it rank 0
 prepares it, so that torchrun can be called by hand on many machines. Exit codes are those of the command line.
 """
 

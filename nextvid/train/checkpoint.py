@@ -24,7 +24,7 @@ from storage.digest import crc32c
 from storage.errors import DamagedError, RefusedError, UpstreamError
 
 STATE = "state.json"
-WHOLE = ("model.safetensors", "ema.safetensors")  # where rank 0 wrote alone; otherwise a file a rank (shards.py)
+WHOLE = ("model.safetensors", "ema.safetensors")  # where rank 0 wrote alone; otherwise a file a rank (fsdp.py)
 
 _NAME = re.compile(r"step_([0-9]{9})")
 

@@ -1,6 +1,6 @@
 """Ranks, devices and gradient averaging: one code path for one CPU and for many GPUs under torchrun.
 
-Holds the process group's life and DDP; a model that is cut over ranks instead comes from shards.py. A run with one rank
+Holds the process group's life and DDP; a model that is cut over ranks instead comes from fsdp.py. A run with one rank
 has no process group at all. It shares out no data (loader.py) and draws nothing: what a clip meets follows from its
 draw number, so ranks change speed alone.
 """

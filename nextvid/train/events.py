@@ -2,7 +2,7 @@
 
 Every line has `kind` (start | step | diagnostics | stage | checkpoint | skipped | alarm | end | error), `step` (steps
 taken so far) and `time_s`. A run that was killed and resumed has written some steps twice; the reader keeps what the
-last attempt says, and passes over a line that a kill cut short. Holds no display (report.py).
+last attempt says, and passes over a line that a kill cut short. Holds no display (events.py).
 
 Where events of a run go besides events.jsonl: TensorBoard always, and one of Dagster Pipes, a bar, or plain lines.
 

@@ -1,8 +1,8 @@
 """From the store to tensors of a batch, ahead of the step: what is drawn, hinted to the kernel, filled, delivered.
 
 Threads of this process draw a step's rows and masks, ask the kernel to read them, and fill host memory that is used
-again and again (ring.py). What is drawn is decided elsewhere (order.py). It keeps no state of its own: batches from any
-step on are the same batches, whatever the ranks and threads. Opens no video.
+again and again (ring.py). What is drawn is decided elsewhere (nextvid/trainset/order.py). It keeps no state of its
+own: batches from any step on are the same batches, whatever the ranks and threads. Opens no video.
 
 A kind of row (`Rows`) is a class in a module of its own: latent_rows.py fills `Batch.latents`, pixel_rows.py
 `Batch.pixels`. All kinds of rows of a trainset are aligned, so that `Drawn.rows` finds each; each has memory of its

@@ -1,7 +1,7 @@
 """The training loop: from wherever a run stands to its last step, telling what happens and keeping checkpoints.
 
-One path for one CPU and for many GPUs. It holds no mathematics (step.py), starts no processes (launch.py) and opens no
-video: it reads a trainset and a mask plan. Rank 0 alone writes.
+One path for one CPU and for many GPUs. It holds no mathematics (step.py), starts no processes (pretrain.py) and opens
+no video: it reads a trainset and a mask plan. Rank 0 alone writes.
 
 How fast a run is, in FLOPs by the model's own formulas (method.md 12) and as a share of its GPUs' peak (MFU).
 

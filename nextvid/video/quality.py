@@ -1,7 +1,7 @@
 """Scores of a shot from frames sampled a few times a second: motion, freeze, light, blur, letterbox, perceptual hashes.
 
 Holds how a sample is measured and how samples of one shot become its scores. Holds no thresholds that decide on a shot
-(clips.py) and no cuts (transitions.py). Definitions and constants are those of research: video, 8.
+(nextvid/corpus/cutting.py) and no cuts (transitions.py). Definitions and constants are those of research: video, 8.
 """
 
 from collections.abc import Sequence

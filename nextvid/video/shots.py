@@ -1,9 +1,9 @@
 """The first pass: one decode of a file to its shots, with scores, hashes and a preview each.
 
-Holds the pass and the facts of a shot. Holds no decision on shots (clips.py) and no detectors (transitions.py,
-quality.py). Everything is measured while frames go by, since decoding dominates (research: video, 8); of the
-pictures, four a second are kept for the last minutes and one a second before that: at 160 x 90 pixels an hour is 78 MB
-by arithmetic, not measured.
+Holds the pass and the facts of a shot. Holds no decision on shots (nextvid/corpus/cutting.py) and no detectors
+(transitions.py, quality.py). Everything is measured while frames go by, since decoding dominates (research: video,
+8); of the pictures, four a second are kept for the last minutes and one a second before that: at 160 x 90 pixels an
+hour is 78 MB by arithmetic, not measured.
 """
 
 from collections.abc import Iterable

@@ -182,16 +182,16 @@ def test_batches_are_bounded_and_folders_are_read_as_they_are_reached(
     sizes = known_sources(project, "d").group_by("batch").len().sort("batch")
     assert sizes["len"].to_list() == [10, 10, 3]
 
-    from nextvid.corpus import sources as discover
+    from nextvid.corpus import sources
 
     reached: list[str] = []
-    walk = discover._walk
+    walk = sources._walk
 
     def counted(uri: str, top: str, empty: list[str]) -> Any:
         for info in walk(uri, top, empty):
             reached.append(info["name"])
             yield info
 
-    monkeypatch.setattr(discover, "_walk", counted)
+    monkeypatch.setattr(sources, "_walk", counted)
     assert list_dataset(project, "d").files.height == 23
     assert len(reached) == 23

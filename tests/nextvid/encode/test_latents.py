@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from nextvid.config.corpus import Project
-from nextvid.encode import decode_task as looks
-from nextvid.encode import shard
+from nextvid.encode import decode_task, shard
 from nextvid.encode.autoencoders import Autoencoder, Running
 from nextvid.encode.checks import ledger
 from nextvid.encode.decode_task import CropBox
@@ -354,8 +353,8 @@ def test_one_time_asked_twice_gives_two_equal_frames(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, texture(0))
     row = clip_row(path, 0)
-    look = looks.Look(row["row_id"], (0, 0, 250_000), CropBox(0, 0, 64, 64), False)
-    (views,), seconds = looks.decode(looks.Task(path, row["media_id"], "pyav", 32, (look,)))
+    look = decode_task.Look(row["row_id"], (0, 0, 250_000), CropBox(0, 0, 64, 64), False)
+    (views,), seconds = decode_task.decode(decode_task.Task(path, row["media_id"], "pyav", 32, (look,)))
     np.testing.assert_array_equal(views[0], views[1])
     assert (views[2] != views[1]).any()
     assert views.shape == (3, 32, 32, 3)

@@ -11,7 +11,7 @@ from benchmarks.registered import make_batch, register
 from nextvid.config.corpus import Project
 from nextvid.corpus.sources import update_sources
 from nextvid.encode.plan import spec_in_force
-from nextvid.planning import waiting as unfinished
+from nextvid.planning import waiting as module
 from nextvid.planning.waiting import standard, waiting
 from storage.errors import TableError
 from storage.latents import LatentStore
@@ -33,10 +33,10 @@ def project(tmp_path: Path) -> Project:
 def asked(project: Project) -> list[str]:
     """As remembered, and the same reckoned anew."""
     found = list(waiting(project))
-    kept = dict(unfinished._KNOWN)
-    unfinished._KNOWN.clear()
+    kept = dict(module._KNOWN)
+    module._KNOWN.clear()
     assert list(waiting(project)) == found
-    unfinished._KNOWN.update(kept)
+    module._KNOWN.update(kept)
     return found
 
 
@@ -72,8 +72,8 @@ def test_nothing_is_read_of_a_batch_that_is_as_it_was(project: Project, monkeypa
     def never(*_: object) -> None:
         raise AssertionError("this was reckoned before")
 
-    monkeypatch.setattr(unfinished, "plan_encode", never)
-    monkeypatch.setattr(unfinished, "batch_fingerprint", never)
+    monkeypatch.setattr(module, "plan_encode", never)
+    monkeypatch.setattr(module, "batch_fingerprint", never)
     assert waiting(project) == {}
 
 

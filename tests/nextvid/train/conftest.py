@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nextvid.config.recipe import RecipeConfig
-from nextvid.train import pretrain as launch
+from nextvid.train import pretrain
 from tests.nextvid.train.tiny import tiny_recipe
 
 
@@ -28,6 +28,6 @@ def tiny_by_name(one_thread: None, repository: Path, monkeypatch: pytest.MonkeyP
         assert name == "tiny"
         return tiny_recipe()
 
-    monkeypatch.setattr(launch, "recipe_by_name", by_name)
+    monkeypatch.setattr(pretrain, "recipe_by_name", by_name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(repository)

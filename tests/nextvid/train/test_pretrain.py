@@ -213,10 +213,10 @@ def test_a_cancelled_group_is_gone_within_ten_seconds(project: Project) -> None:
 LAUNCHER = """
 import subprocess, sys
 from nextvid.config.corpus import open_project
-from nextvid.train import launch
+from nextvid.train import pretrain
 from tests.nextvid.train.tiny import HOW, tiny_recipe
-launch.recipe_by_name = lambda name: tiny_recipe()
-launch.pretrain(open_project(sys.argv[1]), "tiny", ["stages.warmup.steps=1000000"], HOW)
+pretrain.recipe_by_name = lambda name: tiny_recipe()
+pretrain.pretrain(open_project(sys.argv[1]), "tiny", ["stages.warmup.steps=1000000"], HOW)
 """
 
 

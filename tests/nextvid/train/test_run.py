@@ -133,6 +133,6 @@ def test_what_a_spawned_process_starts_ends_with_whoever_spawned_it() -> None:
 
 
 def test_a_program_started_by_hand_is_its_own_launcher() -> None:
-    code = "import os; from nextvid.train import lock; print(lock.launcher_id() == os.getpid(), lock.orphaned())"
+    code = "import os; from nextvid import machine; print(machine.launcher_id() == os.getpid(), machine.orphaned())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True False\n"

@@ -1,4 +1,4 @@
-"""trainset_pixels.py: addresses that follow the trainset's rows one for one, and what refuses to be frozen."""
+"""nextvid/trainset/pixels.py: addresses that follow the trainset's rows one for one, and what refuses to be frozen."""
 
 import dataclasses
 import tracemalloc
