@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 import nextvid.__main__ as command_line
-from nextvid.corpus.project import Project, load_corpus
+from nextvid.config.corpus import Project, load_corpus
+from nextvid.config.recipes import recipe
 from nextvid.make import Wish
-from nextvid.outcome import Outcome
-from nextvid.probe.encoders import find_run
-from nextvid.recipes import recipe
+from nextvid.making.outcome import Outcome
+from nextvid.train.run import find_run
 from tests.nextvid.tiny_project import RECIPE, uri_of
 
 README = Path(__file__).resolve().parents[2] / "README.md"
