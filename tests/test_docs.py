@@ -2,12 +2,14 @@
 
 import ast
 import re
+import subprocess
 import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nextvid.config.corpus import load_corpus
 
@@ -118,8 +120,31 @@ def test_the_examples_are_valid(repository: Path, name: str) -> None:
     assert sum(corpus.weights().values()) == pytest.approx(1.0)
 
 
-def test_what_executes_a_procedure_exists(repository: Path) -> None:
-    text = (repository / "docs" / "operations.md").read_text()
-    functions = set(re.findall(r"::(test_\w+)", text))
-    defined = "\n".join(path.read_text() for path in (repository / "tests").rglob("test_*.py"))
-    assert [name for name in functions if f"def {name}(" not in defined] == []
+def defined(path: Path) -> set[str]:
+    """Functions and classes at the top of a module."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
+
+
+def test_every_step_of_a_clips_way_is_a_function(repository: Path) -> None:
+    text = (repository / "CONTRIBUTING.md").read_text()
+    steps = re.findall(r"^\| [^|]+ \| `([\w/]+\.py)` \| `(\w+)` \|$", text, flags=re.MULTILINE)
+    assert len(steps) > 15
+    assert [(file, name) for file, name in steps if name not in defined(repository / file)] == []
+
+
+def test_hooks_call_make_targets(repository: Path) -> None:
+    (local,) = yaml.safe_load((repository / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {(hook["language"], hook["pass_filenames"]) for hook in local["hooks"]} == {("system", False)}
+    for hook in local["hooks"]:
+        make, target = hook["entry"].split()
+        dry = subprocess.run([make, target, "--dry-run"], cwd=repository, capture_output=True, text=True, check=False)
+        assert dry.returncode == 0, dry.stderr
+
+
+def test_tests_that_are_named_exist(repository: Path) -> None:
+    documents = [path for path in written(repository) if path.suffix == ".md"]
+    named = {name for path in documents for name in re.findall(r"(?:`|::)(test_\w+)`", path.read_text())}
+    functions = "\n".join(path.read_text() for path in (repository / "tests").rglob("test_*.py"))
+    assert len(named) > 2
+    assert [name for name in sorted(named) if f"def {name}(" not in functions] == []
