@@ -15,7 +15,7 @@ import polars as pl
 from PIL import Image
 
 from assets.resources import ProjectResource
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.making.outcome import Outcome
 from storage import atomic
 from storage.errors import NExTVidError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 
 if TYPE_CHECKING:
     from nextvid.train.pretrain import PreparedRun

@@ -24,7 +24,7 @@ import dagster as dg
 from assets.resources import ProjectResource
 from benchmarks.measure import machine, show, write
 from benchmarks.registered import register
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.sources import update_sources
 from nextvid.encode.latent_stats import make_latent_stats
 from nextvid.planning.costs import forecast

@@ -31,7 +31,7 @@ import yaml
 from av.video.stream import VideoStream
 
 from benchmarks.measure import machine, median_ratio, show, write
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import Decoding
 from nextvid.encode.latents import make_latents

@@ -20,7 +20,7 @@ import polars as pl
 import tyro
 
 from benchmarks.measure import machine, show, write
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import spec_in_force
 from nextvid.making.publishing import publish_latest
 from nextvid.planning.acceptance import in_force

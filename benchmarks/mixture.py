@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextvid.config.corpus import ClipPolicy, DatasetConfig, load_corpus
+from nextvid.config.corpus import load_corpus
+from nextvid.config.datasets import ClipPolicy, DatasetConfig
 from nextvid.config.recipes import recipe
 from nextvid.model.cost import cost
 from storage.atomic import publish_bytes, publish_json

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import batch_fingerprint, update_sources
 from nextvid.encode.plan import spec_in_force
 from nextvid.planning.acceptance import in_force

@@ -20,7 +20,7 @@ import tyro
 
 from benchmarks.clips import MASK_ENTRIES, TRAINSET, random_clips, write_store
 from benchmarks.measure import evict, machine, show, write
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.config.recipe import HowConfig, RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.train.distributed import join

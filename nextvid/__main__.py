@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.extras import SubcommandApp
 
-from nextvid.config.corpus import open_project
+from nextvid.config.project import open_project
 from nextvid.make import Asset, Wish, make
 from nextvid.making.bars import shown
 from nextvid.making.outcome import Outcome

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, get_args
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.making.outcome import OnCount, Outcome
 from nextvid.making.progress import OnPace

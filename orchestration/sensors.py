@@ -10,7 +10,7 @@ import dagster as dg
 
 from assets.partitions import BATCHES, BENCHMARK
 from assets.resources import ProjectResource
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.batches import BatchChange
 from orchestration.jobs import ingest
 from storage.errors import CorpusError

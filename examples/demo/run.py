@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.demo.write_corpus import write_corpus
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import update_sources
 from nextvid.planning.acceptance import in_force
 from nextvid.planning.waiting import waiting

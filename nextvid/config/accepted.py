@@ -8,17 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nextvid.config.corpus import (
-    BenchmarkConfig,
-    ClipPolicy,
-    CorpusConfig,
-    CurationConfig,
-    DatasetConfig,
-    LabelConfig,
-    PixelConfig,
-    Project,
-    SplitConfig,
-)
+from nextvid.config.corpus import CorpusConfig, PixelConfig
+from nextvid.config.curation import CurationConfig
+from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, LabelConfig, SplitConfig
+from nextvid.config.project import Project
 from nextvid.config.strict import Strict, parse
 from storage import atomic
 from storage.errors import ConfigError, CorpusError, RefusedError

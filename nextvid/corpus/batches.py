@@ -13,7 +13,8 @@ from typing import Literal
 
 import polars as pl
 
-from nextvid.config.corpus import DatasetConfig, Project
+from nextvid.config.datasets import DatasetConfig
+from nextvid.config.project import Project
 from storage.errors import CorpusError
 
 Kind = Literal["video", "image"]

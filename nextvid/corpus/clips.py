@@ -12,7 +12,9 @@ from collections.abc import Mapping
 import polars as pl
 
 from nextvid.config.accepted import standing
-from nextvid.config.corpus import DatasetConfig, FilterConfig, Project
+from nextvid.config.curation import FilterConfig
+from nextvid.config.datasets import DatasetConfig
+from nextvid.config.project import Project
 from nextvid.corpus.batches import config_of, dataset_of, latest
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.gallery import read_pictures, rejected_sheet

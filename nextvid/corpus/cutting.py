@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
-from nextvid.config.corpus import ClipPolicy, FilterConfig
+from nextvid.config.curation import FilterConfig
+from nextvid.config.datasets import ClipPolicy
 from nextvid.video.quality import Box
 from storage.digest import digest
 

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import fsspec
 import polars as pl
 
-from nextvid.config.corpus import RESERVED_TARGETS, DatasetConfig, LabelConfig
+from nextvid.config.datasets import RESERVED_TARGETS, DatasetConfig, LabelConfig
 from nextvid.corpus.layouts import read_lines
 from storage import atomic
 from storage.digest import digest_stream

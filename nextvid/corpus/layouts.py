@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import fsspec
 
-from nextvid.config.corpus import LabelConfig
+from nextvid.config.datasets import LabelConfig
 from storage.errors import CorpusError
 
 WNID = re.compile(r"n\d{8}")  # WordNet's synset ids, ImageNet's class folders

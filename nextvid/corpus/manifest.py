@@ -16,7 +16,8 @@ from typing import Any, Literal, cast
 
 import polars as pl
 
-from nextvid.config.corpus import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig, SplitConfig
+from nextvid.config.curation import FilterConfig
+from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, SplitConfig
 from nextvid.corpus.cutting import ROUNDING_US, clip_id, clips_of, filter_reason, row_id, views
 from nextvid.video.quality import Box
 from storage.digest import digest

@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from nextvid.config.accepted import standing
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.batches import config_of, dataset_of, latest
 from nextvid.corpus.labels import contradictions, doubled, read_labels
 from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, known_sources

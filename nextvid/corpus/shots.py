@@ -15,7 +15,8 @@ from typing import Any
 import polars as pl
 
 from nextvid.config.accepted import standing
-from nextvid.config.corpus import Project, ShotConfig
+from nextvid.config.curation import ShotConfig
+from nextvid.config.project import Project
 from nextvid.corpus.batches import config_of, latest
 from nextvid.corpus.cutting import shot_id
 from nextvid.corpus.gallery import KeptPictures, publish_pictures

@@ -19,7 +19,7 @@ from typing import Any
 import fsspec
 import polars as pl
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus import journal
 from nextvid.corpus.batches import BatchChange, dataset_of, latest, merge
 from nextvid.corpus.labels import label_digests, nowhere

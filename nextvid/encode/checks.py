@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.pixels import pixel_check
 from nextvid.encode.plan import EncodePlan, PixelPlan, wanted_clips
 from nextvid.encode.preview import Shown

@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection
 
 from nextvid.config.accepted import standing
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.checks import Trips, outcome_of, publish_refused
 from nextvid.encode.pipeline import Telling, shares
 from nextvid.encode.pixels import PixelWriter

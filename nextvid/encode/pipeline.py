@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import polars as pl
 import torch
 
-from nextvid.config.corpus import EncodingConfig, Project
+from nextvid.config.corpus import EncodingConfig
+from nextvid.config.project import Project
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.checks import Trips
 from nextvid.encode.committer import Keeper

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import polars as pl
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.frames import Decoding, Seen
 from nextvid.encode.plan import PixelPlan, plan_pixels
 from nextvid.encode.roundtrip import psnr

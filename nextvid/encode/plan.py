@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from nextvid.config.accepted import accepted
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.weights import autoencoder_digest, facts
 from storage.errors import ConfigError, RefusedError
 from storage.latents import EncodingSpec, LatentStore

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from nextvid.config.corpus import EncodingConfig, Project
+from nextvid.config.corpus import EncodingConfig
+from nextvid.config.project import Project
 from nextvid.encode.checks import Trips
 from nextvid.encode.pipeline import Pipeline, Telling, pipeline
 from nextvid.encode.shard import Batch

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from nextvid.config.corpus import BenchmarkConfig
+from nextvid.config.datasets import BenchmarkConfig
 from nextvid.corpus.manifest import with_value
 from storage.digest import digest_config
 from storage.schemas import ProbeRows

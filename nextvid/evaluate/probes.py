@@ -18,7 +18,8 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
-from nextvid.config.corpus import BenchmarkConfig, Project
+from nextvid.config.datasets import BenchmarkConfig
+from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.evaluate import neighbours
 from nextvid.evaluate.attentive import SMALL_WIDTH, ProbeSettings, probe_settings

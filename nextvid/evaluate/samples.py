@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.frames import Decoding
 from nextvid.evaluate.encoders import load_trained
 from nextvid.evaluate.filmstrips import Strip, filmstrips, hide

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.evaluate.features import LatentSource

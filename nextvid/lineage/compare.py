@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.lineage.trace import RunFacts, runs_of, scores_of
 from nextvid.train.run import CONFIG
 from storage.atomic import read_json

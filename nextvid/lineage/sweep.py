@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from nextvid.config.accepted import accepted, standing
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec, pixel_spec, wanted_clips
 from nextvid.lineage.trace import scores_of, trainsets_of
 from nextvid.trainset.pixels import frozen_pixels

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.train.run import CONFIG
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset

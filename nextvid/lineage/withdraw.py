@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.lineage.trace import Trace, scores_of, trace, trainsets_of
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError

@@ -7,7 +7,7 @@ Holds the rule of design section 4 ("a changed autoencoder, resolution or curati
 from collections.abc import Sequence
 
 from nextvid.config.accepted import Accepted, accept, accepted, going_on, keep_new
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec
 from storage.latents import LatentStore
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from nextvid.config.accepted import Accepted, accepted, standing
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.batches import dataset_of
 from nextvid.encode.plan import EncodePlan, encoding_spec, pixel_spec, plan_encode, plan_pixels, spec_in_force
 from nextvid.planning.acceptance import others, outdated

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import polars as pl
 
 from nextvid.config.accepted import accepted, pixels_digest, standing
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.batches import dataset_of
 from nextvid.corpus.labels import label_digests
 from nextvid.corpus.sources import batch_fingerprint, known_sources

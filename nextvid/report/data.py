@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.lineage.trace import DatasetShare, shares
 from nextvid.report.blocks import Block, Section, Table, Text
 from nextvid.train.run import Run

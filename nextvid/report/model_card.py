@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.making.outcome import Outcome
 from nextvid.report import scores, study
 from nextvid.report.blocks import Card, Picture

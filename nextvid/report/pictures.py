@@ -6,7 +6,7 @@ Holds which pictures are shown and their captions. Draws curves only (curves.py)
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.report.blocks import Block, Picture, Section, Table, Text
 from nextvid.report.curves import curves_png
 from nextvid.train.run import Run

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from nextvid.config.corpus import open_project
+from nextvid.config.project import open_project
 from nextvid.machine import die_with
 from storage.errors import NExTVidError, exit_code
 

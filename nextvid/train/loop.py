@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import HowConfig, RecipeConfig, StageConfig
 from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.cost import stage_cost

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nextvid.config.corpus import Project
 from nextvid.config.overrides import apply_overrides
+from nextvid.config.project import Project
 from nextvid.config.recipe import HowConfig, RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.machine import available_cores, launcher_id, leased

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import HowConfig, RecipeConfig
 from nextvid.config.strict import parse
 from nextvid.train import checkpoint

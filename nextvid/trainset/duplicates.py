@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from nextvid.config.accepted import standing
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.making.outcome import Check, Outcome, Progress
 from nextvid.making.publishing import publish_latest, publish_verdict
 from nextvid.trainset.hash_search import groups, near_pairs

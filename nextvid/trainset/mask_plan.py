@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import MaskConfig, MaskStrategy, ModelConfig, RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.making.outcome import Check, Outcome

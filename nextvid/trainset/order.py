@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.config.stages import stage_at

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from nextvid.config.accepted import standing
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import RECIPES
 from nextvid.encode.plan import pixel_spec

@@ -11,7 +11,7 @@ from math import isclose
 
 import numpy as np
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.config.stages import draws_before
 from nextvid.trainset.order import Drawn, Order, pieces

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.latent_stats import Moments, moments
 from nextvid.encode.plan import spec_in_force
 from nextvid.making.publishing import read_latest

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float32
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.latent_stats import mixed
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_latest, publish_verdict, read_latest

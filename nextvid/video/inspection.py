@@ -7,7 +7,7 @@ those of video/probe.py, shots those of video/shots.py.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nextvid.config.corpus import ShotConfig
+from nextvid.config.curation import ShotConfig
 from nextvid.video.probe import MediaFacts, probe
 from nextvid.video.shots import ShotFacts, first_pass
 from storage.digest import digest_file

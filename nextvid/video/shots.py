@@ -15,7 +15,7 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-from nextvid.config.corpus import ShotConfig
+from nextvid.config.curation import ShotConfig
 from nextvid.video.decode import stream
 from nextvid.video.images import load_image
 from nextvid.video.planes import Look, PlaneReader

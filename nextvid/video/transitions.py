@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from nextvid.config.corpus import ShotConfig
+from nextvid.config.curation import ShotConfig
 
 Kind = Literal["hard", "dissolve", "fade"]
 

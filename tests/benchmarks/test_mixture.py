@@ -3,7 +3,7 @@
 import json
 
 from benchmarks import mixture
-from nextvid.config.corpus import ClipPolicy
+from nextvid.config.datasets import ClipPolicy
 
 TILED = ClipPolicy(frames=16, fps=4, clips_per_shot=4)  # 4 s a clip
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from nextvid.__main__ import line, main
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.making.outcome import Check, Outcome
 from nextvid.train.run import find_run
 from nextvid.trainset.order import listed_draws

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nextvid import make as module
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.plan import spec_in_force
 from nextvid.make import ASSETS, BY_BATCH, UPSTREAM, Asset, Wish, chain, make
 from nextvid.making.outcome import Check, Number, Outcome

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import nextvid.__main__ as command_line
-from nextvid.config.corpus import Project, load_corpus
+from nextvid.config.corpus import load_corpus
+from nextvid.config.project import Project
 from nextvid.config.recipes import recipe
 from nextvid.make import Wish
 from nextvid.making.outcome import Outcome

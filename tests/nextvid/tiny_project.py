@@ -15,7 +15,7 @@ import polars as pl
 import torch
 import yaml
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.config.recipe import HowConfig
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.making.publishing import publish_latest

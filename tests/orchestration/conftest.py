@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from examples.demo.write_corpus import write_corpus
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from orchestration.definitions import build_defs
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"

@@ -17,7 +17,7 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from benchmarks.registered import make_batch, register
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import update_sources
 from nextvid.making.publishing import read_latest
 from nextvid.planning.waiting import left_behind, waiting

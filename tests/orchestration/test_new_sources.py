@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from assets.resources import ProjectResource
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.sources import update_sources
 from nextvid.encode.plan import spec_in_force
 from orchestration.schedules import NIGHT, nightly_at
@@ -207,7 +207,7 @@ RUN_OF_AN_INSTANCE = """
 import sys
 import dagster as dg
 from nextvid.corpus.sources import update_sources
-from nextvid.config.corpus import open_project
+from nextvid.config.project import open_project
 from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions
 

@@ -8,7 +8,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import update_sources
 from orchestration.sensors import apply_partitions
 from storage.atomic import read_json

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from nextvid.config.accepted import accepted
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.plan import spec_in_force
 from nextvid.planning.acceptance import accept_asked, outdated
 from nextvid.planning.waiting import curation_of

@@ -6,7 +6,7 @@ import dagster as dg
 import polars as pl
 
 from assets.resources import ProjectResource
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import spec_in_force
 from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
 from storage.latents import LatentStore

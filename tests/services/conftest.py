@@ -18,7 +18,7 @@ import requests
 import yaml
 
 from examples.demo.write_corpus import write_corpus
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.making.publishing import read_latest
 from storage.schemas import Lineage
 from storage.tables import write_table

@@ -14,7 +14,7 @@ import pytest
 from assets.ray_launcher import RUN
 from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import spec_in_force
 from nextvid.make import Wish, make
 from nextvid.planning.acceptance import in_force

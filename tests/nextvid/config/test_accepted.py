@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nextvid.config.accepted import accept, accepted, keep_new, standing
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from storage.errors import RefusedError
 from tests.nextvid.corpus.small_media import write_project
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nextvid.config.corpus import CorpusConfig, corpus_path, load_corpus, open_project
+from nextvid.config.corpus import CorpusConfig, corpus_path, load_corpus
+from nextvid.config.project import open_project
 from storage.errors import ConfigError
 
 POLICY: dict[str, Any] = {"frames": 4, "fps": 4}

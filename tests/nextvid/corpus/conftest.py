@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots
@@ -105,7 +105,7 @@ def own_copy(small_corpus: Made, tmp_path: Path) -> Callable[..., Project]:
     def copy(**changed: Any) -> Project:
         import yaml
 
-        from nextvid.config.corpus import open_project
+        from nextvid.config.project import open_project
 
         said = yaml.safe_load(small_corpus.project.path.read_text())
         shutil.copytree(small_corpus.project.root.url, tmp_path / "root")

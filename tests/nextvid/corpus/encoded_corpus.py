@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import yaml
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import encoding_spec
 from nextvid.making.publishing import publish_latest
 from storage import atomic

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 
 SIDE = 64
 FPS = 8

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.corpus import DatasetConfig, Project
+from nextvid.config.datasets import DatasetConfig
+from nextvid.config.project import Project
 from nextvid.corpus.batches import assign, batch_key, batch_number, config_of, dataset_of, merge
 from storage.errors import CorpusError
 from storage.schemas import Sources

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.clips import _checks, make_clips
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.media import make_media

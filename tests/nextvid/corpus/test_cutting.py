@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nextvid.config.corpus import ClipPolicy, FilterConfig
+from nextvid.config.curation import FilterConfig
+from nextvid.config.datasets import ClipPolicy
 from nextvid.corpus.cutting import View, clip_id, clip_times, clips_of, filter_reason, row_id, shot_id, trimmed, views
 from nextvid.video.quality import Box
 

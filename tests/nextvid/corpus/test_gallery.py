@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.gallery import ENDS, KEPT, KeptPictures, extreme, read_pictures, rejected_sheet, scores_of
 from nextvid.corpus.histograms import Histogram, histograms_png

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.corpus import DatasetConfig, LabelConfig
+from nextvid.config.datasets import DatasetConfig, LabelConfig
 from nextvid.corpus.labels import contradictions, label_bytes, read_labels
 from storage.errors import CorpusError
 

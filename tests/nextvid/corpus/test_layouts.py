@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nextvid.config.corpus import DatasetConfig, LabelConfig
+from nextvid.config.datasets import DatasetConfig, LabelConfig
 from nextvid.corpus.labels import contradictions, doubled, label_digests, nowhere, read_labels
 from storage.errors import ConfigError, CorpusError
 from tests.nextvid.corpus.small_media import write_project

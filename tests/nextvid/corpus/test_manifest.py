@@ -6,7 +6,8 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.corpus import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig
+from nextvid.config.curation import FilterConfig
+from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig
 from nextvid.corpus.manifest import PRETRAIN, Label, MediaNow, hold_quota, rows_of, value_of, with_value
 
 SHOT = {

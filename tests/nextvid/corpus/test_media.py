@@ -10,7 +10,7 @@ import fsspec
 import polars as pl
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.media import make_media
 from nextvid.corpus.sources import update_sources
 from storage import tables

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.manifest import with_value
 from nextvid.corpus.media import make_media

@@ -18,16 +18,10 @@ import polars as pl
 import pytest
 import yaml
 
-from nextvid.config.corpus import (
-    ClipPolicy,
-    CurationConfig,
-    DuplicateConfig,
-    EncodingConfig,
-    FilterConfig,
-    Project,
-    ShotConfig,
-    open_project,
-)
+from nextvid.config.corpus import EncodingConfig
+from nextvid.config.curation import CurationConfig, DuplicateConfig, FilterConfig, ShotConfig
+from nextvid.config.datasets import ClipPolicy
+from nextvid.config.project import Project, open_project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.shots import make_shots
 from nextvid.encode.plan import EncodePlan, encoding_spec, plan_encode, wanted_clips

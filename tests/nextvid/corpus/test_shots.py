@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.cutting import shot_id
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import facts_of, make_shots

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from nextvid.config.accepted import accept, accepted
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus import journal
 from nextvid.corpus.sources import batch_fingerprint, known_sources, list_dataset, update_sources
 from storage import tables

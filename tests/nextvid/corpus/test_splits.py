@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.corpus import SplitConfig
+from nextvid.config.datasets import SplitConfig
 from nextvid.corpus.manifest import Split, split_of
 
 

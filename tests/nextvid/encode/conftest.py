@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from storage import part, pixel_chunks, pixels, shard
 from tests.nextvid.encode.small_corpus import begin
 

@@ -3,7 +3,7 @@
 import os
 import time
 
-from nextvid.config.corpus import open_project
+from nextvid.config.project import open_project
 from nextvid.encode.latents import make_latents
 from tests.nextvid.encode.conftest import shards_of_four
 from tests.nextvid.encode.small_corpus import FILMS

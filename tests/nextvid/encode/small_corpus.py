@@ -11,7 +11,7 @@ import polars as pl
 import yaml
 from PIL import Image
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import spec_in_force
 from storage.digest import digest, digest_file
 from storage.latents import LatentStore

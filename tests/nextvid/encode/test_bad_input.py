@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import plan_encode, spec_in_force
 from storage import atomic

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import spec_in_force
 from storage.latents import LatentStore
@@ -54,7 +54,7 @@ def dying(publish):
             os.kill(os.getpid(), signal.SIGKILL)
     return published
 os.link, os.rename = dying(os.link), dying(os.rename)
-from nextvid.config.corpus import open_project
+from nextvid.config.project import open_project
 from nextvid.encode.latents import make_latents
 make_latents(open_project(corpus), "{FILMS}")
 """

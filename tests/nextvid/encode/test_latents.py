@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode import decode_task, shard
 from nextvid.encode.autoencoders import Autoencoder, Running
 from nextvid.encode.checks import ledger

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode import pixels as writer
 from nextvid.encode.frames import Decoding, Seen
 from nextvid.encode.latents import make_latents

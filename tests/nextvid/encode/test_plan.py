@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec, plan_encode, spec_in_force, wanted_clips
 from storage import atomic
 from storage.errors import ConfigError, RefusedError, UpstreamError

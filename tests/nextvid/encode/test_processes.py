@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextvid.config.corpus import EncodingConfig, Project
+from nextvid.config.corpus import EncodingConfig
+from nextvid.config.project import Project
 from nextvid.encode.latents import make_latents
 from nextvid.encode.pipeline import shares
 from nextvid.encode.plan import plan_encode

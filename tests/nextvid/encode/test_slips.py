@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode import latents as maker
 from nextvid.encode import pipeline as piping
 from nextvid.encode import shard

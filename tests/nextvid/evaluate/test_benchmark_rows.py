@@ -6,7 +6,7 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.corpus import BenchmarkConfig, ClipPolicy
+from nextvid.config.datasets import BenchmarkConfig, ClipPolicy
 from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, groups_of, labels_of
 from storage.schemas import Clips, Duplicates, Labels
 

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.evaluate import pixel_source
 from nextvid.evaluate.encoders import load_trained
 from nextvid.evaluate.features import features

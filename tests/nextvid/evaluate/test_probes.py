@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.evaluate import probes
 from nextvid.evaluate.encoders import ENCODERS, load_trained
 from nextvid.evaluate.features import LatentSource, encode, features

@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from nextvid.config.corpus import Project
 from nextvid.config.overrides import apply_overrides
+from nextvid.config.project import Project
 from nextvid.evaluate.generate import reads_pixels
 from nextvid.evaluate.samples import make_samples
 from nextvid.evaluate.scene import CLIPS, choose_clips, open_scene

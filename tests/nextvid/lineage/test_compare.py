@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.lineage.compare import Difference, compare, find
 from nextvid.train.run import CONFIG, find_run
 from storage.errors import ConfigError

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.config.corpus import Project
 from nextvid.config.overrides import apply_overrides
+from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec, pixel_spec
 from nextvid.lineage.sweep import sweep
 from nextvid.planning.acceptance import accept_asked

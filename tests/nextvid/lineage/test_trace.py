@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.evaluate.probes import make_probes
 from nextvid.lineage.trace import trace
 from nextvid.train.run import find_run

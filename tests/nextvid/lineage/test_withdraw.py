@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 import torch
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.lineage.withdraw import withdraw
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import open_loader

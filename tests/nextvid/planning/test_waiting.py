@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from benchmarks.registered import make_batch, register
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.sources import update_sources
 from nextvid.encode.plan import spec_in_force
 from nextvid.planning import waiting as module

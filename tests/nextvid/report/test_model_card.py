@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.evaluate.probes import make_probes
 from nextvid.evaluate.samples import make_samples
 from nextvid.report import scores

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.making.publishing import publish_latest
 from nextvid.trainset.files import write_trainset as write_frozen
 from storage import tables

@@ -5,7 +5,7 @@ from collections.abc import Collection
 import polars as pl
 import yaml
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import pixel_spec
 from nextvid.trainset.trainset import Trainset
 from storage.jpeg import encode_clip

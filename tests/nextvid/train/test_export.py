@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 import nextvid
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.tokens import latent_tokens

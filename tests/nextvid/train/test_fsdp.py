@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils import parameters_to_vector
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import HowConfig
 from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.tokens import space_to_depth, tube_ids

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import nextvid
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import HowConfig, RecipeConfig
 from nextvid.making.publishing import read_latest
 from nextvid.train import checkpoint, loop
@@ -266,7 +266,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import torch
-from nextvid.config.corpus import open_project
+from nextvid.config.project import open_project
 from nextvid.train.loop import train
 from nextvid.train.run import open_run
 from tests.nextvid.train.tiny import ALONE

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 import torch
 
-from nextvid.config.corpus import Project
 from nextvid.config.overrides import apply_overrides
+from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.stages import stage_at
 from nextvid.train.batch import Batch

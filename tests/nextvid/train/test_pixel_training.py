@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import nextvid
-from nextvid.config.corpus import Project
 from nextvid.config.overrides import apply_overrides
+from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.model.tokens import pixel_tokens, pixel_values
 from nextvid.train import checkpoint, pretrain

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.config.recipe import HowConfig
 from nextvid.train import checkpoint
 from nextvid.train.events import NAME, EventLog, read_events
@@ -212,7 +212,7 @@ def test_a_cancelled_group_is_gone_within_ten_seconds(project: Project) -> None:
 
 LAUNCHER = """
 import subprocess, sys
-from nextvid.config.corpus import open_project
+from nextvid.config.project import open_project
 from nextvid.train import pretrain
 from tests.nextvid.train.tiny import HOW, tiny_recipe
 pretrain.recipe_by_name = lambda name: tiny_recipe()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.train.latent_rows import StagedLatents
 from nextvid.train.ring import Leased, Place, Ring
 from nextvid.trainset.order import Order

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots

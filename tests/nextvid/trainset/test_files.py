@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec
 from nextvid.lineage.trace import damaged_trainsets
 from nextvid.trainset.files import new_array, write_array

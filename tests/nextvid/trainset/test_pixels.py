@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextvid.config.corpus import Project
 from nextvid.config.overrides import apply_overrides
+from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.trainset.files import publish_sealed, read_sealed

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextvid.config.corpus import Project
+from nextvid.config.project import Project
 from nextvid.making.publishing import publish_latest
 from nextvid.trainset import order, prefix
 from nextvid.trainset.files import read_sealed, write_trainset

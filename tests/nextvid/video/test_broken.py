@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.config.corpus import ShotConfig
+from nextvid.config.curation import ShotConfig
 from nextvid.video.probe import MediaFacts, probe
 from nextvid.video.sandbox import Sandbox
 from nextvid.video.shots import first_pass

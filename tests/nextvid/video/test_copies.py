@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from nextvid.config.corpus import DuplicateConfig, ShotConfig
+from nextvid.config.curation import DuplicateConfig, ShotConfig
 from nextvid.trainset.hash_search import groups, near_pairs
 from nextvid.video.decode import stream
 from nextvid.video.probe import probe

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextvid.config.corpus import ShotConfig
+from nextvid.config.curation import ShotConfig
 from nextvid.video.decode import clips_at
 from nextvid.video.probe import MediaFacts, probe
 from nextvid.video.sandbox import Sandbox

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextvid.config.corpus import ClipPolicy, ShotConfig
+from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ClipPolicy
 from nextvid.corpus.cutting import clips_of
 from nextvid.video.decode import frames_at, stream
 from nextvid.video.images import animation, animation_times, load_image

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from nextvid.config.corpus import Project, open_project
+from nextvid.config.project import Project, open_project
 from nextvid.config.recipe import HowConfig
 from nextvid.corpus.sources import known_sources, update_sources
 from nextvid.lineage.sweep import sweep
