@@ -1,9 +1,5 @@
-r"""The table of contents: one file = one thing that exists; its docstring is what the UI shows.
+"""The assets, one file each: what Dagster needs beside nextvid/graph.py, and a step that calls the maker.
 
-    sources -> media -> shots -> clips -> latents -+-> latent_stats -+
-                                   |               |                 +-> trainset -> pretrain -> probes --+-> report
-                                   +-> duplicates -+-----------------+      mask_plan --^   \-> samples --+
-
-Assets are thin: open the project, call the maker in nextvid, report its outcome. They read by path, so there are no IO
-managers. Nothing here imports torch; definitions must load in under two seconds.
+A step opens the project, calls `make_<asset>` in nextvid and reports the outcome. Makers read and write files by path,
+so there are no IO managers. Nothing here imports torch: definitions load in under two seconds.
 """

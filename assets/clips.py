@@ -1,28 +1,16 @@
-"""The curated clip manifest, one row a view: times, crop, flip, uses, split; kept, or the reason why not."""
+"""The asset `clips`."""
 
 import dagster as dg
 
-from assets import checks, reporting
-from assets.columns import columns
-from assets.partitions import BATCHES
+from assets.declare import asset
+from assets.reporting import batch_table
 from assets.resources import ProjectResource
 from storage import schemas
 
 
-@dg.asset(
-    partitions_def=BATCHES,
-    group_name="corpus",
-    deps=["shots"],
-    kinds={"polars", "parquet"},
-    owners=reporting.OWNERS,
-    code_version="2",
-    retry_policy=reporting.CRASHES,
-    check_specs=checks.specs("clips"),
-    metadata=columns(schemas.Clips),
-    description=__doc__,
-)
+@asset("clips", schema=schemas.Clips, kinds={"polars", "parquet"}, code_version="2")
 def clips(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Make the batch's clips."""
+    """Make the table of one batch."""
     from nextvid.corpus.clips import make_clips
 
-    return reporting.batch_table(project, "clips", context.partition_key, make_clips, schemas.Clips)
+    return batch_table(project, "clips", context.partition_key, make_clips, schemas.Clips)

@@ -1,30 +1,23 @@
-"""Groups of near-duplicate shots across batches, and how far probe test sets contaminate pretraining.
-
-Moves no row: it says which copies the trainset leaves out, and why.
-"""
+"""The asset `duplicates`."""
 
 import dagster as dg
 
-from assets import checks, reporting
-from assets.columns import columns
+from assets.declare import asset, follows
+from assets.reporting import readable_errors, result
 from assets.resources import ProjectResource
 from storage import schemas
 
 
-@dg.asset(
-    group_name="trainset",
-    deps=["clips"],
+@asset(
+    "duplicates",
+    schema=schemas.Duplicates,
     kinds={"polars", "parquet"},
-    owners=reporting.OWNERS,
     code_version="1",
-    retry_policy=reporting.CRASHES,
-    check_specs=checks.specs("duplicates"),
-    automation_condition=reporting.follows(),
-    metadata=columns(schemas.Duplicates),
-    description=__doc__,
+    automation_condition=follows(),
 )
 def duplicates(project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Search all batches' hashes."""
+    """Compare the perceptual hashes of all batches."""
     from nextvid.trainset.duplicates import make_duplicates
 
-    return reporting.materialised(lambda: make_duplicates(project.open()))
+    with readable_errors():
+        return result(make_duplicates(project.open()))

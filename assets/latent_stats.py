@@ -1,24 +1,16 @@
-"""Mean, standard deviation and posterior width of the latents by channel and dataset, from the sums in every commit."""
+"""The asset `latent_stats`."""
 
 import dagster as dg
 
-from assets import checks, reporting
+from assets.declare import asset, follows
+from assets.reporting import readable_errors, result
 from assets.resources import ProjectResource
 
 
-@dg.asset(
-    group_name="latents",
-    deps=["latents"],
-    kinds={"json"},
-    owners=reporting.OWNERS,
-    code_version="1",
-    retry_policy=reporting.CRASHES,
-    check_specs=checks.specs("latent_stats"),
-    automation_condition=reporting.follows(),
-    description=__doc__,
-)
+@asset("latent_stats", kinds={"json"}, code_version="1", automation_condition=follows())
 def latent_stats(project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Sum the commits."""
+    """Add up the sums of all commits."""
     from nextvid.encode.latent_stats import make_latent_stats
 
-    return reporting.materialised(lambda: make_latent_stats(project.open()))
+    with readable_errors():
+        return result(make_latent_stats(project.open()))

@@ -1,7 +1,4 @@
-"""An Outcome as Dagster sees it: metadata, data version, check results, pictures; and errors a person can read.
-
-Holds no knowledge of any single asset.
-"""
+"""Report a maker's Outcome to Dagster: metadata, data version, check results, pictures; and its errors, readably."""
 
 import base64
 import io
@@ -22,16 +19,8 @@ from storage.errors import NExTVidError
 from storage.root import Table
 from storage.tables import read_table
 
-OWNERS = ["team:nextvid"]
-CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
 PREVIEW_ROWS, PREVIEW_DIGITS, PREVIEW_CHARACTERS = 5, 8, 40  # our choice: what fits a screen and 2 kB of an event
 PREVIEW_WIDTH = 960  # pixels; an event with a 640 px picture is 5 kB
-
-
-def materialised(make: Callable[[], Outcome]) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Run a maker and report what it made; an error becomes a failure that a person can read."""
-    with readable_errors():
-        return result(make())
 
 
 @contextmanager
@@ -147,19 +136,3 @@ def picture_markdown(png: bytes, title: str) -> str:
 
 def _values(numbers: Mapping[str, int | float | str]) -> dict[str, Any]:
     return {name: value if isinstance(value, int | float) else str(value) for name, value in numbers.items()}
-
-
-def follows(nightly: str | None = None) -> dg.AutomationCondition:  # type: ignore[type-arg]
-    """Asked for once whenever something upstream was made; one missing or running batch does not hold it.
-
-    Not `eager()`, which forgets an update where the asset itself was asked for or made since the same tick. Here only a
-    request clears what waits, and none that came before the update: at worst the asset is made once more and finds
-    nothing to do. Never `all_deps_blocking_checks_passed`: check status is not by partition, so one stopped batch would
-    stop the corpus. With `nightly`, a cron line, it is asked for then too, whatever was made.
-    """
-    updated = dg.AutomationCondition.newly_missing() | dg.AutomationCondition.any_deps_updated()
-    handled = dg.AutomationCondition.newly_requested() & ~updated  # a request is of the tick before: updates came after
-    asked: dg.AutomationCondition[Any] = updated.since(handled | dg.AutomationCondition.initial_evaluation())
-    if nightly:
-        asked = asked | dg.AutomationCondition.cron_tick_passed(nightly)
-    return (asked & ~dg.AutomationCondition.in_progress()).with_label("follows")

@@ -1,30 +1,17 @@
-"""Generated next frames as pictures: masked and autoregressive.
-
-Beside them stand the autoencoder's own reconstruction and the last frame copied.
-"""
+"""The asset `samples`."""
 
 import dagster as dg
 
-from assets import reporting
-from assets.partitions import RECIPE
+from assets.declare import asset
+from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource, WhichRun
 
 
-@dg.asset(
-    partitions_def=RECIPE,
-    group_name="evaluation",
-    deps=["pretrain"],
-    kinds={"pytorch"},
-    owners=reporting.OWNERS,
-    code_version="1",
-    retry_policy=reporting.CRASHES,
-    pool="gpu",
-    description=__doc__,
-)
+@asset("samples", kinds={"pytorch"}, code_version="1", pool="gpu")
 def samples(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Make the samples of a run."""
+    """Generate the samples of one run."""
     from nextvid.evaluate.samples import make_samples
 
-    with reporting.readable_errors():
+    with readable_errors():
         opened = project.open()
-        return reporting.traced(opened, make_samples(opened, context.partition_key, run=config.run_id or None))
+        return traced(opened, make_samples(opened, context.partition_key, run=config.run_id or None))

@@ -1,15 +1,10 @@
-"""Files as the datasets' listings show them, in batches; nothing is opened yet.
-
-Observed, never made: the sensor `new_sources` lists each dataset's URI, assigns files to batches for ever, and reports
-the fingerprint of each batch's listing as its data version.
-"""
+"""The asset `sources`, which is observed and not made: the sensor `new_sources` lists the datasets."""
 
 import warnings
 
 import dagster as dg
 
-from assets.columns import columns
-from assets.partitions import BATCHES
+from assets.declare import described
 from assets.resources import ProjectResource
 from storage import schemas
 
@@ -17,15 +12,13 @@ with warnings.catch_warnings():
     # The one beta feature used: an observation that downstream automation counts.
     warnings.simplefilter("ignore", dg.BetaWarning)
 
+    # An observable takes no owners and no dependencies, and its kinds are tags.
     @dg.observable_source_asset(
-        partitions_def=BATCHES,
-        group_name="corpus",
-        description=__doc__,
-        metadata={"table": "sources/<batch>.parquet", **columns(schemas.Sources)},
-        tags={"dagster/kind/parquet": ""},  # kinds, as other assets say them; owners Dagster's observables have none
+        **{key: value for key, value in described("sources", schemas.Sources).items() if key != "deps"},
+        tags={"dagster/kind/parquet": ""},
     )
     def sources(project: ProjectResource) -> dg.DataVersionsByPartition:
-        """Observe every batch by hand; the sensor does the same on its own."""
+        """Observe every batch on request; the sensor does the same by itself."""
         from nextvid.corpus.sources import batch_fingerprint
 
         opened = project.open()

@@ -16,7 +16,8 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from nextvid.config.project import open_project
-from nextvid.make import Asset, Wish, make
+from nextvid.graph import Asset
+from nextvid.make import Request, make
 from nextvid.making.bars import shown
 from nextvid.making.outcome import Outcome
 from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
@@ -44,8 +45,8 @@ def make_command(
 
     project = open_project(corpus)
     with shown() as bars:
-        wish = Wish(asset, batch, recipe, benchmark, set_, ranks, bars.on_pace, on_count=bars.on_count)
-        for outcome in make(project, wish):
+        request = Request(asset, batch, recipe, benchmark, set_, ranks, bars.on_pace, on_count=bars.on_count)
+        for outcome in make(project, request):
             print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
     if project.corpus.reencode == "ask" and (names := outdated(project)):
         print(

@@ -1,40 +1,21 @@
-"""The Definitions, built by a function, so that tests build their own; loading them imports no torch.
+"""The Dagster definitions; `dagster dev` loads `defs` from here, without torch.
 
-`dagster dev` finds `defs` here. The project's corpus.yaml is read by each step, sensor and schedule tick, not at load.
+corpus.yaml is read by each step and by each tick of sensor and schedule, not while definitions load.
 """
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import dagster as dg
 
-from assets import (
-    clips,
-    duplicates,
-    latent_stats,
-    latents,
-    mask_plan,
-    media,
-    pretrain,
-    probes,
-    report,
-    samples,
-    shots,
-    sources,
-    trainset,
-)
 from assets.resources import ProjectResource, TrainerResource
+from nextvid.graph import GRAPH
 from orchestration.executors import TRAIN_ON, executor
 from orchestration.jobs import JOBS
 from orchestration.schedules import NIGHT, nightly_at
 from orchestration.sensors import TICK_S, follow, new_sources_every
-
-# In pipeline order, as the UI's groups read: corpus, latents, trainset, training, evaluation.
-MODULES = (
-    sources, media, shots, clips, latents, latent_stats, duplicates, mask_plan, trainset, pretrain, probes, samples,
-    report,
-)  # fmt: skip
 
 
 def build_defs(
@@ -45,13 +26,17 @@ def build_defs(
     steps: str | None = None,
     resources: Mapping[str, Any] | None = None,
 ) -> dg.Definitions:
-    """All definitions over one corpus.yaml; empty means NEXTVID_CORPUS, else ./corpus.yaml.
+    """All definitions for one corpus.yaml; empty means NEXTVID_CORPUS, else ./corpus.yaml.
 
-    What may be another: the nightly schedule's cron line, seconds between two listings, where steps run (executors.py)
-    and resources.
+    Args:
+        corpus: path of corpus.yaml.
+        night: cron line of the nightly schedule.
+        tick_s: seconds between two listings by the sensor.
+        steps: where steps run (orchestration/executors.py); None reads NEXTVID_STEPS.
+        resources: replace `project` or `trainer`, or add resources.
     """
     return dg.Definitions(
-        assets=dg.load_assets_from_modules(MODULES),
+        assets=dg.load_assets_from_modules([import_module(f"assets.{asset}") for asset in GRAPH]),
         jobs=JOBS,
         schedules=[nightly_at(night)],
         sensors=[new_sources_every(tick_s), follow],

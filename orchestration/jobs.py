@@ -1,26 +1,29 @@
-"""The jobs that sensors and schedules request, and that a person finds in the UI.
+"""The jobs that sensors and schedules request, and that people find in the UI.
 
-One run a batch for the four steps up to the latents: steps that share a run share its ticks and start-ups.
+One run per batch makes all four assets up to the latents: assets that share a run share its start-up.
 """
 
 import dagster as dg
 
+from nextvid.graph import BY_BATCH, assets
+
 ingest = dg.define_asset_job(
     "ingest",
-    selection=dg.AssetSelection.assets("media", "shots", "clips", "latents"),
-    description="One batch of files: probe, shots, clips, latents. Only what is missing is made.",
+    selection=dg.AssetSelection.assets(*BY_BATCH),
+    description="Media, shots, clips and latents of one batch of files. Makes only what is missing.",
 )
 
 freeze = dg.define_asset_job(
     "freeze",
-    selection=dg.AssetSelection.assets("latent_stats", "duplicates", "trainset"),
-    description="Statistics, duplicates and the trainset, for those who do not leave it to automation.",
+    selection=dg.AssetSelection.assets(*assets("none")),
+    description="Statistics, duplicates and the trainset, over all batches. The sensor `follow` requests them too.",
 )
 
 experiment = dg.define_asset_job(
     "experiment",
-    selection=dg.AssetSelection.assets("mask_plan", "pretrain", "samples", "report"),
-    description="One recipe: mask plan, training, samples and the report. Probes run by recipe and benchmark.",
+    selection=dg.AssetSelection.assets(*assets("recipe")),
+    description="Mask plan, training run, samples and report of one recipe. Probes are partitioned by recipe "
+    "and benchmark: run them by hand.",
 )
 
 JOBS = [ingest, freeze, experiment]

@@ -17,7 +17,7 @@ def nightly_at(cron: str) -> dg.ScheduleDefinition:
     @dg.schedule(
         job=ingest,
         cron_schedule=cron,
-        description="Every night: list the sources, and request the batches that changed or hold quarantined rows.",
+        description="Every night: lists the datasets; requests each batch that changed or has quarantined rows.",
     )
     def nightly(
         context: dg.ScheduleEvaluationContext, project: ProjectResource

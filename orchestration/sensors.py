@@ -12,6 +12,7 @@ from assets.partitions import BATCHES, BENCHMARK
 from assets.resources import ProjectResource
 from nextvid.config.project import Project
 from nextvid.corpus.batches import BatchChange
+from nextvid.graph import assets
 from orchestration.jobs import ingest
 from storage.errors import CorpusError
 
@@ -24,7 +25,7 @@ def new_sources_every(tick_s: int) -> dg.SensorDefinition:
     @dg.sensor(
         job=ingest,
         minimum_interval_seconds=tick_s,
-        description="Lists every dataset, assigns new files to batches, and requests one run for each changed batch.",
+        description="Lists every dataset, assigns new files to batches and requests a run for each batch that changed.",
     )
     def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg.SensorResult:
         """One listing: partitions equal to sources/, observations of what changed, one run a changed batch."""
@@ -124,7 +125,7 @@ def apply_partitions(instance: dg.DagsterInstance, project: Project) -> None:
 
 follow = dg.AutomationConditionSensorDefinition(
     "follow",
-    target=dg.AssetSelection.assets("latent_stats", "duplicates", "trainset"),
+    target=dg.AssetSelection.assets(*assets("none")),
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Lets statistics, duplicates and the trainset follow the batches.",
+    description="Requests statistics, duplicates and the trainset whenever their batches have changed.",
 )

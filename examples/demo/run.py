@@ -20,6 +20,7 @@ from rich.table import Table
 from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import update_sources
+from nextvid.graph import GRAPH
 from nextvid.planning.acceptance import in_force
 from nextvid.planning.waiting import waiting
 from nextvid.train.events import read_events
@@ -99,16 +100,17 @@ def list_sources(project: Project, instance: dg.DagsterInstance) -> None:
 
 
 def runs(project: Project) -> Iterator[tuple[str, str | None]]:
-    """Jobs and single assets in order; a batch that lacks nothing is not run again."""
+    """Jobs and single assets with their partitions, in the order of the graph; complete batches are left out."""
     for batch in waiting(project):
         yield "ingest", batch
     yield "freeze", None
-    yield "mask_plan", RECIPE
-    yield "pretrain", RECIPE
-    for benchmark in sorted(project.corpus.benchmarks):
-        yield "probes", f"{benchmark}|{RECIPE}"
-    yield "samples", RECIPE
-    yield "report", RECIPE
+    for asset, node in GRAPH.items():
+        match node.partition:
+            case "recipe":
+                yield asset, RECIPE
+            case "recipe x benchmark":
+                for benchmark in sorted(project.corpus.benchmarks):
+                    yield asset, f"{benchmark}|{RECIPE}"
 
 
 def execute(

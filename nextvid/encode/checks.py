@@ -1,7 +1,7 @@
 """Checks and report of `latents`, from the commits of a batch and the round trips of one call.
 
 Holds no encoding: what is claimed of a store is read back from its commits. The names of the checks are those of the
-asset (assets/checks.py).
+asset (nextvid/graph.py).
 """
 
 from collections.abc import Mapping

@@ -107,7 +107,7 @@ def prepare_run(
     )
 
 
-def pretrain(
+def make_pretrain(
     project: Project,
     recipe: str,
     overrides: Sequence[str] = (),

@@ -155,7 +155,7 @@ class TestPlan:
         assert (found["outdated"], found["now"][0]["rows"], found["now"][0]["encode_s"]) == ([], 4, None)
 
     def test_making_says_what_waits(self, nextvid: Command, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("nextvid.__main__.make", lambda project, wish: iter(()))
+        monkeypatch.setattr("nextvid.__main__.make", lambda project, request: iter(()))
         where = ("--corpus", str(corpus.project.path))
         assert nextvid("plan", "--accept", *where)[0] == 0
         assert nextvid("make", "clips", *where) == (0, "", "")

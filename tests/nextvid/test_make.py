@@ -1,6 +1,5 @@
 """Making without Dagster: the order is the asset graph's, one stopped batch stops no other, nothing is no success."""
 
-import contextvars
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,14 @@ import pytest
 from nextvid import make as module
 from nextvid.config.project import Project
 from nextvid.encode.plan import spec_in_force
-from nextvid.make import ASSETS, BY_BATCH, UPSTREAM, Asset, Wish, chain, make
+from nextvid.graph import BY_BATCH, Asset
+from nextvid.make import Request, make
 from nextvid.making.outcome import Check, Number, Outcome
 from storage.errors import ConfigError, CorpusError, UpstreamError
 from tests.nextvid.corpus.encoded_corpus import write_autoencoder
 from tests.nextvid.corpus.small_media import write_picture, write_project
 
-Maker = Callable[[Project, Asset, str | None, Wish], Outcome]
+Maker = Callable[[Project, Asset, str | None, Request], Outcome]
 FIRST, SECOND = "stills.000000", "stills.000001"
 
 
@@ -35,9 +35,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     noted: list[tuple[str, str | None]] = []
     real = module.make_one
 
-    def noting(project: Project, asset: Asset, partition: str | None, wish: Wish) -> Outcome:
+    def noting(project: Project, asset: Asset, partition: str | None, request: Request) -> Outcome:
         if asset == "sources":
-            return real(project, asset, partition, wish)
+            return real(project, asset, partition, request)
         noted.append((asset, partition))
         numbers: dict[str, Number] = {"run": "r" * 32} if asset == "pretrain" else {}
         return Outcome(asset, partition, made=True, rows=1, size_bytes=1, seconds=0.0, numbers=numbers)
@@ -50,8 +50,8 @@ def breaking(monkeypatch: pytest.MonkeyPatch, where: tuple[str, str | None], how
     """One maker of one partition raises, or reports a failed check."""
     before: Maker = module.make_one
 
-    def broken(project: Project, asset: Asset, partition: str | None, wish: Wish) -> Outcome:
-        outcome = before(project, asset, partition, wish)
+    def broken(project: Project, asset: Asset, partition: str | None, request: Request) -> Outcome:
+        outcome = before(project, asset, partition, request)
         if (asset, partition) != where:
             return outcome
         if how == "raises":
@@ -63,36 +63,14 @@ def breaking(monkeypatch: pytest.MonkeyPatch, where: tuple[str, str | None], how
     monkeypatch.setattr(module, "make_one", broken)
 
 
-def test_upstream_is_that_of_the_asset_graph() -> None:
-    from orchestration.definitions import build_defs
-
-    graph = contextvars.Context().run(build_defs().resolve_asset_graph)  # away from other tests' instances
-    parents = {
-        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
-        for key in graph.get_all_asset_keys()
-    }
-    assert {asset: set(upstream) for asset, upstream in UPSTREAM.items()} == parents
-
-
-@pytest.mark.parametrize("asset", ASSETS)
-def test_a_chain_is_the_asset_and_its_ancestors_each_after_what_it_reads(asset: Asset) -> None:
-    found = chain(asset)
-    assert found[-1] == asset
-    assert len(found) == len(set(found))
-    for place, name in enumerate(found):
-        assert set(UPSTREAM[name]) <= set(found[:place])
-    needed = set(UPSTREAM[asset]).union(*(chain(parent) for parent in UPSTREAM[asset]))
-    assert set(found) == {asset} | needed
-
-
 def test_every_batch_goes_through_every_maker_in_order(project: Project, calls: list[tuple[str, str | None]]) -> None:
-    outcomes = list(make(project, Wish("latents")))
+    outcomes = list(make(project, Request("latents")))
     assert outcomes[0].asset == "sources"
     assert calls == [(asset, batch) for asset in BY_BATCH for batch in (FIRST, SECOND)]
 
 
 def test_one_batch_leaves_the_others_alone(project: Project, calls: list[tuple[str, str | None]]) -> None:
-    list(make(project, Wish("clips", batch=SECOND)))
+    list(make(project, Request("clips", batch=SECOND)))
     assert calls == [(asset, SECOND) for asset in ("media", "shots", "clips")]
 
 
@@ -102,7 +80,7 @@ def test_a_stopped_batch_stops_no_other_and_is_told_at_the_end(
 ) -> None:
     breaking(monkeypatch, ("shots", FIRST), how)
     with pytest.raises(UpstreamError, match=rf"latents was not made for 1 batches: {FIRST}: ") as caught:
-        list(make(project, Wish("latents")))
+        list(make(project, Request("latents")))
     assert ("latents", SECOND) in calls
     assert not {("clips", FIRST), ("latents", FIRST)} & set(calls)
     assert ("it failed before" if how == "raises" else "budget (share=0.5)") in str(caught.value)
@@ -112,7 +90,7 @@ def test_what_reads_all_batches_decides_without_the_stopped(
     project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breaking(monkeypatch, ("media", FIRST), "blocking")
-    list(make(project, Wish("trainset")))
+    list(make(project, Request("trainset")))
     assert calls[-1] == ("trainset", None)
     assert ("latents", FIRST) not in calls
 
@@ -122,7 +100,7 @@ def test_the_batch_asked_for_stops_at_once(
 ) -> None:
     breaking(monkeypatch, ("media", FIRST), "blocking")
     with pytest.raises(UpstreamError, match=FIRST):
-        list(make(project, Wish("trainset", batch=FIRST)))
+        list(make(project, Request("trainset", batch=FIRST)))
     assert calls == [("media", FIRST)]
 
 
@@ -132,7 +110,7 @@ def test_a_failure_of_what_reads_all_batches_stops(
 ) -> None:
     breaking(monkeypatch, ("latent_stats", None), how)
     with pytest.raises(UpstreamError):
-        list(make(project, Wish("trainset")))
+        list(make(project, Request("trainset")))
     assert ("trainset", None) not in calls
 
 
@@ -140,7 +118,7 @@ def test_a_warning_stops_nothing(
     project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breaking(monkeypatch, ("media", FIRST), "warning")
-    list(make(project, Wish("clips")))
+    list(make(project, Request("clips")))
     assert ("clips", FIRST) in calls
 
 
@@ -149,48 +127,48 @@ def test_a_missing_or_unknown_recipe_is_told_before_any_work(
     project: Project, calls: list[tuple[str, str | None]], asset: Asset
 ) -> None:
     with pytest.raises(ConfigError, match="--recipe"):
-        next(make(project, Wish(asset)))
+        next(make(project, Request(asset)))
     with pytest.raises(ConfigError, match="nothing_like_it"):
-        next(make(project, Wish(asset, recipe="nothing_like_it")))
+        next(make(project, Request(asset, recipe="nothing_like_it")))
     assert calls == []
 
 
 def test_an_unknown_benchmark_is_told_before_any_work(project: Project, calls: list[tuple[str, str | None]]) -> None:
     with pytest.raises(ConfigError, match="no benchmark 'none_such'"):
-        next(make(project, Wish("probes", recipe="demo", benchmark="none_such")))
+        next(make(project, Request("probes", recipe="demo", benchmark="none_such")))
     assert calls == []
 
 
 def test_an_unknown_batch_names_the_nearest(project: Project) -> None:
     with pytest.raises(ConfigError, match=r"no batch 'stils\.000001'; did you mean 'stills\.000001'"):
-        list(make(project, Wish("media", batch="stils.000001")))
+        list(make(project, Request("media", batch="stils.000001")))
 
 
 def test_folders_without_media_are_an_error_beyond_sources(project: Project, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "stills")
     (tmp_path / "stills").mkdir()
     (tmp_path / "stills" / "notes.txt").write_text("no media")
-    (outcome,) = make(project, Wish("sources"))
+    (outcome,) = make(project, Request("sources"))
     assert outcome.rows == 0
     with pytest.raises(CorpusError, match=r"no dataset holds a video or image .*stills"):
-        list(make(project, Wish("media")))
+        list(make(project, Request("media")))
 
 
 def test_real_makers_find_done_what_they_made(project: Project) -> None:
-    first = list(make(project, Wish("clips")))
+    first = list(make(project, Request("clips")))
     assert [(outcome.asset, outcome.partition) for outcome in first] == [
         ("sources", None),
         *[(asset, batch) for asset in ("media", "shots", "clips") for batch in (FIRST, SECOND)],
     ]
     assert all(outcome.made for outcome in first)
-    again = list(make(project, Wish("clips")))
+    again = list(make(project, Request("clips")))
     assert [outcome.rows for outcome in again] == [outcome.rows for outcome in first]
     assert not any(outcome.made for outcome in again)
 
 
 def test_who_waits_is_told_how_far_each_maker_of_curation_is(project: Project) -> None:
     told: list[tuple[str, int, int]] = []
-    list(make(project, Wish("duplicates", on_count=lambda *count: told.append(count))))
+    list(make(project, Request("duplicates", on_count=lambda *count: told.append(count))))
     assert told == [
         *[(f"media {FIRST}", done, 2) for done in (1, 2)],
         (f"media {SECOND}", 1, 1),
@@ -217,7 +195,7 @@ def test_a_changed_encoding_waits_for_a_person_unless_told_otherwise(
     for resolution in (16, 32):
         encoding = {"autoencoder": str(folder), "resolution": resolution}
         project = write_project(tmp_path, {"stills": {"uri": "stills"}}, encoding=encoding, reencode=reencode)
-        module.make_one(project, "latents", FIRST, Wish("latents"))
+        module.make_one(project, "latents", FIRST, Request("latents"))
     assert specs == [16, 32 if follows else 16]
 
 
@@ -228,19 +206,19 @@ def test_what_reads_a_run_takes_the_one_that_was_trained(
     before: Maker = module.make_one
     seen: list[tuple[str, str | None]] = []
 
-    def trained(project: Project, asset: Asset, partition: str | None, wish: Wish) -> Outcome:
-        seen.append((asset, wish.run))
-        return before(project, asset, partition, wish)
+    def trained(project: Project, asset: Asset, partition: str | None, request: Request) -> Outcome:
+        seen.append((asset, request.run))
+        return before(project, asset, partition, request)
 
     monkeypatch.setattr(module, "make_one", trained)
-    list(make(project, Wish("report", recipe="demo", overrides=("seed=1",))))
+    list(make(project, Request("report", recipe="demo", overrides=("seed=1",))))
     assert {asset: run for asset, run in seen if run is not None} == {"samples": "r" * 32, "report": "r" * 32}
     assert ("pretrain", None) in seen
 
 
 @pytest.mark.parametrize(
-    "wish", [Wish("trainset", overrides=("seed=1",)), Wish("latents", ranks=2)], ids=["--set", "--ranks"]
+    "asked", [Request("trainset", overrides=("seed=1",)), Request("latents", ranks=2)], ids=["--set", "--ranks"]
 )
-def test_overrides_where_nothing_is_trained_are_refused(project: Project, wish: Wish) -> None:
+def test_overrides_where_nothing_is_trained_are_refused(project: Project, asked: Request) -> None:
     with pytest.raises(ConfigError, match="--set and --ranks are for training"):
-        list(make(project, wish))
+        list(make(project, asked))

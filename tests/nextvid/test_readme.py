@@ -17,7 +17,7 @@ import nextvid.__main__ as command_line
 from nextvid.config.corpus import load_corpus
 from nextvid.config.project import Project
 from nextvid.config.recipes import recipe
-from nextvid.make import Wish
+from nextvid.make import Request
 from nextvid.making.outcome import Outcome
 from nextvid.train.run import find_run
 from tests.nextvid.tiny_project import RECIPE, uri_of
@@ -48,18 +48,18 @@ def nextvid_runs(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture
-def asked(own_copy: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Wish]:
+def asked(own_copy: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """The small project as the command line's, in an empty folder; what `nextvid make` is asked for is not made."""
-    wishes: list[Wish] = []
+    requests: list[Request] = []
 
-    def note(project: Project, wish: Wish) -> Iterator[Outcome]:
-        wishes.append(wish)
+    def note(project: Project, request: Request) -> Iterator[Outcome]:
+        requests.append(request)
         yield from ()
 
     monkeypatch.setenv("NEXTVID_CORPUS", str(own_copy.path))
     monkeypatch.setattr(command_line, "make", note)
     monkeypatch.chdir(tmp_path)
-    return wishes
+    return requests
 
 
 def test_every_kind_of_block_and_command_is_known() -> None:
@@ -92,7 +92,7 @@ def test_dagster_commands_exist(words: list[str]) -> None:
 
 
 def test_commands_run(
-    asked: list[Wish], own_copy: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: list[Request], own_copy: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = {"RUN": find_run(own_copy, RECIPE).id, "FILE": uri_of(0), "FOLDER": "exported"}
     commands = [words[1:] for words in lines() if words[0] == "nextvid" and words[1] != "import-vavae"]
@@ -100,14 +100,17 @@ def test_commands_run(
     for arguments in commands:
         code = nextvid_runs([known.get(word, word) for word in arguments], monkeypatch)
         assert code == 0, (arguments, capsys.readouterr().err)
-    assert {(wish.asset, wish.recipe) for wish in asked} >= {("trainset", None), ("pretrain", "nextvid_s_latent")}
-    for wish in asked:
-        recipe(wish.recipe or RECIPE)
+    assert {(request.asset, request.recipe) for request in asked} >= {
+        ("trainset", None),
+        ("pretrain", "nextvid_s_latent"),
+    }
+    for request in asked:
+        recipe(request.recipe or RECIPE)
     assert Path("exported", "config.json").is_file()
 
 
 def test_a_missing_checkpoint_is_named(
-    asked: list[Wish], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: list[Request], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ((_, *arguments),) = [words for words in lines() if words[:2] == ["nextvid", "import-vavae"]]
     assert nextvid_runs(arguments, monkeypatch) == 2
@@ -115,7 +118,7 @@ def test_a_missing_checkpoint_is_named(
 
 
 def test_the_encoder_of_the_example_gives_tokens(
-    asked: list[Wish], own_copy: Project, monkeypatch: pytest.MonkeyPatch
+    asked: list[Request], own_copy: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (export,) = re.findall(r"`nextvid (export RUN \w+)`", README.read_text())
     run = find_run(own_copy, RECIPE).id
@@ -126,7 +129,7 @@ def test_the_encoder_of_the_example_gives_tokens(
     assert getattr(names["tokens"], "shape", ())[:2] == (1, 4 * 64)
 
 
-def test_a_wrong_flag_is_refused(asked: list[Wish], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_flag_is_refused(asked: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands above can fail."""
     assert nextvid_runs(["plan", "--acept"], monkeypatch) == 2
     assert asked == []

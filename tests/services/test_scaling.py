@@ -16,7 +16,7 @@ from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import spec_in_force
-from nextvid.make import Wish, make
+from nextvid.make import Request, make
 from nextvid.planning.acceptance import in_force
 from nextvid.train.pretrain import prepare_run
 from orchestration.definitions import build_defs
@@ -79,14 +79,14 @@ def projects(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pro
     said = CORPUS.format(root=folder / "here", films=films, autoencoder=DEMO / "autoencoder")
     (folder / "here.yaml").write_text(said)
     here = open_project(folder / "here.yaml")
-    assert all(outcome.passed for outcome in make(here, Wish("clips")))
+    assert all(outcome.passed for outcome in make(here, Request("clips")))
     for path in (path for path in Path(here.root.url).rglob("*") if path.is_file()):
         atomic.publish_bytes(f"{bucket}/there/{path.relative_to(here.root.url)}", path.read_bytes())
     elsewhere = f"root: {bucket}/there\nruns_root: {folder / 'runs'}"
     (folder / "there.yaml").write_text(said.replace(f"root: {folder / 'here'}", elsewhere))
     there = open_project(folder / "there.yaml")
     in_force(there)
-    assert all(outcome.passed for outcome in make(here, Wish("latents")))
+    assert all(outcome.passed for outcome in make(here, Request("latents")))
     return here, there
 
 

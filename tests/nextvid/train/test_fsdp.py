@@ -19,7 +19,7 @@ from nextvid.train.events import Event, read_events
 from nextvid.train.export import load_encoder
 from nextvid.train.fsdp import like, local, whole
 from nextvid.train.optim import build_optimizer
-from nextvid.train.pretrain import pretrain
+from nextvid.train.pretrain import make_pretrain
 from nextvid.train.run import Run, open_run
 from nextvid.train.step import build_model
 from nextvid.trainset.mask_plan import make_plan
@@ -38,7 +38,7 @@ def trained(folder: Path, how: HowConfig) -> tuple[Project, Run]:
     folder.mkdir()
     project = make_project(folder)
     make_plan(project.root, tiny_recipe())
-    outcome = pretrain(project, "tiny", how=how, ranks=how.ranks)
+    outcome = make_pretrain(project, "tiny", how=how, ranks=how.ranks)
     assert outcome.passed
     return project, open_run(Path(project.root.run("tiny", str(outcome.numbers["run"]))))
 
@@ -50,7 +50,7 @@ def resumed(project: Project, run: Run, how: HowConfig) -> Run:
             shutil.rmtree(path)
     for name in ("encoder", "encoder_online"):
         shutil.rmtree(run.folder / name)
-    outcome = pretrain(project, "tiny", how=how, ranks=how.ranks)
+    outcome = make_pretrain(project, "tiny", how=how, ranks=how.ranks)
     assert outcome.made
     assert outcome.numbers["run"] == run.id
     return open_run(run.folder)

@@ -17,7 +17,7 @@ from nextvid.config.recipe import HowConfig
 from nextvid.train import checkpoint
 from nextvid.train.events import NAME, EventLog, read_events
 from nextvid.train.loop import train
-from nextvid.train.pretrain import PreparedRun, end_group, finish_run, prepare_run, pretrain
+from nextvid.train.pretrain import PreparedRun, end_group, finish_run, make_pretrain, prepare_run
 from nextvid.train.run import open_run
 from nextvid.trainset.mask_plan import make_plan
 from storage import atomic, tables
@@ -216,7 +216,7 @@ from nextvid.config.project import open_project
 from nextvid.train import pretrain
 from tests.nextvid.train.tiny import HOW, tiny_recipe
 pretrain.recipe_by_name = lambda name: tiny_recipe()
-pretrain.pretrain(open_project(sys.argv[1]), "tiny", ["stages.warmup.steps=1000000"], HOW)
+pretrain.make_pretrain(open_project(sys.argv[1]), "tiny", ["stages.warmup.steps=1000000"], HOW)
 """
 
 
@@ -243,7 +243,7 @@ def test_a_killed_launcher_leaves_no_trainer_behind(project: Project) -> None:
 def test_a_failed_trainer_says_why(project: Project) -> None:
     odd = HOW.model_copy(update={"micro_batch": 3})
     with pytest.raises(RefusedError, match="micro_batch 3 does not divide the 4 clips"):
-        pretrain(project, "tiny", how=odd)
+        make_pretrain(project, "tiny", how=odd)
 
 
 @pytest.mark.slow
@@ -255,12 +255,12 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         (tmp_path / str(ranks)).mkdir()
         project = make_project(tmp_path / str(ranks))
         make_plan(project.root, recipe)
-        outcome = pretrain(project, "tiny", how=HOW, ranks=ranks)
+        outcome = make_pretrain(project, "tiny", how=HOW, ranks=ranks)
         assert outcome.made
         assert outcome.passed
         runs.append(Path(project.root.run("tiny", str(outcome.numbers["run"]))))
         stamps = {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")}
-        assert not pretrain(project, "tiny", how=HOW, ranks=ranks).made
+        assert not make_pretrain(project, "tiny", how=HOW, ranks=ranks).made
         assert {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")} == stamps
     one, two = ([e for e in read_events(folder) if e["kind"] == "step"] for folder in runs)
     assert read_events(runs[1])[0]["ranks"] == 2

@@ -17,7 +17,7 @@ from nextvid.corpus.sources import known_sources, update_sources
 from nextvid.lineage.sweep import sweep
 from nextvid.lineage.trace import trace
 from nextvid.lineage.withdraw import withdraw
-from nextvid.make import Wish, make
+from nextvid.make import Request, make
 from nextvid.train.distributed import join
 from nextvid.train.loop import train
 from nextvid.train.pretrain import prepare_run
@@ -109,7 +109,7 @@ def test_from_sources_to_training(bucket: str, repository: Path, tmp_path: Path)
     local = project_of(tmp_path / "local", str(tmp_path / "files"), str(tmp_path / "root"), autoencoder)
     remote_one = project_of(tmp_path / "s3", f"{bucket}/files", f"{bucket}/corpus", autoencoder)
     for project in (local, remote_one):
-        outcomes = list(make(project, Wish("trainset")))
+        outcomes = list(make(project, Request("trainset")))
         assert all(outcome.passed for outcome in outcomes)
     for noun in ("media", "shots", "clips"):
         for batch in ("films.000000", "stills.000000"):
@@ -139,7 +139,7 @@ def test_from_sources_to_training(bucket: str, repository: Path, tmp_path: Path)
         for root in (local.root.url, remote_one.root.url)
     )
     assert there_files == {path for path in here_files if not path.endswith("/lock")}
-    assert all(outcome.made is False for outcome in make(remote_one, Wish("trainset")))  # nothing new makes nothing
+    assert all(outcome.made is False for outcome in make(remote_one, Request("trainset")))  # nothing new makes nothing
     _withdraw_and_sweep(remote_one, f"{bucket}/files/films/0.mp4")
 
 

@@ -10,7 +10,7 @@ from nextvid.config.project import Project
 from nextvid.evaluate.probes import make_probes
 from nextvid.evaluate.samples import make_samples
 from nextvid.report import scores
-from nextvid.report.model_card import build_card, gather, make_report
+from nextvid.report.report import build_card, gather, make_report
 from nextvid.report.scores import Score
 from nextvid.train.run import find_run
 from storage.errors import UpstreamError

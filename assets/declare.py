@@ -1,0 +1,117 @@
+"""Declare an asset to Dagster: nextvid/graph.py says what it is, storage/schemas.py what its columns are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+import dataframely as dy
+
+from assets.partitions import BATCHES, RECIPE, RECIPE_BENCHMARK
+from nextvid.graph import GRAPH, NON_BLOCKING, Asset
+from storage import schemas
+
+# In the order of storage/schemas.py: a column is described where its name first occurs.
+TABLES: tuple[type[dy.Schema], ...] = (
+    schemas.Sources, schemas.Media, schemas.Labels, schemas.Shots, schemas.Clips, schemas.Plan, schemas.Commits,
+    schemas.Duplicates, schemas.Lineage,
+)  # fmt: skip
+OWNERS = ["team:nextvid"]
+CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
+
+
+def asset(
+    name: Asset,
+    *,
+    kinds: set[str],
+    code_version: str,
+    schema: type[dy.Schema] | None = None,
+    pool: str | None = None,
+    automation_condition: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
+) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """`dg.asset` for an asset of the graph: what its file adds is for Dagster alone."""
+    return dg.asset(
+        name=name,
+        **described(name, schema),
+        check_specs=check_specs(name),
+        owners=OWNERS,
+        retry_policy=CRASHES,
+        kinds=kinds,
+        code_version=code_version,
+        pool=pool,
+        automation_condition=automation_condition,
+    )
+
+
+def described(name: Asset, schema: type[dy.Schema] | None = None) -> dict[str, Any]:
+    """What every kind of asset definition takes: group, upstream, partitions, description and columns."""
+    return {
+        "group_name": GRAPH[name].group,
+        "deps": [_dependency(name, upstream) for upstream in GRAPH[name].reads],
+        "partitions_def": _partitions(name),
+        "description": GRAPH[name].description,
+        "metadata": columns(schema) if schema else {},
+    }
+
+
+def check_specs(name: Asset) -> list[dg.AssetCheckSpec]:
+    """The checks of an asset, which its maker reports by these names."""
+    return [
+        dg.AssetCheckSpec(name=check, asset=name, description=text, blocking=check not in NON_BLOCKING)
+        for check, text in GRAPH[name].checks.items()
+    ]
+
+
+def _partitions(name: Asset) -> dg.PartitionsDefinition[Any] | None:
+    match GRAPH[name].partition:
+        case "none":
+            return None
+        case "batch":
+            return BATCHES
+        case "recipe":
+            return RECIPE
+        case "recipe x benchmark":
+            return RECIPE_BENCHMARK
+
+
+def _dependency(name: Asset, upstream: Asset) -> dg.AssetDep:
+    """An asset of one recipe reads all batches; else Dagster's own mapping is right."""
+    if GRAPH[upstream].partition == "batch" and GRAPH[name].partition not in ("none", "batch"):
+        return dg.AssetDep(upstream, partition_mapping=dg.AllPartitionMapping())
+    return dg.AssetDep(upstream)
+
+
+def columns(schema: type[dy.Schema]) -> dict[str, Any]:
+    """The column schema of a table, as the UI's Columns tab shows it."""
+    described = [
+        dg.TableColumn(
+            name=name,
+            type=str(column.dtype),
+            description=_description(name),
+            constraints=dg.TableColumnConstraints(nullable=column.nullable, unique=False),
+        )
+        for name, column in schema.columns().items()
+    ]
+    return {"dagster/column_schema": dg.TableSchema(columns=described)}
+
+
+def _description(column: str) -> str | None:
+    """From the first schema that has a column of this name."""
+    return next(
+        (found.description for schema in TABLES if (found := schema.columns().get(column)) and found.description), None
+    )
+
+
+def follows(nightly: str | None = None) -> dg.AutomationCondition:  # type: ignore[type-arg]
+    """Request the asset whenever something upstream was made; a missing or running batch does not hold it up.
+
+    `dg.AutomationCondition.eager()` would forget an update where the asset itself was requested or made since the same
+    tick. Here only a request clears what waits, and none that came before the update: at worst the asset is made once
+    more and finds nothing to do. `all_deps_blocking_checks_passed` does not fit: check status is not by partition, so
+    one stopped batch would stop the corpus. With `nightly`, a cron line, the asset is requested at that time too.
+    """
+    updated = dg.AutomationCondition.newly_missing() | dg.AutomationCondition.any_deps_updated()
+    handled = dg.AutomationCondition.newly_requested() & ~updated  # a request is of the tick before: updates came after
+    asked: dg.AutomationCondition[Any] = updated.since(handled | dg.AutomationCondition.initial_evaluation())
+    if nightly:
+        asked = asked | dg.AutomationCondition.cron_tick_passed(nightly)
+    return (asked & ~dg.AutomationCondition.in_progress()).with_label("follows")
