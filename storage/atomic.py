@@ -8,7 +8,6 @@ know what bytes mean.
 """
 
 import errno
-import fcntl
 import io
 import json
 import os
@@ -118,7 +117,7 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
         return
     target = _local(path)
     with writing(path):
-        _make_folder(target.parent)
+        make_folder(target.parent)
         temporary = _temporary(target)
         try:
             yield temporary
@@ -151,7 +150,7 @@ def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> 
     if target.exists() and not over:
         raise ConflictError(f"{path} exists already")
     with writing(path):
-        _make_folder(target.parent)
+        make_folder(target.parent)
         temporary = _temporary(target)
         temporary.mkdir()
         try:
@@ -168,25 +167,6 @@ def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> 
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         _sync(target.parent)
-
-
-@contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Hold the file `path` exclusively among threads, processes and machines (flock); waits.
-
-    On object stores, which know no locks, it holds nothing: whoever writes there must bear a second writer.
-    """
-    if not is_local(path):
-        yield
-        return
-    with writing(path):
-        _make_folder(_local(path).parent)
-        file = os.open(_local(path), os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(file)  # and with it the lock
 
 
 @contextmanager
@@ -312,11 +292,11 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Folder and its parents, each new name synced: a file in a folder that a crash forgets is lost too."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent)
+    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync(folder.parent)
 
@@ -340,7 +320,7 @@ def _replace_files(temporary: Path, target: Path, last: str) -> None:
     for name in _names(temporary, last):
         if name == last:
             _sync(target)
-        _make_folder((target / name).parent)
+        make_folder((target / name).parent)
         os.replace(temporary / name, target / name)  # noqa: PTH105 - the one place
     _sync(target)
 

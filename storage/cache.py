@@ -8,7 +8,6 @@ remote_reader.py, pixel_chunks.py.
 """
 
 import errno
-import fcntl
 import io
 import os
 import threading
@@ -24,6 +23,7 @@ import numpy as np
 from storage import atomic, listing, remote
 from storage.digest import crc32c, digest
 from storage.errors import ConfigError, StoreError, UnwritableError, UpstreamError
+from storage.locks import locked
 from storage.remote import is_local
 from storage.root import DataRoot
 
@@ -229,14 +229,9 @@ class Cache:
                 "another cache.folder, or set cache.size_gb to 0 to read from the object store"
             ) from error
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def _lock(self, name: str) -> AbstractContextManager[None]:
         """Exclusive among threads and processes of this machine."""
-        path = self._top / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        return locked(str(self._top / f"{name}.lock"))
 
 
 _held: WeakSet[Cache] = WeakSet()

@@ -20,9 +20,9 @@ def folders(folder: str, pattern: str) -> list[str]:
     return sorted(name for name, is_folder in _entries(folder) if is_folder and re.fullmatch(pattern, name))
 
 
-def files(folder: str) -> list[str]:
-    """Names of the files that stand directly in a folder, sorted."""
-    return sorted(name for name, is_folder in _entries(folder) if not is_folder)
+def files(folder: str, pattern: str = ".*") -> list[str]:
+    """Names of the files directly in a folder that match, sorted."""
+    return sorted(name for name, is_folder in _entries(folder) if not is_folder and re.fullmatch(pattern, name))
 
 
 def files_below(folder: str) -> dict[str, int]:

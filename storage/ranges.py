@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from storage import remote
 from storage.digest import crc32c
 from storage.errors import DamagedError
-from storage.verify import OTHER_BYTES
+from storage.part import OTHER_BYTES
 
 AT_ONCE = 8  # our choice: groups asked for at a time; s3fs sends 10 requests each
 AHEAD_BYTES = 1 << 28  # our choice: announced and not read; 4 batches of 256 rows of 262 KB

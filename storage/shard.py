@@ -32,12 +32,12 @@ def index(rows: int, row_bytes: int) -> bytes:
     return index_of([(row * row_bytes, row_bytes) for row in range(rows)])
 
 
-def index_of(places: Sequence[tuple[int, int] | None]) -> bytes:
-    """Index of a shard whose first rows stand at these (offset, size); None and what follows are absent."""
+def index_of(extents: Sequence[tuple[int, int]]) -> bytes:
+    """Index of a shard whose rows have these (offset, size) in bytes; rows of size 0 and all after these are absent."""
     table = np.full((ROWS_PER_SHARD, 2), _ABSENT, dtype="<u8")
-    for row, place in enumerate(places):
-        if place is not None:
-            table[row] = place
+    for row, extent in enumerate(extents):
+        if extent[1]:
+            table[row] = extent
     data = table.tobytes()
     return data + crc32c(data).to_bytes(4, "little")
 

@@ -1,31 +1,27 @@
 """Reading every byte of a part against plan, index and commits: what a person runs after an accident.
 
-Reports, never repairs: each problem names the file, the row where it is one row's, and the remedy. The remedies are the
-same everywhere, since a shard without its commit is encoded again. What does not answer is no damage (`is_damage`) and
-ends the reading; what a living writer has under way is no problem. A disk is read as fast as it reads: shards by a few
-threads (one waits while another computes), each row into the same memory. Must not be on any fast path.
+Reports, never repairs: each problem names the file, the row where it concerns one row, and the remedy. A store that
+does not answer is no damage (`is_damage`) and ends the reading; what a living writer has under way is no problem.
+Shards are read by a few threads (one waits while another computes), each row into the same memory.
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import polars as pl
-from jaxtyping import UInt8
 
 from storage import atomic, listing, shard
 from storage.digest import crc32c
-from storage.errors import DamagedError, is_damage
-from storage.part import SWEPT, Part, PlannedPart
+from storage.errors import is_damage
+from storage.part import SWEPT, Part, StoredRow
 
-LITTER_AGE_S = 3600.0  # our choice, as the cache's: what a writer left untouched for so long is not being written
+LEFTOVER_AGE_S = 3600.0  # our choice, as the cache's: what a writer left untouched for so long is not being written
 AT_ONCE = 4  # our choice: shards at a time; of an object store so many are in memory, 67 MB each
-OTHER_BYTES = "holds other bytes than were committed (or a withdrawn row)"  # what readers say of a row
 
 
 @dataclass(frozen=True)
@@ -42,52 +38,23 @@ class Problem:
         return f"{self.file}{row}: {self.what}. Remedy: {self.remedy}"
 
 
-RowsOf = Callable[[int, pl.DataFrame], Sequence[Problem]]  # a shard's number and commits -> what is wrong with its rows
-
-
-def verify_latents(part: Part, withdrawn: frozenset[bytes]) -> list[Problem]:
-    """Problems of one part of latents; rows in `withdrawn` must be zeros."""
-    return verify_part(part, lambda number, commits: _rows(part, number, commits, withdrawn))
-
-
-def verify_part(part: PlannedPart, rows: RowsOf) -> list[Problem]:
-    """Problems of one part, whatever its rows are: `rows`, given the commits of one shard, finds those of its bytes."""
+def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
+    """Problems of one part; rows in `withdrawn` must be zeros."""
     try:
         shards = part.shards
     except (OSError, ValueError) as error:
         if not is_damage(error):
             raise
-        return [
-            Problem(f"{part.path}/plan.parquet", None, str(error), f"remove {part.path} and make the latents again")
-        ]
+        return [Problem(part.plan_path, None, str(error), f"remove {part.path} and make the latents again")]
     files = listing.files_below(part.path)
     problems = [*_metadata(part), *_leftovers(part, shards, files)]
     with ThreadPoolExecutor(AT_ONCE, "verify") as pool:
-        for found in pool.map(lambda number: _found(part, number, files, rows), range(shards)):
+        for found in pool.map(lambda number: _shard(part, number, files, withdrawn), range(shards)):
             problems += found
     return problems
 
 
-def _found(part: PlannedPart, number: int, files: Container[str], rows: RowsOf) -> Sequence[Problem]:
-    """Problems of one shard, whether or not it is committed."""
-    if part.commit_path(number) in files:
-        return _shard(part, number, rows)
-    if part.shard_path(number) in files and not part.is_being_written():
-        if part.committed(number):  # since the files were listed
-            return _shard(part, number, rows)
-        what = "a shard without its commit, left by a writer that died"
-        return [Problem(part.shard_path(number), None, what, "make the latents of the batch again")]
-    return []
-
-
-def encode_again(part: PlannedPart, number: int) -> str:
-    """The remedy for a shard that cannot be read."""
-    if part.committed(number):
-        return f"remove {part.commit_path(number)} and make the latents of batch {part.batch} again"
-    return f"make the latents of batch {part.batch} again, and 'trainset', whose rows stand elsewhere then"
-
-
-def _metadata(part: PlannedPart) -> list[Problem]:
+def _metadata(part: Part[Any]) -> list[Problem]:
     """What zarr-python reads from the part's zarr.json files against what it writes for the spec and the plan."""
     import zarr
 
@@ -108,86 +75,88 @@ def _metadata(part: PlannedPart) -> list[Problem]:
                 continue
             found.write_bytes(data)
             try:
-                said, known = (zarr.open(file.parent, mode="r").metadata.to_dict() for file in (found, wanted))
-                strange = sorted(set(json.loads(found.read_bytes())) - set(json.loads(wanted.read_bytes())))
+                stored, known = (zarr.open(file.parent, mode="r").metadata.to_dict() for file in (found, wanted))
+                strange = sorted(_keys(json.loads(data)) - _keys(json.loads(wanted.read_bytes())))
             except Exception as error:  # whatever zarr raises for bytes it does not understand
                 problems.append(Problem(path, None, f"zarr cannot open it: {error}", remedy))
                 continue
-            wrong = sorted(key for key in {*said, *known} if repr(said.get(key)) != repr(known.get(key)))
-            what = [f"{key} {said.get(key)!r}, not {known.get(key)!r}" for key in wrong]
+            wrong = sorted(key for key in {*stored, *known} if repr(stored.get(key)) != repr(known.get(key)))
+            what = [f"{key} {stored.get(key)!r}, not {known.get(key)!r}" for key in wrong]
             what += [f"{key}, which zarr does not write and passes over" for key in strange if key not in wrong]
             if what:
                 problems.append(Problem(path, None, f"describes {'; '.join(what)}", remedy))
     return problems
 
 
-def _leftovers(part: PlannedPart, shards: int, files: Iterable[str]) -> list[Problem]:
+def _keys(value: Any, above: str = "") -> set[str]:  # noqa: ANN401 - JSON is Any
+    """Every key of a JSON value, those inside others as `outer.inner`."""
+    if isinstance(value, list):
+        return {key for item in value for key in _keys(item, above)}
+    if not isinstance(value, dict):
+        return set()
+    return {f"{above}{name}" for name in value}.union(*(_keys(item, f"{above}{name}.") for name, item in value.items()))
+
+
+def _leftovers(part: Part[Any], shards: int, files: Iterable[str]) -> list[Problem]:
     """Files that the plan does not know: temporary ones of dead writers, and shards or commits beyond the last."""
     known = {part.shard_path(number) for number in range(shards)} | {
         part.commit_path(number) for number in range(shards)
     }
-    known |= {*part.metadata_paths, f"{part.path}/plan.parquet", f"{part.path}/lock"}
-    dead = atomic.litter(part.path, LITTER_AGE_S)
+    known |= {*part.metadata_paths, part.plan_path, f"{part.path}/lock"}
+    dead = atomic.litter(part.path, LEFTOVER_AGE_S)
     strange = sorted(path for path in set(files) - known if path in dead or not atomic.is_temporary(path))
     return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 
 
-def _shard(part: PlannedPart, number: int, rows: RowsOf) -> Sequence[Problem]:
+def _shard(part: Part[Any], number: int, files: Mapping[str, int], withdrawn: frozenset[bytes]) -> list[Problem]:
+    """Problems of one shard, whether or not it is committed; `files` are the part's when they were listed."""
     path = part.shard_path(number)
+    if part.commit_path(number) not in files:
+        if path not in files or part.is_being_written():
+            return []
+        if not part.committed(number):  # nor since the files were listed
+            what = "a shard without its commit, left by a writer that died"
+            return [Problem(path, None, what, "make the latents of the batch again")]
     try:
-        commits = part.commit(number)
+        rows = part.rows(number)
     except (OSError, ValueError) as error:
         if not is_damage(error):
             raise
-        return [Problem(part.commit_path(number), None, str(error), encode_again(part, number))]
-    if (commits["reason"] == SWEPT).fill_null(False).all():
+        return [Problem(part.commit_path(number), None, str(error), part.remedy(number))]
+    if all(row.reason == SWEPT for row in rows):
         swept = "a sweep was killed before it removed this file"
         return [Problem(path, None, swept, "sweep again, or remove it")] if atomic.exists(path) else []
-    return rows(number, commits)
-
-
-def _rows(part: Part, number: int, commits: pl.DataFrame, withdrawn: frozenset[bytes]) -> list[Problem]:
-    path, remedy = part.shard_path(number), encode_again(part, number)
-    row_bytes = part.spec.row_bytes(part.frames)
-    wanted_bytes = shard.shard_bytes(commits.height, row_bytes)
-    problems = []
     try:
-        with atomic.reading(path) as (file, size_bytes):
-            if size_bytes != wanted_bytes:
-                return [Problem(path, None, f"{size_bytes} bytes where {wanted_bytes} were committed", remedy)]
-            row = np.empty(row_bytes, np.uint8)
-            for row_id, status, crc in commits.select("row_id", "status", "crc32c").iter_rows():
-                fill(row, file)
-                what = _row(part, row, row_id, status, crc, withdrawn)
-                if what is not None:
-                    problems.append(Problem(path, row_id.hex(), what, remedy))
-            if file.read() != shard.index(commits.height, row_bytes):
-                problems.append(Problem(path, None, "the index at its end was changed", remedy))
+        return _rows(part, number, rows, withdrawn)
     except (OSError, ValueError) as error:
         if not is_damage(error):
             raise
-        return [Problem(path, None, f"committed, but cannot be read: {error}", remedy)]
+        return [Problem(path, None, f"committed, but cannot be read: {error}", part.remedy(number))]
+
+
+def _rows(part: Part[Any], number: int, rows: list[StoredRow], withdrawn: frozenset[bytes]) -> list[Problem]:
+    """Problems of the bytes of a committed shard."""
+    path, remedy = part.shard_path(number), part.remedy(number)
+    committed_bytes = max(row.offset + row.size_bytes for row in rows) + shard.INDEX_BYTES
+    memory = np.empty(max(row.size_bytes for row in rows), np.uint8)
+    problems = []
+    with atomic.reading(path) as (file, size_bytes):
+        if size_bytes != committed_bytes:
+            return [Problem(path, None, f"{size_bytes} bytes where {committed_bytes} were committed", remedy)]
+        for row in rows:
+            data = memory[: row.size_bytes]
+            file.seek(row.offset if row.size_bytes else file.tell())  # it is there already, if the commit is right
+            if file.readinto(data.data) != row.size_bytes:
+                return [Problem(path, None, "committed, but cannot be read: it ended while it was read", remedy)]
+            what = None
+            if row.row_id in withdrawn:
+                what = "withdrawn, but its bytes are still here: withdraw the file again" if data.any() else None
+            elif row.status != "ok":
+                what = None if part.format.is_blank(data) else f"{row.status}, but its slot holds values"
+            elif crc32c(data) != row.crc32c:
+                what = "its bytes differ from their checksum"
+            if what is not None:
+                problems.append(Problem(path, row.row_id.hex(), what, remedy))
+        if file.read() != shard.index_of([(row.offset, row.size_bytes) for row in rows]):
+            problems.append(Problem(path, None, "the index at its end was changed", remedy))
     return problems
-
-
-def fill(row: UInt8[np.ndarray, " bytes"], file: BufferedIOBase) -> None:
-    """The next bytes of a file into memory that is used again; DamagedError where it ends before."""
-    if file.readinto(row.data) != row.nbytes:
-        raise DamagedError("it ended while it was read")
-
-
-def _row(
-    part: Part,
-    row: UInt8[np.ndarray, " bytes"],
-    row_id: bytes,
-    status: str,
-    crc: int | None,
-    withdrawn: frozenset[bytes],
-) -> str | None:
-    """What is wrong with one row's bytes; None where nothing is."""
-    if row_id in withdrawn:
-        return "withdrawn, but its bytes still stand here: withdraw the file again" if row.any() else None
-    if status != "ok":
-        values = shard.unpacked(row, part.spec.storage, part.spec.row_shape(part.frames))
-        return None if np.isnan(values).all() else f"{status}, but its slot holds values"
-    return None if crc32c(row) == crc else "its bytes differ from their checksum"

@@ -22,7 +22,7 @@ from nextvid.encode.preview import CLIPS, Shown
 from nextvid.encode.roundtrip import Trip, error_bound, judge, sampled, window
 from nextvid.encode.shard import EncodedShard, RoundTripError, Take, commit_table, row_noise
 from storage.errors import ConflictError
-from storage.latents import Part
+from storage.latents import LatentPart
 from storage.shard import stored_values
 
 AHEAD = 32  # rows encoded before the shard before them is committed, an eighth of one (docs/decisions/0027)
@@ -45,7 +45,7 @@ class Keeper:
         stopped = kind is not None and not issubclass(kind, Exception)  # by a person: at once
         self._thread.shutdown(cancel_futures=stopped)  # after an error, whole shards before it are still committed
 
-    def shard(self, part: Part, number: int, again: Rows, decode: Callable[[list[bytes]], Rows]) -> "Keeping":
+    def shard(self, part: LatentPart, number: int, again: Rows, decode: Callable[[list[bytes]], Rows]) -> "Keeping":
         """Begin a shard. `again` are its sampled rows decoded once more; `decode` begins others, should all fail."""
         return Keeping(self, part, number, again, decode)
 
@@ -64,7 +64,7 @@ class Keeper:
         if writing is not None:
             writing.result()
 
-    def judged(self, part: Part, row: bytes, latents: Float32[np.ndarray, "F C h w"], seen: Seen) -> Trip:
+    def judged(self, part: LatentPart, row: bytes, latents: Float32[np.ndarray, "F C h w"], seen: Seen) -> Trip:
         """A row's round trip: what the store will hold of it against its frames, decoded again."""
         spec = part.spec
         if seen.frames is None:
@@ -93,7 +93,7 @@ class Keeping:
     """One shard: its sampled rows are judged as they come, the whole is written at the end."""
 
     def __init__(
-        self, keeper: Keeper, part: Part, number: int, again: Rows, decode: Callable[[list[bytes]], Rows]
+        self, keeper: Keeper, part: LatentPart, number: int, again: Rows, decode: Callable[[list[bytes]], Rows]
     ) -> None:
         self._keeper, self._part, self._number = keeper, part, number
         self._again, self._decode = again, decode

@@ -21,7 +21,7 @@ from nextvid.making.outcome import Outcome
 from nextvid.making.progress import OnPace, Pace
 from storage.atomic import publish_bytes
 from storage.errors import ConflictError
-from storage.latents import LatentStore, Part
+from storage.latents import LatentPart, LatentStore
 from storage.tables import require_checks
 
 
@@ -66,7 +66,7 @@ def _encode(
 
 def _next_part(
     project: Project, plan: EncodePlan, store: LatentStore, frames: int, failed: Collection[bytes]
-) -> Part | None:
+) -> LatentPart | None:
     """The part that was begun and not finished, else a new one for what is missing and has not failed, else None."""
     part = store.unfinished(plan.batch, frames)
     if part is not None:

@@ -24,7 +24,7 @@ from nextvid.encode.roundtrip import sampled
 from nextvid.encode.shard import Batch, encode_shard
 from nextvid.machine import available_cores
 from storage.errors import RefusedError
-from storage.latents import EncodingSpec, Part
+from storage.latents import EncodingSpec, LatentPart
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Telling:
 class _Begun:
     """A shard whose frames are on their way."""
 
-    part: Part
+    part: LatentPart
     number: int
     rows: pl.DataFrame  # of its plan: row_id, slot
     frames: Rows
@@ -62,7 +62,7 @@ class Pipeline:
         self._model, self._clips, self._decoding = model, clips, decoding
         self._keeper, self._pixels, self._trips, self._telling = keeper, pixels, trips, telling
 
-    def encode(self, part: Part, shards: Iterable[int]) -> None:
+    def encode(self, part: LatentPart, shards: Iterable[int]) -> None:
         """Encode those of the shards that are open; the next one's frames are begun before this one's are taken."""
         waiting, before = iter(shards), self._pixels.written
         begun = self._begin(part, waiting)
@@ -73,7 +73,7 @@ class Pipeline:
         self._keeper.drain()
         self._trips.pixels += self._pixels.written - before
 
-    def _begin(self, part: Part, waiting: Iterator[int]) -> _Begun | None:
+    def _begin(self, part: LatentPart, waiting: Iterator[int]) -> _Begun | None:
         """Begin to decode the next open shard."""
         for number in waiting:
             if not part.committed(number):
@@ -97,7 +97,7 @@ class Pipeline:
         encoded = encode_shard(self._model, part.spec, part.frames, ids, take, keeping.row, self._telling.batch)
         keeping.finish(encoded, begun.rows, pixels.finish)
 
-    def _decode(self, part: Part, row_ids: list[bytes]) -> Rows:
+    def _decode(self, part: LatentPart, row_ids: list[bytes]) -> Rows:
         """Begin to decode these rows in this order, those that no clip wants any more left out."""
         wanted = pl.DataFrame({"row_id": row_ids}, schema={"row_id": pl.Binary})
         clips = wanted.join(self._clips, on="row_id", how="inner", maintain_order="left")

@@ -23,7 +23,7 @@ from nextvid.encode.shard import NOT_WANTED
 from nextvid.making.outcome import Check, Number
 from storage.errors import ConflictError
 from storage.jpeg import decode_clip, encode_clip
-from storage.latents import Part
+from storage.latents import LatentPart
 from storage.pixels import PixelPart, PixelSpec, PixelStore
 from storage.schemas import PixelCommits
 
@@ -67,7 +67,7 @@ class PixelWriter:
         """What the batch lacks now; None where corpus.yaml asks for no pixels."""
         return None if self._spec is None else plan_pixels(self._project, self._batch, self._spec)
 
-    def beside(self, latents: Part, number: int, take: Take) -> "PixelShard":
+    def beside(self, latents: LatentPart, number: int, take: Take) -> "PixelShard":
         """The twin of a shard of latents, whose rows `take` gives; not written where it stands or has no place."""
         part = None if self._spec is None else self._twin(latents)
         return PixelShard(self, None if part is None or part.committed(number) else part, number, take)
@@ -100,7 +100,7 @@ class PixelWriter:
         self._failed |= {row for row, found in rows.items() if found.chunk is None}
         self.written += len(rows)
 
-    def _twin(self, latents: Part) -> PixelPart | None:
+    def _twin(self, latents: LatentPart) -> PixelPart | None:
         """The part with the same plan; a new one where none of its rows has a place yet."""
         for _ in range(2):
             taken: set[bytes] = set()

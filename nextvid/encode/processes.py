@@ -27,9 +27,9 @@ from nextvid.encode.shard import Batch
 from nextvid.machine import die_with
 from nextvid.video.sandbox import Spawn
 from storage.errors import ConfigError, StoreError
-from storage.latents import EncodingSpec, LatentStore, Part
+from storage.latents import EncodingSpec, LatentPart, LatentStore
 
-Encode = Callable[[Part], None]
+Encode = Callable[[LatentPart], None]
 Told = Batch | str | None  # a batch, a note, or the end
 
 
@@ -77,7 +77,7 @@ def encoding_on(names: Sequence[str], share: Share, trips: Trips, telling: Telli
         listener.join()
 
 
-def _deal(pool: ProcessPoolExecutor, part: Part, processes: int, trips: Trips) -> None:
+def _deal(pool: ProcessPoolExecutor, part: LatentPart, processes: int, trips: Trips) -> None:
     """Encode a part: every process its share. Raises what one of them raised, once all have stopped."""
     shards = [number for number in range(part.shards) if not part.committed(number)]
     hands = [shards[first::processes] for first in range(processes)]

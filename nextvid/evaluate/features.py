@@ -23,8 +23,7 @@ from nextvid.model.encoder import Encoder
 from nextvid.model.tokens import denormalise, depth_to_space, latent_tokens, normalise, space_to_depth
 from nextvid.train.step import autocast
 from nextvid.trainset.trainset import Trainset
-from storage.reader import addresses
-from storage.remote_reader import open_reader
+from storage.reader import addresses, open_reader
 from storage.root import DataRoot
 
 CLIPS_AT_ONCE = 16  # measured on the demo encoder, one thread: 6.8 ms a clip against 7.9 for 8, 8.0 for 32, 8.5 for 64

@@ -9,6 +9,7 @@ whose clips are not known, or did not pass, loses nothing.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -21,12 +22,12 @@ from nextvid.trainset.trainset import Trainset
 from storage.atomic import litter, remove_tree
 from storage.latents import LatentStore
 from storage.listing import size_bytes
-from storage.part import PlannedPart
-from storage.pixels import PixelStore, every_store
-from storage.reader import shards_of
+from storage.part import Part
+from storage.pixels import every_store
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.schemas import ProbeRows
+from storage.shard_files import shards_of
 from storage.tables import read_checks, read_table
 
 LITTER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name
@@ -102,7 +103,7 @@ def sweep(project: Project, *, yes: bool = False) -> Sweep:
     )
 
 
-def _shards(project: Project) -> Iterator[tuple[PlannedPart, int, Shard]]:
+def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
     """Every shard that stands, judged."""
     root = project.root
     cited, asked = _cited(root), _asked(root)
@@ -110,7 +111,7 @@ def _shards(project: Project) -> Iterator[tuple[PlannedPart, int, Shard]]:
     for store in every_store(root):
         for batch in store.batches():
             wanted = _wanted(project, batch) if store.digest in specs else _NOTHING
-            for part in _parts(store, batch):
+            for part in store.parts_of(batch):
                 for number in (number for number in range(part.shards) if part.stands(number)):
                     ids = part.rows_of(number)["row_id"]
                     place = (store.digest, batch, part.frames, part.number, number)
@@ -129,11 +130,6 @@ def _shards(project: Project) -> Iterator[tuple[PlannedPart, int, Shard]]:
 
 
 _NOTHING = pl.Series("row_id", [], dtype=pl.Binary)
-
-
-def _parts(store: LatentStore | PixelStore, batch: str) -> Iterator[PlannedPart]:
-    for frames in store.frames_of(batch):
-        yield from (store.part(batch, frames, number) for number in store.parts(batch, frames))
 
 
 def _wanted(project: Project, batch: str) -> pl.Series | None:

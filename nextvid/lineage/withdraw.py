@@ -8,6 +8,7 @@ and touches neither the file itself, nor tables, nor runs.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -16,7 +17,7 @@ from nextvid.lineage.trace import Trace, scores_of, trace, trainsets_of
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError
 from storage.latents import ROWS_PER_SHARD, LatentStore
-from storage.part import PlannedPart
+from storage.part import Part
 from storage.pixels import every_store
 from storage.root import DataRoot
 from storage.schemas import Clips, Media, ProbeRows
@@ -84,7 +85,9 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
         media=tuple(media),
         rows=len(wanted),
         stored=sum(len(slots) for _, slots in places),
-        size_bytes=sum(part.extent(slot)[1] for part, slots in places for slot in slots),
+        size_bytes=sum(
+            size for part, slots in places for extents in part.extents(slots).values() for _, size in extents
+        ),
         unexplained=_unexplained(root, media),
         affected=affected,
     )
@@ -110,7 +113,7 @@ def _rows_of(root: DataRoot, media: list[str]) -> dict[str, set[bytes]]:
     return found
 
 
-def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[PlannedPart, list[int]]]:
+def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[Part[Any], list[int]]]:
     """Parts of every store that planned such rows, and the slots whose shards are committed and still hold bytes."""
     for part in _parts(root):
         planned = part.plan.filter(pl.col("row_id").is_in(rows.implode()))["slot"].to_list()
@@ -119,11 +122,10 @@ def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[PlannedPart, list
             yield part, slots
 
 
-def _parts(root: DataRoot) -> Iterator[PlannedPart]:
+def _parts(root: DataRoot) -> Iterator[Part[Any]]:
     for store in every_store(root):
         for batch in store.batches():
-            for frames in store.frames_of(batch):
-                yield from (store.part(batch, frames, number) for number in store.parts(batch, frames))
+            yield from store.parts_of(batch)
 
 
 def _unexplained(root: DataRoot, media: list[str]) -> int:

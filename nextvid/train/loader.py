@@ -38,8 +38,7 @@ from nextvid.trainset.trainset import Trainset
 from storage.errors import RefusedError
 from storage.pixel_reader import PixelReader
 from storage.pixels import PixelStore
-from storage.reader import RowReader
-from storage.remote_reader import open_reader
+from storage.reader import RowReader, open_reader
 from storage.root import DataRoot
 
 READ_AHEAD = 4  # batches drawn and hinted before they are filled: design, 5; 33 MB at 32 clips (research: store, B)
@@ -215,7 +214,8 @@ def open_loader(
         if recipe.reads_pixels:
             assert pixels is not None, "a recipe that reads pixels was given none"
             PixelStore(root, pixels.spec).refuse_gone()
-            jpegs = PixelReader(root, pixels.spec, trainset.batches)
+            stored = {frames: pixels.rows(frames) for frames in trainset.lengths}
+            jpegs = PixelReader(root, pixels.spec, trainset.batches, stored)
             stack.callback(jpegs.close)
             rows["pixels"] = pixel_rows(jpegs, pixels, recipe, ranks)
         yield Loader(recipe, order, Masks(recipe, plan), rows, ranks)

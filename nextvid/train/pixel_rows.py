@@ -95,7 +95,6 @@ class _Rows:
     def __init__(self, reader: PixelReader, pixels: TrainsetPixels) -> None:
         self._reader = reader
         self._addresses = {frames: pixels.rows(frames) for frames in pixels.trainset.lengths}
-        reader.read_again(self._addresses)
         self.shape = pixels.spec.row_shape(1)[1:]  # (H, W, 3)
 
     def will_need(self, drawn: Drawn) -> None:

@@ -23,12 +23,11 @@ from storage import atomic, listing
 from storage.cache import open_rows
 from storage.digest import crc32c, digest_config
 from storage.errors import DamagedError, NExTVidError, UpstreamError
-from storage.latents import RowStore
-from storage.part import PlannedPart
-from storage.reader import shards_of
-from storage.remote_reader import AT_ONCE
+from storage.part import Part
 from storage.root import DataRoot
 from storage.schemas import Lineage
+from storage.shard_files import AT_ONCE, shards_of
+from storage.store import Store
 from storage.tables import write_tables
 
 SAID, LINEAGE = "trainset.json", "lineage.parquet"
@@ -146,7 +145,7 @@ def new_array(path: Path, dtype: np.dtype[Any], count: int) -> np.memmap[Any, An
 
 
 def gone_shards(
-    store: RowStore[Any, Any], batches: Sequence[str], rows: Mapping[int, np.ndarray], whose: str, then: str
+    store: Store[Any], batches: Sequence[str], rows: Mapping[int, np.ndarray], whose: str, then: str
 ) -> list[str]:
     """A line for each part that lacks shards which rows (by frames) cite: which, and what to do.
 
@@ -162,7 +161,7 @@ def gone_shards(
     return [line for line in lines if line]
 
 
-def _gone(part: PlannedPart, shards: Sequence[int], whose: str, then: str) -> str:
+def _gone(part: Part[Any], shards: Sequence[int], whose: str, then: str) -> str:
     files = listing.files_below(part.path)
     gone = [number for number in shards if not {part.shard_path(number), part.commit_path(number)} <= files.keys()]
     if not gone:

@@ -23,10 +23,11 @@ from nextvid.making.publishing import publish_latest, publish_verdict, read_late
 from nextvid.trainset.files import LINEAGE, SAID, Frozen, gone_shards, read_sealed, rows_name, write_trainset
 from nextvid.trainset.selection import Selection, rows_of, select
 from storage import listing
-from storage.atomic import exists, locked, remove_tree
+from storage.atomic import exists, remove_tree
 from storage.digest import ID_BYTES, digest_bytes, digest_config
 from storage.errors import ConflictError, DamagedError, RefusedError, TableError, UpstreamError
 from storage.latents import EncodingSpec, LatentStore
+from storage.locks import locked
 from storage.reader import ADDRESS
 from storage.root import DataRoot
 from storage.schemas import Duplicates, Lineage

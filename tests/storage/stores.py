@@ -3,17 +3,20 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
 
-from storage.latents import EncodingSpec, LatentStore, Part
+from storage.latents import EncodingSpec, LatentPart, LatentStore
 from storage.reader import RowReader
 from storage.root import DataRoot
 from storage.schemas import Commits
 
 BATCH = "demo.000000"
 FRAMES = 4
+Way = Literal["copies", "ranges"]  # how the rows of a store on an object store are read
 
 
 def spec(**changes: str | int) -> EncodingSpec:
@@ -50,7 +53,7 @@ def values(row_ids: Sequence[bytes], frames: int = FRAMES) -> np.ndarray:
     return np.stack(rows)
 
 
-def commit_of(part: Part, shard: int, failed: Sequence[bytes] = ()) -> pl.DataFrame:
+def commit_of(part: LatentPart, shard: int, failed: Sequence[bytes] = ()) -> pl.DataFrame:
     rows = part.rows_of(shard)
     bad = pl.col("row_id").is_in(list(failed))
     return rows.select(
@@ -68,14 +71,14 @@ def commit_of(part: Part, shard: int, failed: Sequence[bytes] = ()) -> pl.DataFr
     ).select(Commits.column_names())
 
 
-def write(part: Part, shard: int, failed: Sequence[bytes] = ()) -> None:
+def write(part: LatentPart, shard: int, failed: Sequence[bytes] = ()) -> None:
     latents = values(part.rows_of(shard)["row_id"].to_list(), part.frames)
     part.write_shard(shard, latents, commit_of(part, shard, failed))
 
 
 def full_store(
     root: DataRoot, rows: int = 300, failed: Sequence[bytes] = (), **changes: str | int
-) -> tuple[LatentStore, Part]:
+) -> tuple[LatentStore, LatentPart]:
     store = new_store(root, **changes)
     part = store.plan_part(BATCH, FRAMES, ids(rows))
     for shard in range(part.shards):
@@ -90,6 +93,17 @@ def read_each(reader: RowReader, rows: np.ndarray, frames: int = FRAMES) -> np.n
         reader.read_into(frames, address, out)
         found.append(out.copy())
     return np.stack(found) if found else np.empty((0, *out.shape), np.float16)
+
+
+def copies(cache: Path) -> list[Path]:
+    """The copies that a cache's folder holds."""
+    return sorted(path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
+def mapped_files(folder: str) -> int:
+    """How many files below a folder this process has mapped (Linux)."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return len({line.rpartition(" ")[2] for line in lines if f"{folder}/" in line})
 
 
 def in_threads(work: Callable[[int], object], count: int = 4) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from storage import atomic
-from storage.latents import LatentStore, Part
+from storage.latents import LatentPart, LatentStore
 from storage.reader import RowReader, addresses, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
@@ -102,7 +102,7 @@ class Killed:
     uncommitted: int
 
 
-def planned(folder: Path) -> tuple[LatentStore, Part]:
+def planned(folder: Path) -> tuple[LatentStore, LatentPart]:
     store = new_store(DataRoot.open(str(folder / "root")))
     return store, store.plan_part(BATCH, FRAMES, ids(ROWS))
 

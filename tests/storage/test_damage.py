@@ -26,15 +26,12 @@ from storage.errors import (
     UpstreamError,
     is_damage,
 )
-from storage.pixel_chunks import CopiedChunks, RangedChunks
 from storage.reader import RowReader, addresses
-from storage.remote_reader import CachedReader, RangedReader
 from storage.root import DataRoot
 from tests.storage import test_remote_pixels, test_remote_reader
 from tests.storage.pixel_stores import SIDE
 from tests.storage.read_only import read_only
-from tests.storage.stores import BATCH, FRAMES, full_store
-from tests.storage.test_remote_pixels import copies
+from tests.storage.stores import BATCH, FRAMES, Way, copies, full_store
 from tests.storage.test_remote_reader import lying
 
 Read = Callable[[], np.ndarray]  # one row
@@ -80,11 +77,11 @@ def test_what_is_damage(error: Exception, damage: bool) -> None:
     assert is_damage(error) is damage
 
 
-def latents(folder: Path, kind: type[CachedReader] | type[RangedReader]) -> Opened:
+def latents(folder: Path, way: Way) -> Opened:
     store, stored = test_remote_reader.filled(folder)
 
     def opened() -> Read:
-        reader, out = test_remote_reader.opened(store, stored, kind), np.zeros((FRAMES, 2, 2, 3), np.float16)
+        reader, out = test_remote_reader.opened(store, stored, way), np.zeros((FRAMES, 2, 2, 3), np.float16)
 
         def read() -> np.ndarray:
             reader.read_into(FRAMES, stored[FRAMES][5], out)
@@ -95,11 +92,11 @@ def latents(folder: Path, kind: type[CachedReader] | type[RangedReader]) -> Open
     return opened
 
 
-def pixels(folder: Path, kind: type[CopiedChunks] | type[RangedChunks]) -> Opened:
+def pixels(folder: Path, way: Way) -> Opened:
     filled = test_remote_pixels.filled(folder)
 
     def opened() -> Read:
-        reader, out = test_remote_pixels.opened(filled, kind), np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8)
+        reader, out = test_remote_pixels.opened(filled, way), np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8)
 
         def read() -> np.ndarray:
             reader.read_into(FRAMES, filled[1][FRAMES][5], out)
@@ -111,10 +108,10 @@ def pixels(folder: Path, kind: type[CopiedChunks] | type[RangedChunks]) -> Opene
 
 
 KINDS: dict[str, Made] = {
-    "copied latents": lambda folder: latents(folder, CachedReader),
-    "latents by ranges": lambda folder: latents(folder, RangedReader),
-    "copied pixels": lambda folder: pixels(folder, CopiedChunks),
-    "pixels by ranges": lambda folder: pixels(folder, RangedChunks),
+    "copied latents": lambda folder: latents(folder, "copies"),
+    "latents by ranges": lambda folder: latents(folder, "ranges"),
+    "copied pixels": lambda folder: pixels(folder, "copies"),
+    "pixels by ranges": lambda folder: pixels(folder, "ranges"),
 }
 COPIED: dict[str, Made] = {name: made for name, made in KINDS.items() if name.startswith("copied")}
 
@@ -170,7 +167,7 @@ def test_a_disk_that_keeps_no_copies(tmp_path: Path, made: Made, code: int) -> N
 def test_a_copy_that_this_disk_changed_is_made_again(tmp_path: Path, made: Made) -> None:
     opened = made(tmp_path)
     wanted = opened()().copy()
-    (copy,) = copies(tmp_path)
+    (copy,) = copies(tmp_path / "cache")
     sound = copy.read_bytes()
     for last in (len(sound), -5):  # all of its bytes are others, or its end is as it was
         copy.write_bytes(bytes(byte ^ 1 for byte in sound[:last]) + sound[last:])
@@ -186,7 +183,7 @@ def test_what_is_wrong_in_the_bucket_is_damage(tmp_path: Path, made: Made, monke
     lying(monkeypatch, lambda data: bytes(byte ^ 1 for byte in data), 1000)
     with pytest.raises(DamagedError, match="Remedy: remove memory://"):
         read()
-    assert copies(tmp_path) == []
+    assert copies(tmp_path / "cache") == []
 
 
 @pytest.mark.parametrize(
@@ -210,7 +207,7 @@ def test_an_address_that_leads_nowhere(data_root: DataRoot, field: str, value: i
 @pytest.mark.parametrize("copied", [True, False])
 def test_an_address_of_pixels_that_leads_nowhere(tmp_path: Path, field: str, copied: bool) -> None:
     store, stored = filled = test_remote_pixels.filled(tmp_path)
-    reader = test_remote_pixels.opened(filled, CopiedChunks if copied else RangedChunks)
+    reader = test_remote_pixels.opened(filled, "copies" if copied else "ranges")
     address = stored[FRAMES][5].copy()
     address[field] = 9
     with pytest.raises(DamagedError, match=r"batch 9 of 2|not committed|no such file"):

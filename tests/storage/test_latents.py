@@ -15,7 +15,6 @@ from polars.testing import assert_frame_equal
 from storage import atomic
 from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UpstreamError
 from storage.latents import ROWS_PER_SHARD, EncodingSpec, LatentStore
-from storage.part import create_part
 from storage.root import DataRoot
 from tests.storage.stores import BATCH, FRAMES, commit_of, full_store, ids, new_store, spec, values, write
 
@@ -138,7 +137,7 @@ def test_plan_is_write_once(data_root: DataRoot) -> None:
     assert store.part(BATCH, FRAMES, 0).plan["row_id"].to_list() == ids(3)
     taken = store.part(BATCH, FRAMES, 1)
     with pytest.raises(ConflictError):
-        create_part(taken, ids(9))
+        taken.create(ids(9))
     assert store.part(BATCH, FRAMES, 1).plan["row_id"].to_list() == ids(2, first=3)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from storage import atomic, listing
 from storage.errors import ConflictError
-from storage.latents import LatentStore, Part
-from storage.part import SWEPT, create_part
+from storage.latents import LatentStore
+from storage.part import SWEPT
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
@@ -48,10 +48,10 @@ def test_the_same_bytes_as_on_a_file_system(bucket: DataRoot, data_root: DataRoo
 
 def test_a_part_belongs_to_one_planner(bucket: DataRoot) -> None:
     store = new_store(bucket)
-    first = store.plan_part(BATCH, FRAMES, ids(3))
-    late = Part(first.path, store.spec, BATCH, FRAMES, 0)
+    store.plan_part(BATCH, FRAMES, ids(3))
+    late = store.part(BATCH, FRAMES, 0)
     with pytest.raises(ConflictError):
-        create_part(late, ids(9, first=50))
+        late.create(ids(9, first=50))
     assert store.part(BATCH, FRAMES, 0).plan["row_id"].to_list() == ids(3)
     assert store.plan_part(BATCH, FRAMES, ids(9, first=50)).number == 1
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from storage.errors import ConflictError, DamagedError, StoreError
 from storage.jpeg import decode_clip
 from storage.latents import LatentStore
-from storage.pixel_chunks import MappedChunks
 from storage.pixel_reader import PixelReader, pixel_addresses, read_clip
 from storage.pixels import PixelPart, PixelStore
 from storage.root import DataRoot
@@ -29,7 +28,7 @@ from tests.storage.pixel_stores import (
     pixel_store,
     write_pixels,
 )
-from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, mapped_files
 
 FAILED = 2
 
@@ -252,10 +251,9 @@ def test_few_maps_stay_open_and_threads_share_them(data_root: DataRoot) -> None:
             assert np.abs(out.astype(int) - clip(ids(24)[n])).mean() < 3, n
 
     in_threads(read)
-    assert isinstance(reader._chunks, MappedChunks)
-    assert len(reader._chunks._maps) <= 2
+    assert mapped_files(data_root.url) <= 2
     reader.close()
-    assert not reader._chunks._maps
+    assert mapped_files(data_root.url) == 0
 
 
 @given(

@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from storage import reader as reader_module
+from storage import shard_files
 from storage.digest import crc32c
 from storage.errors import DamagedError
-from storage.latents import LatentStore, Part
-from storage.reader import ADDRESS, RowReader, _fields, _in_memory, _Mapped, addresses, read_row, row_id
+from storage.latents import LatentPart, LatentStore
+from storage.reader import ADDRESS, RowReader, _fields, addresses, read_row, row_id
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
-from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, new_store, values, write
+from storage.shard_files import MappedShard, _in_memory
+from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, mapped_files, new_store, values, write
 
 ROW_BYTES = FRAMES * 2 * 2 * 3 * 2
 BATCHES = ["other.000000", BATCH]
@@ -68,7 +69,8 @@ def test_read_equals_the_oracle(filled: tuple[LatentStore, np.ndarray], wanted: 
         slot = int(address["shard"]) * ROWS_PER_SHARD + int(address["slot"])
         oracle = read_row(store, BATCH, FRAMES, int(address["part"]), slot)
         np.testing.assert_array_equal(out, oracle)
-    assert len(reader._maps) <= open_maps
+    assert mapped_files(store.root.url) <= open_maps
+    reader.close()
 
 
 @given(st.lists(st.integers(0, 302), max_size=30), st.integers(1, 3))
@@ -84,6 +86,11 @@ def test_views_are_the_rows_and_outlive_their_maps(
         np.testing.assert_array_equal(view, values([row_id(found[n])])[0].astype(np.float16))
 
 
+def inode_of(store: LatentStore, address: np.void) -> int:
+    part = store.part(BATCH, FRAMES, int(address["part"]))
+    return Path(part.shard_path(int(address["shard"]))).stat().st_ino
+
+
 @given(st.lists(st.integers(0, 302), max_size=30))
 def test_hints_cover_the_rows_and_only_once(filled: tuple[LatentStore, np.ndarray], wanted: list[int]) -> None:
     store, found = filled
@@ -91,14 +98,13 @@ def test_hints_cover_the_rows_and_only_once(filled: tuple[LatentStore, np.ndarra
     hinted: list[tuple[int, int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            _Mapped,
+            MappedShard,
             "will_need",
-            lambda mapped, start, stop: hinted.append((id(mapped), start // ROW_BYTES, stop // ROW_BYTES)),
+            lambda file, start, stop: hinted.append((file.inode, start // ROW_BYTES, stop // ROW_BYTES)),
         )
         reader.will_need(FRAMES, found[wanted])
-    files = {key: id(mapped) for key, mapped in reader._maps.items()}
     covered = [(file, slot) for file, start, stop in hinted for slot in range(start, stop)]
-    rows = {(files[FRAMES, 1, a["part"], a["shard"]], int(a["slot"])) for a in found[wanted]}
+    rows = {(inode_of(store, address), int(address["slot"])) for address in found[wanted]}
     assert len(covered) == len(set(covered))
     assert set(covered) == rows
     assert not rows & {(file, stop) for file, _, stop in hinted}  # neighbours in one call
@@ -118,26 +124,27 @@ def test_a_hint_reads_what_is_not_in_memory(tmp_path: Path) -> None:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    rows = np.frombuffer(memory, np.uint8).reshape(8, -1)
-    page = rows[4].ctypes.data
+    start = np.frombuffer(memory, np.uint8).ctypes.data
+    page = start + (4 << 20)
     if _in_memory(page, 1 << 20):
         pytest.skip("this file system keeps its pages")
     memory[5 * (1 << 20) - 1]  # its last page alone is not enough
-    _Mapped(memory, rows, None, np.zeros(8, bool), True, rows.ctypes.data, 0).will_need(4 << 20, 5 << 20)
+    MappedShard(memory, start, True, 0).will_need(4 << 20, 5 << 20)
     until = time.monotonic() + 10
     while not _in_memory(page, 1 << 20):
         assert time.monotonic() < until, "nothing was read"
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("told", "hints"), [(True, 0), (False, 1)])
-def test_a_hint_is_spared_where_the_kernel_says_so(told: bool, hints: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("pages_known", "hints"), [(True, 0), (False, 1)])
+def test_a_hint_is_spared_where_the_kernel_says_so(
+    pages_known: bool, hints: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = mmap.mmap(-1, 1 << 16)
     memory.write(b"x" * (1 << 16))
     made: list[int] = []
-    monkeypatch.setattr(reader_module, "_madvise", lambda *said: made.append(said[1]))
-    rows = np.frombuffer(memory, np.uint8).reshape(4, -1)
-    _Mapped(memory, rows, None, np.zeros(4, bool), told, rows.ctypes.data, 0).will_need(0, 1 << 15)
+    monkeypatch.setattr(shard_files, "_madvise", lambda _, size_bytes, __: made.append(size_bytes))
+    MappedShard(memory, np.frombuffer(memory, np.uint8).ctypes.data, pages_known, 0).will_need(0, 1 << 15)
     assert len(made) == hints
 
 
@@ -185,11 +192,11 @@ def test_threads_share_a_reader(filled: tuple[LatentStore, np.ndarray]) -> None:
 
     in_threads(read)
     reader.close()
-    assert len(reader._maps) == 0
+    assert mapped_files(store.root.url) == 0
     read(0)
 
 
-def damaged(root: DataRoot, rows: int = 5) -> tuple[LatentStore, Part, np.ndarray]:
+def damaged(root: DataRoot, rows: int = 5) -> tuple[LatentStore, LatentPart, np.ndarray]:
     store, part = full_store(root, rows)
     return store, part, addresses(store.commits(BATCH), [BATCH])
 

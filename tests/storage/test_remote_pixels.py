@@ -1,8 +1,9 @@
-"""storage/pixel_chunks.py on an object store: the clips of the store, the cache shared with latents, damage by name.
+"""Pixels on an object store: the clips of the store, the cache shared with latents, damage by name.
 
 fsspec's memory file system stands for the bucket; S3 itself: tests/services/s3.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,20 +18,17 @@ from storage.cache import Cache, fits, open_rows
 from storage.digest import crc32c
 from storage.errors import DamagedError
 from storage.jpeg import decode_clip
-from storage.pixel_chunks import CopiedChunks, MappedChunks, RangedChunks
 from storage.pixel_reader import PixelReader, pixel_addresses
 from storage.pixels import PixelStore
-from storage.reader import addresses
-from storage.remote_reader import CachedReader, open_reader
+from storage.reader import addresses, open_reader
 from storage.root import DataRoot
 from tests.storage.pixel_stores import SIDE, chunks, pixel_spec, write_pixels
-from tests.storage.stores import BATCH, FRAMES, full_store, ids
+from tests.storage.stores import BATCH, FRAMES, Way, copies, full_store, ids
 from tests.storage.test_remote_reader import lying
 
 BATCHES = ["images.000000", BATCH]
 ROWS = 40
 FAILED = 2
-Kind = type[CopiedChunks] | type[RangedChunks]
 Filled = tuple[PixelStore, dict[int, np.ndarray]]
 
 
@@ -39,9 +37,9 @@ def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAITS_S", (0.0,) * len(remote.WAITS_S))
 
 
-@pytest.fixture(params=[CopiedChunks, RangedChunks])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    found: Kind = request.param
+@pytest.fixture(params=["copies", "ranges"])
+def way(request: pytest.FixtureRequest) -> Way:
+    found: Way = request.param
     return found
 
 
@@ -66,14 +64,9 @@ def found(store: PixelStore, batch: str) -> np.ndarray:
     return pixel_addresses(store.commits(batch).filter(pl.col("status") == "ok"), BATCHES)
 
 
-def opened(filled: Filled, kind: Kind) -> PixelReader:
+def opened(filled: Filled, way: Way) -> PixelReader:
     store, stored = filled
-    reader = PixelReader(store.root, store.spec, BATCHES)
-    assert type(reader._chunks) is RangedChunks
-    if kind is CopiedChunks:
-        reader.read_again(stored)
-    assert type(reader._chunks) is kind
-    return reader
+    return PixelReader(store.root, store.spec, BATCHES, stored if way == "copies" else None)
 
 
 def wanted(row_id: bytes, frames: int = FRAMES) -> np.ndarray:
@@ -87,19 +80,15 @@ def wanted(row_id: bytes, frames: int = FRAMES) -> np.ndarray:
 GOOD = [row for row in ids(ROWS) if row != ids(ROWS)[FAILED]] + ids(3, first=1000)  # by place in stored[FRAMES]
 
 
-def copies(folder: Path) -> list[Path]:
-    return [path for path in (folder / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
-
-
 @pytest.fixture(scope="module")
 def store_and_rows(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     return filled(tmp_path_factory.mktemp("pixels"))
 
 
 @given(picked=st.lists(st.integers(0, len(GOOD) - 1), max_size=12), announced=st.booleans())
-def test_clips_are_those_of_the_store(store_and_rows: Filled, kind: Kind, picked: list[int], announced: bool) -> None:
+def test_clips_are_those_of_the_store(store_and_rows: Filled, way: Way, picked: list[int], announced: bool) -> None:
     _, stored = store_and_rows
-    reader = opened(store_and_rows, kind)
+    reader = opened(store_and_rows, way)
     if announced:
         reader.will_need(FRAMES, stored[FRAMES][picked])
         reader.will_need(1, stored[1])
@@ -124,9 +113,11 @@ def test_the_same_bytes_as_on_a_file_system(tmp_path: Path) -> None:
     there = store.part(BATCH, FRAMES, 0)
     for name in ("plan.parquet", "commits/000000.parquet", "pixels/c/0/0/0/0/0", "pixels/zarr.json", "zarr.json"):
         assert atomic.read_bytes(f"{there.path}/{name}") == atomic.read_bytes(f"{part.path}/{name}")
-    reader = PixelReader(local.root, local.spec, BATCHES)
-    reader.read_again(stored)  # on a file system it changes nothing
-    assert type(reader._chunks) is MappedChunks
+    reader = PixelReader(local.root, local.spec, BATCHES, stored)  # on a file system nothing is copied
+    out = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
+    reader.read_into(FRAMES, stored[FRAMES][0], out)
+    np.testing.assert_array_equal(out, wanted(GOOD[0]))
+    assert not Path(local.root.cache_folder, "nextvid").exists()
 
 
 def test_which_way_a_set_is_read(tmp_path: Path) -> None:
@@ -135,25 +126,25 @@ def test_which_way_a_set_is_read(tmp_path: Path) -> None:
     sizes = [len(atomic.read_bytes(store.part(batch, frames, number).shard_path(0))) for batch, frames, number in (
         (BATCH, FRAMES, 0), (BATCH, FRAMES, 1), (BATCHES[0], 1, 0))]  # fmt: skip
 
-    def kind_of(cache_bytes: int) -> object:
+    def way(cache_bytes: int) -> Way:
         root = root_in_memory(tmp_path, cache_bytes)
-        reader = PixelReader(root, store.spec, BATCHES)
-        reader.read_again(stored)
-        found = type(reader._chunks)
+        shutil.rmtree(root.cache_folder, ignore_errors=True)
+        reader = PixelReader(root, store.spec, BATCHES, stored)
+        reader.will_need(FRAMES, stored[FRAMES][:1])
         reader.close()
-        return found
+        return "copies" if copies(Path(root.cache_folder)) else "ranges"
 
-    assert kind_of(sum(sizes)) is CopiedChunks
-    assert kind_of(sum(sizes) - 1) is RangedChunks
-    assert kind_of(min(sizes)) is RangedChunks  # where shards of latents may fit
-    assert kind_of(0) is RangedChunks
+    assert way(sum(sizes)) == "copies"
+    assert way(sum(sizes) - 1) == "ranges"
+    assert way(min(sizes)) == "ranges"  # where shards of latents may fit
+    assert way(0) == "ranges"
     root = root_in_memory(tmp_path, sum(sizes) + 999)
     other = Cache(root, {f"{root.url}/other": 1000})
     other.hold()
-    assert kind_of(sum(sizes) + 999) is RangedChunks
-    assert kind_of(sum(sizes) + 1000) is CopiedChunks
+    assert way(sum(sizes) + 999) == "ranges"
+    assert way(sum(sizes) + 1000) == "copies"
     other.release()
-    assert kind_of(sum(sizes) + 999) is CopiedChunks
+    assert way(sum(sizes) + 999) == "copies"
 
 
 def test_latents_and_pixels_of_a_run_share_the_bound(tmp_path: Path) -> None:
@@ -166,13 +157,10 @@ def test_latents_and_pixels_of_a_run_share_the_bound(tmp_path: Path) -> None:
         len(atomic.read_bytes(store.part(batch, frames, number).shard_path(0)))
         for batch, frames, number in ((BATCH, FRAMES, 0), (BATCH, FRAMES, 1), (BATCHES[0], 1, 0))
     )
-    for beside, kind in ((pixels_bytes, CopiedChunks), (pixels_bytes - 1, RangedChunks)):
+    for beside, copied in ((pixels_bytes, 2), (pixels_bytes - 1, 0)):
         root = DataRoot.open(store.root.url, "/nowhere", str(tmp_path / f"cache{beside}"), size_bytes + beside)
         reader = open_reader(root, latents.spec, BATCHES, {FRAMES: rows})
-        assert type(reader) is CachedReader
-        pixels = PixelReader(root, store.spec, BATCHES)
-        pixels.read_again(stored)
-        assert type(pixels._chunks) is kind
+        pixels = PixelReader(root, store.spec, BATCHES, stored)
         out = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
         for _ in range(2):
             reader.will_need(FRAMES, rows)
@@ -182,7 +170,7 @@ def test_latents_and_pixels_of_a_run_share_the_bound(tmp_path: Path) -> None:
             held = [path for path in (tmp_path / f"cache{beside}").rglob("*") if path.is_file()]
             assert sum(path.stat().st_size for path in held) <= root.cache_bytes
         assert sum("/latents/" in str(path) for path in held) == 2
-        assert sum("/pixels/" in str(path) for path in held) == (2 if kind is CopiedChunks else 0)
+        assert sum("/pixels/" in str(path) for path in held) == copied
         assert not fits(root, {f"{root.url}/more": pixels_bytes})
         reader.close()
         pixels.close()
@@ -198,10 +186,10 @@ CHANGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_answer_that_lies_is_asked_for_again(
-    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+    tmp_path: Path, way: Way, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
 ) -> None:
     made = filled(tmp_path)
-    reader, out = opened(made, kind), np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
+    reader, out = opened(made, way), np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
     left = lying(monkeypatch, change, 3)
     reader.read_into(FRAMES, made[1][FRAMES][0], out)
     np.testing.assert_array_equal(out, wanted(GOOD[0]))
@@ -211,10 +199,10 @@ def test_an_answer_that_lies_is_asked_for_again(
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_and_told_in_the_end(
-    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+    tmp_path: Path, way: Way, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
 ) -> None:
     store, stored = made = filled(tmp_path)
-    reader, part = opened(made, kind), store.part(BATCH, FRAMES, 0)
+    reader, part = opened(made, way), store.part(BATCH, FRAMES, 0)
     lying(monkeypatch, change, 1000)
     out = np.full((FRAMES, SIDE, SIDE, 3), 7, np.uint8)
     with pytest.raises(DamagedError, match=f"in {len(remote.WAITS_S) + 1} tries") as caught:
@@ -222,13 +210,13 @@ def test_and_told_in_the_end(
     assert (out == 7).all()
     assert f"{part.shard_path(0)}, row {GOOD[0].hex()}: " in str(caught.value)
     assert f"Remedy: remove {part.commit_path(0)} and make the latents" in str(caught.value)
-    assert copies(tmp_path) == []  # what failed its check has no name in the cache
+    assert copies(tmp_path / "cache") == []  # what failed its check has no name in the cache
     reader.close()
 
 
-def test_a_shard_that_is_gone_or_swept_is_told(tmp_path: Path, kind: Kind) -> None:
+def test_a_shard_that_is_gone_or_swept_is_told(tmp_path: Path, way: Way) -> None:
     store, stored = made = filled(tmp_path)
-    reader, out = opened(made, kind), np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
+    reader, out = opened(made, way), np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
     atomic.remove_tree(store.part(BATCH, FRAMES, 0).shard_path(0))
     store.part(BATCH, FRAMES, 1).discard(0)
     for place in (0, ROWS):
@@ -237,10 +225,10 @@ def test_a_shard_that_is_gone_or_swept_is_told(tmp_path: Path, kind: Kind) -> No
     reader.close()
 
 
-def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, kind: Kind) -> None:
+def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, way: Way) -> None:
     store, stored = made = filled(tmp_path)
     store.part(BATCH, FRAMES, 0).erase([1])
-    reader, out = opened(made, kind), np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
+    reader, out = opened(made, way), np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
     reader.read_into(FRAMES, stored[FRAMES][0], out)
     np.testing.assert_array_equal(out, wanted(GOOD[0]))
     with pytest.raises(DamagedError, match="withdrawn"):

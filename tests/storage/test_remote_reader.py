@@ -1,8 +1,9 @@
-"""storage/remote_reader.py and cache.py: equal to the store's rows, bounded, and nothing damaged comes out of them.
+"""Latents on an object store, and cache.py: equal to the store's rows, bounded, nothing damaged comes out of them.
 
 fsspec's memory file system stands for the bucket; what fails, answers too little or lies is put in front of it.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,14 @@ from storage import atomic, remote
 from storage.cache import Cache, fits, open_rows
 from storage.errors import ConfigError, DamagedError, StoreError
 from storage.latents import LatentStore
-from storage.reader import RowReader, addresses, row_id
-from storage.remote_reader import CachedReader, RangedReader, open_reader
+from storage.reader import RowReader, addresses, open_reader, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD, shard_bytes
-from tests.storage.stores import BATCH, FRAMES, ids, in_threads, new_store, read_each, values, write
+from tests.storage.stores import BATCH, FRAMES, Way, copies, ids, in_threads, new_store, read_each, values, write
 
 ROW_BYTES = FRAMES * 2 * 2 * 3 * 2
 SHARD_BYTES = shard_bytes(ROWS_PER_SHARD, ROW_BYTES)
 BATCHES = ["images.000000", BATCH]
-Readers = CachedReader | RangedReader
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +49,8 @@ def filled(folder: Path, cache_bytes: int = 10**9) -> tuple[LatentStore, dict[in
     }
 
 
-def opened(store: LatentStore, stored: dict[int, np.ndarray], kind: type[Readers]) -> Readers:
-    reader = open_reader(store.root, store.spec, BATCHES, stored if kind is CachedReader else None)
-    assert type(reader) is kind
-    return reader
+def opened(store: LatentStore, stored: dict[int, np.ndarray], way: Way) -> RowReader:
+    return open_reader(store.root, store.spec, BATCHES, stored if way == "copies" else None)
 
 
 def wanted(found: np.ndarray, frames: int = FRAMES) -> np.ndarray:
@@ -61,9 +58,9 @@ def wanted(found: np.ndarray, frames: int = FRAMES) -> np.ndarray:
     return values(ids, frames).astype(np.float16) if ids else np.empty((0, frames, 2, 2, 3), np.float16)
 
 
-@pytest.fixture(params=[CachedReader, RangedReader])
-def kind(request: pytest.FixtureRequest) -> type[Readers]:
-    found: type[Readers] = request.param
+@pytest.fixture(params=["copies", "ranges"])
+def way(request: pytest.FixtureRequest) -> Way:
+    found: Way = request.param
     return found
 
 
@@ -75,12 +72,12 @@ def store_and_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentStor
 @given(picked=st.lists(st.integers(0, 302), max_size=20), announced=st.booleans())
 def test_rows_are_those_of_the_store(
     store_and_rows: tuple[LatentStore, dict[int, np.ndarray]],
-    kind: type[Readers],
+    way: Way,
     picked: list[int],
     announced: bool,
 ) -> None:
     store, stored = store_and_rows
-    reader, some = opened(store, stored, kind), stored[FRAMES][picked]
+    reader, some = opened(store, stored, way), stored[FRAMES][picked]
     if announced:
         reader.will_need(FRAMES, some)
         reader.will_need(1, stored[1])
@@ -91,7 +88,7 @@ def test_rows_are_those_of_the_store(
 
 def test_ranged_rows_at_once(tmp_path: Path) -> None:
     store, stored = filled(tmp_path)
-    reader, some = RangedReader(store.root, store.spec, BATCHES), stored[FRAMES][[5, 5, 300, 0]]
+    reader, some = RowReader(store.root, store.spec, BATCHES), stored[FRAMES][[5, 5, 300, 0]]
     found = reader.rows(FRAMES, some)
     np.testing.assert_array_equal(np.stack(found), wanted(some))
     assert all(row.flags.writeable for row in found)  # torch takes no others without a warning
@@ -99,16 +96,14 @@ def test_ranged_rows_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("storage", "bound"), [("float16", 3e-3), ("keepbits7", 2e-2), ("int8", 5e-2)])
-def test_every_storage_option_is_as_from_a_file_system(
-    tmp_path: Path, kind: type[Readers], storage: str, bound: float
-) -> None:
+def test_every_storage_option_is_as_from_a_file_system(tmp_path: Path, way: Way, storage: str, bound: float) -> None:
     found = []
     for url in (f"memory://{tmp_path.name}", str(tmp_path / "root")):
         root = DataRoot.open(url, str(tmp_path / "runs"), str(tmp_path / "cache"), 10**9)
         store = new_store(root, storage=storage)
         write(store.plan_part(BATCH, FRAMES, ids(5)), 0)
         rows = addresses(store.commits(BATCH), BATCHES)
-        reader = open_reader(root, store.spec, BATCHES, {FRAMES: rows} if kind is CachedReader else None)
+        reader = open_reader(root, store.spec, BATCHES, {FRAMES: rows} if way == "copies" else None)
         reader.will_need(FRAMES, rows)
         found.append(read_each(reader, rows))
         reader.close()
@@ -116,9 +111,9 @@ def test_every_storage_option_is_as_from_a_file_system(
     assert np.abs(found[0] - values(ids(5))).max() < bound
 
 
-def test_threads_share_a_reader(tmp_path: Path, kind: type[Readers]) -> None:
+def test_threads_share_a_reader(tmp_path: Path, way: Way) -> None:
     store, stored = filled(tmp_path)
-    reader = opened(store, stored, kind)
+    reader = opened(store, stored, way)
 
     def read(seed: int) -> None:
         some = np.random.default_rng(seed).choice(stored[FRAMES], 60)
@@ -132,27 +127,29 @@ def test_threads_share_a_reader(tmp_path: Path, kind: type[Readers]) -> None:
 def test_which_reader_a_set_gets(tmp_path: Path) -> None:
     """The whole set in the cache if it fits, else rows; nothing in between; a cache that holds no shard is an error."""
     store, stored = filled(tmp_path)
+    caches = itertools.count()
     whole = SHARD_BYTES + shard_bytes(44, ROW_BYTES) + shard_bytes(7, ROW_BYTES) + shard_bytes(3, ROW_BYTES // FRAMES)
 
-    def reader(cache_bytes: int, rows: dict[int, np.ndarray] | None = stored) -> object:
-        root = DataRoot.open(store.root.url, store.root.runs_url, str(tmp_path / "cache"), cache_bytes)
-        return open_reader(root, store.spec, BATCHES, rows)
+    def way(cache_bytes: int, rows: dict[int, np.ndarray] | None = stored) -> Way:
+        cache = tmp_path / f"cache{next(caches)}"
+        root = DataRoot.open(store.root.url, store.root.runs_url, str(cache), cache_bytes)
+        reader = open_reader(root, store.spec, BATCHES, rows)
+        reader.will_need(FRAMES, stored[FRAMES][:1])
+        reader.close()
+        return "copies" if copies(cache) else "ranges"
 
-    assert type(reader(whole)) is CachedReader
-    assert type(reader(whole - 1)) is RangedReader
-    assert type(reader(0)) is RangedReader
-    assert type(reader(10**9, None)) is RangedReader
-    assert type(reader(10**9, {FRAMES: stored[FRAMES][:0]})) is CachedReader
+    assert way(whole) == "copies"
+    assert way(whole - 1) == "ranges"
+    assert way(0) == "ranges"
+    assert way(10**9, None) == "ranges"
+    assert way(10**9, {FRAMES: stored[FRAMES][:0]}) == "copies"
     with pytest.raises(ConfigError, match=r"cache.size_gb.*hold no shard.*set 0"):
-        reader(SHARD_BYTES - 1)
-    local = DataRoot.open(str(tmp_path / "local"))
-    LatentStore(local, store.spec).create()
-    assert type(open_reader(local, store.spec, BATCHES, stored)) is RowReader
+        way(SHARD_BYTES - 1)
 
 
 def test_a_second_reader_asks_for_no_shard_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, stored = filled(tmp_path)
-    first = opened(store, stored, CachedReader)
+    first = opened(store, stored, "copies")
     first.will_need(FRAMES, stored[FRAMES])
     read: list[str] = []
     real = remote.read
@@ -162,11 +159,12 @@ def test_a_second_reader_asks_for_no_shard_again(tmp_path: Path, monkeypatch: py
         return real(path, start, end)
 
     monkeypatch.setattr(remote, "read", spied)
-    second = opened(store, stored, CachedReader)
+    second = opened(store, stored, "copies")
     second.will_need(FRAMES, stored[FRAMES])
     assert [path for path in read if "/latent/c/" in path] == []
-    copies = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
-    assert sorted(path.stat().st_size for path in copies) == [shard_bytes(n, ROW_BYTES) for n in (7, 44, 256)]
+    assert sorted(path.stat().st_size for path in copies(tmp_path / "cache")) == [
+        shard_bytes(n, ROW_BYTES) for n in (7, 44, 256)
+    ]
 
 
 def lying(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes], times: int) -> list[int]:
@@ -198,10 +196,10 @@ CHANGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_answer_that_lies_is_asked_for_again(
-    tmp_path: Path, kind: type[Readers], monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+    tmp_path: Path, way: Way, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
 ) -> None:
     store, stored = filled(tmp_path)
-    reader = opened(store, stored, kind)
+    reader = opened(store, stored, way)
     left = lying(monkeypatch, change, 3)
     out = np.empty((FRAMES, 2, 2, 3), np.float16)
     reader.read_into(FRAMES, stored[FRAMES][5], out)  # slot 7: two rows failed
@@ -212,28 +210,27 @@ def test_an_answer_that_lies_is_asked_for_again(
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_and_told_in_the_end(
-    tmp_path: Path, kind: type[Readers], monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+    tmp_path: Path, way: Way, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
 ) -> None:
     store, stored = filled(tmp_path)
-    reader, part = opened(store, stored, kind), store.part(BATCH, FRAMES, 0)
+    reader, part = opened(store, stored, way), store.part(BATCH, FRAMES, 0)
     lying(monkeypatch, change, 1000)
     out = np.full((FRAMES, 2, 2, 3), 7, np.float16)
     with pytest.raises(DamagedError, match=f"in {len(remote.WAITS_S) + 1} tries") as caught:
         reader.read_into(FRAMES, stored[FRAMES][5], out)
     assert (out == 7).all()
-    said = str(caught.value)
-    assert part.shard_path(0) in said
-    assert row_id(stored[FRAMES][5]).hex() in said
-    assert f"remove {part.commit_path(0)}" in said
-    copies = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
-    assert copies == []  # what failed its check has no name in the cache
+    message = str(caught.value)
+    assert part.shard_path(0) in message
+    assert row_id(stored[FRAMES][5]).hex() in message
+    assert f"remove {part.commit_path(0)}" in message
+    assert copies(tmp_path / "cache") == []  # what failed its check has no name in the cache
     reader.close()
 
 
 @pytest.mark.parametrize("what", ["shard", "swept"])
-def test_a_shard_that_is_gone_is_told(tmp_path: Path, kind: type[Readers], what: str) -> None:
+def test_a_shard_that_is_gone_is_told(tmp_path: Path, way: Way, what: str) -> None:
     store, stored = filled(tmp_path)
-    reader, part = opened(store, stored, kind), store.part(BATCH, FRAMES, 0)
+    reader, part = opened(store, stored, way), store.part(BATCH, FRAMES, 0)
     if what == "shard":
         atomic.remove_tree(part.shard_path(0))
     else:
@@ -243,11 +240,11 @@ def test_a_shard_that_is_gone_is_told(tmp_path: Path, kind: type[Readers], what:
     reader.close()
 
 
-def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, kind: type[Readers]) -> None:
+def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, way: Way) -> None:
     store, stored = filled(tmp_path)
     slot = int(stored[FRAMES][7]["slot"])
     store.part(BATCH, FRAMES, 0).erase([slot])
-    reader, out = opened(store, stored, kind), np.empty((FRAMES, 2, 2, 3), np.float16)
+    reader, out = opened(store, stored, way), np.empty((FRAMES, 2, 2, 3), np.float16)
     reader.read_into(FRAMES, stored[FRAMES][8], out)
     with pytest.raises(DamagedError, match="withdrawn"):
         reader.read_into(FRAMES, stored[FRAMES][7], out)
@@ -257,10 +254,12 @@ def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, kind: type[Readers]
 def test_what_is_announced_and_never_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, stored = filled(tmp_path)
     monkeypatch.setattr("storage.ranges.AHEAD_BYTES", 20 * ROW_BYTES)
-    reader = RangedReader(store.root, store.spec, BATCHES)
+    reader = RowReader(store.root, store.spec, BATCHES)
+    ranges = reader._files.ranges
+    assert ranges is not None
     for first in range(0, 300, 10):
         reader.will_need(FRAMES, stored[FRAMES][first : first + 10])
-        assert len(reader._ranges._ahead) <= 20
+        assert len(ranges._ahead) <= 20
     np.testing.assert_array_equal(np.stack(reader.rows(FRAMES, stored[FRAMES][:3])), wanted(stored[FRAMES][:3]))
     reader.close()
 
@@ -278,7 +277,7 @@ def bucket(folder: Path, cache_bytes: int, count: int) -> tuple[DataRoot, dict[s
 
 
 def held(root: DataRoot) -> set[str]:
-    return {path.name for path in Path(root.cache_folder).rglob("*") if path.is_file() and path.suffix != ".lock"}
+    return {path.name for path in copies(Path(root.cache_folder))}
 
 
 def test_a_copy_is_whole_and_made_once(tmp_path: Path) -> None:

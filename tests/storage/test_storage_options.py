@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from storage.errors import StoreError
-from storage.latents import LatentStore, Part
+from storage.latents import LatentPart, LatentStore
 from storage.reader import RowReader, addresses, read_row
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD, packed, stored_values, unpacked
@@ -94,7 +94,7 @@ def test_rows_that_are_not_finite_are_refused(storage: str, broken: float) -> No
     assert np.isfinite(stored[failed]).all()
 
 
-def int8_store(root: DataRoot, rows: int, failed: list[bytes]) -> tuple[LatentStore, Part]:
+def int8_store(root: DataRoot, rows: int, failed: list[bytes]) -> tuple[LatentStore, LatentPart]:
     store = new_store(root, storage="int8")
     part = store.plan_part(BATCH, FRAMES, ids(rows))
     for shard in range(part.shards):

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from storage.digest import digest
 from storage.errors import ConflictError, DamagedError
-from storage.latents import LatentStore, Part
+from storage.latents import LatentPart, LatentStore
 from storage.reader import RowReader, addresses, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
@@ -169,7 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
         touched = {self.model[row][:4] for row in self.withdrawn if row in self.model}
         return sorted(held - self.swept - touched)
 
-    def found(self, key: tuple[str, int, int, int]) -> Part:
+    def found(self, key: tuple[str, int, int, int]) -> LatentPart:
         return self.store.part(key[0], key[1], key[2])
 
     def teardown(self) -> None:

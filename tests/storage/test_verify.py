@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from storage import atomic
 from storage.errors import DamagedError, StoreError
-from storage.latents import LatentStore, Part
+from storage.latents import LatentPart, LatentStore
 from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES
-from storage.verify import LITTER_AGE_S
+from storage.verify import LEFTOVER_AGE_S
 from storage.withdrawn import record_withdrawal, withdrawn_media, withdrawn_rows
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, spec, write
 
@@ -40,19 +40,19 @@ def change_json(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def fill_failed_slot(part: Part) -> None:
+def fill_failed_slot(part: LatentPart) -> None:
     with Path(part.shard_path(0)).open("r+b") as file:
         file.seek(2 * part.spec.row_bytes(FRAMES))
         file.write(b"\0\0")
 
 
-def leave_litter(part: Part, age_s: float) -> None:
+def leave_litter(part: LatentPart, age_s: float) -> None:
     path = Path(part.path, "commits", ".x.partial")
     path.touch()
     os.utime(path, (time.time() - age_s,) * 2)
 
 
-DAMAGE: list[tuple[str, Callable[[Part], object], str, str, int | None]] = [
+DAMAGE: list[tuple[str, Callable[[LatentPart], object], str, str, int | None]] = [
     ("data", lambda part: flip(Path(part.shard_path(1)), 5), "c/1/0/0/0/0", "differ from their checksum", 256),
     ("index", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
     ("crc of index", lambda part: flip(Path(part.shard_path(0)), -1), "c/0/0/0/0/0", "index at its end", None),
@@ -62,7 +62,7 @@ DAMAGE: list[tuple[str, Callable[[Part], object], str, str, int | None]] = [
     ("short", lambda part: Path(part.shard_path(1)).write_bytes(b"x"), "c/1/0/0/0/0", "1 bytes where", None),
     ("no commit", lambda part: Path(part.commit_path(1)).unlink(), "c/1/0/0/0/0", "without its commit", None),
     ("failed slot", fill_failed_slot, "c/0/0/0/0/0", "holds values", 2),
-    ("stray", lambda part: leave_litter(part, LITTER_AGE_S + 60), ".x.partial", "belongs to", None),
+    ("stray", lambda part: leave_litter(part, LEFTOVER_AGE_S + 60), ".x.partial", "belongs to", None),
     ("beyond", lambda part: Path(part.path, "latent/c/2").write_bytes(b""), "c/2", "belongs to", None),
     (
         "shape",
@@ -84,7 +84,7 @@ DAMAGE: list[tuple[str, Callable[[Part], object], str, str, int | None]] = [
 
 @pytest.mark.parametrize(("name", "damage", "file", "what", "row"), DAMAGE, ids=[case[0] for case in DAMAGE])
 def test_damage_is_named(
-    data_root: DataRoot, name: str, damage: Callable[[Part], object], file: str, what: str, row: int | None
+    data_root: DataRoot, name: str, damage: Callable[[LatentPart], object], file: str, what: str, row: int | None
 ) -> None:
     store, part = full_store(data_root, 300, failed=[ids(300)[2]])
     assert store.verify() == store.verify(BATCH) == []
@@ -97,7 +97,7 @@ def test_damage_is_named(
     assert problem.file in str(problem)
 
 
-REGIONS: dict[str, Callable[[Part], str]] = {
+REGIONS: dict[str, Callable[[LatentPart], str]] = {
     "shard": lambda part: part.shard_path(0),
     "partial shard": lambda part: part.shard_path(1),
     "commit": lambda part: part.commit_path(1),
@@ -109,7 +109,7 @@ REGIONS: dict[str, Callable[[Part], str]] = {
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentStore, Part]:
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentStore, LatentPart]:
     """Without failed rows, so that every byte of a shard counts."""
     return full_store(DataRoot.open(str(tmp_path_factory.mktemp("sound"))), 300)
 
@@ -117,7 +117,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[LatentStore, Part]:
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
 def test_a_flipped_bit_anywhere_is_named(
-    sound: tuple[LatentStore, Part], region: Callable[[Part], str], where: float, bit: int
+    sound: tuple[LatentStore, LatentPart], region: Callable[[LatentPart], str], where: float, bit: int
 ) -> None:
     """With its file, and its row where it is in one."""
     store, part = sound[0], sound[0].part(BATCH, FRAMES, 0)
@@ -150,7 +150,7 @@ def test_what_a_living_writer_has_under_way_is_no_problem(data_root: DataRoot) -
 
 def test_a_name_that_goes_while_it_is_listed(data_root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     store, part = full_store(data_root, 3)
-    leave_litter(part, LITTER_AGE_S + 60)
+    leave_litter(part, LEFTOVER_AGE_S + 60)
     real = Path.stat
 
     def stat(path: Path, **how: bool) -> os.stat_result:
@@ -164,7 +164,7 @@ def test_a_name_that_goes_while_it_is_listed(data_root: DataRoot, monkeypatch: p
 
 @pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
 def test_a_file_that_the_disk_cannot_read_is_named(
-    data_root: DataRoot, region: Callable[[Part], str], monkeypatch: pytest.MonkeyPatch
+    data_root: DataRoot, region: Callable[[LatentPart], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, part = full_store(data_root, 300)
     refuse(monkeypatch, region(part), errno.EIO)
@@ -176,7 +176,7 @@ def test_a_file_that_the_disk_cannot_read_is_named(
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
 @pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
 def test_a_system_that_refuses_says_nothing_of_the_file(
-    data_root: DataRoot, region: Callable[[Part], str], code: int, monkeypatch: pytest.MonkeyPatch
+    data_root: DataRoot, region: Callable[[LatentPart], str], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever followed the remedy for damage would remove what is sound."""
     store, part = full_store(data_root, 300)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nextvid.config.project import Project
-from storage import part, pixel_chunks, pixels, shard
+from storage import shard
 from tests.nextvid.encode.small_corpus import begin
 
 PATCH = 8  # pixels a side of a patch, folded to depth by nextvid.json
@@ -141,10 +141,8 @@ def shards_of_four() -> Iterator[None]:
     """Shards of four rows, so that small corpora have several. Indexes are remembered by their rows, so forgotten."""
     shard.index.cache_clear()
     with pytest.MonkeyPatch.context() as patched:
-        for module in (part, pixels, shard):
-            patched.setattr(module, "ROWS_PER_SHARD", 4)
-        for module in (pixel_chunks, pixels, shard):
-            patched.setattr(module, "INDEX_BYTES", 16 * 4 + 4)
+        patched.setattr(shard, "ROWS_PER_SHARD", 4)
+        patched.setattr(shard, "INDEX_BYTES", 16 * 4 + 4)
         yield
     shard.index.cache_clear()
 

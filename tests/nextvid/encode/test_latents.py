@@ -20,9 +20,8 @@ from nextvid.encode.plan import plan_encode, spec_in_force
 from nextvid.making.outcome import Outcome
 from nextvid.making.progress import Pace
 from nextvid.video.decode import frames_at
-from storage import part as parts
 from storage.errors import UpstreamError
-from storage.latents import LatentStore
+from storage.latents import LatentPart, LatentStore
 from storage.tables import require_checks
 from tests.nextvid.encode.small_corpus import (
     FILMS,
@@ -316,15 +315,15 @@ class TestKilled:
         whole = write_corpus(tmp_path / "whole", Path(project.corpus.encoding.autoencoder))
         publish_clips(whole, FILMS, pl.read_parquet(project.root.table("clips", FILMS)).to_dicts())
         make_latents(whole, FILMS)
-        write = parts.Part.write_shard
+        write = LatentPart.write_shard
 
-        def dying(self: parts.Part, number: int, *rest: Any) -> None:
+        def dying(self: LatentPart, number: int, *rest: Any) -> None:
             if number == 1:
                 raise KeyboardInterrupt
             write(self, number, *rest)
 
         with monkeypatch.context() as patched:
-            patched.setattr(parts.Part, "write_shard", dying)
+            patched.setattr("storage.part.Part.write_shard", dying)
             with pytest.raises(KeyboardInterrupt):
                 make_latents(project, FILMS)
         assert len(stored(project, FILMS)) == 4

@@ -23,7 +23,8 @@ from nextvid.trainset.trainset import Trainset, make_trainset
 from storage import atomic
 from storage.errors import ConfigError, DamagedError, UpstreamError
 from storage.latents import LatentStore, Problem
-from storage.reader import ADDRESS, RowReader, row_id, shards_of
+from storage.reader import ADDRESS, RowReader, row_id
+from storage.shard_files import shards_of
 from storage.tables import write_tables
 from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, write_autoencoder
 from tests.nextvid.train.corpus import make_project

@@ -17,15 +17,25 @@ from storage import atomic, listing, remote
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
 from storage.jpeg import decode_clip
 from storage.latents import LatentStore
-from storage.pixel_chunks import CopiedChunks, RangedChunks
 from storage.pixel_reader import PIXEL_ADDRESS, PixelReader, pixel_addresses
-from storage.reader import ADDRESS, RowReader, addresses, read_row, row_id
-from storage.remote_reader import CachedReader, RangedReader, open_reader
+from storage.reader import ADDRESS, RowReader, addresses, open_reader, read_row, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
 from tests.services.s3.proxy import Asked, Fault, Proxy
 from tests.storage.pixel_stores import SIDE, chunks, pixel_spec, pixel_store
-from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, new_store, read_each, spec, values, write
+from tests.storage.stores import (
+    BATCH,
+    FRAMES,
+    copies,
+    full_store,
+    ids,
+    in_threads,
+    new_store,
+    read_each,
+    spec,
+    values,
+    write,
+)
 
 pytestmark = pytest.mark.services
 
@@ -99,10 +109,10 @@ def test_written_verified_read(root: DataRoot, tmp_path: Path, storage: str) -> 
         exact = values([row_id(address) for address in found[:40]]).astype(np.float16)
         np.testing.assert_array_equal(wanted, exact)
     np.testing.assert_array_equal(read_row(store, BATCH, FRAMES, 0, 3), wanted[2])  # one before it failed
-    for kind, stored in ((CachedReader, {FRAMES: found}), (RangedReader, None)):
+    for stored in ({FRAMES: found}, None):
         reader = open_reader(root, store.spec, [BATCH], stored)
-        assert type(reader) is kind
         reader.will_need(FRAMES, found[:40])
+        assert bool(copies(Path(root.cache_folder))) or stored is None
         np.testing.assert_array_equal(read_each(reader, found[:40]), wanted)
         reader.close()
 
@@ -110,7 +120,7 @@ def test_written_verified_read(root: DataRoot, tmp_path: Path, storage: str) -> 
 def test_a_ranged_row_is_one_request(root: DataRoot, proxy: Proxy) -> None:
     store, _ = full_store(root, 40)
     found = addresses(store.commits(BATCH), [BATCH])
-    reader = RangedReader(root, store.spec, [BATCH])
+    reader = RowReader(root, store.spec, [BATCH])
     proxy.clear()
     reader.will_need(FRAMES, found)
     for address in found:
@@ -208,10 +218,7 @@ def test_reading_pixels_through_trouble(
     store, _ = pixel_store(root, 12)
     assert store.verify() == []
     found = pixel_addresses(store.commits(BATCH), [BATCH])
-    reader = PixelReader(root, store.spec, [BATCH])
-    if cached:
-        reader.read_again({FRAMES: found})
-    assert type(reader._chunks) is (CopiedChunks if cached else RangedChunks)
+    reader = PixelReader(root, store.spec, [BATCH], {FRAMES: found} if cached else None)
     proxy.faults.append(fault(gets))
     out, wanted = np.empty((2, FRAMES, SIDE, SIDE, 3), np.uint8)
     reader.will_need(FRAMES, found)
@@ -387,10 +394,8 @@ def test_damaged_pixels_in_the_bucket_are_named(root: DataRoot) -> None:
     (problem,) = store.verify()
     assert (problem.file, problem.row) == (part.shard_path(0), ids(5)[1].hex())
     found = pixel_addresses(store.commits(BATCH), [BATCH])
-    for again in (True, False):
-        reader = PixelReader(root, store.spec, [BATCH])
-        if again:
-            reader.read_again({FRAMES: found})
+    for stored in ({FRAMES: found}, None):
+        reader = PixelReader(root, store.spec, [BATCH], stored)
         with pytest.raises(DamagedError, match=ids(5)[1].hex()):
             reader.read_into(FRAMES, found[1], np.empty((FRAMES, SIDE, SIDE, 3), np.uint8))
         reader.close()

@@ -1,0 +1,224 @@
+"""The bytes of committed rows, wherever their store is: maps of its files, maps of local copies, or ranges of objects.
+
+Of a store on an object store, the shards that rows read again and again are in are copied, each when its first row is
+announced, if all of them fit the cache beside what else is held there; else each row is one ranged request. Nothing in
+between. The readers (reader.py, pixel_reader.py) say where in a shard a row is and compare it with its checksum.
+"""
+
+import ctypes
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from storage import listing, shard
+from storage.cache import Cache
+from storage.digest import crc32c
+from storage.errors import DamagedError, is_damage
+from storage.part import Part, S
+from storage.ranges import Ranges
+from storage.remote import is_local
+from storage.store import Store
+
+AT_ONCE = 8  # our choice: shards copied or parts listed at a time; s3fs sends 10 requests each
+OPEN_MAPS = 512  # Linux allows 65530 maps a process (vm.max_map_count); opening one costs 20 us (measured)
+ADDRESSES_CHANGED = "the trainset's file of rows is not what was frozen, 'nextvid verify' names it"
+
+Key = tuple[int, int, int, int]  # a shard: frames, number of its batch, part, shard
+M = TypeVar("M")
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mincore = ctypes.PyDLL(None).mincore  # keeps the interpreter: it never waits, and giving it away costs as much
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+
+
+@dataclass(frozen=True)
+class MappedShard:
+    """A shard's file in memory."""
+
+    memory: mmap.mmap
+    start: int  # address of the first byte, which begins a page
+    pages_known: bool  # whether the kernel says which pages are in memory: to a file's owner and who may write it
+    inode: int  # of the file that is mapped
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Hint that these bytes are read soon, unless all are in memory: asking takes a tenth of a hint's time.
+
+        Not mmap's own madvise: that holds the interpreter while it waits.
+        """
+        first = self.start + start - start % mmap.PAGESIZE
+        if not (self.pages_known and _in_memory(first, self.start + stop - first)):
+            _madvise(first, self.start + stop - first, mmap.MADV_WILLNEED)  # a hint: failing changes nothing
+
+
+def _in_memory(start: int, size_bytes: int) -> bool:
+    """Whether all pages of a map from this one on are in the page cache."""
+    pages = -(-size_bytes // mmap.PAGESIZE)
+    found = ctypes.create_string_buffer(pages)
+    return _mincore(start, size_bytes, found) == 0 and found.raw.count(1) == pages
+
+
+class Maps(Generic[M]):
+    """At most `most` maps of shards, the least recently used are dropped first. Threads may share it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held: OrderedDict[Key, M] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def get(self, key: Key) -> M | None:
+        """The map of a shard, if it is held."""
+        try:  # without the guard: each of the two is one step of the interpreter, and it is done for every row
+            self._held.move_to_end(key)
+            return self._held[key]
+        except KeyError:
+            return None
+
+    def add(self, key: Key, fresh: M) -> M:
+        """Keep the map of a shard; the one that is held, since another thread may have been faster."""
+        with self._guard:
+            mapped = self._held.setdefault(key, fresh)
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)  # unmapped once nobody reads from it
+            return mapped
+
+    def add_all(self, keys: Sequence[Key], addresses: np.ndarray, opened: Callable[[Key, np.void], M]) -> None:
+        """Open all of these shards that are not held, several at a time; `addresses` are of a row in each."""
+        new = {key: address for key, address in zip(keys, addresses, strict=True) if key not in self._held}
+        if len(new) > 1:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(lambda key: self.add(key, opened(key, new[key])), new))
+
+    def forget(self, key: Key, mapped: M) -> None:
+        """Drop this map of a shard, unless another has taken its place."""
+        with self._guard:
+            if self._held.get(key) is mapped:
+                del self._held[key]
+
+    def clear(self) -> None:
+        """Drop all maps."""
+        with self._guard:
+            self._held.clear()
+
+
+class ShardFiles(Generic[S]):
+    """The shards of a store, by the numbers in addresses; `batches` are the keys that an address' `batch` counts.
+
+    `row_of` names the row of an address in messages. `copied`: path and size of the shards to be copied here first.
+    """
+
+    def __init__(
+        self,
+        store: Store[S],
+        batches: Sequence[str],
+        row_of: Callable[[Part[S], np.void], str],
+        copied: Mapping[str, int] | None = None,
+    ) -> None:
+        self._store, self._batches, self._row_of = store, tuple(batches), row_of
+        self.cache: Cache | None = None
+        self.ranges: Ranges | None = None
+        if copied is not None:
+            self.cache = Cache(store.root, copied)
+            self.cache.hold()
+        elif not is_local(store.root.url):
+            self.ranges = Ranges()
+
+    def part(self, key: Key) -> Part[S]:
+        """The part of a shard; DamagedError where its batch is none of this reader's."""
+        frames, batch, part, _ = key
+        if batch >= len(self._batches):
+            raise DamagedError(f"an address names batch {batch} of {len(self._batches)}: {ADDRESSES_CHANGED}")
+        return self._store.part(self._batches[batch], frames, part)
+
+    def map(self, key: Key, address: np.void) -> MappedShard:
+        """The map of a committed shard; DamagedError where there is none or it cannot be read."""
+        part, number = self.part(key), key[3]
+        if not part.committed(number):
+            raise self.damaged(key, address, "is not committed")
+        path = part.shard_path(number)
+        try:
+            with (
+                self.cache.open(path, lambda data: _fault(part, number, data)) if self.cache else Path(path).open("rb")
+            ) as file:
+                inode, pages_known = os.fstat(file.fileno()).st_ino, os.access(file.name, os.W_OK)
+                # private: torch wants writable memory to read from, and what is written here never reaches the file
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # a plain ValueError: the file is empty
+            if not is_damage(error):
+                raise
+            raise self.damaged(key, address, f"cannot be read ({error})") from error
+        return MappedShard(memory, np.frombuffer(memory, np.uint8).ctypes.data, pages_known, inode)
+
+    def read(self, key: Key, address: np.void, offset: int, size_bytes: int) -> bytes:
+        """A row by a ranged request, checked; DamagedError where every answer is wrong."""
+        assert self.ranges is not None, "these files are mapped"
+        wanted = self.part(key).shard_path(key[3]), offset, size_bytes
+        return self.ranges.read(wanted, int(address["crc"]), lambda what: self.damaged(key, address, what))
+
+    def announce(self, rows: Sequence[tuple[Key, int, int]]) -> None:
+        """Request rows (key, offset, size in bytes) now that are read soon; waits for nothing."""
+        assert self.ranges is not None, "these files are mapped"
+        self.ranges.announce((self.part(key).shard_path(key[3]), offset, size) for key, offset, size in rows)
+
+    def is_stale(self, key: Key, inode: int) -> bool:
+        """Whether a mapped file with wrong bytes was a copy: it is given up now, so that reading again may help."""
+        return self.cache is not None and self.cache.distrust(self.part(key).shard_path(key[3]), inode)
+
+    def damaged(self, key: Key, address: np.void, what: str) -> DamagedError:
+        """The error that names file, row and remedy."""
+        part, number = self.part(key), key[3]
+        row = self._row_of(part, address)
+        return DamagedError(f"{part.shard_path(number)}, row {row}: {what}. Remedy: {part.remedy(number)}")
+
+    def close(self) -> None:
+        """Drop what was announced, wait for what is under way; others may have the room of the copies."""
+        if self.cache is not None:
+            self.cache.release()
+        if self.ranges is not None:
+            self.ranges.close()
+
+
+def shards_of(rows: np.ndarray) -> dict[tuple[int, int], list[int]]:
+    """Numbers of the shards that rows (ADDRESS or PIXEL_ADDRESS [n]) are in, by (batch, part), all ascending."""
+    # as numbers: numpy sorts rows of several fields 30 times slower
+    places = rows["batch"].astype(np.uint64) << np.uint64(16) | rows["part"]
+    parts, which = np.unique(places, return_inverse=True)
+    found: dict[tuple[int, int], list[int]] = {}
+    for one in np.unique(which.astype(np.uint64) << np.uint64(32) | rows["shard"]).tolist():
+        batch, part = divmod(int(parts[one >> 32]), 1 << 16)
+        found.setdefault((batch, part), []).append(one & 0xFFFFFFFF)
+    return found
+
+
+def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> dict[str, int]:
+    """Path and size in bytes of every shard that rows (addresses [n] by frames) are in, by one listing a part."""
+    cited = {(frames, *where): shards for frames, rows in stored.items() for where, shards in shards_of(rows).items()}
+    parts = [store.part(batches[batch], frames, number) for frames, batch, number in cited]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        listings = pool.map(lambda part: listing.files_below(f"{part.array_path}/c"), parts)
+    found: dict[str, int] = {}
+    for part, numbers, files in zip(parts, cited.values(), listings, strict=True):
+        paths = [part.shard_path(number) for number in numbers]
+        found |= {path: files[path] for path in paths if path in files}
+    return found
+
+
+def _fault(part: Part[S], number: int, data: bytes) -> str | None:
+    """What is wrong with the bytes of a committed shard; withdrawn rows are zeros, which nobody reads."""
+    rows = part.rows(number)
+    end = max(row.offset + row.size_bytes for row in rows)
+    if data[end:] != shard.index_of([(row.offset, row.size_bytes) for row in rows]):
+        return f"it is short or its index was changed ({len(data)} bytes)"
+    for row in rows:
+        found = np.frombuffer(data, np.uint8, row.size_bytes, row.offset)
+        if row.status == "ok" and crc32c(found) != row.crc32c and found.any():
+            return f"row {row.row_id.hex()} differs from its checksum"
+    return None
