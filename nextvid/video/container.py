@@ -19,6 +19,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
+from nextvid.video.entry_points import is_entry_point
 from storage.errors import MediaError
 
 # libavformat's demuxers of VIDEO_EXTENSIONS; everything else (hls, concat, sdp, image sequences, lavfi) is refused.
@@ -74,11 +75,12 @@ def family(container: InputContainer) -> str:
 def decoded(
     container: InputContainer, stream: VideoStream, from_us: int | None = None
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames in presentation order with their times, from the start or from a keyframe at or before `from_us`.
+    """Frames in presentation order with their times, from the start or from an entry point at or before `from_us`.
 
-    A naive seek may land behind the wanted time (research video 4: 1 of 192 wrong), hence the back-off. Pictures that
-    lead their keyframe cannot be decoded after a seek and are dropped. AVI stores no presentation times: its frames get
-    the packets' times in order, which needs decoding from the start. Raises MediaError `corrupt` or `bad_times`.
+    A naive seek may land behind the requested time (1 of 192 did) or where decoding cannot begin, hence the back-off.
+    Pictures that lead their key picture cannot be decoded after a seek and are dropped. AVI stores no presentation
+    times: its frames get the packets' times in order, which needs decoding from the start. Raises MediaError
+    `corrupt` or `bad_times`.
     """
     if family(container) == "avi":
         yield from _checked(_avi_frames(container, stream))
@@ -140,17 +142,24 @@ def upright_size(frame: VideoFrame) -> tuple[int, int]:
 
 
 def _frames(container: InputContainer, stream: VideoStream, wanted_us: int | None) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames from the container's position on; nothing at all where the first keyframe lies behind `wanted_us`."""
+    """Frames from the container's position on; nothing where the first that can be shown lies behind `wanted_us`.
+
+    Packets decide that, before anything is decoded: the first entry point, and the first packet from there on that is
+    not hidden by an edit list (after a seek towards the end of one edit that may be the beginning of the next).
+    """
     base = stream.time_base
     assert base is not None, "opened() refuses streams without a time base"
     anchor: int | None = None
+    judged = wanted_us is None
     for packet in container.demux(stream):
         if anchor is None and packet.pts is not None:
-            if not packet.is_keyframe and wanted_us is not None:
+            if wanted_us is not None and not is_entry_point(packet, stream):
                 continue
+            anchor = packet.pts
+        if not judged and packet.pts is not None and not packet.is_discard:
+            judged = True
             if wanted_us is not None and micros(packet.pts, base) > wanted_us:
                 return
-            anchor = packet.pts
         try:
             frames = stream.decode(packet)
         except (av.InvalidDataError, av.PatchWelcomeError) as error:

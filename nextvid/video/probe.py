@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from nextvid.video.container import family, micros, opened, upright_size
+from nextvid.video.entry_points import is_entry_point
 from nextvid.video.images import MAX_PIXELS, animation_times, open_image, upright_image_size
 from storage.errors import MediaError
 
@@ -34,6 +35,7 @@ DECORD_READS = frozenset({("mp4", "h264"), ("matroska", "h264"), ("matroska", "v
 HAZARD_CONTAINERS = frozenset({"avi", "mpegts", "mpeg", "flv"})  # design 6
 HAZARD_CODECS = frozenset({"hevc", "av1", "mpeg4"})  # design 6
 LOST_US, LOST_SHARE = 150_000, 0.02  # ours: our 22 clean Matroska files of one stream lack none
+TIE_S = 1e-3  # Matroska's tick
 VFR_RATIO = 1.5  # research video 1: longest over median frame gap
 
 
@@ -62,6 +64,7 @@ class Packets:
 
     pts: Int64[np.ndarray, "n"]
     key: Bool[np.ndarray, "n"]
+    entry: Bool[np.ndarray, "n"]  # where decoding may begin: key, and by its bits a whole picture
     discard: Bool[np.ndarray, "n"]
 
 
@@ -123,9 +126,11 @@ def _probe_video(path: Path) -> MediaFacts:
             _refuse_lost_end(path, container.duration, last_us + round(1e6 / rate))
         width, height = upright_size(frame)
         pix_fmt = frame.format.name
+        plain = (name, codec) in DECORD_READS and not hazards and decord_installed()
+        if plain and not _decord_agrees(path, packets, base):
+            hazards, plain = ("decord_index",), False
     if width * height > MAX_PIXELS:
         raise MediaError("too_large", f"{path}: {width} x {height} pixels a frame; at most {MAX_PIXELS} are decoded")
-    plain = (name, codec) in DECORD_READS and not hazards and decord_installed()
     return MediaFacts(
         kind="video",
         container=name,
@@ -149,6 +154,7 @@ def _demux(
     frame: av.VideoFrame | None = None
     pts: list[int] = []
     key: list[bool] = []
+    entry: list[bool] = []
     discard: list[bool] = []
     for packet in container.demux(stream):
         if frame is None:
@@ -160,10 +166,11 @@ def _demux(
             raise MediaError("truncated", f"{path}: its last packet is incomplete; fetch the file again")
         pts.append(time)
         key.append(packet.is_keyframe)
+        entry.append(is_entry_point(packet, stream))
         discard.append(packet.is_discard)
     if frame is None or all(discard):
         raise MediaError("empty", f"{path}: no frame can be decoded from it")
-    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(discard))
+    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard))
 
 
 def _hazards(container: str, codec: str, packets: Packets, declared: int, rotation: int) -> tuple[str, ...]:
@@ -176,6 +183,8 @@ def _hazards(container: str, codec: str, packets: Packets, declared: int, rotati
     pts = packets.pts
     if _open_gop(packets):
         found.add("open_gop")
+    if (packets.key & ~packets.entry).any():
+        found.add("no_idr")
     if codec == "mpeg4" and bool((np.diff(pts) < 0).any()):
         found.add("mpeg4_bframes")
     if packets.discard.any() or pts.min() < 0 or (declared > 0 and declared != len(pts)):
@@ -189,6 +198,28 @@ def _hazards(container: str, codec: str, packets: Packets, declared: int, rotati
     if rotation:
         found.add("rotation")
     return tuple(sorted(found))
+
+
+def _decord_agrees(path: Path, packets: Packets, base: Fraction) -> bool:
+    """Whether decord, whose FFmpeg is of 2018, sees the same pictures at the same times and seeks to entry points only.
+
+    It takes the container's word for where decoding may begin: a table of sync samples that is missing or wrong, or
+    fragments that call every sample one, make it hand out foreign pictures without an error.
+    """
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        starts_s = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
+        keys = np.array(reader.get_key_indices(), np.int64)
+    except (decord.DECORDError, RuntimeError, IndexError, ValueError, OSError):
+        return False
+    times_s = np.sort(packets.pts) * float(base)
+    if len(times_s) != len(starts_s) or not np.allclose(starts_s, times_s, rtol=1e-6, atol=TIE_S):
+        return False
+    entries = np.flatnonzero(np.isin(np.sort(packets.pts), packets.pts[packets.entry]))
+    return bool(np.isin(keys, entries).all())
 
 
 def _open_gop(packets: Packets) -> bool:

@@ -54,9 +54,10 @@ def write_film(
     rotation: int = 0,
     bframes: int | None = None,
     crf: str | None = "12",
+    container_options: dict[str, str] | None = None,
 ) -> Path:
     """Encode upright RGB images; `rotation` (degrees counter-clockwise) is undone by the display matrix."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options or {}) as container:
         stream: VideoStream | None = None
         for index, upright in enumerate(images):
             image = np.ascontiguousarray(np.rot90(upright, -rotation // 90))

@@ -1,0 +1,127 @@
+"""Where decoding may begin: tables of sync samples that lie, recovery points, edits; alone and in any company."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.video.stream import VideoStream
+
+from nextvid.video.decode import clips_at, frames_at
+from nextvid.video.entry_points import _is_whole_h264, _units, is_entry_point
+from nextvid.video.probe import decord_installed, probe
+from tests.nextvid.video.boxes import all_sync_fragments, with_edits, with_sync_samples, without_sync_table
+from tests.nextvid.video.film import numbers, write_barcodes
+
+FPS, COUNT = 10, 120
+X264 = "keyint=30:min-keyint=30:scenecut=0:mbtree=0:log-level=none"
+REFRESH = f"{X264}:intra-refresh=1"
+
+
+def film(path: Path, params: str, container: dict[str, str] | None = None) -> Path:
+    return write_barcodes(path, COUNT, fps=FPS, options={"x264-params": params}, container_options=container)
+
+
+def fragmented(path: Path) -> Path:
+    return all_sync_fragments(
+        film(path, f"{X264}:bframes=0", {"movflags": "frag_keyframe+empty_moov+default_base_moof"})
+    )
+
+
+FILMS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "no sync table": ("a.mp4", lambda path: without_sync_table(film(path, f"{X264}:bframes=0"))),
+    "no sync table, b-frames": ("b.mp4", lambda path: without_sync_table(film(path, f"{X264}:bframes=2"))),
+    "lying sync table": ("c.mp4", lambda path: with_sync_samples(film(path, f"{X264}:bframes=2"), [1, 26, 51, 76])),
+    "all-sync fragments": ("d.mp4", fragmented),
+    "refresh in mp4": ("e.mp4", lambda path: film(path, f"{REFRESH}:bframes=0")),
+    "refresh in matroska": ("f.mkv", lambda path: film(path, f"{REFRESH}:bframes=0")),
+    "refresh with b-frames": ("g.mp4", lambda path: film(path, f"{REFRESH}:bframes=2")),
+    "refresh in a transport stream": ("h.ts", lambda path: film(path, f"{REFRESH}:bframes=0")),
+    "refresh in flash": ("i.flv", lambda path: film(path, f"{REFRESH}:bframes=0")),
+}
+HAZARDS = {name: "no_idr" if name.startswith("refresh") else "decord_index" for name in FILMS}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("films")
+    return {name: make(folder / file) for name, (file, make) in FILMS.items()}
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_no_picture_is_wrong_alone_or_in_company(films: dict[str, Path], name: str) -> None:
+    facts = probe(films[name])
+    times = [facts.start_us + 100_000 * n for n in range(COUNT)]
+    together = frames_at(films[name], times, facts.decoder)[0]
+    assert numbers(together) == list(range(COUNT))
+    for n in (*range(0, COUNT, 7), COUNT - 1):  # before, at and behind each entry point of the file and each lie
+        alone = frames_at(films[name], [times[n]], facts.decoder)[0]
+        assert np.array_equal(alone[0], together[n]), n
+    few = clips_at(films[name], [[times[3], times[70]], [times[71], times[119]]], facts.decoder)
+    assert [numbers(frames) for frames, _ in few] == [[3, 70], [71, 119]]
+
+
+@pytest.mark.skipif(not decord_installed(), reason="decord has no wheel for this platform")
+@pytest.mark.parametrize("name", FILMS)
+def test_such_a_file_is_not_given_to_decord(films: dict[str, Path], name: str) -> None:
+    facts = probe(films[name])
+    assert facts.decoder == "pyav"
+    assert HAZARDS[name] in facts.hazards
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_only_whole_pictures_are_entry_points(films: dict[str, Path], name: str) -> None:
+    with av.open(str(films[name])) as container:
+        stream = container.streams.video[0]
+        assert isinstance(stream, VideoStream)
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        found = [number for number, packet in enumerate(packets) if is_entry_point(packet, stream)]
+    assert found == ([0] if name.startswith("refresh") else [0, 30, 60, 90])
+
+
+def test_frames_at_the_end_of_the_first_of_two_edits(tmp_path: Path) -> None:
+    path = with_edits(film(tmp_path / "a.mp4", f"{X264}:bframes=0"), [(0, 2), (5, 2)])
+    facts = probe(path)
+    expected = [*range(20), *range(50, 70)]
+    times = [100_000 * n for n in range(len(expected))]
+    assert (facts.frames, facts.duration_us, facts.decoder) == (40, 4_000_000, "pyav")
+    assert numbers(frames_at(path, times, "pyav")[0]) == expected
+    for n in range(len(expected)):
+        assert numbers(frames_at(path, [times[n]], "pyav")[0]) == [expected[n]]
+
+
+def sei(*messages: tuple[int, bytes]) -> bytes:
+    """A unit with SEI messages: type, size, payload, each number as 255s and a rest."""
+
+    def number(value: int) -> bytes:
+        return b"\xff" * (value // 255) + bytes([value % 255])
+
+    return b"\x06" + b"".join(number(kind) + number(len(body)) + body for kind, body in messages) + b"\x80"
+
+
+@pytest.mark.parametrize(
+    ("unit", "whole"),
+    [
+        (b"\x65\x88", True),  # a slice of an IDR picture
+        (b"\x41\x9a", False),  # a slice of another
+        (sei((6, b"\xc4")), True),  # a recovery point of 0 frames
+        (sei((6, b"\x04\x3f")), False),  # of 30
+        (sei((5, b"x" * 300), (6, b"\xc4")), True),  # behind a long message
+        (sei((5, b"\x00\x00\x03\x01" * 4)), False),
+        (sei(), False),
+        (b"\x06", False),
+        (b"\x06\x06", False),
+        (b"\x06\xff\xff", False),
+    ],
+)
+def test_units_of_h264(unit: bytes, whole: bool) -> None:
+    assert _is_whole_h264(unit) is whole
+
+
+def test_units_behind_lengths_and_behind_start_codes() -> None:
+    units = [b"\x67\x01", b"\x68\x02\x03", b"\x65" + b"\xaa" * 300]
+    assert list(_units(b"".join(len(unit).to_bytes(4, "big") + unit for unit in units), 4)) == units
+    assert list(_units(b"".join(b"\0\0\0\1" + unit for unit in units), 0)) == units
+    assert list(_units(b"\0\0\0\5\x65", 4)) == [b"\x65"]  # cut short
+    assert list(_units(b"", 0)) == list(_units(b"", 4)) == []
