@@ -17,7 +17,7 @@ HEVC_IRAP = range(16, 24)  # ITU-T H.265, table 7-1: BLA, IDR, CRA and their res
 RECOVERY_POINT = 6  # payload type of the SEI message, ITU-T H.264, D.1.8
 
 
-def is_entry_point(packet: Packet[VideoStream], stream: VideoStream) -> bool:
+def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
     """Whether every picture shown from this packet on is whole when decoding begins at it."""
     if not packet.is_keyframe:
         return False
