@@ -1,142 +1,200 @@
-"""The pipeline of one device: frames of a part's shards in, committed shards out, three stages at once.
+"""One shard's way on one device: its rows are decoded, encoded, judged and committed.
 
-Processes decode (frames.py), this thread keeps the device busy (shard.py), another one judges and writes
-(committer.py); each waits where the next one is full, so memory does not grow with the corpus. Holds how they are
-joined and what they get of the machine; which rows there are and what is made of the outcome is latents.py's.
+Three stages run at once: processes decode (frames.py), the calling thread keeps the device busy (shard.py), and a
+writer thread judges sampled rows (roundtrip.py) and commits. Each waits where the next one is full, so that memory does
+not grow with the corpus. A kill loses at most the shard that is being written and the first rows of the next one,
+however slow the disk is (docs/decisions/0027).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import NamedTuple
 
 import polars as pl
 import torch
 
-from nextvid.config.corpus import EncodingConfig
 from nextvid.config.project import Project
 from nextvid.encode.autoencoders import Autoencoder
-from nextvid.encode.checks import Trips
-from nextvid.encode.committer import Keeper
-from nextvid.encode.frames import Decoding, Rows
-from nextvid.encode.pixels import PixelWriter
+from nextvid.encode.checks import Report, reported
+from nextvid.encode.frames import Decoding, Rows, Seen
+from nextvid.encode.pixels import PixelShard, PixelWriter
 from nextvid.encode.plan import pixel_spec, wanted_clips
-from nextvid.encode.roundtrip import sampled
-from nextvid.encode.shard import Batch, encode_shard
+from nextvid.encode.preview import Shown
+from nextvid.encode.roundtrip import Trip, round_trip, sampled
+from nextvid.encode.shard import NOT_WANTED, EncodedShard, RoundTripError, commit_table, encode_rows
 from nextvid.machine import available_cores
-from storage.errors import RefusedError
+from storage.errors import ConflictError, RefusedError
 from storage.latents import EncodingSpec, LatentPart
 
+AHEAD = 32  # rows encoded before the shard before them is committed, an eighth of one (docs/decisions/0027)
+
+
+class Advance(NamedTuple):
+    """What a pipeline tells while it works: rows encoded since the last one, or a note for people."""
+
+    rows: int = 0
+    encode_s: float = 0.0  # of the device, for these rows
+    note: str = ""
+
+
+Tell = Callable[[Advance], None]
+
 
 @dataclass(frozen=True)
-class Telling:
-    """Whom a pipeline tells: of every batch, and of what is to be said once."""
+class OpenShard:
+    """A shard that is not committed yet, with the frames of its rows on their way."""
 
-    batch: Callable[[Batch], None]
-    note: Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A shard whose frames are on their way."""
-
-    part: LatentPart
     number: int
-    rows: pl.DataFrame  # of its plan: row_id, slot
+    rows: pl.DataFrame  # of the part's plan: row_id, slot
     frames: Rows
-    again: Rows  # the sampled ones once more, for the round trip
+    again: Rows  # sampled rows decoded a second time, for the round trip
 
 
 class Pipeline:
-    """Encodes shards of one batch's parts."""
+    """Encodes shards of one batch's parts on one device."""
 
     def __init__(
         self,
         model: Autoencoder,
         clips: pl.DataFrame,
         decoding: Decoding,
-        keeper: Keeper,
         pixels: PixelWriter,
-        trips: Trips,
-        telling: Telling,
+        writer: ThreadPoolExecutor,
+        tell: Tell,
     ) -> None:
         self._model, self._clips, self._decoding = model, clips, decoding
-        self._keeper, self._pixels, self._trips, self._telling = keeper, pixels, trips, telling
+        self._pixels, self._writer, self._tell = pixels, writer, tell
 
-    def encode(self, part: LatentPart, shards: Iterable[int]) -> None:
-        """Encode those of the shards that are open; the next one's frames are begun before this one's are taken."""
-        waiting, before = iter(shards), self._pixels.written
-        begun = self._begin(part, waiting)
-        while begun is not None:
-            ahead = self._begin(part, waiting)
-            self._shard(begun)
-            begun = ahead
-        self._keeper.drain()
-        self._trips.pixels += self._pixels.written - before
+    def encode(self, part: LatentPart, numbers: Iterable[int]) -> Report:
+        """Encode those of the shards that are not committed.
 
-    def _begin(self, part: LatentPart, waiting: Iterator[int]) -> _Begun | None:
-        """Begin to decode the next open shard."""
-        for number in waiting:
-            if not part.committed(number):
-                rows = part.rows_of(number)
-                frames = self._decode(part, rows["row_id"].to_list())
-                checked = sampled([row for row in rows["row_id"].to_list() if row in frames], part.frames)
-                return _Begun(part, number, rows, frames, self._decode(part, checked))
-        return None
+        Raises RefusedShardError where one is refused; whole shards before it are committed all the same.
+        """
+        report, commit = Report(), self._writer.submit(Report)
+        for shard in self._open_shards(part, numbers):
+            jpegs = self._pixels.beside(part, shard.number)
+            encoded = EncodedShard.empty(part.spec, part.frames, shard.rows["row_id"].to_list())
+            judged: dict[bytes, Future[tuple[Trip, Shown]]] = {}
+            for rows in encode_rows(self._model, part.spec, part.frames, self._frames(part, shard, jpegs, commit)):
+                encoded.add(rows)
+                self._tell(Advance(len(rows.row_ids), rows.encode_s))
+                for row in rows.good:
+                    if row in shard.again:
+                        judged[row] = self._writer.submit(self._judge, part, encoded, row, shard.again)
+                for judging in judged.values():
+                    if judging.done():
+                        judging.result()  # raises where the row did not come back
+            report += commit.result()
+            commit = self._writer.submit(self._commit, part, shard, encoded, judged, jpegs)
+        return report + commit.result()
 
-    def _shard(self, begun: _Begun) -> None:
-        """Encode one shard and hand it on. One that another writer has committed meanwhile is theirs."""
-        part = begun.part
-        if part.committed(begun.number):
-            begun.frames.drop()
-            begun.again.drop()
-            return
-        keeping = self._keeper.shard(part, begun.number, begun.again, lambda rows: self._decode(part, rows))
-        pixels = self._pixels.beside(part, begun.number, begun.frames.take)
-        ids = begun.rows["row_id"].to_list()
-        take = keeping.paced(pixels.take)
-        encoded = encode_shard(self._model, part.spec, part.frames, ids, take, keeping.row, self._telling.batch)
-        keeping.finish(encoded, begun.rows, pixels.finish)
+    def _open_shards(self, part: LatentPart, numbers: Iterable[int]) -> Iterator[OpenShard]:
+        """Shards that are not committed; the next one's frames are asked for before this one's are taken."""
+        started = (self._start(part, number) for number in numbers if not part.committed(number))
+        for shard, _ in pairwise(chain(started, [None])):
+            assert shard is not None
+            if part.committed(shard.number):  # by another writer, meanwhile
+                shard.frames.drop()
+                shard.again.drop()
+            else:
+                yield shard
+
+    def _start(self, part: LatentPart, number: int) -> OpenShard:
+        rows = part.rows_of(number)
+        frames = self._decode(part, rows["row_id"].to_list())
+        checked = sampled([row for row in rows["row_id"].to_list() if row in frames], part.frames)
+        return OpenShard(number, rows, frames, self._decode(part, checked))
 
     def _decode(self, part: LatentPart, row_ids: list[bytes]) -> Rows:
-        """Begin to decode these rows in this order, those that no clip wants any more left out."""
-        wanted = pl.DataFrame({"row_id": row_ids}, schema={"row_id": pl.Binary})
-        clips = wanted.join(self._clips, on="row_id", how="inner", maintain_order="left")
+        """Ask for the frames of these rows in this order, without those that no clip wants any more."""
+        asked = pl.DataFrame({"row_id": row_ids}, schema={"row_id": pl.Binary})
+        clips = asked.join(self._clips, on="row_id", how="inner", maintain_order="left")
         return self._decoding.start(clips, part.spec.resolution)
+
+    def _frames(
+        self, part: LatentPart, shard: OpenShard, jpegs: PixelShard | None, before: "Future[Report]"
+    ) -> Iterator[dict[bytes, Seen]]:
+        """Rows of one forward after another; from the AHEAD-th row on, once the shard `before` is committed."""
+        at_once = max(1, self._model.frames_at_once // part.frames)
+        ids = shard.rows["row_id"].to_list()
+        for first in range(0, len(ids), at_once):
+            if first >= AHEAD:
+                before.result()
+            asked = ids[first : first + at_once]
+            found = shard.frames.take(asked)
+            seen = {row: found.get(row, Seen(None, 0.0, NOT_WANTED)) for row in asked}
+            if jpegs is not None:
+                jpegs.add(seen)
+            yield seen
+
+    def _judge(self, part: LatentPart, encoded: EncodedShard, row: bytes, again: Rows) -> tuple[Trip, Shown]:
+        """The round trip of a row; RoundTripError where it fails."""
+        truth = again.take([row])[row]
+        if truth.frames is None:
+            raise RoundTripError(
+                f"row {row.hex()} was decoded once and not again ({truth.reason}): make 'latents' again"
+            )
+        trip, shown = round_trip(self._model, part.spec, row, encoded.of(row), truth.frames)
+        if trip.faults:
+            raise RoundTripError(
+                f"round trip of row {row.hex()} failed, its shard is not committed: {'; '.join(trip.faults)}"
+            )
+        return trip, shown
+
+    def _commit(
+        self,
+        part: LatentPart,
+        shard: OpenShard,
+        encoded: EncodedShard,
+        judged: Mapping[bytes, "Future[tuple[Trip, Shown]]"],
+        jpegs: PixelShard | None,
+    ) -> Report:
+        """Write a shard whose sampled rows came back, then its pixels. Runs on the writer thread."""
+        found = {row: judging.result() for row, judging in judged.items()}
+        shard.again.drop()  # sampled rows that could not be decoded
+        if not found and (others := sampled(encoded.good, part.frames)):
+            again = self._decode(part, others)
+            found = {row: self._judge(part, encoded, row, again) for row in others}
+        psnr_db = {row: trip.psnr_db for row, (trip, _) in found.items()}
+        try:
+            part.write_shard(
+                shard.number, encoded.latents, commit_table(encoded, shard.rows["slot"].to_list(), psnr_db)
+            )
+            report = reported(encoded, found.values())
+        except ConflictError:  # another writer committed it first
+            report = Report()
+        return report + Report(pixels=0 if jpegs is None else jpegs.publish())
 
 
 @contextmanager
 def pipeline(
-    project: Project, batch: str, spec: EncodingSpec, trips: Trips, telling: Telling, device: str, sharers: int = 1
+    project: Project, batch: str, spec: EncodingSpec, device: str, sharers: int, tell: Tell
 ) -> Iterator[Pipeline]:
-    """A pipeline on one device, on one of `sharers` equal shares of this machine's cores. `trips` counts its shards.
+    """A pipeline on one device, on one of `sharers` equal shares of this machine's cores.
 
     Raises RefusedError where the autoencoder's folder does not hold what the spec names.
     """
+    encoding = project.corpus.encoding
     workers, threads = shares(device, sharers)
     with Decoding(workers) as decoding, _torch_threads(threads):
-        model = _loaded(project.corpus.encoding, spec, device)
-        model.when_halved = lambda frames: telling.note(
-            f"the device's memory is full: from now on {frames} frames a batch"
+        model = Autoencoder.load(encoding.autoencoder, device, spec.precision, encoding.batch_frames)
+        if model.digest != spec.autoencoder:
+            raise RefusedError(f"{encoding.autoencoder}: its weights changed since this was planned; ask again")
+        model.when_halved = lambda frames: tell(
+            Advance(note=f"the device's memory is full: from now on {frames} frames a batch")
         )
-        with (
-            PixelWriter(project, batch, pixel_spec(project, spec), workers) as pixels,
-            Keeper(model, trips, threads=workers) as keeper,
-        ):
-            yield Pipeline(model, wanted_clips(project, batch), decoding, keeper, pixels, trips, telling)
-
-
-def _loaded(encoding: EncodingConfig, spec: EncodingSpec, device: str) -> Autoencoder:
-    model = Autoencoder.load(encoding.autoencoder, device, spec.precision, encoding.batch_frames)
-    if model.digest != spec.autoencoder:
-        raise RefusedError(f"{encoding.autoencoder}: its weights were exchanged since this was planned; ask again")
-    return model
+        with PixelWriter(project, batch, pixel_spec(project, spec), workers) as pixels, _writer(workers) as writer:
+            yield Pipeline(model, wanted_clips(project, batch), decoding, pixels, writer, tell)
 
 
 def shares(device: str, sharers: int) -> tuple[int, int]:
     """(decode processes, encoder threads) of one of `sharers` equal shares of this machine's cores.
 
-    An encoder on CPU costs more than decoding (research vae 2, video 3): one core of four decodes, at least one; on a
-    device all but one core do.
+    On CPU an encoder costs more than decoding, so that one core of four decodes, at least one; beside a GPU all but one
+    core decode.
     """
     mine = max(1, available_cores() // sharers)
     workers = max(1, mine // 4 if device == "cpu" else mine - 1)
@@ -144,8 +202,20 @@ def shares(device: str, sharers: int) -> tuple[int, int]:
 
 
 @contextmanager
+def _writer(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """The writer thread. After an error it finishes what it was given; where a person stops the work, it stops too."""
+    writer = ThreadPoolExecutor(1, "writer", initializer=torch.set_num_threads, initargs=(threads,))
+    try:
+        yield writer
+    except BaseException as error:
+        writer.shutdown(cancel_futures=not isinstance(error, Exception))
+        raise
+    writer.shutdown()
+
+
+@contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
-    """Bound torch's threads while decode processes share the cores: two jobs on the same ones spin (research vae 7)."""
+    """Bound torch's threads while decode processes share the cores: threads that outnumber cores spin."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,50 +1,67 @@
-"""What is to be encoded: the encoding spec of a project, and the rows of a batch that its store lacks.
+"""What is to be encoded: the specs of a project, and the rows of a batch that its stores lack.
 
-Holds decisions from tables and commits; decodes nothing, loads no weights and imports no torch, so that `nextvid plan`
-answers at once. Rows wanted are the clips table's rows that are ok and have a use; nothing is ever deleted here.
-
-Which rows lack pixels: the pixel spec of a project, and the clips of a batch that its pixel store does not hold.
-
-The counterpart of plan.py for pixels, under the same rules: rows wanted are those of the clips table that are ok and
-have a use, and what was committed stays. Decodes nothing and imports no torch.
+Reads tables, commits and configuration files; loads no weights and imports no torch, so that `nextvid plan` answers at
+once. Wanted are the rows of the clips table that are ok and have a use. What was committed stays: nothing is deleted
+here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic
 
 import polars as pl
 
 from nextvid.config.accepted import accepted
 from nextvid.config.project import Project
 from nextvid.encode.weights import autoencoder_digest, facts
-from storage.errors import ConfigError, RefusedError
+from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError
 from storage.latents import EncodingSpec, LatentStore
-from storage.pixels import PixelSpec, PixelStore
+from storage.part import Part, S
+from storage.pixels import PixelSpec
 from storage.schemas import Clips
+from storage.store import Store
 from storage.tables import read_table
 
 
 @dataclass(frozen=True)
-class EncodePlan:
-    """One batch under one spec. `rows` are clips to encode with the column `why`, in the order of their slots."""
+class BatchPlan(Generic[S]):
+    """One batch in the store of one spec.
+
+    Both tables of commits have the columns of the store's schema and batch, frames, part, shard.
+    """
 
     batch: str
-    spec: EncodingSpec
-    rows: pl.DataFrame
-    kept: int  # wanted rows that are committed
-    orphaned: tuple[bytes, ...]  # committed rows that no clip wants: reported, never deleted
+    spec: S
+    rows: pl.DataFrame  # wanted clips that the store lacks, with the column `why`, in the order of their slots
+    commits: pl.DataFrame  # of wanted rows
+    orphans: pl.DataFrame  # commits of rows that no clip wants any more: reported, never deleted
 
     @property
     def by_frames(self) -> Mapping[int, pl.DataFrame]:
-        """Rows to encode by stored frames, ascending."""
+        """Missing rows by stored frames, ascending."""
         lengths = self.rows["frames"].unique().sort().to_list()
         return {frames: self.rows.filter(pl.col("frames") == frames) for frames in lengths}
 
     @property
     def reasons(self) -> Mapping[str, int]:
-        """How many rows are to be encoded for each reason."""
+        """How many rows are missing for each reason."""
         counts = self.rows.group_by("why").len().sort("why")
         return dict(zip(counts["why"].to_list(), counts["len"].to_list(), strict=True))
+
+    @property
+    def good(self) -> pl.DataFrame:
+        """Commits of wanted rows that did not fail."""
+        return self.commits.filter(pl.col("status") == "ok")
+
+    @property
+    def kept(self) -> int:
+        """How many wanted rows are stored."""
+        return self.good.height
+
+    @property
+    def orphaned(self) -> tuple[bytes, ...]:
+        """Stored rows that no clip wants."""
+        return tuple(self.orphans.filter(pl.col("status") == "ok")["row_id"].to_list())
 
 
 def encoding_spec(project: Project) -> EncodingSpec:
@@ -75,83 +92,80 @@ def encoding_spec(project: Project) -> EncodingSpec:
 
 
 def spec_in_force(project: Project) -> EncodingSpec:
-    """The accepted spec where there is one, else that of corpus.yaml (design 4: `reencode: ask` goes on with the old).
+    """The accepted spec where there is one, else that of corpus.yaml.
 
     Raises RefusedError where the accepted spec names an autoencoder that corpus.yaml no longer points at.
     """
     asked = encoding_spec(project)
-    stands = accepted(project)
-    if stands is None or stands.encoding == asked.digest():
+    current = accepted(project)
+    if current is None or current.encoding == asked.digest():
         return asked
-    spec = LatentStore.open(project.root, stands.encoding).spec
+    spec = LatentStore.open(project.root, current.encoding).spec
     if spec.autoencoder != asked.autoencoder:
         raise RefusedError(
-            f"the encoding in force ({stands.encoding}) was made with autoencoder {spec.autoencoder}, but "
+            f"the accepted encoding ({current.encoding}) was made with autoencoder {spec.autoencoder}, but "
             f"{project.corpus.encoding.autoencoder} holds {asked.autoencoder}: put the old weights back, or accept the "
             "new ones with 'nextvid plan --accept'"
         )
     return spec
 
 
-def plan_encode(project: Project, batch: str, spec: EncodingSpec | None = None) -> EncodePlan:
-    """Rows of a batch that a store lacks, that of the spec in force unless told, and why.
+def pixel_spec(project: Project, encoding: EncodingSpec) -> PixelSpec | None:
+    """The spec of pixels beside latents of this encoding: the same frames, as corpus.yaml says; None without them."""
+    asked = project.corpus.encoding.pixels
+    return None if asked is None else PixelSpec(encoding.resolution, encoding.resize, asked.quality, asked.subsampling)
 
-    Raises UpstreamError without clips.
-    """
-    spec = spec or spec_in_force(project)
-    clips = wanted_clips(project, batch)
-    store = LatentStore(project.root, spec)
-    commits = store.commits(batch)
-    done = commits.filter(pl.col("status") == "ok")
-    missing = clips.join(done, on="row_id", how="anti")
-    known_media = clips.join(done, on="row_id", how="semi")["media_id"].unique()
+
+def plan_encode(project: Project, batch: str, spec: EncodingSpec | None = None) -> BatchPlan[EncodingSpec]:
+    """Rows of a batch without latents in a spec, the accepted one unless told. Raises UpstreamError without clips."""
+    return plan_batch(project, batch, LatentStore(project.root, spec or spec_in_force(project)))
+
+
+def plan_batch(project: Project, batch: str, store: Store[S]) -> BatchPlan[S]:
+    """Rows of a batch that a store lacks, and why. Raises UpstreamError without clips."""
+    clips, every = wanted_clips(project, batch), store.commits(batch)
+    commits = every.join(clips, on="row_id", how="semi")
+    good = every.filter(pl.col("status") == "ok")
+    missing = clips.join(good, on="row_id", how="anti")
+    known_media = clips.join(good, on="row_id", how="semi")["media_id"].unique()
     why = (
         pl.when(pl.col("row_id").is_in(commits["row_id"].implode()))
         .then(pl.lit("failed before"))
         .when(pl.col("media_id").is_in(known_media.implode()))
         .then(pl.lit("new view"))
-        .otherwise(pl.lit("new file" if done.height else "new encoding"))
+        .otherwise(pl.lit("new file" if good.height else "new encoding"))
     )
-    # rows of a file stand side by side, so that one pass over the file serves one shard, rarely two
+    # rows of a file are neighbours, so that one pass over the file serves one shard, rarely two
     ordered = missing.with_columns(why=why).sort("uri", "media_id", "times_us", "view_index", "row_id")
-    orphaned = done.join(clips, on="row_id", how="anti")["row_id"].to_list()
-    return EncodePlan(batch, spec, ordered, clips.height - missing.height, tuple(orphaned))
+    return BatchPlan(batch, store.spec, ordered, commits, every.join(clips, on="row_id", how="anti"))
 
 
 def wanted_clips(project: Project, batch: str) -> pl.DataFrame:
-    """Rows of the clips table that the store should hold."""
+    """Rows of the clips table that the stores should hold."""
     clips = read_table(project.root.table("clips", batch), Clips)
     return clips.filter((pl.col("status") == "ok") & (pl.col("uses").list.len() > 0))
 
 
-@dataclass(frozen=True)
-class PixelPlan:
-    """One batch under one pixel spec. `rows` are clips without pixels, in the order of their slots."""
+def open_parts(
+    store: Store[S], batch: str, lengths: Iterable[int], missing: Callable[[int], list[bytes]]
+) -> Iterator[Part[S]]:
+    """Parts with shards to write, for each clip length in frames: the unfinished ones, then new ones for missing rows.
 
-    batch: str
-    spec: PixelSpec
-    rows: pl.DataFrame
-    commits: pl.DataFrame  # of wanted rows: columns of PixelCommits, batch, frames, part, shard
-
-    @property
-    def by_frames(self) -> Mapping[int, pl.DataFrame]:
-        """Rows without pixels by stored frames, ascending."""
-        lengths = self.rows["frames"].unique().sort().to_list()
-        return {frames: self.rows.filter(pl.col("frames") == frames) for frames in lengths}
-
-
-def pixel_spec(project: Project, encoding: EncodingSpec) -> PixelSpec | None:
-    """The spec of pixels beside latents of this encoding: the same frames, as corpus.yaml says; None without them."""
-    asked = project.corpus.encoding.pixels
-    if asked is None:
-        return None
-    return PixelSpec(encoding.resolution, encoding.resize, asked.quality, asked.subsampling)
-
-
-def plan_pixels(project: Project, batch: str, spec: PixelSpec) -> PixelPlan:
-    """Rows of a batch that the store of this spec lacks. Raises UpstreamError without clips."""
-    clips = wanted_clips(project, batch)
-    commits = PixelStore(project.root, spec).commits(batch).join(clips.select("row_id"), on="row_id", how="semi")
-    missing = clips.join(commits.filter(pl.col("status") == "ok"), on="row_id", how="anti")
-    ordered = missing.sort("uri", "media_id", "times_us", "view_index", "row_id")  # as plan.py: a file in one piece
-    return PixelPlan(batch, spec, ordered, commits)
+    `missing` gives the ids of a length's missing rows. The caller writes all shards of a part before it asks for the
+    next. Raises DamagedError where a shard of it can never be committed.
+    """
+    for frames in lengths:
+        while True:
+            part, known = store.unfinished(batch, frames), store.parts(batch, frames)
+            if part is None:
+                if not (ids := missing(frames)):
+                    break
+                try:
+                    part = store.plan_part(batch, frames, ids)
+                except ConflictError:
+                    if store.parts(batch, frames) == known:
+                        raise  # something other than a part has its name
+                    continue  # another process planned it first: help with theirs
+            yield part
+            if left := sorted(set(range(part.shards)) - set(part.committed_shards())):
+                raise DamagedError(f"{part.commit_path(left[0])} is not a file: remove it and make 'latents' again")

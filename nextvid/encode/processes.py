@@ -1,15 +1,13 @@
-"""Several devices on one machine: a process each, and every part's shards dealt out among them.
+"""Several devices on one machine: a process each, and the shards of every part dealt out among them.
 
-Holds the processes and what they tell their parent; what each does is the pipeline of one device. Nothing else is
-shared: shards are written once each, whoever asks for one, so a process that dies costs what it had in hand and the
-next call finishes it. Processes end with their parent, however that ends.
+Shards are written once each, so a process that dies costs what it was working on, and the next call finishes that.
+Processes end with their parent, however it ends.
 """
 
-import copy
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -21,20 +19,18 @@ import torch
 
 from nextvid.config.corpus import EncodingConfig
 from nextvid.config.project import Project
-from nextvid.encode.checks import Trips
-from nextvid.encode.pipeline import Pipeline, Telling, pipeline
-from nextvid.encode.shard import Batch
+from nextvid.encode.checks import Report
+from nextvid.encode.pipeline import Advance, Pipeline, Tell, pipeline
 from nextvid.machine import die_with
 from nextvid.video.sandbox import Spawn
 from storage.errors import ConfigError, StoreError
-from storage.latents import EncodingSpec, LatentPart, LatentStore
+from storage.latents import EncodingSpec, LatentStore, LatentPart
 
-Encode = Callable[[LatentPart], None]
-Told = Batch | str | None  # a batch, a note, or the end
+Encode = Callable[[LatentPart], Report]
 
 
 class Share(NamedTuple):
-    """What one process needs to know."""
+    """What a process needs to know of the work."""
 
     project: Project
     batch: str
@@ -57,72 +53,70 @@ def devices(encoding: EncodingConfig) -> list[str]:
 
 
 @contextmanager
-def encoding_on(names: Sequence[str], share: Share, trips: Trips, telling: Telling) -> Iterator[Encode]:
-    """Give a function that encodes a part's open shards on these devices; `trips` counts all of them."""
+def encoding_on(names: Sequence[str], share: Share, tell: Tell) -> Iterator[Encode]:
+    """Give a function that encodes a part's open shards on these devices."""
     if len(names) == 1:
-        with pipeline(*share, trips, telling, names[0]) as one:
+        with pipeline(*share, names[0], 1, tell) as one:
             yield lambda part: one.encode(part, range(part.shards))
         return
     context = Spawn()
-    free, told = context.SimpleQueue(), context.SimpleQueue()
-    for name in names:
-        free.put(name)
-    listener = threading.Thread(target=_listen, args=(told, telling), name="telling")
+    told = context.SimpleQueue()
+
+    def listen() -> None:
+        for advance in iter(told.get, None):
+            tell(advance)
+
+    listener = threading.Thread(target=listen, name="telling")
     listener.start()
     try:
-        with ProcessPoolExecutor(len(names), context, _open, (share, free, told, os.getpid(), len(names))) as pool:
-            yield lambda part: _deal(pool, part, len(names), trips)
+        with ExitStack() as stack:
+            pools = [
+                stack.enter_context(
+                    ProcessPoolExecutor(1, context, _begin, (share, name, len(names), told, os.getpid()))
+                )
+                for name in names
+            ]
+            yield lambda part: _dealt(pools, part)
     finally:
         told.put(None)
         listener.join()
 
 
-def _deal(pool: ProcessPoolExecutor, part: LatentPart, processes: int, trips: Trips) -> None:
+def _dealt(pools: Sequence[ProcessPoolExecutor], part: LatentPart) -> Report:
     """Encode a part: every process its share. Raises what one of them raised, once all have stopped."""
     shards = [number for number in range(part.shards) if not part.committed(number)]
-    hands = [shards[first::processes] for first in range(processes)]
-    running = [pool.submit(_encode, part.frames, part.number, hand) for hand in hands if hand]
-    errors = []
+    running: list[Future[Report]] = [
+        pool.submit(_encode, part.frames, part.number, shards[first :: len(pools)])
+        for first, pool in enumerate(pools[: len(shards)])
+    ]
+    report, errors = Report(), list[StoreError]()
     for future in running:
         try:
-            trips.join(future.result())
+            report += future.result()
         except BrokenProcessPool as error:
             raise StoreError(
-                f"a process that encoded {part.batch} died ({error}); what it committed stands: make 'latents' again"
+                f"a process that encoded {part.batch} died ({error}); what it committed is kept: make 'latents' again"
             ) from error
         except StoreError as error:
             errors.append(error)
     if errors:
         raise errors[0]
+    return report
 
 
 # What follows runs in the processes.
 
 _STACK = ExitStack()
-_OPENED: list[tuple[Share, Callable[[], Pipeline]]] = []
-_TRIPS = Trips()
+_BEGUN: list[tuple[Share, Callable[[], Pipeline]]] = []
 
 
-def _open(share: Share, free: "Queue[str]", told: "Queue[Told]", parent: int, sharers: int) -> None:
-    """Once a process: what the first share of a part needs. Loading waits for it, since errors are told from there."""
+def _begin(share: Share, device: str, sharers: int, told: "Queue[Advance | None]", parent: int) -> None:
+    """Once a process. The pipeline is opened by the first share of a part, so that its errors are raised there."""
     die_with(parent)
     Finalize(None, _STACK.close, exitpriority=0)  # processes of multiprocessing end without atexit
-    telling = Telling(told.put, told.put)
-    device = free.get()
-    mine = cache(lambda: _STACK.enter_context(pipeline(*share, _TRIPS, telling, device, sharers)))
-    _OPENED.append((share, mine))
+    _BEGUN.append((share, cache(lambda: _STACK.enter_context(pipeline(*share, device, sharers, told.put)))))
 
 
-def _encode(frames: int, number: int, shards: list[int]) -> Trips:
-    share, mine = _OPENED[0]
-    _TRIPS.clear()
-    mine().encode(LatentStore(share.project.root, share.spec).part(share.batch, frames, number), shards)
-    return copy.deepcopy(_TRIPS)  # it is pickled later, by another thread
-
-
-def _listen(told: "Queue[Told]", telling: Telling) -> None:
-    while (what := told.get()) is not None:
-        if isinstance(what, str):
-            telling.note(what)
-        else:
-            telling.batch(what)
+def _encode(frames: int, number: int, shards: list[int]) -> Report:
+    share, mine = _BEGUN[0]
+    return mine().encode(LatentStore(share.project.root, share.spec).part(share.batch, frames, number), shards)

@@ -13,10 +13,11 @@ import polars as pl
 from nextvid.config.accepted import Accepted, accepted, standing
 from nextvid.config.project import Project
 from nextvid.corpus.batches import dataset_of
-from nextvid.encode.plan import EncodePlan, encoding_spec, pixel_spec, plan_encode, plan_pixels, spec_in_force
+from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch, plan_encode, spec_in_force
 from nextvid.planning.acceptance import others, outdated
 from nextvid.planning.waiting import curation_of
 from storage.latents import EncodingSpec, LatentStore
+from storage.pixels import PixelStore
 
 RATE_BATCHES = 3  # of a dataset: every step asks, so that it must not read the whole store
 
@@ -153,11 +154,11 @@ def rates(store: LatentStore) -> dict[int, Rate]:
     return found
 
 
-def _cost(project: Project, plan: EncodePlan, known: Mapping[int, Rate]) -> Cost:
+def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, Rate]) -> Cost:
     rows = {frames: table.height for frames, table in plan.by_frames.items()}
     unmeasured = tuple(frames for frames in rows if frames not in known)
     pixels = pixel_spec(project, plan.spec)
-    bare = plan_pixels(project, plan.batch, pixels).rows if pixels else plan.rows.clear()
+    bare = plan_batch(project, plan.batch, PixelStore(project.root, pixels)).rows if pixels else plan.rows.clear()
     alone = bare.join(plan.rows, on="row_id", how="anti").group_by("frames").len().rows()
     return Cost(
         batch=plan.batch,

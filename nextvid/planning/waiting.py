@@ -15,7 +15,7 @@ from nextvid.config.project import Project
 from nextvid.corpus.batches import dataset_of
 from nextvid.corpus.labels import label_digests
 from nextvid.corpus.sources import batch_fingerprint, known_sources
-from nextvid.encode.plan import encoding_spec, pixel_spec, plan_encode, plan_pixels
+from nextvid.encode.plan import encoding_spec, pixel_spec, plan_batch
 from storage.latents import EncodingSpec, LatentStore
 from storage.pixels import PixelSpec, PixelStore
 from storage.remote import at_once
@@ -45,19 +45,17 @@ class Standard:
 
     def not_encoded(self, batch: str) -> int:
         """How many rows that the batch's clips want have no latents."""
-        store = LatentStore(self.project.root, self.spec)
-        return self._missing(batch, store, lambda: plan_encode(self.project, batch, self.spec).rows)
+        return self._missing(batch, LatentStore(self.project.root, self.spec))
 
     def without_pixels(self, batch: str) -> int:
         """How many rows have no pixels, where pixels are kept."""
-        if (spec := self.pixels) is None:
-            return 0
-        store = PixelStore(self.project.root, spec)
-        return self._missing(batch, store, lambda: plan_pixels(self.project, batch, spec).rows)
+        return 0 if self.pixels is None else self._missing(batch, PixelStore(self.project.root, self.pixels))
 
-    def _missing(self, batch: str, store: LatentStore | PixelStore, rows: Callable[[], pl.DataFrame]) -> int:
+    def _missing(self, batch: str, store: LatentStore | PixelStore) -> int:
         tables = [self.project.root.table("clips", batch), *store.table_paths(batch)]
-        return _remembered(tables, (store.noun, store.digest), lambda: rows().height)
+        return _remembered(
+            tables, (store.noun, store.digest), lambda: plan_batch(self.project, batch, store).rows.height
+        )
 
     def key(self, batch: str) -> str:
         """The same batch, listing, curation, encoding and pixels have the same key."""

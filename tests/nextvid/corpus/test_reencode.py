@@ -24,8 +24,8 @@ from nextvid.config.datasets import ClipPolicy
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.shots import make_shots
-from nextvid.encode.plan import EncodePlan, encoding_spec, plan_encode, wanted_clips
-from storage.latents import LatentStore
+from nextvid.encode.plan import BatchPlan, encoding_spec, plan_encode, wanted_clips
+from storage.latents import EncodingSpec, LatentStore
 from storage.schemas import Commits
 from tests.nextvid.corpus.conftest import Made
 
@@ -124,7 +124,7 @@ def put(path: str, value: Any) -> Change:
     return change
 
 
-def refuse_others(project: Project, batch: str, wanted: pl.Expr) -> EncodePlan:
+def refuse_others(project: Project, batch: str, wanted: pl.Expr) -> BatchPlan[EncodingSpec]:
     """The plan encodes exactly the wanted rows of the new clips table and keeps every other one."""
     plan, clips = plan_encode(project, batch, encoding_spec(project)), wanted_clips(project, batch)
     expected = clips.filter(wanted)

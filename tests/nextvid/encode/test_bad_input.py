@@ -15,7 +15,7 @@ from nextvid.config.project import Project
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import plan_encode, spec_in_force
 from storage import atomic
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DamagedError
 from storage.latents import LatentStore
 from tests.nextvid.encode.small_corpus import clip_row, films, publish_clips, write_corpus
 
@@ -126,4 +126,20 @@ def test_a_full_disk_leaves_no_shard_and_the_next_call_goes_on(
     assert set(store.commits(FILMS)["shard"]) in ({0, 1}, {0, 1, 3})  # whole ones; the fourth was at the door
     assert not list(Path(project.root.url).rglob(f"*{atomic.SUFFIX}"))
     assert store.verify(FILMS) == []
+    assert make_latents(project, FILMS).rows == 24
+
+
+@pytest.mark.parametrize("noun", ["latents", "pixels"])
+def test_a_folder_with_a_commits_name_is_one_clear_error(
+    tmp_path: Path, cosine_autoencoder: Path, small_shards: None, noun: str
+) -> None:
+    """Nothing can be committed under that name, so that the part stays unfinished whatever is encoded."""
+    project = begin(tmp_path, cosine_autoencoder, pixels={"quality": 90})
+    make_latents(project, FILMS)
+    (commit,) = Path(project.root.url, noun).rglob("commits/000001.parquet")
+    commit.unlink()
+    commit.mkdir()
+    with pytest.raises(DamagedError, match=r"000001\.parquet is not a file: remove it"):
+        make_latents(project, FILMS)
+    commit.rmdir()
     assert make_latents(project, FILMS).rows == 24

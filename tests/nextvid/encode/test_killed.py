@@ -27,17 +27,18 @@ STEPS = 8  # the spec, the part with its plan, and of three shards the file and 
 CHILD = f"""
 import os, signal, sys, time
 from storage import part, shard
-from nextvid.encode import committer
+from nextvid.encode import pipeline
 part.ROWS_PER_SHARD = shard.ROWS_PER_SHARD = {SHARD}
 shard.INDEX_BYTES = 16 * {SHARD} + 4
-committer.AHEAD = {AHEAD}
-paced = committer.Keeping.paced
-def dotted(self, take):
-    def taken(rows):
-        os.write(1, b"." * len(rows))
-        return take(rows)
-    return paced(self, taken)
-committer.Keeping.paced = dotted
+pipeline.AHEAD = {AHEAD}
+encode = pipeline.encode_rows
+def dotted(model, spec, frames, forwards):
+    def begun():
+        for seen in forwards:
+            os.write(1, b"." * len(seen))
+            yield seen
+    return encode(model, spec, frames, begun())
+pipeline.encode_rows = dotted
 corpus, wanted, when = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 step = 0
 def dying(publish):

@@ -10,8 +10,8 @@ from PIL import Image
 
 from nextvid.config.project import Project
 from nextvid.encode import decode_task, shard
-from nextvid.encode.autoencoders import Autoencoder, Running
-from nextvid.encode.checks import ledger
+from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.checks import shard_costs
 from nextvid.encode.decode_task import CropBox
 from nextvid.encode.frames import Seen
 from nextvid.encode.latent_stats import moments
@@ -134,7 +134,7 @@ class TestEncode:
         outcome = make_latents(project, FILMS)
         spec = spec_in_force(project)
         commits = LatentStore(project.root, spec).commits(FILMS)
-        spent = ledger(commits, spec)
+        spent = shard_costs(commits, spec)
         assert spent["rows"].to_list() == [4, 4, 4]
         assert spent["stored_bytes"].to_list() == [4 * spec.row_bytes(F)] * 3
         for name in ("decode_s", "encode_s"):
@@ -199,8 +199,8 @@ class TestEncode:
         ids = pl.read_parquet(made.root.table("clips", STILLS))["row_id"].to_list()
         views = {row: Seen(texture(i, 1), 0.0) for i, row in enumerate(ids)}
         model = Autoencoder.load(random_autoencoder, precision="bf16")
-        one = shard.encode_shard(model, spec, 1, ids, lambda some: views)
-        other = shard.encode_shard(model, spec, 1, ids[::-1], lambda some: views)
+        (one,) = shard.encode_rows(model, spec, 1, [views])
+        (other,) = shard.encode_rows(model, spec, 1, [dict(reversed(views.items()))])
         mean = model.encode(views[ids[0]].frames).latents  # type: ignore[arg-type]
         assert one.posterior_std[0] is not None
         # the noise belongs to the row, not to its place in the batch
@@ -287,17 +287,15 @@ class TestUnstorable:
     ) -> None:
         """One row of the second shard: the first stands, nothing of the second does, and mending goes on from there."""
         bad = plan_encode(project, FILMS).rows["row_id"][6]
-        add = shard.EncodedShard.add
+        judge = shard.unstorable
 
-        def broken(self: shard.EncodedShard, seen: list[Seen], running: Running) -> Any:
-            encoded = running.result()
-            if bad in self.row_ids:
-                encoded.latents[self.row_ids.index(bad)] = value
-            monkeypatch.setattr(running, "result", lambda: encoded)
-            return add(self, seen, running)
+        def broken(row: bytes, seen: Seen, latents: np.ndarray) -> str | None:
+            if row == bad:
+                latents[:] = value
+            return judge(row, seen, latents)
 
         with monkeypatch.context() as patched:
-            patched.setattr(shard.EncodedShard, "add", broken)
+            patched.setattr(shard, "unstorable", broken)
             with pytest.raises(shard.UnstorableError, match=bad.hex()):
                 make_latents(project, FILMS)
         spec = spec_in_force(project)

@@ -1,5 +1,6 @@
 """Pixels beside latents: the frames that were encoded, in the same pass or added later, and what cannot go wrong."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from nextvid.config.project import Project, open_project
 from nextvid.encode import pixels as writer
 from nextvid.encode.frames import Decoding, Seen
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import PixelPlan, pixel_spec, plan_pixels, spec_in_force
-from nextvid.encode.roundtrip import psnr
+from nextvid.encode.plan import BatchPlan, pixel_spec, plan_batch, spec_in_force
+from nextvid.encode.roundtrip import psnr_db
 from nextvid.making.outcome import Check, Outcome
 from nextvid.planning.costs import forecast
 from nextvid.planning.waiting import standard, unfinished
@@ -21,7 +22,7 @@ from nextvid.video.decode import frames_at
 from storage.errors import ConfigError, ConflictError
 from storage.latents import LatentStore
 from storage.pixel_reader import read_clip
-from storage.pixels import PixelFormat, PixelPart, PixelStore
+from storage.pixels import PixelFormat, PixelPart, PixelSpec, PixelStore
 from storage.shard import ROWS_PER_SHARD
 from tests.nextvid.encode.small_corpus import FILMS, STILLS, begin, clip_row, films, publish_clips, write_corpus
 
@@ -46,10 +47,10 @@ def with_pixels(project: Project) -> Project:
     return open_project(project.path)
 
 
-def planned(project: Project, batch: str = FILMS) -> PixelPlan:
+def planned(project: Project, batch: str = FILMS) -> BatchPlan[PixelSpec]:
     spec = pixel_spec(project, spec_in_force(project))
     assert spec is not None
-    return plan_pixels(project, batch, spec)
+    return plan_batch(project, batch, PixelStore(project.root, spec))
 
 
 def store_of(project: Project) -> PixelStore:
@@ -104,7 +105,7 @@ class TestSamePass:
         for row in clips.iter_rows(named=True):
             true = expected(project, row)
             for frame, wanted in zip(held[row["row_id"]], true, strict=True):
-                assert psnr(frame, wanted) > 40
+                assert psnr_db(frame, wanted) > 40
         latents = LatentStore(project.root, spec_in_force(project))
         assert store_of(project).commits(FILMS)["row_id"].to_list() == latents.commits(FILMS)["row_id"].to_list()
         assert store_of(project).verify() == []
@@ -123,7 +124,7 @@ class TestSamePass:
         }
         sampled = commits.drop_nulls("psnr_db")
         assert set(sampled["row_id"]) == set(sorted(clips)[: writer.MEASURED])
-        by_hand = [psnr(held[row], expected(project, clips[row])) for row in sampled["row_id"]]
+        by_hand = [psnr_db(held[row], expected(project, clips[row])) for row in sampled["row_id"]]
         np.testing.assert_allclose(sampled["psnr_db"], by_hand, rtol=1e-5)
         numbers = check.numbers
         assert numbers["psnr_mean_db"] == pytest.approx(np.mean(by_hand), rel=1e-5)
@@ -274,12 +275,12 @@ class TestShard:
         part = store.plan_part(FILMS, 4, ids)
         frames = np.zeros((4, 64, 64, 3), np.uint8)
         most = 0
-        with writer.PixelWriter(project, FILMS, spec, 1) as pixels:
-            shard = writer.PixelShard(pixels, part, 0, lambda rows: {row: Seen(frames, 0.0) for row in rows})
+        with ThreadPoolExecutor(1) as threads:
+            shard = writer.PixelShard(part, 0, threads)
             for row in ids:
-                shard.take([row])
+                shard.add({row: Seen(frames, 0.0)})
                 most = max(most, sum(not future.done() for future in shard._coming.values()))
-            shard.finish()
+            assert shard.publish() == len(ids)
         assert most <= 2
         assert store.commits(FILMS)["status"].to_list() == ["ok"] * 40
 
@@ -288,12 +289,10 @@ class TestShard:
         store = PixelStore(project.root, spec)
         store.create()
         part = store.plan_part(FILMS, 4, [bytes(16), b"1" * 16])
-        with writer.PixelWriter(project, FILMS, spec, 1) as pixels:
-            shard = writer.PixelShard(
-                pixels, part, 0, lambda rows: {bytes(16): Seen(np.zeros((4, 64, 64, 3), "u1"), 0.0)}
-            )
-            shard.take([bytes(16), b"1" * 16])
-            shard.finish()
+        with ThreadPoolExecutor(1) as threads:
+            shard = writer.PixelShard(part, 0, threads)
+            shard.add({bytes(16): Seen(np.zeros((4, 64, 64, 3), "u1"), 0.0), b"1" * 16: Seen(None, 0.0, "not_wanted")})
+            assert shard.publish() == 2
         assert store.commits(FILMS).select("status", "reason").rows() == [("ok", None), ("rejected", "not_wanted")]
         assert ROWS_PER_SHARD == 256
 

@@ -15,7 +15,7 @@ from nextvid.encode.roundtrip import (
     Trip,
     error_bound,
     judge,
-    psnr,
+    psnr_db,
     sampled,
     window,
 )
@@ -134,7 +134,7 @@ def test_a_fade_is_not_taken_for_a_slip() -> None:
     truth = (128 + fade * picture).clip(0, 255).astype(np.uint8)
     paler = (128 + 0.85 * fade * picture + noise).clip(0, 255).astype(np.uint8)
     stored = np.zeros((8, 1, 1, 1), np.float32)
-    assert psnr(paler[:-1], truth[1:]) - psnr(paler[:-1], truth[:-1]) > LOSS_DB
+    assert psnr_db(paler[:-1], truth[1:]) - psnr_db(paler[:-1], truth[:-1]) > LOSS_DB
     verdict = judge(stored, stored, paler, truth, BOUND)
     assert verdict.faults == ()
     assert "frames one later" in verdict.undecidable
@@ -162,8 +162,8 @@ def test_bound_leaves_room_for_its_storage_and_no_more(storage: str, bits: int) 
 
 def test_psnr_is_the_textbook_value() -> None:
     a = np.zeros((4, 4), np.uint8)
-    assert psnr(a, a) == PSNR_CEILING_DB
-    assert psnr(a, a + 5) == pytest.approx(20 * np.log10(255 / 5))
+    assert psnr_db(a, a) == PSNR_CEILING_DB
+    assert psnr_db(a, a + 5) == pytest.approx(20 * np.log10(255 / 5))
 
 
 def test_sampled_rows_depend_on_ids_alone() -> None:

@@ -1,6 +1,6 @@
 """One shard: batches follow from the plan alone, one is gathered while another runs, and failures keep their place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from nextvid.encode.autoencoders import Autoencoder, Running
 from nextvid.encode.frames import Seen
-from nextvid.encode.shard import NOT_WANTED, Batch, EncodedShard, commit_table, encode_shard
+from nextvid.encode.shard import NOT_WANTED, EncodedShard, commit_table, encode_rows
 from storage.latents import EncodingSpec
 from storage.schemas import Commits
 from tests.nextvid.encode.small_corpus import texture
@@ -35,7 +35,18 @@ def views() -> dict[bytes, Seen]:
 
 
 def run(model: Autoencoder, seen: Mapping[bytes, Seen], posterior: str = "mean") -> EncodedShard:
-    return encode_shard(model, spec_of(model, posterior), F, IDS, lambda some: {r: seen[r] for r in some if r in seen})
+    spec = spec_of(model, posterior)
+    shard = EncodedShard.empty(spec, F, IDS)
+    for rows in encode_rows(model, spec, F, forwards(seen, [])):
+        shard.add(rows)
+    return shard
+
+
+def forwards(seen: Mapping[bytes, Seen], events: list[str]) -> Iterator[dict[bytes, Seen]]:
+    """Two rows a forward, as many as the model takes at once."""
+    for first in range(0, len(IDS), 2):
+        events.append("gather")
+        yield {row: seen.get(row, Seen(None, 0.0, NOT_WANTED)) for row in IDS[first : first + 2]}
 
 
 def test_rows_are_those_of_each_row_alone(model: Autoencoder) -> None:
@@ -72,9 +83,7 @@ def test_a_failed_row_changes_no_bit_of_another(model: Autoencoder) -> None:
     Commits.validate(table.with_columns(crc32c=0), cast=True)
 
 
-def test_batches_are_cut_in_slot_order_and_gathered_one_ahead(
-    model: Autoencoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_forward_is_gathered_while_one_runs(model: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     start, result = Autoencoder.start, Running.result
 
@@ -88,18 +97,10 @@ def test_batches_are_cut_in_slot_order_and_gathered_one_ahead(
 
     monkeypatch.setattr(Autoencoder, "start", starting)
     monkeypatch.setattr(Running, "result", resulting)
-    seen, told, rows = views(), list[Batch](), list[bytes]()
-    asked: list[list[bytes]] = []
-
-    def take(some: list[bytes]) -> Mapping[bytes, Seen]:
-        asked.append(some)
-        return seen
-
-    encode_shard(model, spec_of(model), F, IDS, take, lambda row, latents: rows.append(row), told.append)
-    assert asked == [IDS[:2], IDS[2:4], IDS[4:6], IDS[6:]]
-    assert events == ["start 2", "start 2", "result", "start 2", "result", "start 1", "result", "result"]
-    assert rows == IDS
-    assert [batch.rows for batch in told] == [2, 2, 2, 1]
+    done = [rows.row_ids for rows in encode_rows(model, spec_of(model), F, forwards(views(), events))]
+    assert done == [IDS[:2], IDS[2:4], IDS[4:6], IDS[6:]]
+    assert events[:6] == ["gather", "start 2", "gather", "start 2", "result", "gather"]
+    assert events[6:] == ["start 2", "result", "gather", "start 1", "result", "result"]
 
 
 class TestMemory:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,30 +53,27 @@ def _crop(views: list[np.ndarray]) -> list[np.ndarray]:
 
 
 Views = list[np.ndarray]
+Rows = Mapping[bytes, Seen]  # of one forward
 
 
 def _frames_slip(slip: Callable[[Views], Views]) -> Callable[..., Any]:
     """An encoder that is given other frames than those of its rows."""
 
-    def slipped(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
-        def wrong(some: list[bytes]) -> dict[bytes, Seen]:
-            seen = take(some)
-            views = slip([view for row in some if (view := seen[row].frames) is not None])
-            return {row: Seen(view, 0.0) for row, view in zip(some, views, strict=True)}
+    def slipped(model: Autoencoder, spec: Any, frames: int, forwards: Iterable[Rows]) -> Any:
+        def wrong() -> Iterator[Rows]:
+            for seen in forwards:
+                views = slip([one.frames for one in seen.values() if one.frames is not None])
+                yield {row: Seen(view, 0.0) for row, view in zip(seen, views, strict=True)}
 
-        return shard.encode_shard(model, spec, frames, ids, wrong, *rest)
+        return shard.encode_rows(model, spec, frames, wrong())
 
     return slipped
 
 
-def _channels(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
+def _channels(model: Autoencoder, spec: Any, frames: int, forwards: Iterable[Rows]) -> Any:
     """An encoder whose latents lose the order of their channels on the way to the store."""
-    on_row, on_batch = rest
-    done = shard.encode_shard(
-        model, spec, frames, ids, take, lambda row, latents: on_row(row, latents[:, ::-1]), on_batch
-    )
-    done.latents[:] = done.latents[:, :, ::-1].copy()
-    return done
+    for rows in shard.encode_rows(model, spec, frames, forwards):
+        yield rows._replace(latents=rows.latents[:, :, ::-1])
 
 
 class TestRoundTrip:
@@ -94,7 +91,7 @@ class TestRoundTrip:
     def test_shard_made_from_wrong_frames_is_refused(
         self, project: Project, monkeypatch: pytest.MonkeyPatch, slip: Callable[..., Any]
     ) -> None:
-        monkeypatch.setattr(piping, "encode_shard", slip)
+        monkeypatch.setattr(piping, "encode_rows", slip)
         with pytest.raises(StoreError, match="round trip"):
             make_latents(project, FILMS)
         spec = spec_in_force(project)
@@ -113,7 +110,7 @@ class TestRoundTrip:
         def silent(*_: Any) -> Any:
             raise StoreError("s3://bucket: 6 tries failed")
 
-        monkeypatch.setattr(piping, "encode_shard", silent)
+        monkeypatch.setattr(piping, "encode_rows", silent)
         with pytest.raises(StoreError, match="6 tries failed"):
             make_latents(project, FILMS)
         assert read_checks(project.root.latents_checks(spec_in_force(project).digest(), FILMS)) is None
@@ -123,17 +120,17 @@ class TestRoundTrip:
     ) -> None:
         sampled = min(pl.read_parquet(project.root.table("clips", FILMS))["row_id"])
 
-        def swapped(model: Autoencoder, spec: Any, frames: int, ids: list[bytes], take: shard.Take, *rest: Any) -> Any:
-            def wrong(some: list[bytes]) -> dict[bytes, Seen]:
-                seen = dict(take(some))
-                if sampled in some:
-                    other = next(row for row in some if row != sampled)
-                    seen[sampled], seen[other] = seen[other], seen[sampled]
-                return seen
+        def swapped(model: Autoencoder, spec: Any, frames: int, forwards: Iterable[Rows]) -> Any:
+            def wrong() -> Iterator[Rows]:
+                for seen in map(dict, forwards):
+                    if sampled in seen:
+                        other = next(row for row in seen if row != sampled)
+                        seen[sampled], seen[other] = seen[other], seen[sampled]
+                    yield seen
 
-            return shard.encode_shard(model, spec, frames, ids, wrong, *rest)
+            return shard.encode_rows(model, spec, frames, wrong())
 
-        monkeypatch.setattr(piping, "encode_shard", swapped)
+        monkeypatch.setattr(piping, "encode_rows", swapped)
         with pytest.raises(StoreError, match=f"round trip of row {sampled.hex()}"):
             make_latents(project, FILMS)
 
@@ -169,7 +166,7 @@ class TestRoundTrip:
             return found
 
         monkeypatch.setattr(maker, "plan_encode", exchanging)
-        with pytest.raises(RefusedError, match="exchanged since this was planned"):
+        with pytest.raises(RefusedError, match="changed since this was planned"):
             make_latents(project, FILMS)
         assert not list(Path(project.root.stores()).rglob("commits/*.parquet"))
 

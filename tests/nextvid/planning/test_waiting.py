@@ -70,9 +70,9 @@ def change_a_file(project: Project) -> None:
 
 def test_nothing_is_read_of_a_batch_that_is_as_it_was(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
-        raise AssertionError("this was reckoned before")
+        raise AssertionError("this was computed before")
 
-    monkeypatch.setattr(module, "plan_encode", never)
+    monkeypatch.setattr(module, "plan_batch", never)
     monkeypatch.setattr(module, "batch_fingerprint", never)
     assert waiting(project) == {}
 
