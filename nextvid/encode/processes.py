@@ -24,7 +24,7 @@ from nextvid.encode.pipeline import Advance, Pipeline, Tell, pipeline
 from nextvid.machine import die_with
 from nextvid.video.sandbox import Spawn
 from storage.errors import ConfigError, StoreError
-from storage.latents import EncodingSpec, LatentStore, LatentPart
+from storage.latents import EncodingSpec, LatentPart, LatentStore
 
 Encode = Callable[[LatentPart], Report]
 

@@ -1,4 +1,4 @@
-"""Film strips as PNG: clips under each other, each as labelled rows of frames; and what a reconstruction loses.
+"""Film strips as PNG: clips under each other, each as labelled rows of frames.
 
 Holds layout and drawing; which frames are shown, and what masked input looks like, is decided by the caller.
 
@@ -63,9 +63,3 @@ def hide(frames: Frames, visible: Bool[np.ndarray, " S"], grid: tuple[int, int])
     shown = visible.reshape(grid)[np.ix_(rows, columns)]
     masked: np.ndarray = np.where(shown[None, :, :, None], frames, np.array(HIDDEN, np.uint8))
     return masked
-
-
-def psnr_db(one: Frames, other: Frames) -> float:
-    """Peak signal-to-noise ratio over all pixels of both, in decibels; 100 where they are equal."""
-    error = np.mean((one.astype(np.float64) - other) ** 2)
-    return 100.0 if error == 0 else float(10 * np.log10(255.0**2 / error))

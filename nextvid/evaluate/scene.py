@@ -20,8 +20,8 @@ from torch import Tensor
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.roundtrip import psnr_db
 from nextvid.evaluate.features import LatentSource
-from nextvid.evaluate.filmstrips import psnr_db
 from nextvid.model.tokens import depth_to_space, latent_tokens, pixel_bytes, pixel_tokens, pixel_values, space_to_depth
 from nextvid.train.run import Run
 from nextvid.trainset.trainset import Trainset

@@ -21,6 +21,7 @@ from storage.pixels import PixelSpec, PixelStore
 from storage.remote import at_once
 from storage.root import Table
 from storage.schemas import Media, Shots
+from storage.store import Store
 from storage.tables import read_checks, read_table, seal
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Standard:
         """How many rows have no pixels, where pixels are kept."""
         return 0 if self.pixels is None else self._missing(batch, PixelStore(self.project.root, self.pixels))
 
-    def _missing(self, batch: str, store: LatentStore | PixelStore) -> int:
+    def _missing(self, batch: str, store: Store[Any]) -> int:
         tables = [self.project.root.table("clips", batch), *store.table_paths(batch)]
         return _remembered(
             tables, (store.noun, store.digest), lambda: plan_batch(self.project, batch, store).rows.height

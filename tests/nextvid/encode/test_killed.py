@@ -26,9 +26,9 @@ STEPS = 8  # the spec, the part with its plan, and of three shards the file and 
 # dot for each row that it begins to encode.
 CHILD = f"""
 import os, signal, sys, time
-from storage import part, shard
+from storage import shard
 from nextvid.encode import pipeline
-part.ROWS_PER_SHARD = shard.ROWS_PER_SHARD = {SHARD}
+shard.ROWS_PER_SHARD = {SHARD}
 shard.INDEX_BYTES = 16 * {SHARD} + 4
 pipeline.AHEAD = {AHEAD}
 encode = pipeline.encode_rows

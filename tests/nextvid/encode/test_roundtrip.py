@@ -164,6 +164,7 @@ def test_psnr_is_the_textbook_value() -> None:
     a = np.zeros((4, 4), np.uint8)
     assert psnr_db(a, a) == PSNR_CEILING_DB
     assert psnr_db(a, a + 5) == pytest.approx(20 * np.log10(255 / 5))
+    assert psnr_db(a + 250, a) == psnr_db(a, a + 250)  # bytes do not wrap
 
 
 def test_sampled_rows_depend_on_ids_alone() -> None:

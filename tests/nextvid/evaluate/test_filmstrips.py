@@ -3,10 +3,9 @@
 import io
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from nextvid.evaluate.filmstrips import CLIP_GAP, GAP, HIDDEN, LABELS, SIDE, Strip, filmstrips, hide, psnr_db
+from nextvid.evaluate.filmstrips import CLIP_GAP, GAP, HIDDEN, LABELS, SIDE, Strip, filmstrips, hide
 
 
 def picture(data: bytes) -> np.ndarray:
@@ -46,9 +45,3 @@ def test_hidden_cells_are_dark_and_visible_ones_untouched() -> None:
     np.testing.assert_array_equal(masked[:, :4, 4:8], frames[:, :4, 4:8])
     assert (masked[:, 4:] == HIDDEN).all()
     assert (masked[:, :4, :4] == HIDDEN).all()
-
-
-def test_psnr() -> None:
-    assert psnr_db(flat(100), flat(100)) == 100.0
-    assert psnr_db(flat(100), flat(110)) == pytest.approx(10 * np.log10(255**2 / 100))
-    assert psnr_db(flat(250), flat(0)) == psnr_db(flat(0), flat(250))  # no wrap of bytes
