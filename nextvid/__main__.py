@@ -88,7 +88,7 @@ def plan(batch: str | None = None, accept: bool = False, corpus: Corpus = None, 
 
     project = open_project(corpus)
     if accept:
-        accept_asked(project)
+        project = accept_asked(project)
     found = forecast(project, batch)
     print(json.dumps(asdict(found), indent=2) if json_ else found.text())
 

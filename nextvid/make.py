@@ -75,9 +75,8 @@ def _refuse_names(project: Project, request: Request) -> None:
         recipe_by_name(_recipe(request))
     if "pretrain" not in chain(request.asset) and (request.overrides or request.ranks != 1):
         raise ConfigError(f"--set and --ranks are for training, and {request.asset} needs none: leave them out")
-    if request.benchmark is not None and request.benchmark not in project.corpus.benchmarks:
-        known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
-        raise ConfigError(f"{project.path}: there is no benchmark '{request.benchmark}'; there are: {known}")
+    if request.benchmark is not None:
+        project.benchmark(request.benchmark)
 
 
 def _refuse_nothing(project: Project, request: Request) -> None:

@@ -81,8 +81,8 @@ def asked_for(project: Project, before: str | None) -> str:
     from nextvid.planning.acceptance import in_force, outdated
     from nextvid.planning.costs import forecast
 
-    wanted = pixels_digest(project.corpus.encoding.pixels)
-    asked = [encoding_spec(project).digest(), project.corpus.curation_digest(), wanted, *in_force(project).digests]
+    wanted = pixels_digest(project.asked.encoding.pixels)
+    asked = [encoding_spec(project).digest(), project.asked.curation_digest(), wanted, *in_force(project).digests]
     if before is not None and json.loads(before)["asked"] == asked:
         return before
     return json.dumps({"asked": asked, "said": forecast(project).summary() if outdated(project) else None})

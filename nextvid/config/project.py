@@ -1,25 +1,53 @@
-"""A project: corpus.yaml and the data root that it names."""
+"""A project: the data root that corpus.yaml names, and the accepted configuration, by which everything is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nextvid.config.accepted import accepted, as_accepted
 from nextvid.config.corpus import CorpusConfig, corpus_path, load_corpus
+from nextvid.config.datasets import BenchmarkConfig
+from storage.errors import ConfigError
 from storage.root import DataRoot
 
 
 @dataclass(frozen=True)
 class Project:
-    """A corpus.yaml and the data root that it names: what every maker takes first."""
+    """What every maker takes first. Makers read `corpus`; only planning reads `asked`.
 
-    corpus: CorpusConfig
+    `corpus.encoding` is the exception: beside its pixels it is as corpus.yaml says, since accepted.json names the
+    encoding spec by its digest (nextvid/encode/plan.py).
+    """
+
+    corpus: CorpusConfig  # the accepted configuration
     root: DataRoot
-    path: Path
+    path: Path  # of corpus.yaml
+    asked: CorpusConfig  # the content of corpus.yaml
+
+    def as_asked(self) -> "Project":
+        """The project as it would be with corpus.yaml accepted: for plans of what that would cost."""
+        return replace(self, corpus=self.asked)
+
+    def benchmark(self, name: str) -> BenchmarkConfig:
+        """An accepted benchmark. Raises ConfigError for one that is unknown or not accepted yet."""
+        if name in self.corpus.benchmarks:
+            return self.corpus.benchmarks[name]
+        if name in self.asked.benchmarks:
+            raise ConfigError(
+                f"{self.path}: benchmark '{name}' is not accepted yet, so no clips are cut for it: 'nextvid plan' "
+                "says what it costs, 'nextvid plan --accept' accepts it"
+            )
+        known = ", ".join(sorted(self.corpus.benchmarks)) or "none"
+        raise ConfigError(f"{self.path}: there is no benchmark '{name}'; known: {known}")
 
 
 def open_project(path: str | Path | None = None) -> Project:
-    """The project of `--corpus`, else NEXTVID_CORPUS, else ./corpus.yaml. Raises ConfigError."""
+    """The project of `--corpus`, else NEXTVID_CORPUS, else ./corpus.yaml, with its accepted configuration.
+
+    Raises ConfigError for corpus.yaml and CorpusError for a damaged accepted.json.
+    """
     file = corpus_path(str(path) if path else None)
-    corpus = load_corpus(file)
-    cache = corpus.cache
-    root = DataRoot.open(corpus.root, corpus.runs_root, cache.folder, round(cache.size_gb * 1e9))
-    return Project(corpus, root, file)
+    asked = load_corpus(file)
+    cache = asked.cache
+    root = DataRoot.open(asked.root, asked.runs_root, cache.folder, round(cache.size_gb * 1e9))
+    known = accepted(root) if asked.reencode == "ask" else None
+    return Project(as_accepted(asked, known, root.accepted()) if known else asked, root, file, asked)

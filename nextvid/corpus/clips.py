@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from nextvid.config.accepted import standing
 from nextvid.config.curation import FilterConfig
 from nextvid.config.datasets import DatasetConfig
 from nextvid.config.project import Project
@@ -31,7 +30,6 @@ def make_clips(project: Project, batch: str, progress: Progress | None = None) -
     Raises UpstreamError where `media` or `shots` is missing or failed its checks.
     """
     started_s = time.perf_counter()
-    project = standing(project)
     root, config = project.root, config_of(project, batch)
     for noun in ("media", "shots"):
         tables.require_checks(root.checks(noun, batch), noun)

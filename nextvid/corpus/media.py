@@ -15,7 +15,6 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.config.accepted import standing
 from nextvid.config.project import Project
 from nextvid.corpus.batches import config_of, dataset_of, latest
 from nextvid.corpus.labels import contradictions, doubled, read_labels
@@ -53,7 +52,6 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
     Raises UpstreamError where the batch is unknown and CorpusError for its label file.
     """
     started_s = time.perf_counter()
-    project = standing(project)
     root, config = project.root, config_of(project, batch)
     listing = batch_fingerprint(project, batch)  # before the tables are read: what comes later asks for a new run
     sources = tables.read_table(root.table("sources", batch), Sources).sort("uri", "revision")

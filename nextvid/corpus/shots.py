@@ -14,7 +14,6 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.config.accepted import standing
 from nextvid.config.curation import ShotConfig
 from nextvid.config.project import Project
 from nextvid.corpus.batches import config_of, latest
@@ -61,7 +60,6 @@ def make_shots(project: Project, batch: str, progress: Progress | None = None) -
     Raises UpstreamError where `media` is missing or failed its checks.
     """
     started_s = time.perf_counter()
-    project = standing(project)
     root, config = project.root, project.corpus.curation.shots
     config_of(project, batch)
     tables.require_checks(root.checks("media", batch), "media")

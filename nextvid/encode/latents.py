@@ -6,7 +6,6 @@ anywhere, the next call finishes the part that was begun, row for row the same.
 
 import time
 
-from nextvid.config.accepted import standing
 from nextvid.config.project import Project
 from nextvid.encode.checks import Report, publish_outcome, publish_refused
 from nextvid.encode.pipeline import Advance, Tell, shares
@@ -29,7 +28,6 @@ def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: No
     committed, and the published checks name it.
     """
     began = time.perf_counter()
-    project = standing(project)
     require_checks(project.root.checks("clips", batch), "clips")
     plan = plan_encode(project, batch)
     store = LatentStore(project.root, plan.spec)

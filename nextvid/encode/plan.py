@@ -66,7 +66,7 @@ class BatchPlan(Generic[S]):
 
 def encoding_spec(project: Project) -> EncodingSpec:
     """The spec that corpus.yaml asks for. Raises ConfigError where the autoencoder does not fit it."""
-    encoding = project.corpus.encoding
+    encoding = project.asked.encoding
     about = facts(encoding.autoencoder)
     if encoding.resolution % about.stride:
         raise ConfigError(
@@ -97,14 +97,14 @@ def spec_in_force(project: Project) -> EncodingSpec:
     Raises RefusedError where the accepted spec names an autoencoder that corpus.yaml no longer points at.
     """
     asked = encoding_spec(project)
-    current = accepted(project)
+    current = accepted(project.root)
     if current is None or current.encoding == asked.digest():
         return asked
     spec = LatentStore.open(project.root, current.encoding).spec
     if spec.autoencoder != asked.autoencoder:
         raise RefusedError(
             f"the accepted encoding ({current.encoding}) was made with autoencoder {spec.autoencoder}, but "
-            f"{project.corpus.encoding.autoencoder} holds {asked.autoencoder}: put the old weights back, or accept the "
+            f"{project.asked.encoding.autoencoder} holds {asked.autoencoder}: put the old weights back, or accept the "
             "new ones with 'nextvid plan --accept'"
         )
     return spec

@@ -37,7 +37,7 @@ from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
 from storage.digest import digest_config
-from storage.errors import ConfigError, UpstreamError
+from storage.errors import UpstreamError
 from storage.latents import LatentStore
 from storage.pixels import PixelSpec, PixelStore
 from storage.root import DataRoot
@@ -112,10 +112,7 @@ def make_probes(
 
 def plan_task(project: Project, recipe: str, benchmark: str, run: str | None = None) -> Task:
     """Rows, labels, protocol and seeds of one score, from tables alone."""
-    config = project.corpus.benchmarks.get(benchmark)
-    if config is None:
-        known = ", ".join(sorted(project.corpus.benchmarks)) or "none"
-        raise ConfigError(f"there is no benchmark '{benchmark}' in {project.path}; known: {known}")
+    config = project.benchmark(benchmark)
     found = find_run(project, recipe, run)
     trainset = Trainset.open(project.root, found.trainset)
     settings = probe_settings(found.recipe, config.epochs, config.batch, images=config.policy.frames == 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.config.accepted import accepted, standing
+from nextvid.config.accepted import accepted
 from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec, pixel_spec, wanted_clips
 from nextvid.lineage.trace import scores_of, trainsets_of
@@ -142,13 +142,13 @@ def _wanted(project: Project, batch: str) -> pl.Series | None:
 
 def _specs(project: Project) -> set[str]:
     """Digests of the encodings, and of the pixels, in which rows may still be wanted."""
-    root, stands = project.root, accepted(project)
+    root, stands = project.root, accepted(project.root)
     trainsets = [Trainset.open(root, digest) for digest in trainsets_of(root)]
     encodings = {encoding_spec(project), *(trainset.spec for trainset in trainsets)}
     if stands is not None and stands.encoding not in {spec.digest() for spec in encodings}:
         encodings.add(LatentStore.open(root, stands.encoding).spec)
     read = {pixels.spec for trainset in trainsets for pixels in frozen_pixels(root, trainset)}
-    asked = {pixel_spec(one, encoding) for encoding in encodings for one in (project, standing(project))}
+    asked = {pixel_spec(one, encoding) for encoding in encodings for one in (project, project.as_asked())}
     return {spec.digest() for spec in (*encodings, *read, *asked) if spec is not None}
 
 

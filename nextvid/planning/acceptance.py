@@ -1,33 +1,35 @@
-"""Which encoding, curation and pixels are in force: taken at first use, later by a person, or at once by `auto`.
-
-Holds the rule of design section 4 ("a changed autoencoder, resolution or curation") and nothing of how it is stored
-(nextvid/config/accepted.py) or what it costs (costs.py). Imports no torch.
-"""
+"""When corpus.yaml becomes the accepted configuration: at first use, when a person accepts, or at once with `auto`."""
 
 from collections.abc import Sequence
 
-from nextvid.config.accepted import Accepted, accept, accepted, going_on, keep_new
+from nextvid.config.accepted import Accepted, accept, accepted, as_accepted, keep_new
 from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec
 from storage.latents import LatentStore
 
 
 def in_force(project: Project) -> Accepted:
-    """What is in force; accepts corpus.yaml where nothing is yet, or where it says `reencode: auto`.
+    """The accepted configuration; accepts corpus.yaml where nothing is accepted yet, or with `reencode: auto`.
 
-    Datasets that corpus.yaml names for the first time are taken as they are: nothing of theirs is made anew.
+    Datasets that corpus.yaml names for the first time are accepted as they are: nothing of theirs has to be rebuilt.
     """
-    stands = accepted(project)
-    if stands is None or (project.corpus.reencode == "auto" and outdated(project)):
-        return accept_asked(project)
-    return keep_new(project, stands)
+    known = accepted(project.root)
+    if known is None or (project.asked.reencode == "auto" and outdated(project)):
+        return _accept(project)
+    return keep_new(project.root, project.asked, known)
 
 
-def accept_asked(project: Project) -> Accepted:
-    """Put what corpus.yaml asks for into force; its spec is written first, so that a later one can be told from it."""
+def accept_asked(project: Project) -> Project:
+    """Accept what corpus.yaml asks for. Returns the project that works by it."""
+    _accept(project)
+    return project.as_asked()
+
+
+def _accept(project: Project) -> Accepted:
+    """Write the spec before its digest is accepted, so that the spec can be read when corpus.yaml asks for another."""
     spec = encoding_spec(project)
     LatentStore(project.root, spec).create()
-    return accept(project, spec.digest())
+    return accept(project.root, project.asked, spec.digest())
 
 
 def others(names: Sequence[str]) -> str:
@@ -36,13 +38,14 @@ def others(names: Sequence[str]) -> str:
 
 
 def outdated(project: Project) -> tuple[str, ...]:
-    """Which of `encoding`, `curation` and `pixels` corpus.yaml asks for differently from what is in force."""
-    stands = accepted(project)
-    if stands is None:
+    """Which of `encoding`, `curation` and `pixels` corpus.yaml asks for differently from what is accepted."""
+    known = accepted(project.root)
+    if known is None:
         return ()
-    found = [] if stands.encoding == encoding_spec(project).digest() else ["encoding"]
-    if stands.rules is None:
-        return (*found, *(["curation"] if stands.curation != project.corpus.curation_digest() else []))
-    on = going_on(project, stands).corpus
-    found += ["curation"] if on.curation_digest() != project.corpus.curation_digest() else []
-    return (*found, *(["pixels"] if on.encoding.pixels != project.corpus.encoding.pixels else []))
+    corpus = as_accepted(project.asked, known, project.root.accepted())
+    differs = {
+        "encoding": known.encoding != encoding_spec(project).digest(),
+        "curation": corpus.curation_digest() != project.asked.curation_digest(),
+        "pixels": corpus.encoding.pixels != project.asked.encoding.pixels,
+    }
+    return tuple(name for name, different in differs.items() if different)

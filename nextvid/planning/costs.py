@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from nextvid.config.accepted import Accepted, accepted, standing
+from nextvid.config.accepted import Accepted, accepted
 from nextvid.config.project import Project
 from nextvid.corpus.batches import dataset_of
 from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch, plan_encode, spec_in_force
@@ -124,13 +124,13 @@ def forecast(project: Project, batch: str | None = None) -> Forecast:
     asked, other = encoding_spec(project), outdated(project)
     now: tuple[Cost, ...] = ()
     if "encoding" not in other or asked.autoencoder == _autoencoder_in_force(project):
-        now = costs(standing(project), ready, spec_in_force(project))
+        now = costs(project, ready, spec_in_force(project))
     return Forecast(
-        accepted(project),
+        accepted(project.root),
         other,
         () if batch else tuple(key for key in listed if key not in made),
         now,
-        costs(project, ready, asked) if other else (),
+        costs(project.as_asked(), ready, asked) if other else (),
     )
 
 
@@ -182,5 +182,5 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
 
 def _autoencoder_in_force(project: Project) -> str | None:
     """Digest of the weights that the accepted spec was made with; other weights cannot encode for it."""
-    stands = accepted(project)
+    stands = accepted(project.root)
     return None if stands is None else LatentStore.open(project.root, stands.encoding).spec.autoencoder

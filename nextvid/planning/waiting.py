@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import polars as pl
 
-from nextvid.config.accepted import accepted, pixels_digest, standing
+from nextvid.config.accepted import accepted, pixels_digest
 from nextvid.config.project import Project
 from nextvid.corpus.batches import dataset_of
 from nextvid.corpus.labels import label_digests
@@ -70,15 +70,15 @@ class Standard:
 
 def standard(project: Project) -> Standard:
     """The project's standard now."""
-    stands, on = accepted(project), standing(project)
+    stands = accepted(project.root)
     # whether or not its autoencoder is still at hand: what is missing can be said without
     spec = LatentStore.open(project.root, stands.encoding).spec if stands else encoding_spec(project)
-    datasets = on.corpus.datasets
+    datasets = project.corpus.datasets
     return Standard(
-        on,
+        project,
         spec,
-        pixel_spec(on, spec),
-        {name: on.corpus.curation_digest(name) for name in datasets},
+        pixel_spec(project, spec),
+        {name: project.corpus.curation_digest(name) for name in datasets},
         {name: label_digests(dataset.labels) for name, dataset in datasets.items()},
     )
 

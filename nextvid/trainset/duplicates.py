@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nextvid.config.accepted import standing
 from nextvid.config.project import Project
 from nextvid.making.outcome import Check, Outcome, Progress
 from nextvid.making.publishing import publish_latest, publish_verdict
@@ -38,7 +37,6 @@ def make_duplicates(project: Project, progress: Progress | None = None) -> Outco
     table that passed. Raises UpstreamError where no batch is ready.
     """
     started_s = time.perf_counter()
-    project = standing(project)
     root, config = project.root, project.corpus.curation.duplicates
     batches = [batch for batch in root.batches("clips") if _passed(project, batch)]
     if not batches:

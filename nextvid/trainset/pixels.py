@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from nextvid.config.accepted import standing
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import RECIPES
@@ -81,11 +80,11 @@ def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) ->
 
     Raises RefusedError where corpus.yaml asks for none, they do not fit the recipe, or a row has none.
     """
-    spec = pixel_spec(standing(project), trainset.spec)
-    if spec is None and project.corpus.encoding.pixels is not None:
+    spec = pixel_spec(project, trainset.spec)
+    if spec is None and project.asked.encoding.pixels is not None:
         raise RefusedError(
             f"recipe {recipe.name} reads pixels, which {project.path} asks for and nobody accepted: 'nextvid plan "
-            f"--accept' puts them in force; then make 'latents' again{_twin(recipe)}"
+            f"--accept' accepts them; then make 'latents' again{_twin(recipe)}"
         )
     if spec is None:
         raise RefusedError(

@@ -75,7 +75,7 @@ def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, insta
 
 def test_a_new_file_goes_on_with_the_curation_in_force(project: Project, instance: dg.DagsterInstance) -> None:
     made(project, instance)
-    stands = accepted(project)
+    stands = accepted(project.root)
     before = committed(project)
     other = edit(project, ASK, SHORTER)
     assert outdated(other) == ("curation",)
@@ -86,7 +86,7 @@ def test_a_new_file_goes_on_with_the_curation_in_force(project: Project, instanc
     asked = tick(other, instance)
     assert [request.partition_key for request in asked] == [VIDEOS]
     assert run(other, instance, asked) == [True]
-    assert accepted(other) == stands
+    assert accepted(other.root) == stands
     assert curation_of(other, VIDEOS) == project.corpus.curation_digest("demo_videos")
     clips = read_table(other.root.table("clips", VIDEOS), Clips)
     new = committed(other).join(before, on="row_id", how="anti")

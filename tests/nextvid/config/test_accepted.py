@@ -1,4 +1,4 @@
-"""What is in force and what corpus.yaml asks for: curation and pixels in words, dataset by dataset."""
+"""The accepted configuration in the place of what corpus.yaml asks for, dataset by dataset."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from nextvid.config.accepted import accept, accepted, keep_new, standing
-from nextvid.config.project import Project
-from storage.errors import RefusedError
+from nextvid.config.accepted import accept, accepted, keep_new
+from nextvid.config.project import Project, open_project
+from storage.errors import ConfigError, CorpusError
 from tests.nextvid.corpus.small_media import write_project
 
 ENCODING = "ab" * 16
@@ -23,28 +23,33 @@ def write(tmp_path: Path, datasets: dict[str, Any], **more: Any) -> Project:
 
 
 def begun(tmp_path: Path, **more: Any) -> Project:
-    """A project of films and stills whose corpus.yaml is in force."""
+    """A project of films and stills whose corpus.yaml is accepted."""
     project = write(tmp_path, {"films": FILMS, "stills": STILLS}, benchmarks={"action": ACTION}, **more)
-    accept(project, ENCODING)
-    return project
+    return accept_asked(project)
+
+
+def accept_asked(project: Project) -> Project:
+    """The project after its corpus.yaml was accepted."""
+    accept(project.root, project.asked, ENCODING)
+    return open_project(project.path)
 
 
 def after(project: Project) -> Project:
-    """What is in force once the sensor has looked at the project."""
-    stands = accepted(project)
-    assert stands is not None
-    keep_new(project, stands)
-    return standing(project)
+    """The project once the sensor has accepted its new datasets."""
+    known = accepted(project.root)
+    assert known is not None
+    keep_new(project.root, project.asked, known)
+    return open_project(project.path)
 
 
 def test_nothing_accepted_is_corpus_yaml(tmp_path: Path) -> None:
     project = write(tmp_path, {"films": FILMS})
-    assert standing(project) is project
+    assert project.corpus is project.asked
 
 
 def test_what_was_accepted_stays_until_it_is_accepted_anew(tmp_path: Path) -> None:
     old = begun(tmp_path)
-    assert standing(old).corpus == old.corpus
+    assert old.corpus == old.asked
     new = write(
         tmp_path,
         {"films": SHORT, "stills": STILLS},
@@ -56,14 +61,13 @@ def test_what_was_accepted_stays_until_it_is_accepted_anew(tmp_path: Path) -> No
     assert on.datasets["films"].clips == old.corpus.datasets["films"].clips
     assert on.curation == old.corpus.curation
     assert (on.benchmarks["action"].target, on.benchmarks["action"].epochs) == ("action", 3), "epochs decide no row"
-    accept(new, ENCODING)
-    assert standing(new).corpus == new.corpus
+    assert accept_asked(new).corpus == new.asked
 
 
 def test_auto_is_corpus_yaml(tmp_path: Path) -> None:
     begun(tmp_path)
     new = write(tmp_path, {"films": SHORT, "stills": STILLS}, reencode="auto")
-    assert standing(new) is new
+    assert new.corpus is new.asked
 
 
 def test_a_new_dataset_is_taken_as_it_is_and_waits_from_then_on(tmp_path: Path) -> None:
@@ -94,7 +98,9 @@ def test_a_new_benchmark_waits_where_rows_would_be_made_anew(tmp_path: Path) -> 
     on = after(new).corpus
     assert on.benchmarks["what"].datasets == ("more",)
     assert on.curation_digest("stills") == old.corpus.curation_digest("stills")
-    assert on.curation_digest() != new.corpus.curation_digest(), "it is reported"
+    assert on.curation_digest() != new.asked.curation_digest(), "it is reported"
+    with pytest.raises(ConfigError, match="'who' is not accepted yet"):
+        write(tmp_path, {"films": FILMS}, benchmarks={"action": ACTION, "who": ACTION}).benchmark("who")
 
 
 def test_a_dataset_that_comes_back_is_as_it_was(tmp_path: Path) -> None:
@@ -107,8 +113,7 @@ def test_a_dataset_that_comes_back_is_as_it_was(tmp_path: Path) -> None:
 
 def test_label_files_may_move_and_another_layout_waits(tmp_path: Path) -> None:
     labelled = {**FILMS, "labels": {"layout": "csv", "file": "old.csv", "targets": {"action": "action"}}}
-    project = write(tmp_path, {"films": labelled})
-    accept(project, ENCODING)
+    accept_asked(write(tmp_path, {"films": labelled}))
     moved = {**FILMS, "labels": {**labelled["labels"], "file": "new.csv", "targets": {"who": "who"}}}
     labels = after(write(tmp_path, {"films": moved})).corpus.datasets["films"].labels
     assert labels.file is not None
@@ -129,17 +134,12 @@ def test_pixels_wait_too(tmp_path: Path) -> None:
         encoding={**encoding, "pixels": {"quality": 80}},
     )
     assert after(new).corpus.encoding.pixels is None
-    accept(new, ENCODING)
-    assert standing(new).corpus.encoding.pixels == new.corpus.encoding.pixels
+    assert accept_asked(new).corpus.encoding.pixels == new.asked.encoding.pixels
 
 
-def test_a_file_without_words_gets_them_or_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_with_its_remedy(tmp_path: Path) -> None:
     project = begun(tmp_path)
-    words = accepted(project)
     path = Path(project.root.accepted())
     path.write_text(json.dumps({"encoding": ENCODING, "curation": project.corpus.curation_digest()}))
-    assert after(project).corpus == project.corpus
-    assert accepted(project) == words
-    path.write_text(json.dumps({"encoding": ENCODING, "curation": "0" * 32}))
-    with pytest.raises(RefusedError, match="accept the new one with 'nextvid plan --accept'"):
-        standing(project)
+    with pytest.raises(CorpusError, match=r"remove it, then 'nextvid plan --accept'"):
+        open_project(project.path)

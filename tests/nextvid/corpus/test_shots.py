@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,9 @@ def test_making_it_again_does_nothing(own_copy: Callable[..., Project]) -> None:
 def test_another_first_pass_looks_again_and_another_threshold_does_not(own_copy: Callable[..., Project]) -> None:
     project = own_copy(curation={"filters": {"motion_min": 3.0}})
     assert make_shots(project, FILMS).numbers["viewed"] == 0
-    changed = Project(
-        project.corpus.model_copy(
-            update={
-                "curation": project.corpus.curation.model_copy(
-                    update={"shots": project.corpus.curation.shots.model_copy(update={"hash_hz": 2.0})}
-                )
-            }
-        ),
-        project.root,
-        project.path,
-    )
+    curation = project.corpus.curation
+    hashed = curation.model_copy(update={"shots": curation.shots.model_copy(update={"hash_hz": 2.0})})
+    changed = replace(project, corpus=project.corpus.model_copy(update={"curation": hashed}))
     before = shots_of(project)
     outcome = make_shots(changed, FILMS)
     assert (outcome.made, outcome.numbers["viewed"]) == (True, 4)

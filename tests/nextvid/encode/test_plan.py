@@ -6,9 +6,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from nextvid.config.accepted import accept
 from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec, plan_encode, spec_in_force, wanted_clips
-from storage import atomic
 from storage.errors import ConfigError, RefusedError, UpstreamError
 from storage.latents import LatentStore
 from storage.schemas import Commits
@@ -71,12 +71,12 @@ class TestSpec:
         with pytest.raises(ConfigError, match="no multiple of 8"):
             encoding_spec(write_corpus(tmp_path, random_autoencoder, resolution=60))
 
-    def test_accepted_spec_stays_in_force_until_another_is_accepted(
+    def test_accepted_spec_stays_until_another_is_accepted(
         self, project: Project, tmp_path: Path, random_autoencoder: Path
     ) -> None:
         old = encoding_spec(project)
         LatentStore(project.root, old).create()
-        atomic.publish_json(project.root.accepted(), {"encoding": old.digest(), "curation": "0" * 32})
+        accept(project.root, project.asked, old.digest())
         asked = write_corpus(tmp_path, random_autoencoder, resolution=128)
         assert encoding_spec(asked) != old
         assert spec_in_force(asked) == old
@@ -86,7 +86,7 @@ class TestSpec:
     ) -> None:
         old = encoding_spec(project)
         LatentStore(project.root, old).create()
-        atomic.publish_json(project.root.accepted(), {"encoding": old.digest(), "curation": "0" * 32})
+        accept(project.root, project.asked, old.digest())
         with pytest.raises(RefusedError, match="put the old weights back, or accept"):
             spec_in_force(write_corpus(tmp_path, cosine_autoencoder))
 

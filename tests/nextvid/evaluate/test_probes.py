@@ -7,8 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 
-from nextvid.config.project import Project
+from nextvid.config.accepted import accept
+from nextvid.config.project import Project, open_project
 from nextvid.evaluate import probes
 from nextvid.evaluate.encoders import ENCODERS, load_trained
 from nextvid.evaluate.features import LatentSource, encode, features
@@ -133,6 +135,20 @@ def test_other_settings_are_another_score(evaluated: Project) -> None:
     task = plan_task(evaluated, RECIPE, "species")
     config = task.config.model_copy(update={"seeds": 3})
     assert probes.Task(task.run, task.trainset, config, task.settings, task.rows).digest() != task.digest()
+
+
+def test_a_benchmark_edited_and_not_accepted_is_scored_under_the_accepted_policy(own_copy: Project) -> None:
+    accepted = plan_task(own_copy, RECIPE, "species")
+    accept(own_copy.root, own_copy.asked, accepted.trainset.spec.digest())
+    content = yaml.safe_load(own_copy.path.read_text())
+    content["benchmarks"]["species"]["policy"] |= {"frames": FRAMES // 2, "crop": "centre"}
+    content["benchmarks"]["sizes"] = content["benchmarks"]["species"]
+    own_copy.path.write_text(yaml.safe_dump(content))
+    edited = open_project(own_copy.path)
+    assert plan_task(edited, RECIPE, "species").digest() == accepted.digest()
+    with pytest.raises(ConfigError, match="'sizes' is not accepted yet"):
+        make_probes(edited, RECIPE, "sizes")
+    assert plan_task(edited.as_asked(), RECIPE, "species").digest() != accepted.digest()
 
 
 def test_unknown_benchmark_and_unfinished_run(own_copy: Project) -> None:
