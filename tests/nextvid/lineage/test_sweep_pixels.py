@@ -86,7 +86,7 @@ def test_pixels_that_nobody_asks_for_any_more_go_and_latents_stay(corpus: Corpus
     store = store_of(corpus)
     plain = configure(corpus, None)
     assert sweep(plain, yes=True).gone == (), "they are in force until another corpus.yaml is accepted"
-    accept_asked(plain)
+    plain = accept_asked(plain)
     found = sweep(plain, yes=True)
     assert [Path(shard.path).is_relative_to(corpus.project.root.stores("pixels")) for shard in found.gone] == [
         True,
@@ -98,7 +98,7 @@ def test_pixels_that_nobody_asks_for_any_more_go_and_latents_stay(corpus: Corpus
 def test_pixels_of_another_quality_go(corpus: Corpus) -> None:
     store = store_of(corpus)
     other = configure(corpus, {"quality": 80})
-    accept_asked(other)
+    other = accept_asked(other)
     assert len(sweep(other, yes=True).gone) == 2
     assert standing(store) == [False, False]
 
