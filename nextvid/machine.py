@@ -15,7 +15,6 @@ Kubernetes give out devices themselves: then each job sees its own alone.
 """
 
 import ctypes
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -29,6 +28,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from storage.errors import RefusedError
+from storage.locks import locked_or_holder
 
 
 def available_cores() -> int:
@@ -137,13 +137,4 @@ def _take(stack: ExitStack, name: str) -> str | None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise RefusedError(f"{folder} is not a folder of this user: have it removed, or set TMPDIR to another place")
     path = folder / f"{name.replace('/', '_')}.lock"
-    file = stack.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        return file.read().strip() or "unknown"
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return None
+    return stack.enter_context(locked_or_holder(path, 0o600))

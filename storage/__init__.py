@@ -1,12 +1,12 @@
-"""What bytes mean. No torch, no dagster, no knowledge of video or of models.
+"""What is on disk: tables, stores of latents and pixels, trainsets; how each is written whole and read back.
 
 The data root, as `root.py` builds it (every path of the project comes from there):
 
-    <root>/accepted.json                              what is in force: encoding, curation, pixels
+    <root>/accepted.json                              the accepted encoding, curation, pixels
            sources/<batch>.parquet                    batch = <dataset>.<nnnnnn>: the listing, append-only
            sources/changes/ sources/pending.json      each change of a listing by its number, and what is being made
            media/ labels/ shots/ clips/               <batch>.parquet, <batch>.json: outcome of its checks, pictures
-           latents/<spec>/spec.json                   the encoding spec in words
+           latents/<spec>/spec.json                   the encoding spec as JSON
            latents/<spec>/<batch>.json                outcome of the checks of the batch in this spec
            latents/<spec>/<batch>/f16/<part>/         Zarr v3 group with array `latent`; plan.parquet,
                                                       commits/<shard>.parquet
@@ -17,8 +17,8 @@ The data root, as `root.py` builds it (every path of the project comes from ther
     <runs_root>/pretrain/<recipe>/<run>/              config.json events.jsonl checkpoints/ encoder/ lock
            probes/ samples/ report/<recipe>/<run>/
 
-Every path is a string that fsspec understands. Who touches what: atomic.py publishes, listing.py names, remote.py asks
-object stores, commit.py orders a shard and its commit, cache.py keeps local copies of what a bucket holds.
+Every path is a string that fsspec understands. atomic.py publishes files, locks.py locks, listing.py lists, remote.py
+speaks to object stores, commit.py orders a shard and its commit, cache.py keeps local copies of a bucket's files.
 
 `latest.json` in latent_stats/, duplicates/, trainset/ and pretrain/<recipe>/ points to the newest complete one.
 """

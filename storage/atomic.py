@@ -1,10 +1,9 @@
-"""How bytes come to stand under a name: whole or not at all. The only module that renames, links or replaces files.
+"""Atomic publication: a file appears whole or not at all. The only module that renames, links or replaces files.
 
 Locally: a temporary name in the same folder, fsync, then rename over the target (hard link where the name must be
-new), then fsync of the folder: after a crash a name holds its old bytes or its new ones (design, section 12). On object
-stores one put is atomic already, and made conditional where the name must be new (remote.py asks). Temporary names
-begin with a dot and end with `.partial`; a killed writer leaves them behind and `sweep_litter` removes them. Must not
-know what bytes mean.
+new), then fsync of the folder: after a crash a name holds its old bytes or its new ones. On object stores one put is
+atomic already, and conditional where the name must be new (remote.py). Temporary names begin with a dot and end with
+`.partial`; a killed writer leaves them behind and `remove_leftovers` removes them.
 """
 
 import errno
@@ -35,7 +34,7 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what
 
 
 def publish_bytes(path: str, data: bytes) -> None:
-    """Put `data` under `path`, replacing what stood there in one step."""
+    """Put `data` under `path`, replacing what was there in one step. UnwritableError where nothing may be written."""
     if not is_local(path):
         remote.put(path, data)
         return
@@ -44,7 +43,7 @@ def publish_bytes(path: str, data: bytes) -> None:
 
 
 def create_exclusively(path: str, data: bytes) -> None:
-    """Put `data` under `path` if the name is new; else ConflictError, and the winner's bytes stand."""
+    """Put `data` under `path` if the name is new; else ConflictError, and the bytes of the first stay."""
     if not is_local(path):
         remote.put(path, data, exclusive=True)
         return
@@ -58,7 +57,7 @@ def publish_json(path: str, value: object) -> None:
 
 
 def read_bytes(path: str) -> bytes:
-    """Bytes under `path`; UpstreamError where nothing stands there."""
+    """Bytes under `path`; UpstreamError where there is no file."""
     try:
         return _local(path).read_bytes() if is_local(path) else remote.read(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -91,7 +90,7 @@ def read_json(path: str) -> Any:  # noqa: ANN401 - JSON is Any
 
 
 def exists(path: str) -> bool:
-    """Whether a file or folder stands under `path`."""
+    """Whether `path` is a file or folder."""
     if is_local(path):
         return _local(path).exists()
     try:
@@ -135,13 +134,13 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
 def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends well; ConflictError if it is taken.
 
-    On object stores, which know no folders, the file `last` makes it: it is created when all others stand, and whoever
-    looks for the folder looks for that file. What a dead writer left of the others is written over. With `over`, a
-    folder that stands keeps its name: its files are replaced one by one, `last` at the end, and others stay.
+    On object stores, which know no folders, the file `last` makes it: it is created after all others, and readers
+    look for that file. What a dead writer left of the others is written over. With `over`, an existing folder keeps
+    its name: its files are replaced one by one, `last` at the end, and others stay.
     """
     if not is_local(path):
         if last is None:
-            raise ConfigError(f"{path} is on an object store: this folder must stand on a file system")
+            raise ConfigError(f"{path} is on an object store: this folder must be on a file system")
         with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
             yield Path(folder)
             _upload(Path(folder), path, last, over=over)
@@ -160,7 +159,7 @@ def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> 
                     _sync(Path(folder, name))
                 _sync(Path(folder))
             if over and target.exists():
-                assert last is not None, "the file that says that all others stand"
+                assert last is not None, "the file that says that all others are there"
                 _replace_files(temporary, target, last)
             else:
                 _take_name(temporary, target)
@@ -194,12 +193,12 @@ def writing(path: str) -> Iterator[None]:
             raise
         raise UnwritableError(
             f"{path} cannot be written: {folder} {why}. Make it writable for this user, or name another folder in "
-            "corpus.yaml, and ask again; what was done before stands whole"
+            "corpus.yaml, and run again; everything written before is complete"
         ) from error
 
 
 def zero(path: str, extents: Sequence[tuple[int, int]]) -> None:
-    """Zero these (offset, size) in bytes of a file, in place: the one exception to write-once (design, section 4)."""
+    """Zero these (offset, size) in bytes of a file, in place: the one exception to write-once (withdrawn media)."""
     if not is_local(path):
         data = bytearray(remote.read(path))
         for offset, size_bytes in extents:
@@ -220,7 +219,7 @@ def is_temporary(path: str) -> bool:
     return name.startswith(".") and name.endswith(SUFFIX)
 
 
-def litter(folder: str, older_than_s: float) -> list[str]:
+def leftovers(folder: str, older_than_s: float) -> list[str]:
     """Temporary files and folders under `folder` untouched for `older_than_s`; their paths, sorted."""
     if not is_local(folder):
         return []  # puts leave none
@@ -233,16 +232,16 @@ def litter(folder: str, older_than_s: float) -> list[str]:
     return sorted(found)
 
 
-def sweep_litter(folder: str, older_than_s: float) -> list[str]:
-    """Remove what `litter` finds; the paths removed, sorted."""
-    removed = litter(folder, older_than_s)
+def remove_leftovers(folder: str, older_than_s: float) -> list[str]:
+    """Remove what `leftovers` finds; the paths removed, sorted."""
+    removed = leftovers(folder, older_than_s)
     for path in removed:
         remove_tree(path)
     return removed
 
 
 def remove_tree(path: str) -> None:
-    """Remove a file or a whole folder, for sweeps and litter only. What is not there is no error."""
+    """Remove a file or a whole folder, for sweeps and leftover files only. A missing path is no error."""
     if not is_local(path):
         with suppress(FileNotFoundError):
             remote.ask(path, lambda fs, key: fs.rm(key, recursive=True))
@@ -316,7 +315,7 @@ def _take_name(temporary: Path, target: Path) -> None:
 
 
 def _replace_files(temporary: Path, target: Path, last: str) -> None:
-    """Every file of one folder into the other, the one named `last` once the others are sure to stand."""
+    """Every file of one folder into the other, the one named `last` once the others are safely on disk."""
     for name in _names(temporary, last):
         if name == last:
             _sync(target)

@@ -1,10 +1,9 @@
 """Local copies of what never changes in an object store: whole shards and row files, in a folder of bounded size.
 
 A copy takes its name only when it is whole: its length and, for a shard, index and checksums were compared with the
-commit. A copy that proves wrong later is made again, once: this disk changed it. Other runs' copies go first, those
-used longest ago before others; those that are held in this process never do, so that latents and pixels of a run share
-the bound. Any number of processes share a folder. Which rows are read, and when a set is cached at all:
-remote_reader.py, pixel_chunks.py.
+commit. A copy that proves wrong later is copied again, once: this disk changed it. Room is made by removing the copies
+of other runs, least recently used first; copies held in this process are never removed, so that latents and pixels of a
+run share the bound. Any number of processes share a folder. When a set is copied at all: shard_files.py.
 """
 
 import errno
@@ -27,10 +26,10 @@ from storage.locks import locked
 from storage.remote import is_local
 from storage.root import DataRoot
 
-LITTER_AGE_S = 3600.0  # our choice: a download of a shard (67 MB) that took longer is not coming
+LEFTOVER_AGE_S = 3600.0  # our choice: a download of a shard (67 MB) that took longer has died
 PATIENCE_S = 60.0  # our choice: copies in the making, 67 MB each, are files by then
 _LOOK_S = 0.1
-# what a disk answers that keeps no copy; anything else passes through
+# errors of a disk that can keep no copy; others pass through
 _KEEPS_NONE = {
     errno.EROFS,
     errno.EACCES,
@@ -48,7 +47,7 @@ _LOCKS = 64  # our choice: so many copies are made at once by all processes of a
 def fits(root: DataRoot, needed: Mapping[str, int]) -> bool:
     """Whether files (path: size in bytes) fit the cache's bound; ConfigError for a bound that holds none of them.
 
-    What other openers of this process need has its place already. A bound of 0 switches the cache off.
+    Room that other openers of this process need is not counted as free. A bound of 0 switches the cache off.
     """
     largest = max(needed.values(), default=0)
     if 0 < root.cache_bytes < largest:
@@ -95,7 +94,7 @@ def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
 
 
 def place_of(root: DataRoot, path: str) -> Path:
-    """Where the copy of a file stands."""
+    """Where the copy of a file is, once it is made."""
     return Path(root.cache_folder) / digest(["cache of", root.url]) / path.removeprefix(root.url).lstrip("/")
 
 
@@ -112,12 +111,12 @@ class Cache:
         self.needed = {self._place(path): size_bytes for path, size_bytes in needed.items()}
 
     def hold(self) -> None:
-        """Have no other opener of this process remove what this one needs, nor count on its room."""
+        """Keep other openers of this process from removing what this one needs, and from counting on its room."""
         with _held_guard:
             _held.add(self)
 
     def release(self) -> None:
-        """The opposite; a cache that nobody refers to is released by itself."""
+        """Undo `hold`; a cache that is garbage collected is released by itself."""
         with _held_guard:
             _held.discard(self)
 
@@ -129,10 +128,10 @@ class Cache:
         """
         place = self._place(path)
         with self._naming_the_folder():
-            if _stands(place, size_bytes):
+            if _is_copied(place, size_bytes):
                 return place
             with self._copying(path):
-                if not _stands(place, size_bytes):
+                if not _is_copied(place, size_bytes):
                     self._fetch(path, place, size_bytes, fault)
         return place
 
@@ -147,9 +146,9 @@ class Cache:
             return self.local(path, size_bytes, fault).open("rb")
 
     def distrust(self, path: str, inode: int) -> bool:
-        """Give up a copy that proved wrong, and say whether to read again: no, if it was made anew for that before.
+        """Give up a copy that proved wrong, and return whether to read again: no, if it was copied again before.
 
-        `inode` is that of the file with the wrong bytes: the copy that stands may be another by now.
+        `inode` is that of the file with the wrong bytes: the copy may be another file by now.
         """
         place = self._place(path)
         with self._naming_the_folder(), self._copying(path):
@@ -175,7 +174,7 @@ class Cache:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # here, so that the lock is held for a rename only
-            naming.enter_context(self._lock("room"))  # who counts would miss a file whose name changes meanwhile
+            naming.enter_context(self._lock("room"))  # a process that adds up sizes would miss a file renamed meanwhile
 
     def _reserve(self, temporary: Path, size_bytes: int) -> None:
         """Create a file of this size within the bound; waits for copies that others are making, which end as files."""
@@ -196,7 +195,7 @@ class Cache:
 
     def _make_room(self, size_bytes: int) -> tuple[int, int]:
         """Remove copies that no opener here needs until so many bytes fit; (bytes that do not, temporaries)."""
-        atomic.sweep_litter(str(self._top), LITTER_AGE_S)
+        atomic.remove_leftovers(str(self._top), LEFTOVER_AGE_S)
         found, kept = [], self.needed | _needed_now()
         for path in self._top.glob("*/**/*"):
             with suppress(FileNotFoundError):  # a copy was given up
@@ -204,7 +203,7 @@ class Cache:
         over = sum(stat.st_size for _, stat in found) + size_bytes - self._root.cache_bytes
         for path, stat in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
             if over > 0 and path not in kept and path.suffix != atomic.SUFFIX:
-                path.unlink(missing_ok=True)  # who has it mapped keeps it
+                path.unlink(missing_ok=True)  # a process that has it mapped keeps the bytes
                 over -= stat.st_size
         return over, sum(path.suffix == atomic.SUFFIX for path, _ in found)
 
@@ -217,7 +216,7 @@ class Cache:
 
     @contextmanager
     def _naming_the_folder(self) -> Iterator[None]:
-        """What the disk of the cache answers is not taken for an answer of the object store."""
+        """An error of the cache's disk is reported as such, not as one of the object store."""
         try:
             yield
         except OSError as error:
@@ -244,7 +243,7 @@ def _needed_now() -> dict[Path, int]:
         return {place: size_bytes for cache in _held for place, size_bytes in cache.needed.items()}
 
 
-def _stands(place: Path, size_bytes: int) -> bool:
+def _is_copied(place: Path, size_bytes: int) -> bool:
     try:
         if place.stat().st_size != size_bytes:
             return False

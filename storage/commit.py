@@ -1,10 +1,10 @@
 """The commit rule: a shard's file, then its commit, each under a name that must be new. With locks and without.
 
-On a file system the caller holds the part's lock, so that a file without a commit is a dead writer's and goes. Object
-stores know no locks: such an object may also be of a writer who is about to commit. Equal bytes are taken as they are,
-since a shard encoded again has the same ones; others are replaced, and put back by the one who replaced them if the
-commit then goes to somebody else. Whatever slips through this (two that replace at once, one of them killed), the
-commit's checksums find, and the shard is encoded again (design, section 5). Must not know what a row is.
+On a file system the caller holds the part's lock, so that a file without a commit is a dead writer's and is removed. On
+object stores, which have no locks, such an object may also be of a writer who is about to commit. Equal bytes are taken
+as they are, since a shard encoded again has the same ones; others are replaced, and put back by the one who replaced
+them if the commit then goes to somebody else. Whatever slips through this (two that replace at once, one of them
+killed) is found by the commit's checksums, and the shard is encoded again.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,10 +24,10 @@ def publish_shard(
 ) -> None:
     """Write a shard's file from its pieces, then the bytes of its commit; ConflictError where another was first.
 
-    `is_committed` says whether the commit that stands names the bytes of `pieces`.
+    `is_committed` says whether the existing commit names the bytes of `pieces`.
     """
     if is_local(shard_path):
-        atomic.remove_tree(shard_path)  # litter of a writer that died before its commit
+        atomic.remove_tree(shard_path)  # left by a writer that died before its commit
         with atomic.staged_file(shard_path, exclusive=True) as temporary, temporary.open("xb") as file:
             for piece in pieces:
                 file.write(piece)
@@ -47,8 +47,8 @@ def _put(shard_path: str, data: bytes) -> bytes | None:
     with suppress(ConflictError):
         atomic.create_exclusively(shard_path, data)
         return None
-    standing = atomic.read_bytes(shard_path)
-    if standing == data:
+    found = atomic.read_bytes(shard_path)
+    if found == data:
         return None
     atomic.publish_bytes(shard_path, data)
-    return standing
+    return found

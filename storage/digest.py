@@ -1,9 +1,9 @@
 """Identity: canonical JSON and streaming hashes. The only place that decides what an id is.
 
 An id is blake2b-128 of canonical JSON (sorted keys, no spaces, ASCII) of integers, strings, booleans, None, lists and
-mappings of those: 16 bytes in parquet, 32 hex digits in JSON and paths (design, section 2). Floats are refused in ids,
+mappings of those: 16 bytes in parquet, 32 hex digits in JSON and paths. Floats are refused in ids,
 since their text is not unique; configurations that hold floats go through `digest_config`, which writes each as `repr`.
-Checksums (crc32c) find rot, they are no identity.
+Checksums (crc32c) find bit rot; they identify nothing.
 """
 
 import hashlib
@@ -54,9 +54,9 @@ def digest_bytes(data: bytes) -> str:
 
 
 def crc32c(data: "bytes | memoryview | np.ndarray[Any, Any]") -> int:
-    """Checksum against rot, by the CPU's instruction: 27 GB/s in the cache, 14 from memory (measured). No copy.
+    """Checksum against bit rot, by the CPU's instruction: 27 GB/s in the cache, 14 from memory (measured). No copy.
 
-    Arrays stand in C order. Large data is read without the interpreter, since pages of a map may wait for the disk.
+    Arrays are in C order. Large data is read without the interpreter, since pages of a map may wait for the disk.
     """
     return _hardware(data.data if isinstance(data, np.ndarray) else data)
 

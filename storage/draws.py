@@ -3,7 +3,7 @@
 Draws come in blocks of 1024. After every whole block each dataset has had its share of all draws, rounded (exact
 quotas); within a block their order is shuffled; a dataset's draws walk through a keyed permutation of its rows, a new
 one each pass, so that no row comes twice before all came once. Memory is O(1), resume is one integer, and neither ranks
-nor workers are known here (design, section 5, Order). A dataset's permutations hang on its name, seed and size alone.
+nor workers are known here. A dataset's permutations depend on its name, seed and size alone.
 `at` is the plain reference, `range` the vectorised one.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Int64, UInt64
 
 from storage.errors import ConfigError
 
-BLOCK = 1024  # draws; design, section 5. 2.5 us a draw (research: store, G)
+BLOCK = 1024  # draws, our choice: quotas are exact after each of the paper's batches of 3072; 2.5 us a draw
 _BLOCKS_KEPT = 4  # of 16 KB: a step's draws lie in one block or two, and two stages meet
 _ROUNDS = 8  # Feistel rounds; 4 are a pseudo-random permutation (Luby and Rackoff 1988), the rest is for tiny halves
 _MASK = (1 << 64) - 1

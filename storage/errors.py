@@ -8,11 +8,11 @@
     +-- StoreError       store       a latent store is not what its metadata says
     |   +-- DamagedError damaged     bytes differ from their checksum, or a committed shard is missing or short
     |   +-- ConflictError conflict   somebody else created this name first (also FileExistsError)
-    +-- UnwritableError  unwritable  the system lets nothing be written there (also OSError)
+    +-- UnwritableError  unwritable  the system allows no writing there (also OSError)
     +-- UpstreamError    upstream    what this step reads is missing or failed its checks
     +-- RefusedError     refused     a run, checkpoint or trainset does not fit what was asked
 
-Messages say what is wrong, where, and what to do. Programmers' mistakes are `assert`, never these. What may be told as
+Messages say what is wrong, where, and what to do. Programmers' mistakes are `assert`, never these. What is reported as
 damage, whose remedy removes files, is decided here alone (`is_damage`).
 """
 
@@ -20,7 +20,7 @@ import errno
 
 
 class NExTVidError(ValueError):
-    """Root of the tree; a `ValueError`, so that callers who know nothing of us still catch it sensibly."""
+    """Root of the tree; a `ValueError`, so that callers who do not know this tree can catch it too."""
 
     kind = "error"
 
@@ -66,7 +66,7 @@ class DamagedError(StoreError):
 
 
 class ConflictError(StoreError, FileExistsError):
-    """Somebody else created this name first; the winner's bytes stand."""
+    """Somebody else created this name first; the bytes of the first stay."""
 
     kind = "conflict"
 
@@ -109,8 +109,8 @@ def exit_code(error: NExTVidError | OSError) -> int:
 def is_damage(error: Exception) -> bool:
     """Whether reading a file failed for what the file is: gone, unreadable on its disk, or of other bytes.
 
-    A network, credentials, a mode, a full disk or too many open files say nothing of the file. Who removed it for such
-    an error would lose what is sound: they pass through as they are.
+    A network, credentials, a mode, a full disk or too many open files say nothing of the file. Removing the file for
+    such an error would lose sound bytes, so these errors pass through as they are.
     """
     if isinstance(error, NExTVidError):
         return isinstance(error, (DamagedError, TableError, UpstreamError))

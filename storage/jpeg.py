@@ -1,8 +1,7 @@
 """A clip as one chunk of bytes: a table of F lengths (u32, little-endian), then F JPEGs back to back. Pure functions.
 
 Why JPEG and imagecodecs: docs/decisions/0010. A chunk that is all zeros is a withdrawn clip and reads as black frames,
-as withdrawn latents read as zeros. Both directions release the interpreter's lock, so threads scale. Must not know
-stores or Zarr.
+as withdrawn latents read as zeros. Both directions release the interpreter's lock, so threads scale.
 
 Axes: F frames, H W pixels.
 """

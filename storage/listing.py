@@ -1,7 +1,6 @@
-"""What stands under a folder, in a file system or in a bucket: names, sizes, nothing of the content.
+"""Listings of folders, in a file system or in a bucket: names and sizes, not contents.
 
-A folder that does not exist is an empty one; one that cannot be listed is an error, never an empty one. Must not know
-what the names mean.
+A folder that does not exist is an empty one; one that cannot be listed is an error, never an empty one.
 """
 
 import os
@@ -26,7 +25,7 @@ def files(folder: str, pattern: str = ".*") -> list[str]:
 
 
 def files_below(folder: str) -> dict[str, int]:
-    """Path and size in bytes of every file below a folder; what goes while it is listed may be there or not."""
+    """Path and size in bytes of every file below a folder; what is removed while it is listed may be there or not."""
     if is_local(folder):
         return dict(sorted(_local_files(folder)))
     protocol = folder.partition("://")[0]
@@ -65,7 +64,7 @@ def _refuse_unlisted(error: OSError) -> None:
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    """(name, whether it is a folder) of what stands directly in a folder."""
+    """(name, whether it is a folder) of what is directly in a folder."""
     if is_local(folder):
         with suppress(FileNotFoundError, NotADirectoryError):
             return [(entry.name, entry.is_dir()) for entry in Path(folder.removeprefix("file://")).iterdir()]

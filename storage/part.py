@@ -148,7 +148,7 @@ class Part(Generic[S]):
         """Numbers of all committed shards, sorted, by one listing."""
         return [number for number in self._commits_found() if number < self.shards]
 
-    def stands(self, number: int) -> bool:
+    def is_stored(self, number: int) -> bool:
         """Whether a shard is committed and its file is there; a swept one has none."""
         return self.committed(number) and atomic.exists(self.shard_path(number))
 
@@ -229,7 +229,7 @@ class Part(Generic[S]):
         """(offset, size) in bytes of the rows in these slots, by shard; shards whose file is gone are left out."""
         found: dict[int, list[tuple[int, int]]] = {}
         for number in sorted({slot // shard.ROWS_PER_SHARD for slot in slots}):
-            if self.stands(number):
+            if self.is_stored(number):
                 rows, first = self.rows(number), number * shard.ROWS_PER_SHARD
                 own = [rows[slot - first] for slot in slots if first <= slot < first + len(rows)]
                 found[number] = [(row.offset, row.size_bytes) for row in own]

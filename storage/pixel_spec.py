@@ -1,7 +1,6 @@
 """PixelSpec: how given frames become the bytes of a pixel store. Frames and rates belong to clips, not here.
 
-Its digest names the store's folder, as an encoding spec's does (storage/spec.py). Must not read media or JPEGs: it
-holds names and sizes only (design, section 5).
+Its digest names the store's folder, as an encoding spec's does (spec.py).
 """
 
 from collections.abc import Mapping
@@ -40,6 +39,7 @@ class PixelSpec:
         return digest(self.to_json())
 
     def to_json(self) -> dict[str, str | int]:
+        """Its fields, as in spec.json."""
         return asdict(self)
 
     @staticmethod

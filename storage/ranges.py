@@ -1,8 +1,8 @@
 """Ranges of objects, asked for ahead of their use: how single rows of a store are read where no copy of it is kept.
 
-A group of ranges is announced and asked for at once, one request each; who reads one waits for its answer, and asks
-again, alone and a bounded number of times, where none came or it does not hold what it should. What is announced and
-never read is dropped in the end. Threads may share one. Must not know what a row is.
+A group of ranges is announced and asked for at once, one request each; a reader of one waits for its answer, and asks
+again, alone and a bounded number of times, where none came or its bytes are wrong. What is announced and
+never read is dropped in the end. Threads may share one.
 """
 
 import threading
@@ -30,10 +30,10 @@ class Ranges:
         self._guard = threading.Lock()
         self._pool = ThreadPoolExecutor(AT_ONCE, "ranges")
 
-    def announce(self, wanted: Iterable[Range]) -> None:
+    def announce(self, ranges: Iterable[Range]) -> None:
         """Ask for these now; waits for nothing."""
         with self._guard:
-            new = [place for place in dict.fromkeys(wanted) if place not in self._ahead]
+            new = [place for place in dict.fromkeys(ranges) if place not in self._ahead]
             if not new:
                 return
             asked = self._pool.submit(_ask, new)

@@ -2,8 +2,7 @@
 
 Credentials, endpoint and region come from the environment or fsspec's own configuration (decision 0012), never from
 corpus.yaml or a URL. A question that fails for a passing reason is asked again a bounded number of times; whatever is
-left is one error of ours. Nothing of a listing is remembered, since other processes write. Must not know what bytes
-mean, nor who may write what (atomic.py).
+left is one error of ours. Listings are not remembered, since other processes write.
 """
 
 import errno
@@ -29,7 +28,7 @@ BUCKETED = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # protocols of fsspec whose
 # by name, since the client that raises them may not be installed
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
 _OURS = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what s3fs makes of a request that no repetition mends
-S3_PLACE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")  # where, without who: what jobs elsewhere are told
+S3_PLACE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")  # where, not who: for jobs on other machines
 _ONE_PUT_BYTES = 5 * 2**30  # Amazon S3's limit of one PUT; s3fs cuts what is larger than two of its chunks, 100 MiB
 _SET = "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where it is not Amazon's, AWS_ENDPOINT_URL"
 
@@ -90,17 +89,17 @@ def ask(path: str, question: Callable[[AbstractFileSystem, str], Answer]) -> Ans
             if not _passing(error):
                 raise _explained(path, error) from error
             if wait_s is None:
-                tries = f"{len(WAITS_S) + 1} tries failed, the last with {_said(error)}"
+                tries = f"{len(WAITS_S) + 1} tries failed, the last with {_message(error)}"
                 raise StoreError(f"{path}: {tries}. Check network and endpoint, then run again") from error
         time.sleep(wait_s * random.uniform(0.5, 1.5))
     raise AssertionError("the last try returns or raises")
 
 
 def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
-    """Put bytes under `path` in one request; with `exclusive` only where nothing stands, else ConflictError.
+    """Put bytes under `path` in one request; with `exclusive` only under a new name, else ConflictError.
 
     A client below us that repeats a request whose answer was lost may take our own bytes for somebody else's. All who
-    create exclusively can live with that: they go on with what stands there.
+    create exclusively can live with that: they go on with what is there.
     """
     _put(
         path, lambda fs, key, mode: fs.pipe_file(key, data, mode=mode, **_whole(fs)), lambda: data, exclusive=exclusive
@@ -139,20 +138,20 @@ def read_exactly(
 
     DamagedError where every answer is, FileNotFoundError where there is no such object.
     """
-    said: str | None = None
+    wrong: str | None = None
     for wait_s in (*WAITS_S, None):
         data = read(path, start, None if start is None else start + size_bytes)
-        said = f"{len(data)} bytes came where {size_bytes} stand" if len(data) != size_bytes else None
-        said = said or (fault(data) if fault else None)
-        if said is None:
+        wrong = f"{len(data)} bytes came where {size_bytes} are stored" if len(data) != size_bytes else None
+        wrong = wrong or (fault(data) if fault else None)
+        if wrong is None:
             return data
         if wait_s is not None:
             time.sleep(wait_s * random.uniform(0.5, 1.5))
-    raise DamagedError(f"{path}: {said}, in {len(WAITS_S) + 1} tries")
+    raise DamagedError(f"{path}: {wrong}, in {len(WAITS_S) + 1} tries")
 
 
 def read_ranges(paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> list[bytes | Exception]:
-    """Ranges of objects of one store, asked for at once and once only; an exception stands in for each that failed."""
+    """Ranges of objects of one store, each requested once, all at once; where one failed, its exception."""
     fs, _ = connect(paths[0])
     keys = [fs._strip_protocol(path) for path in paths]
     found = fs.cat_ranges(keys, list(starts), list(ends), on_error="return")
@@ -220,7 +219,7 @@ def _explained(path: str, error: Exception) -> NExTVidError:
         return ConfigError(f"{path}: there are no credentials for it; {_SET}, or AWS_PROFILE")
     if isinstance(error, PermissionError):
         return ConfigError(f"{path}: access was denied ({error}). Check the credentials and the bucket's policy")
-    return StoreError(f"{path}: the object store refused the request ({_said(error)})")
+    return StoreError(f"{path}: the object store refused the request ({_message(error)})")
 
 
 def _code(error: Exception) -> str | None:
@@ -230,5 +229,5 @@ def _code(error: Exception) -> str | None:
     return None
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

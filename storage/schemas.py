@@ -94,7 +94,7 @@ class Media(_Judged):
 
 
 class Labels(dy.Schema):
-    """What is known of a media, long: a null span means the whole file. `split` and `group` are reserved targets."""
+    """Labels of media files, long: a null span means the whole file. `split` and `group` are reserved targets."""
 
     media_id = _id()
     start_us = dy.Int64(nullable=True)
@@ -104,7 +104,7 @@ class Labels(dy.Schema):
 
 
 class Shots(_Judged):
-    """Cut-free runs with scores, not decisions. A media that failed the first pass is one row without a shot id."""
+    """Cut-free runs with scores, not decisions. A file that failed the first pass is one row without a shot id."""
 
     media_id = _id(primary_key=True)
     shot_index = dy.Int32(primary_key=True, min=0, description="Number of the shot within its file")
@@ -178,7 +178,7 @@ class Clips(_Judged):
 
 
 class Plan(dy.Schema):
-    """One planned part: which row stands in which slot. Fixes the array's shape."""
+    """One planned part: which row has which slot. Fixes the array's shape."""
 
     row_id = _id(primary_key=True)
     slot = dy.UInt32(description="Place in the part; the shard is slot // rows per shard")
@@ -205,7 +205,7 @@ class Commits(dy.Schema):
 
 
 class PixelCommits(dy.Schema):
-    """What a shard's commit says of each slot of a pixel store. Rows differ in size, so it says where each stands."""
+    """What a shard's commit says of each slot of a pixel store. Rows differ in size, so it says where each is."""
 
     row_id = _id(primary_key=True)
     slot = dy.UInt32()

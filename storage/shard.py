@@ -1,8 +1,8 @@
 """The bytes of one shard: dense rows, then the index that any Zarr reader expects. Pure functions, no files.
 
 Zarr v3 `sharding_indexed`, inner chunk = one row, no compressor, index at the end: per inner chunk offset and size as
-little-endian u64, absent ones 2^64-1, then the crc32c of the index. Rows stand in slot order without gaps, so that the
-offset of slot s is s * row_bytes and a reader needs no index (research: store, F). What an option does to values: here.
+little-endian u64, absent ones 2^64-1, then the crc32c of the index. Rows are in slot order without gaps, so that the
+offset of slot s is s * row_bytes and a reader needs no index. The storage options (float16, keepbits7, int8) are here.
 """
 
 import math
@@ -17,10 +17,10 @@ from numcodecs.bitround import BitRound
 from storage.digest import crc32c
 from storage.errors import StoreError
 
-ROWS_PER_SHARD = 256  # 67 MB at 16 frames of 32x16x16; size does not change read speed (research: store, B)
+ROWS_PER_SHARD = 256  # 67 MB at 16 frames of 32x16x16; size does not change read speed (measured)
 INDEX_BYTES = 16 * ROWS_PER_SHARD + 4  # offset and size a row, crc32c of both
 _ABSENT = np.uint64(2**64 - 1)  # Zarr v3 specification, sharding codec
-_KEEP_BITS = 7  # design, section 5
+_KEEP_BITS = 7  # of float16's 10: our choice, the option `keepbits7`
 _STEPS = 127  # of int8, symmetric
 _NOTHING = 2.0**-25  # a magnitude that float16 rounds to zero
 _EXPONENT = np.uint16(0x7C00)  # all ones: infinity or NaN in IEEE 754 binary16; 10 times faster than isfinite here
@@ -56,10 +56,10 @@ def rows_in(size_bytes: int, row_bytes: int) -> int | None:
 def packed(latents: Float[np.ndarray, "n F C h w"], ok: np.ndarray, storage: str) -> UInt8[np.ndarray, "n bytes"]:
     """The bytes of each row as the storage option has them; NaN in the slots of failed rows.
 
-    `int8` rows are their values, then a float32 scale a channel (docs/decisions/0009). StoreError where a row that is
-    said to be ok is not finite or leaves the range of float16.
+    `int8` rows are their values, then a float32 scale a channel (docs/decisions/0009). StoreError where a row with
+    status ok is not finite or leaves the range of float16.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # told below, with the row
+    with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the row
         stored = np.array(latents, dtype="<f2", order="C")
     stored[~ok] = 0
     if storage == "keepbits7":
@@ -76,7 +76,7 @@ def packed(latents: Float[np.ndarray, "n F C h w"], ok: np.ndarray, storage: str
 def unpacked(
     rows: UInt8[np.ndarray, "*n bytes"], storage: str, shape: tuple[int, int, int, int]
 ) -> Float16[np.ndarray, "*n F C h w"]:
-    """Values of stored rows of this shape (F, C, h, w): a view where they stand as float16, else computed."""
+    """Values of stored rows of this shape (F, C, h, w): a view where they are float16, else computed."""
     if storage != "int8":
         return rows.view("<f2").reshape(*rows.shape[:-1], *shape)
     count = math.prod(shape)

@@ -1,7 +1,6 @@
 """EncodingSpec: how given frames become the bytes of a latent store. Frames and rates belong to clips, not here.
 
-Its digest names the store's folder, so two specs never share a row; `spec.json` says it in words. Must not read media
-or load an autoencoder: it holds names and sizes only (design, sections 2 and 5).
+Its digest names the store's folder, so two specs never share a row; `spec.json` in it holds the fields.
 """
 
 from collections.abc import Mapping
@@ -61,6 +60,7 @@ class EncodingSpec:
         return digest(self.to_json())
 
     def to_json(self) -> dict[str, str | int]:
+        """Its fields, as in spec.json."""
         return asdict(self)
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 Every table carries the crc32c of its own file in its parquet metadata (computed with that field zeroed), since parquet
 readers find flipped bytes only by luck; any parquet reader still opens it. Dtypes are widened, never bent: strings
-become enums, integers another width if they fit; all else that breaks the schema is a TableError. Knows no one table.
+become enums, integers another width if they fit; all else that breaks the schema is a TableError.
 """
 
 import functools
@@ -47,7 +47,7 @@ def encode_table(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> byt
     buffer = io.BytesIO()
     checked.write_parquet(buffer, metadata={_KEY: _BLANK.decode()})
     data = buffer.getvalue()
-    start = data.rindex(_BLANK)  # the footer stands at the end
+    start = data.rindex(_BLANK)  # the footer is at the end
     return data[:start] + b"crc32c=%08x" % crc32c(data) + data[start + len(_BLANK) :]
 
 
@@ -68,7 +68,7 @@ def write_tables(path: str, frames: Iterable[pl.DataFrame], schema: type[dy.Sche
             found = crc32c(np.memmap(temporary, np.uint8, "r"))
             with atomic.naming(temporary), temporary.open("r+b") as file:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-                    start = memory.rfind(_BLANK)  # the footer stands at the end
+                    start = memory.rfind(_BLANK)  # the footer is at the end
                 file.seek(start)
                 file.write(b"crc32c=%08x" % found)
 
@@ -139,8 +139,8 @@ def require_checks(path: str, asset: str) -> None:
         raise TableError(f"{path} holds the checks of '{found.get('asset')}', not of '{asset}'")
     if not found["passed"]:
         blocking = [check for check in found["checks"] if check.get("blocking", True) and not check["passed"]]
-        said = "; ".join(f"{check['name']} {json.dumps(check.get('numbers', {}))}" for check in blocking)
-        raise UpstreamError(f"'{asset}' failed its checks ({path}): {said}")
+        failed = "; ".join(f"{check['name']} {json.dumps(check.get('numbers', {}))}" for check in blocking)
+        raise UpstreamError(f"'{asset}' failed its checks ({path}): {failed}")
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
@@ -163,10 +163,10 @@ def _system_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except PolarsError as error:
-        said = _REFUSED.search(str(error))
-        if said is None:
+        refused = _REFUSED.search(str(error))
+        if refused is None:
             raise
-        code = int(said.group(1))
+        code = int(refused.group(1))
         raise OSError(code, os.strerror(code), str(path)) from error
 
 

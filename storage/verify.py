@@ -103,7 +103,7 @@ def _leftovers(part: Part[Any], shards: int, files: Iterable[str]) -> list[Probl
         part.commit_path(number) for number in range(shards)
     }
     known |= {*part.metadata_paths, part.plan_path, f"{part.path}/lock"}
-    dead = atomic.litter(part.path, LEFTOVER_AGE_S)
+    dead = atomic.leftovers(part.path, LEFTOVER_AGE_S)
     strange = sorted(path for path in set(files) - known if path in dead or not atomic.is_temporary(path))
     return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 

@@ -1,7 +1,7 @@
-"""Withdrawn media: the row ids that nobody may train on any more, one JSON file a media.
+"""Withdrawn media files: the ids of rows that nobody may train on any more, one JSON record a media file.
 
 The file is written before any byte is zeroed, so that loaders refuse such rows from then on; `Part.erase` then zeroes
-in place, the one exception to write-once (design, section 4). Must not find rows or affected runs: lineage does.
+in place, the one exception to write-once.
 """
 
 import re
@@ -15,7 +15,7 @@ _MEDIA = re.compile(r"[0-9a-f]{32}")
 
 
 def record_withdrawal(root: DataRoot, media_id: str, row_ids: Iterable[bytes]) -> None:
-    """Name the rows of a withdrawn media (32 hex digits); rows named before stay named."""
+    """Record the rows of a withdrawn media file (its id: 32 hex digits); rows named before stay named."""
     assert _MEDIA.fullmatch(media_id), media_id
     path = f"{root.withdrawn()}/{media_id}.json"
     known = _rows(path) if atomic.exists(path) else set()
@@ -24,21 +24,21 @@ def record_withdrawal(root: DataRoot, media_id: str, row_ids: Iterable[bytes]) -
 
 
 def withdrawn_media(root: DataRoot) -> frozenset[bytes]:
-    """Ids (16 bytes) of withdrawn media: the names of their records; other files there mean nothing."""
+    """Ids (16 bytes) of withdrawn media files: the names of their records; other files there are ignored."""
     names = (name.removesuffix(".json") for name in listing.files(root.withdrawn()) if name.endswith(".json"))
     return frozenset(bytes.fromhex(name) for name in names if _MEDIA.fullmatch(name))
 
 
 def withdrawn_rows(root: DataRoot) -> frozenset[bytes]:
-    """Row ids (16 bytes) of every withdrawn media; DamagedError where a record cannot be read."""
+    """Row ids (16 bytes) of every withdrawn media file; DamagedError where a record cannot be read."""
     records = sorted(f"{root.withdrawn()}/{media.hex()}.json" for media in withdrawn_media(root))
     return frozenset().union(*(_rows(path) for path in records))
 
 
 def _rows(path: str) -> set[bytes]:
-    said = atomic.read_json(path)
+    record = atomic.read_json(path)
     try:
-        return {_row_id(name) for name in said["row_ids"]}
+        return {_row_id(name) for name in record["row_ids"]}
     except (KeyError, TypeError, ValueError) as error:
         what = f"{path} is no record of a withdrawal ({type(error).__name__}: {error})"
         raise DamagedError(f"{what}: restore it, or withdraw the file again") from error

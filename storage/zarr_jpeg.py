@@ -47,6 +47,7 @@ class JpegFrames(ArrayBytesCodec):
         return cls(**configuration)
 
     def to_dict(self) -> dict[str, Any]:
+        """The codec as its entry in zarr.json."""
         return {"name": NAME, "configuration": {"quality": self.quality, "subsampling": self.subsampling}}
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:  # noqa: ANN401 - zarr's types

@@ -19,7 +19,7 @@ PATH = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-
 MODULE = re.compile(r"(?<![\w/.-])\w+\.py\b")
 DECISION = re.compile(r"docs/decisions/(\d{4})\b")
 ELSEWHERE = re.compile(r"(?<!docs/)\bmethod\.md|\bresearch\b|\bdesign(?:,? section|:)?,? \d|\b[Tt]he design\b")
-TO_BE_CLEANED = ("nextvid", "storage")  # whose comments still cite pages that are kept elsewhere
+TO_BE_CLEANED = ("nextvid",)  # whose comments still cite pages that are kept elsewhere
 SECTIONS = re.compile(r"docs/method\.md ((?:\d+(?:\.\d+)?(?:, | and )?)+)")
 
 

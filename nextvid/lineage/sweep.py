@@ -19,7 +19,7 @@ from nextvid.encode.plan import encoding_spec, pixel_spec, wanted_clips
 from nextvid.lineage.trace import scores_of, trainsets_of
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset
-from storage.atomic import litter, remove_tree
+from storage.atomic import leftovers, remove_tree
 from storage.latents import LatentStore
 from storage.listing import size_bytes
 from storage.part import Part
@@ -89,7 +89,7 @@ def sweep(project: Project, *, yes: bool = False) -> Sweep:
                 part.discard(number)
     found = [shard for _, _, shard in shards]
     folders = sorted({folder for folder in (root.url, root.runs_url) if is_local(folder)})
-    old = sorted({path for folder in folders for path in litter(folder, LITTER_AGE_S)})
+    old = sorted({path for folder in folders for path in leftovers(folder, LITTER_AGE_S)})
     litter_bytes = sum(_size_bytes(Path(path)) for path in old)
     if yes:
         for path in old:
@@ -112,7 +112,7 @@ def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
         for batch in store.batches():
             wanted = _wanted(project, batch) if store.digest in specs else _NOTHING
             for part in store.parts_of(batch):
-                for number in (number for number in range(part.shards) if part.stands(number)):
+                for number in (number for number in range(part.shards) if part.is_stored(number)):
                     ids = part.rows_of(number)["row_id"]
                     place = (store.digest, batch, part.frames, part.number, number)
                     yield (

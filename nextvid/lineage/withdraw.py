@@ -117,7 +117,7 @@ def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[Part[Any], list[i
     """Parts of every store that planned such rows, and the slots whose shards are committed and still hold bytes."""
     for part in _parts(root):
         planned = part.plan.filter(pl.col("row_id").is_in(rows.implode()))["slot"].to_list()
-        slots = [slot for slot in planned if part.stands(slot // ROWS_PER_SHARD)]
+        slots = [slot for slot in planned if part.is_stored(slot // ROWS_PER_SHARD)]
         if slots:
             yield part, slots
 

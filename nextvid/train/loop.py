@@ -57,7 +57,7 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
     with ExitStack() as stack:
         if ranks.first:
             stack.enter_context(run_lock(run.folder))
-            atomic.sweep_litter(str(run.folder), LITTER_S)
+            atomic.remove_leftovers(str(run.folder), LITTER_S)
         ranks.wait()
         trainset = Trainset.open(project.root, run.trainset)
         plan = open_mask_plan(project.root, run.recipe.masks, grid_of(run.recipe.model))

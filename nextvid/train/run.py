@@ -5,8 +5,6 @@ how it is carried out (design 2, "run"). Holds no training and starts no process
 """
 
 import dataclasses
-import fcntl
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from nextvid.train.checkpoint import Identity
 from storage import atomic
 from storage.digest import digest
 from storage.errors import ConflictError, RefusedError, UpstreamError
+from storage.locks import locked_or_holder
 from storage.root import DataRoot
 
 ID_DIGITS = 12  # design 2, "run"
@@ -146,18 +145,11 @@ def with_how(run: Run, how: HowConfig) -> Run:
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold `<folder>/lock` exclusively; raises ConflictError, naming the holder, if another process has it."""
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+    with locked_or_holder(folder / "lock") as holder:
+        if holder is not None:
             raise ConflictError(
                 f"{folder}: another process (id {holder}) trains this run; wait for it, or end it and ask again"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            )
         yield
 
 

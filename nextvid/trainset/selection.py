@@ -18,6 +18,7 @@ from nextvid.config.project import Project
 from nextvid.encode.latent_stats import Moments, moments
 from nextvid.encode.plan import spec_in_force
 from nextvid.making.publishing import read_latest
+from storage import reader
 from storage.atomic import read_bytes, read_json
 from storage.digest import digest_bytes
 from storage.errors import UpstreamError
@@ -96,7 +97,9 @@ class _Gathered:
         self.leaked += kept.filter(pl.col("shot_id").is_in(self._test_shots.implode())).height
         for group in kept.partition_by("dataset", "frames"):
             dataset, frames = str(group["dataset"][0]), int(group["frames"][0])
-            self.parts.setdefault((frames, dataset), []).append(_addresses(group, self._batches.index(batch)))
+            self.parts.setdefault((frames, dataset), []).append(
+                reader.addresses(group.with_columns(status=pl.lit("ok")), self._batches)
+            )
             self.moments.setdefault((dataset, frames), []).append(moments(group, self._spec))
 
     def sorted(self) -> tuple[dict[int, np.ndarray], dict[int, dict[str, tuple[int, int]]]]:
@@ -116,16 +119,6 @@ class _Gathered:
             addresses[frames] = out
             offsets[frames] = dict(zip(names, zip(firsts, counts, strict=True), strict=True))
         return addresses, offsets
-
-
-def _addresses(rows: pl.DataFrame, batch: int) -> np.ndarray:
-    """ADDRESS of rows of one batch, in their order."""
-    out = np.zeros(rows.height, ADDRESS)
-    out["row_id"] = np.frombuffer(b"".join(rows["row_id"].to_list()), ">u8").reshape(-1, 2)
-    out["batch"] = batch
-    for name, column in (("part", "part"), ("shard", "shard"), ("slot", "slot"), ("crc", "crc32c")):
-        out[name] = rows[column].to_numpy()
-    return out
 
 
 def _pretraining_batches(project: Project) -> list[str]:

@@ -207,10 +207,10 @@ def test_sweep_takes_old_litter_only(tmp_path: Path) -> None:
         path.write_bytes(b"")
         os.utime(path, (time.time() - 7200,) * 2)
     os.utime(fresh, (time.time() - 7200,) * 2)  # its file is fresh
-    assert atomic.sweep_litter(str(tmp_path), older_than_s=3600) == [str(old)]
+    assert atomic.remove_leftovers(str(tmp_path), older_than_s=3600) == [str(old)]
     assert names(tmp_path) == ["c.parquet", "deep"]
-    assert atomic.sweep_litter(str(tmp_path), older_than_s=0) == [str(fresh)]
-    assert atomic.sweep_litter("memory://x", older_than_s=0) == []
+    assert atomic.remove_leftovers(str(tmp_path), older_than_s=0) == [str(fresh)]
+    assert atomic.remove_leftovers("memory://x", older_than_s=0) == []
 
 
 def test_remove_tree(place: str) -> None:

@@ -130,7 +130,7 @@ def recovered(folder: Path, forks: Forks, reference: dict[str, bytes]) -> Killed
     orphans = [problem.file for problem in store.verify() if "without its commit" in problem.what]
     assert len(store.verify()) == len(orphans)
     forks.call("tests.storage.writers", "write_all", store.root.url, str(folder / "said"))
-    assert atomic.sweep_litter(store.root.url, older_than_s=0) == sorted(temporary)
+    assert atomic.remove_leftovers(store.root.url, older_than_s=0) == sorted(temporary)
     assert store.verify() == []
     assert store.unfinished(BATCH, FRAMES) is None
     assert committed_bytes(store) == reference
@@ -216,7 +216,7 @@ def test_death_at_each_step_of_a_commit(data_root: DataRoot, repository: Path, c
     assert store.commits(BATCH).height == (5 if part.committed(0) else 0)
     if not part.committed(0):
         write(part, 0)
-    atomic.sweep_litter(data_root.url, older_than_s=0)
+    atomic.remove_leftovers(data_root.url, older_than_s=0)
     assert store.verify() == []
     assert store.commits(BATCH).height == 5
 

@@ -154,7 +154,7 @@ def test_sweeping_and_withdrawing(bucket: DataRoot) -> None:
     part.erase([ROWS_PER_SHARD + 1])
     assert store.verify() == []
     assert part.discard(0) == listing.size_bytes(part.shard_path(1)) + 252 * 96  # type: ignore[operator]
-    assert (part.stands(0), part.committed(0), part.stands(1)) == (False, True, True)
+    assert (part.is_stored(0), part.committed(0), part.is_stored(1)) == (False, True, True)
     assert part.discard(0) == 0
     assert store.verify() == []
     assert store.commits(BATCH).filter(reason=SWEPT).height == ROWS_PER_SHARD

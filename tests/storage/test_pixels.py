@@ -230,7 +230,7 @@ def test_a_discarded_shard_is_free_and_sound(data_root: DataRoot) -> None:
     store, part = pixel_store(data_root, 5)
     size_bytes = Path(part.shard_path(0)).stat().st_size
     assert part.discard(0) == size_bytes
-    assert (part.stands(0), part.committed(0)) == (False, True)
+    assert (part.is_stored(0), part.committed(0)) == (False, True)
     assert store.verify() == []
     assert store.commits(BATCH)["reason"].to_list() == ["swept"] * 5
     assert part.discard(0) == 0

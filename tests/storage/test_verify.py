@@ -311,7 +311,7 @@ def test_a_discarded_shard_is_free_and_sound(data_root: DataRoot) -> None:
     kept = Path(part.shard_path(1)).read_bytes()
     size_bytes = Path(part.shard_path(0)).stat().st_size
     assert part.discard(0) == size_bytes
-    assert (part.stands(0), part.committed(0), part.stands(1)) == (False, True, True)
+    assert (part.is_stored(0), part.committed(0), part.is_stored(1)) == (False, True, True)
     assert Path(part.shard_path(1)).read_bytes() == kept
     assert store.verify() == []
     assert store.unfinished(BATCH, FRAMES) is None

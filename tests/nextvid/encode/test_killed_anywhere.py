@@ -115,7 +115,7 @@ def recovered(folder: Path, unkilled: Rows) -> Killed:
         assert problems == orphans
         assert make_latents(project, FILMS).passed
         assert committed(project) == unkilled
-        atomic.sweep_litter(project.root.url, older_than_s=0)
+        atomic.remove_leftovers(project.root.url, older_than_s=0)
         assert [problem for store in every_store(project.root) for problem in store.verify()] == []
         assert LatentStore(project.root, spec_in_force(project)).parts(FILMS, F) == [0]
     assert not list((folder / "root").rglob(".*.partial"))

@@ -48,7 +48,7 @@ def store_of(corpus: Corpus) -> PixelStore:
 
 
 def standing(store: PixelStore) -> list[bool]:
-    return [store.part(FILMS, FRAMES, number).stands(0) for number in store.parts(FILMS, FRAMES)]
+    return [store.part(FILMS, FRAMES, number).is_stored(0) for number in store.parts(FILMS, FRAMES)]
 
 
 def want(corpus: Corpus, *rows: int) -> None:
