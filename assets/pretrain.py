@@ -33,13 +33,13 @@ def pretrain(
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Prepare the run, train until it is complete, check what is on disk."""
     from nextvid.config.overrides import apply_how
-    from nextvid.config.recipe import HowConfig
+    from nextvid.config.recipe import ExecutionConfig
     from nextvid.train.pretrain import finish_run, prepare_run
 
     opened, recipe = project.open(), context.partition_key
     with readable_errors():
         launch = context.run.root_run_id or context.run.run_id
-        how = apply_how(HowConfig(), config.how)
+        how = apply_how(ExecutionConfig(), config.how)
         run = prepare_run(opened, recipe, config.overrides, how, launch=launch, repeat=config.repeat)
         context.log.info(f"run {run.run_id} in {run.folder}")
         if not run.complete:

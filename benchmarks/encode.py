@@ -212,9 +212,8 @@ def _project(folder: Path, load: Load, films: Sequence[Path]) -> Project:
         "encoding": {
             "autoencoder": str(load.autoencoder),
             "resolution": load.side,
-            "batch_frames": load.at_once,
-            "device": "cpu",
         },
+        "execution": {"batch_frames": load.at_once, "device": "cpu"},
         "datasets": {
             "films": {"uri": str(films[0].parent), "weight": 1.0, "clips": [{"frames": load.frames, "fps": 4}]}
         },

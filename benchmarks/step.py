@@ -21,7 +21,7 @@ import tyro
 from benchmarks.clips import MASK_ENTRIES, TRAINSET, random_clips, write_store
 from benchmarks.measure import evict, machine, show, write
 from nextvid.config.project import Project, open_project
-from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.train.distributed import join
 from nextvid.train.events import read_events
@@ -126,7 +126,7 @@ def write_project(folder: Path, recipe: RecipeConfig) -> Project:
 
 def trained(project: Project, recipe: RecipeConfig, repeat: int, cold: bool) -> Measured:
     """One run from its first step to its last, and what its events say."""
-    how = HowConfig(log_every_steps=LOGGED, diagnose_every_steps=1 << 30, checkpoint_every_steps=1 << 30)
+    how = ExecutionConfig(log_every_steps=LOGGED, diagnose_every_steps=1 << 30, checkpoint_every_steps=1 << 30)
     plan = plan_digest(recipe.masks, grid_of(recipe.model))
     run = plan_run(project.root, recipe, how, TRAINSET, plan, repeat, ())
     write_run(run)

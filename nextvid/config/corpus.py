@@ -39,9 +39,14 @@ class EncodingConfig(Strict):
     posterior: Literal["mean", "sample"] = "mean"
     storage: Literal["float16", "keepbits7", "int8"] = "float16"
     pixels: PixelConfig | None = None  # none are kept; they have a spec of their own and may be added later
-    batch_frames: Count = 64  # how, not what: frames per forward; in no digest
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # how, not what
-    devices: int = Field(default=0, ge=0)  # how: processes that encode, one a GPU; 0 is every GPU, or one on CPU
+
+
+class MachineConfig(Strict):
+    """The block `execution`: on which devices latents, probes and samples are computed. In no digest."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = Field(default=0, ge=0)  # processes that encode, one a GPU; 0 is every GPU, or one on CPU
+    batch_frames: Count = 64  # frames per forward of the autoencoder
 
 
 class CacheConfig(Strict):
@@ -57,6 +62,7 @@ class CorpusConfig(Strict):
     root: str
     runs_root: str | None = None
     cache: CacheConfig = CacheConfig()
+    execution: MachineConfig = MachineConfig()
     encoding: EncodingConfig
     curation: CurationConfig = CurationConfig()
     datasets: dict[str, DatasetConfig]
@@ -124,6 +130,13 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
         raise ConfigError(f"{file}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected keys such as 'root' and 'datasets', found {type(values).__name__}")
+    encoding = values.get("encoding")
+    moved = [key for key in MachineConfig.model_fields if isinstance(encoding, dict) and key in encoding]
+    if moved:
+        lines = [
+            f"{file}: 'encoding.{key}' is 'execution.{key}' now: move it to the block 'execution'" for key in moved
+        ]
+        raise ConfigError("\n".join(lines))
     corpus = parse(CorpusConfig, values, str(file))
     refuse_credentials(corpus.root, f"{file}, root")
     for name, dataset in corpus.datasets.items():

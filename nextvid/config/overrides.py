@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.config.strict import Model, parse
 from storage.errors import ConfigError
 
@@ -19,7 +19,7 @@ def apply_overrides(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeCon
     return _applied(recipe, overrides, f"recipe {recipe.name} with {', '.join(overrides)}")
 
 
-def apply_how(how: HowConfig, overrides: Sequence[str]) -> HowConfig:
+def apply_how(how: ExecutionConfig, overrides: Sequence[str]) -> ExecutionConfig:
     """The same for how a run is carried out: `device=cpu`, `checkpoint_every_steps=100`."""
     return _applied(how, overrides, f"how, with {', '.join(overrides)}")
 

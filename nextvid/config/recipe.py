@@ -188,7 +188,7 @@ class RecipeConfig(Strict):
         return tuple(sorted({stage.frames for stage in self.stages}))
 
 
-class HowConfig(Strict):
+class ExecutionConfig(Strict):
     """How a run is carried out; never digested, so any of it may change between attempts at one run."""
 
     ranks: Count = 1

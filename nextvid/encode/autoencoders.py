@@ -19,10 +19,11 @@ from jaxtyping import Float32, UInt8
 
 from nextvid.encode.families import load_model, moments, rebuilt
 from nextvid.encode.weights import Facts, autoencoder_digest, facts
+from nextvid.machine import device_of
 from storage.errors import ConfigError
 from storage.spec import frames_shown
 
-FRAMES_AT_ONCE = 64  # as EncodingConfig.batch_frames: on CPU batching gains nothing (research vae 2), memory decides
+FRAMES_AT_ONCE = 64  # as MachineConfig.batch_frames: on CPU batching gains nothing (research vae 2), memory decides
 
 Result = TypeVar("Result")
 View = UInt8[np.ndarray, "F R R 3"]
@@ -95,7 +96,7 @@ class Autoencoder:
 
         fp32 uses TF32 convolutions where the device has them, as the paper's public code does (research vae 1).
         """
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        device = device_of(device)
         if precision == "fp16" and device == "cpu":
             raise ConfigError(
                 "fp16 on CPU runs in a reference kernel, 110 times slower than fp32: use 'fp32' or 'bf16'"
@@ -190,7 +191,7 @@ class Autoencoder:
             if self.frames_at_once <= unit:
                 raise ConfigError(
                     f"{'one frame does' if unit == 1 else f'{unit} frames do'} not fit the device's memory: free it, "
-                    "lower encoding.resolution, or set encoding.device to 'cpu'"
+                    "lower encoding.resolution, or set execution.device to 'cpu'"
                 )
             self.frames_at_once = -(-self.frames_at_once // 2)
             if self._like.is_cuda:

@@ -32,7 +32,7 @@ def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: No
     plan = plan_encode(project, batch)
     store = LatentStore(project.root, plan.spec)
     store.create()
-    names, report = devices(project.corpus.encoding), Report()
+    names, report = devices(project.corpus.execution), Report()
     if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
         try:
             report = _encode(project, plan, store, names, on_pace)

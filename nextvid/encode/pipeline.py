@@ -180,7 +180,7 @@ def pipeline(
     encoding = project.corpus.encoding
     workers, threads = shares(device, sharers)
     with Decoding(workers) as decoding, _torch_threads(threads):
-        model = Autoencoder.load(encoding.autoencoder, device, spec.precision, encoding.batch_frames)
+        model = Autoencoder.load(encoding.autoencoder, device, spec.precision, project.corpus.execution.batch_frames)
         if model.digest != spec.autoencoder:
             raise RefusedError(f"{encoding.autoencoder}: its weights changed since this was planned; ask again")
         model.when_halved = lambda frames: tell(

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from nextvid.config.corpus import EncodingConfig
+from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project
 from nextvid.encode.checks import Report
 from nextvid.encode.pipeline import Advance, Pipeline, Tell, pipeline
-from nextvid.machine import die_with
+from nextvid.machine import device_of, die_with
 from nextvid.video.sandbox import Spawn
 from storage.errors import ConfigError, StoreError
 from storage.latents import EncodingSpec, LatentPart, LatentStore
@@ -37,19 +37,19 @@ class Share(NamedTuple):
     spec: EncodingSpec
 
 
-def devices(encoding: EncodingConfig) -> list[str]:
-    """The devices that encode here, one a process: `cuda:0`, ... or `cpu`, as encoding.device and .devices say.
+def devices(machine: MachineConfig) -> list[str]:
+    """The devices that encode here, one a process: `cuda:0`, ... or `cpu`, as execution.device and .devices say.
 
     Raises ConfigError where there are not so many.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() and encoding.device != "cpu" else 0
-    if encoding.device == "cuda" and not gpus:
-        raise ConfigError("encoding.device is 'cuda', but torch sees no GPU here: use 'auto' or 'cpu'")
-    if gpus and encoding.devices > gpus:
-        raise ConfigError(f"encoding.devices is {encoding.devices}, but there are {gpus} GPUs here; 0 takes them all")
-    return (
-        [f"cuda:{number}" for number in range(encoding.devices or gpus)] if gpus else ["cpu"] * max(1, encoding.devices)
-    )
+    if device_of(machine.device) == "cpu":
+        return ["cpu"] * max(1, machine.devices)
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise ConfigError("execution.device is 'cuda', but torch sees no GPU here: use 'auto' or 'cpu'")
+    if machine.devices > gpus:
+        raise ConfigError(f"execution.devices is {machine.devices}, but there are {gpus} GPUs here; 0 takes them all")
+    return [f"cuda:{number}" for number in range(machine.devices or gpus)]
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def _score(
     project: Project, task: Task, folder: str, progress: Callable[[int, int], None] | None, started: float
 ) -> None:
     """Compute and publish: the rows, pooled test features, then score.json."""
-    device = device_of(project.corpus.encoding.device)
+    device = device_of(project.corpus.execution.device)
     trained = load_trained(task.run, device)
     policy, recipe = task.config.policy, task.run.recipe
     frames = policy.frames if policy.frames > 1 else recipe.clip_lengths[0]

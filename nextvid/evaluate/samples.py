@@ -72,7 +72,7 @@ def make_samples(project: Project, recipe: str, run: str | None = None) -> Outco
 
 def _make(project: Project, run: Run, folder: str) -> None:
     trainset = Trainset.open(project.root, run.trainset)
-    device = device_of(project.corpus.encoding.device)
+    device = device_of(project.corpus.execution.device)
     scene = open_scene(project, run, trainset, device)
     model = load_trained(run, device).model
     visible = _visible(project, run)

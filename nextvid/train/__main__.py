@@ -25,14 +25,14 @@ def main(
     """Train one run to its end."""
     if launcher is not None:
         die_with(launcher)
-    from nextvid.config.recipe import HowConfig
+    from nextvid.config.recipe import ExecutionConfig
     from nextvid.train.distributed import join
     from nextvid.train.loop import train
     from nextvid.train.pretrain import prepare_run
     from nextvid.train.run import open_run
 
     project = open_project(corpus)
-    how = open_run(Path(project.root.run(recipe, run))).how if run is not None else HowConfig()
+    how = open_run(Path(project.root.run(recipe, run))).how if run is not None else ExecutionConfig()
     with join(how) as ranks:
         name = run
         if name is None:

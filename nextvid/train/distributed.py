@@ -16,7 +16,8 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nextvid.config.recipe import HowConfig
+from nextvid.config.recipe import ExecutionConfig
+from nextvid.machine import device_of
 from storage.errors import ConfigError
 
 
@@ -84,7 +85,7 @@ def _unsent(model: FSDPModule) -> Iterator[None]:
 
 
 @contextmanager
-def join(how: HowConfig) -> Iterator[Ranks]:
+def join(how: ExecutionConfig) -> Iterator[Ranks]:
     """Join the process group that torchrun's variables describe; without them this process is the whole run."""
     count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = _device(how, int(os.environ.get("LOCAL_RANK", "0")))
@@ -99,8 +100,8 @@ def join(how: HowConfig) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _device(how: HowConfig, local_rank: int) -> torch.device:
-    wanted = how.device if how.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def _device(how: ExecutionConfig, local_rank: int) -> torch.device:
+    wanted = device_of(how.device)
     if wanted == "cpu":
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

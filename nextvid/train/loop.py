@@ -21,7 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import HowConfig, RecipeConfig, StageConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig, StageConfig
 from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.cost import stage_cost
 from nextvid.model.encoder import Encoder
@@ -138,7 +138,7 @@ class _Session:
         self.background = background
         self.run, self.trained, self.loader, self.reporter, self.progress = run, trained, loader, reporter, progress
         self.recipe: RecipeConfig = run.recipe
-        self.how: HowConfig = run.how
+        self.how: ExecutionConfig = run.how
         self.ranks: Ranks = trained.ranks
         self.meter = _Meter()
         self.stage_ends = set(itertools.accumulate(stage.steps for stage in run.recipe.stages))

@@ -18,7 +18,7 @@ from typing import Any
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
-from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.machine import available_cores, launcher_id, leased
 from nextvid.making.outcome import Check, Number, Outcome
@@ -68,7 +68,7 @@ def prepare_run(
     project: Project,
     recipe: str,
     overrides: Sequence[str] = (),
-    how: HowConfig | None = None,
+    how: ExecutionConfig | None = None,
     *,
     ranks: int | None = None,
     launch: str | None = None,
@@ -82,7 +82,7 @@ def prepare_run(
     have no pixels and the recipe reads some.
     """
     config = apply_overrides(recipe_by_name(recipe), overrides)
-    carried_out = how or HowConfig()
+    carried_out = how or ExecutionConfig()
     if ranks is not None:
         carried_out = carried_out.model_copy(update={"ranks": ranks})
     trainset = _trainset(project, recipe, launch)
@@ -111,7 +111,7 @@ def make_pretrain(
     project: Project,
     recipe: str,
     overrides: Sequence[str] = (),
-    how: HowConfig | None = None,
+    how: ExecutionConfig | None = None,
     *,
     ranks: int | None = None,
     repeat: int = 0,
@@ -214,7 +214,7 @@ def _command(project: Project, run: Run) -> list[str]:
     ]
 
 
-def _environment(how: HowConfig) -> dict[str, str]:
+def _environment(how: ExecutionConfig) -> dict[str, str]:
     """What makes CPU runs faster; on a GPU nothing is changed."""
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // how.ranks)))}
     if how.device == "cuda":

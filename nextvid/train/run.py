@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.config.strict import parse
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity
@@ -35,7 +35,7 @@ class Run:
     id: str
     folder: Path
     recipe: RecipeConfig
-    how: HowConfig
+    how: ExecutionConfig
     trainset: str
     mask_plan: str
     repeat: int
@@ -73,7 +73,7 @@ def run_id(recipe: RecipeConfig, trainset: str, mask_plan: str, repeat: int = 0,
 def plan_run(
     root: DataRoot,
     recipe: RecipeConfig,
-    how: HowConfig,
+    how: ExecutionConfig,
     trainset: str,
     mask_plan: str,
     repeat: int,
@@ -123,7 +123,7 @@ def open_run(folder: Path) -> Run:
         raise UpstreamError(f"{path} does not exist: there is no such run; `nextvid make pretrain` makes one")
     values: dict[str, Any] = atomic.read_json(str(path))
     recipe = parse(RecipeConfig, values["recipe"], f"{path}, recipe")
-    how = parse(HowConfig, values["how"], f"{path}, how")
+    how = parse(ExecutionConfig, values["how"], f"{path}, how")
     return Run(
         values["run"],
         folder,
@@ -137,7 +137,7 @@ def open_run(folder: Path) -> Run:
     )
 
 
-def with_how(run: Run, how: HowConfig) -> Run:
+def with_how(run: Run, how: ExecutionConfig) -> Run:
     """The same run, carried out differently."""
     return dataclasses.replace(run, how=how)
 

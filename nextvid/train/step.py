@@ -5,7 +5,7 @@ follow from the step number, noise from draw numbers. A step whose gradient is n
 
 How the model's blocks are carried out: recomputed in backward, compiled one by one. What they compute stays.
 
-Both are switches of HowConfig and change no parameter's name, so that checkpoints, the average and the optimiser meet
+Both are switches of ExecutionConfig and change no parameter's name, so that checkpoints, the average and the optimiser meet
 the model as it is. Recomputing goes around what is compiled: torch.compile does not look into a checkpoint from
 outside. It holds no mathematics.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.config.stages import stage_at
 from nextvid.model.encoder import Encoder
 from nextvid.model.flow import NoiseKey
@@ -31,7 +31,7 @@ from nextvid.train.distributed import Ranks
 from nextvid.train.fsdp import cut
 from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, trained_modules
 
-PLAIN = HowConfig()  # nothing recomputed, compiled or folded
+PLAIN = ExecutionConfig()  # nothing recomputed, compiled or folded
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Trained:
     """What training changes. `wrapped` is the model with averaged gradients (DDP), or the model itself, cut or not."""
 
     recipe: RecipeConfig
-    how: HowConfig
+    how: ExecutionConfig
     ranks: Ranks
     model: NExTVid
     wrapped: nn.Module
@@ -69,7 +69,7 @@ def build_model(recipe: RecipeConfig) -> NExTVid:
         return NExTVid(recipe)
 
 
-def build(recipe: RecipeConfig, ranks: Ranks, how: HowConfig = PLAIN) -> Trained:
+def build(recipe: RecipeConfig, ranks: Ranks, how: ExecutionConfig = PLAIN) -> Trained:
     """Model, reference encoder and optimiser at step 0, on this rank's device."""
     model = build_model(recipe).to(ranks.device)
     reference = reference_encoder(model.encoder)
@@ -153,7 +153,7 @@ def blocks_of(model: NExTVid) -> list[nn.Module]:
     return [block for part in parts if part is not None for block in part.get_submodule("blocks").children()]
 
 
-def carry_out(model: NExTVid, how: HowConfig, backend: str = "inductor") -> None:
+def carry_out(model: NExTVid, how: ExecutionConfig, backend: str = "inductor") -> None:
     """Change every block in place as `how` says. `backend` is torch.compile's."""
     for block in blocks_of(model):
         forward = block.forward

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from nextvid.config.project import Project, open_project
-from nextvid.config.recipe import HowConfig
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.making.publishing import publish_latest
 from nextvid.train.distributed import join
@@ -51,7 +51,8 @@ def write_project(folder: Path, run: bool = True) -> Project:
     policy = {"frames": FRAMES, "fps": 4, "crop": "whole"}
     corpus = {
         "root": str(folder / "root"),
-        "encoding": {"autoencoder": str(folder / "autoencoder"), "resolution": 8 * SIDE, "device": "cpu"},
+        "encoding": {"autoencoder": str(folder / "autoencoder"), "resolution": 8 * SIDE},
+        "execution": {"device": "cpu"},
         "datasets": {
             "pets": {"uri": str(folder / "pets"), "weight": 0.9, "clips": [policy], "licence": "CC0-1.0"},
             "stills": {"uri": str(folder / "stills"), "weight": 0.1, "clips": [{"frames": 1}]},
@@ -223,7 +224,7 @@ def _write_trainset(project: Project) -> None:
 
 
 def _write_run(project: Project, extra: Sequence[str] = ()) -> None:
-    how = HowConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
+    how = ExecutionConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
     prepared = prepare_run(project, RECIPE, [*OVERRIDES, *extra], how)
     with join(how) as ranks:
         train(project, open_run(Path(prepared.folder)), ranks)

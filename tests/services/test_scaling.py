@@ -31,7 +31,8 @@ POSTGRES = binaries()
 BATCHES = 8
 CORPUS = """
 root: {root}
-encoding: {{autoencoder: {autoencoder}, resolution: 64, device: cpu}}
+encoding: {{autoencoder: {autoencoder}, resolution: 64}}
+execution: {{device: cpu}}
 curation: {{filters: {{motion_min: null, motion_max: null, luma_min: null, luma_max: null, blur_min: null}}}}
 datasets:
   films:

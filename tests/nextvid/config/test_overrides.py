@@ -3,7 +3,7 @@
 import pytest
 
 from nextvid.config.overrides import apply_how, apply_overrides
-from nextvid.config.recipe import HowConfig, MaskConfig, RecipeConfig, StageConfig
+from nextvid.config.recipe import ExecutionConfig, MaskConfig, RecipeConfig, StageConfig
 from storage.errors import ConfigError
 
 
@@ -52,10 +52,10 @@ def test_refuses_with_the_remedy(override: str, message: str) -> None:
 
 
 def test_how_is_overridden_as_strictly() -> None:
-    assert apply_how(HowConfig(), ()) == HowConfig()
-    found = apply_how(HowConfig(), ["ranks=2", "device=cpu"])
+    assert apply_how(ExecutionConfig(), ()) == ExecutionConfig()
+    found = apply_how(ExecutionConfig(), ["ranks=2", "device=cpu"])
     assert (found.ranks, found.device) == (2, "cpu")
     with pytest.raises(ConfigError, match="did you mean 'device'"):
-        apply_how(HowConfig(), ["devise=cpu"])
+        apply_how(ExecutionConfig(), ["devise=cpu"])
     with pytest.raises(ConfigError, match="ranks"):
-        apply_how(HowConfig(), ["ranks=many"])
+        apply_how(ExecutionConfig(), ["ranks=many"])

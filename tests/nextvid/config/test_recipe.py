@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nextvid.config.recipe import HowConfig, MaskConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig, MaskConfig, RecipeConfig
 from nextvid.config.recipes import recipe
 from nextvid.config.strict import parse
 from storage.errors import ConfigError
@@ -47,7 +47,7 @@ def test_a_misspelt_key_inside_a_list_is_found() -> None:
 
 def test_an_impossible_value_names_its_place() -> None:
     with pytest.raises(ConfigError, match=r"there: 'device'.*got 'tpu'"):
-        parse(HowConfig, {"device": "tpu"}, "there")
+        parse(ExecutionConfig, {"device": "tpu"}, "there")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_numbers_out_of_bounds_name_their_place(path: tuple[str, ...], value: fl
 
 def test_ways_to_carry_out_that_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="choose one"):
-        parse(HowConfig, {"shard": True, "fold_copies": True}, "how")
+        parse(ExecutionConfig, {"shard": True, "fold_copies": True}, "how")
 
 
 def test_a_recipe_has_stages_and_strategies() -> None:

@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 import yaml
 
-from nextvid.config.corpus import EncodingConfig
+from nextvid.config.corpus import EncodingConfig, MachineConfig
 from nextvid.config.curation import CurationConfig, DuplicateConfig, FilterConfig, ShotConfig
 from nextvid.config.datasets import ClipPolicy
 from nextvid.config.project import Project, open_project
@@ -140,6 +140,7 @@ def test_no_field_is_without_a_case() -> None:
         return {re.split(r"[ ,]", name)[0] for name in cases}
 
     assert changed_by(ENCODING) | {"autoencoder"} == set(EncodingConfig.model_fields)
+    assert set(EXECUTION) == set(MachineConfig.model_fields)
     assert changed_by(CLIPS) | {"flip"} >= set(ClipPolicy.model_fields)
     assert set(CurationConfig.model_fields) == {"shots", "filters", "duplicates"}
     assert set(SHOTS) == set(ShotConfig.model_fields)
@@ -153,11 +154,18 @@ ENCODING: dict[str, tuple[Change, pl.Expr]] = {
     "posterior": (put("encoding.posterior", "sample"), ALL),
     "storage keepbits7": (put("encoding.storage", "keepbits7"), ALL),
     "storage int8": (put("encoding.storage", "int8"), ALL),
-    "batch_frames": (put("encoding.batch_frames", 1), NONE),
-    "device": (put("encoding.device", "cpu"), NONE),
-    "devices": (put("encoding.devices", 2), NONE),
     "pixels": (put("encoding.pixels", {"quality": 80}), NONE),  # a store of their own
 }
+
+
+EXECUTION = {"batch_frames": 1, "device": "cpu", "devices": 2}
+
+
+@pytest.mark.parametrize("name", EXECUTION)
+def test_execution(changed: Callable[..., Project], name: str) -> None:
+    project = changed(put(f"execution.{name}", EXECUTION[name]))
+    for batch in (FILMS, STILLS):
+        refuse_others(project, batch, NONE)
 
 
 @pytest.mark.parametrize("name", ENCODING)

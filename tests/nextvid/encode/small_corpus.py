@@ -11,6 +11,7 @@ import polars as pl
 import yaml
 from PIL import Image
 
+from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import spec_in_force
 from storage.digest import digest, digest_file
@@ -53,12 +54,13 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def write_corpus(folder: Path, autoencoder: Path, **encoding: Any) -> Project:
-    """corpus.yaml with one dataset of videos and one of images."""
+def write_corpus(folder: Path, autoencoder: Path, **given: Any) -> Project:
+    """corpus.yaml with one dataset of videos and one of images; `given` are keys of `execution` and `encoding`."""
+    execution = {name: given.pop(name) for name in MachineConfig.model_fields if name in given}
     said = {
         "root": "root",
-        "encoding": {"autoencoder": str(autoencoder), "resolution": SIDE, "batch_frames": 16, "device": "cpu"}
-        | encoding,
+        "execution": {"batch_frames": 16, "device": "cpu"} | execution,
+        "encoding": {"autoencoder": str(autoencoder), "resolution": SIDE} | given,
         "datasets": {
             "films": {"uri": "films", "weight": 3.0, "clips": [{"frames": F, "fps": FPS / 2}]},
             "stills": {"uri": "stills", "weight": 1.0, "clips": [{"frames": 1}]},

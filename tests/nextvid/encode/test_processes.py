@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextvid.config.corpus import EncodingConfig
+from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project
 from nextvid.encode.latents import make_latents
 from nextvid.encode.pipeline import shares
@@ -59,7 +59,7 @@ def test_gpus_that_are_not_there_are_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(ConfigError, match=words):
-        devices(EncodingConfig(autoencoder="x", device="cuda", devices=asked))
+        devices(MachineConfig(device="cuda", devices=asked))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_every_gpu_is_used_unless_told_otherwise(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert devices(EncodingConfig(autoencoder="x", device=device, devices=asked)) == wanted
+    assert devices(MachineConfig(device=device, devices=asked)) == wanted
 
 
 @pytest.mark.parametrize("sharers", [1, 2, 8])

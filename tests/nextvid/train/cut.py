@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.train import step
 from nextvid.train.distributed import Ranks, join
 from nextvid.train.fsdp import whole
@@ -21,7 +21,7 @@ from tests.nextvid.train.tiny import ALONE, random_batch, tiny_recipe
 STEPS = 3
 
 
-def stepped(ranks: Ranks, how: HowConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def stepped(ranks: Ranks, how: ExecutionConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses of every step, gradients of the last one, and the weights after it."""
     trained = step.build(tiny_recipe(), ranks, how)
     losses = []
@@ -40,9 +40,9 @@ def main(precision: str, blocks: str) -> None:
     def autocast(recipe: RecipeConfig, device: torch.device) -> AbstractContextManager[None]:
         return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
-    how = HowConfig(device="cpu", ranks=2, shard=True, recompute_blocks=True, compile=blocks == "compiled")
+    how = ExecutionConfig(device="cpu", ranks=2, shard=True, recompute_blocks=True, compile=blocks == "compiled")
     with join(how) as ranks, patch.object(step, "autocast", autocast):
-        pairs = zip(stepped(ranks, how), stepped(ALONE, HowConfig()), strict=True)
+        pairs = zip(stepped(ranks, how), stepped(ALONE, ExecutionConfig()), strict=True)
         losses, gradients, weights = (float((a - b).norm() / b.norm()) for a, b in pairs)
         if ranks.first:
             print(json.dumps({"losses": losses, "gradients": gradients, "weights": weights}))  # noqa: T201

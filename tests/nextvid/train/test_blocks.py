@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nextvid.config.recipe import HowConfig
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.train.step import Trained, build, take_step
 from tests.nextvid.train.tiny import ALONE, gradients_of, random_batch, tiny_recipe
 
 
-def stepped(how: HowConfig) -> tuple[dict[str, float], dict[str, torch.Tensor], Trained]:
+def stepped(how: ExecutionConfig) -> tuple[dict[str, float], dict[str, torch.Tensor], Trained]:
     """Losses and gradients of a second step, whose decoder is past its zero initialisation."""
     trained = build(tiny_recipe(), ALONE, how)
     take_step(trained, random_batch(0), 0, 0)
@@ -22,8 +22,8 @@ def stepped(how: HowConfig) -> tuple[dict[str, float], dict[str, torch.Tensor], 
 
 
 def test_recomputed_blocks_give_the_same_bits() -> None:
-    wanted, gradients, plain = stepped(HowConfig())
-    found, recomputed, trained = stepped(HowConfig(recompute_blocks=True))
+    wanted, gradients, plain = stepped(ExecutionConfig())
+    found, recomputed, trained = stepped(ExecutionConfig(recompute_blocks=True))
     assert found == wanted
     assert recomputed.keys() == gradients.keys() == dict(plain.model.named_parameters()).keys()
     assert all(torch.equal(recomputed[name], gradient) for name, gradient in gradients.items())
@@ -36,7 +36,7 @@ def test_recomputed_blocks_give_the_same_bits() -> None:
 def test_recomputed_blocks_hold_what_enters_them() -> None:
     """Bytes that the graph of a forward keeps."""
 
-    def kept(how: HowConfig) -> int:
+    def kept(how: ExecutionConfig) -> int:
         trained = build(tiny_recipe(), ALONE, how)
         weights = {p.untyped_storage().data_ptr() for p in trained.model.parameters()}
         sizes: dict[int, int] = {}
@@ -50,12 +50,12 @@ def test_recomputed_blocks_hold_what_enters_them() -> None:
             trained.model.encoder.blocks[0](x, torch.zeros(1, 1, 20, 6, 2), scaled_dot_product_attention)
         return sum(size for place, size in sizes.items() if place not in weights)
 
-    assert kept(HowConfig(recompute_blocks=True)) < 0.3 * kept(HowConfig())
+    assert kept(ExecutionConfig(recompute_blocks=True)) < 0.3 * kept(ExecutionConfig())
 
 
 def test_folded_copies_give_the_same_step() -> None:
-    wanted, gradients, _ = stepped(HowConfig())
-    found, folded, _ = stepped(HowConfig(fold_copies=True))
+    wanted, gradients, _ = stepped(ExecutionConfig())
+    found, folded, _ = stepped(ExecutionConfig(fold_copies=True))
     assert found == pytest.approx(wanted, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(folded[name], gradient, rtol=1e-3, atol=1e-5)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch.nn.utils import parameters_to_vector
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import HowConfig
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint
 from nextvid.train.events import Event, read_events
@@ -33,7 +33,7 @@ WHOLE = HOW.model_copy(update={"keep_last": 9})
 MIDDLE = 6  # the end of a stage, and so a checkpoint that is kept
 
 
-def trained(folder: Path, how: HowConfig) -> tuple[Project, Run]:
+def trained(folder: Path, how: ExecutionConfig) -> tuple[Project, Run]:
     """A whole run."""
     folder.mkdir()
     project = make_project(folder)
@@ -43,7 +43,7 @@ def trained(folder: Path, how: HowConfig) -> tuple[Project, Run]:
     return project, open_run(Path(project.root.run("tiny", str(outcome.numbers["run"]))))
 
 
-def resumed(project: Project, run: Run, how: HowConfig) -> Run:
+def resumed(project: Project, run: Run, how: ExecutionConfig) -> Run:
     """The same run from its checkpoint in the middle, carried out differently."""
     for path in checkpoint.complete(run.checkpoints):
         if checkpoint.step_of(path) > MIDDLE:

@@ -15,7 +15,7 @@ import torch
 
 import nextvid
 from nextvid.config.project import Project
-from nextvid.config.recipe import HowConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.making.publishing import read_latest
 from nextvid.train import checkpoint, loop
 from nextvid.train import step as step_module
@@ -37,7 +37,7 @@ def project(tmp_path: Path) -> Project:
     return make_project(tmp_path)
 
 
-def begin(project: Project, recipe: RecipeConfig | None = None, how: HowConfig = HOW, repeat: int = 0) -> Run:
+def begin(project: Project, recipe: RecipeConfig | None = None, how: ExecutionConfig = HOW, repeat: int = 0) -> Run:
     """A run with its config.json and its mask plan."""
     recipe = recipe or tiny_recipe()
     make_plan(project.root, recipe)
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_another_trainset_is_refused(project: Project) -> None:
 def test_run_id_hangs_on_what_and_not_on_how(project: Project) -> None:
     run = begin(project)
     assert len(run.id) == 12
-    assert begin(project, how=HowConfig(threads=3, ranks=2, device="cpu")).id == run.id
+    assert begin(project, how=ExecutionConfig(threads=3, ranks=2, device="cpu")).id == run.id
     assert open_run(run.folder).how.threads == 3  # how may change between attempts
     assert begin(project, repeat=1).id != run.id
     assert begin(project, tiny_recipe().model_copy(update={"seed": 1})).id != run.id

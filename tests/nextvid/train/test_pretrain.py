@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import HowConfig
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.train import checkpoint
 from nextvid.train.events import NAME, EventLog, read_events
 from nextvid.train.loop import train
@@ -59,7 +59,7 @@ def test_the_command_stands_for_itself(project: Project) -> None:
     assert Path(command[command.index("--corpus") + 1]).is_absolute()
     assert prepared.env["OMP_NUM_THREADS"] == "1"
     assert int(prepared.env["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
-    assert set(prepare_run(project, "tiny", how=HowConfig(device="cuda")).env) == {"OMP_NUM_THREADS"}
+    assert set(prepare_run(project, "tiny", how=ExecutionConfig(device="cuda")).env) == {"OMP_NUM_THREADS"}
 
 
 @pytest.mark.parametrize(
@@ -271,4 +271,4 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
 
 
 def test_how_defaults_are_one_rank_on_whatever_there_is() -> None:
-    assert (HowConfig().ranks, HowConfig().device) == (1, "auto")
+    assert (ExecutionConfig().ranks, ExecutionConfig().device) == (1, "auto")

@@ -7,7 +7,7 @@ import torch
 from nextvid.config.recipe import (
     DecoderConfig,
     EncoderConfig,
-    HowConfig,
+    ExecutionConfig,
     MaskConfig,
     MaskStrategy,
     ModelConfig,
@@ -25,7 +25,7 @@ Keep = Literal["fixed", "bucket", "flat", "all"]
 CHANNELS = 4
 GRID = 4
 
-HOW = HowConfig(device="cpu", log_every_steps=1, diagnose_every_steps=5, checkpoint_every_steps=100)
+HOW = ExecutionConfig(device="cpu", log_every_steps=1, diagnose_every_steps=5, checkpoint_every_steps=100)
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 

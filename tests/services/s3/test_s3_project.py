@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from nextvid.config.project import Project, open_project
-from nextvid.config.recipe import HowConfig
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.corpus.sources import known_sources, update_sources
 from nextvid.lineage.sweep import sweep
 from nextvid.lineage.trace import trace
@@ -61,10 +61,9 @@ def project_of(folder: Path, files: str, root: str, autoencoder: Path, cache_gb:
         "encoding": {
             "autoencoder": str(autoencoder),
             "resolution": SIDE,
-            "batch_frames": 16,
-            "device": "cpu",
             "pixels": {"quality": 90},
         },
+        "execution": {"batch_frames": 16, "device": "cpu"},
         "datasets": {
             "films": {
                 "uri": f"{files}/films",
@@ -82,7 +81,7 @@ def project_of(folder: Path, files: str, root: str, autoencoder: Path, cache_gb:
 
 def trained(project: Project, overrides: Sequence[str] = OVERRIDES) -> list[float]:
     """Losses of a few steps from the project's trainset, after its mask plan."""
-    how = HowConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
+    how = ExecutionConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
     prepared = prepare_run(project, RECIPE, overrides, how)
     with join(how) as ranks:
         train(project, open_run(Path(prepared.folder)), ranks)
