@@ -5,8 +5,8 @@ follow from the step number, noise from draw numbers. A step whose gradient is n
 
 How the model's blocks are carried out: recomputed in backward, compiled one by one. What they compute stays.
 
-Both are switches of ExecutionConfig and change no parameter's name, so that checkpoints, the average and the optimiser meet
-the model as it is. Recomputing goes around what is compiled: torch.compile does not look into a checkpoint from
+Both are switches of ExecutionConfig and change no parameter's name, so that checkpoints, the average and the optimiser
+meet the model as it is. Recomputing goes around what is compiled: torch.compile does not look into a checkpoint from
 outside. It holds no mathematics.
 """
 
