@@ -117,7 +117,7 @@ def _stages(path: Path, facts: MediaFacts, config: ShotConfig) -> dict[str, floa
     looks: list[Look] = []
 
     def sample() -> None:
-        sampler = Sampler(planes[0], pairs[0][1].rotation)
+        sampler = Sampler(planes[0], facts.display)
         looks.extend(sampler.measure(pairs[n][0], planes[n], thumbs[n])[1] for n in range(0, len(pairs), step))
 
     def detect() -> None:

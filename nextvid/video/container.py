@@ -19,6 +19,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
+from nextvid.video.display import DISPLAYED_AS_STORED, Display
 from nextvid.video.entry_points import is_entry_point
 from storage.errors import MediaError
 
@@ -116,29 +117,24 @@ def _seek(container: InputContainer, stream: VideoStream, target_us: int, *, at_
 
 
 class Scaler:
-    """Frames scaled to upright `width` x `height`, as uint8 [height, width] or [height, width, 3].
+    """Frames scaled to `width` x `height` as they are shown, as uint8 [height, width] or [height, width, 3].
 
     Keeps swscale's tables between frames, which a frame's own `reformat` would build anew each time.
     """
 
-    def __init__(self, width: int, height: int, pixel_format: str, filter_name: str) -> None:
-        self.width, self.height = width, height
+    def __init__(
+        self, width: int, height: int, pixel_format: str, filter_name: str, display: Display = DISPLAYED_AS_STORED
+    ) -> None:
+        self.width, self.height, self.display = width, height, display
         self.pixel_format, self.filter_name = pixel_format, filter_name
         self._scaler = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "..."]:
-        turns = frame.rotation // 90 % 4  # the display matrix turns counter-clockwise, as numpy does
-        width, height = (self.height, self.width) if turns % 2 else (self.width, self.height)
+        width, height = (self.height, self.width) if self.display.turns % 2 else (self.width, self.height)
         scaled = self._scaler.reformat(
             frame, width=width, height=height, format=self.pixel_format, interpolation=self.filter_name, threads=1
         )
-        image = scaled.to_ndarray()
-        return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
-
-
-def upright_size(frame: VideoFrame) -> tuple[int, int]:
-    """(width, height) after rotation."""
-    return (frame.height, frame.width) if frame.rotation // 90 % 2 else (frame.width, frame.height)
+        return self.display.upright(scaled.to_ndarray())
 
 
 def _frames(container: InputContainer, stream: VideoStream, wanted_us: int | None) -> Iterator[tuple[int, VideoFrame]]:

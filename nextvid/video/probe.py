@@ -15,7 +15,8 @@ import av
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from nextvid.video.container import family, micros, opened, upright_size
+from nextvid.video.container import family, micros, opened
+from nextvid.video.display import Display
 from nextvid.video.entry_points import is_entry_point
 from nextvid.video.images import MAX_PIXELS, animation_times, open_image, upright_image_size
 from storage.errors import MediaError
@@ -35,13 +36,22 @@ DECORD_READS = frozenset({("mp4", "h264"), ("matroska", "h264"), ("matroska", "v
 HAZARD_CONTAINERS = frozenset({"avi", "mpegts", "mpeg", "flv"})  # design 6
 HAZARD_CODECS = frozenset({"hevc", "av1", "mpeg4"})  # design 6
 LOST_US, LOST_SHARE = 150_000, 0.02  # ours: our 22 clean Matroska files of one stream lack none
+HOLE_S = Fraction(
+    1, 2
+)  # ours: no frame for this long, at a rate that should have had several, is a hole and not motion
+HOLE_FRAMES = 2.5  # ours: so that slow sequences (1 fps) have no holes
+MAX_ASPECT = 1000  # parts of a pixel's aspect as a fraction; MPEG-4 and H.264 have 1:1 to 160:99
 TIE_S = 1e-3  # Matroska's tick
 VFR_RATIO = 1.5  # research video 1: longest over median frame gap
 
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What the `media` table says of a file. Sizes are upright; `rotation` is in degrees counter-clockwise."""
+    """What the `media` table says of a file. Sizes are in display pixels, which are upright and square.
+
+    `rotation` is in degrees counter-clockwise, `mirrored` exchanges left and right after it, `sample_aspect` is the
+    width of a stored pixel over its height.
+    """
 
     kind: Literal["video", "image"]
     container: str
@@ -50,12 +60,19 @@ class MediaFacts:
     width: int
     height: int
     rotation: int
+    mirrored: bool
+    sample_aspect: float
     fps_hz: float  # 0.0 for an image
     frames: int | None  # packets shown; None where frames hide in the packets (vp8 and its alternate references)
     duration_us: int
     start_us: int
     hazards: tuple[str, ...]
     decoder: Decoder
+
+    @property
+    def display(self) -> Display:
+        """How stored frames become what is shown."""
+        return Display(self.rotation // 90, self.mirrored, Fraction(self.sample_aspect).limit_denominator(MAX_ASPECT))
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ def _probe_image(path: Path) -> MediaFacts:
         name = (image.format or "unknown").lower()
         if times := animation_times(path):
             return _animated(image.size, times)
-        return MediaFacts("image", name, name, image.mode, width, height, 0, 0.0, 1, 0, 0, (), "pillow")
+        return MediaFacts("image", name, name, image.mode, width, height, 0, False, 1.0, 0.0, 1, 0, 0, (), "pillow")
 
 
 def _refuse_lost_end(path: Path, declared_us: int, end_us: int) -> None:
@@ -109,22 +126,25 @@ def _animated(size: tuple[int, int], times_us: list[int]) -> MediaFacts:
     gaps = np.diff(np.array(times_us))
     hazards = ("vfr",) if gaps.max() > VFR_RATIO * np.median(gaps) else ()
     rate = 1e6 * len(gaps) / times_us[-1]
-    return MediaFacts("video", "webp", "webp", "rgb24", *size, 0, rate, len(gaps), times_us[-1], 0, hazards, "pillow")
+    return MediaFacts(
+        "video", "webp", "webp", "rgb24", *size, 0, False, 1.0, rate, len(gaps), times_us[-1], 0, hazards, "pillow"
+    )
 
 
 def _probe_video(path: Path) -> MediaFacts:
     with opened(path, strict=True) as (container, stream):
         name, codec, base = family(container), stream.codec_context.codec.canonical_name, stream.time_base
         assert base is not None, "opened() refuses streams without a time base"
+        stored = (stream.codec_context.width, stream.codec_context.height)
         frame, packets = _demux(path, container, stream, by_dts=name == "avi")
-        rotation = frame.rotation % 360
-        hazards = _hazards(name, codec, packets, stream.frames, rotation)
+        display = Display.of(frame, stream)
+        hazards = _hazards(name, codec, packets, stream.frames, display)
         shown = np.unique(packets.pts[~packets.discard])
         rate = _rate(shown, base, stream.average_rate)
         start_us, last_us = micros(int(shown[0]), base), micros(int(shown[-1]), base)
         if name == "matroska" and len(container.streams) == 1 and container.duration:
             _refuse_lost_end(path, container.duration, last_us + round(1e6 / rate))
-        width, height = upright_size(frame)
+        width, height = display.size(*stored)
         pix_fmt = frame.format.name
         plain = (name, codec) in DECORD_READS and not hazards and decord_installed()
         if plain and not _decord_agrees(path, packets, base):
@@ -138,7 +158,9 @@ def _probe_video(path: Path) -> MediaFacts:
         pix_fmt=pix_fmt,
         width=width,
         height=height,
-        rotation=rotation,
+        rotation=90 * display.turns,
+        mirrored=display.mirrored,
+        sample_aspect=float(display.pixel_aspect),
         fps_hz=float(rate),
         frames=None if codec == "vp8" else len(shown),
         duration_us=last_us - start_us + round(1_000_000 / rate),
@@ -173,7 +195,7 @@ def _demux(
     return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard))
 
 
-def _hazards(container: str, codec: str, packets: Packets, declared: int, rotation: int) -> tuple[str, ...]:
+def _hazards(container: str, codec: str, packets: Packets, declared: int, display: Display) -> tuple[str, ...]:
     """Names of what decord is known to get wrong in this file, sorted."""
     found = set()
     if container in HAZARD_CONTAINERS:
@@ -195,8 +217,10 @@ def _hazards(container: str, codec: str, packets: Packets, declared: int, rotati
         found.add("vfr")
     if shown[0] != 0:
         found.add("start_offset")
-    if rotation:
+    if display.turns or display.mirrored:
         found.add("rotation")
+    if display.pixel_aspect != 1:
+        found.add("pixel_aspect")
     return tuple(sorted(found))
 
 
@@ -230,10 +254,15 @@ def _open_gop(packets: Packets) -> bool:
 
 
 def _rate(shown: Int64[np.ndarray, "n"], base: Fraction, declared: Fraction | None) -> Fraction:
-    """Frames a second: the declared rate where the median gap agrees within a tick or 1 %, else the counted one."""
+    """Frames a second: the declared rate where the median gap agrees within a tick or 1 %, else the counted one.
+
+    Pauses do not count: a camera that records on motion has the rate of its recordings.
+    """
     if len(shown) < 2:
         return declared or Fraction(1)
-    gap = Fraction(float(np.median(np.diff(shown)))) * base
-    if declared and abs(1 / declared - gap) <= max(base, gap / 100):
+    gaps = np.diff(shown)
+    gap = Fraction(float(np.median(gaps))) * base
+    if declared and abs(1 / declared - gap) <= max(min(base, gap / 3), gap / 100):
         return declared
-    return Fraction(len(shown) - 1) / (int(shown[-1] - shown[0]) * base)
+    run = gaps[gaps <= max(HOLE_S / base, HOLE_FRAMES * float(np.median(gaps)))]
+    return Fraction(len(run)) / (int(run.sum()) * base)

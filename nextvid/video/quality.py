@@ -5,12 +5,13 @@ Holds how a sample is measured and how samples of one shot become its scores. Ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from nextvid.video.display import Display
 from nextvid.video.pdq import pdq_hash
 from nextvid.video.planes import Look, Planes
 
@@ -75,9 +76,10 @@ class Box:
 class Sampler:
     """Measures sampled frames of one file, each against the one before."""
 
-    def __init__(self, planes: Planes, rotation: int) -> None:
-        self._turns = rotation // 90 % 4  # the display matrix turns counter-clockwise, as numpy does
+    def __init__(self, planes: Planes, display: Display) -> None:
+        self._display = display
         height, width = planes.y.shape
+        width, height = replace(display, turns=0).size(width, height)  # square pixels, not yet turned
         self._grey_size = _shrunk(width, height, GREY_SIDE / min(width, height))
         self._picture_size = _shrunk(*self._grey_size, PICTURE_SIDE / max(self._grey_size))
         shrink = FLOW_SIDE / min(width, height)
@@ -104,9 +106,9 @@ class Sampler:
             blur=_laplacian_variance(grey),
             change=change,
             motion=motion,
-            bars=_bars(np.rot90(grey, self._turns)),
+            bars=_bars(self._display.upright(grey)),
         )
-        upright = [np.ascontiguousarray(np.rot90(plane, self._turns)) for plane in (picture, *chroma)]
+        upright = [self._display.upright(plane) for plane in (picture, *chroma)]
         return sample, Look(upright[0], np.stack(upright[1:]))
 
 

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 
 from nextvid.config.curation import ShotConfig
 from nextvid.video.decode import stream
+from nextvid.video.display import DISPLAYED_AS_STORED
 from nextvid.video.images import load_image
 from nextvid.video.planes import Look, PlaneReader
 from nextvid.video.probe import MediaFacts
@@ -29,6 +30,7 @@ Picture = UInt8[np.ndarray, "h w 3"]
 
 DENSE_PICTURES = 1200  # five minutes at 4 Hz and 160 x 90 pixels: 26 MB
 DECODED_SHARE = 0.9  # ours: fewer frames than this share of the packets is damage; our 50 clean files lose none
+SAME_SHAPE = 0.02  # ours: share by which width over height may differ; coders round sizes to even numbers
 DECODED_SLACK = 2  # frames: leading pictures at the start of a cut file
 
 
@@ -81,13 +83,17 @@ def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFa
     samples: list[Sample] = []
     pictures: dict[int, Look] = {}
     grid = _Grid(facts.start_us, config)
+    stored: tuple[int, int] | None = None
     for time_us, frame in stream(path):
+        stored = stored or (frame.width, frame.height)
+        if (frame.width, frame.height) != stored:
+            _refuse_another_shape(path, time_us, stored, (frame.width, frame.height))
         planes = read(frame)
         thumb = planes.thumbnail(config.thumb_width, config.thumb_height)
         transitions.see(time_us, thumb)
         if not grid.wants(time_us):
             continue
-        sampler = sampler or Sampler(planes, frame.rotation)
+        sampler = sampler or Sampler(planes, facts.display)
         sample, picture = sampler.measure(time_us, planes, thumb)
         samples.append(sample)
         pictures[time_us] = picture
@@ -107,12 +113,21 @@ def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFa
     ]
 
 
+def _refuse_another_shape(path: Path, time_us: int, first: tuple[int, int], now: tuple[int, int]) -> None:
+    """Frames of another size are scaled to the first's; another shape would be squeezed."""
+    if abs(now[0] * first[1] - now[1] * first[0]) > SAME_SHAPE * now[1] * first[0]:
+        raise MediaError(
+            "changing_shape",
+            f"{path}: {first[0]} x {first[1]} pixels a frame, from {time_us} us on {now[0]} x {now[1]}: cut it there",
+        )
+
+
 def image_shot(path: Path, facts: MediaFacts, config: ShotConfig) -> ShotFacts:
     """An image as one shot from 0 to 0. Raises MediaError."""
     frame = av.VideoFrame.from_ndarray(load_image(path), format="rgb24")
     planes = PlaneReader(GREY_SIDE)(frame)
     thumb = planes.thumbnail(config.thumb_width, config.thumb_height)
-    sample, picture = Sampler(planes, 0).measure(0, planes, thumb)
+    sample, picture = Sampler(planes, DISPLAYED_AS_STORED).measure(0, planes, thumb)
     return _shot(_Span(0, 0, "edge", "edge", 0.0), [sample], {0: picture}, facts, config)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from nextvid.config.curation import ShotConfig
+from nextvid.video.probe import HOLE_FRAMES, HOLE_S
 
 Kind = Literal["hard", "dissolve", "fade"]
 
@@ -31,8 +32,6 @@ FLAT = 4.0  # ours: grey levels of standard deviation below which a frame is of 
 RAMP_STEP = (
     0.15  # ours: standard deviation a frame by which a fade's ramp must keep changing, above the noise of coding
 )
-HOLE_S = 0.5  # ours: no frame for this long, at a rate that should have had several, is a hole and not motion
-HOLE_FRAMES = 2.5  # ours: so that slow sequences (1 fps) have no holes
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Transitions:
         gaps = np.diff(np.array(self.times_us))
         frame_us = 1e6 / self.fps_hz
         holes = []
-        for index in np.flatnonzero(gaps > max(HOLE_S * 1e6, HOLE_FRAMES * frame_us)):
+        for index in np.flatnonzero(gaps > max(float(HOLE_S) * 1e6, HOLE_FRAMES * frame_us)):
             start_us, end_us = self.times_us[index] + round(frame_us), self.times_us[index + 1]
             if not any(t.start_us <= end_us and start_us <= t.end_us for t in others):
                 holes.append(Transition(start_us, end_us, "hard", self._step[index + 1]))

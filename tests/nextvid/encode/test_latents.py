@@ -19,7 +19,6 @@ from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import plan_encode, spec_in_force
 from nextvid.making.outcome import Outcome
 from nextvid.making.progress import Pace
-from nextvid.video.decode import frames_at
 from storage.errors import UpstreamError
 from storage.latents import LatentPart, LatentStore
 from storage.tables import require_checks
@@ -37,6 +36,7 @@ from tests.nextvid.encode.small_corpus import (
     write_corpus,
     write_video,
 )
+from tests.nextvid.video.film import frames_at
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ from nextvid.encode.roundtrip import psnr_db
 from nextvid.making.outcome import Check, Outcome
 from nextvid.planning.costs import forecast
 from nextvid.planning.waiting import standard, unfinished
-from nextvid.video.decode import frames_at
 from storage.errors import ConfigError, ConflictError
 from storage.latents import LatentStore
 from storage.pixel_reader import read_clip
 from storage.pixels import PixelFormat, PixelPart, PixelSpec, PixelStore
 from storage.shard import ROWS_PER_SHARD
 from tests.nextvid.encode.small_corpus import FILMS, STILLS, begin, clip_row, films, publish_clips, write_corpus
+from tests.nextvid.video.film import frames_at
 
 PIXELS = {"quality": 95, "subsampling": "4:4:4"}
 

@@ -8,6 +8,9 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
+from nextvid.video.decode import placed
+from nextvid.video.probe import Decoder
+
 BITS = 8
 # mbtree=0: with it x264 made three different files of the same film, by what lay in memory (docs/log.md)
 X264_VERYFAST = {"preset": "veryfast", "x264-params": "mbtree=0:log-level=none"}
@@ -41,6 +44,20 @@ def numbers(frames: np.ndarray) -> list[int]:
             value |= int(block.mean() > 128) << bit
         found.append(value)
     return found
+
+
+def clips_at(path: Path, times_us: Sequence[Sequence[int]], decoder: Decoder) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each list of times the frames uint8 [T, H, W, 3] and their own times int64 [T], in one pass over the file."""
+    found = {
+        time: (pts_us, picture)
+        for time, pts_us, picture in placed(path, sorted({time for times in times_us for time in times}), decoder)
+    }
+    return [(np.stack([found[t][1] for t in times]), np.array([found[t][0] for t in times])) for times in times_us]
+
+
+def frames_at(path: Path, times_us: Sequence[int], decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of one list of times, and their own times."""
+    return clips_at(path, [times_us], decoder)[0]
 
 
 def write_film(

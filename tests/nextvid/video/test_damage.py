@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from nextvid.config.curation import ShotConfig
-from nextvid.video.decode import clips_at
 from nextvid.video.probe import MediaFacts, probe
 from nextvid.video.sandbox import Sandbox
 from nextvid.video.shots import first_pass
 from storage.errors import MediaError
-from tests.nextvid.video.film import barcode, numbers, write_barcodes
+from tests.nextvid.video.film import barcode, clips_at, numbers, write_barcodes
 
 FRAMES = 60
 SEED = 7  # fixed, so that a red test is red for everybody

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.video.decode import clips_at, frames_at, nearest, stream
+from nextvid.video.decode import PAUSE_US, nearest, stream
 from nextvid.video.probe import decord_installed, probe
 from storage.errors import MediaError
-from tests.nextvid.video.film import X264_OPEN, X265_OPEN, numbers, write_barcodes, write_cut
+from tests.nextvid.video.film import X264_OPEN, X265_OPEN, clips_at, frames_at, numbers, write_barcodes, write_cut
 
 FRAMES = 60
 
@@ -217,15 +217,6 @@ def test_a_hole_in_the_times_is_refused(tmp_path: Path) -> None:
         frames_at(path, [2_500_000], "pyav")
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"] if decord_installed() else ["pyav"])
-def test_size_is_height_by_width_and_upright(films: dict[str, Path], decoder: str) -> None:
-    frames, _ = frames_at(films["closed gop"], [0, 1_000_000], decoder, size=(32, 48))  # type: ignore[arg-type]
-    assert frames.shape == (2, 32, 48, 3)
-    assert numbers(frames) == [0, 24]
-    turned, _ = frames_at(films["turned left"], [1_000_000], "pyav", size=(32, 48))
-    assert numbers(turned) == [24]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_stream_shows_every_frame_at_its_time(films: dict[str, Path], name: str) -> None:
     facts = probe(films[name])
@@ -241,7 +232,19 @@ def test_the_stream_shows_every_frame_at_its_time(films: dict[str, Path], name: 
 def test_nearest_is_the_nearest_and_the_earlier_of_ties(pts: list[int], times: list[int]) -> None:
     shown = np.array(sorted(pts), np.int64)
     for time, index in zip(times, nearest(shown, np.array(times, np.int64)), strict=True):
+        if ((shown[:-1] <= time) & (time < shown[1:]) & (np.diff(shown) > PAUSE_US)).any():
+            assert index == np.flatnonzero(shown <= time + 1000)[-1]  # a pause: what is shown, until the next begins
+            continue
         best = np.abs(shown - time).min()
         assert abs(shown[index] - time) <= best + 1000
         earlier = [i for i in range(len(shown)) if abs(shown[i] - time) == best]
         assert index <= earlier[0]
+
+
+def test_no_picture_of_the_future_is_shown_in_a_pause(tmp_path: Path) -> None:
+    times = [40 * i + (2000 if i >= 30 else 0) for i in range(FRAMES)]
+    path = write_barcodes(tmp_path / "pause.mp4", FRAMES, pts_ms=times)
+    asked = [1_160_000, 1_300_000, 2_200_000, 3_100_000, 3_199_500, 3_200_000]
+    for some in ([t] for t in asked):
+        assert numbers(frames_at(path, some, "pyav")[0]) == [30 if some[0] > 3_199_000 else 29]
+    assert numbers(frames_at(path, asked, "pyav")[0]) == [29, 29, 29, 29, 30, 30]

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from av.video.stream import VideoStream
 
-from nextvid.video.decode import clips_at, frames_at
 from nextvid.video.entry_points import _is_whole_h264, _units, is_entry_point
 from nextvid.video.probe import decord_installed, probe
 from tests.nextvid.video.boxes import all_sync_fragments, with_edits, with_sync_samples, without_sync_table
-from tests.nextvid.video.film import numbers, write_barcodes
+from tests.nextvid.video.film import clips_at, frames_at, numbers, write_barcodes
 
 FPS, COUNT = 10, 120
 X264 = "keyint=30:min-keyint=30:scenecut=0:mbtree=0:log-level=none"

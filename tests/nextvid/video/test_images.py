@@ -11,12 +11,12 @@ from PIL import Image
 from nextvid.config.curation import ShotConfig
 from nextvid.config.datasets import ClipPolicy
 from nextvid.corpus.cutting import clips_of
-from nextvid.video.decode import frames_at, stream
+from nextvid.video.decode import stream
 from nextvid.video.images import animation, animation_times, load_image
 from nextvid.video.probe import probe
 from nextvid.video.shots import first_pass
 from storage.errors import MediaError
-from tests.nextvid.video.film import barcode, numbers
+from tests.nextvid.video.film import barcode, frames_at, numbers
 
 GRADIENT = np.linspace(0, 255, 32 * 24, dtype=np.uint8).reshape(24, 32)
 
@@ -102,8 +102,6 @@ def test_animations_are_videos(tmp_path: Path, extension: str) -> None:
     assert (shot.start_us, shot.end_us) == (0, 3_000_000)
     clips = clips_of("00" * 16, shot, ClipPolicy(frames=8, fps=4), 0.25, facts.fps_hz)
     assert [len(times) for times in clips] == [8]
-    small, _ = frames_at(path, [500_000], facts.decoder, size=(32, 48))
-    assert small.shape == (1, 32, 48, 3)
 
 
 def test_an_animation_of_uneven_frames_keeps_their_times(tmp_path: Path) -> None:

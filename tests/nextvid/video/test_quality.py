@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from nextvid.video.display import DISPLAYED_AS_STORED
 from nextvid.video.planes import PlaneReader
 from nextvid.video.quality import GREY_SIDE, Box, Sample, Sampler, crop_box, perceptual_hash, scores
 
@@ -19,7 +20,7 @@ def measured(images: list[np.ndarray], step_us: int = 250_000) -> list[Sample]:
     frames = [av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24") for image in images]
     read = PlaneReader(GREY_SIDE)
     planes = [read(frame) for frame in frames]
-    sampler = Sampler(planes[0], 0)
+    sampler = Sampler(planes[0], DISPLAYED_AS_STORED)
     return [sampler.measure(n * step_us, seen, seen.thumbnail(80, 45))[0] for n, seen in enumerate(planes)]
 
 

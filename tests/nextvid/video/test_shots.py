@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from nextvid.config.curation import ShotConfig
-from nextvid.video.decode import frames_at, stream
+from nextvid.video.decode import stream
 from nextvid.video.probe import MediaFacts, probe
 from nextvid.video.shots import ShotFacts, first_pass, image_shot
 from storage.errors import MediaError
-from tests.nextvid.video.film import write_barcodes, write_film
+from tests.nextvid.video.film import frames_at, write_barcodes, write_film
 from tests.nextvid.video.splices import FPS, Join, covered, found, recall, scene, spliced
 
 
