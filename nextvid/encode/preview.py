@@ -1,6 +1,6 @@
 """A picture of what was stored: source, reconstruction, amplified difference and latent channels, clip under clip.
 
-Holds pixels only; which clips are shown is decided by the round trip (nextvid/encode/committer.py).
+Holds pixels only; which clips are shown is decided by the round trip (nextvid/encode/roundtrip.py).
 
 Axes: F frames, R pixels a side, f latent frames, C channels, h w cells.
 """
