@@ -1,8 +1,4 @@
-"""corpus.yaml: the one file that configures a project, as frozen, strict models, and how it is found and read.
-
-Holds what a user writes: root, encoding, curation, datasets, benchmarks (design, sections 1, 2, 5, 6). Holds no
-training configuration (nextvid/config/recipe.py) and touches no data.
-"""
+"""corpus.yaml: the one file that configures a project, as frozen, strict models, and how it is found and read."""
 
 import os
 import re
@@ -20,55 +16,74 @@ from storage.errors import ConfigError
 from storage.remote import refuse_credentials
 from storage.root import CACHE_FOLDER
 
-NAME = re.compile(r"[a-z0-9_]+")  # design 2: dataset names are part of paths and partition keys
+NAME = re.compile(r"[a-z0-9_]+")  # names are parts of paths and partition keys
 
 
 class PixelConfig(Strict):
     """Frames kept beside the latents, as JPEG, for recipes that read or predict pixels (docs/decisions/0010)."""
 
-    quality: int = Field(default=90, ge=1, le=100)  # research store E: 40.7 dB at 271 kB a clip of 16 x 256 x 256
-    subsampling: Literal["4:2:0", "4:2:2", "4:4:4"] = "4:2:0"
+    # quality 90: 40.7 dB at 271 kB a clip of 16 x 256 x 256, our measurement
+    quality: int = Field(90, ge=1, le=100, description="JPEG quality")
+    subsampling: Literal["4:2:0", "4:2:2", "4:4:4"] = Field("4:2:0", description="chroma subsampling of the JPEGs")
 
 
 class EncodingConfig(Strict):
-    """How given frames become stored bytes. The autoencoder's digest, not its path, enters the encoding spec."""
+    """How frames become latents. The autoencoder's weights decide the encoding spec, not its path."""
 
-    autoencoder: str  # folder of diffusers weights, relative to corpus.yaml
-    resolution: Count = 256  # pixels of the square view
-    precision: Literal["fp32", "bf16"] = "fp32"
-    posterior: Literal["mean", "sample"] = "mean"
-    storage: Literal["float16", "keepbits7", "int8"] = "float16"
-    pixels: PixelConfig | None = None  # none are kept; they have a spec of their own and may be added later
+    autoencoder: str = Field(description="folder of diffusers weights, relative to corpus.yaml")
+    resolution: Count = Field(256, description="side in pixels of the square view that is encoded")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the autoencoder")
+    posterior: Literal["mean", "sample"] = Field(
+        "mean", description="store the posterior's mean, or one sample of it, drawn from the row's id"
+    )
+    storage: Literal["float16", "keepbits7", "int8"] = Field(
+        "float16",
+        description="number format of stored latents: keepbits7 is float16 with 7 bits of mantissa; int8 has a scale "
+        "for each row and channel",
+    )
+    pixels: PixelConfig | None = Field(
+        None, description="keep the frames too, as JPEG, for recipes that read pixels; may be added later"
+    )
 
 
 class MachineConfig(Strict):
-    """The block `execution`: on which devices latents, probes and samples are computed. In no digest."""
+    """The devices of this machine that latents, probes and samples are computed on. In no digest."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = Field(default=0, ge=0)  # processes that encode, one a GPU; 0 is every GPU, or one on CPU
-    batch_frames: Count = 64  # frames per forward of the autoencoder
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is a GPU where there is one")
+    devices: int = Field(
+        0, ge=0, description="processes that encode, one a GPU; 0 is one for every GPU, or one on the CPU"
+    )
+    batch_frames: Count = Field(64, description="frames of one forward of the autoencoder")
 
 
 class CacheConfig(Strict):
-    """Local copies of a trainset's shards, where `root` is an object store. How, not what: in no digest."""
+    """Local copies of a trainset's shards, where `root` is an object store. In no digest."""
 
-    folder: str = CACHE_FOLDER  # shared by all processes of a machine
-    size_gb: AtLeastZero = 20.0  # our choice; a set that does not fit is read row by row, as with 0
+    folder: str = Field(CACHE_FOLDER, description="the folder of the copies, shared by all processes of a machine")
+    size_gb: AtLeastZero = Field(
+        20.0, description="largest size in gigabytes; a trainset that does not fit is read row by row"
+    )
 
 
 class CorpusConfig(Strict):
     """The whole of corpus.yaml, paths made absolute."""
 
-    root: str
-    runs_root: str | None = None
-    cache: CacheConfig = CacheConfig()
-    execution: MachineConfig = MachineConfig()
-    encoding: EncodingConfig
-    curation: CurationConfig = CurationConfig()
-    datasets: dict[str, DatasetConfig]
-    benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict)
-    reencode: Literal["ask", "auto"] = "ask"
-    min_complete: Share = 1.0
+    root: str = Field(description="folder or fsspec URL of everything that is made, relative to corpus.yaml")
+    runs_root: str | None = Field(
+        None, description="folder of runs, scores, samples and reports on a file system; by default `root`"
+    )
+    cache: CacheConfig = Field(CacheConfig(), description="local copies of shards on an object store")
+    execution: MachineConfig = Field(MachineConfig(), description="devices that encode, probe and sample")
+    encoding: EncodingConfig = Field(description="how frames become latents")
+    curation: CurationConfig = Field(CurationConfig(), description="how shots are found, filtered and compared")
+    datasets: dict[str, DatasetConfig] = Field(description="datasets by name")
+    benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict, description="probe tasks by name")
+    reencode: Literal["ask", "auto"] = Field(
+        "ask",
+        description="whether a changed encoding, curation or benchmark waits for 'nextvid plan --accept', or is "
+        "accepted at once and rebuilds what it changes",
+    )
+    min_complete: Share = Field(1.0, description="share of the batches that must be complete before a trainset is made")
 
     @field_validator("datasets", "benchmarks")
     @classmethod
@@ -115,7 +130,7 @@ class CorpusConfig(Strict):
 
 
 def corpus_path(given: str | None = None) -> Path:
-    """The corpus.yaml in force: as given, else NEXTVID_CORPUS, else ./corpus.yaml."""
+    """The path of corpus.yaml: as given, else NEXTVID_CORPUS, else ./corpus.yaml."""
     return Path(given or os.environ.get("NEXTVID_CORPUS") or "corpus.yaml").absolute()
 
 

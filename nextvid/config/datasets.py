@@ -12,17 +12,27 @@ RESERVED_TARGETS = frozenset({"split", "group"})  # columns of the labels table
 class ClipPolicy(Strict):
     """How clips are cut from a shot: F frames at `fps` or every `stride`-th source frame."""
 
-    frames: Count
-    fps: Positive | None = None
-    stride: Count | None = None
-    clips_per_shot: Count = 1
-    starts: Literal["tile", "random"] = "tile"
-    views: Count = 1
-    # random: area 0.3-1.0, aspect 0.75-1.35 (method.md 8); centre: a square, with three views also those at the ends of
-    # the longer side (method.md 9)
-    crop: Literal["whole", "centre", "random"] = "random"
-    flip: bool = False  # flip half of the views
-    pad: Literal["skip", "fit", "repeat_last"] = "fit"
+    frames: Count = Field(description="frames of a clip; 1 for images")
+    fps: Positive | None = Field(None, description="frames a second; a clip of several names this or `stride`")
+    stride: Count | None = Field(None, description="every how many source frames, in the place of `fps`")
+    clips_per_shot: Count = Field(1, description="clips of each shot; a benchmark's are the segments of a video")
+    starts: Literal["tile", "random"] = Field(
+        "tile",
+        description="tile: in the middle of equal segments of the shot; random: anywhere, drawn from the clip's id",
+    )
+    views: Count = Field(1, description="crops of each clip")
+    crop: Literal["whole", "centre", "random"] = Field(
+        "random",
+        description="whole: the picture, squeezed to a square; centre: a square, with 3 views also those at the "
+        "ends of the longer side; random: 0.3 to 1 of the area at an aspect of 0.75 to 1.35. Benchmarks: centre by "
+        "default",
+    )  # docs/method.md 8 and 9
+    flip: bool = Field(False, description="mirror half of the views; never in benchmarks")
+    pad: Literal["skip", "fit", "repeat_last"] = Field(
+        "fit",
+        description="of a shot that is too short: skip: no clip; fit: frames closer together, so that the clip spans "
+        "the shot; repeat_last: its last frame repeated",
+    )  # docs/method.md 8
 
     @model_validator(mode="after")
     def _one_rate(self) -> Self:
@@ -34,10 +44,10 @@ class ClipPolicy(Strict):
 
 
 class SplitConfig(Strict):
-    """Shares of the hash split, for files without an official one. What is left is train."""
+    """Shares of the split by hash, for files without an official split. The rest is train."""
 
-    val: Share = 0.0
-    test: Share = 0.2  # design 4: 80 to 20
+    val: Share = Field(0.0, description="share of validation")
+    test: Share = Field(0.2, description="share of test")  # 80 to 20: our choice
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -47,30 +57,40 @@ class SplitConfig(Strict):
 
 
 class LabelConfig(Strict):
-    """Where labels stand: `none`, `folders` (the last folder's name), `csv` (columns by name), or as a public data set
+    """Where labels are: `none`, `folders` (the last folder's name), `csv` (columns by name), or as a public data set
     publishes them.
 
     A csv file may have two columns more, in seconds of the file's own clock: a line with both labels that span alone.
-    The others take `files`, by the split that each one lists (`all`: none, or its own column) and `classes`:
-    imagenet (folders; LOC_val_solution.csv for flat ones), kinetics400 (csv), ssv2 (json; labels.json as classes),
-    diving48 (json; the vocabulary as classes), internvid (jsonl, a caption a span).
+    Public data sets: imagenet (folders; LOC_val_solution.csv for flat ones), kinetics400 (csv), ssv2 (json; labels.json
+    as classes), diving48 (json; the vocabulary as classes), internvid (jsonl, a caption a span).
     """
 
-    layout: Literal["none", "folders", "csv", "imagenet", "kinetics400", "ssv2", "diving48", "internvid"] = "none"
-    file: str | None = None  # csv: path relative to corpus.yaml
-    files: dict[Literal["train", "val", "test", "all", "classes"], str] = Field(default_factory=dict)
+    layout: Literal["none", "folders", "csv", "imagenet", "kinetics400", "ssv2", "diving48", "internvid"] = Field(
+        "none", description="how labels are written, see above"
+    )
+    file: str | None = Field(None, description="csv: the file, relative to corpus.yaml")
+    files: dict[Literal["train", "val", "test", "all", "classes"], str] = Field(
+        default_factory=dict,
+        description="layouts of public data sets: a file for each split that it lists (`all`: none, or its own "
+        "column), and the list of `classes`",
+    )
     split_names: dict[str, Literal["train", "val", "test"]] = Field(
-        default_factory=dict
-    )  # other words for splits, in columns and ImageNet's folders; {val: test} where val is what is tested on
-    path_column: str = "path"
-    path_base: str | None = None  # folder that the file's paths start from; the dataset's URI unless given
+        default_factory=dict,
+        description="other words for splits, in columns and ImageNet's folders, as {val: test} where val is tested on",
+    )
+    path_column: str = Field("path", description="csv: column of paths")
+    path_base: str | None = Field(
+        None, description="csv: folder that its paths start from; by default the dataset's uri"
+    )
     targets: dict[str, str] = Field(
-        default_factory=dict
-    )  # csv: target -> column; others: {target: ""}, by default the target is `class`, of internvid `caption`
-    split_column: str | None = None
-    group_column: str | None = None
-    start_column: str = "start_s"
-    end_column: str = "end_s"
+        default_factory=dict,
+        description='csv: {target: column}; other layouts have one target, {name: ""}: `class` unless named, and '
+        "`caption` for internvid",
+    )
+    split_column: str | None = Field(None, description="csv: column of splits; without it they are split by hash")
+    group_column: str | None = Field(None, description="csv: column of groups; the hash split keeps a group together")
+    start_column: str = Field("start_s", description="csv: column of spans' starts in seconds, where there is one")
+    end_column: str = Field("end_s", description="csv: column of spans' ends in seconds, where there is one")
 
     @model_validator(mode="after")
     def _fits_layout(self) -> Self:
@@ -106,16 +126,22 @@ class LabelConfig(Strict):
 class DatasetConfig(Strict):
     """One dataset. With a weight it is pretrained on, by its clip policies; benchmarks name it for probing."""
 
-    uri: str  # folder or fsspec URL, relative to corpus.yaml
-    weight: Positive | None = None
-    clips: tuple[ClipPolicy, ...] = ()
-    clips_per_media: Count | None = None  # of each length; docs/decisions/0019
-    labels: LabelConfig = LabelConfig()
-    split: SplitConfig = SplitConfig()
-    quarantine_budget: Share = 0.05  # largest share of files that may be quarantined before the batch stops
-    licence: str = "unknown"
-    max_batch_videos: Count = 1000  # design 2
-    max_batch_images: Count = 10000
+    uri: str = Field(description="folder or fsspec URL of the files, relative to corpus.yaml")
+    weight: Positive | None = Field(
+        None, description="share of training draws, relative to the other weights; without it no clip is trained on"
+    )
+    clips: tuple[ClipPolicy, ...] = Field((), description="how clips for training are cut; required with a weight")
+    clips_per_media: Count | None = Field(
+        None, description="at most so many clips of each length from one file (docs/decisions/0019)"
+    )
+    labels: LabelConfig = Field(LabelConfig(), description="where labels and official splits are")
+    split: SplitConfig = Field(SplitConfig(), description="shares of the split by hash")
+    quarantine_budget: Share = Field(
+        0.05, description="a batch with a larger share of quarantined files fails its checks"
+    )
+    licence: str = Field("unknown", description="licence of the files, shown in reports")
+    max_batch_videos: Count = Field(1000, description="files of a batch, the unit of work, for videos")
+    max_batch_images: Count = Field(10000, description="files of a batch for images")
 
     @model_validator(mode="after")
     def _weight_needs_clips(self) -> Self:
@@ -127,12 +153,13 @@ class DatasetConfig(Strict):
 class BenchmarkConfig(Strict):
     """A probe task: which datasets, which target, which clips."""
 
-    datasets: tuple[str, ...] = Field(min_length=1)
-    target: str
-    policy: ClipPolicy  # segments: clips_per_shot; views: views; `crop` is `centre` unless the protocol names another
-    epochs: Count = 20  # Tab. 10
-    batch: Count = 32
-    seeds: Count = 3  # research demo 5: one probe seed is noise for claims under 6 points
+    datasets: tuple[str, ...] = Field(min_length=1, description="names of the datasets whose clips are probed")
+    target: str = Field(description="the label to predict")
+    policy: ClipPolicy = Field(description="how clips are cut: `clips_per_shot` segments of `views` views each")
+    # Tab. 10
+    epochs: Count = Field(20, description="epochs that the probe's heads train")
+    batch: Count = Field(32, description="clips of a batch of that training")
+    seeds: Count = Field(3, description="heads with different seeds, whose mean is the score")
 
     @field_validator("policy")
     @classmethod

@@ -1,8 +1,7 @@
-"""Frozen, strict models of everything that a training run is configured by.
+"""Recipes: everything that a training run is configured by, as frozen, strict models.
 
-Holds shapes, losses, masks, optimiser and stages ("what": digested) and how a run is carried out ("how": never
-digested). Holds no corpus (nextvid/config/corpus.py) and no named values (recipes.py). Defaults are the paper's
-(Tab. 7, 8; method.md 2, 4, 6, 7) unless the line says otherwise.
+A recipe is what is trained, and is digested; ExecutionConfig is how a run is carried out, and is not. Defaults are the
+paper's (Tab. 7 and 8; docs/method.md 2, 4, 6, 7) unless the line names another source.
 """
 
 from collections.abc import Iterator
@@ -15,49 +14,67 @@ from storage.errors import ConfigError as ConfigError  # re-exported: nextvid.mo
 
 
 class EncoderConfig(Strict):
-    """Frame-causal ViT; the default is ViT-L. `mlp_hidden` is given, since ViT-G's 6144 is no multiple of its width."""
+    """The frame-causal ViT; the default is ViT-L."""
 
-    input: Literal["pixels", "latents"] = "pixels"
-    depth: Count = 24
-    width: Count = 1024
-    heads: Count = 16
-    mlp_hidden: Count = 4096
+    input: Literal["pixels", "latents"] = Field(
+        "pixels", description="what the encoder reads: frames or stored latents"
+    )
+    depth: Count = Field(24, description="transformer blocks")
+    width: Count = Field(1024, description="dimensions of a token, D")
+    heads: Count = Field(16, description="attention heads")
+    mlp_hidden: Count = Field(
+        4096, description="hidden dimensions of the MLP; ViT-G's 6144 is no multiple of its width"
+    )
 
 
 class PredictorConfig(Strict):
-    """Cross-attention predictor (`cross`), its ablation without context isolation (`joint`), or none (S-model)."""
+    """The predictor of the next tubelet from the encoded context."""
 
-    kind: Literal["cross", "joint", "none"] = "cross"
-    depth: Count = 12
-    width: Count = 384
-    heads: Count = 12
-    support: Literal["all", "masked"] = "all"  # method.md 2.5
+    kind: Literal["cross", "joint", "none"] = Field(
+        "cross",
+        description="cross: queries attend to the context; joint: the ablation without context isolation; none: the "
+        "S-model",
+    )
+    depth: Count = Field(12, description="transformer blocks")
+    width: Count = Field(384, description="dimensions of a token")
+    heads: Count = Field(12, description="attention heads")
+    support: Literal["all", "masked"] = Field(
+        "all",
+        description="cells that are predicted; masked is the other reading of the paper (docs/method.md 2.5, 14 row 1)",
+    )
 
 
 class DecoderConfig(Strict):
-    """Frame-isolated DiT (`dit_iso`) or the S-model's cross-attention decoders; `none` when gen = 0."""
+    """The flow decoder."""
 
-    kind: Literal["dit_iso", "xattn", "xattn_self", "none"] = "dit_iso"
-    depth: Count = 12
-    width: Count = 384
-    heads: Count = 12
-    condition: Literal["proj", "hidden"] = "proj"  # method.md 4.3: z_t of width D, or the predictor's hidden state
+    kind: Literal["dit_iso", "xattn", "xattn_self", "none"] = Field(
+        "dit_iso",
+        description="dit_iso: frame-isolated DiT; xattn, xattn_self: the S-model's cross-attention; none: no flow loss",
+    )
+    depth: Count = Field(12, description="transformer blocks")
+    width: Count = Field(384, description="dimensions of a token")
+    heads: Count = Field(12, description="attention heads")
+    condition: Literal["proj", "hidden"] = Field(
+        "proj",
+        description="the decoder reads z_t of the encoder's width, or the predictor's hidden state, the other reading "
+        "of the paper (docs/method.md 4.3, 14 row 6)",
+    )
 
 
 class ModelConfig(Strict):
-    """The five parts. A tubelet is `tubelet` stored frames; the grid is cells per tubelet."""
+    """The parts of the model and the grid of its tokens."""
 
-    grid_height: Count = 16
-    grid_width: Count = 16
-    tubelet: Count = 2
-    patch: Count = 16  # pixels per cell side, for input `pixels`; for `latents` one latent cell is one patch
-    frame_channels: Count = (
-        32  # target channels of one frame and cell after space-to-depth; C = tubelet * frame_channels
+    grid_height: Count = Field(16, description="cells of a tubelet, vertically")
+    grid_width: Count = Field(16, description="cells of a tubelet, horizontally")
+    tubelet: Count = Field(2, description="frames of a tubelet")
+    patch: Count = Field(16, description="pixels of a cell's side, for input `pixels`; a latent cell is one patch")
+    frame_channels: Count = Field(32, description="target channels of one frame and cell, after space-to-depth")
+    encoder: EncoderConfig = Field(EncoderConfig(), description="the frame-causal ViT")
+    predictor: PredictorConfig = Field(PredictorConfig(), description="the predictor")
+    decoder: DecoderConfig = Field(DecoderConfig(), description="the flow decoder")
+    attention: Literal["loop", "dense", "flash"] = Field(
+        "loop", description="how frame-causal attention is computed; the results agree"
     )
-    encoder: EncoderConfig = EncoderConfig()
-    predictor: PredictorConfig = PredictorConfig()
-    decoder: DecoderConfig = DecoderConfig()
-    attention: Literal["loop", "dense", "flash"] = "loop"
 
     @property
     def cells(self) -> int:
@@ -71,76 +88,100 @@ class ModelConfig(Strict):
 
 
 class MaskStrategy(Strict):
-    """One of the parallel strategies of Tab. 8: `blocks` blocks of area `scale`, constant over time."""
+    """One of the mask strategies that a step applies side by side (Tab. 8)."""
 
-    name: str
-    blocks: Count
-    scale: Share
-    aspect_min: Weight = 0.75
-    aspect_max: Weight = 1.5
-    budget: int  # visible cells per tubelet that `fixed` keeps (method.md 2.4)
+    name: str = Field(description="name of the strategy")
+    blocks: Count = Field(description="blocks drawn for each clip, constant over time")
+    scale: Share = Field(description="area of a block as a share of the grid")
+    aspect_min: Weight = Field(0.75, description="smallest aspect ratio of a block")
+    aspect_max: Weight = Field(1.5, description="largest aspect ratio of a block")
+    budget: int = Field(description="visible cells of a tubelet that `keep: fixed` keeps (docs/method.md 2.4)")
 
 
 class MaskConfig(Strict):
-    """Mask strategies and how the visible set is thinned (method.md 2.4). `all` is the ablation without masking."""
+    """Mask strategies and how the visible cells are thinned."""
 
-    keep: Literal["fixed", "bucket", "flat", "all"] = "fixed"
-    strategies: tuple[MaskStrategy, ...] = (
-        MaskStrategy(name="short", blocks=8, scale=0.15, budget=60),
-        MaskStrategy(name="long", blocks=2, scale=0.70, budget=15),
+    keep: Literal["fixed", "bucket", "flat", "all"] = Field(
+        "fixed",
+        description="how visible cells are thinned to equal counts (docs/method.md 2.4): fixed: to the budget; bucket: "
+        "to one drawn count a step; flat: as V-JEPA 2's code, for fidelity studies; all: nothing is masked",
     )
-    entries: Count = 1 << 16  # drawn entries a strategy (design 2)
-    seed: int = 0
+    strategies: tuple[MaskStrategy, ...] = Field(
+        (
+            MaskStrategy(name="short", blocks=8, scale=0.15, budget=60),
+            MaskStrategy(name="long", blocks=2, scale=0.70, budget=15),
+        ),
+        description="the mask strategies",
+    )
+    entries: Count = Field(1 << 16, description="masks drawn in advance for each strategy")
+    seed: int = Field(0, description="seed of the drawn masks")
 
 
 class LossConfig(Strict):
-    """Weights of Tab. 8 and the flow's time grid (method.md 4.2)."""
+    """The losses of docs/method.md 4."""
 
-    align: Weight = 1.0
-    flow: Weight = 0.5
-    timesteps: Count = 1000
-    tau_share: Literal["tubelet", "clip"] = "tubelet"
-    target: Literal["latents", "pixels", "siglip2", "cosmos"] = "latents"
-    target_norm: bool = True  # LN without affine on the reference features (method.md 4.1)
+    align: Weight = Field(1.0, description="weight of the alignment loss")
+    flow: Weight = Field(0.5, description="weight of the flow loss")
+    timesteps: Count = Field(1000, description="grid of the flow's time (docs/method.md 4.2)")
+    tau_share: Literal["tubelet", "clip"] = Field(
+        "tubelet", description="the flow's time is drawn for each tubelet or once a clip (docs/method.md 14 row 10)"
+    )
+    target: Literal["latents", "pixels", "siglip2", "cosmos"] = Field(
+        "latents",
+        description="what the decoder generates: latents of an image VAE, pixels, or another network's features",
+    )
+    target_norm: bool = Field(
+        True, description="LayerNorm without affine on the reference features (docs/method.md 4.1)"
+    )
 
 
 class OptimConfig(Strict):
-    """AdamW of Tab. 8; clipping is by module (method.md 7.4)."""
+    """AdamW, gradient clipping and the average of the weights (Tab. 8, docs/method.md 7)."""
 
-    beta1: Share = 0.9
-    beta2: Share = 0.95
-    eps: Weight = 1e-8
-    weight_decay: Weight = 0.04
-    clip: Weight = 1.0
-    clip_scope: Literal["module", "global"] = "module"
-    shape: Literal["linear", "cosine"] = "linear"
-    ema: Share = 0.99925
+    beta1: Share = Field(0.9, description="AdamW's first beta")
+    beta2: Share = Field(0.95, description="AdamW's second beta")
+    eps: Weight = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: Weight = Field(0.04, description="weight decay of matrices; biases and 1-D tensors have none")
+    clip: Weight = Field(1.0, description="largest norm of the gradients")
+    clip_scope: Literal["module", "global"] = Field(
+        "module",
+        description="norm of encoder, predictor and decoder each, or of all together, the other reading of the paper "
+        "(docs/method.md 14 row 17)",
+    )
+    shape: Literal["linear", "cosine"] = Field(
+        "linear",
+        description="learning rate inside the stages between warm-up and cool-down; cosine is the other reading of the "
+        "paper (docs/method.md 7.2, 14 row 16)",
+    )
+    ema: Share = Field(0.99925, description="momentum of the average of the weights, the reference encoder")
 
 
 class StageConfig(Strict):
-    """One row of Tab. 8. `decoder_lr` is None where the decoder follows the main rate."""
+    """One training stage, a row of Tab. 8."""
 
-    name: str
-    steps: Count
-    frames: Count
-    batch: Count
-    tau_copies: Count
-    lr_start: Weight
-    lr_end: Weight
-    decoder_lr: Weight | None = None
+    name: str = Field(description="name of the stage")
+    steps: Count = Field(description="optimiser steps")
+    frames: Count = Field(description="frames of a clip")
+    batch: Count = Field(description="clips of a step, over all ranks")
+    tau_copies: Count = Field(description="noise levels of the decoder for each clip")
+    lr_start: Weight = Field(description="learning rate at the first step")
+    lr_end: Weight = Field(description="learning rate at the end")
+    decoder_lr: Weight | None = Field(
+        None, description="the decoder's constant rate; without it, it follows the others"
+    )
 
 
 class RecipeConfig(Strict):
-    """A complete training configuration: the *what* of a run. Everything here is digested."""
+    """A complete training configuration. Every field is part of its digest."""
 
-    name: str
-    model: ModelConfig = ModelConfig()
-    masks: MaskConfig = MaskConfig()
-    losses: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    stages: tuple[StageConfig, ...]
-    precision: Literal["fp32", "bf16"] = "bf16"
-    seed: int = 0
+    name: str = Field(description="name of the recipe")
+    model: ModelConfig = Field(ModelConfig(), description="the model")
+    masks: MaskConfig = Field(MaskConfig(), description="the masks")
+    losses: LossConfig = Field(LossConfig(), description="the losses")
+    optim: OptimConfig = Field(OptimConfig(), description="the optimiser")
+    stages: tuple[StageConfig, ...] = Field(description="the stages, in order")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of training")
+    seed: int = Field(0, description="seed of weights, draws and noise")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -153,7 +194,7 @@ class RecipeConfig(Strict):
                 )
         cells = self.model.cells
         if not self.masks.strategies:
-            raise ValueError("masks.strategies is empty; without masks, say masks.keep = 'all'")
+            raise ValueError("masks.strategies is empty; for training without masks set masks.keep = 'all'")
         for strategy in self.masks.strategies:
             if not 0 < strategy.budget <= cells:
                 raise ValueError(
@@ -189,20 +230,26 @@ class RecipeConfig(Strict):
 
 
 class ExecutionConfig(Strict):
-    """How a run is carried out; never digested, so any of it may change between attempts at one run."""
+    """How a run is carried out. It is in no digest: any of it may change between attempts at one run."""
 
-    ranks: Count = 1
-    micro_batch: int = Field(default=0, ge=0)  # clips per rank and backward; 0 = the whole rank's share
-    threads: Count = 1  # loader threads
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: bool = False  # every block on its own, by torch.compile: pays on GPUs (research: training 3)
-    recompute_blocks: bool = False  # activation checkpointing: memory of one block for a forward more
-    fold_copies: bool = False  # noise levels of the decoder one after the other: memory of one for no work more
-    shard: bool = False  # weights, gradients, moments and average cut over ranks (FSDP2), not copied to each (DDP)
-    log_every_steps: Count = 20
-    diagnose_every_steps: Count = 250
-    checkpoint_every_steps: Count = 500
-    keep_last: Count = 2
+    ranks: Count = Field(1, description="processes that train together")
+    micro_batch: int = Field(0, ge=0, description="clips of one backward on a rank; 0 is the rank's whole share")
+    threads: Count = Field(1, description="threads of the loader")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is a GPU where there is one")
+    compile: bool = Field(False, description="compile each block by torch.compile, which pays on GPUs")
+    recompute_blocks: bool = Field(
+        False, description="activation checkpointing: the memory of one block, for one forward more"
+    )
+    fold_copies: bool = Field(
+        False, description="noise levels of the decoder one after the other: the memory of one, for no work more"
+    )
+    shard: bool = Field(
+        False, description="cut weights, gradients, moments and average over the ranks (FSDP2) instead of copying (DDP)"
+    )
+    log_every_steps: Count = Field(20, description="steps between two lines of events")
+    diagnose_every_steps: Count = Field(250, description="steps between two diagnoses")
+    checkpoint_every_steps: Count = Field(500, description="steps between two checkpoints")
+    keep_last: Count = Field(2, description="checkpoints that are kept, beside those at the ends of stages")
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -214,7 +261,7 @@ class ExecutionConfig(Strict):
 
 
 def _disagreements(recipe: RecipeConfig) -> Iterator[str]:
-    """What in a recipe contradicts itself, in words."""
+    """One message for each contradiction between fields."""
     model, losses = recipe.model, recipe.losses
     predictor, decoder = model.predictor.kind, model.decoder.kind
     crossed = decoder in ("xattn", "xattn_self")

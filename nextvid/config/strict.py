@@ -57,15 +57,15 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
     current: Any = model
     for part in path:
         annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else current
-        current = _inner_model(annotation) or current
+        current = inner_model(annotation) or current
     return set(current.model_fields)
 
 
-def _inner_model(annotation: object) -> type[BaseModel] | None:
+def inner_model(annotation: object) -> type[BaseModel] | None:
     """The configuration inside `X`, `X | None`, `list[X]`, `tuple[X, ...]` or `dict[str, X]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     for argument in typing.get_args(annotation):
-        if found := _inner_model(argument):
+        if found := inner_model(argument):
             return found
     return None
