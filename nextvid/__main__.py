@@ -94,6 +94,14 @@ def plan(batch: str | None = None, accept: bool = False, corpus: Corpus = None, 
 
 
 @app.command
+def schema() -> None:
+    """Print the JSON schema of corpus.yaml, by which editors complete and check the file."""
+    from nextvid.config.reference import schema as corpus_schema
+
+    print(json.dumps(corpus_schema(), indent=2))
+
+
+@app.command
 def draws(
     first: Annotated[int, tyro.conf.arg(help="how many draws")] = 10,
     start: Annotated[int, tyro.conf.arg(help="number of the draw to begin with")] = 0,

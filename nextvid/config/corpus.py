@@ -66,7 +66,7 @@ class CacheConfig(Strict):
 
 
 class CorpusConfig(Strict):
-    """The whole of corpus.yaml, paths made absolute."""
+    """The content of corpus.yaml."""
 
     root: str = Field(description="folder or fsspec URL of everything that is made, relative to corpus.yaml")
     runs_root: str | None = Field(

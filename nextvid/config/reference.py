@@ -16,7 +16,27 @@ from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.config.strict import inner_model
 
 DOCS = Path(__file__).parents[2] / "docs"
-MADE_BY = "This page is made from the fields' descriptions by `python -m nextvid.config.reference`: edit them, not it."
+MADE_BY = "`python -m nextvid.config.reference` makes this page from the descriptions of the fields: edit those."
+CORPUS = f"""# Every key of corpus.yaml
+
+One file configures a project: where files and labels are, how clips are cut, which autoencoder encodes them, what is
+probed. An unknown key is an error that names the nearest known one. Relative paths start from the file's folder.
+Examples: [the demo's](../examples/demo/corpus.yaml), [the paper's](../examples/paper/corpus.yaml).
+
+Editors complete and check the file by the schema that `nextvid schema > corpus.schema.json` prints; for those with the
+YAML language server the file begins with `# yaml-language-server: $schema=corpus.schema.json`.
+
+{MADE_BY}"""
+RECIPES = f"""# Every field of a recipe
+
+A recipe is a complete training configuration, and all of it enters the digest of a run. `nextvid inspect recipe NAME
+--json` prints one in full, `nextvid make pretrain --recipe NAME --set stages.warmup.steps=100` changes a field; the
+named recipes are in `nextvid/config/recipes.py`.
+
+{MADE_BY}"""
+EXECUTION = """# How a run is carried out
+
+The run's file keeps these under the key `how`; `how` of the asset `pretrain` in Dagster changes them."""
 
 
 def schema() -> dict[str, Any]:
@@ -26,28 +46,8 @@ def schema() -> dict[str, Any]:
 
 def documents() -> dict[str, str]:
     """The pages by file name."""
-    corpus = [
-        "# Every key of corpus.yaml",
-        MADE_BY,
-        "One file configures a project: where files and labels are, how clips are cut, which autoencoder encodes them, "
-        "what is probed. An unknown key is an error that names the nearest known one. Relative paths start from the "
-        "file's folder. Examples: [the demo's](../examples/demo/corpus.yaml), [the paper's](../examples/paper/corpus.yaml).",
-        "Editors complete and check the file with the schema that `nextvid schema > corpus.schema.json` prints; the YAML "
-        "language server takes it by a first line `# yaml-language-server: $schema=corpus.schema.json`.",
-        *_sections(CorpusConfig, ""),
-    ]
-    recipes = [
-        "# Every field of a recipe",
-        MADE_BY,
-        "A recipe is a complete training configuration, and all of it enters the digest of a run. `nextvid inspect recipe "
-        "NAME --json` prints one in full, `--set stages.warmup.steps=100` changes a field; the named recipes are in "
-        "`nextvid/config/recipes.py`.",
-        *_sections(RecipeConfig, ""),
-        "# How a run is carried out",
-        "These enter no digest, so that they may change between two attempts at the same run. A run's file keeps them "
-        "under the key `how`.",
-        *_sections(ExecutionConfig, ""),
-    ]
+    corpus = [CORPUS, *_sections(CorpusConfig, "")]
+    recipes = [RECIPES, *_sections(RecipeConfig, ""), EXECUTION, *_sections(ExecutionConfig, "")]
     return {"corpus.md": "\n\n".join(corpus) + "\n", "recipes.md": "\n\n".join(recipes) + "\n"}
 
 
