@@ -1,7 +1,8 @@
-"""torchrun as a child of a Dagster step: its own process group, metrics streamed through Pipes, cancel within 10 s.
+"""Run torchrun as a child of a Dagster step, in a process group of its own; cancelling takes at most 10 s.
 
-While it trains, each event is a line of the run's log, and now and then an observation of the asset, so that the UI
-draws curves of a run that has not ended. The group ends with the step, and the step with the run that spawned it.
+While it trains, Dagster Pipes turns each event into a line of the run's log. Every OBSERVE_S the newest step becomes an
+observation of the asset, from which the UI draws curves of an unfinished run. The group ends with the step, and the
+step with its run.
 """
 
 import os
@@ -21,14 +22,14 @@ from nextvid.train.events import read_events
 from nextvid.train.pretrain import LOG, PreparedRun, end_group
 from storage.errors import UpstreamError
 
-OBSERVE_S = 20.0  # our choice: three points a minute in the UI; every event stands in events.jsonl and the run's log
+OBSERVE_S = 20.0  # our choice: three points a minute in the UI; events.jsonl and the run's log have every event
 CURVES = ("align", "flow", "lr", "clips_per_s", "wait_share", "mfu")  # of a `step` event (nextvid/train/loop.py)
 # torchrun's summary of a rank that a signal ended: "exitcode  : -9 (pid: 4711)" (torch.distributed.elastic)
 SIGNALLED = re.compile(r"exitcode\s*: -\d+")
 
 
 def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
-    """Train in a process group of its own, which ends with this call. Raises dg.Failure with the end of its output."""
+    """Train in a process group that ends with this call. Raises dg.Failure with the end of the trainer's output."""
     log_path = Path(run.folder) / LOG
     began = log_path.stat().st_size if log_path.exists() else 0
     with (
@@ -48,11 +49,11 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
         finally:
             end_group(process)
     if code != 0:
-        said = _tail(log_path, began)
+        output = _tail(log_path, began)
         raise dg.Failure(
-            description=f"the trainer ended with exit code {code}; the end of {log_path}:\n{said}",
-            # what a signal ended is a crash and worth a retry, which resumes the same run
-            allow_retries=code < 0 or SIGNALLED.search(said) is not None,
+            description=f"the trainer ended with exit code {code}; the end of {log_path}:\n{output}",
+            # a process that a signal ended crashed: a retry resumes its run
+            allow_retries=code < 0 or SIGNALLED.search(output) is not None,
         )
 
 
@@ -60,7 +61,7 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
 def pipes(
     context: dg.AssetExecutionContext, injector: dg.PipesContextInjector, reader: dg.PipesMessageReader
 ) -> Iterator[dg.PipesSession]:
-    """A session of Pipes: what the trainer reports becomes lines of the run's log."""
+    """A Pipes session: what the trainer reports becomes lines of the run's log."""
     with (
         warnings.catch_warnings(action="ignore", category=dg.PreviewWarning),  # dagster's, of its own message reader
         dg.open_pipes_session(context=context, context_injector=injector, message_reader=reader) as session,
@@ -69,16 +70,16 @@ def pipes(
 
 
 class Watch:
-    """Looks after a run for the step that waits for it: observes it now and then, and ends with the run's process."""
+    """Watches a training run for the step that waits for it."""
 
     def __init__(self, context: dg.AssetExecutionContext, folder: Path) -> None:
         self._context, self._folder = context, folder
         self._observed, self._step = time.monotonic(), -1
 
     def look(self) -> None:
-        """Report the newest logged step, if it is time. Raises dg.Failure where nobody waits for the step any more."""
+        """Every OBSERVE_S, report the newest logged step. Raises dg.Failure where the process of the run is gone."""
         if orphaned():
-            raise dg.Failure("the run that this step belongs to is gone; its retry resumes", allow_retries=False)
+            raise dg.Failure("the process of this Dagster run is gone; a retry of the run resumes", allow_retries=False)
         if time.monotonic() - self._observed >= OBSERVE_S:
             self._observed, self._step = time.monotonic(), observe(self._context, self._folder, self._step)
 
@@ -93,11 +94,11 @@ def _wait(context: dg.AssetExecutionContext, process: "subprocess.Popen[bytes]",
 
 
 def observe(context: dg.AssetExecutionContext, folder: Path, after: int) -> int:
-    """Report the newest logged step as an observation of the asset; its number, or `after` if there is none newer."""
+    """Report the newest logged step as an observation of the asset; returns its number, or `after` if none is newer."""
     try:
         events = [event for event in read_events(folder) if event["kind"] == "step"]
     except UpstreamError:
-        return after  # it has not begun
+        return after  # training has not begun
     if not events or events[-1]["step"] <= after:
         return after
     newest = events[-1]
@@ -109,7 +110,7 @@ def observe(context: dg.AssetExecutionContext, folder: Path, after: int) -> int:
 
 
 def _tail(path: Path, began: int, size_bytes: int = 4000) -> str:
-    """The end of what this attempt said."""
+    """The end of what this attempt wrote to the log."""
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(began, file.tell() - size_bytes))

@@ -1,10 +1,10 @@
-"""torchrun as a job of a Ray cluster, through Pipes: for a Dagster whose own machine has no device to train on.
+"""Run torchrun as a job of a Ray cluster, for steps on a machine without a device to train on.
 
-The job sees the same corpus.yaml, checkout and runs root as the step, at the same paths (deploy/README.md): so what it
-reports comes through a file of the run's folder while it trains. dagster-ray's client reads the tail of the job's log
-instead, through Ray's head and the node's agent; after an error on the way it reads no more, and it observes nothing.
-Cancelling stops the job. Nothing on the cluster ends with a killed step, so whoever trains the same run stops what is
-left of it first; the lock on the run folder would refuse a second writer anyway.
+The job has the same corpus.yaml, checkout and runs root as the step, at the same paths (deploy/README.md), so its
+messages come through a file in the run's folder. We do not use dagster-ray's Pipes client: it reads the tail of the
+job's log through Ray's head, stops reading after one network error, and reports no observations. Cancelling a step
+stops its job. A killed step leaves its job behind: the next step for the same run stops that job first, and until then
+the lock on the run's folder refuses a second writer.
 """
 
 import os
@@ -24,10 +24,10 @@ from storage.remote import S3_PLACE
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-RUN = "nextvid/run"  # metadata of a job: the training run that it is for
-PASSED_ON = ("PYTHONPATH", "NEXTVID_CORPUS", *S3_PLACE)  # no keys: a job's environment can be read by others
+RUN = "nextvid/run"  # metadata of a Ray job: id of the training run
+PASSED_ON = ("PYTHONPATH", "NEXTVID_CORPUS", *S3_PLACE)  # no credentials: others can read a job's environment
 MESSAGES = "pipes.jsonl"  # in the run's folder, while a job trains
-POLL_S = 1.0  # our choice: as long as a cancelled step may take to notice a job's end
+POLL_S = 1.0  # our choice: short beside the 10 s that cancelling may take
 STOP_S = 30.0  # our choice: Ray kills what a stopped job leaves after 3 s (RAY_JOB_STOP_WAIT_TIME_S)
 ENDED = re.compile(r"exit code (\d+)")  # ray/dashboard/modules/job/job_supervisor.py
 
@@ -51,17 +51,17 @@ def run_job(context: dg.AssetExecutionContext, run: PreparedRun, address: str) -
         context.log.info(f"Ray job {job} trains run {run.run_id}")
         try:
             status = _wait(context, client, job, Path(run.folder))
-        except BaseException:  # cancelled, or nobody waits for the step
+        except BaseException:  # cancelled, or the process of the Dagster run is gone
             client.stop_job(job)
             raise
     if status != JobStatus.SUCCEEDED:
-        said = client.get_job_info(job).message or ""
-        own = ENDED.search(said) is not None and SIGNALLED.search(said) is None
-        raise dg.Failure(description=f"the trainer's Ray job ended as {status}: {said}", allow_retries=not own)
+        message = client.get_job_info(job).message or ""
+        raised = ENDED.search(message) is not None and SIGNALLED.search(message) is None
+        raise dg.Failure(description=f"the trainer's Ray job ended as {status}: {message}", allow_retries=not raised)
 
 
 def _wait(context: dg.AssetExecutionContext, client: "JobSubmissionClient", job: str, folder: Path) -> str:
-    """Status of a job that has ended; observes the run meanwhile."""
+    """Wait for a job and return its status; observe the run meanwhile."""
     watch = Watch(context, folder)
     while not (status := client.get_job_status(job)).is_terminal():
         time.sleep(POLL_S)
@@ -70,14 +70,16 @@ def _wait(context: dg.AssetExecutionContext, client: "JobSubmissionClient", job:
 
 
 def _stop_leftovers(context: dg.AssetExecutionContext, client: "JobSubmissionClient", run: PreparedRun) -> None:
-    """Stop jobs that train this run for a step that is gone, and wait until they are."""
+    """Stop jobs that still train this run for a step that is gone, and wait for their end."""
     for job in client.list_jobs():
         if (job.metadata or {}).get(RUN) != run.run_id or job.status.is_terminal() or not job.submission_id:
             continue
-        context.log.warning(f"stopping Ray job {job.submission_id}, which trains run {run.run_id} for nobody any more")
+        context.log.warning(f"stopping Ray job {job.submission_id}, a leftover of run {run.run_id}")
         client.stop_job(job.submission_id)
         until = time.monotonic() + STOP_S
         while not client.get_job_status(job.submission_id).is_terminal():
             if time.monotonic() > until:
-                raise ConflictError(f"Ray job {job.submission_id} trains run {run.run_id} and does not stop; end it")
+                raise ConflictError(
+                    f"Ray job {job.submission_id} trains run {run.run_id} and does not stop: stop it by hand"
+                )
             time.sleep(0.5)

@@ -20,15 +20,15 @@ from storage.root import Table
 from storage.tables import read_table
 
 PREVIEW_ROWS, PREVIEW_DIGITS, PREVIEW_CHARACTERS = 5, 8, 40  # our choice: what fits a screen and 2 kB of an event
-PREVIEW_WIDTH = 960  # pixels; an event with a 640 px picture is 5 kB
+PREVIEW_WIDTH = 960  # pixels, our choice: an event with a picture 640 pixels wide has 5 kB
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn an error into a step failure that shows its message, and that no policy retries.
+    """Turn an exception into a step failure that shows its message, and that no retry policy retries.
 
-    What raised an exception fails again on the same data, and the nightly schedule retries it. CRASHES retries what
-    could not raise: a process that was killed.
+    The same data would raise it again; the nightly schedule tries again. The policy CRASHES is for processes that were
+    killed and could raise nothing.
     """
     try:
         yield
@@ -41,7 +41,7 @@ def readable_errors() -> Iterator[None]:
 
 
 def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Everything that every materialisation reports."""
+    """What every materialisation reports."""
     metadata: dict[str, Any] = {
         "dagster/row_count": outcome.rows,
         "made": outcome.made,
@@ -92,7 +92,7 @@ def batch_table(
 
 
 def traced(project: Project, outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """The same with the lineage of the run or trainset that it is about: what `nextvid lineage` says."""
+    """The result with the lineage of its run or trainset, as `nextvid lineage` prints it."""
     from nextvid.lineage.trace import trace
 
     reported = result(outcome)
@@ -102,7 +102,7 @@ def traced(project: Project, outcome: Outcome) -> dg.MaterializeResult:  # type:
 
 
 def preview(frame: pl.DataFrame) -> dg.MarkdownMetadataValue:
-    """The first rows of a table as the UI shows them; ids as hex, what is long cut short."""
+    """The first rows of a table for the UI: ids as hex, long values shortened."""
     first = frame.head(PREVIEW_ROWS)
     lines = ["| " + " | ".join(first.columns) + " |", "|" + "---|" * first.width]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in first.iter_rows()]
@@ -115,7 +115,7 @@ def _cell(value: object) -> str:
             return value.hex()[:PREVIEW_DIGITS]
         case float():
             return f"{value:.4g}"
-        case str() if len(value) > PREVIEW_CHARACTERS:  # the end of a path says more than its beginning
+        case str() if len(value) > PREVIEW_CHARACTERS:  # the end of a path tells more than its beginning
             return "..." + value[-PREVIEW_CHARACTERS:].replace("|", "\\|")
         case list():
             return f"{len(value)} values" if len(value) > 3 else ", ".join(map(_cell, value))

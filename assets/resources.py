@@ -1,6 +1,6 @@
-"""What steps are told besides their partition: which corpus.yaml, where to train, and which run.
+"""What a step is given beside its partition: the project, where to train, and which run.
 
-The corpus.yaml is opened anew by each step, so that an edit takes effect without a reload.
+Each step reads corpus.yaml itself, so that an edit takes effect without reloading the definitions.
 """
 
 from typing import TYPE_CHECKING
@@ -42,6 +42,6 @@ class TrainerResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 class WhichRun(dg.Config):
-    """What the launchpad of an asset that looks at a run offers."""
+    """Options in the launchpad of an asset that evaluates a run."""
 
-    run_id: str = Field(default="", description="empty: the recipe's last complete run without overrides")
+    run_id: str = Field(default="", description="Id of a run; empty: the recipe's last complete run without overrides")

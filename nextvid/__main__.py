@@ -1,16 +1,13 @@
-"""The command line: `nextvid COMMAND`. The same functions and the same nouns as the graph.
+"""The command line: `nextvid COMMAND` calls the makers that Dagster's assets call, without Dagster.
 
-Exit codes: 0 done, 2 the user's configuration or corpus is wrong (or the command itself), 3 something upstream is
-missing or failed its checks, 4 a store or table is damaged, 5 the system refused (disk full, no permission), 1 anything
-else. Progress is a plain line an outcome, and at a terminal a bar for what counts files or rows; `--json` prints what a
-script would read.
+Results go to stdout; progress, notes and errors go to stderr.
 """
 
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Protocol
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -22,10 +19,31 @@ from nextvid.making.bars import shown
 from nextvid.making.outcome import Outcome
 from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
 
+ABOUT = """Pretrain video encoders by masked next-frame prediction on your own videos and images, and probe them.
+
+A command works on one project: the corpus.yaml named by --corpus, else by the variable NEXTVID_CORPUS,
+else ./corpus.yaml. 'nextvid COMMAND --help' lists the options of a command.
+
+exit codes:
+  0  done
+  1  refused: the request does not fit what exists; or any other error
+  2  corpus.yaml, a recipe, a dataset or the command itself is wrong
+  3  what the command reads is missing or failed its checks
+  4  a store, table or trainset is damaged
+  5  the system refused: disk full, no permission
+"""
+
 app = SubcommandApp()
 
-Corpus = Annotated[str | None, tyro.conf.arg(help="path of corpus.yaml; else NEXTVID_CORPUS, else ./corpus.yaml")]
-Yes = Annotated[bool, tyro.conf.arg(help="do it; without, only say what would be done")]
+Corpus = Annotated[
+    str | None, tyro.conf.arg(metavar="PATH", help="path of corpus.yaml; else NEXTVID_CORPUS, else ./corpus.yaml")
+]
+Batch = Annotated[str | None, tyro.conf.arg(metavar="BATCH", help="only this batch, such as my_videos.000000")]
+Overrides = Annotated[
+    tuple[str, ...], tyro.conf.arg(name="set", help="changes of the recipe, such as seed=1 or stages.warmup.steps=100")
+]
+Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="id of a training run")]
+Yes = Annotated[bool, tyro.conf.arg(help="do it; otherwise only print what would be done")]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON")]
 
 
@@ -33,15 +51,15 @@ Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON")]
 def make_command(
     asset: Annotated[Asset, tyro.conf.Positional],
     corpus: Corpus = None,
-    batch: str | None = None,
-    recipe: str | None = None,
-    benchmark: str | None = None,
-    set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", help="overrides of the recipe, key.path=value")] = (),
-    ranks: int = 1,
+    batch: Batch = None,
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="for mask_plan and all after it")] = None,
+    benchmark: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="probe only on this benchmark")] = None,
+    set_: Overrides = (),
+    ranks: Annotated[int, tyro.conf.arg(help="training processes, one for each GPU")] = 1,
     json_: Json = False,
 ) -> None:
-    """Make an asset and what it lacks upstream."""
-    from nextvid.planning.acceptance import others, outdated
+    """Make an asset and whatever it lacks upstream."""
+    from nextvid.planning.acceptance import outdated
 
     project = open_project(corpus)
     with shown() as bars:
@@ -50,47 +68,48 @@ def make_command(
             print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
     if project.corpus.reencode == "ask" and (names := outdated(project)):
         print(
-            f"{project.path} asks for {others(names)} than is in force: this went on with what is. 'nextvid plan' says "
-            "what the other costs, 'nextvid plan --accept' puts it in force",
+            f"{project.path}: changed, but not accepted: {', '.join(names)}. The accepted configuration was used; "
+            "'nextvid plan' shows what the change would cost, 'nextvid plan --accept' accepts it",
             file=sys.stderr,
         )
 
 
 @app.command
-def inspect(
-    what: Annotated[Literal["recipe"], tyro.conf.Positional],
-    name: Annotated[str, tyro.conf.Positional],
-    set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", help="overrides of the recipe, key.path=value")] = (),
+def plan(
+    batch: Batch = None,
+    accept: Annotated[bool, tyro.conf.arg(help="accept encoding, curation and pixels of corpus.yaml first")] = False,
+    corpus: Corpus = None,
     json_: Json = False,
 ) -> None:
-    """Print what a recipe costs: parameters, tokens, FLOPs and memory by part; with --json the recipe in full too."""
-    from nextvid.config.overrides import apply_overrides
-    from nextvid.config.recipes import recipe as recipe_by_name
-    from nextvid.model.cost import cost
-    from nextvid.model.summary import summary
-
-    match what:
-        case "recipe":
-            found = apply_overrides(recipe_by_name(name), set_)
-    reckoned = cost(found)
-    if json_:
-        values = {"digest": found.digest(), **found.model_dump(mode="json"), "cost": asdict(reckoned)}
-        print(json.dumps(values, indent=2))
-    else:
-        print(summary(found, reckoned))
-
-
-@app.command
-def plan(batch: str | None = None, accept: bool = False, corpus: Corpus = None, json_: Json = False) -> None:
-    """Show what `make latents` would encode, why and at what cost; --accept puts corpus.yaml in force."""
+    """Show what `nextvid make latents` would encode, why, and at what cost."""
     from nextvid.planning.acceptance import accept_asked
     from nextvid.planning.costs import forecast
 
     project = open_project(corpus)
     if accept:
         project = accept_asked(project)
-    found = forecast(project, batch)
-    print(json.dumps(asdict(found), indent=2) if json_ else found.text())
+    show(forecast(project, batch), json_)
+
+
+@app.command
+def inspect(
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="name of a recipe, such as nextvid_l")],
+    set_: Overrides = (),
+    json_: Json = False,
+) -> None:
+    """Show what a recipe costs: parameters, tokens, FLOPs and memory by part. --json adds the whole recipe."""
+    from nextvid.config.overrides import apply_overrides
+    from nextvid.config.recipes import recipe as recipe_by_name
+    from nextvid.model.cost import cost
+    from nextvid.model.summary import summary
+
+    config = apply_overrides(recipe_by_name(recipe), set_)
+    costs = cost(config)
+    if json_:
+        values = {"digest": config.digest(), **config.model_dump(mode="json"), "cost": asdict(costs)}
+        print(json.dumps(values, indent=2))
+    else:
+        print(summary(config, costs))
 
 
 @app.command
@@ -104,16 +123,12 @@ def schema() -> None:
 @app.command
 def draws(
     first: Annotated[int, tyro.conf.arg(help="how many draws")] = 10,
-    start: Annotated[int, tyro.conf.arg(help="number of the draw to begin with")] = 0,
-    recipe: str = "demo",
+    start: Annotated[int, tyro.conf.arg(help="number of the first one, from 0")] = 0,
+    recipe: Annotated[str, tyro.conf.arg(metavar="NAME", help="name of a recipe")] = "demo",
     corpus: Corpus = None,
     json_: Json = False,
 ) -> None:
-    """Print the first draws of a recipe on the newest trainset: dataset, row and mask entries, without data or GPU.
-
-    Says on stderr how many draws training makes, if fewer than asked for; and how many of the first ones are those of
-    the trainset before it, and why the others are not.
-    """
+    """List the rows and masks that training will draw from the newest trainset, in order, without data or GPU."""
     from nextvid.config.recipes import recipe as recipe_by_name
     from nextvid.config.stages import draws_before
     from nextvid.trainset.order import listed_draws
@@ -127,27 +142,26 @@ def draws(
     if (made := draws_before(config.stages, config.steps)) < start + first:
         print(f"training makes {made} draws, the last is number {made - 1}", file=sys.stderr)
     if config.masks.keep != "fixed":
-        print(f"masks of keep: {config.masks.keep} hang on the step too and are not printed", file=sys.stderr)
+        print(f"masks depend on the step too (masks.keep: {config.masks.keep}) and are not shown", file=sys.stderr)
     if prefix := shared_prefix(project, recipe, start + first):
         print(prefix.text(), file=sys.stderr)
 
 
 @app.command
-def verify(batch: str | None = None, corpus: Corpus = None) -> None:
-    """Read every committed byte of every store of latents and pixels, and every trainset; name what is damaged."""
+def verify(batch: Batch = None, corpus: Corpus = None) -> None:
+    """Read every committed byte of latents, pixels and trainsets, and list what is damaged."""
     from nextvid.corpus.sources import refuse_unknown
     from nextvid.lineage.trace import damaged_trainsets
     from storage.pixels import every_store
 
     project = open_project(corpus)
-    root = project.root
     if batch is not None:
         refuse_unknown(project, batch)
-    stores = every_store(root)
+    stores = every_store(project.root)
     if not stores:
         raise UpstreamError("there are no latents yet: 'nextvid make latents' makes them")
     problems = [str(problem) for store in stores for problem in store.verify(batch)]
-    problems += damaged_trainsets(root) if batch is None else []
+    problems += damaged_trainsets(project.root) if batch is None else []
     for problem in problems:
         print(problem)
     if problems:
@@ -156,71 +170,84 @@ def verify(batch: str | None = None, corpus: Corpus = None) -> None:
 
 
 @app.command
-def lineage(what: Annotated[str, tyro.conf.Positional], corpus: Corpus = None, json_: Json = False) -> None:
-    """Trace a run, checkpoint or score down to its files, or a file up to the runs that saw it."""
-    from nextvid.lineage.trace import trace
-
-    found = trace(open_project(corpus), what)
-    print(json.dumps(asdict(found), default=str, indent=2) if json_ else found.text())
-
-
-@app.command(name="import-vavae")
-def import_vavae(
-    checkpoint: Annotated[str, tyro.conf.Positional],
-    out: Annotated[str, tyro.conf.Positional],
-    stats: Annotated[str | None, tyro.conf.arg(help="the published latents_stats.pt, kept for reference")] = None,
-) -> None:
-    """Convert the published VA-VAE checkpoint to a folder that encoding.autoencoder can name."""
-    from nextvid.encode.vavae import import_vavae as convert
-
-    print(f"{convert(checkpoint, out, stats)} tensors in {out}: name it as encoding.autoencoder in corpus.yaml")
-
-
-@app.command
-def withdraw(
-    file: Annotated[str, tyro.conf.Positional], yes: Yes = False, corpus: Corpus = None, json_: Json = False
-) -> None:
-    """Zero what was stored of a file, refuse it from now on, and list what has seen it; a plan without --yes."""
-    from nextvid.lineage.withdraw import withdraw as withdraw_file
-
-    found = withdraw_file(open_project(corpus), file, yes=yes)
-    print(json.dumps(asdict(found), indent=2) if json_ else found.text())
-
-
-@app.command
-def sweep(yes: Yes = False, corpus: Corpus = None, json_: Json = False) -> None:
-    """Free shards that no trainset cites and no clip wants, and litter older than a day; a plan without --yes."""
-    from nextvid.lineage.sweep import sweep as sweep_stores
-
-    found = sweep_stores(open_project(corpus), yes=yes)
-    print(json.dumps(asdict(found), indent=2) if json_ else found.text())
-
-
-@app.command
-def compare(
-    first: Annotated[str, tyro.conf.Positional],
-    second: Annotated[str, tyro.conf.Positional],
+def lineage(
+    what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="run, checkpoint, score or file")],
     corpus: Corpus = None,
     json_: Json = False,
 ) -> None:
-    """Show in which fields of configuration and scores two runs differ."""
+    """Trace a run, checkpoint or score down to its files, or a file up to the runs that read it."""
+    from nextvid.lineage.trace import trace
+
+    show(trace(open_project(corpus), what), json_)
+
+
+@app.command
+def compare(first: Run, second: Run, corpus: Corpus = None, json_: Json = False) -> None:
+    """Show the fields of configuration and the scores in which two runs differ."""
     from nextvid.lineage.compare import compare as compare_runs
 
-    found = compare_runs(open_project(corpus), first, second)
-    print(json.dumps(asdict(found), indent=2) if json_ else found.text())
+    show(compare_runs(open_project(corpus), first, second), json_)
 
 
 @app.command
 def export(
-    run: Annotated[str, tyro.conf.Positional], out: Annotated[str, tyro.conf.Positional], corpus: Corpus = None
+    run: Run,
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="a folder that does not exist yet")],
+    corpus: Corpus = None,
 ) -> None:
-    """Copy a run's EMA encoder to a folder that nextvid.load_encoder opens."""
+    """Copy the EMA encoder of a run to a folder that nextvid.load_encoder opens."""
     from nextvid.lineage.compare import find
     from nextvid.train.export import copy_encoder
 
     facts = find(open_project(corpus), run)
     copy_encoder(Path(facts.folder, "encoder"), Path(out))
     print(f"encoder of run {facts.run} (recipe {facts.recipe}, trainset {facts.trainset}) in {out}")
+
+
+@app.command
+def withdraw(
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help="as its dataset's listing names it")],
+    yes: Yes = False,
+    corpus: Corpus = None,
+    json_: Json = False,
+) -> None:
+    """Zero all that is stored of a file, refuse it from now on, list the runs that read it. A plan without --yes."""
+    from nextvid.lineage.withdraw import withdraw as withdraw_file
+
+    show(withdraw_file(open_project(corpus), file, yes=yes), json_)
+
+
+@app.command
+def sweep(yes: Yes = False, corpus: Corpus = None, json_: Json = False) -> None:
+    """Delete shards that no trainset and no clip needs, and leftover files over a day old. A plan without --yes."""
+    from nextvid.lineage.sweep import sweep as sweep_stores
+
+    show(sweep_stores(open_project(corpus), yes=yes), json_)
+
+
+@app.command(name="import-vavae")
+def import_vavae(
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="the published VA-VAE, a .pt file")],
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="a folder that does not exist yet")],
+    stats: Annotated[str | None, tyro.conf.arg(help="the published latents_stats.pt, kept for reference")] = None,
+) -> None:
+    """Convert the published VA-VAE checkpoint to a folder that `encoding.autoencoder` in corpus.yaml can name."""
+    from nextvid.encode.vavae import import_vavae as convert
+
+    print(f"{convert(checkpoint, out, stats)} tensors in {out}: name it as encoding.autoencoder in corpus.yaml")
+
+
+class Result(Protocol):
+    """A dataclass that can be printed for people."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def text(self) -> str: ...
+
+
+def show(found: Result, json_: bool) -> None:
+    """Print a result for people or as JSON."""
+    print(json.dumps(asdict(found), default=str, indent=2) if json_ else found.text())
 
 
 def line(outcome: Outcome) -> str:
@@ -234,14 +261,14 @@ def line(outcome: Outcome) -> str:
 
 
 def main() -> None:
-    """Entry point; errors of ours are one message on stderr and an exit code that says which kind."""
+    """Entry point: an error becomes one message on stderr and an exit code."""
     try:
-        app.cli(prog="nextvid", description=__doc__.splitlines()[0] if __doc__ else None)
+        app.cli(prog="nextvid", description=ABOUT)
     except NExTVidError as error:
         print(f"{error.kind}: {error}", file=sys.stderr)
         sys.exit(exit_code(error))
     except OSError as error:
-        print(f"system: {error}; what was done before stands whole, ask again once this is mended", file=sys.stderr)
+        print(f"system: {error}; what was written before is complete: run the command again", file=sys.stderr)
         sys.exit(exit_code(error))
 
 

@@ -1,1 +1,1 @@
-"""When and where: instances only. Definitions, jobs, schedules, sensors; no class that makes anything lives here."""
+"""When and where assets are made: Dagster definitions, jobs, schedules, sensors, executors."""

@@ -1,7 +1,7 @@
 """Where steps run: on this machine, as jobs of a Ray cluster, or as jobs of Kubernetes.
 
-Chosen by one variable of the deployment, since definitions are loaded before any instance is known; the instance's own
-file (deploy/*/dagster.yaml) says where runs are kept and launched. Holds no addresses beyond those variables.
+An environment variable chooses, since definitions are loaded before any Dagster instance is known. Where runs are
+stored and launched is configured in the instance's own file (deploy/*/dagster.yaml).
 """
 
 import os
@@ -15,13 +15,13 @@ from storage.remote import S3_PLACE
 
 WHERE = "NEXTVID_STEPS"  # multiprocess | ray | kubernetes
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own variable: http://<head>:8265
-# What a step on another machine has to know to find project and instance (deploy/README.md).
-TRAIN_ON = "NEXTVID_TRAIN_ON"  # empty: beside the step; else the address of a Ray cluster's job server
+TRAIN_ON = "NEXTVID_TRAIN_ON"  # empty: train beside the step; else the address of a Ray cluster's job server
+# With these variables a step on another machine finds project and instance (deploy/README.md).
 PASSED_ON = ("DAGSTER_HOME", "NEXTVID_CORPUS", "PYTHONPATH", "DAGSTER_POSTGRES_URL", *S3_PLACE)
 
 
 def executor(where: str | None = None) -> dg.ExecutorDefinition:
-    """The executor of every job; as named, else by the variable NEXTVID_STEPS, else this machine's processes."""
+    """The executor of every job: as given, else as NEXTVID_STEPS says, else processes of this machine."""
     match where or os.environ.get(WHERE, "multiprocess"):
         case "multiprocess":
             return dg.multiprocess_executor
@@ -36,14 +36,14 @@ def executor(where: str | None = None) -> dg.ExecutorDefinition:
 
 
 def _ray() -> dg.ExecutorDefinition:
-    """One Ray job a step, of one CPU unless the asset's tag `dagster-ray/config` asks for other things."""
+    """One Ray job per step, with one CPU unless the asset's tag `dagster-ray/config` says otherwise."""
     from dagster_ray import ray_executor
 
     address = os.environ.get(RAY_ADDRESS)
     if not address:
         raise ConfigError(f"{WHERE}=ray needs {RAY_ADDRESS}, the address of the cluster's job server: http://host:8265")
     passed = [name for name in PASSED_ON if name in os.environ]
-    # a step is `dagster api execute_step`: the one of this environment, which stands at the same path everywhere
+    # a step runs `dagster api execute_step` of this environment, which has the same path on every machine
     passed.append(f"PATH={Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     found: dg.ExecutorDefinition = ray_executor.configured(
         {"ray": {"address": address, "num_cpus": 1.0, "env_vars": passed}, "retries": {"enabled": {}}}

@@ -1,4 +1,4 @@
-"""What runs by the clock: the nightly look at every batch, which also retries what was quarantined or failed."""
+"""The nightly schedule: every batch that changed, and every batch with quarantined or failed rows, to retry them."""
 
 from collections.abc import Iterator
 
@@ -8,11 +8,11 @@ from assets.resources import ProjectResource
 from orchestration.jobs import ingest
 from orchestration.sensors import apply_partitions
 
-NIGHT = "0 3 * * *"  # once a night, when a trainer's users sleep
+NIGHT = "0 3 * * *"  # our choice: a retry opens every quarantined file, so once a day, at night
 
 
 def nightly_at(cron: str) -> dg.ScheduleDefinition:
-    """The schedule `nightly`, by its cron line."""
+    """The schedule `nightly` at the times of a cron line."""
 
     @dg.schedule(
         job=ingest,
@@ -22,14 +22,14 @@ def nightly_at(cron: str) -> dg.ScheduleDefinition:
     def nightly(
         context: dg.ScheduleEvaluationContext, project: ProjectResource
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-        """One run a batch that needs one. The date is in the key, so that what failed yesterday is tried again."""
+        """One run for each batch that needs one. The run key has the date: yesterday's failures are retried."""
         from nextvid.corpus.sources import update_sources
         from nextvid.planning.acceptance import in_force
         from nextvid.planning.waiting import waiting
 
         opened = project.open()
         update_sources(opened)
-        in_force(opened)  # `reencode: auto` holds for those too who have no sensor
+        in_force(opened)  # for `reencode: auto`, which must not depend on the sensor
         apply_partitions(context.instance, opened)
         day = context.scheduled_execution_time.strftime("%Y-%m-%d")
         asking = waiting(opened, retry=True)

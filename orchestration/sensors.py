@@ -1,7 +1,7 @@
-"""What looks for change: the sensor of new sources, and the automation sensor that lets the corpus follow.
+"""The sensors: `new_sources` lists the datasets, `follow` requests what reads all batches.
 
-The sensors keep no state that matters: what was listed, and what has not yet held still over two listings, stands
-beside the tables in sources/; the cursor only spares reckoning a cost twice.
+No sensor keeps state that matters: listings, and files that may still be growing, are recorded in sources/. The cursor
+only saves computing a cost twice.
 """
 
 import json
@@ -16,11 +16,11 @@ from nextvid.graph import assets
 from orchestration.jobs import ingest
 from storage.errors import CorpusError
 
-TICK_S = 30  # a listing a tick; object stores bill listings
+TICK_S = 30  # our choice: every tick lists all datasets, and object stores bill listings
 
 
 def new_sources_every(tick_s: int) -> dg.SensorDefinition:
-    """The sensor `new_sources`, by the seconds between two listings."""
+    """The sensor `new_sources` with so many seconds between two listings."""
 
     @dg.sensor(
         job=ingest,
@@ -28,21 +28,21 @@ def new_sources_every(tick_s: int) -> dg.SensorDefinition:
         description="Lists every dataset, assigns new files to batches and requests a run for each batch that changed.",
     )
     def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg.SensorResult:
-        """One listing: partitions equal to sources/, observations of what changed, one run a changed batch."""
+        """List once; update the partitions, report changed batches as observations and request a run for each."""
         from nextvid.planning.acceptance import in_force
         from nextvid.planning.waiting import left_behind, waiting
 
         opened = project.open()
         changes = listed(context, opened)
         in_force(opened)
-        asked = [dg.RunRequest(run_key=key, partition_key=batch) for batch, key in waiting(opened).items()]
-        cursor = asked_for(opened, context.cursor)
-        said = [*left_behind(opened), *([cost] if (cost := json.loads(cursor)["said"]) else [])]
-        for line in said:
-            context.log.info(line)
+        requests = [dg.RunRequest(run_key=key, partition_key=batch) for batch, key in waiting(opened).items()]
+        cursor = unaccepted(opened, context.cursor)
+        notes = [*left_behind(opened), *([cost] if (cost := json.loads(cursor)["cost"]) else [])]
+        for note in notes:
+            context.log.info(note)
         return dg.SensorResult(
-            run_requests=asked,
-            skip_reason=None if asked else "; ".join(["nothing new", *said]),
+            run_requests=requests,
+            skip_reason=None if requests else "; ".join(["nothing new", *notes]),
             cursor=cursor,
             dynamic_partitions_requests=partition_requests(context.instance, opened),
             asset_events=[observation(opened, change.batch) for change in changes],
@@ -52,9 +52,9 @@ def new_sources_every(tick_s: int) -> dg.SensorDefinition:
 
 
 def listed(context: dg.SensorEvaluationContext, project: Project) -> list[BatchChange]:
-    """What changed, by batch; a dataset that cannot be listed does not hold up the others.
+    """The batches that changed; a dataset that cannot be listed is logged and does not hold up the others.
 
-    Raises its CorpusError where nothing changed, so that the tick shows it.
+    Raises its CorpusError where no batch changed, so that the tick shows it.
     """
     from nextvid.corpus.sources import update_sources
 
@@ -67,29 +67,29 @@ def listed(context: dg.SensorEvaluationContext, project: Project) -> list[BatchC
             failed.append(error)
             context.log.error(str(error))
     if failed and not changes:
-        raise failed[0]  # what the others need was asked for when they changed
+        raise failed[0]  # earlier changes of other datasets were requested in their own ticks
     return changes
 
 
-def asked_for(project: Project, before: str | None) -> str:
-    """What corpus.yaml asks for beyond what is in force, and at what cost, as the sensor's cursor.
+def unaccepted(project: Project, before: str | None) -> str:
+    """How corpus.yaml differs from what was accepted, and what accepting it would cost, as the sensor's cursor.
 
-    Reckoned anew only when one of them changes: a plan of every batch is no matter of seconds.
+    Computed only when either changes: planning every batch takes more than seconds.
     """
     from nextvid.config.accepted import pixels_digest
     from nextvid.encode.plan import encoding_spec
     from nextvid.planning.acceptance import in_force, outdated
     from nextvid.planning.costs import forecast
 
-    wanted = pixels_digest(project.asked.encoding.pixels)
-    asked = [encoding_spec(project).digest(), project.asked.curation_digest(), wanted, *in_force(project).digests]
-    if before is not None and json.loads(before)["asked"] == asked:
+    pixels = pixels_digest(project.asked.encoding.pixels)
+    digests = [encoding_spec(project).digest(), project.asked.curation_digest(), pixels, *in_force(project).digests]
+    if before is not None and json.loads(before).get("digests") == digests:
         return before
-    return json.dumps({"asked": asked, "said": forecast(project).summary() if outdated(project) else None})
+    return json.dumps({"digests": digests, "cost": forecast(project).summary() if outdated(project) else None})
 
 
 def observation(project: Project, batch: str) -> dg.AssetObservation:
-    """A new data version of `sources` for one batch."""
+    """The current data version of `sources` for one batch."""
     from nextvid.corpus.sources import batch_fingerprint
 
     version = batch_fingerprint(project, batch)
@@ -99,20 +99,20 @@ def observation(project: Project, batch: str) -> dg.AssetObservation:
 def partition_requests(
     instance: dg.DagsterInstance, project: Project
 ) -> list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest]:
-    """Make Dagster's partitions equal to sources/ and to the benchmarks of corpus.yaml."""
+    """Requests that make Dagster's partitions the batches of sources/ and the benchmarks of corpus.yaml."""
     requests: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
-    for definition, wanted in ((BATCHES, project.root.batches()), (BENCHMARK, sorted(project.corpus.benchmarks))):
+    for definition, keys in ((BATCHES, project.root.batches()), (BENCHMARK, sorted(project.corpus.benchmarks))):
         assert definition.name
         known = instance.get_dynamic_partitions(definition.name)
-        if new := [key for key in wanted if key not in known]:
+        if new := [key for key in keys if key not in known]:
             requests.append(definition.build_add_request(new))
-        if gone := [key for key in known if key not in wanted]:
+        if gone := [key for key in known if key not in keys]:
             requests.append(definition.build_delete_request(gone))
     return requests
 
 
 def apply_partitions(instance: dg.DagsterInstance, project: Project) -> None:
-    """The same, at once: for schedules and scripts, which cannot return requests."""
+    """Carry out `partition_requests`, for schedules and scripts, which cannot return them."""
     for request in partition_requests(instance, project):
         name, keys = request.partitions_def_name, list(request.partition_keys)
         match request:

@@ -162,7 +162,7 @@ class TestPlan:
         corpus.configure(encoding={"autoencoder": str(corpus.autoencoder), "resolution": 32})
         code, _, said = nextvid("make", "clips", *where)
         assert code == 0
-        assert "another encoding than is in force: this went on with what is" in said
+        assert "changed, but not accepted: encoding. The accepted configuration was used" in said
 
     def test_a_batch_that_is_not_there_is_3(self, nextvid: Command, corpus: Corpus) -> None:
         code, _, said = nextvid("plan", "--batch", "films.000009", "--corpus", str(corpus.project.path))
@@ -250,7 +250,7 @@ class TestRuns:
             monkeypatch.setattr(module, lambda name: tiny_recipe(name, keep="bucket"))
         code, out, said = nextvid("draws", "--recipe", "tiny", "--corpus", str(tmp_path / "corpus.yaml"))
         assert (code, "mask" in out) == (0, False)
-        assert said == "masks of keep: bucket hang on the step too and are not printed\n"
+        assert said == "masks depend on the step too (masks.keep: bucket) and are not shown\n"
 
     @pytest.mark.parametrize("wrong", [("--first", "0"), ("--first", "-5"), ("--start", "-1")])
     def test_draws_that_cannot_be(self, nextvid: Command, tmp_path: Path, wrong: tuple[str, str]) -> None:

@@ -35,9 +35,9 @@ def test_parts_that_are_not_there_are_not_listed() -> None:
 
 
 def test_command_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
-    inspect("recipe", "demo")
+    inspect("demo")
     assert capsys.readouterr().out.startswith("demo  ")
-    inspect("recipe", "demo", json_=True)
+    inspect("demo", json_=True)
     found = json.loads(capsys.readouterr().out)
     assert found["digest"] == recipe("demo").digest()
     assert found["model"]["encoder"]["width"] == 128
@@ -45,14 +45,14 @@ def test_command_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None
     assert found["cost"]["stages"][3]["name"] == "cooldown"
 
 
-def test_the_command_takes_overrides_and_knows_what_it_inspects() -> None:
+def test_the_command_takes_overrides_and_knows_the_recipes() -> None:
     def ran(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "nextvid", "inspect", *words]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
-    smaller = ran("recipe", "demo", "--set", "model.encoder.depth=2", "--json")
+    smaller = ran("demo", "--set", "model.encoder.depth=2", "--json")
     assert json.loads(smaller.stdout)["model"]["encoder"]["depth"] == 2
-    misspelt = ran("recipe", "demo", "--set", "model.encoder.depht=2")
+    misspelt = ran("demo", "--set", "model.encoder.depht=2")
     assert (misspelt.returncode, misspelt.stdout) == (2, "")
     assert "did you mean 'depth'?" in misspelt.stderr
-    assert ran("trainset", "demo").returncode == 2
+    assert ran("trainset").returncode == 2
