@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 import dataframely as dy
 
-from assets.partitions import BATCHES, RECIPE, RECIPE_BENCHMARK
+from nextvid.config.recipes import RECIPES
 from nextvid.graph import GRAPH, NON_BLOCKING, Asset
 from storage import schemas
 
@@ -15,6 +15,10 @@ TABLES: tuple[type[dy.Schema], ...] = (
     schemas.Sources, schemas.Media, schemas.Labels, schemas.Shots, schemas.Clips, schemas.Plan, schemas.Commits,
     schemas.Duplicates, schemas.Lineage,
 )  # fmt: skip
+BATCHES = dg.DynamicPartitionsDefinition(name="batch")  # kept equal to the batches of sources/
+RECIPE = dg.StaticPartitionsDefinition(list(RECIPES))
+BENCHMARK = dg.DynamicPartitionsDefinition(name="benchmark")  # kept equal to those of corpus.yaml
+RECIPE_BENCHMARK = dg.MultiPartitionsDefinition({"recipe": RECIPE, "benchmark": BENCHMARK})
 OWNERS = ["team:nextvid"]
 CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
 
@@ -82,23 +86,19 @@ def _dependency(name: Asset, upstream: Asset) -> dg.AssetDep:
 
 def columns(schema: type[dy.Schema]) -> dict[str, Any]:
     """The column schema of a table, as the UI's Columns tab shows it."""
+    meanings: dict[str, str] = {}
+    for table in TABLES:
+        meanings = {name: found.description for name, found in table.columns().items() if found.description} | meanings
     described = [
         dg.TableColumn(
             name=name,
             type=str(column.dtype),
-            description=_description(name),
+            description=meanings[name],
             constraints=dg.TableColumnConstraints(nullable=column.nullable, unique=False),
         )
         for name, column in schema.columns().items()
     ]
     return {"dagster/column_schema": dg.TableSchema(columns=described)}
-
-
-def _description(column: str) -> str | None:
-    """From the first schema that has a column of this name."""
-    return next(
-        (found.description for schema in TABLES if (found := schema.columns().get(column)) and found.description), None
-    )
 
 
 def follows(nightly: str | None = None) -> dg.AutomationCondition:  # type: ignore[type-arg]

@@ -8,7 +8,7 @@ import json
 
 import dagster as dg
 
-from assets.partitions import BATCHES, BENCHMARK
+from assets.declare import BATCHES, BENCHMARK
 from assets.resources import ProjectResource
 from nextvid.config.project import Project
 from nextvid.corpus.batches import BatchChange

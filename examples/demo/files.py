@@ -1,8 +1,7 @@
-"""Files of the demo: frames into H.264, VP9 and MPEG-4 containers, pictures into JPEG and PNG, and broken files.
+"""Write the demo's files: videos as H.264, VP9 and MPEG-4, images as JPEG and PNG, and broken files of both.
 
-Holds codecs and containers only: what is drawn stands in scenes.py, what becomes which file in plan.py and
-write_corpus.py. Encoders run on one thread and containers without random identifiers, so that equal frames give equal
-bytes with the same libraries. Qualities are our choice: the digits stay sharp, and the noise is a real codec's.
+Encoders use one thread and containers have no random identifiers, so with the same libraries equal frames give equal
+bytes. Qualities are our choice: digits stay sharp, and the frames have a real codec's noise.
 """
 
 from fractions import Fraction
@@ -77,7 +76,7 @@ def write_broken(folder: Path, number: int, sound: Path) -> Path:
             content = b""
         case "text.mp4":
             content = b"This is not a video.\n" * 40
-        case "no_index.mp4":  # an upload cut short: the index stood at the end
+        case "no_index.mp4":  # an interrupted upload: the index is at the end of the file
             content = sound.read_bytes()[: sound.stat().st_size // 2]
         case "noise.webm":
             content = np.random.default_rng(number).bytes(20_000)

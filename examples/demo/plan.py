@@ -1,9 +1,8 @@
-"""What the demo corpus consists of: files, their shots, transitions, labels and splits, drawn from a seed.
+"""Plan the demo corpus from a seed: its files, and their shots, transitions, labels and splits.
 
-Holds decisions only: no codec (files.py), no disk (write_corpus.py), and drawing by calls to scenes.py. Labels are
-balanced: 120 shots in a row of one split hold each of the 12 motions with each of the 10 digits once. Shares are our
-choice, made so that every path of curation is walked: cuts, dissolves, stills, copies, re-encodings, a leak of test
-files into train, broken files.
+Labels are balanced: 120 consecutive shots of a split show each of the 12 motions with each of the 10 digits once.
+Shares are our choice, so that the corpus exercises every path of curation: cuts, dissolves, stills, copies,
+re-encodings, test files leaked into train, broken files.
 """
 
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """One video of its own (copies and broken files are made from these)."""
+    """One original video; copies and broken files are made from originals."""
 
     name: str  # without ending
     ending: str
@@ -61,7 +60,7 @@ class ImagePlan:
 
 @dataclass(frozen=True)
 class Span:
-    """Where a shot's clear part lies in its file, in seconds, and what it shows."""
+    """The clear part of a shot: its time in the file, in seconds, and what it shows."""
 
     start_s: float
     end_s: float
@@ -127,7 +126,7 @@ def render_video(plan: VideoPlan) -> Frames:
 
 
 def render_image(plan: ImagePlan) -> Frames:
-    """The one frame [h, w, c] of an image plan, at SIZE; the file's size comes when it is written."""
+    """The one frame [h, w, c] of an image plan at SIZE; write_image scales it."""
     rng = np.random.default_rng((*plan.seed, 1))
     motion = MOTIONS[int(rng.integers(len(MOTIONS)))]
     shot = draw_shot(rng, plan.digit, motion, MARGIN, None, dissolve=False)
@@ -135,7 +134,7 @@ def render_image(plan: ImagePlan) -> Frames:
 
 
 def spans(plan: VideoPlan) -> list[Span]:
-    """The clear parts of all shots in order; what lies between two of them is a dissolve, nothing between is a cut."""
+    """The clear parts of all shots in order. A gap between two of them is a dissolve, no gap is a cut."""
     found, frame = [], 0
     for part in plan.parts:
         frame += DISSOLVE_FRAMES if part.dissolve_in else 0
@@ -145,7 +144,7 @@ def spans(plan: VideoPlan) -> list[Span]:
 
 
 def _labels(seed: int, split: str, count: int) -> list[tuple[int, str]]:
-    """At least `count` pairs of digit and motion: blocks of all 120 pairs, each block in an order of its own."""
+    """At least `count` pairs of digit and motion: blocks of all 120 pairs, each block shuffled."""
     pairs = [(shape, motion) for shape in range(10) for motion in MOTIONS]
     rng = np.random.default_rng((seed, 2, len(split)))
     return [pairs[i] for _ in range(count // len(pairs) + 1) for i in rng.permutation(len(pairs))]
@@ -172,5 +171,5 @@ def one_in(count: int, every: int) -> int:
 
 
 def generator(seed: int, *words: int) -> Rng:
-    """Generator of choices that concern the whole corpus."""
+    """Random generator for choices about the whole corpus."""
     return np.random.default_rng((seed, 3, *words))

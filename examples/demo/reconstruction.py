@@ -1,9 +1,8 @@
-"""The demo's autoencoder as frames in and frames out: its shape, its patches of pixels, and how good it is.
+"""The demo's autoencoder from frames to frames: its configuration, its patches of pixels, and its PSNR.
 
-Holds what training and tests both need and no training (train_autoencoder.py). The pipeline itself reads the folder
-through its own adapter (nextvid/encode/autoencoders.py). Shape and sizes are the measured ones:
-diffusers' AutoencoderKL behind a pixel-unshuffle of 4: convolutions at full resolution cost 4 to 7 times as much.
-Axes: n frames, c channels, h rows, w columns, p rows and q columns of a patch.
+train_autoencoder.py trains it; the pipeline reads it through nextvid/encode/autoencoders.py. It is diffusers'
+AutoencoderKL behind a pixel-unshuffle of 4: convolutions at full resolution cost 4 to 7 times as much (our
+measurement). Axes: n frames, c channels, h rows, w columns, p rows and q columns of a patch.
 """
 
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""`make demo`: the whole asset graph on a small labelled corpus, through Dagster, on the instance that `make ui` opens.
+"""`make demo`: make every asset of a small labelled corpus with Dagster, on the instance that `make ui` opens.
 
-Writes the corpus, lets Dagster materialise every asset, prints a line for each, and ends with a table of what was
-measured; the same numbers go to demo.json in the data root. Run again, it finds everything done. No accuracy is
-judged here.
+Writes the corpus, prints a line for each materialisation, and ends with a table of what was measured; demo.json in the
+data root has the same numbers. A second run finds everything made.
 """
 
 import sys
@@ -35,8 +34,8 @@ RECIPE = "demo"
 
 
 @dataclass
-class Ledger:
-    """What each asset said of itself, summed over its partitions."""
+class Totals:
+    """Seconds, rows and numbers of each asset, added up over its partitions."""
 
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
@@ -45,7 +44,7 @@ class Ledger:
     made: int = 0
 
     def add(self, event: dg.AssetMaterialization) -> None:
-        """Print one materialisation as a line and keep its numbers."""
+        """Print one materialisation as a line and add its numbers."""
         values: Mapping[str, Any] = {name: value.value for name, value in event.metadata.items()}
         asset = event.asset_key.to_user_string()
         partition = str(event.partition or "").replace("|", " ")
@@ -66,7 +65,7 @@ class Ledger:
 
 
 def main() -> None:
-    """Make the demo and print where everything is."""
+    """Make the demo and print what was measured."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     began = time.monotonic()
     project = open_project()
@@ -77,21 +76,21 @@ def main() -> None:
         f"corpus        {files} videos and images in {folder} {time.monotonic() - began:.1f} s", highlight=False
     )
     instance = dg.DagsterInstance.get()
-    ledger = Ledger(console)
+    totals = Totals(console)
     list_sources(project, instance)
     defs = build_defs()
     for job, partition in runs(project):
-        execute(defs, instance, job, partition, ledger)
+        execute(defs, instance, job, partition, totals)
     written = f"{project.root.url}/demo.json"
-    if ledger.made == 0 and exists(written):
-        console.print("\nNothing was new, so nothing was made. The run that made it measured:")
+    if totals.made == 0 and exists(written):
+        console.print("\nNothing was new, so nothing was made. Measured when it was made:")
     else:
-        publish_json(written, collect(project, ledger, time.monotonic() - began))
+        publish_json(written, collect(project, totals, time.monotonic() - began))
     print_table(console, read_json(written))
 
 
 def list_sources(project: Project, instance: dg.DagsterInstance) -> None:
-    """List the datasets, make Dagster's partitions equal to the batches, observe what changed."""
+    """List the datasets, update Dagster's partitions, report changed batches as observations."""
     changes = update_sources(project)
     in_force(project)
     apply_partitions(instance, project)
@@ -114,50 +113,50 @@ def runs(project: Project) -> Iterator[tuple[str, str | None]]:
 
 
 def execute(
-    defs: dg.Definitions, instance: dg.DagsterInstance, name: str, partition: str | None, ledger: Ledger
+    defs: dg.Definitions, instance: dg.DagsterInstance, name: str, partition: str | None, totals: Totals
 ) -> None:
-    """Run a job, or the implicit job of one asset, in this process, and print what it materialised."""
-    whole = name in ("ingest", "freeze")
-    job = defs.resolve_job_def(name) if whole else defs.resolve_implicit_global_asset_job_def()
+    """Run a job, or one asset, in this process and print what it materialised; exit where a step failed."""
+    single = name in GRAPH
+    job = defs.resolve_implicit_global_asset_job_def() if single else defs.resolve_job_def(name)
     result = job.execute_in_process(
         instance=instance,
         partition_key=partition,
-        asset_selection=None if whole else [dg.AssetKey(name)],
+        asset_selection=[dg.AssetKey(name)] if single else None,
         run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # our own lines are enough
         raise_on_error=False,
     )
     for event in result.get_asset_materialization_events():
-        ledger.add(event.materialization)
+        totals.add(event.materialization)
     if not result.success:
         for failure in result.filter_events(lambda event: event.is_step_failure):
             data = failure.step_failure_data
             if data.error and data.error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
                 raise KeyboardInterrupt
-            said = data.user_failure_data.description if data.user_failure_data else data.error
-            ledger.console.print(f"{failure.step_key}: {said}", style="red", soft_wrap=True)
+            message = data.user_failure_data.description if data.user_failure_data else data.error
+            totals.console.print(f"{failure.step_key}: {message}", style="red", soft_wrap=True)
         sys.exit(1)
 
 
-def collect(project: Project, ledger: Ledger, seconds: float) -> dict[str, Any]:
-    """The numbers of the closing table, as demo.json holds them, read from what the assets left on disk."""
-    run = str(ledger.numbers["pretrain"][RECIPE]["run"])
+def collect(project: Project, totals: Totals, seconds: float) -> dict[str, Any]:
+    """The numbers of demo.json, from the assets' files and their materialisations."""
+    run = str(totals.numbers["pretrain"][RECIPE]["run"])
     events = read_events(Path(project.root.run(RECIPE, run)))
     return {
         "files": by_status(read_tables(project.root, "media", None, Media)),
         "shots": by_status(read_tables(project.root, "shots", None, Shots)),
         "clips": by_status(read_tables(project.root, "clips", None, Clips)),
-        "rows": ledger.numbers["trainset"][""]["dagster/row_count"],
-        "made": ledger.made,
-        "asset_seconds": {name: round(value, 1) for name, value in ledger.seconds.items()},
+        "rows": totals.numbers["trainset"][""]["dagster/row_count"],
+        "made": totals.made,
+        "asset_seconds": {name: round(value, 1) for name, value in totals.seconds.items()},
         "seconds": round(seconds, 1),
         "run": run,
         "first": curve_point(events, 0),
         "last": curve_point(events, -1),
         "probes": {
-            name: read_json(f"{project.root.probe(RECIPE, run, name, str(said['digest']))}/score.json")
-            for name, said in ((key.split()[0], value) for key, value in ledger.numbers["probes"].items())
+            name: read_json(f"{project.root.probe(RECIPE, run, name, str(numbers['digest']))}/score.json")
+            for name, numbers in ((key.split()[0], value) for key, value in totals.numbers["probes"].items())
         },
-        "report": ledger.numbers["report"][RECIPE]["page"],
+        "report": totals.numbers["report"][RECIPE]["page"],
     }
 
 
@@ -175,7 +174,7 @@ def curve_point(events: Sequence[Mapping[str, Any]], index: int) -> dict[str, fl
 
 
 def print_table(console: Console, numbers: Mapping[str, Any]) -> None:
-    """The short table at the end."""
+    """Print the closing table."""
     table = Table(title="What was measured", title_justify="left", box=None, show_header=False)
     for noun in ("files", "shots", "clips"):
         table.add_row(noun, ", ".join(f"{count} {status}" for status, count in numbers[noun].items()))
@@ -203,4 +202,4 @@ if __name__ == "__main__":
     except NExTVidError as error:
         sys.exit(f"{error.kind}: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; `make demo` again goes on from here")
+        sys.exit("stopped; `make demo` continues from here")

@@ -1,10 +1,8 @@
-"""Scenes of the demo: a handwritten digit moving over a textured background, as numpy frames.
+"""Draw the demo's scenes as numpy frames: a handwritten digit that moves over a textured background.
 
-Holds the drawing alone: digits, textures, shots and dissolves, each a function of numbers that were drawn before. It
-writes no file and knows no container (files.py) and no label table (plan.py). The numbers are those of the laptop study
-(docs/demo.md): it moved per frame and read every second one, so the speeds here are per source frame and double per
-stored step.
-Axes: n frames, h rows, w columns, c red, green, blue; frames are uint8, textures and masks float32 in 0..1.
+Files are written by files.py, labels are planned by plan.py. The constants are those of the laptop study
+(docs/demo.md). Speeds are per source frame; a clip takes every second frame, so they are double per stored frame. Axes:
+n frames, h rows, w columns, c red, green, blue; frames are uint8, textures and masks float32 in 0..1.
 """
 
 import functools
@@ -23,7 +21,7 @@ Picture = NDArray[np.float32]
 Rng = np.random.Generator
 
 SIZE = 64  # pixels; docs/demo.md
-SOURCE_FPS = 8  # our choice: every second frame is a stored step at 4 a second, as the study read its clips
+SOURCE_FPS = 8  # our choice: clips of 4 frames a second take every second frame, as the study did
 TRAIN_DIGITS = 1300  # docs/demo.md: the first 1300 digit images train, the other 497 test
 GLYPH = 32  # pixels of a digit before it is warped onto the canvas: 4 times the 8 of scikit-learn's images
 DIGIT_PX = (19.0, 24.0)  # docs/demo.md: digit canvas
@@ -34,7 +32,7 @@ DRIFTING = 0.75  # docs/demo.md: share of scenes whose background drifts, indepe
 DRIFT_PX = 1.0  # docs/demo.md: fastest drift per source frame
 BLOBS = (4, 11)  # docs/demo.md: 4 to 10 blobs
 STRIPES = (0.02, 0.05)  # our choice: stronger ones, drifting, look like dissolves (22 of 505 shots were lost at .09)
-CLOUD, CLOUD_PX = 0.05, 7.0  # brightness and spacing; our measurement: no two of 5000 scenes within 31 bits
+CLOUD, CLOUD_PX = 0.05, 7.0  # brightness and spacing; our measurement: no two of 5000 scenes have hashes within 31 bits
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 CUT_CONTENT = 40.0  # neighbouring scenes differ by this in ContentDetector's measure, whose threshold is 27
 DISSOLVE_LUMA = 50.0  # mean change of luma over a dissolve: detectors ask for 20 within 0.48 s
@@ -70,7 +68,7 @@ class Shot:
 
 @functools.cache
 def digits() -> tuple[Picture, NDArray[np.int64]]:
-    """Scikit-learn's 1797 handwritten digits as masks [n, GLYPH, GLYPH] with soft edges, and what they show.
+    """Scikit-learn's 1797 handwritten digits as masks [n, GLYPH, GLYPH] with soft edges, and which digit each shows.
 
     Sharpened strokes cost the autoencoder 2 dB of its PSNR (our measurement), so they stay as soft as the 8 x 8 images.
     """
@@ -118,7 +116,7 @@ def draw_scene(rng: Rng, margin: int, moving: bool = True) -> Scene:
 
 
 def _add_blobs(rng: Rng, texture: Picture, side: int) -> None:
-    """Add soft coloured spots in place; their number is per frame's area, so that a wide texture has more."""
+    """Add soft coloured spots in place, as many per area for every size of texture."""
     count = round(int(rng.integers(*BLOBS)) * (side / SIZE) ** 2)
     axis = np.arange(side, dtype=np.float32)
     for _ in range(count):
@@ -129,7 +127,7 @@ def _add_blobs(rng: Rng, texture: Picture, side: int) -> None:
 
 
 def _clouds(rng: Rng, side: int) -> Picture:
-    """A smooth random field [h, w]: what makes two scenes with like stripes differ in their perceptual hashes."""
+    """A smooth random field [h, w]: with it, scenes with similar stripes differ in their perceptual hashes."""
     knots = math.ceil(side / CLOUD_PX) + 1
     field = rng.standard_normal((knots, knots)).astype(np.float32) * np.float32(CLOUD)
     return np.asarray(cv2.resize(field, (side, side), interpolation=cv2.INTER_CUBIC), np.float32)
@@ -169,7 +167,7 @@ def draw_shot(rng: Rng, digit: int, motion: str | None, margin: int, before: Sho
 def render(shot: Shot, first: int, count: int, length: int) -> Frames:
     """Frames [n, h, w, c] number `first` to `first + count` of a shot whose clear part is `length` frames.
 
-    Negative numbers and those from `length` on are what a dissolve shows of the shot; any range gives the same pixels.
+    Frames before 0 and from `length` on are shown in dissolves. A frame has the same pixels in whichever range it is.
     """
     glyph, _ = digits()
     colour = np.array(shot.colour, np.float32)
@@ -230,7 +228,7 @@ def _place(glyph: Picture, shot: Shot, time: float) -> Picture:
 
 
 def _slide(scene: Scene, time: float) -> Picture:
-    """The frame's part [h, w, c] of the texture at `time`."""
+    """The part [h, w, c] of the texture that the frame shows at `time`."""
     shift = [min(max(scene.margin + speed * time, 0.0), 2.0 * scene.margin) for speed in scene.drift]
     if scene.drift == (0.0, 0.0):
         return _inner(scene).copy()

@@ -1,8 +1,7 @@
-"""Trains the demo's autoencoder on decoded frames of a corpus of its own, whitens it, saves it with its provenance.
+"""Train the demo's autoencoder, whiten its latents (whitening.py) and save it with its provenance.
 
-Holds data, loop, saving and the command line; shape and measures stand in reconstruction.py, whitening in whitening.py.
-The recipe is the measured one (docs/demo.md). The corpus has another seed than the demo's, so the demo's
-scenes are new to the model; held-out frames show digits of the test images. It is a small autoencoder, not VA-VAE.
+The training corpus has another seed than the demo's, so the demo's scenes are new to the model; held-out frames show
+digits of the test images. docs/demo.md measured the recipe. It is a small autoencoder, not VA-VAE.
 
     python examples/demo/train_autoencoder.py CORPUS OUT [--steps N] [--threads N] [--photos FOLDER --photos-name NAME]
 """
@@ -49,7 +48,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model and how it came about."""
+    """A trained model, its losses and its training time."""
 
     model: AutoencoderKL  # averaged weights, not yet whitened
     losses: list[float]  # one a step
@@ -65,10 +64,7 @@ def read_frames(corpus: Path, split: str, stride: int = STRIDE) -> Frames:
 
 
 def train(frames: Frames, steps: int, seed: int, log_every: int = 0, start: AutoencoderKL | None = None) -> Trained:
-    """Train an autoencoder for `steps` steps on frames [n, h, w, c]; bf16 autocast over fp32 weights.
-
-    A new one, or `start` further: that one is changed in place.
-    """
+    """Train a new autoencoder, or `start` in place, on frames [n, h, w, c]; bf16 autocast over fp32 weights."""
     torch.manual_seed(seed)
     model = (start or reconstruction.build()).train().requires_grad_(True).to(memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -111,7 +107,7 @@ def whiten(model: AutoencoderKL, frames: Frames, batch: int = 64) -> None:
 
 
 def save(model: AutoencoderKL, folder: Path, provenance: dict[str, object]) -> None:
-    """Write weights (fp16 safetensors), configuration, the adapter's field and the provenance."""
+    """Write weights (fp16 safetensors), configuration, nextvid.json for the adapter, and the provenance."""
     folder.mkdir(parents=True, exist_ok=True)
     shipped = copy.deepcopy(model).half()
     shipped.register_to_config(_name_or_path="")  # a folder of the machine that trained it

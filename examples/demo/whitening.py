@@ -1,8 +1,8 @@
-"""Whitening of an autoencoder's latents, folded into its own weights.
+"""Whiten an autoencoder's latents by folding the whitening into its own weights.
 
-Holds the linear algebra alone. Why: three directions hold 91 % of the latents' variance, and a predictor learns those
-first (docs/demo.md). ZCA, z' = C^(-1/2) (z - m), goes into the mean rows of `quant_conv` and its inverse into
-`post_quant_conv`: both are 1x1 convolutions, so reconstructions stay what they were. Axes: c, d channels; n samples.
+Without it, three directions have 91 % of the latents' variance, and a predictor learns those first (docs/demo.md). ZCA,
+z' = C^(-1/2) (z - m), goes into the mean rows of `quant_conv` and its inverse into `post_quant_conv`: both are 1x1
+convolutions, so reconstructions do not change. Axes: c, d channels; n samples.
 """
 
 import torch

@@ -1,8 +1,7 @@
-"""Writes the demo corpus: real encoded files and their label tables, from a seed, once.
+"""Write the demo corpus from a seed: real encoded files and their label tables.
 
-Holds the folder: names, copies, label CSVs, the finished marker, and the command line. What is drawn stands in
-scenes.py, what is planned in plan.py, how a file is encoded in files.py. Everything is written under a temporary name
-and renamed at the end, so a folder that exists is complete; asked again for the same corpus, nothing is written.
+The corpus is planned by plan.py, drawn by scenes.py and encoded by files.py. It is written to a temporary folder that
+is renamed at the end, so a folder that exists is complete; a second call with the same arguments writes nothing.
 
     python examples/demo/write_corpus.py FOLDER [--videos N] [--images N] [--seed S]
 """
@@ -36,11 +35,11 @@ MADE_COLUMNS = ("path", "kind", "of")
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What a corpus holds, as its marker says. Counts are files unless they say otherwise."""
+    """The content of a corpus, as its marker file records it. Counts are files unless their line says otherwise."""
 
     version: int
     seed: int
-    videos: int  # of their own; copies, re-encodings, leaks and broken files come on top
+    videos: int  # originals, without copies, re-encodings, leaks and broken files
     images: int
     copies: int
     recoded: int
@@ -53,7 +52,7 @@ class CorpusSummary:
 
     @property
     def files(self) -> int:
-        """Media files of every kind; tables are not counted."""
+        """Videos and images of every kind, without label tables."""
         return self.videos + self.images + self.copies + self.recoded + self.leaks + self.broken
 
 
@@ -67,14 +66,14 @@ class Derived:
 
 
 def write_corpus(folder: Path, seed: int = 0, videos: int = VIDEOS, images: int = IMAGES) -> CorpusSummary:
-    """Write a corpus to `folder`, or return the summary of the same one that already stands there.
+    """Write a corpus to `folder`, or return the summary of the same corpus if it is there already.
 
     Raises CorpusError when the folder holds anything else, or when fewer than 8 videos or 8 images are asked for.
     """
     if videos < 8 or images < 8:
         raise CorpusError(f"a demo corpus of {videos} videos and {images} images: at least 8 of each hold every kind")
     if folder.exists():
-        return _standing(folder, seed, videos, images)
+        return _existing(folder, seed, videos, images)
     making = folder.with_name(f".{folder.name}.{os.getpid()}.making")
     (making / "videos").mkdir(parents=True)
     (making / "images").mkdir()
@@ -87,8 +86,8 @@ def write_corpus(folder: Path, seed: int = 0, videos: int = VIDEOS, images: int 
     return summary
 
 
-def _standing(folder: Path, seed: int, videos: int, images: int) -> CorpusSummary:
-    """The summary of a finished corpus that was made by the same call."""
+def _existing(folder: Path, seed: int, videos: int, images: int) -> CorpusSummary:
+    """The summary of the corpus in `folder`. Raises CorpusError where other arguments made it, or it is none."""
     marker = folder / MARKER
     if not marker.is_file():
         raise CorpusError(f"{folder}: exists and is no demo corpus; name another folder")
