@@ -32,10 +32,10 @@ def nightly_at(cron: str) -> dg.ScheduleDefinition:
         in_force(opened)  # for `reencode: auto`, which must not depend on the sensor
         apply_partitions(context.instance, opened)
         day = context.scheduled_execution_time.strftime("%Y-%m-%d")
-        asking = waiting(opened, retry=True)
-        if not asking:
+        batches = waiting(opened, retry=True)
+        if not batches:
             yield dg.SkipReason("every batch is complete and nothing is quarantined")
-        for batch, key in asking.items():
+        for batch, key in batches.items():
             yield dg.RunRequest(run_key=f"{day}:{key}", partition_key=batch)
 
     return nightly
