@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from nextvid.video.display import DISPLAYED_AS_STORED, Display
-from nextvid.video.entry_points import is_entry_point
+from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
 from storage.errors import MediaError
 
 # libavformat's demuxers of VIDEO_EXTENSIONS; everything else (hls, concat, sdp, image sequences, lavfi) is refused.
@@ -149,7 +149,7 @@ def _frames(container: InputContainer, stream: VideoStream, wanted_us: int | Non
     judged = wanted_us is None
     for packet in container.demux(stream):
         if anchor is None and packet.pts is not None:
-            if wanted_us is not None and not is_entry_point(packet, stream):
+            if (wanted_us is not None or must_begin_at_entry(stream)) and not is_entry_point(packet, stream):
                 continue
             anchor = packet.pts
         if not judged and packet.pts is not None and not packet.is_discard:

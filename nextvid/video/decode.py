@@ -50,10 +50,10 @@ def placed(
 def stream(path: Path) -> Iterator[tuple[int, VideoFrame]]:
     """Every frame of a file in order with its time, through PyAV; not yet upright (see `container.Scaler`).
 
-    An animated WebP comes through Pillow. Raises MediaError `corrupt` or `bad_times` where the file stops being
+    Animated WebP and PNG come through Pillow. Raises MediaError `corrupt` or `bad_times` where the file stops being
     trustworthy.
     """
-    if path.suffix.lower() == ".webp":
+    if animation_times(path):
         for time_us, image in animation(path):
             yield time_us, VideoFrame.from_ndarray(image, format="rgb24")
         return

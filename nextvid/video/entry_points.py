@@ -14,6 +14,7 @@ from av.video.stream import VideoStream
 
 H264_IDR, H264_SEI = 5, 6  # ITU-T H.264, table 7-1
 HEVC_IRAP = range(16, 24)  # ITU-T H.265, table 7-1: BLA, IDR, CRA and their reserved numbers
+START_CODE = b"\0\0\1"  # ITU-T H.264, annex B
 RECOVERY_POINT = 6  # payload type of the SEI message, ITU-T H.264, D.1.8
 
 
@@ -33,17 +34,24 @@ def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
             return True
 
 
+def must_begin_at_entry(stream: VideoStream) -> bool:
+    """Whether a file of this codec is read from its first entry point on, and what comes before it is left out."""
+    return stream.codec_context.codec.canonical_name in {"h264", "hevc"}
+
+
 def _units(data: bytes, length_bytes: int) -> Iterator[bytes]:
-    """The NAL units of a packet: each behind its length (MP4, Matroska), or behind start codes where that is 0."""
-    if length_bytes:
-        at = 0
-        while at + length_bytes < len(data):
-            size = int.from_bytes(data[at : at + length_bytes], "big")
-            at += length_bytes + size
-            if size:
-                yield data[at - size : at]
-    else:
-        yield from (unit.rstrip(b"\0") for unit in data.split(b"\0\0\1")[1:] if unit.rstrip(b"\0"))
+    """The NAL units of a packet: each behind its length (MP4, Matroska), or behind start codes where that is 0.
+
+    Some phones put start codes inside of what has a length, which decoders follow.
+    """
+    if not length_bytes:
+        yield from (unit.rstrip(b"\0") for unit in data.split(START_CODE)[1:] if unit.rstrip(b"\0"))
+        return
+    at = 0
+    while at + length_bytes < len(data):
+        size = int.from_bytes(data[at : at + length_bytes], "big")
+        at += length_bytes + size
+        yield from (unit for unit in data[at - size : at].split(START_CODE) if unit)
 
 
 def _is_whole_h264(unit: bytes) -> bool:

@@ -1,14 +1,16 @@
-"""Image files to upright RGB arrays, and animated WebP, which FFmpeg does not read, to frames with times.
+"""Image files to upright RGB arrays, and animated WebP and PNG to frames with times.
 
 Holds what Pillow needs to be told: EXIF rotation, palettes, alpha, CMYK, 16 bits, bombs, truncation. Holds no scores
 and no choice of frames (decode.py). Alpha is laid over black, the colour of letterbox bars, so that a cut-out adds no
 pattern of its own.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,6 +22,7 @@ MAX_PIXELS = 1 << 26  # 8192 x 8192: 200 MB as RGB; larger is refused unread
 # What Pillow may open: no vector, document or sequence formats, whose decoders call other programs or run scripts.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF 2.3: orientations that swap width and height
+TWELVE_BITS = (1 << 12) - 1  # sensors' values in a 16-bit file, which are black if taken for 16 bits
 SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -55,46 +58,68 @@ def load_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def animation_times(path: Path) -> list[int]:
-    """When the frames of an animated WebP begin, and when the last ends, in microseconds; empty for anything else.
+    """When the frames of an animated WebP or PNG begin, and when the last ends, in us; empty for anything else.
 
-    Read from the headers of the container's chunks (developers.google.com/speed/webp/docs/riff_container), nothing is
-    decoded. Raises MediaError for a damaged one, and for frames that last no time.
+    The content decides, not the name. Read from the headers of the file's chunks, nothing is decoded (WebP:
+    developers.google.com/speed/webp/docs/riff_container; PNG: w3.org/TR/png-3, fcTL). Raises MediaError for frames
+    that last no time.
     """
-    times = [0]
     try:
         with path.open("rb") as file:
             head = file.read(12)
-            if head[:4] != b"RIFF" or head[8:] != b"WEBP":
+            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+                lasts_us = list(_webp_delays(file))
+            elif head[:8] == b"\x89PNG\r\n\x1a\n":
+                file.seek(8)
+                lasts_us = list(_png_delays(file))
+            else:
                 return []
-            while len(chunk := file.read(8)) == 8:
-                size = int.from_bytes(chunk[4:], "little")
-                body = file.read(16) if chunk[:4] == b"ANMF" else b""
-                if chunk[:4] == b"ANMF":
-                    lasts_ms = int.from_bytes(body[12:15], "little")
-                    if len(body) < 16 or lasts_ms == 0:
-                        raise MediaError("bad_times", f"{path}: frame {len(times)} of the animation lasts no time")
-                    times.append(times[-1] + 1000 * lasts_ms)
-                file.seek(size + size % 2 - len(body), 1)
     except OSError as error:
         raise MediaError("unreadable", f"{path}: {error}") from None
-    return times if len(times) > 2 else []
+    if len(lasts_us) < 2:
+        return []
+    if 0 in lasts_us:
+        raise MediaError("bad_times", f"{path}: frame {lasts_us.index(0) + 1} of the animation lasts no time")
+    return [0, *itertools.accumulate(lasts_us)]
+
+
+def _webp_delays(file: BinaryIO) -> Iterator[int]:
+    while len(chunk := file.read(8)) == 8:
+        size = int.from_bytes(chunk[4:], "little")
+        body = file.read(16) if chunk[:4] == b"ANMF" else b""
+        if chunk[:4] == b"ANMF":
+            yield 1000 * int.from_bytes(body[12:15], "little") if len(body) == 16 else 0
+        file.seek(size + size % 2 - len(body), 1)
+
+
+def _png_delays(file: BinaryIO) -> Iterator[int]:
+    while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IEND":
+        size = int.from_bytes(chunk[:4], "big")
+        body = file.read(26) if chunk[4:] == b"fcTL" else b""
+        if len(body) == 26:
+            numerator, denominator = int.from_bytes(body[20:22], "big"), int.from_bytes(body[22:24], "big")
+            yield round(1e6 * numerator / (denominator or 100))  # 0 means hundredths
+        file.seek(size + 4 - len(body), 1)
 
 
 def animation(path: Path) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
-    """Frames of an animated WebP as (time_us, RGB), one in memory at a time. Raises MediaError."""
+    """Frames of an animated WebP or PNG as (time_us, RGB), one in memory at a time. Raises MediaError."""
     times = animation_times(path)
     with open_image(path) as image:
-        frames = getattr(image, "n_frames", 1)
+        apart = int(bool(image.info.get("default_image")))  # PNG: a picture for programs that show no animations
+        frames = getattr(image, "n_frames", 1) - apart
         if frames != len(times) - 1:
             raise MediaError("corrupt", f"{path}: {frames} frames decode, {len(times) - 1} are declared")
         for number in range(frames):
-            image.seek(number)
+            image.seek(number + apart)
             image.load()
             yield times[number], np.array(_rgb(image), dtype=np.uint8)
 
 
 def upright_image_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) after EXIF rotation, from the header."""
+    if image.format == "TIFF":
+        return image.size  # Pillow turns TIFF itself, and gives the size after that
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     return (image.height, image.width) if orientation in SIDEWAYS else (image.width, image.height)
 
@@ -102,9 +127,20 @@ def upright_image_size(image: Image.Image) -> tuple[int, int]:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT or image.mode == "I":
         values = np.asarray(image).astype(np.int64)  # mode I is what Pillow makes of some 16-bit files
+        if not TWELVE_BITS < values.max() < 1 << 16 and values.any():
+            raise MediaError(
+                "unscaled_grey",
+                f"greys are from {values.min()} to {values.max()}: store them in all of 8 or 16 bits",
+            )
         return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        return Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
+        greys = np.asarray(image)
+        if not (np.isfinite(greys).all() and greys.min() >= 0 and greys.max() <= 255):
+            raise MediaError(
+                "unscaled_grey", "float greys are in neither 0..1 nor 0..255: store them in 8 or 16 bits"
+            )
+        scale = 255 if greys.max() <= 1 else 1
+        return Image.fromarray((greys * scale).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer).convert("RGB")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int64
 
 from nextvid.video.container import family, micros, opened
 from nextvid.video.display import Display
-from nextvid.video.entry_points import is_entry_point
+from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
 from nextvid.video.images import MAX_PIXELS, animation_times, open_image, upright_image_size
 from storage.errors import MediaError
 
@@ -26,10 +26,10 @@ Decoder = Literal["decord", "pyav", "pillow"]
 # fmt: off
 VIDEO_EXTENSIONS = frozenset({
     ".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".ps",
-    ".vob", ".flv", ".f4v", ".wmv", ".asf", ".ogv", ".gif",
+    ".vob", ".flv", ".f4v", ".wmv", ".asf", ".ogv", ".gif", ".ivf", ".h264", ".264", ".hevc", ".h265",
 })
 # fmt: on
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 
 # Measured with 0 wrong frames, closed GOP (research video 4): what decord may read when no hazard is set.
 DECORD_READS = frozenset({("mp4", "h264"), ("matroska", "h264"), ("matroska", "vp9")})
@@ -83,6 +83,13 @@ class Packets:
     key: Bool[np.ndarray, "n"]
     entry: Bool[np.ndarray, "n"]  # where decoding may begin: key, and by its bits a whole picture
     discard: Bool[np.ndarray, "n"]
+    late: int  # packets before the first entry point, left out here: a recording that begins within a group
+
+    @property
+    def shown(self) -> Int64[np.ndarray, "m"]:
+        """When frames are shown, ascending: neither hidden by an edit list nor before a late first entry point."""
+        kept = ~self.discard & (self.pts >= self.pts[0] if self.late else True)
+        return np.unique(self.pts[kept])
 
 
 def kind_of(uri: str) -> Literal["video", "image"] | None:
@@ -109,7 +116,7 @@ def _probe_image(path: Path) -> MediaFacts:
         width, height = upright_image_size(image)
         name = (image.format or "unknown").lower()
         if times := animation_times(path):
-            return _animated(image.size, times)
+            return _animated(name, image.size, times)
         return MediaFacts("image", name, name, image.mode, width, height, 0, False, 1.0, 0.0, 1, 0, 0, (), "pillow")
 
 
@@ -121,13 +128,13 @@ def _refuse_lost_end(path: Path, declared_us: int, end_us: int) -> None:
         )
 
 
-def _animated(size: tuple[int, int], times_us: list[int]) -> MediaFacts:
-    """Facts of an animated WebP: a video, whatever its extension suggests."""
+def _animated(name: str, size: tuple[int, int], times_us: list[int]) -> MediaFacts:
+    """Facts of an animated WebP or PNG: a video, whatever its extension suggests."""
     gaps = np.diff(np.array(times_us))
     hazards = ("vfr",) if gaps.max() > VFR_RATIO * np.median(gaps) else ()
     rate = 1e6 * len(gaps) / times_us[-1]
     return MediaFacts(
-        "video", "webp", "webp", "rgb24", *size, 0, False, 1.0, rate, len(gaps), times_us[-1], 0, hazards, "pillow"
+        "video", name, name, "rgb24", *size, 0, False, 1.0, rate, len(gaps), times_us[-1], 0, hazards, "pillow"
     )
 
 
@@ -139,7 +146,7 @@ def _probe_video(path: Path) -> MediaFacts:
         frame, packets = _demux(path, container, stream, by_dts=name == "avi")
         display = Display.of(frame, stream)
         hazards = _hazards(name, codec, packets, stream.frames, display)
-        shown = np.unique(packets.pts[~packets.discard])
+        shown = packets.shown
         rate = _rate(shown, base, stream.average_rate)
         start_us, last_us = micros(int(shown[0]), base), micros(int(shown[-1]), base)
         if name == "matroska" and len(container.streams) == 1 and container.duration:
@@ -178,21 +185,34 @@ def _demux(
     key: list[bool] = []
     entry: list[bool] = []
     discard: list[bool] = []
+    late = untimed = 0
     for packet in container.demux(stream):
+        begins = packet.size > 0 and is_entry_point(packet, stream)
+        if not begins and not any(entry) and must_begin_at_entry(stream):
+            late += packet.size > 0
+            continue
         if frame is None:
             frame = next(iter(stream.decode(packet)), None)
         time = packet.dts if by_dts else packet.pts
         if time is None or packet.size == 0:
+            untimed += packet.size > 0
             continue
         if packet.is_corrupt:
-            raise MediaError("truncated", f"{path}: its last packet is incomplete; fetch the file again")
+            raise MediaError(
+                "truncated",
+                f"{path}: a packet near {time} x {stream.time_base} s is incomplete: cut off, joined or lost",
+            )
         pts.append(time)
         key.append(packet.is_keyframe)
-        entry.append(is_entry_point(packet, stream))
+        entry.append(begins)
         discard.append(packet.is_discard)
+    if untimed and not pts:
+        raise MediaError("no_times", f"{path}: a raw stream without times; remux it, for instance to MP4")
+    if late and not pts:
+        raise MediaError("no_key", f"{path}: none of its {late} pictures can be decoded without another")
     if frame is None or all(discard):
         raise MediaError("empty", f"{path}: no frame can be decoded from it")
-    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard))
+    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard), late)
 
 
 def _hazards(container: str, codec: str, packets: Packets, declared: int, display: Display) -> tuple[str, ...]:
@@ -211,12 +231,14 @@ def _hazards(container: str, codec: str, packets: Packets, declared: int, displa
         found.add("mpeg4_bframes")
     if packets.discard.any() or pts.min() < 0 or (declared > 0 and declared != len(pts)):
         found.add("edit_list")
-    shown = np.unique(pts[~packets.discard])
+    shown = packets.shown
     gaps = np.diff(shown)
     if gaps.size and gaps.max() > VFR_RATIO * np.median(gaps):
         found.add("vfr")
     if shown[0] != 0:
         found.add("start_offset")
+    if packets.late:
+        found.add("late_key")
     if display.turns or display.mirrored:
         found.add("rotation")
     if display.pixel_aspect != 1:

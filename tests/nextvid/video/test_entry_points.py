@@ -10,6 +10,7 @@ from av.video.stream import VideoStream
 
 from nextvid.video.entry_points import _is_whole_h264, _units, is_entry_point
 from nextvid.video.probe import decord_installed, probe
+from storage.errors import MediaError
 from tests.nextvid.video.boxes import all_sync_fragments, with_edits, with_sync_samples, without_sync_table
 from tests.nextvid.video.film import clips_at, frames_at, numbers, write_barcodes
 
@@ -123,4 +124,45 @@ def test_units_behind_lengths_and_behind_start_codes() -> None:
     assert list(_units(b"".join(len(unit).to_bytes(4, "big") + unit for unit in units), 4)) == units
     assert list(_units(b"".join(b"\0\0\0\1" + unit for unit in units), 0)) == units
     assert list(_units(b"\0\0\0\5\x65", 4)) == [b"\x65"]  # cut short
+    assert list(_units(b"\0\0\0\x07\x6e\xc0\0\0\1\x65\xaa", 4)) == [b"\x6e\xc0", b"\x65\xaa"]  # both at once
     assert list(_units(b"", 0)) == list(_units(b"", 4)) == []
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts", "mkv"])
+def test_a_recording_that_begins_within_a_group_is_read_from_its_first_whole_picture(
+    tmp_path: Path, suffix: str
+) -> None:
+    whole = film(tmp_path / "whole.mp4", f"{X264}:bframes=2")
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(whole)) as given, av.open(str(path), "w") as container:
+        old = given.streams.video[0]
+        new = container.add_stream_from_template(old)
+        for number, packet in enumerate(given.demux(old)):
+            if packet.size and number >= 17:
+                packet.stream = new
+                container.mux(packet)
+    facts = probe(path)
+    assert facts.decoder == "pyav"
+    assert "late_key" in facts.hazards
+    times = [facts.start_us + 100_000 * n for n in range(90)]
+    assert numbers(frames_at(path, times, facts.decoder)[0]) == list(range(30, 120))
+    assert numbers(frames_at(path, times[40:41], facts.decoder)[0]) == [70]
+
+
+def test_streams_that_cannot_be_placed_in_time_or_begun_say_so(tmp_path: Path) -> None:
+    raw = film(tmp_path / "a.h264", f"{X264}:bframes=0")
+    with pytest.raises(MediaError, match="remux") as caught:
+        probe(raw)
+    assert caught.value.reason == "no_times"
+    refresh = film(tmp_path / "whole.mp4", f"{REFRESH}:bframes=0")
+    path = tmp_path / "a.mkv"
+    with av.open(str(refresh)) as given, av.open(str(path), "w") as container:
+        old = given.streams.video[0]
+        new = container.add_stream_from_template(old)
+        for packet in list(given.demux(old))[5:]:
+            if packet.size:
+                packet.stream = new
+                container.mux(packet)
+    with pytest.raises(MediaError, match="without another") as caught:
+        probe(path)
+    assert caught.value.reason == "no_key"

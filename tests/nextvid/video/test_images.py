@@ -187,3 +187,52 @@ def test_a_postscript_file_is_never_interpreted(tmp_path: Path) -> None:
     with pytest.raises(MediaError) as caught:
         load_image(tmp_path / "a.jpg")
     assert caught.value.reason == "unknown_format"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_once(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 20), (9, 9, 9)).save(tmp_path / "a.tif", exif=exif)
+    facts, image = probe(tmp_path / "a.tif"), load_image(tmp_path / "a.tif")
+    assert image.shape[:2] == (facts.height, facts.width) == ((40, 20) if orientation > 4 else (20, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("a.tif", np.linspace(-3, 900, 64 * 64, dtype=np.float32)),
+        ("c.tif", np.full(64 * 64, np.nan, np.float32)),
+        ("a.png", np.linspace(0, 4095, 64 * 64).astype(np.uint16)),
+        ("b.tif", np.linspace(0, 1 << 20, 64 * 64).astype(np.int32)),
+    ],
+    ids=["floats", "no numbers", "12 bits in 16", "32 bits"],
+)
+def test_greys_of_no_known_range_have_a_reason(tmp_path: Path, name: str, values: np.ndarray) -> None:
+    Image.fromarray(values.reshape(64, 64)).save(tmp_path / name)
+    with pytest.raises(MediaError, match="8 or 16 bits") as caught:
+        load_image(tmp_path / name)
+    assert caught.value.reason == "unscaled_grey"
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_float_greys_are_scaled(tmp_path: Path, top: float) -> None:
+    Image.fromarray(np.linspace(0, top, 64 * 64, dtype=np.float32).reshape(64, 64)).save(tmp_path / "a.tif")
+    image = load_image(tmp_path / "a.tif")
+    assert np.array_equal(image[..., 0].ravel(), np.linspace(0, 255, 64 * 64).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("default_image", [False, True])
+def test_an_animated_png_is_a_video_whatever_its_name(tmp_path: Path, default_image: bool) -> None:
+    frames = [Image.fromarray(barcode(n)) for n in range(12)]
+    still = [Image.new("RGB", frames[0].size)] if default_image else []
+    first, *rest = still + frames
+    path = tmp_path / "a.png"
+    first.save(path, save_all=True, append_images=rest, duration=100, default_image=default_image)
+    facts = probe(path)
+    assert (facts.kind, facts.container, facts.frames, facts.fps_hz) == ("video", "png", 12, 10.0)
+    path = path.rename(tmp_path / "named.jpg")
+    assert probe(path) == facts
+    assert numbers(frames_at(path, [0, 500_000, 1_100_000], facts.decoder)[0]) == [0, 5, 11]
+    (shot,) = first_pass(path, facts, ShotConfig())
+    assert (shot.start_us, shot.end_us) == (0, 1_200_000)
