@@ -136,9 +136,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         greys = np.asarray(image)
         if not (np.isfinite(greys).all() and greys.min() >= 0 and greys.max() <= 255):
-            raise MediaError(
-                "unscaled_grey", "float greys are in neither 0..1 nor 0..255: store them in 8 or 16 bits"
-            )
+            raise MediaError("unscaled_grey", "float greys are in neither 0..1 nor 0..255: store them in 8 or 16 bits")
         scale = 255 if greys.max() <= 1 else 1
         return Image.fromarray((greys * scale).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
