@@ -137,7 +137,7 @@ MUTATIONS = {
         f"{TRAIN}/latent_rows.py", "out.sub_(self._means).div_(self._stds)", "pass", "17"
     ),
     "18 a partial checkpoint": Mutation(
-        "nextvid/encode/families.py", "if missing or unknown:", "if False:", "18"
+        "nextvid/encode/autoencoders.py", "if missing or unknown:", "if False:", "18"
     ),
     "19 what other frames resemble more passes": Mutation(
         "nextvid/encode/roundtrip.py",

@@ -1,9 +1,9 @@
-"""Whatever encodes the targets, behind one class: uint8 frames in, raw latents out, and back where there is a decoder.
+"""Frozen target encoders of every supported family behind one class: frames in, raw latents out, and back.
 
-Holds bytes, batches, devices and the optional space-to-depth wrapper that nextvid.json names; what the families differ
-by is families.py's. Holds no store, no resize and no statistics.
+Frames are bytes; latents are raw, without any scale, shift or statistics of the family. What the families differ by is
+in `posterior` and `rebuilt`; SigLIP has no way back.
 
-Axes: n clips, F frames of one, N = n F, f latent frames of one, R H W pixels, C channels, h w latent cells.
+Axes: n clips, F frames of one, N = n F, f latent frames of one, M = n f, R H W pixels, C channels, h w latent cells.
 """
 
 import time
@@ -14,19 +14,22 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Float32, UInt8
+from einops import rearrange, repeat
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
 
-from nextvid.encode.families import load_model, moments, rebuilt
-from nextvid.encode.weights import Facts, autoencoder_digest, facts
+from nextvid.encode.decode_task import Frames
+from nextvid.encode.weights import Facts, autoencoder_digest, facts, read_folder
 from nextvid.machine import device_of
 from storage.errors import ConfigError
 from storage.spec import frames_shown
 
-FRAMES_AT_ONCE = 64  # as MachineConfig.batch_frames: on CPU batching gains nothing (research vae 2), memory decides
+FRAMES_AT_ONCE = 64  # as MachineConfig.batch_frames: on CPU larger batches are no faster, so memory decides
+OF_THE_TEXT = ("text_model.", "logit_scale", "logit_bias")  # in a whole SigLIP checkpoint, beside its image encoder
 
 Result = TypeVar("Result")
-View = UInt8[np.ndarray, "F R R 3"]
+Pixels = Float[Tensor, "N 3 H W"]  # from -1 to 1
+Latents = Float[Tensor, "M C h w"]
 
 
 class Encoded(NamedTuple):
@@ -37,15 +40,15 @@ class Encoded(NamedTuple):
 
 
 class Running:
-    """A batch on its way through the device: `result` waits for it. On CPU it is done when it begins."""
+    """A batch that the device works at: `result` waits for it. On CPU it is done when it begins."""
 
     def __init__(self, clips: int, began: torch.cuda.Event | float) -> None:
         self._clips, self._began = clips, began
         self._ended: torch.cuda.Event | float = began
-        self._latents: list[torch.Tensor] = []
-        self._widths: list[torch.Tensor] = []
+        self._latents: list[Tensor] = []
+        self._widths: list[Tensor] = []
 
-    def add(self, mean: torch.Tensor, std: torch.Tensor | None) -> None:
+    def add(self, mean: Tensor, std: Tensor | None) -> None:
         """Queue the copy of a piece's results back to the host, behind the work that makes them."""
         self._latents.append(_to_host(mean))
         if std is not None:
@@ -76,7 +79,7 @@ class Running:
 
 
 class Autoencoder:
-    """One frozen autoencoder on one device. Never tiled: tiling changes latents (research vae 7)."""
+    """One frozen autoencoder on one device. Frames are never cut into tiles, which would change their latents."""
 
     def __init__(self, model: torch.nn.Module, digest: str, about: Facts, frames_at_once: int) -> None:
         self.digest, self.about, self.channels, self.stride = digest, about, about.channels, about.stride
@@ -92,27 +95,22 @@ class Autoencoder:
         precision: str = "fp32",
         frames_at_once: int = FRAMES_AT_ONCE,
     ) -> Self:
-        """Load a folder of safetensors; `device` may be `auto`, precision fp32, bf16 or fp16. ConfigError.
+        """Load a folder of safetensors; `device` may be `auto`, precision is fp32 or bf16. Raises ConfigError.
 
-        fp32 uses TF32 convolutions where the device has them, as the paper's public code does (research vae 1).
+        fp32 uses TF32 convolutions where the device has them, as the paper's public code does.
         """
-        device = device_of(device)
-        if precision == "fp16" and device == "cpu":
-            raise ConfigError(
-                "fp16 on CPU runs in a reference kernel, 110 times slower than fp32: use 'fp32' or 'bf16'"
-            )
         folder = Path(folder)
         about, digest = facts(folder), autoencoder_digest(folder)
-        model: Any = load_model(folder, _dtype(precision))
+        model: Any = load_model(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         if autoencoder_digest(folder) != digest:
-            raise ConfigError(f"{folder}: its weights were exchanged while they were read; ask again")
-        model = model.to(device).eval().requires_grad_(False)
-        if about.time_map == "frame":  # 1.45 times faster in fp32 on CPU (research vae 2), and what tensor cores want
+            raise ConfigError(f"{folder}: its weights changed while they were read; ask again")
+        model = model.to(device_of(device)).eval().requires_grad_(False)
+        if about.time_map == "frame":  # 1.45 times faster in fp32 on CPU by our measurement, and fit for tensor cores
             model = model.to(memory_format=torch.channels_last)
         return cls(model, digest, about, frames_at_once)
 
-    def start(self, clips: Sequence[View], noise: Float32[np.ndarray, "n f C h w"] | None = None) -> Running:
-        """Begin to encode clips of equal shape: the posterior mean, or with standard normal `noise` mean + std * noise.
+    def start(self, clips: Sequence[Frames], noise: Float32[np.ndarray, "n f C h w"] | None = None) -> Running:
+        """Begin to encode clips of equal shape: the posterior mean, or mean + std * `noise`, which is standard normal.
 
         On a GPU this returns once copies and kernels are queued, so that the next batch is gathered meanwhile. Forwards
         are cut at multiples of `frames_at_once`, whole clips where the encoder sees several frames, so that equal input
@@ -129,34 +127,31 @@ class Autoencoder:
         flat = None if noise is None else torch.from_numpy(rearrange(noise, "n f C h w -> (n f) C h w"))
         return self._in_memory(self._unit(length), lambda: self._queue(frames, flat, len(clips), length))
 
-    def encode(self, frames: View, noise: Float32[np.ndarray, "f C h w"] | None = None) -> Encoded:
+    def encode(self, frames: Frames, noise: Float32[np.ndarray, "f C h w"] | None = None) -> Encoded:
         """Latents [f, C, h, w] and posterior widths [f] of the frames of one clip: `start`, waited for."""
         found = self.start([frames], None if noise is None else noise[None]).result()
         return Encoded(found.latents[0], None if found.posterior_std is None else found.posterior_std[0])
 
     @torch.inference_mode()
-    def decode(self, latents: Float32[np.ndarray, "f C h w"], frames: int | None = None) -> View:
+    def decode(self, latents: Float32[np.ndarray, "f C h w"], frames: int | None = None) -> Frames:
         """Frames of one clip's raw latents, rounded and clamped to bytes; `frames` of them, all unless told.
 
         Raises ConfigError for targets without a decoder.
         """
         values = torch.from_numpy(np.ascontiguousarray(latents, np.float32))
         frames = frames or frames_shown(self.about.time_map, len(values))
-        parts = [values] if self._over_time else None
-        return self._in_memory(
-            self._unit(frames),
-            lambda: np.concatenate([self._pixels(part, frames) for part in parts or self._cut(values, 1)]),
-        )
 
-    @property
-    def _over_time(self) -> bool:
-        return self.about.time_map != "frame"
+        def decoded() -> Frames:
+            parts = self._cut(values, 1) if self.about.time_map == "frame" else [values]
+            return np.concatenate([self._pixels(part, frames) for part in parts])
+
+        return self._in_memory(self._unit(frames), decoded)
 
     def _unit(self, frames: int) -> int:
-        """Frames that one forward cannot be cut below."""
-        return frames if self._over_time else 1
+        """Frames that one forward cannot be cut below: those of a clip where the encoder sees several at once."""
+        return 1 if self.about.time_map == "frame" else frames
 
-    def _pixels(self, latents: torch.Tensor, frames: int) -> View:
+    def _pixels(self, latents: Tensor, frames: int) -> Frames:
         pixels = rebuilt(self._model, self.about, latents.to(self._like), frames)
         if self.about.patch > 1:
             pixels = torch.nn.functional.pixel_shuffle(pixels, self.about.patch)
@@ -164,11 +159,11 @@ class Autoencoder:
         return np.asarray(rearrange(bytes_, "N C H W -> N H W C").cpu().numpy())
 
     @torch.inference_mode()
-    def _queue(self, frames: torch.Tensor, noise: torch.Tensor | None, clips: int, length: int) -> Running:
+    def _queue(self, frames: Tensor, noise: Tensor | None, clips: int, length: int) -> Running:
         running = Running(clips, _now(self._like.is_cuda))
         pieces = self._cut(frames, self._unit(length))
         for piece, drawn in zip(pieces, [None] * len(pieces) if noise is None else self._cut(noise, 1), strict=True):
-            mean, std = self._moments(self._to_input(piece), length)
+            mean, std = posterior(self._model, self.about, self._to_input(piece), length)
             if drawn is not None:
                 if std is None:
                     raise ConfigError("this autoencoder has no posterior to sample: set encoding.posterior to 'mean'")
@@ -177,10 +172,7 @@ class Autoencoder:
         running.end()
         return running
 
-    def _moments(self, pixels: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return moments(self._model, self.about, pixels, length)
-
-    def _cut(self, values: torch.Tensor, unit: int) -> tuple[torch.Tensor, ...]:
+    def _cut(self, values: Tensor, unit: int) -> tuple[Tensor, ...]:
         return values.split(max(unit, self.frames_at_once // unit * unit))
 
     def _in_memory(self, unit: int, work: Callable[[], Result]) -> Result:
@@ -198,7 +190,7 @@ class Autoencoder:
                 torch.cuda.empty_cache()
             self.when_halved(self.frames_at_once)
 
-    def _gathered(self, clips: Sequence[View]) -> UInt8[torch.Tensor, "N H W 3"]:
+    def _gathered(self, clips: Sequence[Frames]) -> UInt8[Tensor, "N H W 3"]:
         """The clips' frames in one host tensor, pinned where a GPU copies from it."""
         frames = torch.empty(
             (sum(map(len, clips)), *clips[0].shape[1:]), dtype=torch.uint8, pin_memory=self._like.is_cuda
@@ -206,7 +198,7 @@ class Autoencoder:
         np.concatenate(clips, out=frames.numpy())
         return frames
 
-    def _to_input(self, frames: UInt8[torch.Tensor, "N H W 3"]) -> torch.Tensor:
+    def _to_input(self, frames: UInt8[Tensor, "N H W 3"]) -> Tensor:
         """Bytes to [-1, 1] in the model's dtype, space folded to depth where the wrapper says so."""
         pixels = rearrange(frames.to(self._like.device, non_blocking=True), "N H W C -> N C H W")
         pixels = (pixels.float() / 127.5 - 1).to(self._like.dtype)
@@ -221,7 +213,7 @@ def _now(on_gpu: bool) -> torch.cuda.Event | float:
     return event
 
 
-def _to_host(values: torch.Tensor) -> torch.Tensor:
+def _to_host(values: Tensor) -> Tensor:
     """The values on the host; from a GPU once the stream has come so far."""
     if not values.is_cuda:
         return values
@@ -230,13 +222,120 @@ def _to_host(values: torch.Tensor) -> torch.Tensor:
     return host
 
 
-def _dtype(precision: str) -> torch.dtype:
-    match precision:
-        case "fp32":
-            return torch.float32
-        case "bf16":
-            return torch.bfloat16
-        case "fp16":
-            return torch.float16
+class Identity(torch.nn.Module):
+    """Pixels as their own latents; a parameter says device and dtype, as in every other model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Parameter(torch.ones(()))
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of a folder with safetensors, strictly: ConfigError where a tensor is missing or left over."""
+    match facts(folder).family:
+        case "pixels":
+            return Identity().to(dtype)
+        case "siglip":
+            return _siglip(folder, dtype)
         case _:
-            raise ConfigError(f"precision '{precision}' is none of fp32, bf16, fp16")
+            return _diffusers(folder, dtype)
+
+
+def posterior(model: Any, about: Facts, pixels: Pixels, frames: int) -> tuple[Latents, Latents | None]:  # noqa: ANN401
+    """Mean and width of the posterior in fp32 of clips of `frames` frames; width None where the family has none."""
+    match about.family:
+        case "autoencoder_kl" | "autoencoder_kl_flux2":
+            # in fp32 before the width is computed: bf16 loses 2 % there by our measurement
+            mean, log_variance = model.encode(pixels).latent_dist.parameters.float().chunk(2, dim=1)
+            return mean, (0.5 * log_variance.clamp(-30, 20)).exp()  # bounds: diffusers' DiagonalGaussian
+        case "autoencoder_tiny":
+            return model.encode(pixels).latents.float(), None
+        case "autoencoder_dc":
+            return model.encode(pixels).latent.float(), None
+        case "autoencoder_kl_cosmos":
+            clips = _padded(rearrange(pixels, "(n F) c H W -> n c F H W", F=frames), about)
+            mean = model.encode(clips).latent_dist.mode().float()  # its distribution is a point
+            return rearrange(mean, "n C f h w -> (n f) C h w"), None
+        case "siglip":
+            cells = model(pixel_values=pixels).last_hidden_state.float()
+            return rearrange(cells, "N (h w) C -> N C h w", h=pixels.shape[2] // about.stride), None
+        case "pixels":
+            return pixels.float(), None
+
+
+def rebuilt(model: Any, about: Facts, latents: Latents, frames: int) -> Pixels:  # noqa: ANN401
+    """Pixels of raw latents of clips of `frames` frames. Raises ConfigError for targets without a decoder."""
+    match about.family:
+        case "siglip":
+            raise ConfigError("SigLIP features have no decoder: there are no pictures of them")
+        case "pixels":
+            return latents
+        case "autoencoder_kl_cosmos":
+            clips = rearrange(latents, "(n f) C h w -> n C f h w", f=about.latent_frames(frames))
+            return rearrange(model.decode(clips).sample[:, :, :frames], "n c F H W -> (n F) c H W")
+        case _:
+            pixels: Pixels = model.decode(latents).sample
+            return pixels
+
+
+def _padded(clips: Float[Tensor, "n c F H W"], about: Facts) -> Float[Tensor, "n c P H W"]:
+    """The last frame repeated until latent frames cover whole groups; encoders over time pad so without a warning."""
+    missing = frames_shown(about.time_map, about.latent_frames(clips.shape[2])) - clips.shape[2]
+    return torch.cat([clips, repeat(clips[:, :, -1], "n c H W -> n c p H W", p=missing)], dim=2) if missing else clips
+
+
+def _diffusers(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    import diffusers  # 2.7 s to import, so only where a model is loaded
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of "float32 modules: []", which concerns nobody
+    model: torch.nn.Module
+    try:
+        model, told = getattr(diffusers, read_folder(folder)[0]["_class_name"]).from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{folder}: diffusers cannot load this autoencoder: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    _refuse_other_tensors(folder, told["missing_keys"], told["unexpected_keys"])
+    return model
+
+
+def _siglip(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    try:
+        from transformers import SiglipVisionModel
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ConfigError(f"{folder} holds SigLIP features: pip install 'nextvid[targets]' ({error})") from error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model: torch.nn.Module
+    try:
+        model, told = SiglipVisionModel.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{folder}: transformers cannot load this encoder: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    left = {name for name in told["unexpected_keys"] if not name.startswith(OF_THE_TEXT)}
+    _refuse_other_tensors(folder, {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}, left)
+    return model
+
+
+def _refuse_other_tensors(folder: Path, missing: set[str], unknown: set[str]) -> None:
+    """Loaders only warn, and leave missing tensors at random values (docs/method.md 13, trap 18)."""
+    if missing or unknown:
+        raise ConfigError(
+            f"{folder}: the weights do not fit config.json: {len(missing)} tensors missing {sorted(missing)[:3]}, "
+            f"{len(unknown)} unknown {sorted(unknown)[:3]}; put the whole checkpoint there"
+        )

@@ -1,24 +1,20 @@
-"""What runs inside the sandbox: the views of some rows of one file, in one pass over it.
+"""What runs inside the sandbox: the frames of some rows of one file, cropped and resized, in one pass over the file.
 
-Imported by the sandbox's processes, so it holds no torch and no tables. A file is read only if its bytes still are the
-media that the clips table speaks of: a file that changed between listing and encoding gives no row.
+The sandbox's processes import this module, so that it imports neither torch nor tables. A file is read only if its
+bytes still have the digest that the clips table names: a file that changed since it was listed gives no row.
 
-Axes: F frames, R pixels a side.
+Pillow's BICUBIC resizes, because it widens its support with the reduction and so filters what a smaller picture cannot
+hold. Against it we measured 26 dB for cv2's bicubic, which does not, 41 dB for cv2 AREA (a box) and 55 dB for
+swscale's BICUBIC. Its result depends on the crop alone, not on decoder, ffmpeg version or memory stride, so that the
+same frames can be made again.
 
-One look at a clip: crop in upright source pixels, antialiased bicubic resize to a square, flip.
-
-Holds arithmetic on decoded frames only: which crop and flip a view has was decided in the clips table. The filter is
-Pillow's BICUBIC, whose support grows with the reduction. Why this one: it is the reference of research video 3, against
-which cv2's bicubic, not antialiased, has 26 dB, cv2 AREA, a box, 41 dB, swscale BICUBIC 55 dB. Its result depends
-on the crop alone, not on decoder, ffmpeg version or memory stride, so that a view can be made again.
-
-Axes: F frames, H W native pixels, R pixels a side of the view.
+Axes: F frames, H W native pixels, R pixels a side of the square result.
 """
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,8 +22,15 @@ from PIL import Image
 
 from nextvid.video.decode import placed
 from nextvid.video.images import animation_times, load_image
+from nextvid.video.probe import Decoder
 from storage.digest import digest_file
 from storage.errors import MediaError
+
+Frames = UInt8[np.ndarray, "F R R 3"]
+
+START_S = 60.0  # allowance of every task: a loaded machine, a cold disk
+READ_BYTES_PER_S = 2e7  # our choice: a slow network file system
+PER_VIDEO_SECOND_S = 2.0  # we measured 0.1 s for a second of 1080p; a loaded machine takes ten times that
 
 
 class CropBox(NamedTuple):
@@ -39,17 +42,9 @@ class CropBox(NamedTuple):
     height: int
 
 
-Decoder = Literal["decord", "pyav", "pillow"]
-View = UInt8[np.ndarray, "F R R 3"]
-
-START_S = 60.0  # allowance of every task: a loaded machine, a cold disk
-READ_BYTES_PER_S = 2e7  # our choice: a slow network file system
-PER_VIDEO_SECOND_S = 2.0  # a second of 1080p costs 0.1 s (research video 8); a loaded machine takes ten times that
-
-
 @dataclass(frozen=True)
-class Look:
-    """What one row asks of its file."""
+class View:
+    """What one row shows of its file."""
 
     row_id: bytes
     times_us: tuple[int, ...]
@@ -65,19 +60,19 @@ class Task:
     media_id: bytes
     decoder: Decoder
     resolution: int
-    looks: tuple[Look, ...]
+    views: tuple[View, ...]
 
     def timeout_s(self, size_bytes: int) -> float:
         """Deadline: all bytes are read for their digest, and about the span of the times is decoded."""
-        times = [time for look in self.looks for time in look.times_us]
+        times = [time for view in self.views for time in view.times_us]
         return START_S + size_bytes / READ_BYTES_PER_S + PER_VIDEO_SECOND_S * (max(times) - min(times)) / 1e6
 
 
-def decode(task: Task) -> tuple[list[View], float]:
-    """Runs inside the sandbox: the views of a task in the order of its looks, and the seconds they took.
+def decode(task: Task) -> tuple[list[Frames], float]:
+    """The frames of each view of a task, and the seconds they took. Runs inside the sandbox.
 
-    Each source frame is decoded once and resized for every look that wants it; native frames are not kept. Raises
-    MediaError; `changed` where the file is not the media any more.
+    Each source frame is decoded once and resized for every view that shows it; native frames are not kept. Raises
+    MediaError; its reason is `changed` where the file is not the listed one any more.
     """
     began = time.perf_counter()
     path = task.path
@@ -89,45 +84,37 @@ def decode(task: Task) -> tuple[list[View], float]:
         raise MediaError("changed", f"{path}: its bytes changed since it was listed; list the dataset again")
     if task.decoder == "pillow" and not animation_times(path):
         image = load_image(path)[None]
-        out = [_view(path, image, look, task.resolution).repeat(len(look.times_us), axis=0) for look in task.looks]
+        out = [cropped(image, v.crop, v.flip, task.resolution).repeat(len(v.times_us), axis=0) for v in task.views]
     else:
-        out = _decode_video(path, task, task.decoder)
+        out = _decode_video(task)
     return out, time.perf_counter() - began
 
 
-def _decode_video(path: Path, task: Task, decoder: Decoder) -> list[View]:
+def _decode_video(task: Task) -> list[Frames]:
     side = task.resolution
-    out = [np.empty((len(look.times_us), side, side, 3), np.uint8) for look in task.looks]
+    out = [np.empty((len(view.times_us), side, side, 3), np.uint8) for view in task.views]
     places: dict[int, list[tuple[int, int]]] = {}
-    for index, look in enumerate(task.looks):
-        for frame, time_us in enumerate(look.times_us):
+    for index, view in enumerate(task.views):
+        for frame, time_us in enumerate(view.times_us):
             places.setdefault(time_us, []).append((index, frame))
-    for time_us, _, picture in placed(path, sorted(places), decoder):
-        views: dict[int, np.ndarray] = {}
+    for time_us, _, picture in placed(task.path, sorted(places), task.decoder):
+        shown: dict[int, Frames] = {}
         for index, frame in places[time_us]:
-            if index not in views:  # a fitted clip may ask for one time twice
-                views[index] = _view(path, picture[None], task.looks[index], side)[0]
-            out[index][frame] = views[index]
+            if index not in shown:  # a clip stretched over few frames may ask for one time twice
+                view = task.views[index]
+                shown[index] = cropped(picture[None], view.crop, view.flip, side)
+            out[index][frame] = shown[index][0]
     return out
 
 
-def _view(path: Path, frames: np.ndarray, look: Look, resolution: int) -> View:
-    try:
-        return view(frames, look.crop, look.flip, resolution)
-    except ValueError as error:
-        raise MediaError("crop_outside", f"{path}: {error}") from None
+def cropped(frames: UInt8[np.ndarray, "F H W 3"], crop: CropBox, flip: bool, resolution: int) -> Frames:
+    """Native frames cropped, stretched to a square as random resized crops are (docs/method.md 8), and flipped.
 
-
-def view(
-    frames: UInt8[np.ndarray, "F H W 3"], crop: CropBox, flip: bool, resolution: int
-) -> UInt8[np.ndarray, "F R R 3"]:
-    """The view of native frames; the crop is stretched to a square, as random resized crops are (method.md 8).
-
-    The crop is cut before the resize, so that no pixel outside it enters. Raises ValueError where it leaves the frame.
+    The crop is cut before the resize, so that no pixel outside it enters. Raises MediaError where it leaves the frame.
     """
     height, width = frames.shape[1:3]
     if min(crop.x, crop.y) < 0 or crop.x + crop.width > width or crop.y + crop.height > height:
-        raise ValueError(f"crop {tuple(crop)} leaves the frame of {width} x {height} pixels")
+        raise MediaError("crop_outside", f"crop {tuple(crop)} leaves the frame of {width} x {height} pixels")
     cut = frames[:, crop.y : crop.y + crop.height, crop.x : crop.x + crop.width]
     out = np.empty((len(frames), resolution, resolution, 3), np.uint8)
     for frame, target in zip(cut, out, strict=True):

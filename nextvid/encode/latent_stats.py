@@ -1,8 +1,8 @@
-"""The maker of `latent_stats`: what the latents of each dataset are like, from the sums in their commits.
+"""The maker of `latent_stats`: mean and deviation of latents by channel, dataset and clip length.
 
-Reads commits only, never a shard, and those of one batch at a time: memory is that of the largest batch, whatever the
-store holds. All of it is float64 arithmetic on sums per row; the pair that training normalises by
-is the trainset's (nextvid/trainset/trainset.py), which keeps other rows and weights them.
+They follow in float64 from the sums of each row in its commit; no shard is read, and the commits of one batch are in
+memory at a time. Training normalises by the mean and deviation of its trainset (nextvid/trainset/trainset.py), which
+keeps other rows and weights them.
 
 Axes: n rows, C channels.
 """
@@ -19,7 +19,7 @@ from jaxtyping import Float64
 from nextvid.config.project import Project
 from nextvid.encode.plan import spec_in_force
 from nextvid.making.outcome import Check, Number, Outcome
-from nextvid.making.publishing import publish_latest, publish_verdict, read_latest
+from nextvid.making.publishing import publish_latest, publish_verdict
 from storage.atomic import exists, publish_json
 from storage.digest import digest_config
 from storage.errors import UpstreamError
@@ -27,8 +27,8 @@ from storage.latents import EncodingSpec, LatentStore
 from storage.tables import read_checks
 
 ASSET = "latent_stats"
-# Our choice: of independent values, a deviation is then known to 2 %. Of all datasets together, since the pair that
-# training normalises by is of their mixture: a small dataset counts by its weight (docs/decisions/0021).
+# Our choice: a deviation of so many independent values is known to 2 %. Of all datasets together, because training
+# normalises by the deviation of their mixture, where a small dataset has the share of its weight (docs/decisions/0021).
 ENOUGH_VALUES = 1000
 
 Channels = Float64[np.ndarray, " C"]
@@ -36,7 +36,7 @@ Channels = Float64[np.ndarray, " C"]
 
 @dataclass(frozen=True)
 class Moments:
-    """Rows of one kind: how many, and the mean and variance of a value per channel, every row weighing the same."""
+    """Number of rows, and mean and variance of their values by channel; every row has the same weight."""
 
     rows: int
     values: int  # per channel
@@ -47,13 +47,14 @@ class Moments:
 
     @property
     def std(self) -> Channels:
+        """Standard deviation by channel."""
         return np.asarray(np.sqrt(self.variance))
 
 
 def moments(commits: pl.DataFrame, spec: EncodingSpec) -> Moments:
     """Moments of committed rows (columns sums, sums_squared, frames, posterior_std), at least one.
 
-    Each row weighs the same, whatever its frames: an image is repeated to the length of a clip when it is read.
+    Each row has the same weight, whatever its frames: an image is repeated to the length of a clip when it is read.
     """
     sums = commits["sums"].explode().to_numpy().reshape(commits.height, spec.channels)
     squares = commits["sums_squared"].explode().to_numpy().reshape(commits.height, spec.channels)
@@ -93,16 +94,17 @@ def mixed(parts: list[tuple[float, Moments]]) -> tuple[Channels, Channels]:
 
 
 def make_latent_stats(project: Project) -> Outcome:
-    """Mean, deviation and posterior width by dataset and clip length, over every row committed in the spec in force.
+    """Publish mean, deviation and posterior width by dataset and clip length, of all latents in the accepted encoding.
 
     Batches whose checks have not passed are left out. Raises UpstreamError where none has passed or no row is left.
     """
     began = time.perf_counter()
     root, spec = project.root, spec_in_force(project)
-    taken = [batch for batch in root.batches("clips") if _passed(project, spec, batch)]
+    verdicts = {batch: read_checks(root.latents_checks(spec.digest(), batch)) for batch in root.batches("clips")}
+    taken = [batch for batch, checks in verdicts.items() if checks is not None and checks["passed"]]
     if not taken:
         raise UpstreamError(
-            "no batch of 'latents' has passed its checks in the encoding in force: make 'latents' first"
+            "no batch of 'latents' has passed its checks in the accepted encoding: make 'latents' first"
         )
     found = _by_dataset(LatentStore(root, spec), taken)
     if not found:
@@ -110,16 +112,16 @@ def make_latent_stats(project: Project) -> Outcome:
             f"no row of {', '.join(taken)} is encoded: no clip was cut, or every one failed; the column 'reason' of "
             "the media, shots and clips tables says why"
         )
-    said = {"spec": spec.digest(), "batches": taken, "datasets": {name: _plain(parts) for name, parts in found.items()}}
-    digest = digest_config(said)
+    datasets = {name: _plain(parts) for name, parts in found.items()}
+    content = {"spec": spec.digest(), "batches": taken, "datasets": datasets}
+    digest = digest_config(content)
     path = f"{root.pointed('latent_stats', digest)}/stats.json"
     made = not exists(path)
     if made:
-        publish_json(path, said)
+        publish_json(path, content)
     checks = _checks([part for parts in found.values() for part in parts.values()])
     publish_verdict(f"{root.pointed('latent_stats', digest)}/checks.json", ASSET, checks)
-    if read_latest(root, "latent_stats") != digest:
-        publish_latest(root, "latent_stats", digest)
+    publish_latest(root, "latent_stats", digest)
     numbers: dict[str, Number] = {}
     for name, parts in found.items():
         for length, part in parts.items():
@@ -133,13 +135,8 @@ def make_latent_stats(project: Project) -> Outcome:
     )
 
 
-def _passed(project: Project, spec: EncodingSpec, batch: str) -> bool:
-    checks = read_checks(project.root.latents_checks(spec.digest(), batch))
-    return checks is not None and checks["passed"]
-
-
 def _by_dataset(store: LatentStore, batches: Sequence[str]) -> dict[str, dict[int, Moments]]:
-    """Moments by dataset and frames, both ascending; the commits of one batch are in memory at a time."""
+    """Moments by dataset and frames, both ascending."""
     found: dict[tuple[str, int], Moments] = {}
     for batch in batches:
         rows = store.commits(batch).filter(pl.col("status") == "ok").sort("frames", "row_id")

@@ -19,7 +19,7 @@ import torch
 from nextvid.config.project import Project
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.checks import Report, reported
-from nextvid.encode.frames import Decoding, Rows, Seen
+from nextvid.encode.frames import DecodedRow, Decoding, PendingRows
 from nextvid.encode.pixels import PixelShard, PixelWriter
 from nextvid.encode.plan import pixel_spec, wanted_clips
 from nextvid.encode.preview import Shown
@@ -49,8 +49,8 @@ class OpenShard:
 
     number: int
     rows: pl.DataFrame  # of the part's plan: row_id, slot
-    frames: Rows
-    again: Rows  # sampled rows decoded a second time, for the round trip
+    frames: PendingRows
+    again: PendingRows  # sampled rows decoded a second time, for the round trip
 
 
 class Pipeline:
@@ -108,7 +108,7 @@ class Pipeline:
         checked = sampled([row for row in rows["row_id"].to_list() if row in frames], part.frames)
         return OpenShard(number, rows, frames, self._decode(part, checked))
 
-    def _decode(self, part: LatentPart, row_ids: list[bytes]) -> Rows:
+    def _decode(self, part: LatentPart, row_ids: list[bytes]) -> PendingRows:
         """Ask for the frames of these rows in this order, without those that no clip wants any more."""
         asked = pl.DataFrame({"row_id": row_ids}, schema={"row_id": pl.Binary})
         clips = asked.join(self._clips, on="row_id", how="inner", maintain_order="left")
@@ -116,8 +116,8 @@ class Pipeline:
 
     def _frames(
         self, part: LatentPart, shard: OpenShard, jpegs: PixelShard | None, before: "Future[Report]"
-    ) -> Iterator[dict[bytes, Seen]]:
-        """Rows of one forward after another; from the AHEAD-th row on, once the shard `before` is committed."""
+    ) -> Iterator[dict[bytes, DecodedRow]]:
+        """PendingRows of one forward after another; from the AHEAD-th row on, once the shard `before` is committed."""
         at_once = max(1, self._model.frames_at_once // part.frames)
         ids = shard.rows["row_id"].to_list()
         for first in range(0, len(ids), at_once):
@@ -125,12 +125,12 @@ class Pipeline:
                 before.result()
             asked = ids[first : first + at_once]
             found = shard.frames.take(asked)
-            seen = {row: found.get(row, Seen(None, 0.0, NOT_WANTED)) for row in asked}
+            seen = {row: found.get(row, DecodedRow(None, 0.0, NOT_WANTED)) for row in asked}
             if jpegs is not None:
                 jpegs.add(seen)
             yield seen
 
-    def _judge(self, part: LatentPart, encoded: EncodedShard, row: bytes, again: Rows) -> tuple[Trip, Shown]:
+    def _judge(self, part: LatentPart, encoded: EncodedShard, row: bytes, again: PendingRows) -> tuple[Trip, Shown]:
         """The round trip of a row; RoundTripError where it fails."""
         truth = again.take([row])[row]
         if truth.frames is None:

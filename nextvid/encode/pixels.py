@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from nextvid.config.project import Project
-from nextvid.encode.frames import Decoding, Seen
+from nextvid.encode.frames import DecodedRow, Decoding
 from nextvid.encode.plan import BatchPlan, open_parts, plan_batch
 from nextvid.encode.roundtrip import psnr_db
 from nextvid.encode.shard import NOT_WANTED, status
@@ -94,7 +94,7 @@ class PixelWriter:
                     clips = ids.join(rows, on="row_id", how="inner", maintain_order="left")
                     frames = decoding.start(clips, part.spec.resolution)
                     for row in ids["row_id"].to_list():
-                        shard.add({row: frames.take([row]).get(row, Seen(None, 0.0, NOT_WANTED))})
+                        shard.add({row: frames.take([row]).get(row, DecodedRow(None, 0.0, NOT_WANTED))})
                     written += shard.publish()
                 done |= set(part.plan["row_id"].to_list())
         return written
@@ -127,7 +127,7 @@ class PixelShard:
         self._measured = frozenset(sorted(self._rows["row_id"].to_list())[:MEASURED])
         self._coming: dict[bytes, Future[_Compressed]] = {}
 
-    def add(self, seen: Mapping[bytes, Seen]) -> None:
+    def add(self, seen: Mapping[bytes, DecodedRow]) -> None:
         """Begin to compress rows; waits where too many wait for a thread."""
         for row, one in seen.items():
             self._coming[row] = self._threads.submit(_compress, one, self._part.spec, row in self._measured)
@@ -171,7 +171,7 @@ def pixel_check(plan: BatchPlan[PixelSpec] | None) -> Check:
     return Check("pixels", missing == 0, numbers, blocking=False)
 
 
-def _compress(seen: Seen, spec: PixelSpec, measure: bool) -> _Compressed:
+def _compress(seen: DecodedRow, spec: PixelSpec, measure: bool) -> _Compressed:
     if seen.frames is None:
         return _Compressed(None, seen.reason, None, 0.0)
     began = time.perf_counter()

@@ -1,6 +1,6 @@
 """A picture of what was stored: source, reconstruction, amplified difference and latent channels, clip under clip.
 
-Holds pixels only; which clips are shown is decided by the round trip (nextvid/encode/roundtrip.py).
+The clips are those whose rows made the round trip first (roundtrip.py).
 
 Axes: F frames, R pixels a side, f latent frames, C channels, h w cells.
 """
@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-CLIPS = 4  # our choice: with 8 frames a clip the picture is still read at a glance
+from nextvid.encode.decode_task import Frames
+
+CLIPS = 4  # our choice: with 8 frames a clip the picture can still be read at a glance
 FRAMES = 8
 SIDE = 96  # pixels of a tile: 8 of them fit the 960 pixels that an event shows
 GAIN = 4  # of the difference; grey is none
 GAP = 6  # pixels between clips
 
-Frames = UInt8[np.ndarray, "F R R 3"]
 SPREAD = 2.5  # deviations of a channel from its mean that grey values reach: 99 % of a Gaussian's
 
 

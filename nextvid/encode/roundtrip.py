@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.decode_task import Frames
 from nextvid.encode.preview import Shown
 from nextvid.encode.shard import row_noise
 from storage.shard import stored_values
@@ -28,7 +29,6 @@ LOSS_DB = 0.1  # our choice: the truth never loses by more
 APART_DB = 6.0  # our choice: an alternative this much below the reconstruction is told apart for certain
 PSNR_CEILING_DB = 100.0  # for equal frames; 8-bit frames that differ in one value of 10^5 have 98 dB
 
-Frames = UInt8[np.ndarray, "F R R 3"]
 Stored = Float[np.ndarray, "F C h w"]
 
 

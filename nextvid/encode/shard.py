@@ -15,7 +15,7 @@ import polars as pl
 from jaxtyping import Float32
 
 from nextvid.encode.autoencoders import Autoencoder, Running
-from nextvid.encode.frames import Seen
+from nextvid.encode.frames import DecodedRow
 from storage.errors import StoreError
 from storage.latents import EncodingSpec
 from storage.schemas import Commits
@@ -87,14 +87,14 @@ class EncodedShard:
 
 
 def encode_rows(
-    autoencoder: Autoencoder, spec: EncodingSpec, frames: int, forwards: Iterable[Mapping[bytes, Seen]]
+    autoencoder: Autoencoder, spec: EncodingSpec, frames: int, forwards: Iterable[Mapping[bytes, DecodedRow]]
 ) -> Iterator[EncodedRows]:
     """Encode the rows of each forward, given by row id in slot order; the next one is gathered while one runs.
 
     Raises UnstorableError where the autoencoder gives what cannot be latents.
     """
     black = np.zeros((frames, spec.resolution, spec.resolution, 3), np.uint8)
-    before: tuple[Mapping[bytes, Seen], Running] | None = None
+    before: tuple[Mapping[bytes, DecodedRow], Running] | None = None
     for seen in forwards:
         views = [black if one.frames is None else one.frames for one in seen.values()]
         noise = np.stack([row_noise(row, frames, spec) for row in seen]) if spec.posterior == "sample" else None
@@ -106,7 +106,7 @@ def encode_rows(
         yield _finished(*before)
 
 
-def _finished(seen: Mapping[bytes, Seen], running: Running) -> EncodedRows:
+def _finished(seen: Mapping[bytes, DecodedRow], running: Running) -> EncodedRows:
     """Wait for a forward; NaN in place of the latents of failed rows."""
     latents, widths = running.result()
     reasons = [one.reason or unstorable(row, one, z) for (row, one), z in zip(seen.items(), latents, strict=True)]
@@ -125,7 +125,7 @@ def row_noise(row_id: bytes, frames: int, spec: EncodingSpec) -> Float32[np.ndar
     return generator.standard_normal(spec.row_shape(frames), np.float32)
 
 
-def unstorable(row_id: bytes, seen: Seen, latents: Float32[np.ndarray, "F C h w"]) -> str | None:
+def unstorable(row_id: bytes, seen: DecodedRow, latents: Float32[np.ndarray, "F C h w"]) -> str | None:
     """Reason `constant` where frames of a single colour gave constant latents; None for latents that can be stored.
 
     Raises UnstorableError where other frames gave constant latents, or any gave latents that are NaN, infinite or

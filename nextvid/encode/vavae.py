@@ -1,8 +1,8 @@
 """The published VA-VAE checkpoint as a diffusers folder of safetensors, converted strictly.
 
-Holds the names of its parts and nothing of how it is used: what comes out is loaded as any other AutoencoderKL. Numbers
-and names were checked against the public source (research vae 1): 342 tensors, attention inside the lowest level beside
-that of the middle. `from_single_file` of diffusers drops those 50 tensors without an error, hence our own converter.
+The result is loaded as any other AutoencoderKL. Names and numbers were checked against the public source: 342 tensors,
+50 of them of the attention inside the lowest level. `from_single_file` of diffusers drops those 50 without an error,
+hence our own converter.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from storage.atomic import staged_folder
 from storage.errors import ConfigError
 
-# The exact shape (research vae 1): LDM's ddconfig of hustvl/LightningDiT, tokenizer/configs/vavae_f16d32.yaml.
+# The exact shape: LDM's ddconfig of hustvl/LightningDiT, tokenizer/configs/vavae_f16d32.yaml.
 CONFIG: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
     "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
@@ -32,10 +32,10 @@ CONFIG: dict[str, Any] = {
     "force_upcast": False,
     "scaling_factor": 1.0,
 }
-TENSORS = 342  # research vae 1
+TENSORS = 342  # counted in the published checkpoint
 
 _KEPT = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-_IGNORED = ("foundation_model.", "linear_proj.", "loss.")  # what it was aligned with, and what it was trained by
+_IGNORED = ("foundation_model.", "linear_proj.", "loss.")  # the model it was aligned with, and its training losses
 _LIGHTNING = frozenset({  # what the trainer's wrapper holds beside the tensors (PyTorch Lightning, checkpoint contents)
     "epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "optimizer_states", "lr_schedulers",
     "hparams_name", "hparams_type", "hyper_parameters", "native_amp_scaling_state", "MixedPrecision",
@@ -61,7 +61,7 @@ def import_vavae(checkpoint: str | Path, folder: str | Path, stats: str | Path |
     """Write the checkpoint as a diffusers folder that did not exist; returns the number of tensors.
 
     `stats` is the published latents_stats.pt, kept in config.json for reference. Nothing in either file is executed.
-    Raises ConfigError where a file is not what it should be, ConflictError where the folder exists.
+    Raises ConfigError where a file is no VA-VAE checkpoint, ConflictError where the folder exists.
     """
     state = _state(Path(checkpoint))
     converted = {diffusers_name(name): value for name, value in state.items() if name.startswith(_KEPT)}
@@ -128,14 +128,14 @@ def _load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except Exception as error:  # zip, torch and what reads the pickle raise their own
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if not said.startswith("Weights only load failed"):  # torch's words
-            why = said if zipfile.is_zipfile(path) else "torch.save writes zip archives, and this is none"
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not message.startswith("Weights only load failed"):  # torch's words
+            why = message if zipfile.is_zipfile(path) else "torch.save writes zip archives, and this is none"
             raise ConfigError(f"{path}: not readable as a checkpoint: {why}") from None
         raise ConfigError(
-            f"{path}: more than plain tensors, or damaged; what wants to run code is never loaded. Where you trust its "
+            f"{path}: more than plain tensors, or damaged; a file that runs code is never loaded. Where you trust its "
             "origin, keep its tensors alone: torch.save(torch.load(PATH, weights_only=False, "
-            f"map_location='cpu')['state_dict'], OUT), and import OUT ({said})"
+            f"map_location='cpu')['state_dict'], OUT), and import OUT ({message})"
         ) from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds {type(found).__name__}, a dictionary of tensors was expected")

@@ -1,7 +1,7 @@
-"""What a folder of weights says without being loaded: its identity, and the facts of the latents that come out of it.
+"""An autoencoder's folder without loading it: its family, its digest, and the shape of its latents.
 
-Holds config.json, nextvid.json and the bytes of the weights; no torch, so that planning what to encode costs no import
-of it (families.py does the work). Which families are known is decided here, once.
+Reads config.json, nextvid.json and the bytes of the weights. Imports no torch, so that planning answers at once;
+autoencoders.py does the work.
 """
 
 import functools
@@ -14,7 +14,7 @@ from storage.digest import digest_config, digest_file
 from storage.errors import ConfigError
 from storage.spec import latent_frames
 
-Kind = Literal[
+Family = Literal[
     "autoencoder_kl", "autoencoder_kl_flux2", "autoencoder_tiny", "autoencoder_dc", "autoencoder_kl_cosmos",
     "siglip", "pixels",
 ]  # fmt: skip
@@ -24,16 +24,16 @@ _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safete
 
 
 class Wrapper(Strict):
-    """nextvid.json beside config.json: what stands between a frame and the model. `pixels` needs no other file."""
+    """nextvid.json beside config.json: what is done to a frame before the model. `pixels` needs no other file."""
 
-    kind: Kind | None = None
+    kind: Family | None = None
     patch: int = 1  # pixel_unshuffle by this factor before the encoder, pixel_shuffle after the decoder
 
 
 class Facts(NamedTuple):
-    """What a family and its configuration say of latents; `stride` and `channels` with the wrapper's patch."""
+    """The latents of a family and its configuration; `stride` and `channels` include the wrapper's patch."""
 
-    kind: Kind
+    family: Family
     channels: int  # of a latent frame
     stride: int  # pixels a latent cell and side
     patch: int
@@ -48,45 +48,46 @@ class Facts(NamedTuple):
 
 
 def autoencoder_digest(folder: str | Path) -> str:
-    """Id of what an autoencoder computes: bytes of its weights, its configuration and its wrapper; no path, no version.
+    """Id of what an autoencoder computes: bytes of its weights, its configuration and its patch; no path, no version.
 
     Raises ConfigError where the folder is not an autoencoder that this project knows.
     """
     folder = Path(folder)
     config, wrapper = read_folder(folder)
-    said = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
-    weights = [_remembered(p) for p in _weight_files(folder, facts(folder).kind)]
-    name = config.get("_class_name", wrapper.kind or facts(folder).kind)
-    return digest_config({"class": name, "config": said, "patch": wrapper.patch, "weights": sorted(weights)})
+    family = facts(folder).family
+    kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+    weights = [_remembered(path) for path in _weight_files(folder, family)]
+    name = config.get("_class_name", wrapper.kind or family)
+    return digest_config({"class": name, "config": kept, "patch": wrapper.patch, "weights": sorted(weights)})
 
 
 def facts(folder: str | Path) -> Facts:
-    """What the configuration says of latents, without loading weights. Raises ConfigError."""
+    """The latents of a folder's autoencoder, by its configuration alone. Raises ConfigError."""
     folder = Path(folder)
     config, wrapper = read_folder(folder)
     patch = wrapper.patch
-    match kind := _kind(config, wrapper, folder):
+    match family := _family(config, wrapper, folder):
         case "pixels":
-            return Facts(kind, 3 * patch**2, patch, patch)
+            return Facts(family, 3 * patch**2, patch, patch)
         case "siglip":
-            seen = config.get("vision_config", config)
-            width, side, stride = (_number(folder, seen, key) for key in ("hidden_size", "image_size", "patch_size"))
+            vision = config.get("vision_config", config)
+            width, side, stride = (_number(folder, vision, key) for key in ("hidden_size", "image_size", "patch_size"))
             if patch > 1:
                 raise ConfigError(f"{folder}/nextvid.json: 'patch' does not fit SigLIP, which has its own")
-            return Facts(kind, width, stride, 1, decoder=False, side=side)
+            return Facts(family, width, stride, 1, decoder=False, side=side)
         case "autoencoder_kl_cosmos":
             stride, over_time = (
                 _number(folder, config, f"{name}_compression_ratio") for name in ("spatial", "temporal")
             )
             if patch > 1:
                 raise ConfigError(f"{folder}/nextvid.json: 'patch' is for encoders of single frames")
-            return Facts(kind, _number(folder, config, "latent_channels"), stride, 1, f"causal{over_time}")
+            return Facts(family, _number(folder, config, "latent_channels"), stride, 1, f"causal{over_time}")
         case "autoencoder_kl" | "autoencoder_kl_flux2":
             stride = patch * 2 ** (len(_listed(folder, config, "block_out_channels")) - 1)  # one halving between levels
-            return Facts(kind, _number(folder, config, "latent_channels"), stride, patch, posterior=True)
+            return Facts(family, _number(folder, config, "latent_channels"), stride, patch, posterior=True)
         case "autoencoder_tiny" | "autoencoder_dc":
             stride = patch * 2 ** (len(_listed(folder, config, "encoder_block_out_channels")) - 1)
-            return Facts(kind, _number(folder, config, "latent_channels"), stride, patch)
+            return Facts(family, _number(folder, config, "latent_channels"), stride, patch)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Wrapper]:
@@ -112,51 +113,51 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _kind(config: dict[str, Any], wrapper: Wrapper, folder: Path) -> Kind:
-    kind: Kind
+def _family(config: dict[str, Any], wrapper: Wrapper, folder: Path) -> Family:
+    family: Family
     match config.get("_class_name", config.get("model_type")):
         case "AutoencoderKL":
-            kind = "autoencoder_kl"
+            family = "autoencoder_kl"
         case "AutoencoderKLFlux2":
-            kind = "autoencoder_kl_flux2"
+            family = "autoencoder_kl_flux2"
         case "AutoencoderTiny":
-            kind = "autoencoder_tiny"
+            family = "autoencoder_tiny"
         case "AutoencoderDC":
-            kind = "autoencoder_dc"
+            family = "autoencoder_dc"
         case "AutoencoderKLCosmos":
-            kind = "autoencoder_kl_cosmos"
+            family = "autoencoder_kl_cosmos"
         case "siglip" | "siglip_vision_model":
-            kind = "siglip"
+            family = "siglip"
         case None if not config and wrapper.kind == "pixels":
-            kind = "pixels"
+            family = "pixels"
         case name:
             raise ConfigError(
                 f"{folder}: {name} is not supported: use AutoencoderKL (also VA-VAE, SD, FLUX), AutoencoderKLFlux2, "
                 "AutoencoderTiny, AutoencoderDC, AutoencoderKLCosmos, a SigLIP with fixed resolution, or raw pixels "
                 '(a nextvid.json that says {"kind": "pixels"})'
             )
-    if wrapper.kind not in (None, kind):
-        raise ConfigError(f"{folder}/nextvid.json: kind {wrapper.kind}, patch {wrapper.patch} do not fit {kind}")
-    return kind
+    if wrapper.kind not in (None, family):
+        raise ConfigError(f"{folder}/nextvid.json: kind {wrapper.kind}, patch {wrapper.patch} do not fit {family}")
+    return family
 
 
 def _number(folder: Path, config: dict[str, Any], key: str) -> int:
     if type(config.get(key)) is not int:
-        raise ConfigError(f"{folder}/config.json: '{key}' is missing or no number; save the model anew")
+        raise ConfigError(f"{folder}/config.json: '{key}' is missing or no number; save the model again")
     return int(config[key])
 
 
 def _listed(folder: Path, config: dict[str, Any], key: str) -> list[int]:
     if not isinstance(config.get(key), list):
-        raise ConfigError(f"{folder}/config.json: '{key}' is missing or no list; save the model anew")
+        raise ConfigError(f"{folder}/config.json: '{key}' is missing or no list; save the model again")
     return list(config[key])
 
 
-def _weight_files(folder: Path, kind: Kind) -> list[Path]:
+def _weight_files(folder: Path, family: Family) -> list[Path]:
     """The files that would be loaded. Raises ConfigError where there are none of safetensors."""
-    if kind == "pixels":
+    if family == "pixels":
         return []
-    name = _TRANSFORMERS if kind == "siglip" else _DIFFUSERS
+    name = _TRANSFORMERS if family == "siglip" else _DIFFUSERS
     index = folder / f"{name}.index.json"
     if index.is_file():
         names = _json(index)["weight_map"].values()
@@ -170,7 +171,7 @@ def _weight_files(folder: Path, kind: Kind) -> list[Path]:
 
 
 def _remembered(path: Path) -> str:
-    """Digest of a file, computed once while it stays the same: nobody can set back the time of its last change."""
+    """Digest of a file, computed once while it stays the same: the time of its last change cannot be set back."""
     at = path.stat()
     return _file_digest(str(path), at.st_ino, at.st_ctime_ns, at.st_size)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nextvid.encode.decode_task import CropBox, view
+from nextvid.encode.decode_task import CropBox, cropped
 
 
 def _noise(height: int, width: int, frames: int = 2, seed: int = 0) -> np.ndarray:
@@ -36,7 +36,7 @@ def _slow(row: np.ndarray, out: int) -> np.ndarray:
 def test_resize_is_the_antialiased_cubic_filter(source: int, out: int) -> None:
     line = np.random.default_rng(1).integers(60, 190, source)
     frames = np.broadcast_to(line[None, None, :, None], (1, source, source, 3)).astype(np.uint8)
-    got = view(np.ascontiguousarray(frames), CropBox(0, 0, source, source), False, out)[0, 5, :, 0]
+    got = cropped(np.ascontiguousarray(frames), CropBox(0, 0, source, source), False, out)[0, 5, :, 0]
     np.testing.assert_allclose(got, _slow(line.astype(float), out).clip(0, 255), atol=1.01)
 
 
@@ -51,19 +51,19 @@ def test_nothing_outside_the_crop_enters(box: tuple[int, int, int, int], flip: b
     other = _noise(48, 64, seed=9)
     inside = (slice(None), slice(crop.y, crop.y + crop.height), slice(crop.x, crop.x + crop.width))
     other[inside] = frames[inside]
-    np.testing.assert_array_equal(view(frames, crop, flip, resolution), view(other, crop, flip, resolution))
+    np.testing.assert_array_equal(cropped(frames, crop, flip, resolution), cropped(other, crop, flip, resolution))
 
 
 def test_crop_of_the_size_asked_for_is_copied() -> None:
     frames = _noise(40, 50)
-    np.testing.assert_array_equal(view(frames, CropBox(3, 5, 32, 32), False, 32), frames[:, 5:37, 3:35])
+    np.testing.assert_array_equal(cropped(frames, CropBox(3, 5, 32, 32), False, 32), frames[:, 5:37, 3:35])
 
 
 def test_flip_mirrors_the_view() -> None:
     frames = _noise(40, 50)
     crop = CropBox(1, 2, 45, 33)
-    flipped = view(frames, crop, True, 16)
-    np.testing.assert_array_equal(flipped[:, :, ::-1], view(frames, crop, False, 16))
+    flipped = cropped(frames, crop, True, 16)
+    np.testing.assert_array_equal(flipped[:, :, ::-1], cropped(frames, crop, False, 16))
     assert flipped.flags.c_contiguous
 
 
@@ -71,17 +71,17 @@ def test_fine_stripes_become_grey() -> None:
     """Without antialiasing, every fourth column of a stripe pattern would be black or white."""
     frames = np.zeros((1, 128, 128, 3), np.uint8)
     frames[:, :, ::2] = 255
-    out = view(frames, CropBox(0, 0, 128, 128), False, 32)
+    out = cropped(frames, CropBox(0, 0, 128, 128), False, 32)
     assert np.abs(out[:, :, 2:-2].astype(int) - 128).max() <= 2
 
 
 @pytest.mark.parametrize("box", [(0, 0, 51, 10), (-1, 0, 5, 5), (45, 0, 10, 10), (0, 39, 4, 4)])
 def test_crop_outside_the_frame_is_refused(box: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="leaves the frame of 50 x 40"):
-        view(_noise(40, 50), CropBox(*box), False, 16)
+        cropped(_noise(40, 50), CropBox(*box), False, 16)
 
 
 def test_mode_and_size_match_pillow_on_a_whole_frame() -> None:
     frames = _noise(90, 120)
     wanted = np.asarray(Image.fromarray(frames[0]).resize((64, 64), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(view(frames, CropBox(0, 0, 120, 90), False, 64)[0], wanted)
+    np.testing.assert_array_equal(cropped(frames, CropBox(0, 0, 120, 90), False, 64)[0], wanted)

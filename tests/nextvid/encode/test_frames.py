@@ -12,7 +12,7 @@ import pytest
 
 from nextvid.encode import frames as module
 from nextvid.encode.decode_task import Task
-from nextvid.encode.frames import Decoding, Rows
+from nextvid.encode.frames import Decoding, PendingRows
 from storage.errors import MediaError
 from storage.schemas import Clips
 from tests.nextvid.encode.small_corpus import F, clip_row
@@ -47,15 +47,15 @@ class Asked:
             self.tasks.append((uri, task))
         if (reason := self.fail.get(uri)) is not None:
             raise MediaError(reason, "by the test")
-        views = [np.full((F, SIDE, SIDE, 3), int.from_bytes(look.row_id) % 256, np.uint8) for look in task.looks]
-        return views, 0.5 * len(views)
+        frames = [np.full((F, SIDE, SIDE, 3), int.from_bytes(view.row_id) % 256, np.uint8) for view in task.views]
+        return frames, 0.5 * len(frames)
 
 
 def ids(table: pl.DataFrame) -> list[bytes]:
     return table["row_id"].to_list()
 
 
-def numbers(table: pl.DataFrame, started: Rows) -> list[int]:
+def numbers(table: pl.DataFrame, started: PendingRows) -> list[int]:
     """Take every row, one by one, in the table's order; what each shows."""
     found = []
     for row in ids(table):
@@ -139,7 +139,7 @@ def test_a_failed_job_is_tried_row_by_row_with_the_other_decoder(monkeypatch: py
     with Decoding(1) as decoding:
         seen = decoding.start(table, SIDE).collect()
     assert [seen[row].reason for row in ids(table)] == ["corrupt", "corrupt", None, None]
-    tried = [(task.decoder, len(task.looks)) for uri, task in asked.tasks if uri.endswith("0000.mp4")]
+    tried = [(task.decoder, len(task.views)) for uri, task in asked.tasks if uri.endswith("0000.mp4")]
     assert tried == [("decord", 2), ("pyav", 1), ("pyav", 1)]
 
 
@@ -155,9 +155,9 @@ def test_a_file_that_is_gone_is_not_asked_again(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_file_of_many_rows_is_cut_into_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TASK_BYTES", 3 * ROW_BYTES)
-    jobs = module.jobs_of(rows(2, each=7), SIDE)
-    assert [len(job.task.looks) for job in jobs] == [3, 3, 1, 3, 3, 1]
-    assert all(job.size_bytes == len(job.task.looks) * ROW_BYTES for job in jobs)
+    jobs = module.jobs_by_file(rows(2, each=7), SIDE)
+    assert [len(job.task.views) for job in jobs] == [3, 3, 1, 3, 3, 1]
+    assert all(job.size_bytes == len(job.task.views) * ROW_BYTES for job in jobs)
 
 
 def test_shares_of_the_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

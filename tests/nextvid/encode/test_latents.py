@@ -13,7 +13,7 @@ from nextvid.encode import decode_task, shard
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.checks import shard_costs
 from nextvid.encode.decode_task import CropBox
-from nextvid.encode.frames import Seen
+from nextvid.encode.frames import DecodedRow
 from nextvid.encode.latent_stats import moments
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import plan_encode, spec_in_force
@@ -197,7 +197,7 @@ class TestEncode:
         publish_clips(made, STILLS, [clip_row(path, 0) for path in stills(tmp_path)])
         spec = spec_in_force(made)
         ids = pl.read_parquet(made.root.table("clips", STILLS))["row_id"].to_list()
-        views = {row: Seen(texture(i, 1), 0.0) for i, row in enumerate(ids)}
+        views = {row: DecodedRow(texture(i, 1), 0.0) for i, row in enumerate(ids)}
         model = Autoencoder.load(random_autoencoder, precision="bf16")
         (one,) = shard.encode_rows(model, spec, 1, [views])
         (other,) = shard.encode_rows(model, spec, 1, [dict(reversed(views.items()))])
@@ -268,7 +268,7 @@ class TestUnstorable:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
     def test_what_float16_cannot_hold_is_refused(self, value: float) -> None:
         latents = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)
-        seen = Seen(texture(0, 2), 0.0)
+        seen = DecodedRow(texture(0, 2), 0.0)
         assert shard.unstorable(bytes(16), seen, latents) is None
         latents[1, 2, 3, 0] = value
         with pytest.raises(shard.UnstorableError, match="not finite"):
@@ -276,10 +276,10 @@ class TestUnstorable:
 
     def test_constant_latents_are_a_row_of_flat_frames_or_a_broken_model(self) -> None:
         latents = np.broadcast_to(np.arange(3, dtype=np.float32)[:, None, None], (2, 3, 4, 4))
-        flat = Seen(np.full((2, 8, 8, 3), (1, 2, 3), np.uint8), 0.0)
+        flat = DecodedRow(np.full((2, 8, 8, 3), (1, 2, 3), np.uint8), 0.0)
         assert shard.unstorable(bytes(16), flat, latents) == "constant"
         with pytest.raises(shard.UnstorableError, match="though its frames are not"):
-            shard.unstorable(bytes(16), Seen(texture(0, 2), 0.0), latents)
+            shard.unstorable(bytes(16), DecodedRow(texture(0, 2), 0.0), latents)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6, 0.0], ids=["nan", "inf", "too large", "constant"])
     def test_shard_is_not_committed_and_the_checks_say_so(
@@ -289,7 +289,7 @@ class TestUnstorable:
         bad = plan_encode(project, FILMS).rows["row_id"][6]
         judge = shard.unstorable
 
-        def broken(row: bytes, seen: Seen, latents: np.ndarray) -> str | None:
+        def broken(row: bytes, seen: DecodedRow, latents: np.ndarray) -> str | None:
             if row == bad:
                 latents[:] = value
             return judge(row, seen, latents)
@@ -350,9 +350,9 @@ def test_one_time_asked_twice_gives_two_equal_frames(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, texture(0))
     row = clip_row(path, 0)
-    look = decode_task.Look(row["row_id"], (0, 0, 250_000), CropBox(0, 0, 64, 64), False)
-    (views,), seconds = decode_task.decode(decode_task.Task(path, row["media_id"], "pyav", 32, (look,)))
-    np.testing.assert_array_equal(views[0], views[1])
-    assert (views[2] != views[1]).any()
-    assert views.shape == (3, 32, 32, 3)
+    view = decode_task.View(row["row_id"], (0, 0, 250_000), CropBox(0, 0, 64, 64), False)
+    (frames,), seconds = decode_task.decode(decode_task.Task(path, row["media_id"], "pyav", 32, (view,)))
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert (frames[2] != frames[1]).any()
+    assert frames.shape == (3, 32, 32, 3)
     assert seconds > 0

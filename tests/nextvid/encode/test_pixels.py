@@ -11,7 +11,7 @@ from PIL import Image
 
 from nextvid.config.project import Project, open_project
 from nextvid.encode import pixels as writer
-from nextvid.encode.frames import Decoding, Seen
+from nextvid.encode.frames import DecodedRow, Decoding
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import BatchPlan, pixel_spec, plan_batch, spec_in_force
 from nextvid.encode.roundtrip import psnr_db
@@ -278,7 +278,7 @@ class TestShard:
         with ThreadPoolExecutor(1) as threads:
             shard = writer.PixelShard(part, 0, threads)
             for row in ids:
-                shard.add({row: Seen(frames, 0.0)})
+                shard.add({row: DecodedRow(frames, 0.0)})
                 most = max(most, sum(not future.done() for future in shard._coming.values()))
             assert shard.publish() == len(ids)
         assert most <= 2
@@ -291,7 +291,12 @@ class TestShard:
         part = store.plan_part(FILMS, 4, [bytes(16), b"1" * 16])
         with ThreadPoolExecutor(1) as threads:
             shard = writer.PixelShard(part, 0, threads)
-            shard.add({bytes(16): Seen(np.zeros((4, 64, 64, 3), "u1"), 0.0), b"1" * 16: Seen(None, 0.0, "not_wanted")})
+            shard.add(
+                {
+                    bytes(16): DecodedRow(np.zeros((4, 64, 64, 3), "u1"), 0.0),
+                    b"1" * 16: DecodedRow(None, 0.0, "not_wanted"),
+                }
+            )
             assert shard.publish() == 2
         assert store.commits(FILMS).select("status", "reason").rows() == [("ok", None), ("rejected", "not_wanted")]
         assert ROWS_PER_SHARD == 256

@@ -7,10 +7,9 @@ import torch
 
 from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project
-from nextvid.encode.latents import make_latents
+from nextvid.encode.latents import devices, make_latents
 from nextvid.encode.pipeline import shares
 from nextvid.encode.plan import plan_encode
-from nextvid.encode.processes import devices
 from nextvid.making.progress import Pace
 from storage.errors import ConfigError
 from storage.latents import ROWS_PER_SHARD

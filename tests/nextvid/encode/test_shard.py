@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from nextvid.encode import autoencoders
 from nextvid.encode.autoencoders import Autoencoder, Running
-from nextvid.encode.frames import Seen
+from nextvid.encode.frames import DecodedRow
 from nextvid.encode.shard import NOT_WANTED, EncodedShard, commit_table, encode_rows
+from nextvid.encode.weights import Facts
 from storage.latents import EncodingSpec
 from storage.schemas import Commits
 from tests.nextvid.encode.small_corpus import texture
@@ -30,11 +32,11 @@ def spec_of(model: Autoencoder, posterior: str = "mean") -> EncodingSpec:
     )
 
 
-def views() -> dict[bytes, Seen]:
-    return {row: Seen(texture(n, F, SIDE), 0.25) for n, row in enumerate(IDS)}
+def views() -> dict[bytes, DecodedRow]:
+    return {row: DecodedRow(texture(n, F, SIDE), 0.25) for n, row in enumerate(IDS)}
 
 
-def run(model: Autoencoder, seen: Mapping[bytes, Seen], posterior: str = "mean") -> EncodedShard:
+def run(model: Autoencoder, seen: Mapping[bytes, DecodedRow], posterior: str = "mean") -> EncodedShard:
     spec = spec_of(model, posterior)
     shard = EncodedShard.empty(spec, F, IDS)
     for rows in encode_rows(model, spec, F, forwards(seen, [])):
@@ -42,11 +44,11 @@ def run(model: Autoencoder, seen: Mapping[bytes, Seen], posterior: str = "mean")
     return shard
 
 
-def forwards(seen: Mapping[bytes, Seen], events: list[str]) -> Iterator[dict[bytes, Seen]]:
+def forwards(seen: Mapping[bytes, DecodedRow], events: list[str]) -> Iterator[dict[bytes, DecodedRow]]:
     """Two rows a forward, as many as the model takes at once."""
     for first in range(0, len(IDS), 2):
         events.append("gather")
-        yield {row: seen.get(row, Seen(None, 0.0, NOT_WANTED)) for row in IDS[first : first + 2]}
+        yield {row: seen.get(row, DecodedRow(None, 0.0, NOT_WANTED)) for row in IDS[first : first + 2]}
 
 
 def test_rows_are_those_of_each_row_alone(model: Autoencoder) -> None:
@@ -70,7 +72,7 @@ def test_a_shard_encoded_again_has_the_same_bits(model: Autoencoder, posterior: 
 def test_a_failed_row_changes_no_bit_of_another(model: Autoencoder) -> None:
     """Its place in the batch is kept, so that a shard finished later, when a file is gone, has the same other rows."""
     whole, seen = run(model, views()), views()
-    seen[IDS[2]] = Seen(None, 0.5, "corrupt")
+    seen[IDS[2]] = DecodedRow(None, 0.5, "corrupt")
     del seen[IDS[5]]
     done = run(model, seen)
     assert done.reasons == [None, None, "corrupt", None, None, NOT_WANTED, None]
@@ -109,14 +111,16 @@ class TestMemory:
     @pytest.fixture
     def small(self, model: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> Autoencoder:
         """An encoder whose device holds one frame at a time."""
-        moments = Autoencoder._moments
+        posterior = autoencoders.posterior
 
-        def limited(self: Autoencoder, pixels: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def limited(
+            model: object, about: Facts, pixels: torch.Tensor, frames: int
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if len(pixels) > 1:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return moments(self, pixels, length)
+            return posterior(model, about, pixels, frames)
 
-        monkeypatch.setattr(Autoencoder, "_moments", limited)
+        monkeypatch.setattr(autoencoders, "posterior", limited)
         return model
 
     def test_batch_halves_until_it_fits_and_the_rows_are_the_same(
@@ -151,9 +155,9 @@ class TestMemory:
     def test_a_frame_that_does_not_fit_is_one_clear_error(
         self, model: Autoencoder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(self: Autoencoder, pixels: torch.Tensor, length: int) -> None:
+        def full(*_: object) -> None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(Autoencoder, "_moments", full)
+        monkeypatch.setattr(autoencoders, "posterior", full)
         with pytest.raises(ValueError, match=r"one frame does not fit.*encoding\.resolution"):
             run(model, views())

@@ -15,7 +15,7 @@ from nextvid.encode import latents as maker
 from nextvid.encode import pipeline as piping
 from nextvid.encode import shard
 from nextvid.encode.autoencoders import Autoencoder
-from nextvid.encode.frames import Seen
+from nextvid.encode.frames import DecodedRow
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import plan_encode, spec_in_force
 from nextvid.planning.acceptance import in_force
@@ -53,7 +53,7 @@ def _crop(views: list[np.ndarray]) -> list[np.ndarray]:
 
 
 Views = list[np.ndarray]
-Rows = Mapping[bytes, Seen]  # of one forward
+Rows = Mapping[bytes, DecodedRow]  # of one forward
 
 
 def _frames_slip(slip: Callable[[Views], Views]) -> Callable[..., Any]:
@@ -63,7 +63,7 @@ def _frames_slip(slip: Callable[[Views], Views]) -> Callable[..., Any]:
         def wrong() -> Iterator[Rows]:
             for seen in forwards:
                 views = slip([one.frames for one in seen.values() if one.frames is not None])
-                yield {row: Seen(view, 0.0) for row, view in zip(seen, views, strict=True)}
+                yield {row: DecodedRow(view, 0.0) for row, view in zip(seen, views, strict=True)}
 
         return shard.encode_rows(model, spec, frames, wrong())
 

@@ -214,7 +214,7 @@ def test_hostile_pickle_runs_nothing_and_the_remedy_is_named(tmp_path: Path) -> 
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"state_dict": Trap()}, tmp_path / "v.pt")
-    with pytest.raises(ConfigError, match=r"wants to run code.*weights_only=False"):
+    with pytest.raises(ConfigError, match=r"runs code.*weights_only=False"):
         vavae.import_vavae(tmp_path / "v.pt", tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
