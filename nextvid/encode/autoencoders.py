@@ -123,7 +123,9 @@ class Autoencoder:
             raise ConfigError(f"frames of {(height, width)} pixels are no multiple of the stride {self.stride}")
         if self.about.side not in (None, height) or self.about.side not in (None, width):
             raise ConfigError(f"frames of {(height, width)} pixels: this encoder takes {self.about.side} only")
-        frames, length = self._gathered(clips), len(clips[0])
+        length, pinned = len(clips[0]), self._like.is_cuda  # a GPU copies from pinned memory
+        frames = torch.empty((length * len(clips), *clips[0].shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        np.concatenate(clips, out=frames.numpy())
         flat = None if noise is None else torch.from_numpy(rearrange(noise, "n f C h w -> (n f) C h w"))
         return self._in_memory(self._unit(length), lambda: self._queue(frames, flat, len(clips), length))
 
@@ -190,14 +192,6 @@ class Autoencoder:
                 torch.cuda.empty_cache()
             self.when_halved(self.frames_at_once)
 
-    def _gathered(self, clips: Sequence[Frames]) -> UInt8[Tensor, "N H W 3"]:
-        """The clips' frames in one host tensor, pinned where a GPU copies from it."""
-        frames = torch.empty(
-            (sum(map(len, clips)), *clips[0].shape[1:]), dtype=torch.uint8, pin_memory=self._like.is_cuda
-        )
-        np.concatenate(clips, out=frames.numpy())
-        return frames
-
     def _to_input(self, frames: UInt8[Tensor, "N H W 3"]) -> Tensor:
         """Bytes to [-1, 1] in the model's dtype, space folded to depth where the wrapper says so."""
         pixels = rearrange(frames.to(self._like.device, non_blocking=True), "N H W C -> N C H W")
@@ -253,7 +247,10 @@ def posterior(model: Any, about: Facts, pixels: Pixels, frames: int) -> tuple[La
         case "autoencoder_dc":
             return model.encode(pixels).latent.float(), None
         case "autoencoder_kl_cosmos":
-            clips = _padded(rearrange(pixels, "(n F) c H W -> n c F H W", F=frames), about)
+            clips = rearrange(pixels, "(n F) c H W -> n c F H W", F=frames)
+            # encoders over time pad the last group without a warning: here by the last frame
+            if missing := frames_shown(about.time_map, about.latent_frames(frames)) - frames:
+                clips = torch.cat([clips, repeat(clips[:, :, -1], "n c H W -> n c p H W", p=missing)], dim=2)
             mean = model.encode(clips).latent_dist.mode().float()  # its distribution is a point
             return rearrange(mean, "n C f h w -> (n f) C h w"), None
         case "siglip":
@@ -276,12 +273,6 @@ def rebuilt(model: Any, about: Facts, latents: Latents, frames: int) -> Pixels: 
         case _:
             pixels: Pixels = model.decode(latents).sample
             return pixels
-
-
-def _padded(clips: Float[Tensor, "n c F H W"], about: Facts) -> Float[Tensor, "n c P H W"]:
-    """The last frame repeated until latent frames cover whole groups; encoders over time pad so without a warning."""
-    missing = frames_shown(about.time_map, about.latent_frames(clips.shape[2])) - clips.shape[2]
-    return torch.cat([clips, repeat(clips[:, :, -1], "n c H W -> n c p H W", p=missing)], dim=2) if missing else clips
 
 
 def _diffusers(folder: Path, dtype: torch.dtype) -> torch.nn.Module:

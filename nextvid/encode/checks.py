@@ -85,6 +85,7 @@ def publish_outcome(
     )
     publish_verdict(path, ASSET, checks)
     picture = root.preview("latents", plan.batch)
+    stored = now.good.sort("row_id").select("row_id", "crc32c").iter_rows()
     return Outcome(
         asset=ASSET,
         partition=plan.batch,
@@ -93,7 +94,7 @@ def publish_outcome(
         size_bytes=sum(spec.row_bytes(frames) for frames in now.good["frames"].to_list()),
         seconds=seconds,
         quarantined=now.commits.height - now.kept,
-        digest=_digest(now.good, spec),
+        digest=digest([spec.digest(), [[row.hex(), crc] for row, crc in stored]]),  # in whatever part a row is
         numbers=_numbers(plan, now.good, report),
         pictures={"source, reconstruction, difference, channels": picture} if exists(picture) else {},
         checks=checks,
@@ -189,12 +190,6 @@ def shard_costs(commits: pl.DataFrame, spec: EncodingSpec) -> pl.DataFrame:
         .agg(pl.len().alias("rows"), pl.col(*names).sum())
         .sort("frames", "part", "shard")
     )
-
-
-def _digest(good: pl.DataFrame, spec: EncodingSpec) -> str:
-    """Identity of what is stored: the spec and each row with its checksum, in whatever part it is."""
-    rows = good.sort("row_id").select("row_id", "crc32c").iter_rows()
-    return digest([spec.digest(), [[row.hex(), crc] for row, crc in rows]])
 
 
 def _real(value: object) -> float:

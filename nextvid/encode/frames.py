@@ -76,7 +76,6 @@ class Decoding:
         self._waiting: deque[Job] = deque()
         self._bound_bytes = TASKS_AHEAD * workers * TASK_BYTES if bound_bytes is None else bound_bytes
         self._held_bytes = 0
-        self.peak_bytes = 0  # most that was ever held
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +106,6 @@ class Decoding:
             ):
                 job = self._waiting.popleft()
                 self._held_bytes += job.size_bytes
-                self.peak_bytes = max(self.peak_bytes, self._held_bytes)
                 job.future = self.submit(job)
 
     def submit(self, job: Job) -> "Future[Decoded]":

@@ -88,7 +88,10 @@ def write_folder(converted: Mapping[str, torch.Tensor], config: Mapping[str, Any
 
     model = diffusers.AutoencoderKL(**config)
     wanted = {name: value.shape for name, value in model.state_dict().items()}
-    fitted = {name: _squeezed(name, value) for name, value in converted.items()}
+    fitted = {  # attention's 1 x 1 convolutions are matrices in diffusers
+        name: value[..., 0, 0] if ".attentions." in name and value.ndim == 4 else value
+        for name, value in converted.items()
+    }
     wrong = sorted(name for name, value in fitted.items() if wanted.get(name) != value.shape)
     if missing := sorted(set(wanted) - set(fitted)):
         raise ConfigError(f"{len(missing)} tensors are missing, the first is {missing[0]}: this is not VA-VAE f16d32")
@@ -100,21 +103,16 @@ def write_folder(converted: Mapping[str, torch.Tensor], config: Mapping[str, Any
         (temporary / "nextvid.json").write_text(json.dumps({"kind": "autoencoder_kl", "patch": 1}) + "\n")
 
 
-def _squeezed(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Attention's 1 x 1 convolutions as the matrices that diffusers multiplies by."""
-    return value[..., 0, 0] if ".attentions." in name and value.ndim == 4 else value
-
-
 def _state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint, flat or in the trainer's wrapper. Raises ConfigError for anything unexpected."""
     found = _load(path)
     state = found.get("state_dict", found)
-    strangers = sorted(set(found) - _LIGHTNING - {"state_dict"}) if "state_dict" in found else []
+    unknown = sorted(set(found) - _LIGHTNING - {"state_dict"}) if "state_dict" in found else []
     if not isinstance(state, dict):
         raise ConfigError(f"{path}: 'state_dict' holds {type(state).__name__}, a dictionary of tensors was expected")
-    strangers += sorted(str(name) for name in state if not str(name).startswith(_KEPT + _IGNORED))
-    if strangers:
-        raise ConfigError(f"{path}: {len(strangers)} entries are none of VA-VAE's, the first is '{strangers[0]}'")
+    unknown += sorted(str(name) for name in state if not str(name).startswith(_KEPT + _IGNORED))
+    if unknown:
+        raise ConfigError(f"{path}: {len(unknown)} entries are none of VA-VAE's, the first is '{unknown[0]}'")
     for name, value in state.items():
         if name.startswith(_KEPT) and not isinstance(value, torch.Tensor):
             raise ConfigError(f"{path}: '{name}' is no tensor but {type(value).__name__}")
