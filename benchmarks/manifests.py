@@ -21,7 +21,7 @@ import tyro
 
 from benchmarks.measure import machine, show, write
 from nextvid.config.project import Project, open_project
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.making.publishing import publish_latest
 from nextvid.planning.acceptance import in_force
 from nextvid.trainset.trainset import Trainset, make_trainset
@@ -103,7 +103,7 @@ def _write(folder: Path, batches: int, rows: int) -> int:
     (folder / "corpus.yaml").write_text(CORPUS.format(root=root_folder, autoencoder=autoencoder, frames=FRAMES))
     project = open_project(folder / "corpus.yaml")
     in_force(project)
-    root, spec = project.root, spec_in_force(project)
+    root, spec = project.root, accepted_spec(project)
     LatentStore(root, spec).create()
     rng, size_bytes = np.random.default_rng(0), 0
     inputs: dict[str, list[str]] = {}

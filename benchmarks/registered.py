@@ -13,7 +13,7 @@ import polars as pl
 
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import batch_fingerprint, update_sources
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.planning.acceptance import in_force
 from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
@@ -47,7 +47,7 @@ def register(folder: Path, batches: int, files: int) -> Project:
 
 def make_batch(project: Project, batch: str) -> None:
     """The tables, verdicts and shard of one batch, as its listing is now; rows that are stored already stay."""
-    root, spec = project.root, spec_in_force(project)
+    root, spec = project.root, accepted_spec(project)
     sources = read_table(root.table("sources", batch), Sources).filter(pl.col("gone_at").is_null())
     ids = {noun: [_id(noun, *row) for row in _keys(sources)] for noun in ("media", "shot", "clip", "row")}
     media = sources.select("uri", "revision", "dataset", "batch", "path", "kind", "size_bytes").with_columns(

@@ -17,7 +17,7 @@ import polars as pl
 from jaxtyping import Float64
 
 from nextvid.config.project import Project
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_latest, publish_verdict
 from storage.atomic import exists, publish_json
@@ -99,7 +99,7 @@ def make_latent_stats(project: Project) -> Outcome:
     Batches whose checks have not passed are left out. Raises UpstreamError where none has passed or no row is left.
     """
     began = time.perf_counter()
-    root, spec = project.root, spec_in_force(project)
+    root, spec = project.root, accepted_spec(project)
     verdicts = {batch: read_checks(root.latents_checks(spec.digest(), batch)) for batch in root.batches("clips")}
     taken = [batch for batch, checks in verdicts.items() if checks is not None and checks["passed"]]
     if not taken:

@@ -91,7 +91,7 @@ def encoding_spec(project: Project) -> EncodingSpec:
     )
 
 
-def spec_in_force(project: Project) -> EncodingSpec:
+def accepted_spec(project: Project) -> EncodingSpec:
     """The accepted spec where there is one, else that of corpus.yaml.
 
     Raises RefusedError where the accepted spec names an autoencoder that corpus.yaml no longer points at.
@@ -118,7 +118,7 @@ def pixel_spec(project: Project, encoding: EncodingSpec) -> PixelSpec | None:
 
 def plan_encode(project: Project, batch: str, spec: EncodingSpec | None = None) -> BatchPlan[EncodingSpec]:
     """Rows of a batch without latents in a spec, the accepted one unless told. Raises UpstreamError without clips."""
-    return plan_batch(project, batch, LatentStore(project.root, spec or spec_in_force(project)))
+    return plan_batch(project, batch, LatentStore(project.root, spec or accepted_spec(project)))
 
 
 def plan_batch(project: Project, batch: str, store: Store[S]) -> BatchPlan[S]:

@@ -13,7 +13,7 @@ import polars as pl
 from nextvid.config.accepted import Accepted, accepted
 from nextvid.config.project import Project
 from nextvid.corpus.batches import dataset_of
-from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch, plan_encode, spec_in_force
+from nextvid.encode.plan import BatchPlan, accepted_spec, encoding_spec, pixel_spec, plan_batch, plan_encode
 from nextvid.planning.acceptance import others, outdated
 from nextvid.planning.waiting import curation_of
 from storage.latents import EncodingSpec, LatentStore
@@ -124,7 +124,7 @@ def forecast(project: Project, batch: str | None = None) -> Forecast:
     asked, other = encoding_spec(project), outdated(project)
     now: tuple[Cost, ...] = ()
     if "encoding" not in other or asked.autoencoder == _autoencoder_in_force(project):
-        now = costs(project, ready, spec_in_force(project))
+        now = costs(project, ready, accepted_spec(project))
     return Forecast(
         accepted(project.root),
         other,

@@ -16,7 +16,7 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.encode.latent_stats import Moments, moments
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.making.publishing import read_latest
 from storage import reader
 from storage.atomic import read_bytes, read_json
@@ -60,7 +60,7 @@ class Selection:
 
 def select(project: Project) -> Selection:
     """Choose. Raises UpstreamError where `duplicates` is missing or old, too few batches are ready, or no row is."""
-    root, spec = project.root, spec_in_force(project)
+    root, spec = project.root, accepted_spec(project)
     duplicates, known = _known_to_duplicates(root)
     verdicts = {batch: _verdict(project, spec, batch, known) for batch in _pretraining_batches(project)}
     taken = tuple(sorted(batch for batch, (_, reason) in verdicts.items() if reason is None))

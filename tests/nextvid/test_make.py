@@ -8,7 +8,7 @@ import pytest
 
 from nextvid import make as module
 from nextvid.config.project import Project
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.graph import BY_BATCH, Asset
 from nextvid.make import Request, make
 from nextvid.making.outcome import Check, Number, Outcome
@@ -188,7 +188,7 @@ def test_a_changed_encoding_waits_for_a_person_unless_told_otherwise(
     folder, specs = write_autoencoder(tmp_path / "autoencoder"), []
 
     def noting(project: Project, batch: str, on_pace: object) -> Outcome:
-        specs.append(spec_in_force(project).resolution)
+        specs.append(accepted_spec(project).resolution)
         return Outcome("latents", batch, made=True, rows=1, size_bytes=1, seconds=0.0)
 
     monkeypatch.setattr("nextvid.encode.latents.make_latents", noting)

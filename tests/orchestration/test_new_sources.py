@@ -15,7 +15,7 @@ import pytest
 from assets.resources import ProjectResource
 from nextvid.config.project import Project
 from nextvid.corpus.sources import update_sources
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from orchestration.schedules import NIGHT, nightly_at
 from orchestration.sensors import apply_partitions
 from storage.errors import CorpusError
@@ -232,4 +232,4 @@ def test_two_instances_on_one_root_make_each_row_once(project: Project, tmp_path
     rows = committed(project)
     assert rows.height > 20
     assert rows["row_id"].n_unique() == rows.height
-    assert LatentStore(project.root, spec_in_force(project)).verify() == []
+    assert LatentStore(project.root, accepted_spec(project)).verify() == []

@@ -9,7 +9,7 @@ import pytest
 
 from nextvid.config.accepted import accepted
 from nextvid.config.project import Project
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.planning.acceptance import accept_asked, outdated
 from nextvid.planning.waiting import curation_of
 from storage.latents import LatentStore
@@ -109,7 +109,7 @@ def test_a_new_file_goes_on_with_the_encoding_in_force(project: Project, instanc
     drop(other)
     tick(other, instance)
     assert run(other, instance, tick(other, instance)) == [True]
-    assert spec_in_force(other).resolution == 64
+    assert accepted_spec(other).resolution == 64
     assert committed(other).height > before.height
     assert [store.spec.resolution for store in LatentStore.every(other.root)] == [64]
 

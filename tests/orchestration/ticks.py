@@ -7,7 +7,7 @@ import polars as pl
 
 from assets.resources import ProjectResource
 from nextvid.config.project import Project, open_project
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
 from storage.latents import LatentStore
 from tests.orchestration.conftest import load_defs
@@ -40,7 +40,7 @@ def run(project: Project, instance: dg.DagsterInstance, requests: Sequence[dg.Ru
 
 def committed(project: Project) -> pl.DataFrame:
     """Every committed row that is ok."""
-    store = LatentStore(project.root, spec_in_force(project))
+    store = LatentStore(project.root, accepted_spec(project))
     commits = pl.concat([store.commits(batch) for batch in project.root.batches("clips")])
     return commits.filter(pl.col("status") == "ok")
 

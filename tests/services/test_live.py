@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from nextvid.corpus.manifest import split_of
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.making.publishing import read_latest
 from storage.atomic import read_json
 from storage.digest import digest_file
@@ -28,7 +28,7 @@ UNWANTED = {"CANCELED", "FAILURE"}
 
 def encoded(live: Live) -> pl.DataFrame:
     """Committed rows that are ok."""
-    store = LatentStore(live.project.root, spec_in_force(live.project))
+    store = LatentStore(live.project.root, accepted_spec(live.project))
     commits = [store.commits("none"), *(store.commits(batch) for batch in live.project.root.batches("clips"))]
     return pl.concat(commits).filter(pl.col("status") == "ok")
 

@@ -15,7 +15,7 @@ from assets.ray_launcher import RUN
 from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.make import Request, make
 from nextvid.planning.acceptance import in_force
 from nextvid.train.pretrain import prepare_run
@@ -117,7 +117,7 @@ def scaled(
 
 def rows(project: Project) -> pl.DataFrame:
     """Every committed row with the checksum of its bytes, wherever it stands."""
-    store = LatentStore(project.root, spec_in_force(project))
+    store = LatentStore(project.root, accepted_spec(project))
     commits = pl.concat([store.commits(batch) for batch in store.batches()])
     return commits.select("row_id", "batch", "frames", "status", "crc32c").sort("batch", "row_id")
 
@@ -146,7 +146,7 @@ def test_an_encode_over_ray_into_a_bucket_equals_the_local_one_and_survives_a_ki
     wait_for(lambda: {scaled.run(run)["status"] for run in launched} == {"SUCCESS"}, 600)
     assert "ExecutionStepUpForRetryEvent" in steps(), "what ran on the killed worker was tried again"
     assert rows(there).equals(rows(here))
-    assert LatentStore(there.root, spec_in_force(there)).verify() == []
+    assert LatentStore(there.root, accepted_spec(there)).verify() == []
 
 
 def test_the_history_is_in_postgres(scaled: Live) -> None:

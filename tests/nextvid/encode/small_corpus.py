@@ -13,7 +13,7 @@ from PIL import Image
 
 from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project, open_project
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from storage.digest import digest, digest_file
 from storage.latents import LatentStore
 from storage.reader import read_row
@@ -144,7 +144,7 @@ def begin(folder: Path, autoencoder: Path, **encoding: Any) -> Project:
 
 def stored(project: Project, batch: str) -> dict[bytes, np.ndarray]:
     """Every committed row, read through zarr."""
-    store = LatentStore(project.root, spec_in_force(project))
+    store = LatentStore(project.root, accepted_spec(project))
     good = store.commits(batch).filter(pl.col("status") == "ok")
     return {
         row["row_id"]: read_row(store, batch, row["frames"], row["part"], row["slot"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nextvid.config.project import Project
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import plan_encode, spec_in_force
+from nextvid.encode.plan import accepted_spec, plan_encode
 from storage import atomic
 from storage.errors import ConfigError, DamagedError
 from storage.latents import LatentStore
@@ -97,7 +97,7 @@ def test_a_file_that_went_costs_its_rows_and_the_batch_goes_on(
         gone.write_bytes(content + b"one byte more")
     outcome = make_latents(project, FILMS)
     assert (outcome.rows, outcome.quarantined) == (16, 8)
-    commits = LatentStore(project.root, spec_in_force(project)).commits(FILMS)
+    commits = LatentStore(project.root, accepted_spec(project)).commits(FILMS)
     lost = commits.filter(pl.col("status") == "quarantined")
     assert set(lost["reason"]) == {"missing" if change == "vanished" else "changed"}
     assert set(lost["row_id"]) == set(clips.filter(pl.col("uri") == str(gone))["row_id"])
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_no_shard_and_the_next_call_goes_on(
         patched.setattr(atomic, "_sync", full)
         with pytest.raises(OSError, match="No space left"):
             make_latents(project, FILMS)
-    store = LatentStore(project.root, spec_in_force(project))
+    store = LatentStore(project.root, accepted_spec(project))
     assert set(store.commits(FILMS)["shard"]) in ({0, 1}, {0, 1, 3})  # whole ones; the fourth was at the door
     assert not list(Path(project.root.url).rglob(f"*{atomic.SUFFIX}"))
     assert store.verify(FILMS) == []

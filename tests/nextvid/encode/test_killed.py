@@ -13,7 +13,7 @@ import pytest
 
 from nextvid.config.project import Project, open_project
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from storage.latents import LatentStore
 from tests.nextvid.encode.conftest import shards_of_four
 from tests.nextvid.encode.small_corpus import FILMS, F, begin, stored
@@ -93,7 +93,7 @@ def finish(project: Project, unkilled: dict[bytes, np.ndarray]) -> None:
     assert again.keys() == unkilled.keys()
     for row, values in again.items():
         np.testing.assert_array_equal(values, unkilled[row])
-    store = LatentStore(project.root, spec_in_force(project))
+    store = LatentStore(project.root, accepted_spec(project))
     assert store.parts(FILMS, 4) == [0]
     assert [problem for problem in store.verify(FILMS) if not problem.file.endswith(".partial")] == []
 

@@ -17,7 +17,7 @@ import pytest
 
 from nextvid.config.project import Project, open_project
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from storage import atomic
 from storage.latents import LatentStore
 from storage.pixels import every_store
@@ -117,7 +117,7 @@ def recovered(folder: Path, unkilled: Rows) -> Killed:
         assert committed(project) == unkilled
         atomic.remove_leftovers(project.root.url, older_than_s=0)
         assert [problem for store in every_store(project.root) for problem in store.verify()] == []
-        assert LatentStore(project.root, spec_in_force(project)).parts(FILMS, F) == [0]
+        assert LatentStore(project.root, accepted_spec(project)).parts(FILMS, F) == [0]
     assert not list((folder / "root").rglob(".*.partial"))
     return Killed(stood, len(temporary), len(orphans))
 

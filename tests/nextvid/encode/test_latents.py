@@ -16,7 +16,7 @@ from nextvid.encode.decode_task import CropBox
 from nextvid.encode.frames import DecodedRow
 from nextvid.encode.latent_stats import moments
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import plan_encode, spec_in_force
+from nextvid.encode.plan import accepted_spec, plan_encode
 from nextvid.making.outcome import Outcome
 from nextvid.making.progress import Pace
 from storage.errors import UpstreamError
@@ -109,7 +109,7 @@ class TestEncode:
         outcome = make_latents(project, FILMS)
         assert outcome.numbers["encoded"] == 12
         assert outcome.rows == 24
-        store = LatentStore(project.root, spec_in_force(project))
+        store = LatentStore(project.root, accepted_spec(project))
         assert store.parts(FILMS, F) == [0, 1]
         after = stored(project, FILMS)
         for row, values in before.items():
@@ -118,7 +118,7 @@ class TestEncode:
     def test_commits_carry_sums_of_what_is_stored(self, made: tuple[Project, Outcome]) -> None:
         project, _ = made
         held = stored(project, FILMS)
-        store = LatentStore(project.root, spec_in_force(project))
+        store = LatentStore(project.root, accepted_spec(project))
         for row in store.commits(FILMS).iter_rows(named=True):
             exact = held[row["row_id"]].astype(np.float64)
             np.testing.assert_allclose(row["sums"], exact.sum((0, 2, 3)), rtol=1e-12)
@@ -132,7 +132,7 @@ class TestEncode:
 
     def test_costs_of_every_shard_add_up_to_the_metadata(self, project: Project, small_shards: None) -> None:
         outcome = make_latents(project, FILMS)
-        spec = spec_in_force(project)
+        spec = accepted_spec(project)
         commits = LatentStore(project.root, spec).commits(FILMS)
         spent = shard_costs(commits, spec)
         assert spent["rows"].to_list() == [4, 4, 4]
@@ -168,11 +168,11 @@ class TestEncode:
         publish_clips(project, FILMS, [clip_row(path, 0), clip_row(path, 3)])
         outcome = make_latents(project, FILMS)
         assert outcome.passed
-        assert spec_in_force(project).time_map == "causal4"
+        assert accepted_spec(project).time_map == "causal4"
         assert {row.shape for row in stored(project, FILMS).values()} == {(2, 4, 8, 8)}  # of F = 4 frames
-        commits = LatentStore(project.root, spec_in_force(project)).commits(FILMS)
+        commits = LatentStore(project.root, accepted_spec(project)).commits(FILMS)
         held = np.stack([stored(project, FILMS)[row].astype(np.float64) for row in commits["row_id"]])
-        found = moments(commits, spec_in_force(project))
+        found = moments(commits, accepted_spec(project))
         np.testing.assert_allclose(found.mean, held.mean(axis=(0, 1, 3, 4)), atol=1e-9)
         np.testing.assert_allclose(found.std, held.std(axis=(0, 1, 3, 4)), rtol=1e-9)
 
@@ -195,7 +195,7 @@ class TestEncode:
     def test_keepbits_and_posterior_sample_come_back_too(self, tmp_path: Path, random_autoencoder: Path) -> None:
         made = write_corpus(tmp_path, random_autoencoder, posterior="sample", storage="keepbits7", precision="bf16")
         publish_clips(made, STILLS, [clip_row(path, 0) for path in stills(tmp_path)])
-        spec = spec_in_force(made)
+        spec = accepted_spec(made)
         ids = pl.read_parquet(made.root.table("clips", STILLS))["row_id"].to_list()
         views = {row: DecodedRow(texture(i, 1), 0.0) for i, row in enumerate(ids)}
         model = Autoencoder.load(random_autoencoder, precision="bf16")
@@ -234,14 +234,14 @@ class TestFailures:
         assert outcome.quarantined == 1
         assert not outcome.passed  # a third is over the budget
         with pytest.raises(UpstreamError, match="counts"):
-            require_checks(project.root.latents_checks(spec_in_force(project).digest(), FILMS), "latents")
+            require_checks(project.root.latents_checks(accepted_spec(project).digest(), FILMS), "latents")
 
     def test_file_that_changed_since_it_was_listed_gives_no_row(self, project: Project, tmp_path: Path) -> None:
         path = films(tmp_path, 1)[0]
         publish_clips(project, FILMS, [clip_row(path, 0)])
         write_video(path, texture(77))
         make_latents(project, FILMS)
-        commits = LatentStore(project.root, spec_in_force(project)).commits(FILMS)
+        commits = LatentStore(project.root, accepted_spec(project)).commits(FILMS)
         assert commits["reason"].to_list() == ["changed"]
 
     def test_constant_rows_are_quarantined(self, project: Project, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ class TestUnstorable:
             patched.setattr(shard, "unstorable", broken)
             with pytest.raises(shard.UnstorableError, match=bad.hex()):
                 make_latents(project, FILMS)
-        spec = spec_in_force(project)
+        spec = accepted_spec(project)
         assert LatentStore(project.root, spec).commits(FILMS).height == 4
         with pytest.raises(UpstreamError, match="finite"):
             require_checks(project.root.latents_checks(spec.digest(), FILMS), "latents")

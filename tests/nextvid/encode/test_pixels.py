@@ -13,7 +13,7 @@ from nextvid.config.project import Project, open_project
 from nextvid.encode import pixels as writer
 from nextvid.encode.frames import DecodedRow, Decoding
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import BatchPlan, pixel_spec, plan_batch, spec_in_force
+from nextvid.encode.plan import BatchPlan, accepted_spec, pixel_spec, plan_batch
 from nextvid.encode.roundtrip import psnr_db
 from nextvid.making.outcome import Check, Outcome
 from nextvid.planning.costs import forecast
@@ -48,7 +48,7 @@ def with_pixels(project: Project) -> Project:
 
 
 def planned(project: Project, batch: str = FILMS) -> BatchPlan[PixelSpec]:
-    spec = pixel_spec(project, spec_in_force(project))
+    spec = pixel_spec(project, accepted_spec(project))
     assert spec is not None
     return plan_batch(project, batch, PixelStore(project.root, spec))
 
@@ -106,7 +106,7 @@ class TestSamePass:
             true = expected(project, row)
             for frame, wanted in zip(held[row["row_id"]], true, strict=True):
                 assert psnr_db(frame, wanted) > 40
-        latents = LatentStore(project.root, spec_in_force(project))
+        latents = LatentStore(project.root, accepted_spec(project))
         assert store_of(project).commits(FILMS)["row_id"].to_list() == latents.commits(FILMS)["row_id"].to_list()
         assert store_of(project).verify() == []
 
@@ -151,12 +151,12 @@ class TestSamePass:
         self, plain: Project, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         make_latents(plain, FILMS)
-        spec = spec_in_force(plain)
+        spec = accepted_spec(plain)
         alone = LatentStore(plain.root, spec).commits(FILMS)["crc32c"].to_list()
         folder = tmp_path_factory.mktemp("both")
         both = begin(folder, Path(plain.corpus.encoding.autoencoder), pixels=PIXELS)
         make_latents(both, FILMS)
-        assert spec_in_force(both).digest() == spec.digest()
+        assert accepted_spec(both).digest() == spec.digest()
         assert LatentStore(both.root, spec).commits(FILMS)["crc32c"].to_list() == alone
 
 
@@ -176,7 +176,7 @@ class TestLater:
         outcome = make_latents(project, FILMS)
         assert outcome.made
         assert set(stored(project)) == set(pl.read_parquet(project.root.table("clips", FILMS))["row_id"])
-        checks = Path(project.root.latents_checks(spec_in_force(project).digest(), FILMS))
+        checks = Path(project.root.latents_checks(accepted_spec(project).digest(), FILMS))
         assert {p: t for p, t in all_files(plain.root.stores()).items() if p != checks} == {
             p: t for p, t in before.items() if p != checks
         }

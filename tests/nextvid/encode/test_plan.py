@@ -8,7 +8,7 @@ import pytest
 
 from nextvid.config.accepted import accept
 from nextvid.config.project import Project
-from nextvid.encode.plan import encoding_spec, plan_encode, spec_in_force, wanted_clips
+from nextvid.encode.plan import accepted_spec, encoding_spec, plan_encode, wanted_clips
 from storage.errors import ConfigError, RefusedError, UpstreamError
 from storage.latents import LatentStore
 from storage.schemas import Commits
@@ -79,7 +79,7 @@ class TestSpec:
         accept(project.root, project.asked, old.digest())
         asked = write_corpus(tmp_path, random_autoencoder, resolution=128)
         assert encoding_spec(asked) != old
-        assert spec_in_force(asked) == old
+        assert accepted_spec(asked) == old
 
     def test_accepted_spec_of_other_weights_is_refused(
         self, project: Project, tmp_path: Path, cosine_autoencoder: Path
@@ -88,7 +88,7 @@ class TestSpec:
         LatentStore(project.root, old).create()
         accept(project.root, project.asked, old.digest())
         with pytest.raises(RefusedError, match="put the old weights back, or accept"):
-            spec_in_force(write_corpus(tmp_path, cosine_autoencoder))
+            accepted_spec(write_corpus(tmp_path, cosine_autoencoder))
 
 
 class TestPlan:

@@ -17,7 +17,7 @@ from nextvid.encode import shard
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import DecodedRow
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import plan_encode, spec_in_force
+from nextvid.encode.plan import accepted_spec, plan_encode
 from nextvid.planning.acceptance import in_force
 from storage.errors import RefusedError, StoreError
 from storage.latents import LatentStore
@@ -94,7 +94,7 @@ class TestRoundTrip:
         monkeypatch.setattr(piping, "encode_rows", slip)
         with pytest.raises(StoreError, match="round trip"):
             make_latents(project, FILMS)
-        spec = spec_in_force(project)
+        spec = accepted_spec(project)
         assert LatentStore(project.root, spec).commits(FILMS).height == 0
         checks = read_checks(project.root.latents_checks(spec.digest(), FILMS))
         assert checks is not None
@@ -113,7 +113,7 @@ class TestRoundTrip:
         monkeypatch.setattr(piping, "encode_rows", silent)
         with pytest.raises(StoreError, match="6 tries failed"):
             make_latents(project, FILMS)
-        assert read_checks(project.root.latents_checks(spec_in_force(project).digest(), FILMS)) is None
+        assert read_checks(project.root.latents_checks(accepted_spec(project).digest(), FILMS)) is None
 
     def test_two_rows_swapped_are_refused_where_one_of_them_is_sampled(
         self, project: Project, monkeypatch: pytest.MonkeyPatch

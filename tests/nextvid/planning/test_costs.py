@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.encode.plan import encoding_spec, spec_in_force
+from nextvid.encode.plan import accepted_spec, encoding_spec
 from nextvid.planning.acceptance import accept_asked, in_force, outdated
 from nextvid.planning.costs import Rate, forecast, rates
 from storage.errors import UpstreamError
@@ -84,7 +84,7 @@ def test_another_resolution_is_outdated_until_it_is_accepted(corpus: Corpus) -> 
     assert "2 batches are outdated" in found.text()
     accept_asked(project)
     assert outdated(project) == ()
-    assert spec_in_force(project) == encoding_spec(project)
+    assert accepted_spec(project) == encoding_spec(project)
     assert [cost.rows for cost in forecast(project).now] == [6, 2]
 
 

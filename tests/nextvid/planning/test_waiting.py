@@ -10,7 +10,7 @@ import pytest
 from benchmarks.registered import make_batch, register
 from nextvid.config.project import Project
 from nextvid.corpus.sources import update_sources
-from nextvid.encode.plan import spec_in_force
+from nextvid.encode.plan import accepted_spec
 from nextvid.planning import waiting as module
 from nextvid.planning.waiting import standard, waiting
 from storage.errors import TableError
@@ -41,7 +41,7 @@ def asked(project: Project) -> list[str]:
 
 
 def commit_of(project: Project, batch: str) -> Path:
-    return Path(LatentStore(project.root, spec_in_force(project)).part(batch, 1, 0).commit_path(0))
+    return Path(LatentStore(project.root, accepted_spec(project)).part(batch, 1, 0).commit_path(0))
 
 
 def lose_a_commit(project: Project) -> None:
