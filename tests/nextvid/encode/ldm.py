@@ -1,7 +1,7 @@
 """The encoder and decoder of latent diffusion models, written from their public description and named as they name it.
 
 Independent of diffusers and of the converter that it tests: modules carry the names of the published checkpoint
-(`encoder.down.4.attn.0.q`, `decoder.up.0.block.2.conv1`), attention stands in the lowest level and in the middle, and
+(`encoder.down.4.attn.0.q`, `decoder.up.0.block.2.conv1`), attention is in the lowest level and in the middle, and
 the decoder's levels count from the finest. Small widths for numerics, the real ones for the list of tensors.
 
 Axes: B frames, C channels, H W cells.

@@ -57,7 +57,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 def write_corpus(folder: Path, autoencoder: Path, **given: Any) -> Project:
     """corpus.yaml with one dataset of videos and one of images; `given` are keys of `execution` and `encoding`."""
     execution = {name: given.pop(name) for name in MachineConfig.model_fields if name in given}
-    said = {
+    content = {
         "root": "root",
         "execution": {"batch_frames": 16, "device": "cpu"} | execution,
         "encoding": {"autoencoder": str(autoencoder), "resolution": SIDE} | given,
@@ -68,7 +68,7 @@ def write_corpus(folder: Path, autoencoder: Path, **given: Any) -> Project:
     }
     for name in ("films", "stills"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "corpus.yaml").write_text(yaml.safe_dump(said))
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(content))
     return open_project(folder / "corpus.yaml")
 
 

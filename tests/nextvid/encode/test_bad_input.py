@@ -44,8 +44,8 @@ def _tensor(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def _config(folder: Path, **changed: Any) -> None:
-    said = json.loads((folder / "config.json").read_text()) | changed
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    config = json.loads((folder / "config.json").read_text()) | changed
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ KL = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 128, 256, 256,
 
 
 def spec(**changed: Any) -> str:
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "autoencoder": "0" * 32,
         "resolution": 256,
         "resize": "bicubic",
@@ -29,7 +29,7 @@ def spec(**changed: Any) -> str:
         "width": 16,
         "time_map": "frame",
     }
-    return EncodingSpec(**said | changed).digest()
+    return EncodingSpec(**fields | changed).digest()
 
 
 def folder(path: Path, config: dict[str, Any] | None, weights: str, **wrapper: Any) -> str:

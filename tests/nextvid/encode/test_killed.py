@@ -1,4 +1,4 @@
-"""kill -9 at every step that publishes: what stands is whole, and the finished store equals one never killed.
+"""kill -9 at every step that publishes: what is committed is whole, and the finished store equals one never killed.
 
 The disk of the child is slow, so that its encoder runs ahead as far as it may: what a kill loses is the most it can.
 """
@@ -73,7 +73,7 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory, cosine_autoencoder: Path)
 def killed_at(
     folder: Path, autoencoder: Path, unkilled: dict[bytes, np.ndarray], step: int, when: str
 ) -> tuple[Project, int, int]:
-    """A project whose encode was killed there, how many rows stood then, checked to be right, and how many were lost:
+    """A project whose encode was killed there, its committed rows, checked to be right, and how many rows were lost:
     begun and not committed."""
     begin(folder, autoencoder, batch_frames=F)
     command = [sys.executable, "-c", CHILD, str(folder / "corpus.yaml"), str(step), when]

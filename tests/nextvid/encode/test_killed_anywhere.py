@@ -104,9 +104,9 @@ def killed(folder: Path, forks: Forks, after_s: float) -> None:
 
 
 def recovered(folder: Path, unkilled: Rows) -> Killed:
-    """Look at what stands, encode the rest, sweep; the whole is that of an encode that nobody killed."""
+    """Check what is there, encode the rest, sweep; the whole is that of an encode that nobody killed."""
     project = open_project(folder / "corpus.yaml")
-    stood = commits(folder)
+    before = commits(folder)
     temporary = [str(path) for path in (folder / "root").rglob(".*.partial")]
     with shards_of_four():
         assert committed(project).items() <= unkilled.items()
@@ -119,7 +119,7 @@ def recovered(folder: Path, unkilled: Rows) -> Killed:
         assert [problem for store in every_store(project.root) for problem in store.verify()] == []
         assert LatentStore(project.root, accepted_spec(project)).parts(FILMS, F) == [0]
     assert not list((folder / "root").rglob(".*.partial"))
-    return Killed(stood, len(temporary), len(orphans))
+    return Killed(before, len(temporary), len(orphans))
 
 
 def kills(folder: Path, autoencoder: Path, forks: Forks, unkilled: tuple[Path, Rows], seeds: range) -> Iterator[Killed]:
@@ -149,7 +149,7 @@ def test_an_encode_killed_at_many_moments(
 ) -> None:
     found = list(kills(tmp_path, cosine_autoencoder, forks, unkilled, range(100, 300)))
     between = sum(0 < one.commits < SHARDS for one in found)
-    litter = sum(one.temporary > 0 or one.uncommitted > 0 for one in found)
-    assert (between > 60, litter > 30) == (True, True), (
-        f"of {len(found)}: {between} between commits, {litter} with litter"
+    leftover = sum(one.temporary > 0 or one.uncommitted > 0 for one in found)
+    assert (between > 60, leftover > 30) == (True, True), (
+        f"of {len(found)}: {between} between commits, {leftover} with leftover files"
     )

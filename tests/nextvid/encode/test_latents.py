@@ -285,7 +285,7 @@ class TestUnstorable:
     def test_shard_is_not_committed_and_the_checks_say_so(
         self, project: Project, monkeypatch: pytest.MonkeyPatch, small_shards: None, value: float
     ) -> None:
-        """One row of the second shard: the first stands, nothing of the second does, and mending goes on from there."""
+        """A row of the second shard: the first is kept, nothing of the second is; the next call goes on from there."""
         bad = plan_encode(project, FILMS).rows["row_id"][6]
         judge = shard.unstorable
 

@@ -303,7 +303,7 @@ class TestShard:
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("asked", "message"),
     [
         ({"quality": 0}, "encoding.pixels.quality"),
         ({"quality": 101}, "encoding.pixels.quality"),
@@ -311,6 +311,6 @@ class TestShard:
         ({"qualty": 90}, "did you mean 'quality'"),
     ],
 )
-def test_corpus_yaml_refuses(tmp_path: Path, cosine_autoencoder: Path, said: dict[str, Any], message: str) -> None:
+def test_corpus_yaml_refuses(tmp_path: Path, cosine_autoencoder: Path, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        write_corpus(tmp_path, cosine_autoencoder, pixels=said)
+        write_corpus(tmp_path, cosine_autoencoder, pixels=asked)

@@ -12,14 +12,14 @@ from tests.nextvid.corpus.encoded_corpus import Corpus, write_autoencoder
 from tests.nextvid.encode.small_corpus import FILMS, begin
 from tests.storage.read_only import read_only, tree
 
-SAID = r"cannot be written: .* is on a read-only file system\. Make it writable"
+MESSAGE = r"cannot be written: .* is on a read-only file system\. Make it writable"
 
 
 def test_encoding(tmp_path: Path, cosine_autoencoder: Path) -> None:
     """Before anything is decoded, in the middle of a batch's parts, and where nothing is left to do."""
     project = begin(tmp_path, cosine_autoencoder)
     before = tree(project.root.url)
-    with read_only(project.root.url) as refused, pytest.raises(UnwritableError, match=SAID) as caught:
+    with read_only(project.root.url) as refused, pytest.raises(UnwritableError, match=MESSAGE) as caught:
         make_latents(project, FILMS)
     assert project.root.url in str(caught.value)
     assert len(refused) == 1
@@ -34,7 +34,7 @@ def test_encoding(tmp_path: Path, cosine_autoencoder: Path) -> None:
     (commit,) = (path for path in done if path.endswith("/commits/000000.parquet"))
     Path(project.root.url, commit).unlink()  # a shard is to be written again
     part_done = tree(project.root.url)
-    with read_only(project.root.url), pytest.raises(UnwritableError, match=SAID):
+    with read_only(project.root.url), pytest.raises(UnwritableError, match=MESSAGE):
         make_latents(project, FILMS)
     assert tree(project.root.url) == part_done
     assert make_latents(project, FILMS).rows == 12
@@ -50,7 +50,7 @@ def test_statistics_and_trainset(tmp_path: Path) -> None:
     root = corpus.project.root.url
     for make in (make_latent_stats, make_trainset):
         before = tree(root)
-        with read_only(root), pytest.raises(UnwritableError, match=SAID):
+        with read_only(root), pytest.raises(UnwritableError, match=MESSAGE):
             make(corpus.project)
         assert tree(root) == before
         outcome = make(corpus.project)

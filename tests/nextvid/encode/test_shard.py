@@ -106,7 +106,7 @@ def test_the_next_forward_is_gathered_while_one_runs(model: Autoencoder, monkeyp
 
 
 class TestMemory:
-    """A device without memory for a batch: half of it from then on, said once, the same rows."""
+    """A device without memory for a batch: half of it from then on, told once, the same rows."""
 
     @pytest.fixture
     def small(self, model: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> Autoencoder:

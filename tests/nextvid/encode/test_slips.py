@@ -105,7 +105,7 @@ class TestRoundTrip:
     def test_a_store_that_does_not_answer_is_no_failed_check(
         self, project: Project, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The verdict that stands goes on, and what is complete is not dropped for a network."""
+        """The last verdict is kept: a complete batch is not dropped because of a network."""
 
         def silent(*_: Any) -> Any:
             raise StoreError("s3://bucket: 6 tries failed")

@@ -18,7 +18,7 @@ from tests.nextvid.encode.ldm import LDM, randomised
 
 WIDTHS = (8, 8, 12, 12, 16)
 SMALL: dict[str, Any] = vavae.CONFIG | {"block_out_channels": WIDTHS, "norm_num_groups": 4}
-# What stands beside the autoencoder in the published file, by the training source.
+# What is beside the autoencoder in the published file, by the training source.
 EXTRA = {
     "foundation_model.model.blocks.0.weight": torch.ones(3),
     "linear_proj.weight": torch.ones(2),
@@ -44,7 +44,7 @@ def ldm(monkeypatch: pytest.MonkeyPatch) -> LDM:
 
 
 def written(model: LDM, path: Path, wrapped: bool = False, **more: Any) -> Path:
-    """The model's tensors in the published layout, with what else stands in it."""
+    """The model's tensors in the published layout, with what else is in it."""
     state: dict[str, Any] = {**model.state_dict(), **EXTRA, **more}
     torch.save(LIGHTNING | {"state_dict": state} if wrapped else state, path)
     return path
