@@ -1,7 +1,9 @@
 """corpus.yaml: the one file that configures a project, as frozen, strict models, and how it is found and read."""
 
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
@@ -140,9 +142,15 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
     if not file.is_file():
         raise ConfigError(f"{file}: there is no corpus.yaml; name it with --corpus or the variable NEXTVID_CORPUS")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        twice = list(_keys_given_twice(yaml.compose(text, Loader=yaml.SafeLoader)))
+        values = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: byte {error.start} is no UTF-8: save the file as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not readable as YAML: {error}") from None
+    if twice:
+        raise ConfigError("\n".join(f"{file}: {line}" for line in twice))
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected keys such as 'root' and 'datasets', found {type(values).__name__}")
     encoding = values.get("encoding")
@@ -156,7 +164,40 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
     refuse_credentials(corpus.root, f"{file}, root")
     for name, dataset in corpus.datasets.items():
         refuse_credentials(dataset.uri, f"{file}, datasets.{name}.uri")
-    return _absolute(corpus, file.parent)
+    corpus = _absolute(corpus, file.parent)
+    _refuse_shared_files(corpus, file)
+    return corpus
+
+
+def _refuse_shared_files(corpus: CorpusConfig, file: Path) -> None:
+    """A file belongs to one dataset: its batch, split and labels do."""
+    folders = sorted((f"{dataset.uri.rstrip('/')}/", name) for name, dataset in corpus.datasets.items())
+    for (outer, one), (inner, other) in itertools.pairwise(folders):
+        if inner.startswith(outer):
+            where = "the same folder" if inner == outer else "a folder within the other's"
+            raise ConfigError(
+                f"{file}: datasets '{one}' and '{other}' list {where} ({inner}), so that a file would belong to both: "
+                "keep one of them, or give each a folder of its own"
+            )
+
+
+def _keys_given_twice(node: yaml.Node | None, where: str = "", seen: set[int] | None = None) -> Iterator[str]:
+    """A line for each key that a mapping has twice: YAML takes the last, and what the first said would be lost."""
+    seen = seen if seen is not None else set()
+    if node is None or id(node) in seen:  # an anchor is looked at once, however often it is used
+        return
+    seen.add(id(node))
+    lines: dict[str, int] = {}
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    for key, value in pairs:
+        name = str(key.value)
+        line = key.start_mark.line + 1
+        if name in lines:
+            yield f"'{where}{name}' is given twice, in lines {lines[name]} and {line}: keep one of them"
+        lines[name] = line
+        yield from _keys_given_twice(value, f"{where}{name}.", seen)
+    for value in node.value if isinstance(node, yaml.SequenceNode) else []:
+        yield from _keys_given_twice(value, where, seen)
 
 
 def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:

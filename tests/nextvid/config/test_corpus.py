@@ -103,6 +103,62 @@ def test_no_file_and_no_yaml(tmp_path: Path) -> None:
         load_corpus(tmp_path / "corpus.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("root: a\nroot: b\n", "'root' is given twice, in lines 1 and 2"),
+        ("datasets:\n  x: {uri: a}\n  y: {uri: b}\n  x: {uri: c}\n", "'datasets.x' is given twice, in lines 2 and 4"),
+        ("datasets: {x: {clips: [{fps: 1, fps: 2}]}}\n", "'datasets.x.clips.fps' is given twice"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "corpus.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_corpus(tmp_path / "corpus.yaml")
+    assert message in str(caught.value)
+
+
+def test_an_anchor_may_be_used_often(tmp_path: Path) -> None:
+    text = yaml.safe_dump(GOOD)
+    (tmp_path / "corpus.yaml").write_text(text)
+    assert "&" in text
+    assert load_corpus(tmp_path / "corpus.yaml").benchmarks["acts"].target == "action"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_that_is_no_utf8_is_one_line(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "corpus.yaml").write_bytes("root: données\n".encode(encoding))
+    with pytest.raises(ConfigError, match="save the file as UTF-8") as caught:
+        load_corpus(tmp_path / "corpus.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        ("films", "films", True),
+        ("films/", "films", True),
+        ("films", "films/train", True),
+        ("films/train", "films", True),
+        ("films", "films2", False),
+        ("films/a", "films/b", False),
+        ("s3://bucket/a", "s3://bucket/a/b", True),
+    ],
+)
+def test_two_datasets_that_list_the_same_files_are_refused(
+    tmp_path: Path, first: str, second: str, refused: bool
+) -> None:
+    values = GOOD | {"datasets": {"one": {"uri": first}, "two": {"uri": second}}, "benchmarks": {}}
+    (tmp_path / "corpus.yaml").write_text(yaml.safe_dump(values))
+    if not refused:
+        assert set(load_corpus(tmp_path / "corpus.yaml").datasets) == {"one", "two"}
+        return
+    with pytest.raises(ConfigError, match="would belong to both") as caught:
+        load_corpus(tmp_path / "corpus.yaml")
+    assert "'one'" in str(caught.value)
+    assert "'two'" in str(caught.value)
+
+
 def test_the_file_is_found_by_argument_then_variable_then_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
