@@ -74,14 +74,14 @@ def test_a_new_dataset_is_taken_as_it_is_and_waits_from_then_on(tmp_path: Path) 
     begun(tmp_path)
     more = write(
         tmp_path,
-        {"films": SHORT, "stills": STILLS, "clips": SHORT},
+        {"films": SHORT, "stills": STILLS, "clips": {**SHORT, "uri": "clips"}},
         benchmarks={"action": {**ACTION, "datasets": ["films", "clips"]}},
     )
     on = after(more).corpus
     assert on.datasets["clips"].clips[0].frames == 4
     assert on.datasets["films"].clips[0].frames == 8
     assert on.benchmarks["action"].datasets == ("films", "clips")
-    again = write(tmp_path, {"films": SHORT, "stills": STILLS, "clips": FILMS}, benchmarks={})
+    again = write(tmp_path, {"films": SHORT, "stills": STILLS, "clips": {**FILMS, "uri": "clips"}}, benchmarks={})
     on = after(again).corpus
     assert on.datasets["clips"].clips[0].frames == 4, "it was accepted when it was new"
     assert on.benchmarks["action"].datasets == ("films", "clips"), "so was the benchmark"
@@ -92,7 +92,7 @@ def test_a_new_benchmark_waits_where_rows_would_be_made_anew(tmp_path: Path) -> 
     other = {"datasets": ["stills", "more"], "target": "class", "policy": {"frames": 1}}
     new = write(
         tmp_path,
-        {"films": FILMS, "stills": STILLS, "more": STILLS},
+        {"films": FILMS, "stills": STILLS, "more": {**STILLS, "uri": "more"}},
         benchmarks={"action": ACTION, "what": other},
     )
     on = after(new).corpus

@@ -103,7 +103,7 @@ def test_ways_to_carry_out_that_exclude_each_other() -> None:
 def test_a_recipe_has_stages_and_strategies() -> None:
     with pytest.raises(ConfigError, match="at least one stage"):
         parse(RecipeConfig, changed("stages", value=[]), "here")
-    with pytest.raises(ConfigError, match=r"say masks\.keep = 'all'"):
+    with pytest.raises(ConfigError, match=r"set masks\.keep = 'all'"):
         parse(RecipeConfig, changed("masks", "strategies", value=[]), "here")
 
 
