@@ -53,7 +53,7 @@ def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
         metadata["rows_per_s"] = round(outcome.rows / outcome.seconds, 2)
     if outcome.digest:
         metadata["digest"] = outcome.digest
-    metadata.update(_values(outcome.numbers))
+    metadata.update(_values({**outcome.numbers, **outcome.made_from}))
     for title, path in outcome.pictures.items():
         if atomic.exists(path):
             metadata[title] = dg.MetadataValue.md(picture_markdown(atomic.read_bytes(path), title))

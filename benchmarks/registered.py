@@ -72,9 +72,9 @@ def make_batch(project: Project, batch: str) -> None:
         uses=pl.lit(["pretrain"]),
     )
     write_table(root.table("clips", batch), _columns(clips, Clips), Clips)
-    said = {"listing": batch_fingerprint(project, batch), "curation": project.corpus.curation_digest("pictures")}
+    made_from = {"listing": batch_fingerprint(project, batch), "curation": project.corpus.curation_digest("pictures")}
     for noun in ("media", "shots", "clips"):
-        publish_checks(root.checks(noun, batch), noun, [{"name": "written", "passed": True, "numbers": said}])
+        publish_checks(root.checks(noun, batch), noun, [{"name": "written", "passed": True}], made_from)
     _store(LatentStore(root, spec), batch, ids["row"])
     publish_checks(root.latents_checks(spec.digest(), batch), "latents", [{"name": "written", "passed": True}])
 

@@ -11,7 +11,7 @@ import dagster as dg
 from assets.declare import BATCHES, BENCHMARK
 from assets.resources import ProjectResource
 from nextvid.config.project import Project
-from nextvid.corpus.batches import BatchChange
+from nextvid.corpus.assignment import BatchChange
 from nextvid.graph import assets
 from orchestration.jobs import ingest
 from storage.errors import CorpusError

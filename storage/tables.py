@@ -109,14 +109,17 @@ def missing_rows(wanted: pl.DataFrame, done: pl.DataFrame, on: str | Sequence[st
     return wanted.join(done.select(on), on=on, how="anti", maintain_order="left")
 
 
-def publish_checks(path: str, asset: str, checks: Sequence[Mapping[str, Any]]) -> None:
-    """Write the verdicts on an asset: mappings with `name`, `passed`, and, where known, numbers, blocking, description.
+def publish_checks(
+    path: str, asset: str, checks: Sequence[Mapping[str, Any]], made_from: Mapping[str, str] | None = None
+) -> None:
+    """Write the checks of an asset: mappings with `name`, `passed`, and, where known, numbers, blocking, description.
 
-    A check without `blocking` blocks. Numbers that are not finite are written as text, since JSON has none.
+    `made_from` is what the asset was made from, a digest by name. A check without `blocking` blocks. Numbers
+    that are not finite are written as text, since JSON has none.
     """
     plain = [_plain(check) for check in checks]
     passed = all(check["passed"] for check in plain if check.get("blocking", True))
-    atomic.publish_json(path, {"asset": asset, "passed": passed, "checks": plain})
+    atomic.publish_json(path, {"asset": asset, "passed": passed, "made_from": dict(made_from or {}), "checks": plain})
 
 
 def read_checks(path: str) -> dict[str, Any] | None:
@@ -127,6 +130,10 @@ def read_checks(path: str) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("passed"), bool):
         raise TableError(f"{path} is no file of checks: remove it and make the asset again")
+    if not isinstance(found.get("made_from"), dict):
+        raise TableError(
+            f"{path} was written by a version before 0.1.0: remove it and make '{found.get('asset')}' again"
+        )
     return found
 
 

@@ -14,10 +14,11 @@ import polars as pl
 from nextvid.config.curation import FilterConfig
 from nextvid.config.datasets import DatasetConfig
 from nextvid.config.project import Project
-from nextvid.corpus.batches import config_of, dataset_of, latest
+from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.gallery import read_pictures, rejected_sheet
 from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of, split_of
+from nextvid.making.batches import config_of, dataset_of
 from nextvid.making.outcome import Check, Outcome, Progress
 from nextvid.making.publishing import counts, publish_table, publish_verdict, table_digest
 from storage import atomic, tables
@@ -49,12 +50,12 @@ def make_clips(project: Project, batch: str, progress: Progress | None = None) -
         hold_quota(rows, config.clips_per_media)
     clips = pl.DataFrame(rows, Clips.create_empty().schema, orient="row")
     clips = clips.sort("media_id", "shot_id", "frames", "row_id", "reason")
-    checks = _checks(clips, shots, project.corpus.curation_digest(dataset_of(batch)))
+    checks, made_from = _checks(clips, shots), {"curation": project.corpus.curation_digest(dataset_of(batch))}
     written = publish_table(root, "clips", batch, clips, Clips)
-    written |= publish_verdict(root.checks("clips", batch), "clips", checks)
+    written |= publish_verdict(root.checks("clips", batch), "clips", checks, made_from)
     if written or not atomic.exists(root.preview("clips", batch, "scores")):
         _publish_pictures(project, batch, clips, good)
-    return _outcome(project, batch, clips, checks, written, unlabelled, started_s)
+    return _outcome(project, batch, clips, checks, made_from, written, unlabelled, started_s)
 
 
 def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[bytes, MediaNow]:
@@ -96,7 +97,7 @@ def _labels(labels: pl.DataFrame) -> Mapping[bytes, list[Label]]:
     return found
 
 
-def _checks(clips: pl.DataFrame, shots: pl.DataFrame, curation: str) -> tuple[Check, ...]:
+def _checks(clips: pl.DataFrame, shots: pl.DataFrame) -> tuple[Check, ...]:
     good = clips.filter(pl.col("status") == "ok")
     joined = good.join(shots.select("shot_id", "start_us", "end_us"), on="shot_id", how="left")
     first, last, end = pl.col("times_us").list.first(), pl.col("times_us").list.last(), pl.col("end_us")
@@ -109,7 +110,7 @@ def _checks(clips: pl.DataFrame, shots: pl.DataFrame, curation: str) -> tuple[Ch
         Check(
             "no_clip_crosses_a_cut",
             across.is_empty(),
-            {"crossing": across.height, "rows": good.height, "curation": curation},
+            {"crossing": across.height, "rows": good.height},
             description="every frame's time lies in the shot that the clip is cut from",
         ),
         Check(
@@ -166,6 +167,7 @@ def _outcome(
     batch: str,
     clips: pl.DataFrame,
     checks: tuple[Check, ...],
+    made_from: Mapping[str, str],
     made: bool,
     unlabelled: Mapping[str, int],
     started_s: float,
@@ -192,6 +194,7 @@ def _outcome(
             **{f"split_{name}": int(number) for name, number in sorted(by_split.iter_rows())},
             **{f"unlabelled_{name}": number for name, number in sorted(unlabelled.items())},
         },
+        made_from=made_from,
         pictures={title: path for title, path in pictures.items() if atomic.exists(path)},
         checks=checks,
     )

@@ -16,10 +16,11 @@ from typing import Any
 import polars as pl
 
 from nextvid.config.project import Project
-from nextvid.corpus.batches import config_of, dataset_of, latest
+from nextvid.corpus.assignment import latest
 from nextvid.corpus.labels import contradictions, doubled, read_labels
 from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, known_sources
 from nextvid.machine import available_cores
+from nextvid.making.batches import config_of, dataset_of
 from nextvid.making.outcome import Check, Outcome, Progress
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.video.fetch import fetch, release
@@ -53,7 +54,8 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
     """
     started_s = time.perf_counter()
     root, config = project.root, config_of(project, batch)
-    listing = batch_fingerprint(project, batch)  # before the tables are read: what comes later asks for a new run
+    # before the tables are read: a file that is listed later asks for a new run
+    made_from = {"listing": batch_fingerprint(project, batch)}
     sources = tables.read_table(root.table("sources", batch), Sources).sort("uri", "revision")
     before = existing(root, "media", batch, Media)
     kept, wanted = _kept(before, sources), _wanted(before, sources)
@@ -61,10 +63,10 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
     media = pl.concat([kept, _frame(rows)]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()))
     media = _judge(media, labels, withdrawn_media(root), _doubled(project, batch))
-    checks = (*_checks(sources, media, config.quarantine_budget, listing), _spans_inside(media, labels))
+    checks = (*_checks(sources, media, config.quarantine_budget), _spans_inside(media, labels))
     written = publish_table(root, "media", batch, media, Media)
     written |= publish_table(root, "labels", batch, labels, Labels)
-    written |= publish_verdict(root.checks("media", batch), "media", checks)
+    written |= publish_verdict(root.checks("media", batch), "media", checks, made_from)
     named = media.filter(pl.col("media_id").is_in(labels["media_id"].implode()))
     return Outcome(
         asset="media",
@@ -82,6 +84,7 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
             "labels": labels.height,
             "labelled_files": named.height,
         },
+        made_from=made_from,
         checks=checks,
     )
 
@@ -267,7 +270,7 @@ def _judge(
     return media.with_columns(pl.DataFrame(rows, schema, orient="row").get_columns())
 
 
-def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float, listing: str) -> tuple[Check, ...]:
+def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float) -> tuple[Check, ...]:
     present = latest(sources).filter(pl.col("gone_at").is_null()).select("uri", "revision")
     current = media.join(present, on=["uri", "revision"], how="semi")  # a broken file mended or removed weighs no more
     quarantined = current.filter(pl.col("status") == "quarantined").height
@@ -276,7 +279,7 @@ def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float, listing: 
         Check(
             "rows_are_files_listed",
             media.height == sources.height,
-            {"rows": media.height, "files": sources.height, "listing": listing},
+            {"rows": media.height, "files": sources.height},
             description="every listed file has a row, whatever became of it",
         ),
         Check(

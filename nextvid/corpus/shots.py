@@ -7,7 +7,7 @@ the next call. Everything is made again when the first pass's configuration chan
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import polars as pl
 
 from nextvid.config.curation import ShotConfig
 from nextvid.config.project import Project
-from nextvid.corpus.batches import config_of, latest
+from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import shot_id
 from nextvid.corpus.gallery import KeptPictures, publish_pictures
 from nextvid.corpus.sheets import SheetRow, Tile, contact_sheet
 from nextvid.machine import available_cores
+from nextvid.making.batches import batch_state, config_of
 from nextvid.making.outcome import Check, Outcome, Progress
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.video.fetch import fetch, release
@@ -81,14 +82,14 @@ def make_shots(project: Project, batch: str, progress: Progress | None = None) -
     redone = pl.Series([row["media_id"] for row in rows], dtype=pl.Binary).unique()
     shots = pl.concat([before.filter(~pl.col("media_id").is_in(redone.implode())), _frame(rows)])
     shots = shots.sort("media_id", "shot_index")
-    checks = _checks(shots, media, config)
+    checks, made_from = _checks(shots, media), {"first_pass": config.digest()}
     written = publish_table(root, "shots", batch, shots, Shots)
     if pictured.rows:
         atomic.publish_bytes(root.preview("shots", batch), pictured.png())
         written = True
     publish_pictures(root, batch, kept, shots)
-    written |= publish_verdict(root.checks("shots", batch), "shots", checks)
-    return _outcome(project, batch, shots, checks, written, len(wanted), started_s)
+    written |= publish_verdict(root.checks("shots", batch), "shots", checks, made_from)
+    return _outcome(project, batch, shots, checks, made_from, written, len(wanted), started_s)
 
 
 def _outcome(
@@ -96,6 +97,7 @@ def _outcome(
     batch: str,
     shots: pl.DataFrame,
     checks: tuple[Check, ...],
+    made_from: Mapping[str, str],
     made: bool,
     viewed: int,
     started_s: float,
@@ -118,6 +120,7 @@ def _outcome(
             "video_s": int((good["end_us"] - good["start_us"]).sum()) / 1e6,
             "hashes": int(good["hashes"].list.len().sum()),
         },
+        made_from=made_from,
         pictures={"shots": preview} if atomic.exists(preview) else {},
         checks=checks,
     )
@@ -125,9 +128,8 @@ def _outcome(
 
 def _before(root: DataRoot, batch: str, config: ShotConfig) -> pl.DataFrame:
     """The rows there are, if they were made with this configuration."""
-    found = tables.read_checks(root.checks("shots", batch))
-    made_with = {check.get("numbers", {}).get("first_pass") for check in found["checks"]} if found else set()
-    return existing(root, "shots", batch, Shots) if config.digest() in made_with else Shots.create_empty()
+    same = batch_state(root, batch, "shots").made_from("shots", "first_pass") == config.digest()
+    return existing(root, "shots", batch, Shots) if same else Shots.create_empty()
 
 
 def _wanted(media: pl.DataFrame, sources: pl.DataFrame, before: pl.DataFrame) -> tuple[list[Row], list[Row]]:
@@ -226,7 +228,7 @@ def _frame(rows: list[Row]) -> pl.DataFrame:
     return pl.DataFrame(rows, Shots.create_empty().schema, orient="row")
 
 
-def _checks(shots: pl.DataFrame, media: pl.DataFrame, config: ShotConfig) -> tuple[Check, ...]:
+def _checks(shots: pl.DataFrame, media: pl.DataFrame) -> tuple[Check, ...]:
     """Whether shots lie in their file, to one frame, and not in each other."""
     files = (
         media.filter(pl.col("status") == "ok")
@@ -245,7 +247,7 @@ def _checks(shots: pl.DataFrame, media: pl.DataFrame, config: ShotConfig) -> tup
         Check(
             "intervals_inside_file",
             outside.is_empty(),
-            {"outside": outside.height, "shots": videos.height, "first_pass": config.digest()},
+            {"outside": outside.height, "shots": videos.height},
             description="every shot lies within its file's first and last frame",
         ),
         Check("no_overlap", over.is_empty(), {"overlapping": over.height}, description="shots of a file are disjoint"),

@@ -21,8 +21,9 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.corpus import journal
-from nextvid.corpus.batches import BatchChange, dataset_of, latest, merge
+from nextvid.corpus.assignment import BatchChange, latest, merge
 from nextvid.corpus.labels import label_digests, nowhere
+from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
 from nextvid.video.probe import kind_of
 from storage import atomic, remote, tables

@@ -17,6 +17,7 @@ from nextvid.encode.plan import BatchPlan, plan_batch
 from nextvid.encode.preview import CLIPS, Shown
 from nextvid.encode.roundtrip import Trip
 from nextvid.encode.shard import EncodedShard, RefusedShardError, UnstorableError
+from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_verdict
 from storage.atomic import exists
@@ -127,7 +128,7 @@ def _finite(good: pl.DataFrame, spec: EncodingSpec) -> Check:
 def _counts(project: Project, plan: BatchPlan[EncodingSpec]) -> Check:
     wanted = plan.rows.height + plan.kept
     failed = plan.commits.height - plan.kept
-    budget = project.corpus.datasets[plan.batch.split(".")[0]].quarantine_budget
+    budget = project.corpus.datasets[dataset_of(plan.batch)].quarantine_budget
     share = failed / wanted if wanted else 0.0
     numbers: dict[str, Number] = {
         "wanted": wanted,

@@ -18,13 +18,13 @@ from jaxtyping import Float64
 
 from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec
+from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_latest, publish_verdict
 from storage.atomic import exists, publish_json
 from storage.digest import digest_config
 from storage.errors import UpstreamError
 from storage.latents import EncodingSpec, LatentStore
-from storage.tables import read_checks
 
 ASSET = "latent_stats"
 # Our choice: a deviation of so many independent values is known to 2 %. Of all datasets together, because training
@@ -100,8 +100,8 @@ def make_latent_stats(project: Project) -> Outcome:
     """
     began = time.perf_counter()
     root, spec = project.root, accepted_spec(project)
-    verdicts = {batch: read_checks(root.latents_checks(spec.digest(), batch)) for batch in root.batches("clips")}
-    taken = [batch for batch, checks in verdicts.items() if checks is not None and checks["passed"]]
+    encoding = spec.digest()
+    taken = [b for b in root.batches("clips") if batch_state(root, b, "latents", encoding=encoding).usable]
     if not taken:
         raise UpstreamError(
             "no batch of 'latents' has passed its checks in the accepted encoding: make 'latents' first"
@@ -141,7 +141,7 @@ def _by_dataset(store: LatentStore, batches: Sequence[str]) -> dict[str, dict[in
     for batch in batches:
         rows = store.commits(batch).filter(pl.col("status") == "ok").sort("frames", "row_id")
         for group in rows.partition_by("frames", maintain_order=True):
-            key = batch.split(".")[0], int(group["frames"][0])
+            key = dataset_of(batch), int(group["frames"][0])
             here = moments(group, store.spec)
             found[key] = united(found[key], here) if key in found else here
     by_dataset: dict[str, dict[int, Moments]] = {}

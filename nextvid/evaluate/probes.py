@@ -29,6 +29,7 @@ from nextvid.evaluate.features import LatentSource, Source, features
 from nextvid.evaluate.fitting import accuracies, fit, normalise
 from nextvid.evaluate.pixel_source import Augmented, PixelSource
 from nextvid.machine import device_of
+from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
 from nextvid.making.publishing import read_latest
 from nextvid.model.encoder import Encoder
@@ -145,7 +146,7 @@ def _rows(
 ) -> BenchmarkRows:
     """The benchmark's rows from the tables of its datasets and the commits of what the encoder reads."""
     root = store.root
-    batches = [batch for batch in root.batches("clips") if batch.rsplit(".", 1)[0] in config.datasets]
+    batches = [batch for batch in root.batches("clips") if dataset_of(batch) in config.datasets]
     if not batches:
         raise UpstreamError(f"benchmark '{name}': no clips of {', '.join(config.datasets)} yet; make 'latents' first")
     commits = pl.concat([store.commits(batch) for batch in batches])

@@ -22,6 +22,7 @@ from nextvid.config.recipe import RecipeConfig
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.roundtrip import psnr_db
 from nextvid.evaluate.features import LatentSource
+from nextvid.making.batches import dataset_of
 from nextvid.model.tokens import depth_to_space, latent_tokens, pixel_bytes, pixel_tokens, pixel_values, space_to_depth
 from nextvid.train.run import Run
 from nextvid.trainset.trainset import Trainset
@@ -79,7 +80,7 @@ class Generated:
 
 def choose_clips(project: Project, trainset: Trainset, frames: int, most: int = CLIPS) -> pl.DataFrame:
     """Committed clips of a length with their addresses: of test files, else of any; which ones is decided by row id."""
-    batches = [name for name in project.root.batches("clips") if name.rsplit(".", 1)[0] in trainset.weights]
+    batches = [name for name in project.root.batches("clips") if dataset_of(name) in trainset.weights]
     clips = tables.read_tables(project.root, "clips", batches, Clips)
     wanted = clips.filter((pl.col("status") == "ok") & (pl.col("frames") == frames))
     store = LatentStore(project.root, trainset.spec)

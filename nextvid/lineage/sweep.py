@@ -17,6 +17,7 @@ from nextvid.config.accepted import accepted
 from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec, pixel_spec, wanted_clips
 from nextvid.lineage.trace import scores_of, trainsets_of
+from nextvid.making.batches import batch_state
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset
 from storage.atomic import leftovers, remove_tree
@@ -28,7 +29,7 @@ from storage.remote import is_local
 from storage.root import DataRoot
 from storage.schemas import ProbeRows
 from storage.shard_files import shards_of
-from storage.tables import read_checks, read_table
+from storage.tables import read_table
 
 LITTER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name
 Place = tuple[str, str, int, int, int]  # spec digest, batch, frames, part, shard
@@ -134,10 +135,8 @@ _NOTHING = pl.Series("row_id", [], dtype=pl.Binary)
 
 def _wanted(project: Project, batch: str) -> pl.Series | None:
     """Row ids that the batch's clips want; None where that is not known."""
-    verdict = read_checks(project.root.checks("clips", batch))
-    if verdict is None or not verdict["passed"]:
-        return None
-    return wanted_clips(project, batch)["row_id"]
+    usable = batch_state(project.root, batch, "clips").usable
+    return wanted_clips(project, batch)["row_id"] if usable else None
 
 
 def _specs(project: Project) -> set[str]:

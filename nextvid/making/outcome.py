@@ -35,6 +35,7 @@ class Outcome:
     quarantined: int = 0
     digest: str | None = None
     numbers: Mapping[str, Number] = field(default_factory=dict)
+    made_from: Mapping[str, str] = field(default_factory=dict)  # digests of what it depends on beside upstream tables
     pictures: Mapping[str, str] = field(default_factory=dict)  # title -> path of a PNG
     checks: tuple[Check, ...] = ()
 

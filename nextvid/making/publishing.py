@@ -46,13 +46,13 @@ def table_digest(root: DataRoot, noun: Table, batch: str) -> str:
     return digest_bytes(atomic.read_bytes(root.table(noun, batch)))
 
 
-def publish_verdict(path: str, asset: str, checks: Sequence[Check]) -> bool:
-    """Write the outcome of checks if it differs from the one there; whether it was written."""
+def publish_verdict(path: str, asset: str, checks: Sequence[Check], made_from: Mapping[str, str] | None = None) -> bool:
+    """Write checks, and what their asset was made from, if they differ from the file's; whether they were written."""
     found = tables.read_checks(path)
     wanted = [as_mapping(check) for check in checks]
-    if found is not None and found.get("asset") == asset and found["checks"] == wanted:
+    if found is not None and (found["asset"], found["checks"], found["made_from"]) == (asset, wanted, made_from or {}):
         return False
-    tables.publish_checks(path, asset, wanted)
+    tables.publish_checks(path, asset, wanted, made_from)
     return True
 
 

@@ -12,8 +12,8 @@ import polars as pl
 
 from nextvid.config.accepted import Accepted, accepted
 from nextvid.config.project import Project
-from nextvid.corpus.batches import dataset_of
 from nextvid.encode.plan import BatchPlan, accepted_spec, encoding_spec, pixel_spec, plan_batch, plan_encode
+from nextvid.making.batches import dataset_of
 from nextvid.planning.acceptance import others, outdated
 from nextvid.planning.waiting import curation_of
 from storage.latents import EncodingSpec, LatentStore
@@ -145,7 +145,7 @@ def rates(store: LatentStore) -> dict[int, Rate]:
     found = {}
     recent: dict[str, list[str]] = {}
     for batch in store.batches():
-        recent.setdefault(batch.split(".")[0], []).append(batch)
+        recent.setdefault(dataset_of(batch), []).append(batch)
     commits = [store.commits(batch) for batches in recent.values() for batch in batches[-RATE_BATCHES:]]
     good = pl.concat([*commits, store.commits("none")]).filter(pl.col("status") == "ok")
     means = good.group_by("frames").agg(pl.len(), pl.col("encode_s").mean(), pl.col("decode_s").mean())

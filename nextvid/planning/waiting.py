@@ -1,7 +1,6 @@
 """Why a batch asks for a run: what is missing, outdated, failed or quarantined, read from files alone.
 
-Used by the sensor, the nightly schedule and scripts. Holds no listing and makes nothing. The makers record what they
-were made from in the numbers of their checks: `listing` for media, `curation` for clips.
+Used by the sensor, the nightly schedule and scripts. Makes nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +11,18 @@ import polars as pl
 
 from nextvid.config.accepted import accepted, pixels_digest
 from nextvid.config.project import Project
-from nextvid.corpus.batches import dataset_of
 from nextvid.corpus.labels import label_digests
 from nextvid.corpus.sources import batch_fingerprint, known_sources
 from nextvid.encode.plan import encoding_spec, pixel_spec, plan_batch
+from nextvid.making.batches import batch_state, dataset_of
 from storage.latents import EncodingSpec, LatentStore
 from storage.pixels import PixelSpec, PixelStore
 from storage.remote import at_once
-from storage.root import Table
 from storage.schemas import Media, Shots
 from storage.store import Store
-from storage.tables import read_checks, read_table, seal
+from storage.tables import read_table, seal
 
 T = TypeVar("T")
-TABLES: tuple[Table, ...] = ("media", "shots", "clips")
 
 
 @dataclass(frozen=True)
@@ -115,16 +112,14 @@ def left_behind(project: Project) -> list[str]:
 
 def unfinished(against: Standard, batch: str) -> tuple[str, ...]:
     """Reasons to run the batch again; none means that a run would change nothing, but perhaps what is quarantined."""
-    root = against.project.root
-    verdicts: dict[str, dict[str, Any] | None] = {noun: read_checks(root.checks(noun, batch)) for noun in TABLES}
-    verdicts["latents"] = read_checks(root.latents_checks(against.spec.digest(), batch))
-    reasons = [f"{noun} was never made" for noun, found in verdicts.items() if found is None]
-    if reasons:
-        return tuple(reasons)
-    reasons += [f"{noun} failed its checks" for noun, found in verdicts.items() if found and not found["passed"]]
-    if _recorded(verdicts["media"], "listing") != against.listing(batch):
+    root, encoding = against.project.root, against.spec.digest()
+    state = batch_state(root, batch, "media", "shots", "clips", "latents", encoding=encoding)
+    if state.not_made:
+        return tuple(f"{asset} was never made" for asset in state.not_made)
+    reasons = [f"{asset} failed its checks" for asset in state.failed]
+    if state.made_from("media", "listing") != against.listing(batch):
         reasons.append("the listing or a label file changed")
-    if _recorded(verdicts["clips"], "curation") != against.curation[dataset_of(batch)]:
+    if state.made_from("clips", "curation") != against.curation[dataset_of(batch)]:
         reasons.append("the curation changed")
     if not reasons and (missing := against.not_encoded(batch)):
         reasons.append(f"{missing} rows are not encoded")
@@ -153,20 +148,13 @@ def _remembered(tables: list[str], what: tuple[str, ...], reckon: Callable[[], T
 
 def curation_of(project: Project, batch: str) -> str | None:
     """Digest of the curation that the batch's clips were cut by; None where they were not made."""
-    found: str | None = _recorded(read_checks(project.root.checks("clips", batch)), "curation")
-    return found
-
-
-def _recorded(verdict: dict[str, Any] | None, name: str) -> Any:  # noqa: ANN401 - JSON is Any
-    """A number of any of the checks in a verdict; None where none holds it."""
-    checks = verdict["checks"] if verdict else []
-    return next((check["numbers"][name] for check in checks if name in check.get("numbers", {})), None)
+    return batch_state(project.root, batch, "clips").made_from("clips", "curation")
 
 
 def quarantined(project: Project, batch: str) -> tuple[str, ...]:
     """What could not be read when the batch was made, and is tried again every night."""
     found = []
-    if read_checks(project.root.checks("shots", batch)) is None:
+    if batch_state(project.root, batch, "shots").not_made:
         return ()
     media = read_table(project.root.table("media", batch), Media)
     shots = read_table(project.root.table("shots", batch), Shots)

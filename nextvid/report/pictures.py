@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from nextvid.config.project import Project
+from nextvid.making.batches import dataset_of
 from nextvid.report.blocks import Block, Picture, Section, Table, Text
 from nextvid.report.curves import curves_png
 from nextvid.train.run import Run
@@ -91,7 +92,7 @@ def previews_section(project: Project, trainset: Trainset, run: Run) -> Section 
     """What the corpus looks like: one batch a dataset, and the mask plan. None where no maker left a picture."""
     blocks: list[Block] = []
     for dataset in trainset.weights:
-        batch = next(name for name in trainset.batches if name.rsplit(".", 1)[0] == dataset)
+        batch = next(name for name in trainset.batches if dataset_of(name) == dataset)
         for noun, what, caption in _PREVIEWS:
             path = project.root.preview(noun, batch, what)
             if atomic.exists(path):

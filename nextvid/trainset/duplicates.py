@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 
 from nextvid.config.project import Project
+from nextvid.making.batches import batch_state
 from nextvid.making.outcome import Check, Outcome, Progress
 from nextvid.making.publishing import publish_latest, publish_verdict
 from nextvid.trainset.hash_search import groups, near_pairs
@@ -38,7 +39,7 @@ def make_duplicates(project: Project, progress: Progress | None = None) -> Outco
     """
     started_s = time.perf_counter()
     root, config = project.root, project.corpus.curation.duplicates
-    batches = [batch for batch in root.batches("clips") if _passed(project, batch)]
+    batches = [batch for batch in root.batches("clips") if batch_state(root, batch, "shots", "clips").usable]
     if not batches:
         raise UpstreamError("no batch has shots and clips that passed their checks: make 'clips' first")
     inputs = {
@@ -76,11 +77,6 @@ def make_duplicates(project: Project, progress: Progress | None = None) -> Outco
         numbers=_numbers(table, len(batches)),
         checks=checks,
     )
-
-
-def _passed(project: Project, batch: str) -> bool:
-    paths = (project.root.checks("shots", batch), project.root.checks("clips", batch))
-    return all((tables.read_checks(path) or {}).get("passed", False) for path in paths)
 
 
 def _members(project: Project, batches: Sequence[str], progress: Progress | None) -> pl.DataFrame:

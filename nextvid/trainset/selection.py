@@ -16,7 +16,8 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.encode.latent_stats import Moments, moments
-from nextvid.encode.plan import accepted_spec
+from nextvid.encode.plan import accepted_spec, wanted_clips
+from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.publishing import read_latest
 from storage import reader
 from storage.atomic import read_bytes, read_json
@@ -24,9 +25,9 @@ from storage.digest import digest_bytes
 from storage.errors import UpstreamError
 from storage.latents import ROWS_PER_SHARD, EncodingSpec, LatentStore
 from storage.reader import ADDRESS
-from storage.root import DataRoot, Table
+from storage.root import DataRoot
 from storage.schemas import Clips, Duplicates
-from storage.tables import read_checks, read_table, require_checks
+from storage.tables import read_table, require_checks
 from storage.withdrawn import withdrawn_rows
 
 
@@ -125,7 +126,7 @@ def _pretraining_batches(project: Project) -> list[str]:
     """Batches of datasets that have a weight, whether or not their clips were ever made."""
     weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
     known = sorted({*project.root.batches(), *project.root.batches("clips")})
-    return [batch for batch in known if batch.split(".")[0] in weighted]
+    return [batch for batch in known if dataset_of(batch) in weighted]
 
 
 def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
@@ -141,8 +142,7 @@ def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
     require_checks(f"{folder}/checks.json", "duplicates")
     known = read_json(f"{folder}/duplicates.json")["inputs"]
     for batch in root.batches("clips"):
-        checks = read_checks(root.checks("clips", batch))
-        if checks is None or not checks["passed"] or _is_known(root, batch, known):
+        if not batch_state(root, batch, "clips").usable or _is_known(root, batch, known):
             continue
         clips = read_table(root.table("clips", batch), Clips)
         if clips.filter(_tested()).height:
@@ -153,19 +153,14 @@ def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
 def _verdict(project: Project, spec: EncodingSpec, batch: str, known: Mapping[str, Any]) -> tuple[bool, str | None]:
     """(whether the batch counts among those that should be ready, why it is left out or None)."""
     root = project.root
-    tables: tuple[Table, ...] = ("media", "shots", "clips")
-    found = {noun: read_checks(root.checks(noun, batch)) for noun in tables}
-    for noun, verdict in found.items():
-        if verdict is not None and not verdict["passed"]:
-            return False, f"its {noun} did not pass their checks"
-    if found["clips"] is None:
+    state = batch_state(root, batch, "media", "shots", "clips", "latents", encoding=spec.digest())
+    if state.failed:
+        return False, f"its {state.failed[0]} did not pass their checks"
+    if "clips" in state.not_made:
         return False, "its clips are not made yet"
-    latents = read_checks(root.latents_checks(spec.digest(), batch))
-    if latents is not None and not latents["passed"]:
-        return False, "its latents did not pass their checks"
-    if latents is None:
-        return True, "it has no latents in the encoding in force"
-    wanted = read_table(root.table("clips", batch), Clips).filter(_stored())
+    if "latents" in state.not_made:
+        return True, "it has no latents in the accepted encoding"
+    wanted = wanted_clips(project, batch)
     missing = wanted.join(LatentStore(root, spec).commits(batch), on="row_id", how="anti").height
     if missing:
         return True, f"{missing} of its {wanted.height} rows are not encoded yet"
@@ -187,8 +182,7 @@ def rows_of(
     Columns of the rows taken: those of Lineage, and part, shard, slot (within the shard), crc32c, sums, sums_squared,
     posterior_std.
     """
-    clips = read_table(project.root.table("clips", batch), Clips)
-    asked = clips.filter(_stored() & pl.col("uses").list.contains("pretrain"))
+    asked = wanted_clips(project, batch).filter(pl.col("uses").list.contains("pretrain"))
     commits = (
         LatentStore(project.root, spec)
         .commits(batch)
@@ -243,10 +237,6 @@ def _test_shots(project: Project, duplicates: pl.DataFrame) -> pl.Series:
     touched = duplicates.filter(pl.col("shot_id").is_in(shots.implode()))["group"].unique()
     near = duplicates.filter(pl.col("group").is_in(touched.implode()))["shot_id"]
     return pl.concat([shots, near]).unique().sort()
-
-
-def _stored() -> pl.Expr:
-    return (pl.col("status") == "ok") & (pl.col("uses").list.len() > 0)
 
 
 def _tested() -> pl.Expr:

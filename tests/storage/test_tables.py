@@ -149,11 +149,13 @@ def test_checks_are_read_back_and_required(tmp_path: Path) -> None:
     assert tables.read_checks(path) is None
     with pytest.raises(UpstreamError, match="'media' has not been made"):
         tables.require_checks(path, "media")
-    tables.publish_checks(path, "media", [{"name": "rows", "passed": True, "numbers": {"rows": np.int64(3)}}])
+    rows = {"name": "rows", "passed": True, "numbers": {"rows": np.int64(3)}}
+    tables.publish_checks(path, "media", [rows], {"listing": "0" * 32})
     tables.require_checks(path, "media")
     assert tables.read_checks(path) == {
         "asset": "media",
         "passed": True,
+        "made_from": {"listing": "0" * 32},
         "checks": [{"name": "rows", "passed": True, "numbers": {"rows": 3}}],
     }
     with pytest.raises(TableError, match="not of 'shots'"):

@@ -228,5 +228,5 @@ def lost(clips: pl.DataFrame) -> pl.DataFrame:
 def test_checks_find_what_they_are_for(small_corpus: Made, spoil: Any, names: list[str]) -> None:
     project = small_corpus.project
     shots = tables.read_table(project.root.table("shots", FILMS), Shots)
-    checks = _checks(spoil(clips_of(project)), shots, "digest")
+    checks = _checks(spoil(clips_of(project)), shots)
     assert [check.name for check in checks if not check.passed] == names

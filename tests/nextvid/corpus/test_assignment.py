@@ -4,16 +4,13 @@ from collections import defaultdict
 from datetime import UTC, datetime
 
 import polars as pl
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.config.datasets import DatasetConfig
-from nextvid.config.project import Project
-from nextvid.corpus.batches import assign, batch_key, batch_number, config_of, dataset_of, merge
-from storage.errors import CorpusError
+from nextvid.corpus.assignment import assign, merge
+from nextvid.making.batches import batch_key
 from storage.schemas import Sources
-from tests.nextvid.corpus.conftest import Made
 
 CONFIG = DatasetConfig(uri="/nowhere", max_batch_videos=3, max_batch_images=4)
 FILES = st.dictionaries(
@@ -110,14 +107,3 @@ def test_a_batch_keeps_its_number_when_a_kind_has_room() -> None:
         "/d/y": "d.000001",
         "/d/z": "d.000002",
     }
-
-
-def test_keys() -> None:
-    assert batch_key("kinetics400", 12) == "kinetics400.000012"
-    assert (dataset_of("kinetics400.000012"), batch_number("kinetics400.000012")) == ("kinetics400", 12)
-
-
-def test_a_batch_of_a_dataset_that_left_the_configuration_is_named(small_corpus: Made) -> None:
-    project: Project = small_corpus.project
-    with pytest.raises(CorpusError, match="names no dataset 'old'"):
-        config_of(project, "old.000000")

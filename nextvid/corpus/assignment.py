@@ -14,8 +14,7 @@ from typing import Literal
 import polars as pl
 
 from nextvid.config.datasets import DatasetConfig
-from nextvid.config.project import Project
-from storage.errors import CorpusError
+from nextvid.making.batches import batch_key, batch_number
 
 Kind = Literal["video", "image"]
 KINDS: tuple[Kind, ...] = ("image", "video")
@@ -30,29 +29,6 @@ class BatchChange:
     changed: int
     gone: int
     returned: int = 0
-
-
-def batch_key(dataset: str, number: int) -> str:
-    """`<dataset>.<nnnnnn>`: the partition key."""
-    return f"{dataset}.{number:06d}"
-
-
-def batch_number(batch: str) -> int:
-    """The number in a partition key."""
-    return int(batch.rsplit(".", 1)[1])
-
-
-def dataset_of(batch: str) -> str:
-    """The dataset in a partition key."""
-    return batch.rsplit(".", 1)[0]
-
-
-def config_of(project: Project, batch: str) -> DatasetConfig:
-    """The configuration of a batch's dataset. Raises CorpusError where corpus.yaml names it no longer."""
-    name = dataset_of(batch)
-    if name not in project.corpus.datasets:
-        raise CorpusError(f"batch {batch}: {project.path} names no dataset '{name}'; add it again or leave the batch")
-    return project.corpus.datasets[name]
 
 
 def latest(sources: pl.DataFrame) -> pl.DataFrame:

@@ -1,0 +1,83 @@
+"""Batches: the parts of a key, and a batch's state: which of its assets were made, from what, and whether they passed.
+
+A maker records beside its checks what its result depends on other than upstream tables (`made_from`: a digest by
+name), so that planning can compare it with what is asked for now.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nextvid.config.datasets import DatasetConfig
+from nextvid.config.project import Project
+from storage.errors import CorpusError
+from storage.root import DataRoot
+from storage.tables import read_checks
+
+BatchAsset = Literal["media", "shots", "clips", "latents"]
+
+
+def batch_key(dataset: str, number: int) -> str:
+    """`<dataset>.<nnnnnn>`: the partition key."""
+    return f"{dataset}.{number:06d}"
+
+
+def batch_number(batch: str) -> int:
+    """The number in a partition key."""
+    return int(batch.rsplit(".", 1)[1])
+
+
+def dataset_of(batch: str) -> str:
+    """The dataset in a partition key."""
+    return batch.rsplit(".", 1)[0]
+
+
+def config_of(project: Project, batch: str) -> DatasetConfig:
+    """The configuration of a batch's dataset. Raises CorpusError where corpus.yaml names it no longer."""
+    name = dataset_of(batch)
+    if name not in project.corpus.datasets:
+        raise CorpusError(f"batch {batch}: {project.path} names no dataset '{name}'; add it again or leave the batch")
+    return project.corpus.datasets[name]
+
+
+@dataclass(frozen=True)
+class BatchState:
+    """The checks of the assets that were asked about, as the files are now; None for one that was never made."""
+
+    checks: Mapping[BatchAsset, Mapping[str, Any] | None]
+
+    @property
+    def not_made(self) -> tuple[BatchAsset, ...]:
+        """Assets that were never made, in the order of the graph."""
+        return tuple(asset for asset, found in self.checks.items() if found is None)
+
+    @property
+    def failed(self) -> tuple[BatchAsset, ...]:
+        """Assets that have a failed blocking check, in the order of the graph."""
+        return tuple(asset for asset, found in self.checks.items() if found is not None and not found["passed"])
+
+    @property
+    def usable(self) -> bool:
+        """Whether each asset was made and passed."""
+        return not self.not_made and not self.failed
+
+    def made_from(self, asset: BatchAsset, name: str) -> str | None:
+        """The digest of `name` that an asset was made from; None where it was never made or does not depend on it."""
+        found = self.checks[asset]
+        return None if found is None else found["made_from"].get(name)
+
+
+def batch_state(root: DataRoot, batch: str, *assets: BatchAsset, encoding: str | None = None) -> BatchState:
+    """The state of a batch's assets; of `latents`, in the encoding spec of this digest. Reads one file for each.
+
+    Raises TableError where a file is damaged or of an earlier version.
+    """
+    paths = {asset: _checks_path(root, batch, asset, encoding) for asset in assets}
+    return BatchState({asset: read_checks(path) for asset, path in paths.items()})
+
+
+def _checks_path(root: DataRoot, batch: str, asset: BatchAsset, encoding: str | None) -> str:
+    if asset != "latents":
+        return root.checks(asset, batch)
+    assert encoding is not None, "latents are kept by encoding"
+    return root.latents_checks(encoding, batch)
