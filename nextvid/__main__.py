@@ -131,8 +131,7 @@ def draws(
     """List the rows and masks that training will draw from the newest trainset, in order, without data or GPU."""
     from nextvid.config.recipes import recipe as recipe_by_name
     from nextvid.config.stages import draws_before
-    from nextvid.trainset.order import listed_draws
-    from nextvid.trainset.prefix import shared_prefix
+    from nextvid.trainset.order import listed_draws, shared_with_parent
 
     if first < 1 or start < 0:
         raise ConfigError(f"--first {first} --start {start}: ask for one draw or more, counted from 0")
@@ -143,8 +142,8 @@ def draws(
         print(f"training makes {made} draws, the last is number {made - 1}", file=sys.stderr)
     if config.masks.keep != "fixed":
         print(f"masks depend on the step too (masks.keep: {config.masks.keep}) and are not shown", file=sys.stderr)
-    if prefix := shared_prefix(project, recipe, start + first):
-        print(prefix.text(), file=sys.stderr)
+    if shared := shared_with_parent(project, recipe, start + first):
+        print(shared, file=sys.stderr)
 
 
 @app.command

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
-from nextvid.config.stages import stage_at
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.masks import bucket_entry, flat_ids, step_bucket
 from nextvid.trainset.mask_plan import OpenedPlan
 from nextvid.trainset.trainset import Trainset
@@ -183,6 +183,28 @@ def listed_draws(project: Project, recipe: str, draws: range) -> Iterator[dict[s
             found: dict[str, int | str] = {"draw": draw, "dataset": drawn.names[drawn.datasets[n]]}
             found |= {"frames": int(drawn.frames[n]), "row": row_id(drawn.addresses[n]).hex()}
             yield found | {name: numbers[n] for name, numbers in entries.items()}
+
+
+def shared_with_parent(project: Project, recipe: str, count: int) -> str | None:
+    """A line that says how many of a recipe's first draws take the same rows on the newest trainset as on its parent.
+
+    None where the trainset has no parent.
+    """
+    now, config = Trainset.open(project.root), recipe_by_name(recipe)
+    if now.parent is None or now.parent == now.digest:
+        return None
+    asked = min(count, draws_before(config.stages, config.steps))
+    try:
+        orders = Order(Trainset.open(project.root, now.parent), config), Order(now, config)
+    except RefusedError:  # the parent lacks a length or a dataset's rows
+        return f"the recipe cannot draw from the parent trainset {now.parent}"
+    for frames, piece in pieces(config, range(asked)):
+        old, new = (order.drawn(frames, piece.start, len(piece)) for order in orders)
+        same = (np.array(old.names)[old.datasets] == np.array(new.names)[new.datasets]) & (old.frames == new.frames)
+        same &= (old.addresses["row_id"] == new.addresses["row_id"]).all(axis=1)
+        if not same.all():
+            return f"from draw {piece.start + int(np.argmin(same))} on they differ from those of the parent {now.parent}"
+    return f"the first {asked} draws are those of the parent trainset {now.parent}"
 
 
 def _held(trainset: Trainset, recipe: RecipeConfig) -> list[int]:

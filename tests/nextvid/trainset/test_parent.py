@@ -8,9 +8,9 @@ import pytest
 
 from nextvid.config.project import Project
 from nextvid.making.publishing import publish_latest
-from nextvid.trainset import order, prefix
+from nextvid.trainset import order
 from nextvid.trainset.files import read_sealed, write_trainset
-from nextvid.trainset.prefix import Prefix, shared_prefix
+from nextvid.trainset.order import shared_with_parent
 from nextvid.trainset.trainset import Trainset
 from tests.nextvid.train.corpus import make_project
 from tests.nextvid.train.tiny import tiny_recipe
@@ -20,8 +20,7 @@ ASKED = 2500  # more than two blocks
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    for module in (order, prefix):
-        monkeypatch.setattr(module, "recipe_by_name", lambda name: tiny_recipe(name, steps=(700, 3, 3, 3)))
+    monkeypatch.setattr(order, "recipe_by_name", lambda name: tiny_recipe(name, steps=(700, 3, 3, 3)))
     return make_project(tmp_path)
 
 
@@ -55,8 +54,8 @@ MORE: Rows = {
 FEWER: Rows = {1: {"pictures": range(7)}, 4: {"films": range(8)}, 8: {"films": range(5)}}
 
 
-def _found(project: Project, asked: int = ASKED) -> Prefix:
-    found = shared_prefix(project, "tiny", asked)
+def _line(project: Project, asked: int = ASKED) -> str:
+    found = shared_with_parent(project, "tiny", asked)
     assert found is not None
     return found
 
@@ -71,63 +70,46 @@ def _by_hand(project: Project, parent: str, child: str) -> int:
 
 
 def test_a_first_trainset_has_nothing_to_compare_with(project: Project) -> None:
-    assert shared_prefix(project, "tiny", ASKED) is None
+    assert shared_with_parent(project, "tiny", ASKED) is None
 
 
-def test_the_same_rows_and_weights_are_the_same_draws(project: Project) -> None:
-    _grown(project, {"films": 0.75, "pictures": 0.25}, OLD)
-    found = _found(project)
-    assert (found.same, found.reasons) == (ASKED, ())
-    assert "the first 2500 draws are those of" in found.text()
+@pytest.mark.parametrize(
+    ("weights", "rows"),
+    [
+        ({"films": 0.75, "pictures": 0.25}, OLD),
+        ({"films": 0.75, "pictures": 0.25, "extra": 1e-5}, MORE),  # moves no quota
+    ],
+)
+def test_the_same_draws(project: Project, weights: dict[str, float], rows: Rows) -> None:
+    parent = Trainset.open(project.root).digest
+    child = _grown(project, weights, rows)
+    assert _line(project) == f"the first 2500 draws are those of the parent trainset {parent}"
+    assert _by_hand(project, parent, child) == ASKED
 
 
 def test_training_ends_before_what_is_asked(project: Project) -> None:
     _grown(project, {"films": 0.75, "pictures": 0.25}, OLD)
-    found = _found(project, 10_000)
-    assert (found.same, found.asked) == (2830, 2830), "2800 of the first stage, 24 and 6 of the others"
-
-
-def test_weights_count_in_proportion(project: Project) -> None:
-    """A trainset's weights add up to one, so that a dataset more changes all of them."""
-    _grown(project, {"films": 0.6, "pictures": 0.2, "extra": 0.2}, MORE)
-    said = [reason for reason in _found(project).reasons if "weight" in reason]
-    assert said == []
-
-
-def test_a_dataset_more_with_a_weight_that_moves_no_quota_leaves_the_prefix(project: Project) -> None:
-    _grown(project, {"films": 0.75, "pictures": 0.25, "extra": 1e-5}, MORE)
-    found = _found(project)
-    assert found.same == ASKED
-    assert "dataset 'extra' is new" in found.reasons
+    assert _line(project, 10_000).startswith("the first 2830 draws"), "2800 of the first stage, 24 and 6 of the others"
 
 
 @pytest.mark.parametrize(
-    ("weights", "rows", "reason"),
+    ("weights", "rows"),
     [
-        ({"films": 0.5, "pictures": 0.25, "extra": 0.25}, MORE, "dataset 'extra' is new"),
-        ({"films": 0.75, "pictures": 0.25, "extra": 3e-4}, MORE, "dataset 'extra' is new"),
-        ({"films": 0.5, "pictures": 0.5}, OLD, "dataset 'films' has weight 0.5, 0.75 before"),
-        ({"films": 0.75, "pictures": 0.25}, FEWER, "dataset 'films' has 8 rows of 4 frames, 9 before"),
+        ({"films": 0.5, "pictures": 0.25, "extra": 0.25}, MORE),
+        ({"films": 0.75, "pictures": 0.25, "extra": 3e-4}, MORE),
+        ({"films": 0.5, "pictures": 0.5}, OLD),
+        ({"films": 0.75, "pictures": 0.25}, FEWER),
+        ({"films": 1.0}, {4: OLD[4], 8: OLD[8]}),
     ],
 )
-def test_what_moves_the_draws_is_named_where_they_part(
-    project: Project, weights: dict[str, float], rows: "Rows", reason: str
+def test_where_draws_part_agrees_with_a_comparison_draw_by_draw(
+    project: Project, weights: dict[str, float], rows: Rows
 ) -> None:
     parent = Trainset.open(project.root).digest
     child = _grown(project, weights, rows)
-    found = _found(project)
-    assert found.same < ASKED
-    assert reason in found.reasons
-    assert f"from draw {found.same} on" in found.text()
-    assert reason in found.text()
-    assert found.same == _by_hand(project, parent, child)
-
-
-def test_a_dataset_that_is_gone_is_named(project: Project) -> None:
-    _grown(project, {"films": 1.0}, {4: OLD[4], 8: OLD[8]})
-    found = _found(project)
-    assert found.same < ASKED
-    assert "dataset 'pictures' is gone" in found.reasons
+    parts = _by_hand(project, parent, child)
+    assert parts < ASKED
+    assert _line(project) == f"from draw {parts} on they differ from those of the parent {parent}"
 
 
 def test_a_parent_without_the_length_is_another_order(project: Project) -> None:
@@ -139,6 +121,4 @@ def test_a_parent_without_the_length_is_another_order(project: Project) -> None:
     changed = {"digest": "e" * 32, "parent": parent, "offsets": offsets}
     write_trainset(project.root.pointed("trainset", "e" * 32), said | changed, rows, [])
     publish_latest(project.root, "trainset", "e" * 32)
-    found = _found(project)
-    assert found.same == 0
-    assert found.reasons == ("dataset 'films' has 9 rows of 4 frames, 0 before",)
+    assert _line(project) == f"the recipe cannot draw from the parent trainset {parent}"
