@@ -203,7 +203,9 @@ def shared_with_parent(project: Project, recipe: str, count: int) -> str | None:
         same = (np.array(old.names)[old.datasets] == np.array(new.names)[new.datasets]) & (old.frames == new.frames)
         same &= (old.addresses["row_id"] == new.addresses["row_id"]).all(axis=1)
         if not same.all():
-            return f"from draw {piece.start + int(np.argmin(same))} on they differ from those of the parent {now.parent}"
+            return (
+                f"from draw {piece.start + int(np.argmin(same))} on they differ from those of the parent {now.parent}"
+            )
     return f"the first {asked} draws are those of the parent trainset {now.parent}"
 
 
