@@ -53,6 +53,8 @@ def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
         metadata["rows_per_s"] = round(outcome.rows / outcome.seconds, 2)
     if outcome.digest:
         metadata["digest"] = outcome.digest
+    if outcome.run:
+        metadata["run"] = outcome.run
     metadata.update(_values({**outcome.numbers, **outcome.made_from}))
     for title, path in outcome.pictures.items():
         if atomic.exists(path):
@@ -96,7 +98,8 @@ def traced(project: Project, outcome: Outcome) -> dg.MaterializeResult:  # type:
     from nextvid.lineage.trace import trace
 
     reported = result(outcome)
-    about = str(outcome.numbers.get("run", outcome.digest))
+    about = outcome.run or outcome.digest
+    assert about is not None, "a run, or a trainset's digest"
     lineage = dg.MetadataValue.md(trace(project, about).markdown())
     return reported._replace(metadata={**(reported.metadata or {}), "lineage": lineage})
 

@@ -15,8 +15,8 @@ from tyro.extras import SubcommandApp
 from nextvid.config.project import open_project
 from nextvid.graph import Asset
 from nextvid.make import Request, make
-from nextvid.making.bars import shown
 from nextvid.making.outcome import Outcome
+from nextvid.making.progress import shown
 from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
 
 ABOUT = """Pretrain video encoders by masked next-frame prediction on your own videos and images, and probe them.
@@ -62,8 +62,8 @@ def make_command(
     from nextvid.planning.acceptance import outdated
 
     project = open_project(corpus)
-    with shown() as bars:
-        request = Request(asset, batch, recipe, benchmark, set_, ranks, bars.on_pace, on_count=bars.on_count)
+    with shown() as on_progress:
+        request = Request(asset, batch, recipe, benchmark, set_, ranks, on_progress=on_progress)
         for outcome in make(project, request):
             print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
     if project.corpus.reencode == "ask" and (names := outdated(project)):

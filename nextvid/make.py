@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from nextvid.config.project import Project
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.graph import BY_BATCH, GRAPH, Asset, chain, maker
-from nextvid.making.outcome import OnCount, Outcome
-from nextvid.making.progress import OnPace
+from nextvid.making.outcome import Outcome
+from nextvid.making.progress import OnProgress, silent
 from storage.errors import ConfigError, CorpusError, UpstreamError
 
 
@@ -22,9 +21,8 @@ class Request:
     benchmark: str | None = None
     overrides: tuple[str, ...] = ()
     ranks: int = 1
-    on_pace: OnPace = field(default=lambda pace: None, compare=False)  # called with the progress of encoding
     run: str | None = None
-    on_count: OnCount = field(default=lambda name, done, total: None, compare=False)  # with that of curation
+    on_progress: OnProgress = field(default=silent, compare=False)
 
 
 def make(project: Project, request: Request) -> Iterator[Outcome]:
@@ -48,7 +46,7 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
                 stopped[str(partition)] = str(error)
                 continue
             if name == "pretrain":  # with overrides it is not the recipe's latest run
-                request = replace(request, run=str(outcome.numbers["run"]))
+                request = replace(request, run=outcome.run)
         if name == "sources" and request.asset != "sources":
             _refuse_nothing(project, request)
         if stopped and name in BY_BATCH and (name == request.asset or request.batch is not None):
@@ -106,19 +104,18 @@ def partitions(project: Project, asset: Asset, request: Request) -> Sequence[str
 def make_one(project: Project, asset: Asset, partition: str | None, request: Request) -> Outcome:
     """Call the maker of one asset, once, for one partition."""
     make_it: Callable[..., Outcome] = maker(asset)
-    counted = partial(request.on_count, f"{asset} {partition}" if partition else asset)
     match asset:
         case "sources" | "latent_stats" | "trainset":
             return make_it(project)
         case "duplicates":
-            return make_it(project, counted)
+            return make_it(project, request.on_progress)
         case "media" | "shots" | "clips":
-            return make_it(project, partition, counted)
+            return make_it(project, partition, request.on_progress)
         case "latents":
             from nextvid.planning.acceptance import in_force
 
             in_force(project)  # accepts the first encoding, or a changed one under `reencode: auto`
-            return make_it(project, partition, request.on_pace)
+            return make_it(project, partition, request.on_progress)
         case "mask_plan":
             return make_it(project, partition)
         case "pretrain":

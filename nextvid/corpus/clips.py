@@ -19,13 +19,14 @@ from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.gallery import read_pictures, rejected_sheet
 from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of, split_of
 from nextvid.making.batches import config_of, dataset_of
-from nextvid.making.outcome import Check, Outcome, Progress
+from nextvid.making.outcome import Check, Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, publish_table, publish_verdict, table_digest
 from storage import atomic, tables
 from storage.schemas import Clips, Labels, Media, Shots, Sources
 
 
-def make_clips(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
+def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
     """Cut the batch's shots into clips and views for pretraining and every benchmark; publish table and checks.
 
     Raises UpstreamError where `media` or `shots` is missing or failed its checks.
@@ -44,8 +45,7 @@ def make_clips(project: Project, batch: str, progress: Progress | None = None) -
         made = rows_of(shot, media[shot["media_id"]], config, project.corpus.curation.filters, benchmarks)
         rows += made.rows
         unlabelled.update(made.unlabelled)
-        if progress:
-            progress(number, good.height)
+        on_progress(Progress(f"clips {batch}", number, good.height))
     if config.clips_per_media is not None:
         hold_quota(rows, config.clips_per_media)
     clips = pl.DataFrame(rows, Clips.create_empty().schema, orient="row")

@@ -9,7 +9,7 @@ shots.
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from nextvid.corpus.labels import contradictions, doubled, read_labels
 from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, known_sources
 from nextvid.machine import available_cores
 from nextvid.making.batches import config_of, dataset_of
-from nextvid.making.outcome import Check, Outcome, Progress
+from nextvid.making.outcome import Check, Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.video.fetch import fetch, release
 from nextvid.video.inspection import Inspection, identify, inspect_file
@@ -47,7 +48,7 @@ LIFTABLE = (
 )  # verdicts on a file that was read: they fall when their cause does
 
 
-def make_media(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
+def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
     """Probe what is new in the batch, join labels, publish both tables and their checks.
 
     Raises UpstreamError where the batch is unknown and CorpusError for its label file.
@@ -59,7 +60,9 @@ def make_media(project: Project, batch: str, progress: Progress | None = None) -
     sources = tables.read_table(root.table("sources", batch), Sources).sort("uri", "revision")
     before = existing(root, "media", batch, Media)
     kept, wanted = _kept(before, sources), _wanted(before, sources)
-    rows = _unreadable(sources, before, config.licence) + _inspect(wanted, config.licence, progress)
+    rows = _unreadable(sources, before, config.licence) + _inspect(
+        wanted, config.licence, lambda n: on_progress(Progress(f"media {batch}", n, wanted.height))
+    )
     media = pl.concat([kept, _frame(rows)]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()))
     media = _judge(media, labels, withdrawn_media(root), _doubled(project, batch))
@@ -123,7 +126,7 @@ def _unreadable(sources: pl.DataFrame, before: pl.DataFrame, licence: str) -> li
     return rows
 
 
-def _inspect(wanted: pl.DataFrame, licence: str, progress: Progress | None) -> list[Row]:
+def _inspect(wanted: pl.DataFrame, licence: str, on_count: Callable[[int], None]) -> list[Row]:
     """One row per file, read in the sandbox."""
     if wanted.is_empty():
         return []
@@ -142,8 +145,7 @@ def _inspect(wanted: pl.DataFrame, licence: str, progress: Progress | None) -> l
                 result = _identity_of(sandbox, path, result, timeout_s)
             release(uri, path)
             rows.append(_inspected(files[uri], licence, result))
-            if progress:
-                progress(len(rows), len(files))
+            on_count(len(rows))
     return rows
 
 

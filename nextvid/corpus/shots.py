@@ -22,7 +22,8 @@ from nextvid.corpus.gallery import KeptPictures, publish_pictures
 from nextvid.corpus.sheets import SheetRow, Tile, contact_sheet
 from nextvid.machine import available_cores
 from nextvid.making.batches import batch_state, config_of
-from nextvid.making.outcome import Check, Outcome, Progress
+from nextvid.making.outcome import Check, Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
 from nextvid.video.fetch import fetch, release
 from nextvid.video.inspection import Viewing, view_file
@@ -55,7 +56,7 @@ class _Seen:
     result: list[ShotFacts] | MediaError
 
 
-def make_shots(project: Project, batch: str, progress: Progress | None = None) -> Outcome:
+def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
     """First pass over the batch's media that have no shots yet; publish the table, the contact sheet and the checks.
 
     Raises UpstreamError where `media` is missing or failed its checks.
@@ -77,8 +78,7 @@ def make_shots(project: Project, batch: str, progress: Progress | None = None) -
             for row, shot in zip(made, seen.result, strict=False):  # a media without a shot is one row all the same
                 kept.add(row["shot_id"], shot)
         rows += made
-        if progress:
-            progress(number, len(wanted))
+        on_progress(Progress(f"shots {batch}", number, len(wanted)))
     redone = pl.Series([row["media_id"] for row in rows], dtype=pl.Binary).unique()
     shots = pl.concat([before.filter(~pl.col("media_id").is_in(redone.implode())), _frame(rows)])
     shots = shots.sort("media_id", "shot_index")

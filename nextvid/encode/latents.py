@@ -30,7 +30,7 @@ from nextvid.encode.preview import preview_png
 from nextvid.encode.shard import RefusedShardError
 from nextvid.machine import device_of, die_with
 from nextvid.making.outcome import Outcome
-from nextvid.making.progress import OnPace, Pace
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.video.sandbox import Spawn
 from storage.atomic import publish_bytes
 from storage.errors import ConfigError, StoreError
@@ -48,7 +48,7 @@ class Share(NamedTuple):
     spec: EncodingSpec
 
 
-def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: None) -> Outcome:
+def make_latents(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
     """Encode what a batch lacks in the accepted spec, with its pixels if asked for; publish its checks and a picture.
 
     Raises UpstreamError without checked clips, RefusedShardError where a shard is refused: then nothing of it is
@@ -62,7 +62,7 @@ def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: No
     names, report = devices(project.corpus.execution), Report()
     if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
         try:
-            report = _encode(project, plan, store, names, on_pace)
+            report = _encode(project, plan, store, names, on_progress)
         except RefusedShardError as error:
             publish_refused(project, plan, error)
             raise
@@ -74,7 +74,7 @@ def make_latents(project: Project, batch: str, on_pace: OnPace = lambda pace: No
 
 
 def _encode(
-    project: Project, plan: BatchPlan[EncodingSpec], store: LatentStore, names: list[str], on_pace: OnPace
+    project: Project, plan: BatchPlan[EncodingSpec], store: LatentStore, names: list[str], on_progress: OnProgress
 ) -> Report:
     """Encode every clip length: its unfinished parts, then parts for rows that are missing and have not failed here."""
     report = Report()
@@ -84,14 +84,14 @@ def _encode(
         return [] if rows is None else [row for row in rows["row_id"].to_list() if row not in report.failed]
 
     lengths = sorted({*plan.by_frames, *store.frames_of(plan.batch)})
-    with encoding_on(names, Share(project, plan.batch, plan.spec), _paced(plan, len(names), on_pace)) as encode:
+    with encoding_on(names, Share(project, plan.batch, plan.spec), _paced(plan, len(names), on_progress)) as encode:
         for part in open_parts(store, plan.batch, lengths, missing):
             report += encode(part)
     return report
 
 
-def _paced(plan: BatchPlan[EncodingSpec], count: int, on_pace: OnPace) -> Tell:
-    """Turn what the pipelines of `count` devices tell into a pace."""
+def _paced(plan: BatchPlan[EncodingSpec], count: int, on_progress: OnProgress) -> Tell:
+    """Turn what the pipelines of `count` devices report into progress."""
     began = time.perf_counter()
     done, busy_s = 0, 0.0
 
@@ -99,7 +99,7 @@ def _paced(plan: BatchPlan[EncodingSpec], count: int, on_pace: OnPace) -> Tell:
         nonlocal done, busy_s
         done, busy_s = done + advance.rows, busy_s + advance.encode_s
         seconds = time.perf_counter() - began
-        on_pace(Pace(plan.batch, done, max(done, plan.rows.height), seconds, busy_s, count, advance.note))
+        on_progress(Progress(f"latents {plan.batch}", done, max(done, plan.rows.height), seconds, busy_s, count, advance.note))
 
     return tell
 

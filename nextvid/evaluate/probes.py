@@ -96,7 +96,7 @@ def make_probes(
     if made:
         _score(project, task, folder, progress, started)
     score = atomic.read_json(path)
-    numbers: dict[str, float | str] = {"run": task.run.id, "trainset": task.run.trainset}
+    numbers: dict[str, float | str] = {"trainset": task.run.trainset}
     for name, found in score["encoders"].items():
         numbers |= {f"{name}_accuracy": found["accuracy"], f"{name}_knn": found["knn"]}
     return Outcome(
@@ -107,6 +107,7 @@ def make_probes(
         size_bytes=len(atomic.read_bytes(path)),
         seconds=time.perf_counter() - started,
         digest=task.digest(),
+        run=task.run.id,
         numbers=numbers,
     )
 

@@ -65,7 +65,8 @@ def make_samples(project: Project, recipe: str, run: str | None = None) -> Outco
         rows=len(said["clips"]),
         size_bytes=sum(len(atomic.read_bytes(path)) for path in pictures.values()),
         seconds=time.perf_counter() - started,
-        numbers={"run": found.id, **numbers},
+        run=found.id,
+        numbers=numbers,
         pictures=pictures,
     )
 

@@ -1,19 +1,14 @@
-"""What a maker reports: one vocabulary for Dagster's metadata, the command line and demo.json.
+"""What a maker returns: counts, digests and checks, as Dagster's metadata, the command line and demo.json show them."""
 
-Every function `make_<asset>` of this package returns an `Outcome`. Holds no knowledge of any asset and writes nothing.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 Number = int | float | str
-Progress = Callable[[int, int], None]  # told how many of how many are done, while a maker works
-OnCount = Callable[[str, int, int], None]  # the same of whatever has that name
 
 
 @dataclass(frozen=True)
 class Check:
-    """One verdict with the numbers that led to it; a failed blocking check stops what reads this asset."""
+    """The result of one check and its numbers; a failed blocking check stops what reads this asset."""
 
     name: str
     passed: bool
@@ -24,7 +19,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One materialisation. `made` is False where everything was there already and nothing was written."""
+    """What making an asset, or one partition of it, came to. `made` is False where nothing had to be written."""
 
     asset: str
     partition: str | None
@@ -34,6 +29,7 @@ class Outcome:
     seconds: float
     quarantined: int = 0
     digest: str | None = None
+    run: str | None = None  # id of the run that it is, or is about
     numbers: Mapping[str, Number] = field(default_factory=dict)
     made_from: Mapping[str, str] = field(default_factory=dict)  # digests of what it depends on beside upstream tables
     pictures: Mapping[str, str] = field(default_factory=dict)  # title -> path of a PNG

@@ -1,63 +1,94 @@
-"""How an encode is getting on: rows, rates and how busy the device is. Numbers and their wording; shows nothing itself.
-
-The command line draws a bar from them (nextvid/making/bars.py), the asset writes lines to Dagster's log.
-"""
+"""How far making an asset is: bars on a terminal, plain lines elsewhere, always on stderr."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from rich import progress as rich
+from rich.console import Console
 
 LOG_EVERY_S = 15.0  # our choice: a line that a person can read before the next one
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Where one batch stands. `note` is something to say once, such as a halved batch."""
+class Progress:
+    """How much of an asset, or of one batch of it, is made. `note` is something to say once, such as a halved batch."""
 
-    batch: str
-    done: int  # rows encoded, failed ones too
+    name: str  # asset and batch
+    done: int  # files, shots, batches or rows; failed ones too
     total: int
-    seconds: float  # since the first row was asked for
-    busy_s: float  # of the devices, all together
+    seconds: float = 0.0  # since the first row was asked for; 0 where no rate is measured
+    busy_s: float = 0.0  # of the devices, all together
     devices: int = 1
     note: str = ""
 
     @property
     def rows_per_s(self) -> float:
+        """Rows a second since the first was asked for."""
         return self.done / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def busy_share(self) -> float:
-        """Share of the time in which a device worked at rows of this batch."""
+        """Share of the time in which a device worked."""
         return min(1.0, self.busy_s / (self.seconds * self.devices)) if self.seconds > 0 else 0.0
 
     @property
-    def left_s(self) -> float | None:
-        """Seconds to go at this pace; None before the first row."""
-        return (self.total - self.done) / self.rows_per_s if self.done else None
+    def rate(self) -> str:
+        """What is measured, in words; empty where nothing is."""
+        return f"{self.rows_per_s:.2f} rows/s, device busy {self.busy_share:.0%}" if self.seconds > 0 else ""
 
     def line(self) -> str:
-        """For people."""
+        """One line for a log."""
         if self.note:
-            return f"latents {self.batch}: {self.note}"
-        left = "" if self.left_s is None else f", {self.left_s:.0f} s to go"
-        return (
-            f"latents {self.batch}: {self.done} of {self.total} rows, {self.rows_per_s:.2f} rows/s, device busy "
-            f"{self.busy_share:.0%}{left}"
-        )
+            return f"{self.name}: {self.note}"
+        line = f"{self.name}: {self.done} of {self.total}"
+        if not self.rate:
+            return line
+        left = f", {(self.total - self.done) / self.rows_per_s:.0f} s to go" if self.done else ""
+        return f"{line} rows, {self.rate}{left}"
 
 
-OnPace = Callable[[Pace], None]
+OnProgress = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """Show nothing."""
 
 
 class Lines:
-    """Says a pace as lines: every note, the end, and in between one in LOG_EVERY_S."""
+    """Writes progress as lines: every note, the end of what has a rate, and in between one in LOG_EVERY_S."""
 
-    def __init__(self, say: Callable[[str], None], every_s: float = LOG_EVERY_S) -> None:
-        self._say, self._every_s, self._last_s = say, every_s, time.monotonic()
+    def __init__(self, write: Callable[[str], None], every_s: float = LOG_EVERY_S) -> None:
+        self._write, self._every_s, self._last_s = write, every_s, time.monotonic()
 
-    def __call__(self, pace: Pace) -> None:
+    def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if pace.note or pace.done == pace.total or now - self._last_s >= self._every_s:
-            self._say(pace.line())
-            self._last_s = now if not pace.note else self._last_s
+        ended = bool(progress.rate) and progress.done == progress.total
+        if progress.note or ended or now - self._last_s >= self._every_s:
+            self._write(progress.line())
+            self._last_s = now if not progress.note else self._last_s
+
+
+@contextmanager
+def shown(console: Console | None = None) -> Iterator[OnProgress]:
+    """Show what is reported while the block runs: a bar for each name until it is full, or lines without a terminal."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield Lines(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+        return
+    columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[rate]}")
+    with rich.Progress(*columns, rich.TimeRemainingColumn(), console=console, transient=True) as bars:
+        tasks: dict[str, rich.TaskID] = {}
+
+        def show(progress: Progress) -> None:
+            name = progress.name
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, rate="")
+            bars.update(tasks[name], completed=progress.done, total=progress.total, rate=progress.rate)
+            if progress.note:
+                bars.console.print(progress.line(), highlight=False)
+            if progress.done >= progress.total:
+                bars.remove_task(tasks.pop(name))  # the line of the outcome follows
+
+        yield show

@@ -63,7 +63,7 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
                     atomic.publish_bytes(f"{folder}/{FIGURES}/{block.name}.png", block.png)
         atomic.publish_bytes(f"{folder}/report.md", render_markdown(card).encode())
         atomic.publish_bytes(page, render_html(card).encode())  # last: where it stands, the rest does
-    numbers: dict[str, int | float | str] = {"run": found.id, "page": page, "markdown": f"{folder}/report.md"}
+    numbers: dict[str, int | float | str] = {"page": page, "markdown": f"{folder}/report.md"}
     for score in gathered.scores:
         numbers[f"{score.benchmark}_points_over_random"] = 100 * scores.difference(score.said, "ema")[0]
     return Outcome(
@@ -74,6 +74,7 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
         size_bytes=len(atomic.read_bytes(page)),
         seconds=time.perf_counter() - started,
         digest=name,
+        run=found.id,
         numbers=numbers,
         pictures={"training curves": f"{folder}/{FIGURES}/curves.png"},
     )

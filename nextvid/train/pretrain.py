@@ -155,6 +155,7 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
         size_bytes=sum(path.stat().st_size for path in opened.folder.rglob("*") if path.is_file()),
         seconds=_seconds(events),
         digest=opened.identity.recipe,
+        run=run,
         numbers=_numbers(opened, events),
         checks=checks,
     )
@@ -296,7 +297,7 @@ def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
 def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
     step, look = _last(events, "step"), _last(events, "diagnostics")
     steps = [event for event in events if event["kind"] == "step"]
-    found: dict[str, Number] = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
+    found: dict[str, Number] = {"trainset": run.trainset, "mask_plan": run.mask_plan}
     found |= {"steps": run.recipe.steps, "clips": step.get("draws", 0), "ranks": run.how.ranks}
     found |= {name: step[name] for name in ("align", "flow") if name in step}
     found |= {name: look[name] for name in ("effective_rank", "online_effective_rank", "feature_std") if name in look}

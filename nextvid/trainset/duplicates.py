@@ -19,7 +19,8 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.making.batches import batch_state
-from nextvid.making.outcome import Check, Outcome, Progress
+from nextvid.making.outcome import Check, Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import publish_latest, publish_verdict
 from nextvid.trainset.hash_search import groups, near_pairs
 from storage import atomic, tables
@@ -31,7 +32,7 @@ LARGEST_GROUP = 1000  # design 4: files; beyond it a threshold is wrong or a tit
 VERSION = 1  # of the rules below: raise it when they change, so that the digest does
 
 
-def make_duplicates(project: Project, progress: Progress | None = None) -> Outcome:
+def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outcome:
     """Search all batches whose shots and clips passed; publish the table, the contamination and the checks.
 
     Nothing is searched where the same batches were searched with the same thresholds. `latest.json` moves only to a
@@ -50,7 +51,7 @@ def make_duplicates(project: Project, progress: Progress | None = None) -> Outco
     folder = root.pointed("duplicates", key)
     searched = not atomic.exists(f"{folder}/checks.json")  # written last
     if searched:
-        shots = _members(project, batches, progress)
+        shots = _members(project, batches, on_progress)
         found = _judged(shots, _grouped(shots, config.distance, config.quality_min))
         table = found.select(Duplicates.column_names()).sort("group", "batch", "shot_id")
         tables.write_table(f"{folder}/duplicates.parquet", table, Duplicates)
@@ -79,15 +80,14 @@ def make_duplicates(project: Project, progress: Progress | None = None) -> Outco
     )
 
 
-def _members(project: Project, batches: Sequence[str], progress: Progress | None) -> pl.DataFrame:
+def _members(project: Project, batches: Sequence[str], on_progress: OnProgress) -> pl.DataFrame:
     """One row per ok shot and batch: identity, hashes, and what its clips are used for."""
     frames = []
     for number, batch in enumerate(batches, 1):
         shots = tables.read_table(project.root.table("shots", batch), Shots).filter(pl.col("status") == "ok")
         clips = tables.read_table(project.root.table("clips", batch), Clips)
         frames.append(shots.select(_SHOT_COLUMNS).join(_uses(clips), on="shot_id", how="inner"))
-        if progress:
-            progress(number, len(batches))
+        on_progress(Progress("duplicates", number, len(batches)))
     shots = pl.concat(frames).sort("batch", "shot_id").with_row_index("member")
     return shots.with_columns(pl.col("member").cast(pl.Int64))
 

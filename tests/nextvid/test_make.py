@@ -11,7 +11,8 @@ from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec
 from nextvid.graph import BY_BATCH, Asset
 from nextvid.make import Request, make
-from nextvid.making.outcome import Check, Number, Outcome
+from nextvid.making.outcome import Check, Outcome
+from nextvid.making.progress import Progress
 from storage.errors import ConfigError, CorpusError, UpstreamError
 from tests.nextvid.corpus.encoded_corpus import write_autoencoder
 from tests.nextvid.corpus.small_media import write_picture, write_project
@@ -39,8 +40,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
         if asset == "sources":
             return real(project, asset, partition, request)
         noted.append((asset, partition))
-        numbers: dict[str, Number] = {"run": "r" * 32} if asset == "pretrain" else {}
-        return Outcome(asset, partition, made=True, rows=1, size_bytes=1, seconds=0.0, numbers=numbers)
+        run = "r" * 32 if asset == "pretrain" else None
+        return Outcome(asset, partition, made=True, rows=1, size_bytes=1, seconds=0.0, run=run)
 
     monkeypatch.setattr(module, "make_one", noting)
     return noted
@@ -167,9 +168,9 @@ def test_real_makers_find_done_what_they_made(project: Project) -> None:
 
 
 def test_who_waits_is_told_how_far_each_maker_of_curation_is(project: Project) -> None:
-    told: list[tuple[str, int, int]] = []
-    list(make(project, Request("duplicates", on_count=lambda *count: told.append(count))))
-    assert told == [
+    told: list[Progress] = []
+    list(make(project, Request("duplicates", on_progress=told.append)))
+    assert [(one.name, one.done, one.total) for one in told] == [
         *[(f"media {FIRST}", done, 2) for done in (1, 2)],
         (f"media {SECOND}", 1, 1),
         *[(f"shots {FIRST}", done, 2) for done in (1, 2)],
@@ -187,7 +188,7 @@ def test_a_changed_encoding_waits_for_a_person_unless_told_otherwise(
     """As in the graph: the first encoding is taken, a later one is accepted by hand or follows corpus.yaml."""
     folder, specs = write_autoencoder(tmp_path / "autoencoder"), []
 
-    def noting(project: Project, batch: str, on_pace: object) -> Outcome:
+    def noting(project: Project, batch: str, on_progress: object) -> Outcome:
         specs.append(accepted_spec(project).resolution)
         return Outcome("latents", batch, made=True, rows=1, size_bytes=1, seconds=0.0)
 

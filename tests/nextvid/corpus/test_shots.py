@@ -15,6 +15,7 @@ from nextvid.corpus.cutting import shot_id
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import facts_of, make_shots
 from nextvid.corpus.sources import update_sources
+from nextvid.making.progress import Progress
 from nextvid.video.probe import probe
 from storage import tables
 from storage.errors import UpstreamError
@@ -145,9 +146,9 @@ def test_failed_media_checks_stop_it(own_copy: Callable[..., Project]) -> None:
 def test_progress_counts_to_the_end(own_copy: Callable[..., Project]) -> None:
     project = own_copy()
     Path(project.root.table("shots", "stills.000000")).unlink()
-    seen: list[tuple[int, int]] = []
-    make_shots(project, "stills.000000", lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    seen: list[Progress] = []
+    make_shots(project, "stills.000000", seen.append)
+    assert seen == [Progress("shots stills.000000", done, 4) for done in (1, 2, 3, 4)]
 
 
 def overlapping(shots: pl.DataFrame) -> pl.DataFrame:

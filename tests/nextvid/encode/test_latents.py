@@ -18,7 +18,7 @@ from nextvid.encode.latent_stats import moments
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec, plan_encode
 from nextvid.making.outcome import Outcome
-from nextvid.making.progress import Pace
+from nextvid.making.progress import Progress
 from storage.errors import UpstreamError
 from storage.latents import LatentPart, LatentStore
 from storage.tables import require_checks
@@ -125,7 +125,7 @@ class TestEncode:
             np.testing.assert_allclose(row["sums_squared"], (exact**2).sum((0, 2, 3)), rtol=1e-12)
 
     def test_progress_ends_at_the_total(self, project: Project, small_shards: None) -> None:
-        seen: list[Pace] = []
+        seen: list[Progress] = []
         make_latents(project, FILMS, seen.append)
         assert [(pace.done, pace.total) for pace in seen] == [(4, 12), (8, 12), (12, 12)]
         assert all(0 < pace.busy_share <= 1 for pace in seen)

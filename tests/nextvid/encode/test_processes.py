@@ -10,7 +10,7 @@ from nextvid.config.project import Project
 from nextvid.encode.latents import devices, make_latents
 from nextvid.encode.pipeline import shares
 from nextvid.encode.plan import plan_encode
-from nextvid.making.progress import Pace
+from nextvid.making.progress import Progress
 from storage.errors import ConfigError
 from storage.latents import ROWS_PER_SHARD
 from tests.nextvid.encode.small_corpus import STILLS, clip_row, publish_clips, stills, stored, write_corpus
@@ -30,7 +30,7 @@ def begin(folder: Path, autoencoder: Path, count: int) -> Project:
 
 def test_two_processes_store_what_one_stores(tmp_path: Path, cosine_autoencoder: Path) -> None:
     one, two = begin(tmp_path / "one", cosine_autoencoder, 1), begin(tmp_path / "two", cosine_autoencoder, 2)
-    paces: list[Pace] = []
+    paces: list[Progress] = []
     alone, together = make_latents(one, STILLS), make_latents(two, STILLS, paces.append)
     assert together.passed
     assert together.digest == alone.digest  # ids and checksums of every row

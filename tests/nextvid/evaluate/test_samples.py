@@ -90,7 +90,7 @@ def test_a_run_that_was_trained_on_pixels_generates(tmp_path: Path, overrides: t
     """Trained on rows of the pixel store; what it generates onward is given back to it as pixels."""
     project = write_pixel_project(tmp_path, overrides)
     outcome = make_samples(project, RECIPE)
-    said = json.loads((Path(project.root.samples(RECIPE, str(outcome.numbers["run"]))) / "samples.json").read_text())
+    said = json.loads((Path(project.root.samples(RECIPE, str(outcome.run))) / "samples.json").read_text())
     assert set(said["masked"]) == {"short", "long"}
     assert set(said["autoregressive"]) == {"all_cells", "quarter_of_cells", "training_cells"}
     for found in (*said["masked"].values(), *said["autoregressive"].values()):

@@ -40,7 +40,7 @@ def trained(folder: Path, how: ExecutionConfig) -> tuple[Project, Run]:
     make_plan(project.root, tiny_recipe())
     outcome = make_pretrain(project, "tiny", how=how, ranks=how.ranks)
     assert outcome.passed
-    return project, open_run(Path(project.root.run("tiny", str(outcome.numbers["run"]))))
+    return project, open_run(Path(project.root.run("tiny", str(outcome.run))))
 
 
 def resumed(project: Project, run: Run, how: ExecutionConfig) -> Run:
@@ -52,7 +52,7 @@ def resumed(project: Project, run: Run, how: ExecutionConfig) -> Run:
         shutil.rmtree(run.folder / name)
     outcome = make_pretrain(project, "tiny", how=how, ranks=how.ranks)
     assert outcome.made
-    assert outcome.numbers["run"] == run.id
+    assert outcome.run == run.id
     return open_run(run.folder)
 
 

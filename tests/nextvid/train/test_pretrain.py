@@ -258,7 +258,7 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         outcome = make_pretrain(project, "tiny", how=HOW, ranks=ranks)
         assert outcome.made
         assert outcome.passed
-        runs.append(Path(project.root.run("tiny", str(outcome.numbers["run"]))))
+        runs.append(Path(project.root.run("tiny", str(outcome.run))))
         stamps = {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")}
         assert not make_pretrain(project, "tiny", how=HOW, ranks=ranks).made
         assert {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")} == stamps
