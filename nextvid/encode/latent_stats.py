@@ -20,13 +20,12 @@ from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec
 from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.outcome import Check, Number, Outcome
-from nextvid.making.publishing import publish_latest, publish_verdict
-from storage.atomic import exists, publish_json
+from nextvid.making.publishing import addressed, publish_latest
+from storage.atomic import publish_json
 from storage.digest import digest_config
 from storage.errors import UpstreamError
 from storage.latents import EncodingSpec, LatentStore
 
-ASSET = "latent_stats"
 # Our choice: a deviation of so many independent values is known to 2 %. Of all datasets together, because training
 # normalises by the deviation of their mixture, where a small dataset has the share of its weight (docs/decisions/0021).
 ENOUGH_VALUES = 1000
@@ -112,16 +111,14 @@ def make_latent_stats(project: Project) -> Outcome:
             f"no row of {', '.join(taken)} is encoded: no clip was cut, or every one failed; the column 'reason' of "
             "the media, shots and clips tables says why"
         )
-    datasets = {name: _plain(parts) for name, parts in found.items()}
-    content = {"spec": spec.digest(), "batches": taken, "datasets": datasets}
-    digest = digest_config(content)
-    path = f"{root.pointed('latent_stats', digest)}/stats.json"
-    made = not exists(path)
-    if made:
-        publish_json(path, content)
-    checks = _checks([part for parts in found.values() for part in parts.values()])
-    publish_verdict(f"{root.pointed('latent_stats', digest)}/checks.json", ASSET, checks)
-    publish_latest(root, "latent_stats", digest)
+    stats = {"spec": encoding, "batches": taken, "datasets": {name: _plain(parts) for name, parts in found.items()}}
+    digest = digest_config(stats)
+    with addressed(root, "latent_stats", digest) as made:
+        if made.new:
+            publish_json(f"{made.path}/stats.json", stats)
+            made.checks = _checks([part for parts in found.values() for part in parts.values()])
+    if made.passed:
+        publish_latest(root, "latent_stats", digest)
     numbers: dict[str, Number] = {}
     for name, parts in found.items():
         for length, part in parts.items():
@@ -131,7 +128,15 @@ def make_latent_stats(project: Project) -> Outcome:
                 numbers[f"{name}_f{length}_std"] = float(part.std.mean())
     rows = sum(part.rows for parts in found.values() for part in parts.values())
     return Outcome(
-        ASSET, None, made, rows, 0, time.perf_counter() - began, digest=digest, numbers=numbers, checks=checks
+        "latent_stats",
+        None,
+        made.new,
+        rows,
+        0,
+        time.perf_counter() - began,
+        digest=digest,
+        numbers=numbers,
+        checks=made.checks,
     )
 
 

@@ -1,15 +1,12 @@
-"""How makers publish: a table or its checks are written only where they differ from what stands there.
+"""How makers publish: tables and checks only where they differ from the file, and folders under a digest once.
 
-So that making a thing twice writes nothing the second time, and file times say when something changed. Holds no
-knowledge of any table. A table that stands there damaged counts as different: it is made again.
-
-`latest.json`: which of the things with a digest is the newest complete one.
-
-Written last, atomically, after success (design 4), so it never names half a thing. Holds no knowledge of what it
-points to.
+Making an asset twice writes nothing the second time, so file times say when something changed. A damaged table counts
+as different and is made again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import dataframely as dy
 import polars as pl
@@ -17,23 +14,25 @@ import polars as pl
 from nextvid.making.outcome import Check
 from storage import atomic, tables
 from storage.digest import digest_bytes
-from storage.errors import TableError
+from storage.errors import ConflictError, TableError
 from storage.root import DataRoot, Pointed, Table
+
+CHECKS = "checks.json"
 
 
 def existing(root: DataRoot, noun: Table, batch: str, schema: type[dy.Schema]) -> pl.DataFrame:
-    """The batch's table, or an empty one where there is none or a damaged one."""
+    """The batch's table; an empty one where there is none or it is damaged."""
     path = root.table(noun, batch)
     if not atomic.exists(path):
         return schema.create_empty()
     try:
         return tables.read_table(path, schema)
     except TableError:
-        return schema.create_empty()  # nothing is lost: all of it can be made again, and is
+        return schema.create_empty()  # the maker makes all of its rows again
 
 
 def publish_table(root: DataRoot, noun: Table, batch: str, frame: pl.DataFrame, schema: type[dy.Schema]) -> bool:
-    """Write the batch's table if it differs from the one there; whether it was written."""
+    """Write the batch's table if it differs from the file; whether it was written."""
     path = root.table(noun, batch)
     if atomic.exists(path) and existing(root, noun, batch, schema).equals(frame):
         return False
@@ -42,29 +41,18 @@ def publish_table(root: DataRoot, noun: Table, batch: str, frame: pl.DataFrame, 
 
 
 def table_digest(root: DataRoot, noun: Table, batch: str) -> str:
-    """Id of the batch's table as it stands: its data version."""
+    """Id of the bytes of the batch's table: its data version."""
     return digest_bytes(atomic.read_bytes(root.table(noun, batch)))
 
 
 def publish_verdict(path: str, asset: str, checks: Sequence[Check], made_from: Mapping[str, str] | None = None) -> bool:
     """Write checks, and what their asset was made from, if they differ from the file's; whether they were written."""
     found = tables.read_checks(path)
-    wanted = [as_mapping(check) for check in checks]
-    if found is not None and (found["asset"], found["checks"], found["made_from"]) == (asset, wanted, made_from or {}):
+    plain = [asdict(check) for check in checks]
+    if found is not None and (found["asset"], found["checks"], found["made_from"]) == (asset, plain, made_from or {}):
         return False
-    tables.publish_checks(path, asset, wanted, made_from)
+    tables.publish_checks(path, asset, plain, made_from)
     return True
-
-
-def as_mapping(check: Check) -> dict[str, object]:
-    """A check as JSON keeps it."""
-    return {
-        "name": check.name,
-        "passed": check.passed,
-        "numbers": dict(check.numbers),
-        "blocking": check.blocking,
-        "description": check.description,
-    }
 
 
 def counts(frame: pl.DataFrame) -> Mapping[str, int]:
@@ -73,6 +61,42 @@ def counts(frame: pl.DataFrame) -> Mapping[str, int]:
     by_reason = frame.filter(pl.col("reason").is_not_null()).group_by("reason").len()
     found = {str(name): int(number) for name, number in by_status.iter_rows()}
     return found | {f"reason_{name}": int(number) for name, number in sorted(by_reason.iter_rows())}
+
+
+@dataclass
+class Addressed:
+    """A folder under a digest. Where it is `new`, `path` is a temporary folder to fill, and `checks` are to be set."""
+
+    path: str
+    new: bool
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no blocking check failed."""
+        return all(check.passed for check in self.checks if check.blocking)
+
+
+@contextmanager
+def addressed(root: DataRoot, noun: Pointed, digest: str) -> Iterator[Addressed]:
+    """Fill the folder of a digest, or get it with its checks where it was filled before.
+
+    Its checks are written last and make it complete: readers ask for them first (`require_checks`), so what a killed
+    maker leaves is data to nobody. On file systems the whole folder gets its name at once.
+    """
+    folder = root.pointed(noun, digest)
+    found = tables.read_checks(f"{folder}/{CHECKS}")
+    if found is not None:
+        yield Addressed(folder, False, tuple(Check(**check) for check in found["checks"]))
+        return
+    try:
+        with atomic.staged_folder(folder, last=CHECKS, over=True) as temporary:
+            making = Addressed(str(temporary), True)
+            yield making
+            tables.publish_checks(f"{temporary}/{CHECKS}", noun, [asdict(check) for check in making.checks])
+    except ConflictError:
+        if not atomic.exists(f"{folder}/{CHECKS}"):
+            raise  # else another maker was faster: the same digest is the same content
 
 
 def read_latest(root: DataRoot, noun: Pointed) -> str | None:

@@ -21,7 +21,7 @@ from nextvid.config.project import Project
 from nextvid.making.batches import batch_state
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
-from nextvid.making.publishing import publish_latest, publish_verdict
+from nextvid.making.publishing import addressed, publish_latest
 from nextvid.trainset.hash_search import groups, near_pairs
 from storage import atomic, tables
 from storage.digest import digest, digest_bytes
@@ -48,35 +48,29 @@ def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outco
         for batch in batches
     }
     key = digest({"version": VERSION, "distance": config.distance, "quality": config.quality_min, "inputs": inputs})
-    folder = root.pointed("duplicates", key)
-    searched = not atomic.exists(f"{folder}/checks.json")  # written last
-    if searched:
-        shots = _members(project, batches, on_progress)
-        found = _judged(shots, _grouped(shots, config.distance, config.quality_min))
-        table = found.select(Duplicates.column_names()).sort("group", "batch", "shot_id")
-        tables.write_table(f"{folder}/duplicates.parquet", table, Duplicates)
-        said = {
-            "batches": batches,
-            "inputs": inputs,
-            "shots": shots.height,
-            "contamination": contamination(shots, found),
-        }
-        atomic.publish_json(f"{folder}/duplicates.json", said)
-    table = tables.read_table(f"{folder}/duplicates.parquet", Duplicates)
-    checks = _checks(table)
-    publish_verdict(f"{folder}/checks.json", "duplicates", checks)
-    if all(check.passed for check in checks):
+    with addressed(root, "duplicates", key) as made:
+        if made.new:
+            shots = _members(project, batches, on_progress)
+            found = _judged(shots, _grouped(shots, config.distance, config.quality_min))
+            table = found.select(Duplicates.column_names()).sort("group", "batch", "shot_id")
+            tables.write_table(f"{made.path}/duplicates.parquet", table, Duplicates)
+            facts = {"batches": batches, "inputs": inputs, "shots": shots.height}
+            facts["contamination"] = contamination(shots, found)
+            atomic.publish_json(f"{made.path}/duplicates.json", facts)
+            made.checks = _checks(table)
+    if made.passed:
         publish_latest(root, "duplicates", key)
+    table = tables.read_table(f"{root.pointed('duplicates', key)}/duplicates.parquet", Duplicates)
     return Outcome(
         asset="duplicates",
         partition=None,
-        made=searched,
+        made=made.new,
         rows=table.height,
         size_bytes=int(table.estimated_size()),
         seconds=time.perf_counter() - started_s,
         digest=key,
         numbers=_numbers(table, len(batches)),
-        checks=checks,
+        checks=made.checks,
     )
 
 

@@ -10,18 +10,20 @@ Axes: E entries, S cells.
 import io
 import math
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int
+from einops import rearrange
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image, ImageDraw
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import MaskConfig, MaskStrategy, ModelConfig, RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.making.outcome import Check, Outcome
+from nextvid.making.publishing import addressed
 from nextvid.model.masks import cells_of, draw_plan, draw_visible, pack, statistics, unpack
-from nextvid.trainset.mask_gallery import gallery
 from storage import atomic, tables
 from storage.digest import digest_bytes, digest_config
 from storage.errors import DamagedError
@@ -34,6 +36,14 @@ MEAN_TOLERANCE = 0.03  # trap 26: mean of visible cells, relative
 # method.md 2.3: mean of visible cells; P(visible) at centre, middle of the upper edge, corner
 PAPER_STATISTICS = {(8, 0.15): (97.3, 0.05, 0.66, 0.93), (2, 0.70): (48.5, 0.00, 0.36, 0.81)}
 PAPER_GRID = (16, 16)
+# the gallery: our choices
+SHOWN = 12  # entries a strategy
+CELL = 8  # pixels
+GAP = 6  # pixels between pictures
+CAPTION = 14  # pixels
+MASKED, THINNED, KEPT = (38, 40, 48), (96, 108, 128), (250, 204, 92)
+BACKGROUND = (255, 255, 255)
+INK = (20, 20, 20)
 
 Bits = Bool[np.ndarray, "E S"]
 
@@ -69,28 +79,34 @@ def make_mask_plan(project: Project, recipe: str) -> Outcome:
 
 
 def make_plan(root: DataRoot, recipe: RecipeConfig) -> Outcome:
-    """Draw, check and write the plan of a recipe's masks, unless its checks stand there already."""
+    """Draw, check and write the plan of a recipe's masks, unless it is there."""
     started = time.perf_counter()
     masks, grid = recipe.masks, grid_of(recipe.model)
     name = plan_digest(masks, grid)
+    with addressed(root, "mask_plan", name) as made:
+        if made.new:
+            strategies = draw_plan(masks, *grid).strategies
+            raw = {strategy.name: strategy.raw for strategy in strategies}
+            kept = {strategy.name: strategy.kept for strategy in strategies if strategy.kept is not None}
+            opened = OpenedPlan(name, masks, grid, raw, kept)
+            made.checks = _checks(opened, recipe)
+            _write(opened, made.path)
+            atomic.publish_bytes(f"{made.path}/gallery.png", gallery(raw, kept, grid))
     folder = root.pointed("mask_plan", name)
-    done = tables.read_checks(f"{folder}/checks.json")
-    if done is not None:
-        checks = tuple(Check(**check) for check in done["checks"])
-        return _outcome(recipe.name, name, folder, False, atomic.read_json(f"{folder}/plan.json"), checks, started)
-    plan = draw_plan(masks, *grid)
-    opened = OpenedPlan(
-        name,
-        masks,
-        grid,
-        {strategy.name: strategy.raw for strategy in plan.strategies},
-        {strategy.name: strategy.kept for strategy in plan.strategies if strategy.kept is not None},
+    plan = atomic.read_json(f"{folder}/plan.json")
+    found = plan["statistics"]
+    return Outcome(
+        asset="mask_plan",
+        partition=recipe.name,
+        made=made.new,
+        rows=masks.entries * len(found),
+        size_bytes=sum(len(atomic.read_bytes(f"{folder}/{file}")) for file in plan["files"]) if made.new else 0,
+        seconds=time.perf_counter() - started,
+        digest=name,
+        numbers={f"{strategy}_{key}": value for strategy, some in found.items() for key, value in some.items()},
+        pictures={"mask gallery": f"{folder}/gallery.png"},
+        checks=made.checks,
     )
-    checks = _checks(opened, recipe)
-    described = _write(opened, folder)
-    atomic.publish_bytes(f"{folder}/gallery.png", gallery(opened.raw, opened.kept, grid))
-    tables.publish_checks(f"{folder}/checks.json", "mask_plan", [asdict(check) for check in checks])
-    return _outcome(recipe.name, name, folder, True, described, checks, started)
 
 
 def open_mask_plan(root: DataRoot, masks: MaskConfig, grid: tuple[int, int]) -> OpenedPlan:
@@ -112,8 +128,8 @@ def open_mask_plan(root: DataRoot, masks: MaskConfig, grid: tuple[int, int]) -> 
     return OpenedPlan(name, masks, grid, raw, kept)
 
 
-def _write(plan: OpenedPlan, folder: str) -> dict[str, Any]:
-    """Publish the bits, then plan.json, which names their digests."""
+def _write(plan: OpenedPlan, folder: str) -> None:
+    """Write the bits, and plan.json, which names their digests."""
     files: dict[str, str] = {}
     for suffix, bits_by_name in ((".raw.npy", plan.raw), (".npy", plan.kept)):
         for name, bits in bits_by_name.items():
@@ -130,7 +146,6 @@ def _write(plan: OpenedPlan, folder: str) -> dict[str, Any]:
         "statistics": {name: _statistics(bits, plan.grid) for name, bits in plan.raw.items()},
     }
     atomic.publish_json(f"{folder}/plan.json", described)
-    return described
 
 
 def _statistics(raw: Bits, grid: tuple[int, int]) -> dict[str, float]:
@@ -141,26 +156,6 @@ def _statistics(raw: Bits, grid: tuple[int, int]) -> dict[str, float]:
         "visible_least": found.least,
         "visible_most": found.most,
     }
-
-
-def _outcome(
-    recipe: str, digest: str, folder: str, made: bool, plan: dict[str, Any], checks: tuple[Check, ...], started: float
-) -> Outcome:
-    numbers = {f"{name}_{key}": value for name, found in plan["statistics"].items() for key, value in found.items()}
-    entries = plan["masks"]["entries"] * len(plan["statistics"])
-    size_bytes = sum(len(atomic.read_bytes(f"{folder}/{file}")) for file in plan["files"]) if made else 0
-    return Outcome(
-        "mask_plan",
-        recipe,
-        made,
-        rows=entries,
-        size_bytes=size_bytes,
-        seconds=time.perf_counter() - started,
-        digest=digest,
-        numbers=numbers,
-        pictures={"mask gallery": f"{folder}/gallery.png"},
-        checks=checks,
-    )
 
 
 def _checks(plan: OpenedPlan, recipe: RecipeConfig) -> tuple[Check, ...]:
@@ -236,3 +231,32 @@ def _raw_error(plan: OpenedPlan, index: int) -> float:
     places = (found.visible[7:9, 7:9].mean(), found.visible[0, 7:9].mean(), found.visible[0, 0])
     errors = [abs(place - wanted) / TOLERANCE for place, wanted in zip(places, probabilities, strict=True)]
     return float(max([abs(found.mean / mean - 1) / MEAN_TOLERANCE, *errors]))
+
+
+def gallery(raw: Mapping[str, Bits], kept: Mapping[str, Bits], grid: tuple[int, int]) -> bytes:
+    """PNG bytes, one row of pictures a strategy; a plan without entries is one line of text."""
+    height, width = grid
+    across = SHOWN * (width * CELL + GAP) + GAP
+    row_height = CAPTION + height * CELL + 2 * GAP
+    sheet = Image.new("RGB", (across, max(1, len(raw)) * row_height), BACKGROUND)
+    ink = ImageDraw.Draw(sheet)
+    if not raw:
+        ink.text((GAP, GAP), "no entries: this configuration draws none beforehand", fill=INK)
+    for row, (name, bits) in enumerate(raw.items()):
+        top = row * row_height
+        shown = kept.get(name, bits)
+        text = (
+            f"{name}: {bits.sum(axis=1).mean():.1f} of {height * width} cells visible, {shown[0].sum()} kept in entry 0"
+        )
+        ink.text((GAP, top + 1), text, fill=INK)
+        for column, picture in enumerate(_pictures(bits[:SHOWN], shown[:SHOWN], grid)):
+            sheet.paste(Image.fromarray(picture), (GAP + column * (width * CELL + GAP), top + CAPTION + GAP))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _pictures(raw: Bits, kept: Bits, grid: tuple[int, int]) -> UInt8[np.ndarray, "E H W 3"]:
+    colours = np.array([MASKED, THINNED, KEPT], dtype=np.uint8)[raw.astype(int) + (raw & kept)]
+    cells = rearrange(colours, "e (h w) c -> e h w c", h=grid[0])
+    return cells.repeat(CELL, axis=1).repeat(CELL, axis=2)
