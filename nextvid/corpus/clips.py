@@ -16,7 +16,7 @@ from nextvid.config.datasets import DatasetConfig
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import View, clip_id, row_id
-from nextvid.corpus.gallery import read_pictures, rejected_sheet
+from nextvid.corpus.gallery import Histogram, histograms_png, read_pictures, rejected_sheet
 from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of, split_of
 from nextvid.making.batches import config_of, dataset_of
 from nextvid.making.outcome import Check, Outcome
@@ -136,8 +136,6 @@ def _own_ids(row: Row) -> bool:
 
 def _publish_pictures(project: Project, batch: str, clips: pl.DataFrame, shots: pl.DataFrame) -> None:
     """The gallery of what pretraining left out, and histograms of the scores beside their thresholds."""
-    from nextvid.corpus.histograms import Histogram, histograms_png  # matplotlib takes half a second to import
-
     root, filters = project.root, project.corpus.curation.filters
     atomic.publish_bytes(root.preview("clips", batch), rejected_sheet(clips, shots, read_pictures(root, batch)))
     videos = shots.filter(pl.col("kind") == "video")

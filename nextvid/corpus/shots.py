@@ -18,8 +18,7 @@ from nextvid.config.curation import ShotConfig
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import shot_id
-from nextvid.corpus.gallery import KeptPictures, publish_pictures
-from nextvid.corpus.sheets import SheetRow, Tile, contact_sheet
+from nextvid.corpus.gallery import KeptPictures, SheetRow, Tile, contact_sheet, publish_pictures
 from nextvid.machine import available_cores
 from nextvid.making.batches import batch_state, config_of
 from nextvid.making.outcome import Check, Outcome

@@ -1,15 +1,16 @@
-"""Near-duplicates among perceptual hashes: which pairs are near, and the groups they form.
+"""Near-duplicates among perceptual hashes: pairs of 256-bit PDQ hashes that are near, and the groups they form.
 
-Holds the banded search over 256-bit PDQ hashes and union-find. Holds no tables and no decision which copy is kept.
 With 16 bands of 16 bits, two hashes at most 31 bits apart agree in some band up to one bit (31 < 2 x 16), so looking
-up each band and its 16 one-bit neighbours finds every pair. Flat frames hash to noise: those under a quality floor
-join nothing (design 4).
+up each band and its 16 one-bit neighbours finds every pair. Flat frames hash to noise: those below a quality floor
+are in no pair.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int64, UInt8
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from storage.errors import ConfigError
 
@@ -49,18 +50,11 @@ def near_pairs(
 
 def groups(n: int, pairs: Int64[np.ndarray, "M 2"]) -> Int64[np.ndarray, "n"]:
     """For each of n items the smallest member of its group: the connected components of `pairs`."""
-    parent = list(range(n))
-
-    def root(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = parent[parent[item]]  # halve the path
-            item = parent[item]
-        return item
-
-    for a, b in pairs.tolist():
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-    return np.array([root(item) for item in range(n)], np.int64)
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    _, component = connected_components(graph, directed=False)
+    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
+    smallest: Int64[np.ndarray, n] = first[inverse]
+    return smallest
 
 
 def _distinct_pairs(words: UInt8[np.ndarray, "n 32"], distance: int) -> Int64[np.ndarray, "M 2"]:

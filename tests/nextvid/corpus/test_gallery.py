@@ -13,8 +13,17 @@ from PIL import Image
 
 from nextvid.config.project import Project
 from nextvid.corpus.clips import make_clips
-from nextvid.corpus.gallery import ENDS, KEPT, KeptPictures, extreme, read_pictures, rejected_sheet, scores_of
-from nextvid.corpus.histograms import Histogram, histograms_png
+from nextvid.corpus.gallery import (
+    ENDS,
+    KEPT,
+    Histogram,
+    KeptPictures,
+    extreme,
+    histograms_png,
+    read_pictures,
+    rejected_sheet,
+    scores_of,
+)
 from nextvid.corpus.shots import make_shots
 from nextvid.video.shots import ShotFacts
 from storage import tables

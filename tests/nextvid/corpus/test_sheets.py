@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from nextvid.corpus.sheets import (
+from nextvid.corpus.gallery import (
     CAPTION_HEIGHT,
     GAP,
     HEADER_HEIGHT,
@@ -15,7 +15,7 @@ from nextvid.corpus.sheets import (
     SheetRow,
     Tile,
 )
-from nextvid.corpus.sheets import contact_sheet as sheet
+from nextvid.corpus.gallery import contact_sheet as sheet
 
 RED, BLUE = (200, 40, 40), (60, 90, 200)
 STEP_X, STEP_Y = TILE_WIDTH + MARK_WIDTH + GAP, TILE_HEIGHT + CAPTION_HEIGHT + HEADER_HEIGHT
