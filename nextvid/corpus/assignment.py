@@ -1,8 +1,7 @@
-"""Which batch a file belongs to: append-only assignment of URIs to batches of one kind.
+"""Assignment of files to batches: a URI keeps its batch for ever, so that what was made of a batch stays valid.
 
-Holds the rule alone, as a pure function of tables: a URI keeps its batch for ever; new ones, sorted, fill the last open
-batch of their kind, then open the next (design 2). Holds no listing (sources.py) and no disk (journal.py). Sizes come
-from corpus.yaml.
+New URIs, sorted, fill the last open batch of their kind (video or image), then open the next. Pure functions of tables;
+the capacity of a batch comes from corpus.yaml.
 """
 
 from collections import Counter
@@ -16,13 +15,12 @@ import polars as pl
 from nextvid.config.datasets import DatasetConfig
 from nextvid.making.batches import batch_key, batch_number
 
-Kind = Literal["video", "image"]
-KINDS: tuple[Kind, ...] = ("image", "video")
+MediaKind = Literal["video", "image"]
 
 
 @dataclass(frozen=True)
 class BatchChange:
-    """What one listing changed in one batch: numbers of files."""
+    """How many files of a batch a listing added, changed or found gone."""
 
     batch: str
     added: int
@@ -36,16 +34,16 @@ def latest(sources: pl.DataFrame) -> pl.DataFrame:
     return sources.filter(pl.col("revision") == pl.col("revision").max().over("uri"))
 
 
-def assign(uris: list[str], kind: Kind, dataset: str, known: pl.DataFrame, capacity: int) -> dict[str, str]:
-    """Batches of URIs of one kind that `known` (rows of Sources of this dataset) does not hold yet.
+def assign(uris: list[str], kind: MediaKind, dataset: str, known: pl.DataFrame, capacity: int) -> dict[str, str]:
+    """The batch of each URI of one kind; none of them is in `known`, the dataset's rows of Sources.
 
-    Fills the last batch of the kind up to `capacity` files, then opens batches after the highest number there is.
+    Fills the last batch of the kind up to `capacity` files, then opens batches after the highest number.
     """
     slots = _open_slots(kind, dataset, known, capacity)
     return {uri: next(slots) for uri in sorted(uris)}
 
 
-def _open_slots(kind: Kind, dataset: str, known: pl.DataFrame, capacity: int) -> Iterator[str]:
+def _open_slots(kind: MediaKind, dataset: str, known: pl.DataFrame, capacity: int) -> Iterator[str]:
     counts = known.group_by("batch", "kind").agg(pl.col("uri").n_unique())
     numbers = [batch_number(batch) for batch in counts["batch"]]
     last = counts.filter(pl.col("kind").cast(pl.String) == kind).sort("batch").tail(1)
@@ -64,8 +62,8 @@ def merge(
 ) -> tuple[pl.DataFrame, list[BatchChange]]:
     """The dataset's rows of Sources after a listing, and what changed by batch, sorted.
 
-    `listed` has columns uri, path, kind, size_bytes, fingerprint; `waiting` are URIs that were seen but have not held
-    still yet: they are neither new nor gone.
+    `listed` has columns uri, path, kind, size_bytes, fingerprint; `waiting` are URIs whose files may still be
+    written: they are neither new nor gone.
     """
     joined = latest(known).select("uri", "revision", "batch", "kind", "gone_at", "size_bytes", "fingerprint")
     both = listed.join(joined, on="uri", how="left", suffix="_known")
@@ -76,9 +74,10 @@ def merge(
     seen = pl.Series("uri", [*listed["uri"], *waiting], pl.String)
     gone = joined.filter(~pl.col("uri").is_in(seen.implode()) & pl.col("gone_at").is_null())
     batches: dict[str, str] = {}
-    # One kind after the other, each seeing the batches that the one before has opened: no batch holds two kinds.
+    # images first, then videos, which see the batches that images opened: no batch holds both
     rows = known
-    for kind in KINDS:
+    kinds: tuple[MediaKind, ...] = ("image", "video")
+    for kind in kinds:
         uris = new.filter(pl.col("kind").cast(pl.String) == kind)["uri"].to_list()
         capacity = config.max_batch_videos if kind == "video" else config.max_batch_images
         assigned = assign(uris, kind, dataset, rows, capacity)

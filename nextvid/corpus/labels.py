@@ -79,8 +79,8 @@ def doubled(config: DatasetConfig, paths: Sequence[str]) -> dict[str, str]:
     return {path: next(p for p in same if p != path) for same in found.values() if len(same) > 1 for path in same}
 
 
-def nowhere(config: DatasetConfig, paths: Sequence[str]) -> list[str]:
-    """Names in the label files that no path bears, sorted: files that are missing, or labels of another data set."""
+def without_file(config: DatasetConfig, paths: Sequence[str]) -> list[str]:
+    """Names in the label files that no path has, sorted: files that are missing, or labels of another data set."""
     labels = config.labels
     if labels.layout == "csv":
         table = _table(labels)

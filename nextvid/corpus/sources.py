@@ -1,8 +1,6 @@
-"""What is in the datasets' folders, and what changed since: listings to `sources`, nothing is opened.
+"""The asset `sources`: list the datasets' folders, compare with the last listing, assign new files to batches.
 
-Holds listing through fsspec, the wait until a file holds still, and the fingerprint that says whether a batch must be
-made again. Holds no rule of assignment (batches.py), no writing order (journal.py) and no content of files
-(media.py). A listing that fails is an error, never "all files deleted" (design 4).
+No file is opened. A listing that fails is an error, never "all files deleted".
 """
 
 import difflib
@@ -22,7 +20,7 @@ import polars as pl
 from nextvid.config.project import Project
 from nextvid.corpus import journal
 from nextvid.corpus.assignment import BatchChange, latest, merge
-from nextvid.corpus.labels import label_digests, nowhere
+from nextvid.corpus.labels import label_digests, without_file
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
 from nextvid.video.probe import kind_of
@@ -32,12 +30,12 @@ from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError
 from storage.remote import is_local
 from storage.schemas import KINDS, Sources
 
-Held = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint)
+Known = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint) in an earlier listing
 
-NOT_UTF8 = "name is not UTF-8"  # the fingerprint of a file that no table can name; media.py rejects it
+NOT_UTF8 = "name is not UTF-8"  # the fingerprint of a file whose name no table can hold; media.py rejects it
 NAMED = 5  # our choice: batches that a message names
-TRIES = 8  # our choice: so many writers in a row may win before we give up
-# Where file systems of fsspec keep what changes with the content: s3fs, gcsfs and adlfs, http, memory, local.
+TRIES = 8  # our choice: how often other writers may be faster before we give up
+# Keys of fsspec listings whose values change with a file's content: s3fs, gcsfs and adlfs, http, memory, local.
 FINGERPRINTS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
 
 
@@ -47,13 +45,13 @@ class Listing:
 
     dataset: str
     files: pl.DataFrame
-    waiting: pl.DataFrame  # seen, but not yet twice with the same size and fingerprint
-    ignored: int  # files whose extension is of no media
-    empty: tuple[str, ...]  # folders below that hold nothing at all
+    waiting: pl.DataFrame  # not yet seen twice with the same size and fingerprint
+    ignored: int  # files that have no extension of a media file
+    empty: tuple[str, ...]  # empty sub-folders
 
 
-def list_dataset(project: Project, name: str, held: Held | None = None) -> Listing:
-    """List a dataset's folder. With `held`, what an earlier listing saw, a file joins only if it is there unchanged.
+def list_dataset(project: Project, name: str, known: Known | None = None) -> Listing:
+    """List a dataset's folder. With `known`, an earlier listing, files that it lacks or that changed are `waiting`.
 
     Raises CorpusError where the folder is missing or any part of it cannot be listed.
     """
@@ -71,25 +69,25 @@ def list_dataset(project: Project, name: str, held: Held | None = None) -> Listi
     except CorpusError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        if str(error) != uri:  # a folder below, which was there a moment ago
+        if str(error) != uri:  # a sub-folder that was there a moment ago
             raise CorpusError(f"dataset {name}: listing {uri} failed ({error!r}); nothing was changed") from error
         raise CorpusError(f"dataset {name}: {uri} is not a folder; correct its 'uri' or mount it") from error
     except Exception as error:  # object stores raise their clients' own classes; any failure means an unknown listing
-        said = str(error) if isinstance(error, NExTVidError) else repr(error)
-        raise CorpusError(f"dataset {name}: listing {uri} failed ({said}); nothing was changed") from error
+        reason = str(error) if isinstance(error, NExTVidError) else repr(error)
+        raise CorpusError(f"dataset {name}: listing {uri} failed ({reason}); nothing was changed") from error
     frame = _frame(rows)
-    if held is None:
+    if known is None:
         return Listing(name, frame, frame.clear(), ignored, tuple(empty))
-    still = pl.Series([held.get(row[0]) == (row[3], row[4]) for row in frame.iter_rows()], dtype=pl.Boolean)
-    return Listing(name, frame.filter(still), frame.filter(~still), ignored, tuple(empty))
+    same = pl.Series([known.get(row[0]) == (row[3], row[4]) for row in frame.iter_rows()], dtype=pl.Boolean)
+    return Listing(name, frame.filter(same), frame.filter(~same), ignored, tuple(empty))
 
 
 def update_sources(project: Project, settle: bool = False, datasets: Sequence[str] | None = None) -> list[BatchChange]:
-    """List the datasets (all unless named) and write `sources/`; returns what changed by batch, nothing if nothing did.
+    """List the datasets (all unless named) and write `sources/`; returns what changed, by batch.
 
-    `settle=False` takes files at once; `settle=True` takes those that an earlier settling listing saw with the same
-    size and fingerprint. A dataset that cannot be listed stays as it was and does not hold up the others: CorpusError
-    names it after they are written.
+    With `settle`, a new or changed file is taken only once two such listings in a row saw the same size and
+    fingerprint, since it may still be written. A dataset that cannot be listed stays as it was and does not stop the
+    others: CorpusError names it after they are written.
     """
     names = sorted(datasets if datasets is not None else project.corpus.datasets)
     for _ in range(TRIES):
@@ -99,7 +97,7 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
         for name in names:
             known = known_sources(project, name)
             try:
-                listing = list_dataset(project, name, _held(project, name, known) if settle else None)
+                listing = list_dataset(project, name, _listed_before(project, name, known) if settle else None)
                 _refuse_vanished(project, listing, known)
             except CorpusError as error:
                 failed.append(error)
@@ -124,7 +122,7 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
 
 
 def make_sources(project: Project) -> Outcome:
-    """List all datasets at once and report; what `nextvid make` does first. Raises CorpusError."""
+    """List all datasets without waiting for files to settle. Raises CorpusError."""
     started_s = time.perf_counter()
     changes = update_sources(project)
     rows = tables.read_tables(project.root, "sources", None, Sources)
@@ -146,16 +144,16 @@ def make_sources(project: Project) -> Outcome:
 
 
 def _labels_without_file(project: Project) -> dict[str, int | float | str]:
-    """How many names in the datasets' label files no listed file bears, and the first of each dataset."""
+    """How many names in the datasets' label files no listed file has, and the first of each dataset."""
     found = {
-        name: nowhere(config, known_sources(project, name)["path"].to_list())
+        name: names
         for name, config in sorted(project.corpus.datasets.items())
+        if (names := without_file(config, known_sources(project, name)["path"].to_list()))
     }
-    some = {name: names for name, names in found.items() if names}
-    if not some:
+    if not found:
         return {}
-    examples = ", ".join(f"{name}: {names[0]!r}" for name, names in some.items())
-    return {"labels_without_file": sum(map(len, some.values())), "labels_without_file_such_as": examples}
+    examples = ", ".join(f"{name}: {names[0]!r}" for name, names in found.items())
+    return {"labels_without_file": sum(map(len, found.values())), "labels_without_file_such_as": examples}
 
 
 def known_sources(project: Project, name: str) -> pl.DataFrame:
@@ -165,20 +163,20 @@ def known_sources(project: Project, name: str) -> pl.DataFrame:
 
 
 def refuse_unknown(project: Project, batch: str) -> None:
-    """Raises ConfigError, with the nearest name, for a batch that no listing opened."""
+    """Raise ConfigError, with the nearest name, for a batch that does not exist."""
     known = project.root.batches()
     if batch in known:
         return
     near = difflib.get_close_matches(batch, known, n=1)
     listed = ", ".join(known[:NAMED]) + (", ..." if len(known) > NAMED else "")
-    said = f"did you mean '{near[0]}'?" if near else f"there are {listed or 'none yet'}"
-    raise ConfigError(f"there is no batch '{batch}'; {said}")
+    hint = f"did you mean '{near[0]}'?" if near else f"there are {listed or 'none yet'}"
+    raise ConfigError(f"there is no batch '{batch}'; {hint}")
 
 
 def batch_fingerprint(project: Project, batch: str, labels: Sequence[str] | None = None) -> str:
-    """Digest of a batch's listing and of its label files' bytes: what changes asks for a new run of the batch.
+    """Digest of a batch's listing and of its label files' bytes: where it changes, the batch is made again.
 
-    `labels` are the digests of the dataset's label files, where somebody has them already.
+    `labels` are the digests of the dataset's label files, where the caller has them already.
     """
     rows = tables.read_table(project.root.table("sources", batch), Sources).sort("uri", "revision")
     files = rows.select("uri", "revision", "size_bytes", "fingerprint", pl.col("gone_at").is_not_null().alias("gone"))
@@ -189,10 +187,10 @@ def batch_fingerprint(project: Project, batch: str, labels: Sequence[str] | None
 
 
 def _walk(uri: str, top: str, empty: list[str]) -> Iterator[Mapping[str, Any]]:
-    """Every file below `top`, the key of `uri`; folders without anything are added to `empty`.
+    """Every file below `top`, the key of `uri`; empty folders are added to `empty`.
 
-    Not fsspec's own walk: below the first level it swallows errors, whatever it is told. FileNotFoundError(uri) where
-    `top` is no folder.
+    Not fsspec's own walk, which ignores errors below the first level with any setting. Raises FileNotFoundError(uri)
+    where `top` is no folder.
     """
     folders = [top]
     while folders:
@@ -223,7 +221,7 @@ def _entries(uri: str, folder: str, *, is_top: bool) -> list[Mapping[str, Any]]:
 
 
 def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, int, str] | None:
-    """One file as (uri, path, kind, size, fingerprint); None where it is no media."""
+    """One file as (uri, path, kind, size, fingerprint); None where it is no media file."""
     name = str(info["name"])
     if (shown := name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) != name:
         path = shown.removeprefix(top.rstrip("/") + "/")
@@ -243,9 +241,7 @@ def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, in
 
 
 def _local(path: Path) -> tuple[int, str, bool]:
-    """Size, modification time and whether it is a file, links followed; a link to nothing or to itself counts as an
-    unreadable file.
-    """
+    """Size, modification time and whether it is a file, links followed; a broken link counts as an unreadable file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - one call per file of a listing
     except OSError as error:
@@ -274,7 +270,7 @@ def _frame(rows: list[tuple[str, str, str, int, str]]) -> pl.DataFrame:
 
 
 def _refuse_vanished(project: Project, listing: Listing, known: pl.DataFrame) -> None:
-    """An empty folder where files were known is an unmounted disk more often than a wish, at the top or below."""
+    """Refuse an empty folder, at the top or below, that had files: more often it is an unmounted disk than intended."""
     seen = listing.files.height + listing.waiting.height
     present = latest(known).filter(pl.col("gone_at").is_null())
     uri = project.corpus.datasets[listing.dataset].uri
@@ -295,16 +291,16 @@ def _pending(project: Project) -> str:
     return f"{project.root.folder('sources')}/pending.json"
 
 
-def _held(project: Project, name: str, known: pl.DataFrame) -> dict[str, tuple[int, str]]:
-    """What the tables and the last settling listing hold of a dataset."""
+def _listed_before(project: Project, name: str, known: pl.DataFrame) -> dict[str, tuple[int, str]]:
+    """A dataset's files by the tables and the last settling listing."""
     rows = latest(known).select("uri", "size_bytes", "fingerprint")
-    held = {uri: (size, fingerprint) for uri, size, fingerprint in rows.iter_rows()}
+    found = {uri: (size, fingerprint) for uri, size, fingerprint in rows.iter_rows()}
     pending = atomic.read_json(_pending(project)) if atomic.exists(_pending(project)) else {}
-    return held | {uri: (size, text) for uri, (size, text) in pending.get(name, {}).items()}
+    return found | {uri: (size, text) for uri, (size, text) in pending.get(name, {}).items()}
 
 
 def _remember(project: Project, listings: Sequence[Listing]) -> None:
-    """Keep what is waiting, so that the next settling listing can compare; the file is no table and may be lost."""
+    """Keep the waiting files for the next settling listing to compare with; the file may be lost without harm."""
     before = atomic.read_json(_pending(project)) if atomic.exists(_pending(project)) else {}
     after = dict(before)
     for listing in listings:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.labels import contradictions, doubled, label_digests, nowhere, read_labels
+from nextvid.corpus.labels import contradictions, doubled, label_digests, read_labels, without_file
 from storage.errors import ConfigError, CorpusError
 from tests.nextvid.corpus.small_media import write_project
 
@@ -96,7 +96,7 @@ def test_kinetics400(dataset: Callable[..., DatasetConfig]) -> None:
         ("val/abseiling/-3B32lodo2M_000059_000069.mkv", None, None, "group", "-3B32lodo2M"),
         ("val/abseiling/-3B32lodo2M_000059_000069.mkv", None, None, "split", "val"),
     ]
-    assert nowhere(config, paths) == ["gone0000000_000001_000011"]
+    assert without_file(config, paths) == ["gone0000000_000001_000011"]
 
 
 SSV2 = [
@@ -189,7 +189,7 @@ def test_internvid(dataset: Callable[..., DatasetConfig]) -> None:
         ),
         ("videos/HdYoyzCSWyw.mp4", 3_600_000_000, 3_602_500_000, "caption", "a „mouse“\nruns"),
     ]
-    assert nowhere(config, ["videos/HdYoyzCSWyw.mp4"]) == ["other"]
+    assert without_file(config, ["videos/HdYoyzCSWyw.mp4"]) == ["other"]
 
 
 def test_double_lines_are_one_label_and_contradictions_are_found(dataset: Callable[..., DatasetConfig]) -> None:
