@@ -1,9 +1,8 @@
-"""`media` and `labels`: one row per listed file with its identity, facts, decoder and verdict; and what is known of it.
+"""The asset `media`: one row for each listed file with its id, properties, decoder and status; and its labels.
 
-Every file is read in the sandbox, once per revision; failures are rows that the next call tries again. Labels are
-joined afresh at each call, so a changed label file costs no reading. Withdrawn media and contradictory labels reject
-a file; lifting the cause lifts the verdict. Holds no listing (sources.py), no label layouts (labels.py) and no
-shots.
+Every file is read in the sandbox, once per revision; a file that fails is a row that the next call tries again. Labels
+are joined at each call, so a changed label file costs no reading. A withdrawn file, or one with contradictory labels,
+is rejected for as long as the cause lasts.
 """
 
 import os
@@ -33,23 +32,19 @@ from storage.remote import is_local
 from storage.schemas import Labels, Media, Sources
 from storage.withdrawn import withdrawn_media
 
-Row = dict[str, Any]
+MediaRow = dict[str, Any]  # a row of Media or Sources
 
-WORKERS = 2  # our choice: probing waits for the disk, two processes keep one busy
-# A process starts in 0.6 s (nextvid/video/sandbox.py); our measurement: in that time one probes 500 pictures or hashes
+WORKERS = 2  # our choice: probing waits for the disk, and two processes keep one busy
+# Our measurement: a process starts in 0.6 s (nextvid/video/sandbox.py), in which another probes 500 pictures or hashes
 # 750 MB.
 FILES_A_WORKER, BYTES_A_WORKER = 500, 750_000_000
 TIMEOUT_S = 60.0  # our choice: a probe takes milliseconds; the rest is for reading the file, below
 READ_BYTES_PER_S = 10_000_000  # our choice: a slow network disk
-LIFTABLE = (
-    "contradictory",
-    "ambiguous_name",
-    "withdrawn",
-)  # verdicts on a file that was read: they fall when their cause does
+LIFTABLE = ("contradictory", "ambiguous_name", "withdrawn")  # reasons that end with their cause; the file was read
 
 
 def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
-    """Probe what is new in the batch, join labels, publish both tables and their checks.
+    """Probe the batch's new files, join labels, publish both tables and their checks.
 
     Raises UpstreamError where the batch is unknown and CorpusError for its label file.
     """
@@ -59,9 +54,9 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     made_from = {"listing": batch_fingerprint(project, batch)}
     sources = tables.read_table(root.table("sources", batch), Sources).sort("uri", "revision")
     before = existing(root, "media", batch, Media)
-    kept, wanted = _kept(before, sources), _wanted(before, sources)
-    rows = _unreadable(sources, before, config.licence) + _inspect(
-        wanted, config.licence, lambda n: on_progress(Progress(f"media {batch}", n, wanted.height))
+    kept, unread = _kept(before, sources), _unread(before, sources)
+    rows = _never_read(sources, before, config.licence) + _inspect(
+        unread, config.licence, lambda n: on_progress(Progress(f"media {batch}", n, unread.height))
     )
     media = pl.concat([kept, _frame(rows)]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()))
@@ -82,7 +77,7 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
         digest=table_digest(root, "media", batch),
         numbers={
             **counts(media),
-            "read": wanted.height,
+            "read": unread.height,
             "video_s": int(media["duration_us"].fill_null(0).sum()) / 1e6,
             "labels": labels.height,
             "labelled_files": named.height,
@@ -93,7 +88,7 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
 
 
 def _kept(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
-    """Rows that need no reading: read well, or rejected for good; verdicts that can fall are lifted for now."""
+    """Rows that need no reading: read without error, or rejected for good. Reasons that may have ended are removed."""
     lift = pl.col("reason").is_in(LIFTABLE) & pl.col("decoder").is_not_null()
     status = pl.when(lift).then(pl.lit("ok")).otherwise(pl.col("status").cast(pl.String))
     empty = pl.lit(None, pl.String)
@@ -102,19 +97,19 @@ def _kept(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
         pl.when(lift).then(empty).otherwise(pl.col("reason")).alias("reason"),
         pl.when(lift).then(empty).otherwise(pl.col("error")).alias("error"),
     )
-    return tables.missing_rows(rows, _wanted(before, sources), ["uri", "revision"])
+    return tables.missing_rows(rows, _unread(before, sources), ["uri", "revision"])
 
 
-def _wanted(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
-    """Listed files to read: present, newest revision, and not read well yet."""
+def _unread(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
+    """Listed files to read: present, of the newest revision, and not read without error yet."""
     readable = latest(sources).filter(pl.col("gone_at").is_null())
     failed = (pl.col("status") == "quarantined") | (pl.col("reason") == "gone").fill_null(False)
     lost = pl.col("reason").is_in(LIFTABLE).fill_null(False) & pl.col("decoder").is_null()
     return tables.missing_rows(readable, before.filter(~(failed | lost)), ["uri", "revision"])
 
 
-def _unreadable(sources: pl.DataFrame, before: pl.DataFrame, licence: str) -> list[Row]:
-    """Rows for revisions that went before anybody read them."""
+def _never_read(sources: pl.DataFrame, before: pl.DataFrame, licence: str) -> list[MediaRow]:
+    """Rows of revisions that were replaced or removed before they were read."""
     never = tables.missing_rows(sources, before, ["uri", "revision"])
     newest = latest(sources).select("uri", newest=pl.col("revision"))
     rows = []
@@ -122,20 +117,22 @@ def _unreadable(sources: pl.DataFrame, before: pl.DataFrame, licence: str) -> li
         if row["revision"] < row["newest"]:
             rows.append(_row(row, licence, reason="replaced", error="a newer revision was listed", rejected=True))
         elif row["gone_at"] is not None:
-            rows.append(_row(row, licence, reason="gone", error="the file went before it was read", rejected=True))
+            rows.append(
+                _row(row, licence, reason="gone", error="the file was removed before it was read", rejected=True)
+            )
     return rows
 
 
-def _inspect(wanted: pl.DataFrame, licence: str, on_count: Callable[[int], None]) -> list[Row]:
+def _inspect(unread: pl.DataFrame, licence: str, on_count: Callable[[int], None]) -> list[MediaRow]:
     """One row per file, read in the sandbox."""
-    if wanted.is_empty():
+    if unread.is_empty():
         return []
-    files = {row["uri"]: row for row in wanted.iter_rows(named=True)}
+    files = {row["uri"]: row for row in unread.iter_rows(named=True)}
     timeout_s = TIMEOUT_S + max(row["size_bytes"] for row in files.values()) / READ_BYTES_PER_S
-    rows: list[Row] = []
+    rows: list[MediaRow] = []
     with (
         tempfile.TemporaryDirectory(prefix="nextvid-") as folder,
-        Sandbox(_workers(wanted["size_bytes"].to_list())) as sandbox,
+        Sandbox(_workers(unread["size_bytes"].to_list())) as sandbox,
     ):
         paths: dict[Path, str] = {}
         items = _fetched(files, Path(folder), paths, rows, licence)
@@ -150,29 +147,29 @@ def _inspect(wanted: pl.DataFrame, licence: str, on_count: Callable[[int], None]
 
 
 def _fetched(
-    files: dict[str, Row], folder: Path, paths: dict[Path, str], failed: list[Row], licence: str
+    files: dict[str, MediaRow], folder: Path, paths: dict[Path, str], failed: list[MediaRow], licence: str
 ) -> Iterator[Path]:
-    """Local paths, copied as they are asked for; those that cannot be copied go to `failed`."""
+    """Local paths, each copied when it is asked for; files that cannot be copied are added to `failed`."""
     for uri, source in files.items():
         if source["fingerprint"] == NOT_UTF8:
-            said = "its name is not UTF-8 and shown with escapes; rename the file"
-            failed.append(_row(source, licence, reason="bad_name", error=said, rejected=True))
+            error = "its name is not UTF-8 and shown with escapes; rename the file"
+            failed.append(_row(source, licence, reason="bad_name", error=error, rejected=True))
             continue
         if (target := _outside(source)) is not None:
-            said = f"a link to {target}, outside of the dataset's folder; name that folder as a dataset"
-            failed.append(_row(source, licence, reason="outside", error=said, rejected=True))
+            error = f"a link to {target}, outside of the dataset's folder; name that folder as a dataset"
+            failed.append(_row(source, licence, reason="outside", error=error, rejected=True))
             continue
         try:
             path = fetch(uri, folder)
-        except MediaError as error:
-            failed.append(_row(source, licence, reason=error.reason, error=str(error)))
+        except MediaError as failure:
+            failed.append(_row(source, licence, reason=failure.reason, error=str(failure)))
             continue
         paths[path] = uri
         yield path
 
 
-def _outside(source: Row) -> str | None:
-    """Where a local file really lies, if a link leads out of its dataset's folder."""
+def _outside(source: MediaRow) -> str | None:
+    """The real path of a local file, if a link leads out of its dataset's folder."""
     if not is_local(source["uri"]):
         return None
     path = source["uri"].removeprefix("file://")
@@ -182,7 +179,7 @@ def _outside(source: Row) -> str | None:
 
 
 def _identity_of(sandbox: Sandbox, path: Path, error: MediaError, timeout_s: float) -> Inspection | MediaError:
-    """What crashed or hung the probe still has an identity, so that it can be withdrawn or recognised."""
+    """A file that crashed or hung the probe still gets an id, so that it can be withdrawn or recognised."""
     try:
         media, size_bytes = sandbox.call(identify, path, timeout_s=timeout_s)
     except MediaError:
@@ -190,7 +187,7 @@ def _identity_of(sandbox: Sandbox, path: Path, error: MediaError, timeout_s: flo
     return Inspection(media, size_bytes, None, error.reason, str(error))
 
 
-def _inspected(source: Row, licence: str, result: Inspection | MediaError) -> Row:
+def _inspected(source: MediaRow, licence: str, result: Inspection | MediaError) -> MediaRow:
     if isinstance(result, MediaError):
         return _row(source, licence, reason=result.reason, error=str(result))
     media_id = bytes.fromhex(result.media)
@@ -206,15 +203,15 @@ def _inspected(source: Row, licence: str, result: Inspection | MediaError) -> Ro
 
 
 def _row(
-    source: Row,
+    source: MediaRow,
     licence: str,
     media_id: bytes | None = None,
     *,
     reason: str | None = None,
     error: str | None = None,
     rejected: bool = False,
-) -> Row:
-    """A row of Media without facts, quarantined unless `rejected`."""
+) -> MediaRow:
+    """A row of Media without properties, quarantined unless `rejected`."""
     row = dict.fromkeys(Media.column_names())
     row.update({name: source[name] for name in ("uri", "revision", "dataset", "batch", "path", "kind", "size_bytes")})
     status = "rejected" if rejected else "quarantined"
@@ -228,19 +225,19 @@ def _row(
     }
 
 
-def _frame(rows: list[Row]) -> pl.DataFrame:
+def _frame(rows: list[MediaRow]) -> pl.DataFrame:
     return pl.DataFrame(rows, Media.create_empty().schema, orient="row")
 
 
 def _join(media: pl.DataFrame, by_path: pl.DataFrame) -> pl.DataFrame:
-    """Labels by media id: those of all copies of a file united."""
+    """Labels by media id: a file has those of all its copies."""
     newest = latest(media).filter(pl.col("media_id").is_not_null()).select("path", "media_id")
     rows = newest.join(by_path, on="path").select(Labels.column_names())
     return rows.unique().sort("media_id", "target", "start_us", "end_us", "value")
 
 
 def _doubled(project: Project, batch: str) -> dict[str, str]:
-    """Paths of the dataset whose name another of its files bears, where labels go by names."""
+    """Paths of the dataset that share their name with another of its files, where labels go by name."""
     config = config_of(project, batch)
     if not config.labels.by_name:
         return {}
@@ -251,9 +248,7 @@ def _doubled(project: Project, batch: str) -> dict[str, str]:
 def _judge(
     media: pl.DataFrame, labels: pl.DataFrame, withdrawn: frozenset[bytes], twice: Mapping[str, str]
 ) -> pl.DataFrame:
-    """Reject what is withdrawn, what shares the name that its labels go by, and what has labels that contradict each
-    other.
-    """
+    """Reject withdrawn files, files that share the name that labels go by, and files with contradictory labels."""
     against = dict(contradictions(labels, "media_id").iter_rows())
     rows = []
     for path, media_id, status, reason, error in media.select(
@@ -262,8 +257,8 @@ def _judge(
         if media_id in withdrawn:
             rows.append(("rejected", "withdrawn", "withdrawn by request; its latents are zeroed"))
         elif path in twice and status == "ok":
-            said = f"its labels go by name, and {twice[path]} has the same one: rename one, or label by path in a csv"
-            rows.append(("rejected", "ambiguous_name", said))
+            error = f"its labels go by name, and {twice[path]} has the same one: rename one, or label by path in a csv"
+            rows.append(("rejected", "ambiguous_name", error))
         elif media_id in against and status == "ok":
             rows.append(("rejected", "contradictory", f"its labels contradict each other: {against[media_id]}"))
         else:
@@ -274,7 +269,7 @@ def _judge(
 
 def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float) -> tuple[Check, ...]:
     present = latest(sources).filter(pl.col("gone_at").is_null()).select("uri", "revision")
-    current = media.join(present, on=["uri", "revision"], how="semi")  # a broken file mended or removed weighs no more
+    current = media.join(present, on=["uri", "revision"], how="semi")  # not files that were repaired or removed
     quarantined = current.filter(pl.col("status") == "quarantined").height
     share = quarantined / max(1, current.height)
     return (
@@ -282,7 +277,7 @@ def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float) -> tuple[
             "rows_are_files_listed",
             media.height == sources.height,
             {"rows": media.height, "files": sources.height},
-            description="every listed file has a row, whatever became of it",
+            description="every listed file has a row, whatever its status",
         ),
         Check(
             "quarantined_within_budget",
@@ -294,7 +289,7 @@ def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float) -> tuple[
 
 
 def _spans_inside(media: pl.DataFrame, labels: pl.DataFrame) -> Check:
-    """Spans that lie outside of their video label nothing; they are named here, since labels have no status."""
+    """Spans outside of their video label nothing; they are reported here, since labels have no status."""
     files = media.filter(pl.col("status") == "ok").unique("media_id")
     spans = labels.join(files.select("media_id", "path", "duration_us", begin="start_us"), on="media_id")
     outside = spans.filter(

@@ -1,8 +1,8 @@
-"""`shots`: one first pass over each media, cut-free runs with scores; and the contact sheet.
+"""The asset `shots`: decode each media file once, cut it into shots, score them; and a contact sheet.
 
-Bytes that stand in a batch twice are looked at once. A media that fails is one row without a shot id, tried again by
-the next call. Everything is made again when the first pass's configuration changes; thresholds are none of it
-(clips.py). Holds no decoding and no detectors (nextvid/video).
+A file that is in a batch twice is decoded once. A file that fails is one row without a shot id, which the next call
+tries again. Everything is made again when the configuration of this first pass changes. Thresholds do not belong to it:
+`clips` applies them, so that changing one decodes nothing.
 """
 
 import tempfile
@@ -34,29 +34,29 @@ from storage.errors import MediaError
 from storage.root import DataRoot
 from storage.schemas import Media, Shots, Sources
 
-Row = dict[str, Any]
+ShotRow = dict[str, Any]  # a row of Shots or Media
 
-WORKERS = 2  # research video 3: one thread a worker; more workers belong to more batches
-# A process starts in 0.6 s (nextvid/video/sandbox.py); our measurement: in that time it passes 25 videos of 3 s at
-# 64 pixels; research video 8: or over 20 s of video at 360p.
+WORKERS = 2  # our choice: each decodes with one thread; Dagster runs several batches beside each other
+# Our measurements: a process starts in 0.6 s (nextvid/video/sandbox.py), in which another decodes 25 videos of 3 s at
+# 64 pixels, or 20 s of video at 360p.
 FILES_A_WORKER, SECONDS_A_WORKER = 25, 20
 TIMEOUT_S = 120.0  # our choice, for what does not grow with the video
-TIMEOUT_A_SECOND = 2.0  # seconds a second of video: research video 8 measures 0.1 at 1080p; the rest is for 4K and load
-LONGEST_S = 6 * 3600.0  # our choice: what a file declares about itself may be wrong
+TIMEOUT_A_SECOND = 2.0  # for each second of video; we measured 0.1 at 1080p, the rest is for 4K and a busy machine
+LONGEST_S = 6 * 3600.0  # our choice: the duration that a file declares may be wrong
 SHEET_FILES, SHEET_SHOTS = 16, 16  # our choice: a sheet that loads at once
-NAME_LETTERS = 28  # as many as a tile is wide
+NAME_LETTERS = 28  # as many as fit the width of a tile
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A media row and what its first pass came to."""
+    """A row of Media and the result of its first pass."""
 
-    media: Row
+    media: ShotRow
     result: list[ShotFacts] | MediaError
 
 
 def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
-    """First pass over the batch's media that have no shots yet; publish the table, the contact sheet and the checks.
+    """Decode the batch's files that have no shots yet; publish the table, the contact sheet and the checks.
 
     Raises UpstreamError where `media` is missing or failed its checks.
     """
@@ -67,17 +67,17 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
     media = tables.read_table(root.table("media", batch), Media)
     sources = tables.read_table(root.table("sources", batch), Sources)
     before = _before(root, batch, config)
-    wanted, lost = _wanted(media, sources, before)
-    rows: list[Row] = [_failed(row, "gone", "the file went before its first pass", "rejected") for row in lost]
-    pictured, kept = _Sheet([bytes(row["media_id"]) for row in wanted]), KeptPictures()
-    for number, seen in enumerate(_first_passes(wanted, config), 1):
+    new, lost = _without_shots(media, sources, before)
+    rows = [_failed(row, "gone", "the file was removed before it was decoded", "rejected") for row in lost]
+    pictured, kept = _Sheet([bytes(row["media_id"]) for row in new]), KeptPictures()
+    for number, seen in enumerate(_first_passes(new, config), 1):
         made = _rows(seen)
         pictured.add(seen)
         if not isinstance(seen.result, MediaError):
-            for row, shot in zip(made, seen.result, strict=False):  # a media without a shot is one row all the same
+            for row, shot in zip(made, seen.result, strict=False):  # a file without a shot is one row, too
                 kept.add(row["shot_id"], shot)
         rows += made
-        on_progress(Progress(f"shots {batch}", number, len(wanted)))
+        on_progress(Progress(f"shots {batch}", number, len(new)))
     redone = pl.Series([row["media_id"] for row in rows], dtype=pl.Binary).unique()
     shots = pl.concat([before.filter(~pl.col("media_id").is_in(redone.implode())), _frame(rows)])
     shots = shots.sort("media_id", "shot_index")
@@ -88,7 +88,7 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
         written = True
     publish_pictures(root, batch, kept, shots)
     written |= publish_verdict(root.checks("shots", batch), "shots", checks, made_from)
-    return _outcome(project, batch, shots, checks, made_from, written, len(wanted), started_s)
+    return _outcome(project, batch, shots, checks, made_from, written, len(new), started_s)
 
 
 def _outcome(
@@ -126,13 +126,15 @@ def _outcome(
 
 
 def _before(root: DataRoot, batch: str, config: ShotConfig) -> pl.DataFrame:
-    """The rows there are, if they were made with this configuration."""
+    """The batch's rows, if they were made with this configuration; else none."""
     same = batch_state(root, batch, "shots").made_from("shots", "first_pass") == config.digest()
     return existing(root, "shots", batch, Shots) if same else Shots.create_empty()
 
 
-def _wanted(media: pl.DataFrame, sources: pl.DataFrame, before: pl.DataFrame) -> tuple[list[Row], list[Row]]:
-    """(one present file of each media to look at, one row of each media whose files went), sorted by media id."""
+def _without_shots(
+    media: pl.DataFrame, sources: pl.DataFrame, before: pl.DataFrame
+) -> tuple[list[ShotRow], list[ShotRow]]:
+    """Of media without shots, sorted by id: (one file of each that is present, one row of each that is not)."""
     good = media.filter(pl.col("status") == "ok").sort("media_id", "uri", "revision")
     done = before.filter(
         (pl.col("status") != "quarantined") & (pl.col("reason").is_null() | (pl.col("reason") != "gone"))
@@ -145,21 +147,21 @@ def _wanted(media: pl.DataFrame, sources: pl.DataFrame, before: pl.DataFrame) ->
     return list(first.iter_rows(named=True)), list(lost.iter_rows(named=True))
 
 
-def _first_passes(wanted: Sequence[Row], config: ShotConfig) -> Iterator[_Seen]:
-    """Results as they finish."""
-    if not wanted:
+def _first_passes(new: Sequence[ShotRow], config: ShotConfig) -> Iterator[_Seen]:
+    """Decode and score rows of Media in the sandbox; results in the order in which they finish."""
+    if not new:
         return
-    longest_s = min(LONGEST_S, max(row["duration_us"] for row in wanted) / 1e6)
+    longest_s = min(LONGEST_S, max(row["duration_us"] for row in new) / 1e6)
     timeout_s = TIMEOUT_S + TIMEOUT_A_SECOND * longest_s
-    seconds = sum(row["duration_us"] for row in wanted) / 1e6
-    worth = max(len(wanted) // FILES_A_WORKER, int(seconds / SECONDS_A_WORKER))
+    seconds = sum(row["duration_us"] for row in new) / 1e6
+    worth = max(len(new) // FILES_A_WORKER, int(seconds / SECONDS_A_WORKER))
     workers = max(1, min(WORKERS, available_cores(), worth))
     with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
-        rows: dict[Path, Row] = {}
+        rows: dict[Path, ShotRow] = {}
         failed: list[_Seen] = []
 
         def viewings() -> Iterator[Viewing]:
-            for row in wanted:
+            for row in new:
                 try:
                     path = fetch(row["uri"], Path(folder))
                 except MediaError as error:
@@ -175,13 +177,13 @@ def _first_passes(wanted: Sequence[Row], config: ShotConfig) -> Iterator[_Seen]:
         yield from failed
 
 
-def facts_of(media: Row) -> MediaFacts:
-    """The facts that a row of `media` with status ok holds."""
+def facts_of(media: ShotRow) -> MediaFacts:
+    """The properties in a row of Media with status ok."""
     names = MediaFacts.__dataclass_fields__
     return MediaFacts(**{name: media[name] for name in names if name != "hazards"}, hazards=tuple(media["hazards"]))
 
 
-def _rows(seen: _Seen) -> list[Row]:
+def _rows(seen: _Seen) -> list[ShotRow]:
     match seen.result:
         case MediaError() as error:
             return [_failed(seen.media, error.reason, str(error), "quarantined")]
@@ -191,7 +193,7 @@ def _rows(seen: _Seen) -> list[Row]:
             return [_row(seen.media, index, shot) for index, shot in enumerate(shots)]
 
 
-def _row(media: Row, index: int, shot: ShotFacts) -> Row:
+def _row(media: ShotRow, index: int, shot: ShotFacts) -> ShotRow:
     row = _blank(media)
     row.update({name: getattr(shot, name) for name in row if hasattr(shot, name)})
     return row | {
@@ -204,7 +206,7 @@ def _row(media: Row, index: int, shot: ShotFacts) -> Row:
     }
 
 
-def _failed(media: Row, reason: str, error: str, status: str) -> Row:
+def _failed(media: ShotRow, reason: str, error: str, status: str) -> ShotRow:
     return _blank(media) | {
         "start_us": 0,
         "end_us": 0,
@@ -217,13 +219,13 @@ def _failed(media: Row, reason: str, error: str, status: str) -> Row:
     }
 
 
-def _blank(media: Row) -> Row:
-    row: Row = dict.fromkeys(Shots.column_names())
+def _blank(media: ShotRow) -> ShotRow:
+    row: ShotRow = dict.fromkeys(Shots.column_names())
     row.update({name: media[name] for name in ("media_id", "dataset", "batch", "uri", "kind")})
     return row | {"hashes": [], "hash_quality": [], "hash_times_us": []}
 
 
-def _frame(rows: list[Row]) -> pl.DataFrame:
+def _frame(rows: list[ShotRow]) -> pl.DataFrame:
     return pl.DataFrame(rows, Shots.create_empty().schema, orient="row")
 
 
