@@ -1,8 +1,7 @@
-"""`clips`: the curated clip manifest, one row a view.
+"""The asset `clips`: the curated clip manifest, one row for each view of a clip.
 
-Made again at every call from `shots`, `media`, `labels` and corpus.yaml, and written only where it differs: nothing
-is decoded, so new thresholds, labels or policies cost seconds. Splits are decided here, once (manifest.py). Holds no
-rule of what a shot gives (manifest.py) and no geometry (nextvid/corpus/cutting.py).
+Computed at every call from `shots`, `media`, `labels` and corpus.yaml, and written only where it differs. Nothing is
+decoded, so new thresholds, labels or policies cost seconds.
 """
 
 import time
@@ -17,7 +16,7 @@ from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.gallery import Histogram, histograms_png, read_pictures, rejected_sheet
-from nextvid.corpus.manifest import Label, MediaNow, Row, hold_quota, rows_of, split_of
+from nextvid.corpus.manifest import ClipRow, Label, MediaNow, hold_quota, rows_of, split_of
 from nextvid.making.batches import config_of, dataset_of
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
@@ -27,7 +26,7 @@ from storage.schemas import Clips, Labels, Media, Shots, Sources
 
 
 def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
-    """Cut the batch's shots into clips and views for pretraining and every benchmark; publish table and checks.
+    """Cut the batch's shots into clips and views for pretraining and each benchmark; publish table and checks.
 
     Raises UpstreamError where `media` or `shots` is missing or failed its checks.
     """
@@ -39,7 +38,7 @@ def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -
     media = _media_now(project, batch, config)
     benchmarks = {n: b for n, b in project.corpus.benchmarks.items() if dataset_of(batch) in b.datasets}
     good = shots.filter(pl.col("status") == "ok")
-    rows: list[Row] = []
+    rows: list[ClipRow] = []
     unlabelled: Counter[str] = Counter()
     for number, shot in enumerate(good.iter_rows(named=True), 1):
         made = rows_of(shot, media[shot["media_id"]], config, project.corpus.curation.filters, benchmarks)
@@ -59,7 +58,7 @@ def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -
 
 
 def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[bytes, MediaNow]:
-    """By media id: the file to read (a present copy before a gone one, then by name), split, group, labels."""
+    """What is known of each media file by id; of several copies a present one is read, the first by name."""
     root = project.root
     media = tables.read_table(root.table("media", batch), Media).filter(pl.col("media_id").is_not_null())
     newest = latest(tables.read_table(root.table("sources", batch), Sources))
@@ -69,7 +68,7 @@ def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[byte
         pl.when(pl.col("status") != "ok")
         .then(pl.col("reason"))
         .when(pl.col("current").is_null())
-        .then(pl.lit("replaced"))  # other bytes stand there now: what is encoded stays, more cannot be
+        .then(pl.lit("replaced"))  # the path has other bytes now: what is encoded stays, nothing more can be
         .alias("refused")
     ).sort(pl.col("refused").is_not_null(), pl.col("gone_at").is_not_null(), "uri", "revision")
     found = {}
@@ -128,14 +127,14 @@ def _checks(clips: pl.DataFrame, shots: pl.DataFrame) -> tuple[Check, ...]:
     )
 
 
-def _own_ids(row: Row) -> bool:
+def _own_ids(row: ClipRow) -> bool:
     clip = clip_id(row["media_id"].hex(), row["times_us"])
     view = View(row["crop_x"], row["crop_y"], row["crop_w"], row["crop_h"], row["flip"])
     return bool(row["clip_id"].hex() == clip and row["row_id"].hex() == row_id(clip, view))
 
 
 def _publish_pictures(project: Project, batch: str, clips: pl.DataFrame, shots: pl.DataFrame) -> None:
-    """The gallery of what pretraining left out, and histograms of the scores beside their thresholds."""
+    """Pictures of what pretraining left out, and histograms of the scores with their thresholds."""
     root, filters = project.root, project.corpus.curation.filters
     atomic.publish_bytes(root.preview("clips", batch), rejected_sheet(clips, shots, read_pictures(root, batch)))
     videos = shots.filter(pl.col("kind") == "video")

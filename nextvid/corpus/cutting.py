@@ -1,16 +1,15 @@
-"""From shots to rows: what is kept, which times make a clip, which part of the picture makes a view, and their ids.
+"""Cut clips from a shot: which shots are used, the times of a clip's frames, the crops of its views, and their ids.
 
-Pure functions of scores, policies and ids, so that the clips table can be made again anywhere. Holds no decoding and
-no tables. Everything random is keyed by ids through storage.digest: a start by (media, shot start, n), a crop and a
-flip by (clip, view), so that more clips or views leave the old ones as they are (design 2). Rules of padding are
-those of method.md, section 8.
+Pure functions of scores, policies and ids. Everything random is drawn from a hash of ids: a start from (media, shot
+start, n), a crop and a flip from (clip, view). So more clips or views leave the others as they are. Rules of padding
+are those of docs/method.md 8.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Any
 
 from nextvid.config.curation import FilterConfig
 from nextvid.config.datasets import ClipPolicy
@@ -18,38 +17,36 @@ from nextvid.video.quality import Box
 from storage.digest import digest
 
 MICROSECONDS = 1_000_000
-ROUNDING_US = 1_000  # Matroska's tick: a clip may seem to overhang its shot by this much and still hold its last frame
-CROP_AREA = (0.3, 1.0)  # method.md 8: share of the shot's picture
-CROP_ASPECT = (0.75, 1.35)  # method.md 8: width over height, log-uniform
+ROUNDING_US = 1_000  # Matroska rounds times to this; a clip may end this much after its shot and still be inside it
+CROP_AREA = (0.3, 1.0)  # docs/method.md 8: share of the shot's picture
+CROP_ASPECT = (0.75, 1.35)  # docs/method.md 8: width over height, log-uniform
 CROP_TRIES = 10  # torchvision's RandomResizedCrop, which V-JEPA 2 uses
-PLACES = (1, 0, 2)  # the middle first, so that three views hold the one; then the ends of the longer side
-REPEATED_SHARE = 0.5  # ours: `fit` repeats the last frame for at most this share of a clip, else the shot is too short
+PLACES = (1, 0, 2)  # of the square: the middle first, so that one view is the middle; then the ends
+REPEATED_SHARE = 0.5  # our choice: `fit` repeats the last frame for at most this share, else the shot is too short
 
 
-class Scored(Protocol):
-    """What is read of a shot: `ShotFacts`, or a row of the shots table with these attributes."""
+@dataclass(frozen=True)
+class ShotScores:
+    """The columns of a row of Shots that decide about clips."""
 
-    @property
-    def start_us(self) -> int: ...
-    @property
-    def end_us(self) -> int: ...
-    @property
-    def cut_in(self) -> str: ...
-    @property
-    def cut_out(self) -> str: ...
-    @property
-    def motion_mean(self) -> float: ...
-    @property
-    def freeze_share(self) -> float: ...
-    @property
-    def luma_mean(self) -> float: ...
-    @property
-    def blur(self) -> float: ...
+    start_us: int
+    end_us: int
+    cut_in: str
+    cut_out: str
+    motion_mean: float
+    freeze_share: float
+    luma_mean: float
+    blur: float
+
+    @staticmethod
+    def of(shot: Mapping[str, Any]) -> "ShotScores":
+        """From a row of Shots with status ok."""
+        return ShotScores(**{name: shot[name] for name in ShotScores.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
 class View:
-    """One look at a clip: a crop in upright source pixels, and whether it is mirrored left to right."""
+    """A crop of a clip, in pixels of the upright source, and whether it is mirrored left to right."""
 
     x: int
     y: int
@@ -64,17 +61,17 @@ def shot_id(media: str, start_us: int, end_us: int) -> str:
 
 
 def clip_id(media: str, times_us: Sequence[int]) -> str:
-    """Id of a clip from every time it asks for."""
+    """Id of a clip, 32 hex digits, from the time of each of its frames."""
     return digest([media, list(times_us)])
 
 
 def row_id(clip: str, view: View) -> str:
-    """Id of a view, which is one row of the latent store."""
+    """Id of a view, 32 hex digits; each view is one row of the latent store."""
     return digest([clip, view.x, view.y, view.w, view.h, view.flip])
 
 
-def filter_reason(shot: Scored, filters: FilterConfig) -> str | None:
-    """Why the shot is not used: static, unsteady, frozen, dark, bright or blurred; None for a shot that is."""
+def filter_reason(shot: ShotScores, filters: FilterConfig) -> str | None:
+    """Why the shot is not used: static, unsteady, frozen, dark, bright or blurred; None for one that is."""
     moving = shot.end_us > shot.start_us  # an image has no motion to judge
     tests = (
         ("static", moving and _below(shot.motion_mean, filters.motion_min)),
@@ -87,8 +84,8 @@ def filter_reason(shot: Scored, filters: FilterConfig) -> str | None:
     return next((reason for reason, failed in tests if failed), None)
 
 
-def trimmed(shot: Scored, trim_s: float) -> tuple[int, int]:
-    """(start_us, end_us) of a shot after the trim at its cuts; ends of the file stay. Never ends before it starts."""
+def trimmed(shot: ShotScores, trim_s: float) -> tuple[int, int]:
+    """(start_us, end_us) of a shot without `trim_s` at each cut; at the file's ends nothing is trimmed."""
     trim_us = round(trim_s * MICROSECONDS)
     start_us = shot.start_us + (0 if shot.cut_in == "edge" else trim_us)
     end_us = shot.end_us - (0 if shot.cut_out == "edge" else trim_us)
@@ -100,14 +97,17 @@ def clip_times(start_us: int, policy: ClipPolicy, fps_hz: float) -> list[int]:
 
     `fps_hz` is the source's rate, which only `stride` needs.
     """
-    step_us = _step_us(policy, fps_hz)
+    if policy.fps is not None:  # as it is written: 29.97, not the nearest binary number
+        step_us = Fraction(MICROSECONDS) / Fraction(str(policy.fps))
+    else:
+        step_us = Fraction(MICROSECONDS) * (policy.stride or 0) / Fraction(fps_hz)
     return [start_us + round(i * step_us) for i in range(policy.frames)]
 
 
-def clips_of(media: str, shot: Scored, policy: ClipPolicy, trim_s: float, fps_hz: float) -> list[list[int]]:
-    """Times of every clip the policy cuts from a shot, in order of their number, without repeats.
+def clips_of(media: str, shot: ShotScores, policy: ClipPolicy, trim_s: float, fps_hz: float) -> list[list[int]]:
+    """Times of each clip that the policy cuts from a shot, in order of their number, without repeats.
 
-    None where the shot is too short for the policy's `pad`. An image gives one clip of one time.
+    Empty where the shot is too short for the policy's `pad`. An image gives one clip of one time.
     """
     if shot.end_us == shot.start_us:
         return [[shot.start_us]]
@@ -140,7 +140,7 @@ def views(clip: str, box: Box, policy: ClipPolicy) -> list[View]:
                 crop = box
             case "centre":
                 side = min(box.w, box.h)
-                half = PLACES[index]  # halves of what is left beside the square
+                half = PLACES[index]  # in halves of what is left beside the square
                 crop = Box(box.x + (box.w - side) * half // 2, box.y + (box.h - side) * half // 2, side, side)
             case "random":
                 crop = _random_crop(clip, index, box)
@@ -159,17 +159,10 @@ def _above(value: float, limit: float | None) -> bool:
     return limit is not None and value > limit
 
 
-def _step_us(policy: ClipPolicy, fps_hz: float) -> Fraction:
-    """Microseconds between frames, exactly; decimal rates are taken as written (29.97, not its binary neighbour)."""
-    if policy.fps is not None:
-        return Fraction(MICROSECONDS) / Fraction(str(policy.fps))
-    return Fraction(MICROSECONDS) * (policy.stride or 0) / Fraction(fps_hz)
-
-
 def _offsets(policy: ClipPolicy, length_us: int, frame_us: Fraction, fps_hz: float) -> list[int] | None:
-    """Times of a clip from its start, so that its last frame lies inside `length_us`; None where `pad` forbids it."""
+    """Times of a clip from its start, with its last frame inside `length_us`; None where `pad` does not allow it."""
     offsets = clip_times(0, policy, fps_hz)
-    last_us = length_us - frame_us  # where the last frame of the shot begins
+    last_us = length_us - frame_us  # start of the shot's last frame
     if last_us < -ROUNDING_US:
         return None
     if offsets[-1] <= last_us + ROUNDING_US:
@@ -184,7 +177,7 @@ def _offsets(policy: ClipPolicy, length_us: int, frame_us: Fraction, fps_hz: flo
 
 
 def _fitted(policy: ClipPolicy, last_us: Fraction, frame_us: Fraction) -> list[int] | None:
-    """Shorter steps until the clip spans the shot, down to a source frame; what is left repeats the last."""
+    """Shorter steps, down to one source frame, so that the clip spans the shot; then the last frame is repeated."""
     frames = math.floor((last_us + ROUNDING_US) / frame_us) + 1
     if frames < policy.frames * REPEATED_SHARE:
         return None
@@ -202,14 +195,14 @@ def _random_crop(clip: str, index: int, box: Box) -> Box:
         w, h = max(1, round(math.sqrt(pixels * ratio))), max(1, round(math.sqrt(pixels / ratio)))
         if w <= box.w and h <= box.h:
             return Box(box.x + int(across * (box.w - w + 1)), box.y + int(down * (box.h - h + 1)), w, h)
-    # as torchvision: the largest centred crop whose aspect is allowed
+    # as torchvision does: the largest centred crop with an allowed aspect
     w = min(box.w, max(1, round(box.h * CROP_ASPECT[1])))
     h = min(box.h, max(1, round(box.w / CROP_ASPECT[0])))
     return Box(box.x + (box.w - w) // 2, box.y + (box.h - h) // 2, w, h)
 
 
 def _draws(clip: str, index: int) -> Iterator[tuple[float, float, float, float]]:
-    """Four numbers in [0, 1) for each try: area, aspect, horizontal and vertical place."""
+    """Four numbers in [0, 1) for each try: area, aspect, horizontal and vertical position."""
     for attempt in range(CROP_TRIES):
         key = int(digest(["crop", clip, index, attempt]), 16)
         area, aspect, across, down = ((key >> (32 * part) & 0xFFFFFFFF) / 2**32 for part in range(4))

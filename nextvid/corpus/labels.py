@@ -1,9 +1,8 @@
-"""What is known of files: label files to rows by path, and what contradicts itself.
+"""Read a dataset's labels into one long table by path, whatever their layout, and find contradictions.
 
-Holds the layouts none, folders and csv of corpus.yaml and the rules of the long label table (design 2): a null span
-means the whole file; `split` and `group` are reserved targets and always speak of the whole file. Holds no public data
-set's list (layouts.py), no media (media.py joins rows to files) and no decision about splits (manifest.py). Empty cells
-are no labels; wrong cells are errors that name the file and line.
+A row is one value of one target for a span of a file; a null span means the whole file. `split` and `group` are
+reserved targets and always about the whole file. Empty cells are no labels; wrong cells are errors that name the file
+and line.
 """
 
 import io
@@ -13,7 +12,7 @@ from pathlib import PurePosixPath
 import fsspec
 import polars as pl
 
-from nextvid.config.datasets import RESERVED_TARGETS, DatasetConfig, LabelConfig
+from nextvid.config.datasets import DatasetConfig, LabelConfig
 from nextvid.corpus.layouts import read_lines
 from storage import atomic
 from storage.digest import digest_stream
@@ -21,7 +20,7 @@ from storage.errors import CorpusError, UpstreamError
 from storage.schemas import SPLITS
 
 SCHEMA = {"path": pl.String, "start_us": pl.Int64, "end_us": pl.Int64, "target": pl.String, "value": pl.String}
-# Names of official splits in public data sets' lists (ImageNet, Kinetics, SSv2, Diving48) beside our own words.
+# Names of official splits in public data sets (ImageNet, Kinetics, SSv2, Diving48) besides train, val and test.
 # fmt: off
 SPLIT_NAMES = {
     "training": "train", "validation": "val", "validate": "val", "valid": "val", "dev": "val", "testing": "test",
@@ -38,7 +37,7 @@ def label_bytes(file: str) -> bytes:
 
 
 def label_digests(labels: LabelConfig) -> list[str]:
-    """Digests of the label files' bytes, read in pieces: some lists have 45 GB. Raises CorpusError."""
+    """Digests of the label files' bytes, read in pieces, since some have 45 GB. Raises CorpusError."""
     digests = []
     for file in labels.every_file():
         try:
@@ -70,7 +69,7 @@ def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
 
 
 def doubled(config: DatasetConfig, paths: Sequence[str]) -> dict[str, str]:
-    """Of `paths`, those whose name another one bears too, with that one: labels by name cannot tell them apart."""
+    """Of `paths`, those that share their name with another, and that other: labels by name cannot tell them apart."""
     if not config.labels.by_name:
         return {}
     found: dict[str, list[str]] = {}
@@ -92,7 +91,7 @@ def without_file(config: DatasetConfig, paths: Sequence[str]) -> list[str]:
 
 
 def contradictions(labels: pl.DataFrame, key: str) -> pl.DataFrame:
-    """(key, what): files or media with two values of one target for one span, one row each, sorted."""
+    """(key, what): paths or media ids with several values of one target for one span; one row each, sorted."""
     spans = labels.group_by(key, "start_us", "end_us", "target").agg(pl.col("value").unique().sort())
     several = spans.filter(pl.col("value").list.len() > 1).with_columns(
         pl.concat_str([pl.col("target"), pl.lit(" is "), pl.col("value").list.join(" and ")]).alias("what")
@@ -108,14 +107,14 @@ def _from_folders(paths: Sequence[str], target: str) -> pl.DataFrame:
 
 
 def _by_name(labels: LabelConfig, paths: Sequence[str]) -> pl.DataFrame:
-    """Lines of public data sets' lists, joined to paths by their stems."""
+    """Lines of a public data set's lists, joined to paths by their stems."""
     by_stem: dict[str, list[str]] = {}
     for path in sorted(set(paths)):
         by_stem.setdefault(PurePosixPath(path).stem, []).append(path)
     rows: list[tuple[str, int | None, int | None, str, str]] = []
     for line in read_lines(labels, paths, by_stem.keys()):
         name = next(name for name in line.names if name in by_stem)
-        said = (
+        values = (
             (labels.target, line.value, line.start_us, line.end_us),
             ("group", line.group, None, None),
             ("split", line.split, None, None),
@@ -123,7 +122,7 @@ def _by_name(labels: LabelConfig, paths: Sequence[str]) -> pl.DataFrame:
         rows += [
             (path, start_us, end_us, target, value)
             for path in by_stem[name]
-            for target, value, start_us, end_us in said
+            for target, value, start_us, end_us in values
             if value
         ]
     table = pl.DataFrame(rows, SCHEMA, orient="row")
@@ -144,22 +143,24 @@ def _from_csv(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
         _micros(table, labels.end_column, labels.file).alias("end_us"),
     )
     _check_spans(spanned, labels.file)
-    whole = [pl.lit(None, pl.Int64).alias("start_us"), pl.lit(None, pl.Int64).alias("end_us")]
-    parts = [
-        spanned.select("path", "start_us", "end_us", pl.lit(target).alias("target"), pl.col(column).alias("value"))
-        for target, column in labels.targets.items()
-    ]
+    whole = spanned.with_columns(pl.lit(None, pl.Int64).alias("start_us"), pl.lit(None, pl.Int64).alias("end_us"))
+    parts = [_column(spanned, column, target) for target, column in labels.targets.items()]
     if labels.group_column:
-        parts.append(_whole(spanned, labels.group_column, "group", whole))
+        parts.append(_column(whole, labels.group_column, "group"))
     if labels.split_column:
-        parts.append(_splits(_whole(spanned, labels.split_column, "split", whole), labels.file, labels.split_names))
-    rows = pl.concat([pl.DataFrame(schema=SCHEMA), *parts]) if parts else pl.DataFrame(schema=SCHEMA)
+        parts.append(_splits(_column(whole, labels.split_column, "split"), labels.file, labels.split_names))
+    rows = pl.concat([pl.DataFrame(schema=SCHEMA), *parts])
     rows = rows.filter(pl.col("value").is_not_null() & (pl.col("value") != ""))
     return rows.unique().sort("path", "target", "start_us", "end_us", "value")
 
 
+def _column(table: pl.DataFrame, column: str, target: str) -> pl.DataFrame:
+    """One column of a csv file as rows of labels."""
+    return table.select("path", "start_us", "end_us", pl.lit(target).alias("target"), pl.col(column).alias("value"))
+
+
 def _table(labels: LabelConfig) -> pl.DataFrame:
-    """The csv file, all text, with the columns that the configuration names and a column `line`."""
+    """The csv file, all cells as text, with a column `_line`. CorpusError where a configured column is missing."""
     assert labels.file is not None
     try:
         table = pl.read_csv(io.BytesIO(label_bytes(labels.file)), infer_schema=False)
@@ -176,7 +177,7 @@ def _table(labels: LabelConfig) -> pl.DataFrame:
 
 
 def _relative(paths: pl.Series, labels: LabelConfig, uri: str) -> pl.Series:
-    """Paths relative to the dataset's URI; what lies outside of it is null, as another dataset's files are."""
+    """Paths relative to the dataset's URI; null for one outside of it, such as another dataset's file."""
     if labels.path_base is None:
         return paths.str.strip_prefix("./")
     base, top = labels.path_base.rstrip("/"), uri.rstrip("/") + "/"
@@ -209,13 +210,8 @@ def _check_spans(table: pl.DataFrame, file: str) -> None:
         )
 
 
-def _whole(table: pl.DataFrame, column: str, target: str, whole: list[pl.Expr]) -> pl.DataFrame:
-    assert target in RESERVED_TARGETS
-    return table.select("path", *whole, pl.lit(target).alias("target"), pl.col(column).alias("value"))
-
-
 def _splits(rows: pl.DataFrame, file: str, names: Mapping[str, str]) -> pl.DataFrame:
-    """Official splits in our words: train, val, test; `names` are the dataset's own."""
+    """Official splits as train, val or test; `names` are the dataset's own names of them."""
     value = pl.col("value").str.to_lowercase().replace(SPLIT_NAMES).replace(dict(names))
     named = rows.with_columns(value.alias("value"))
     wrong = named.filter(pl.col("value").is_not_null() & ~pl.col("value").is_in([*SPLITS, ""]))

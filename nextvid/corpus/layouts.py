@@ -1,8 +1,7 @@
-"""Label files of public data sets, as their authors publish them, to one plain line for each file they name.
+"""Parse public data sets' own label files: ImageNet, Kinetics-400, Something-Something V2, Diving48, InternVid.
 
-Holds ImageNet, Kinetics-400, Something-Something V2, Diving48 and InternVid. Holds no media and no table (labels.py
-matches names to paths). Files are named by their stem: the lists know ids, not folders or extensions. A line that is
-not as its layout says is an error that names file and line.
+The lists have ids, neither folders nor extensions, so files are matched by their stem. A line that is not as its layout
+requires is an error that names file and line.
 """
 
 import csv
@@ -25,7 +24,7 @@ CLOCK = re.compile(r"(\d+):([0-5]\d):([0-5]\d)(?:\.(\d{1,6}))?")  # InternVid: 0
 
 @dataclass(frozen=True)
 class Line:
-    """What a list says of the files whose stem is one of `names`, most particular first. A null span: all of it."""
+    """Labels of the files whose stem is one of `names`, the most specific name first. A null span is the whole file."""
 
     names: tuple[str, ...]
     value: str | None
@@ -36,7 +35,7 @@ class Line:
 
 
 def read_lines(labels: LabelConfig, paths: Sequence[str], stems: Set[str] | None) -> Iterator[Line]:
-    """The lines that name one of `stems` (None: all); for ImageNet, whose folders are labels, also those of `paths`.
+    """Lines with one of `stems` (None: all); for ImageNet, whose folders are labels, also a line for each of `paths`.
 
     Lists are read line by line where the format allows it. Raises CorpusError.
     """
@@ -62,7 +61,7 @@ Parser = Callable[[TextIO, str, str | None], Iterator[Line]]  # (open file, its 
 
 @contextmanager
 def _text(file: str) -> Iterator[TextIO]:
-    """A label file, local or by URL, as UTF-8 text. Raises CorpusError, also for bytes that are none."""
+    """A label file, local or by URL, as text. Raises CorpusError where it cannot be read or is not UTF-8."""
     try:
         opened: TextIO = fsspec.open(file, "rt", encoding="utf-8-sig", newline="").open()
     except Exception as error:  # object stores raise their clients' own classes
@@ -83,7 +82,7 @@ def _each(labels: LabelConfig, parse: Parser) -> Iterator[Line]:
 
 
 def _image_folders(paths: Sequence[str]) -> Iterator[Line]:
-    """`[...]/train/n01440764/n01440764_10026.JPEG`: the folders are class and split."""
+    """`[...]/train/n01440764/n01440764_10026.JPEG`: folders name the class and the split."""
     for path in sorted(set(paths)):
         *folders, name = PurePosixPath(path).parts
         classes = [folder for folder in folders if WNID.fullmatch(folder)]
@@ -98,7 +97,7 @@ def _imagenet(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
     for number, row in _rows(opened, file, ("ImageId", "PredictionString"), ","):
         value = row["PredictionString"].split(" ")[0]
         if not WNID.fullmatch(value):
-            raise CorpusError(f"{file}, line {number}: {value!r} is no class of ImageNet, such as n01440764")
+            raise CorpusError(f"{file}, line {number}: {value!r} is not a class of ImageNet, such as n01440764")
         yield Line((row["ImageId"],), value, split)
 
 
@@ -134,7 +133,7 @@ def _something(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
 
 
 def _diving(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
-    """[{vid_name, label, start_frame, end_frame}]: dives are cut out; the vocabulary is a list of words each."""
+    """[{vid_name, label, start_frame, end_frame}], one file for each dive; each class is a list of words."""
 
     def parse(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
         for number, entry in enumerate(_entries(_json(opened, file), file), 1):
@@ -153,7 +152,7 @@ def _diving(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
 
 
 def _internvid(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
-    """A JSON object a line: YoutubeID, Start_timestamp, End_timestamp, Caption and scores."""
+    """One JSON object on each line: YoutubeID, Start_timestamp, End_timestamp, Caption and scores."""
     for number, text in enumerate(opened, 1):
         if not text.strip():
             continue

@@ -1,13 +1,9 @@
-"""From one shot to its rows of the manifest: what is wanted of it, by whom, and why not.
+"""From one shot to its rows in the clips table: one for each view, with its uses, or the reason why there is none.
 
-Pure functions of a shot's row, its media, labels and corpus.yaml. Filters are pretraining's: a benchmark takes what
-its protocol says, so that scores compare (design 6). A clip serves a benchmark only where the benchmark's target has
-one value for it. Reads and writes no tables (clips.py) and holds no geometry (nextvid/corpus/cutting.py).
-
-Which split a file belongs to: decided once, the same for every clip of it, for ever.
-
-Holds the rule of design 4: the official split, else by hash of the group, else of the media id. The hash alone
-decides, so adding files moves nothing. Holds no labels (labels.py) and no fractions (corpus.yaml).
+Pure functions of a shot's row, its media file, labels and corpus.yaml. Filters apply to pretraining only: a benchmark
+takes what its protocol says, so that scores can be compared. A clip is used by a benchmark only where the benchmark's
+target has one value for it. The split of a file is its official one, else drawn from a hash of its group or media id:
+adding files moves no other file to another split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,21 +14,20 @@ import polars as pl
 
 from nextvid.config.curation import FilterConfig
 from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, SplitConfig
-from nextvid.corpus.cutting import ROUNDING_US, clip_id, clips_of, filter_reason, row_id, views
+from nextvid.corpus.cutting import ROUNDING_US, ShotScores, clip_id, clips_of, filter_reason, row_id, views
 from nextvid.video.quality import Box
 from storage.digest import digest
 from storage.schemas import SPLITS, Clips
 
 Split = Literal["train", "val", "test"]
-
-
-Row = dict[str, Any]
+ClipRow = dict[str, Any]  # a row of Clips
 PRETRAIN = "pretrain"
+PARTS = 1 << 32  # a share is compared with 32 bits of the hash: finer than one file in 10^9
 
 
 @dataclass(frozen=True)
 class Label:
-    """One value of one target; without a span it speaks of the whole file."""
+    """One value of one target; without a span it is about the whole file."""
 
     target: str
     value: str
@@ -42,7 +37,7 @@ class Label:
 
 @dataclass(frozen=True)
 class MediaNow:
-    """What clips need of a media: the file to read, how, and why not, if it may not be used."""
+    """What clips need to know of a media file: its URI and decoder, split and labels, and why it may not be used."""
 
     uri: str
     decoder: str
@@ -53,31 +48,24 @@ class MediaNow:
     refused: str | None = None
 
 
-@dataclass(frozen=True)
-class ShotScores:
-    """The columns of a row of `shots` that decide."""
-
-    start_us: int
-    end_us: int
-    cut_in: str
-    cut_out: str
-    motion_mean: float
-    freeze_share: float
-    luma_mean: float
-    blur: float
-
-    @staticmethod
-    def of(shot: Mapping[str, Any]) -> "ShotScores":
-        """From a row of `shots` with status ok."""
-        return ShotScores(**{name: shot[name] for name in ShotScores.__dataclass_fields__})
-
-
 @dataclass
 class ShotRows:
-    """Rows of one shot, and how many clips each benchmark left out for want of one value."""
+    """Rows of one shot, and by benchmark how many clips it left out because their target has no value, or several."""
 
-    rows: list[Row]
+    rows: list[ClipRow]
     unlabelled: dict[str, int]
+
+
+def split_of(config: SplitConfig, official: str | None, group: str | None, media_id: bytes) -> Split:
+    """The split of a file, from its labels `split` and `group` and its id."""
+    if official is not None:
+        assert official in SPLITS, official
+        return cast("Split", official)
+    key = ["group", group] if group is not None else ["media", media_id.hex()]
+    drawn = int(digest(["split", *key])[:8], 16)
+    if drawn < round(config.test * PARTS):
+        return "test"
+    return "val" if drawn < round((config.test + config.val) * PARTS) else "train"
 
 
 def value_of(labels: Sequence[Label], target: str, times_us: Sequence[int]) -> str | None:
@@ -118,12 +106,12 @@ def rows_of(
     filters: FilterConfig,
     benchmarks: Mapping[str, BenchmarkConfig],
 ) -> ShotRows:
-    """Every row of one shot: a view wanted by several is one row; a shot that gives none is one row with its reason."""
+    """Every row of one shot. A view with several uses is one row; a shot without a clip is one row with its reason."""
     if media.refused is not None:
         return ShotRows([_refused(shot, media, media.refused, [])], {})
     scores, found = ShotScores.of(shot), _Found(shot, media, filters.trim_s)
     reason = _not_pretrained(dataset, media, scores, filters)
-    wants_pretrain = dataset.weight is not None and media.split == "train"
+    for_pretraining = dataset.weight is not None and media.split == "train"
     if reason is None:
         for policy in dataset.clips:
             found.add(PRETRAIN, policy, None)
@@ -131,18 +119,18 @@ def rows_of(
     for name, benchmark in sorted(benchmarks.items()):
         found.add(name, benchmark.policy, benchmark.target)
     rows = [row | {"uses": sorted(row["uses"])} for row in found.rows.values()]
-    if reason is not None and wants_pretrain:
+    if reason is not None and for_pretraining:
         rows.append(_refused(shot, media, reason, [PRETRAIN]))
-    elif not rows:
-        rows.append(_refused(shot, media, _why_nothing(found, reason), []))
+    elif not rows:  # a benchmark that lacked a label says more than pretraining
+        rows.append(_refused(shot, media, "unlabelled" if found.unlabelled else reason or "too_short", []))
     return ShotRows(rows, found.unlabelled)
 
 
-def hold_quota(rows: Sequence[Row], clips_per_media: int) -> None:
-    """Leave pretraining at most so many clips of each media and length, drawn by hash; the others say `over_quota`.
+def hold_quota(rows: Sequence[ClipRow], clips_per_media: int) -> None:
+    """Keep at most so many clips of each file and length for pretraining, chosen by hash; the others are `over_quota`.
 
     So a video of an hour weighs no more than `clips_per_media` short ones (docs/decisions/0019). Rows that a benchmark
-    wants too stay for it.
+    uses too are kept for it.
     """
     clips: dict[tuple[bytes, int], set[bytes]] = {}
     mine = [row for row in rows if row["status"] == "ok" and PRETRAIN in row["uses"]]
@@ -161,16 +149,16 @@ def hold_quota(rows: Sequence[Row], clips_per_media: int) -> None:
 
 
 class _Found:
-    """Rows of a shot by row id, as policies ask for them."""
+    """Collects the rows of a shot by row id, one policy after the other."""
 
     def __init__(self, shot: Mapping[str, Any], media: MediaNow, trim_s: float) -> None:
         self.shot, self.media, self.trim_s = shot, media, trim_s
         self.scores = ShotScores.of(shot)
-        self.rows: dict[bytes, Row] = {}
+        self.rows: dict[bytes, ClipRow] = {}
         self.unlabelled: dict[str, int] = {}
 
     def add(self, use: str, policy: ClipPolicy, target: str | None) -> None:
-        """Add the policy's views; with a target, of clips that have a value of it."""
+        """Add the policy's views; with a target, only of clips that have one value of it."""
         media_hex = self.shot["media_id"].hex()
         box = Box(*(self.shot[name] for name in ("crop_x", "crop_y", "crop_w", "crop_h")))
         fps_hz = self.media.fps_hz or 1.0  # an image has no rate, and its one time needs none
@@ -201,7 +189,7 @@ class _Found:
 
 
 def _not_pretrained(dataset: DatasetConfig, media: MediaNow, scores: ShotScores, filters: FilterConfig) -> str | None:
-    """Why pretraining leaves the shot out; None where it takes it."""
+    """Why pretraining leaves the shot out; None where it uses it."""
     if dataset.weight is None:
         return "unused"
     if media.split != "train":
@@ -209,21 +197,14 @@ def _not_pretrained(dataset: DatasetConfig, media: MediaNow, scores: ShotScores,
     return filter_reason(scores, filters)
 
 
-def _why_nothing(found: _Found, reason: str | None) -> str:
-    """Of a shot that nobody takes: no label where a benchmark asked for one, else what pretraining says."""
-    if found.unlabelled:
-        return "unlabelled"
-    return reason or "too_short"
-
-
-def _refused(shot: Mapping[str, Any], media: MediaNow, reason: str, uses: list[str]) -> Row:
-    """The row of a shot that gives no clip; `uses` names what refused it."""
+def _refused(shot: Mapping[str, Any], media: MediaNow, reason: str, uses: list[str]) -> ClipRow:
+    """The row of a shot without a clip; `uses` are those that refused it."""
     crop = {name: shot[name] for name in ("crop_x", "crop_y", "crop_w", "crop_h")}
     return _blank(shot, media) | crop | {"uses": uses, "status": "rejected", "reason": reason}
 
 
-def _blank(shot: Mapping[str, Any], media: MediaNow) -> Row:
-    row: Row = dict.fromkeys(Clips.column_names())
+def _blank(shot: Mapping[str, Any], media: MediaNow) -> ClipRow:
+    row: ClipRow = dict.fromkeys(Clips.column_names())
     row.update({name: shot[name] for name in ("shot_id", "media_id", "dataset", "batch", "kind")})
     return row | {
         "uri": media.uri,
@@ -235,18 +216,3 @@ def _blank(shot: Mapping[str, Any], media: MediaNow) -> Row:
         "view_index": 0,
         "flip": False,
     }
-
-
-PARTS = 1 << 32  # a share is compared with 32 bits of the hash: finer than one file in 10^9
-
-
-def split_of(config: SplitConfig, official: str | None, group: str | None, media_id: bytes) -> Split:
-    """The split of a file, from its labels `split` and `group` and its id."""
-    if official is not None:
-        assert official in SPLITS, official
-        return cast("Split", official)
-    key = ["group", group] if group is not None else ["media", media_id.hex()]
-    drawn = int(digest(["split", *key])[:8], 16)
-    if drawn < round(config.test * PARTS):
-        return "test"
-    return "val" if drawn < round((config.test + config.val) * PARTS) else "train"

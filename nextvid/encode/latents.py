@@ -99,7 +99,9 @@ def _paced(plan: BatchPlan[EncodingSpec], count: int, on_progress: OnProgress) -
         nonlocal done, busy_s
         done, busy_s = done + advance.rows, busy_s + advance.encode_s
         seconds = time.perf_counter() - began
-        on_progress(Progress(f"latents {plan.batch}", done, max(done, plan.rows.height), seconds, busy_s, count, advance.note))
+        on_progress(
+            Progress(f"latents {plan.batch}", done, max(done, plan.rows.height), seconds, busy_s, count, advance.note)
+        )
 
     return tell
 

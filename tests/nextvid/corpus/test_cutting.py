@@ -12,7 +12,18 @@ from pydantic import ValidationError
 
 from nextvid.config.curation import FilterConfig
 from nextvid.config.datasets import ClipPolicy
-from nextvid.corpus.cutting import View, clip_id, clip_times, clips_of, filter_reason, row_id, shot_id, trimmed, views
+from nextvid.corpus.cutting import (
+    ShotScores,
+    View,
+    clip_id,
+    clip_times,
+    clips_of,
+    filter_reason,
+    row_id,
+    shot_id,
+    trimmed,
+    views,
+)
 from nextvid.video.quality import Box
 
 MEDIA = "00" * 16
@@ -20,7 +31,7 @@ CLIP = "11" * 16
 
 
 @dataclass(frozen=True)
-class Shot:
+class Shot(ShotScores):
     start_us: int = 0
     end_us: int = 10_000_000
     cut_in: str = "edge"

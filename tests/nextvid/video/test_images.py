@@ -10,7 +10,7 @@ from PIL import Image
 
 from nextvid.config.curation import ShotConfig
 from nextvid.config.datasets import ClipPolicy
-from nextvid.corpus.cutting import clips_of
+from nextvid.corpus.cutting import ShotScores, clips_of
 from nextvid.video.decode import stream
 from nextvid.video.images import animation, animation_times, load_image
 from nextvid.video.probe import probe
@@ -100,7 +100,7 @@ def test_animations_are_videos(tmp_path: Path, extension: str) -> None:
     assert times.tolist() == [0, 500_000, 2_900_000]
     (shot,) = first_pass(path, facts, ShotConfig())
     assert (shot.start_us, shot.end_us) == (0, 3_000_000)
-    clips = clips_of("00" * 16, shot, ClipPolicy(frames=8, fps=4), 0.25, facts.fps_hz)
+    clips = clips_of("00" * 16, ShotScores.of(shot.__dict__), ClipPolicy(frames=8, fps=4), 0.25, facts.fps_hz)
     assert [len(times) for times in clips] == [8]
 
 
@@ -144,7 +144,7 @@ def test_an_image_is_one_clip_of_one_frame(tmp_path: Path, extension: str) -> No
     facts = probe(path)
     (shot,) = first_pass(path, facts, ShotConfig())
     policy = ClipPolicy(frames=16, fps=4, clips_per_shot=4, starts="random")
-    assert clips_of("00" * 16, shot, policy, 0.25, facts.fps_hz or 1.0) == [[0]]
+    assert clips_of("00" * 16, ShotScores.of(shot.__dict__), policy, 0.25, facts.fps_hz or 1.0) == [[0]]
 
 
 @pytest.mark.parametrize("extension", ["gif", "webp", "tif", "bmp"])
