@@ -23,7 +23,7 @@ from benchmarks.clips import BATCH, BATCH_KEY, FRAMES, TRAINSET, random_clips, t
 from benchmarks.measure import machine, show, write
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import open_loader
-from nextvid.trainset.files import SAID, publish_sealed, read_sealed
+from nextvid.trainset.files import RECORD, publish_sealed, read_sealed
 from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.trainset.order import Order
 from nextvid.trainset.trainset import Trainset
@@ -120,7 +120,7 @@ def _write(folder: Path) -> dict[int, str]:
     original = Trainset.open(root, TRAINSET)
     stored = np.array(original.rows(FRAMES))
     stored["row_id"] = 0  # as in the rest of the sparse table, which must be sorted
-    said = read_sealed(f"{root.pointed('trainset', TRAINSET)}/{SAID}", "write the store again")
+    said = read_sealed(f"{root.pointed('trainset', TRAINSET)}/{RECORD}", "write the store again")
     digests = {}
     for size in SIZES:
         counts = {name: int(share * size) for name, share in SHARES.items()}
@@ -136,7 +136,7 @@ def _write(folder: Path) -> dict[int, str]:
         with atomic.staged_folder(root.pointed("trainset", digests[size])) as staged:
             shape = (sum(counts.values()),)
             np.lib.format.open_memmap(staged / f"rows.f{FRAMES}.npy", "w+", ADDRESS, shape).flush()
-            publish_sealed(str(staged / SAID), said | changed | {"files": {}})  # checksums would read 3.2 GB
+            publish_sealed(str(staged / RECORD), said | changed | {"files": {}})  # checksums would read 3.2 GB
         path = f"{root.pointed('trainset', digests[size])}/rows.f{FRAMES}.npy"
         table = np.load(path, mmap_mode="r+", allow_pickle=False)
         drawn = Order(Trainset.open(root, digests[size]), recipe).drawn(FRAMES, 0, STEPS * BATCH)

@@ -1,13 +1,10 @@
-"""`duplicates`: which shots look alike across all batches, and what each is left out of because of it.
+"""The asset `duplicates`: groups of shots that look alike across all batches, and what each shot is left out of.
 
-Shots are joined by exact copies of their file and by near perceptual hashes; shots of one file alone are no group. The
-rules are design 4's: no row is moved; where a probe test set is touched, pretraining and probe training give way; of
-copies, pretraining keeps one file a dataset. Holds no search (nextvid/trainset/hash_search.py); the trainset obeys
-`dropped_from`.
+Shots are in one group if their files are copies or their perceptual hashes are near; a group has several files. No row
+moves to another split. Where a group has a probe's test shot, its other shots leave pretraining and probe training; of
+other groups, pretraining keeps one file of each dataset. `trainset` leaves out what `dropped_from` names.
 
-How far pretraining and probe training overlap with what probes are tested on: the table that the report prints.
-
-Counted before anything is dropped, so that it says what would have leaked. Holds no search and no rule (duplicates.py).
+`contamination` counts what would have leaked, before anything is dropped: the report prints it.
 """
 
 import time
@@ -28,15 +25,15 @@ from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
 from storage.schemas import Clips, Duplicates, Shots
 
-LARGEST_GROUP = 1000  # design 4: files; beyond it a threshold is wrong or a title card joins the corpus
-VERSION = 1  # of the rules below: raise it when they change, so that the digest does
+LARGEST_GROUP = 1000  # files, our choice: in a larger group a threshold is wrong or a title card joins unlike videos
+VERSION = 1  # of the rules below: raise it when they change, so that the digest changes
 
 
 def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outcome:
-    """Search all batches whose shots and clips passed; publish the table, the contamination and the checks.
+    """Search all batches whose shots and clips passed their checks; publish table, contamination and checks.
 
-    Nothing is searched where the same batches were searched with the same thresholds. `latest.json` moves only to a
-    table that passed. Raises UpstreamError where no batch is ready.
+    The same batches are not searched again with the same thresholds. `latest.json` points only to a table that passed.
+    Raises UpstreamError where no batch is ready.
     """
     started_s = time.perf_counter()
     root, config = project.root, project.corpus.curation.duplicates
@@ -75,7 +72,7 @@ def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outco
 
 
 def _members(project: Project, batches: Sequence[str], on_progress: OnProgress) -> pl.DataFrame:
-    """One row per ok shot and batch: identity, hashes, and what its clips are used for."""
+    """One row for each ok shot and batch: ids, hashes, and what its clips are used for."""
     frames = []
     for number, batch in enumerate(batches, 1):
         shots = tables.read_table(project.root.table("shots", batch), Shots).filter(pl.col("status") == "ok")
@@ -121,13 +118,13 @@ def _grouped(shots: pl.DataFrame, distance: int, quality_min: int) -> pl.DataFra
 
 
 def _copies(shots: pl.DataFrame) -> np.ndarray:
-    """Pairs (first, other) of members with one shot id: the same bytes in several batches."""
+    """Pairs (first, other) of members with one shot id: the same file in several batches."""
     pairs = shots.select(pl.col("member").min().over("shot_id").alias("first"), "member")
     return pairs.filter(pl.col("first") != pl.col("member")).to_numpy().astype(np.int64).reshape(-1, 2)
 
 
 def _look_alikes(shots: pl.DataFrame, distance: int, quality_min: int) -> np.ndarray:
-    """Pairs of members with a near pair of hashes; shots of one file too, as links between what they look like."""
+    """Pairs of members with near hashes; pairs within one file too, since they link what either looks like."""
     hashed = shots.select("member", "hashes", "hash_quality").explode("hashes", "hash_quality").drop_nulls()
     if hashed.is_empty():
         return np.empty((0, 2), np.int64)
@@ -155,9 +152,7 @@ def _judged(shots: pl.DataFrame, grouped: pl.DataFrame) -> pl.DataFrame:
 
 
 def _kept(candidates: pl.DataFrame) -> pl.DataFrame:
-    """Members of the one file a group and dataset that pretraining keeps: the largest picture, the longest, the
-    first.
-    """
+    """Members of the one file that pretraining keeps of each group and dataset: largest, longest, first."""
     files = candidates.group_by("group", "dataset", "batch", "media_id").agg(
         (pl.col("crop_w").cast(pl.Int64) * pl.col("crop_h")).max().alias("pixels"),
         (pl.col("end_us") - pl.col("start_us")).sum().alias("length_us"),
@@ -184,7 +179,7 @@ def _checks(table: pl.DataFrame) -> tuple[Check, ...]:
             "groups_are_small",
             largest <= LARGEST_GROUP,
             {"largest_files": largest, "limit_files": LARGEST_GROUP},
-            description="a huge group means that a title card or a flat picture joined what is unlike",
+            description="a huge group means that a title card or a flat picture joined unlike shots",
         ),
     )
 
@@ -203,7 +198,7 @@ FILE = pl.struct("batch", "media_id")
 
 
 def contamination(shots: pl.DataFrame, found: pl.DataFrame) -> list[dict[str, Any]]:
-    """One entry a benchmark, sorted by name.
+    """One entry for each benchmark, sorted by name.
 
     `shots` has every shot, `found` those in groups, with columns batch, media_id, dataset, group, split, pretrain,
     benchmarks, dropped_from. Counts are of files, except `dropped_*`, which are of shots.

@@ -1,12 +1,8 @@
-"""Files of a frozen trainset and of its pixels: how they are written, sealed, opened and compared with their checksums.
+"""Files of a frozen trainset and of its pixels: write, seal, open and compare with their checksums.
 
-One JSON file says what was frozen. It names the crc32c of each file of addresses beside it and carries the digest of
-all it says as `seal`, so that a byte of either that changed is found. What does not answer (a network, credentials, a
-mode) is no damage and passes through. Holds no choice of rows and no meaning of a field.
-
-Which shards frozen rows stand in, and which of these are not there: a copy that was interrupted, a part removed.
-
-Asks listings only, one a part: what the shards hold, `verify` of the store reads. Writes nothing.
+A JSON record describes what was frozen. It has the crc32c of each file of addresses, and its own digest as `seal`, so
+that a changed byte in any of them is found. An unreachable network, missing credentials or permissions are no damage:
+those errors pass through.
 """
 
 import os
@@ -30,12 +26,12 @@ from storage.shard_files import AT_ONCE, shards_of
 from storage.store import Store
 from storage.tables import write_tables
 
-SAID, LINEAGE = "trainset.json", "lineage.parquet"
+RECORD, LINEAGE = "trainset.json", "lineage.parquet"
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """Files of addresses in a folder: the crc32c of each by its name, and what to do where one is damaged."""
+    """Files of addresses in a folder, with the crc32c of each by name, and what to do where one is damaged."""
 
     root: DataRoot
     folder: str
@@ -52,7 +48,7 @@ class Frozen:
         except DamagedError as error:
             raise DamagedError(f"{error}; {self.remedy}") from error
         except NExTVidError:
-            raise  # a ValueError too, but nothing is wrong with the file
+            raise  # also a ValueError, but the file is not at fault
         except (EOFError, ValueError) as error:
             raise DamagedError(f"{path}: {error}; {self.remedy}") from error
         if rows.dtype != dtype or rows.shape != (count,):
@@ -61,7 +57,7 @@ class Frozen:
         return rows
 
     def check(self) -> None:
-        """Read every file; DamagedError where one is not what was frozen. Costs what reading them costs."""
+        """Read every file; DamagedError where one is not what was frozen."""
         for name, crc in self.files.items():
             path = f"{self.folder}/{name}"
             try:
@@ -73,56 +69,53 @@ class Frozen:
 
 
 def rows_name(frames: int) -> str:
-    """Name of the file with the addresses of a clip length."""
+    """File name of the addresses of a clip length."""
     return f"rows.f{frames}.npy"
 
 
 def write_trainset(
     folder: str,
-    said: Mapping[str, Any],
+    record: Mapping[str, Any],
     addresses: Mapping[int, np.ndarray],
     lineage: Iterable[pl.DataFrame],
     *,
     over: bool = False,
 ) -> None:
-    """Write a trainset's folder whole, or, with `over`, the files of one that stands, trainset.json at the end.
+    """Write a trainset's folder at once; with `over`, replace the files of an existing one, trainset.json last.
 
-    `addresses` are ADDRESS [n] by frames, `lineage` frames of schema Lineage one under the other. ConflictError where
-    the folder is taken.
+    `addresses` are ADDRESS [n] by frames, `lineage` the tables of its batches (schema Lineage). Raises ConflictError
+    where the folder exists.
     """
-    with atomic.staged_folder(folder, last=SAID, over=over) as temporary:
+    with atomic.staged_folder(folder, last=RECORD, over=over) as temporary:
         files = {rows_name(frames): write_array(temporary / rows_name(frames), a) for frames, a in addresses.items()}
         write_tables(str(temporary / LINEAGE), lineage, Lineage)
-        publish_sealed(str(temporary / SAID), {**said, "files": files})
+        publish_sealed(str(temporary / RECORD), {**record, "files": files})
 
 
-def publish_sealed(path: str, said: Mapping[str, Any]) -> None:
+def publish_sealed(path: str, record: Mapping[str, Any]) -> None:
     """Publish JSON that `read_sealed` takes."""
-    atomic.publish_json(path, {**said, "seal": digest_config(said)})
+    atomic.publish_json(path, {**record, "seal": digest_config(record)})
 
 
 def read_sealed(path: str, remedy: str) -> dict[str, Any]:
-    """What `publish_sealed` wrote; UpstreamError where it is missing, DamagedError where it says anything else."""
-    said: Any = atomic.read_json(path)
-    if not isinstance(said, dict) or "seal" not in said:
-        raise DamagedError(f"{path} has no seal, so that nobody knows whether it is what was written; {remedy}")
-    seal = said.pop("seal")
-    if seal != _seal(said):
-        raise DamagedError(f"{path} was changed after it was written; {remedy}")
-    return said
-
-
-def _seal(said: Mapping[str, Any]) -> str | None:
+    """What `publish_sealed` wrote; UpstreamError where it is missing, DamagedError where it was changed."""
+    record: Any = atomic.read_json(path)
+    if not isinstance(record, dict) or "seal" not in record:
+        raise DamagedError(f"{path} has no seal, so it cannot be checked; {remedy}")
+    seal = record.pop("seal")
     try:
-        return digest_config(said)
-    except ValueError:  # half a character: text that no file can hold
-        return None
+        same = seal == digest_config(record)
+    except ValueError:  # text that is no Unicode, such as half a surrogate pair
+        same = False
+    if not same:
+        raise DamagedError(f"{path} was changed after it was written; {remedy}")
+    return record
 
 
 def write_array(path: Path, rows: np.ndarray) -> int:
-    """Write a new .npy file of an array [n] in C order; its crc32c.
+    """Write a new .npy file of an array [n] in C order; returns its crc32c.
 
-    Not by numpy, whose error on a full disk names neither the file nor the reason.
+    Not with np.save, whose error on a full disk names neither the file nor the reason.
     """
     with atomic.naming(path), path.open("xb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
@@ -131,9 +124,9 @@ def write_array(path: Path, rows: np.ndarray) -> int:
 
 
 def new_array(path: Path, dtype: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
-    """A new .npy file of `count` rows to be filled through the memory map that comes back.
+    """A memory map of a new .npy file of `count` rows, to be filled.
 
-    The disk gives all its bytes here: a page that a full disk has no place for kills the process that writes it.
+    All its bytes are allocated here: writing a mapped page for which a full disk has no room kills the process.
     """
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     with atomic.naming(path), path.open("xb") as file:
@@ -147,9 +140,9 @@ def new_array(path: Path, dtype: np.dtype[Any], count: int) -> np.memmap[Any, An
 def gone_shards(
     store: Store[Any], batches: Sequence[str], rows: Mapping[int, np.ndarray], whose: str, then: str
 ) -> list[str]:
-    """A line for each part that lacks shards which rows (by frames) cite: which, and what to do.
+    """One line for each part that lacks shards in which rows (by frames) are: which, and what to do.
 
-    `whose` are the rows, `then` is to be done once the shards are there again.
+    Lists files only; `verify` reads them. `whose` names the rows; `then` is what to do once the shards are back.
     """
     cited = [
         (store.part(batches[batch], frames, part), shards)

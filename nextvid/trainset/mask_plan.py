@@ -1,8 +1,8 @@
-"""The asset `mask_plan`: visible cells of every strategy, drawn once, kept under the digest of what decides them.
+"""The asset `mask_plan`: the visible cells of every masking strategy, drawn once, under a digest of the configuration.
 
-Writes and reads mask_plan/<digest>/: plan.json with statistics, `<strategy>.raw.npy` (as drawn) and, for `fixed`,
-`<strategy>.npy` (thinned), as packed bits; a gallery; the outcome of the checks, last. It samples nothing itself
-(nextvid/model/masks.py). All four ways of thinning have a plan and a digest; `flat` and `all` have no entries.
+mask_plan/<digest>/ has plan.json with statistics, `<strategy>.raw.npy` (as drawn) and, for `fixed`, `<strategy>.npy`
+(thinned to the budget) as packed bits, a gallery, and the checks. The sampler is nextvid/model/masks.py. All four ways
+of thinning have a plan and a digest; `flat` and `all` have no entries.
 
 Axes: E entries, S cells.
 """
@@ -30,14 +30,14 @@ from storage.errors import DamagedError
 from storage.root import DataRoot
 
 SAMPLER = 1  # raise when nextvid/model/masks.py draws other bits for the same configuration
-SIGMAS = 6.0  # our bound on the thinning statistic: chance of a false alarm about 1e-9
-TOLERANCE = 0.02  # trap 26: probabilities of the raw sampler
-MEAN_TOLERANCE = 0.03  # trap 26: mean of visible cells, relative
-# method.md 2.3: mean of visible cells; P(visible) at centre, middle of the upper edge, corner
+SIGMAS = 6.0  # our bound on the thinning statistic: a false alarm has a chance of about 1e-9
+TOLERANCE = 0.02  # of the probabilities of the raw sampler, as docs/method.md 2.3 gives them
+MEAN_TOLERANCE = 0.03  # of the mean of visible cells, relative
+# docs/method.md 2.3: mean of visible cells; P(visible) at centre, middle of the upper edge, corner
 PAPER_STATISTICS = {(8, 0.15): (97.3, 0.05, 0.66, 0.93), (2, 0.70): (48.5, 0.00, 0.36, 0.81)}
 PAPER_GRID = (16, 16)
 # the gallery: our choices
-SHOWN = 12  # entries a strategy
+SHOWN = 12  # entries of each strategy
 CELL = 8  # pixels
 GAP = 6  # pixels between pictures
 CAPTION = 14  # pixels
@@ -110,7 +110,10 @@ def make_plan(root: DataRoot, recipe: RecipeConfig) -> Outcome:
 
 
 def open_mask_plan(root: DataRoot, masks: MaskConfig, grid: tuple[int, int]) -> OpenedPlan:
-    """The plan of these masks. Raises UpstreamError where it is missing or failed, DamagedError where it changed."""
+    """The plan of these masks.
+
+    Raises UpstreamError where it is missing or failed its checks, DamagedError where its files changed.
+    """
     name = plan_digest(masks, grid)
     folder = root.pointed("mask_plan", name)
     tables.require_checks(f"{folder}/checks.json", "mask_plan")
@@ -220,11 +223,11 @@ def _paper(plan: OpenedPlan, strategy: MaskStrategy) -> bool:
 
 
 def _raw_error(plan: OpenedPlan, index: int) -> float:
-    """Largest departure from method.md 2.3 in units of its tolerance; 0 where the geometry is not the paper's."""
+    """Largest departure from docs/method.md 2.3 in units of its tolerance; 0 where the geometry is not the paper's."""
     strategy = plan.masks.strategies[index]
     if not _paper(plan, strategy):
         return 0.0
-    # without the redraws of entries below the budget, which the paper's sampler does not know
+    # without redrawing entries below the budget, which the paper's sampler does not do
     drawn = draw_visible(strategy, *plan.grid, plan.masks.entries, (plan.masks.seed, index))
     found = statistics(drawn, *plan.grid)
     mean, *probabilities = PAPER_STATISTICS[strategy.blocks, strategy.scale]
@@ -234,7 +237,10 @@ def _raw_error(plan: OpenedPlan, index: int) -> float:
 
 
 def gallery(raw: Mapping[str, Bits], kept: Mapping[str, Bits], grid: tuple[int, int]) -> bytes:
-    """PNG bytes, one row of pictures a strategy; a plan without entries is one line of text."""
+    """PNG: the first entries of each strategy, one row of pictures; a plan without entries is one line of text.
+
+    Bright cells are kept, grey ones were visible before thinning, dark ones are masked.
+    """
     height, width = grid
     across = SHOWN * (width * CELL + GAP) + GAP
     row_height = CAPTION + height * CELL + 2 * GAP

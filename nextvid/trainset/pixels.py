@@ -1,8 +1,8 @@
-"""The pixels of a frozen trainset: where each of its rows stands in a pixel store, under a digest of its own.
+"""The pixels of a frozen trainset: the address of each of its rows in a pixel store, under a digest of its own.
 
-Made on demand for the first recipe that reads pixels, never changed afterwards (design, 5). Files of addresses follow
-the trainset's rows one for one; `pixels.<spec>.json` stands last and says what they are. A row without pixels refuses
-the whole: no clip is left out or replaced. Holds no choice of rows (selection.py) and reads no pixel.
+Frozen for the first recipe that reads pixels, and not changed afterwards. Files of addresses are in the order of the
+trainset's rows; the record `pixels.<spec>.json` is written last. A row without pixels refuses the whole: no clip is
+left out or replaced.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,12 +43,12 @@ class TrainsetPixels:
 
     @property
     def path(self) -> str:
-        """The file that says what they are."""
-        return _said_path(self.folder, self.spec)
+        """Path of the record."""
+        return _record_path(self.folder, self.spec)
 
     @property
     def words(self) -> str:
-        """How they were stored, and how close that is."""
+        """How they were stored, and how close they are to the frames, in words."""
         psnr = "PSNR not measured" if self.psnr_mean_db is None else f"{self.psnr_mean_db:.1f} dB PSNR"
         return f"JPEG of quality {self.spec.quality}, {self.spec.subsampling}, {psnr} over {self.psnr_rows} clips"
 
@@ -61,11 +61,11 @@ class TrainsetPixels:
         return self._frozen.open(name, PIXEL_ADDRESS, len(self.trainset.rows(frames)))
 
     def check(self) -> None:
-        """Read every file of addresses; DamagedError where one is not what was frozen. Costs what reading costs."""
+        """Read every file of addresses; DamagedError where one is not what was frozen."""
         self._frozen.check()
 
     def gone(self) -> list[str]:
-        """A line for each part of the pixel store that lacks shards which rows stand in: which, and what to do."""
+        """One line for each part of the pixel store that lacks shards of these rows: which, and what to do."""
         store, rows = PixelStore(self.root, self.spec), {frames: self.rows(frames) for frames in self.trainset.lengths}
         whose = f"the pixels of trainset {self.trainset.digest}"
         return gone_shards(store, self.trainset.batches, rows, whose, "ask for the run again")
@@ -76,15 +76,15 @@ class TrainsetPixels:
 
 
 def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) -> TrainsetPixels:
-    """The pixels that a recipe reads of a trainset, as corpus.yaml asks for them; frozen now if they are not yet.
+    """The pixels of a trainset for a recipe, in the accepted spec; frozen now if they are not yet.
 
     Raises RefusedError where corpus.yaml asks for none, they do not fit the recipe, or a row has none.
     """
     spec = pixel_spec(project, trainset.spec)
     if spec is None and project.asked.encoding.pixels is not None:
         raise RefusedError(
-            f"recipe {recipe.name} reads pixels, which {project.path} asks for and nobody accepted: 'nextvid plan "
-            f"--accept' accepts them; then make 'latents' again{_twin(recipe)}"
+            f"recipe {recipe.name} reads pixels, which {project.path} asks for and are not accepted yet: accept "
+            f"them with 'nextvid plan --accept'; then make 'latents' again{_twin(recipe)}"
         )
     if spec is None:
         raise RefusedError(
@@ -99,13 +99,13 @@ def freeze_pixels(project: Project, trainset: Trainset, recipe: RecipeConfig) ->
             "'latents' and 'trainset' again"
         )
     folder = project.root.pointed("trainset", trainset.digest)
-    path = _said_path(folder, spec)
+    path = _record_path(folder, spec)
     if atomic.exists(path):
-        stands = _opened(project.root, trainset, folder, path)
-        stands.check()
-        if not stands.gone():
-            return stands
-    _freeze(PixelStore(project.root, spec), trainset, folder, recipe.name)  # anew where its rows stand elsewhere now
+        found = _opened(project.root, trainset, folder, path)
+        found.check()
+        if not found.gone():
+            return found
+    _freeze(PixelStore(project.root, spec), trainset, folder, recipe.name)  # also where rows moved within the store
     return _opened(project.root, trainset, folder, path)
 
 
@@ -120,7 +120,7 @@ def open_pixels(root: DataRoot, trainset: Trainset, digest: str) -> TrainsetPixe
 
 
 def frozen_pixels(root: DataRoot, trainset: Trainset) -> Iterator[TrainsetPixels]:
-    """Everything that was frozen of a trainset's pixels, by spec."""
+    """Each frozen set of a trainset's pixels, by spec."""
     folder = root.pointed("trainset", trainset.digest)
     for name in listing.files(folder):
         if name.startswith("pixels.") and name.endswith(".json"):
@@ -128,7 +128,7 @@ def frozen_pixels(root: DataRoot, trainset: Trainset) -> Iterator[TrainsetPixels
 
 
 def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> None:
-    """Write the addresses of every clip length, then what they are."""
+    """Write the addresses of every clip length, then the record."""
     contents, files, psnr_db = {}, {}, []
     for frames in trainset.lengths:
         path = _addresses_path(folder, store.spec, frames)
@@ -138,7 +138,7 @@ def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> 
             files[path.rpartition("/")[2]] = crc32c(np.memmap(temporary, np.uint8, "r"))
         psnr_db.append(_psnr(store, trainset, frames))
     measured = pl.concat(psnr_db).drop_nulls()
-    said = {
+    record = {
         "trainset": trainset.digest,
         "digest": digest_config({"trainset": trainset.digest, "spec": store.digest, "rows": contents}),
         "spec": store.spec.to_json(),
@@ -146,11 +146,11 @@ def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> 
         "psnr_rows": len(measured),
         "files": files,
     }
-    publish_sealed(_said_path(folder, store.spec), said)
+    publish_sealed(_record_path(folder, store.spec), record)
 
 
 def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: int, recipe: str) -> np.ndarray:
-    """Addresses into a new file, batch by batch, so that no more than a batch's rows are in memory beside them."""
+    """Addresses in a new file, written batch by batch, so that only one batch's commits are in memory."""
     rows = trainset.rows(frames)
     found = new_array(path, PIXEL_ADDRESS, len(rows))
     order = np.argsort(rows["batch"], kind="stable")
@@ -175,7 +175,7 @@ def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: 
 
 
 def _joined(rows: np.ndarray, commits: pl.DataFrame) -> pl.DataFrame:
-    """The commits of these rows in their order, columns null where there is none; `at` numbers the rows."""
+    """The commits of these rows, in their order, with null columns where there is none; `at` is the row's number."""
     good = commits.filter(pl.col("status") == "ok")
     halves = np.frombuffer(b"".join(good["row_id"].to_list()), ">u8").reshape(-1, 2).astype("<u8")
     known = good.with_columns(high=pl.Series(halves[:, 0]), low=pl.Series(halves[:, 1]))
@@ -184,20 +184,20 @@ def _joined(rows: np.ndarray, commits: pl.DataFrame) -> pl.DataFrame:
 
 
 def _psnr(store: PixelStore, trainset: Trainset, frames: int) -> pl.Series:
-    """PSNR of the measured rows of the batches in question; null for the others."""
+    """PSNR of the batches' rows in dB; null where it was not measured."""
     batches = np.unique(trainset.rows(frames)["batch"]).tolist()
     return pl.concat([store.commits(trainset.batches[batch], frames)["psnr_db"] for batch in batches])
 
 
 def _opened(root: DataRoot, trainset: Trainset, folder: str, path: str) -> TrainsetPixels:
-    said = read_sealed(path, _remedy(path))
+    record = read_sealed(path, _remedy(path))
     try:
-        spec = PixelSpec.from_json(said["spec"])
-        mean_db, measured, files = said["psnr_mean_db"], said["psnr_rows"], said["files"]
-        found = TrainsetPixels(root, trainset, folder, said["digest"], spec, mean_db, measured, files)
-        of = said["trainset"]
+        spec = PixelSpec.from_json(record["spec"])
+        mean_db, measured, files = record["psnr_mean_db"], record["psnr_rows"], record["files"]
+        found = TrainsetPixels(root, trainset, folder, record["digest"], spec, mean_db, measured, files)
+        of = record["trainset"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{path} does not say what it should ({error}); {_remedy(path)}") from error
+        raise DamagedError(f"{path} is not a record of pixels ({error}); {_remedy(path)}") from error
     if (of, found.path) != (trainset.digest, path):
         raise DamagedError(f"{path} describes pixels of another trainset or another quality; {_remedy(path)}")
     return found
@@ -208,7 +208,7 @@ def _twin(recipe: RecipeConfig) -> str:
     return f"; or train {twin}, which reads latents" if twin in RECIPES else ""
 
 
-def _said_path(folder: str, spec: PixelSpec) -> str:
+def _record_path(folder: str, spec: PixelSpec) -> str:
     return f"{folder}/pixels.{spec.digest()}.json"
 
 

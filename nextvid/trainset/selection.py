@@ -1,9 +1,9 @@
-"""Which batches and rows a trainset takes, and why the others are left out.
+"""Choose the batches and rows of a trainset, with the reason for each that is left out.
 
-A batch joins when its clips and latents passed their checks, every wanted row has a commit in the spec in force, and
-the `duplicates` that are cited know its tables as they are now. A row joins when it is for pretraining, of split train,
-stored, no duplicate that gives way and not withdrawn. One batch's tables are in memory at a time: what is kept of a row
-are 32 bytes, 10 million rows fit in 2 GB (benchmarks/manifests.py). Decides only: freezing is trainset.py's.
+A batch is taken if its clips and latents passed their checks, each row that should be stored has a commit in the
+accepted encoding, and the latest `duplicates` searched its current tables. A row is taken if it is for pretraining, in
+split train, encoded, not dropped as a duplicate and not withdrawn. One batch's tables are in memory at a time, and
+32 bytes of each row: 10 million rows fit in 2 GB (benchmarks/manifests.py).
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ from storage.withdrawn import withdrawn_rows
 
 @dataclass(frozen=True)
 class Selection:
-    """What a trainset is made of: of each row its address (32 bytes), whatever a table says of it beside that.
+    """The rows of a trainset, each as its address in the latent store (32 bytes), and what was left out.
 
     `addresses` and `offsets` are by frames; rows are sorted by dataset, then row id, and offsets are (first, count).
     """
@@ -44,9 +44,9 @@ class Selection:
     left_out: Mapping[str, str]  # batch -> reason
     addresses: Mapping[int, np.ndarray]
     offsets: Mapping[int, Mapping[str, tuple[int, int]]]
-    moments: Mapping[tuple[str, int], Sequence[Moments]]  # (dataset, frames) -> of each batch's rows
+    moments: Mapping[tuple[str, int], Sequence[Moments]]  # (dataset, frames) -> one of each batch's rows
     dropped: Mapping[str, int]  # reason -> rows for pretraining that were not taken
-    leaked: int  # rows of shots that look like a probe test clip's, or are one
+    leaked: int  # rows of shots that are, or look like, a shot of a probe's test set; a check wants 0
 
     @property
     def height(self) -> int:
@@ -60,13 +60,16 @@ class Selection:
 
 
 def select(project: Project) -> Selection:
-    """Choose. Raises UpstreamError where `duplicates` is missing or old, too few batches are ready, or no row is."""
+    """Choose the rows that a trainset made now would take.
+
+    Raises UpstreamError where `duplicates` is missing or outdated, too few batches are ready, or no row is left.
+    """
     root, spec = project.root, accepted_spec(project)
     duplicates, known = _known_to_duplicates(root)
-    verdicts = {batch: _verdict(project, spec, batch, known) for batch in _pretraining_batches(project)}
-    taken = tuple(sorted(batch for batch, (_, reason) in verdicts.items() if reason is None))
-    left_out = {batch: reason for batch, (_, reason) in verdicts.items() if reason is not None}
-    passed = sum(counts for counts, _ in verdicts.values())
+    ready = {batch: _ready(project, spec, batch, known) for batch in _pretraining_batches(project)}
+    taken = tuple(sorted(batch for batch, (_, reason) in ready.items() if reason is None))
+    left_out = {batch: reason for batch, (_, reason) in ready.items() if reason is not None}
+    passed = sum(counts for counts, _ in ready.values())
     if passed == 0 or len(taken) / passed < project.corpus.min_complete:
         listed = "; ".join(f"{batch}: {reason}" for batch, reason in sorted(left_out.items())) or "there is none"
         needed = f"{project.corpus.min_complete:.0%} of the batches must be complete"
@@ -83,7 +86,7 @@ def select(project: Project) -> Selection:
 
 
 class _Gathered:
-    """What is kept of one batch after the other, so that no more than one batch's tables are in memory."""
+    """Collects what is kept of one batch after the other, so that only one batch's tables are in memory."""
 
     def __init__(self, spec: EncodingSpec, batches: tuple[str, ...], test_shots: pl.Series) -> None:
         self._spec, self._batches, self._test_shots = spec, batches, test_shots
@@ -93,7 +96,7 @@ class _Gathered:
         self.leaked = 0
 
     def add(self, batch: str, kept: pl.DataFrame, lost: pl.DataFrame) -> None:
-        """The rows taken of one batch, and those that were not, with `why`."""
+        """Add the rows taken of one batch; `lost` are the others, with the column `why`."""
         self.dropped.update(dict(lost.group_by("why").len().iter_rows()))
         self.leaked += kept.filter(pl.col("shot_id").is_in(self._test_shots.implode())).height
         for group in kept.partition_by("dataset", "frames"):
@@ -104,7 +107,7 @@ class _Gathered:
             self.moments.setdefault((dataset, frames), []).append(moments(group, self._spec))
 
     def sorted(self) -> tuple[dict[int, np.ndarray], dict[int, dict[str, tuple[int, int]]]]:
-        """Addresses and offsets as a Selection has them; empties `parts`."""
+        """Addresses and offsets as in Selection; empties `parts`, so that addresses are in memory once."""
         addresses: dict[int, np.ndarray] = {}
         offsets: dict[int, dict[str, tuple[int, int]]] = {}
         for frames in sorted({frames for frames, _ in self.parts}):
@@ -115,7 +118,7 @@ class _Gathered:
             for name, first, count in zip(names, firsts, counts, strict=True):
                 rows = out[first : first + count]
                 np.concatenate(self.parts.pop((frames, name)), out=rows)
-                # stable, so that a row id in two batches keeps their order
+                # stable sort: a row id in two batches keeps their order
                 rows[:] = rows[np.lexsort((rows["row_id"][:, 1], rows["row_id"][:, 0]))]
             addresses[frames] = out
             offsets[frames] = dict(zip(names, zip(firsts, counts, strict=True), strict=True))
@@ -123,17 +126,17 @@ class _Gathered:
 
 
 def _pretraining_batches(project: Project) -> list[str]:
-    """Batches of datasets that have a weight, whether or not their clips were ever made."""
+    """Batches of datasets that have a weight, with or without clips."""
     weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
     known = sorted({*project.root.batches(), *project.root.batches("clips")})
     return [batch for batch in known if dataset_of(batch) in weighted]
 
 
 def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
-    """The latest `duplicates`, and the digests of each batch's tables that it searched.
+    """The latest `duplicates`, and the digests of the tables that it searched, by batch.
 
-    Raises UpstreamError where a batch with clips of a probe test set is not among them: what it shares with pretraining
-    is not known then, and no trainset can be said to be clean.
+    Raises UpstreamError where a batch with clips of a probe's test set is not among them: then nobody knows what
+    pretraining shares with it.
     """
     digest = read_latest(root, "duplicates")
     if digest is None:
@@ -150,8 +153,8 @@ def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
     return digest, known
 
 
-def _verdict(project: Project, spec: EncodingSpec, batch: str, known: Mapping[str, Any]) -> tuple[bool, str | None]:
-    """(whether the batch counts among those that should be ready, why it is left out or None)."""
+def _ready(project: Project, spec: EncodingSpec, batch: str, known: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """(whether the batch counts for `min_complete`, why it is left out or None)."""
     root = project.root
     state = batch_state(root, batch, "media", "shots", "clips", "latents", encoding=spec.digest())
     if state.failed:
@@ -225,9 +228,9 @@ _COLUMNS = (
 
 
 def _test_shots(project: Project, duplicates: pl.DataFrame) -> pl.Series:
-    """Shots of probe test clips and all that share a group with one, found anew from clips and groups.
+    """Shots of probes' test clips and all shots in a group with one, computed from clips and groups.
 
-    Does not look at `dropped_from`, so that the check made of it can contradict the table it rests on.
+    Not from `dropped_from`, so that the check `no_test_duplicate` finds mistakes there.
     """
     tested: Sequence[pl.DataFrame] = [
         read_table(project.root.table("clips", batch), Clips).filter(_tested()).select("shot_id")

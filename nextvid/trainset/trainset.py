@@ -1,8 +1,6 @@
-"""The maker of `trainset`: the frozen snapshot of rows that pretraining reads, under one digest; and how it is opened.
+"""The asset `trainset`: a frozen snapshot of the rows that pretraining reads, under one digest; and how it is opened.
 
-The one gate between a corpus that grows and runs that must not (design, 4): it compares digests itself, lists what it
-leaves out, and moves nothing. Which batches and rows it takes is decided in selection.py; this module freezes and
-opens.
+The corpus grows, a run's data must not: a run reads one trainset. selection.py chooses its rows.
 
 Axes: C channels.
 """
@@ -20,7 +18,7 @@ from nextvid.config.project import Project
 from nextvid.encode.latent_stats import mixed
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_latest, publish_verdict, read_latest
-from nextvid.trainset.files import LINEAGE, SAID, Frozen, gone_shards, read_sealed, rows_name, write_trainset
+from nextvid.trainset.files import LINEAGE, RECORD, Frozen, gone_shards, read_sealed, rows_name, write_trainset
 from nextvid.trainset.selection import Selection, rows_of, select
 from storage import listing
 from storage.atomic import exists, remove_tree
@@ -35,15 +33,15 @@ from storage.tables import read_table
 
 ASSET = "trainset"
 NAMED = 20  # our choice: batches that a message or an event names one by one
-KEPT = ("parent", "mean", "std")  # facts of a trainset that are not made anew where its files are
+KEPT = ("parent", "mean", "std")  # facts of a trainset that stay where its files are written again
 
 
 def make_trainset(project: Project) -> Outcome:
-    """Freeze the rows of every batch that passed, is complete and is known to the latest `duplicates`.
+    """Freeze the rows of every batch that is complete, passed its checks and was searched by the latest `duplicates`.
 
-    Where the same rows were frozen before, nothing is written, unless files are missing or rows stand elsewhere now.
-    Raises UpstreamError where too few batches are ready or no row is left, DamagedError where bytes of what was frozen
-    have changed.
+    Where the same rows were frozen before, nothing is written, unless files are missing or rows moved within the store.
+    Raises UpstreamError where too few batches are ready or no row is left, DamagedError where frozen files have
+    changed.
     """
     began = time.perf_counter()
     chosen = select(project)
@@ -68,7 +66,7 @@ def make_trainset(project: Project) -> Outcome:
 
 
 def _named(left_out: Mapping[str, str]) -> str:
-    """The first batches that were left out and why; all stand in trainset.json."""
+    """The first batches that were left out and why; trainset.json has all of them."""
     first = "; ".join(f"{batch}: {reason}" for batch, reason in itertools.islice(sorted(left_out.items()), NAMED))
     return first + (f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else "")
 
@@ -76,16 +74,16 @@ def _named(left_out: Mapping[str, str]) -> str:
 class Trainset:
     """A frozen trainset, opened for reading: rows are memory-mapped, so opening costs the same at any size."""
 
-    def __init__(self, root: DataRoot, folder: str, said: Mapping[str, Any]) -> None:
-        self._root, self._folder, self._said = root, folder, said
-        self._files = Frozen(root, folder, said["files"], f"remove {folder} and make 'trainset' again")
-        self.digest: str = said["digest"]
-        self.spec = EncodingSpec.from_json(said["spec"])
-        self.parent: str | None = said.get("parent")  # the trainset that was the latest before
-        self.weights: dict[str, float] = said["weights"]
-        self.batches: tuple[str, ...] = tuple(said["batches"])  # an address's `batch` is an index into these
-        self.mean: Float32[np.ndarray, " C"] = np.array(said["mean"], np.float32)
-        self.std: Float32[np.ndarray, " C"] = np.array(said["std"], np.float32)
+    def __init__(self, root: DataRoot, folder: str, record: Mapping[str, Any]) -> None:
+        self._root, self._folder, self._record = root, folder, record
+        self._files = Frozen(root, folder, record["files"], f"remove {folder} and make 'trainset' again")
+        self.digest: str = record["digest"]
+        self.spec = EncodingSpec.from_json(record["spec"])
+        self.parent: str | None = record.get("parent")  # the trainset that was the latest before
+        self.weights: dict[str, float] = record["weights"]
+        self.batches: tuple[str, ...] = tuple(record["batches"])  # an address's `batch` is an index into these
+        self.mean: Float32[np.ndarray, " C"] = np.array(record["mean"], np.float32)
+        self.std: Float32[np.ndarray, " C"] = np.array(record["std"], np.float32)
 
     @classmethod
     def open(cls, root: DataRoot, digest: str | None = None) -> Self:
@@ -94,35 +92,35 @@ class Trainset:
         if found is None:
             raise UpstreamError("there is no trainset yet: make 'trainset' first")
         folder = root.pointed("trainset", found)
-        path, remedy = f"{folder}/{SAID}", f"remove {folder} and make 'trainset' again"
+        path, remedy = f"{folder}/{RECORD}", f"remove {folder} and make 'trainset' again"
         try:
-            said = read_sealed(path, remedy)
+            record = read_sealed(path, remedy)
         except UpstreamError as error:
             what = f"trainset {found} is not whole: {path} does not exist"
             raise UpstreamError(f"{what}. Put it back, or make 'trainset' again") from error
-        if said.get("digest") != found:
-            raise DamagedError(f"{path} describes trainset {said.get('digest')}, not that of its folder; {remedy}")
+        if record.get("digest") != found:
+            raise DamagedError(f"{path} describes trainset {record.get('digest')}, not that of its folder; {remedy}")
         try:
-            return cls(root, folder, said)
+            return cls(root, folder, record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"{path} does not say what it should ({error}); {remedy}") from error
+            raise DamagedError(f"{path} is not a trainset record ({error}); {remedy}") from error
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Clip lengths in frames that it holds, ascending; 1 are images."""
-        return tuple(sorted(int(name[1:]) for name in self._said["offsets"]))
+        """Its clip lengths in frames, ascending; 1 means images."""
+        return tuple(sorted(int(name[1:]) for name in self._record["offsets"]))
 
     def rows(self, frames: int) -> np.ndarray:
         """Addresses of all rows of a clip length, memory-mapped; sorted by dataset, then row id.
 
-        Raises RefusedError for a length it has not, DamagedError where the file is not what was frozen.
+        Raises RefusedError for a length that it lacks, DamagedError where the file is not what was frozen.
         """
         wanted = sum(count for _, count in self.offsets(frames).values())
         return self._files.open(rows_name(frames), ADDRESS, wanted)
 
     def offsets(self, frames: int) -> dict[str, tuple[int, int]]:
         """(first row, count) of each dataset that has rows of this length."""
-        found = self._said["offsets"].get(f"f{frames}")
+        found = self._record["offsets"].get(f"f{frames}")
         if found is None:
             held = ", ".join(str(length) for length in self.lengths)
             raise RefusedError(
@@ -132,16 +130,16 @@ class Trainset:
         return {name: (int(first), int(count)) for name, (first, count) in found.items()}
 
     def check(self) -> None:
-        """Read every row file; DamagedError where one is not what was frozen. Costs what reading them costs."""
+        """Read every file of rows; DamagedError where one is not what was frozen."""
         self._files.check()
 
     def gone(self) -> list[str]:
-        """A line for each part of the store that lacks shards which rows stand in: which, and what to do."""
+        """One line for each part of the store that lacks shards of these rows: which, and what to do."""
         store, rows = LatentStore(self._root, self.spec), {frames: self.rows(frames) for frames in self.lengths}
         return gone_shards(store, self.batches, rows, f"trainset {self.digest}", "make 'trainset' again")
 
     def lineage(self) -> pl.DataFrame:
-        """One line a row, back to its file (schema Lineage); sorted by batch, then row id."""
+        """The way of each row back to its file (schema Lineage); sorted by batch, then row id."""
         path = f"{self._folder}/{LINEAGE}"
         try:
             return read_table(path, Lineage)
@@ -150,13 +148,13 @@ class Trainset:
 
     def facts(self) -> dict[str, Any]:
         """What is kept where its files are written again."""
-        return {name: self._said[name] for name in KEPT}
+        return {name: self._record[name] for name in KEPT}
 
 
 def _stored(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> str | None:
-    """Have the folder hold what was chosen; why it was written, None where it stood."""
+    """Freeze what was chosen, if it is not frozen yet; why it was written, None where it was there."""
     if _lacking(project.root, chosen, digest, folder) is None:
-        return None  # asked first: where nothing may be written, what stands may be used
+        return None  # asked before the lock, which a read-only root does not allow
     with locked(f"{project.root.url}/trainset/lock"):
         lacking = _lacking(project.root, chosen, digest, folder)
         if lacking is None:
@@ -171,22 +169,22 @@ def _stored(project: Project, chosen: Selection, weights: Mapping[str, float], d
 
 
 def _lacking(root: DataRoot, chosen: Selection, digest: str, folder: str) -> str | None:
-    """Why the folder has to be written, None where it need not; DamagedError where its bytes have changed."""
+    """Why the folder has to be written, None where it need not; DamagedError where frozen files have changed."""
     names = set(listing.files(folder))
     if not names:
         return "it was not there"
-    wanted = {SAID, LINEAGE, *(rows_name(frames) for frames in chosen.addresses)}
+    wanted = {RECORD, LINEAGE, *(rows_name(frames) for frames in chosen.addresses)}
     if missing := sorted(wanted - names):
         return f"{', '.join(missing)} were missing"
     frozen = Trainset.open(root, digest)
     if all(_same(frozen, frozen.rows(frames), chosen, rows) for frames, rows in chosen.addresses.items()):
         return None
     frozen.check()
-    return "its rows stand elsewhere now"
+    return "its rows moved within the store"
 
 
 def _same(trainset: Trainset, frozen: np.ndarray, chosen: Selection, rows: np.ndarray) -> bool:
-    """Whether frozen addresses are the chosen ones, whatever else their batches are numbered by."""
+    """Whether frozen addresses are the chosen ones; the same batch may have another number in them."""
     numbers = {batch: number for number, batch in enumerate(chosen.batches)}
     now = np.array([numbers.get(batch, -1) for batch in trainset.batches], np.int64)
     others = [name for name in rows.dtype.names or () if name != "batch"]
@@ -206,7 +204,7 @@ def _weights(project: Project, chosen: Selection) -> dict[str, float]:
 
 
 def _digest(chosen: Selection, weights: Mapping[str, float]) -> str:
-    """Of the spec, the weights and (dataset, row id, crc) in order: a row that moved is the same row."""
+    """Digest of the spec, the weights and (dataset, row id, crc) in order: a row that moved is the same row."""
     rows: dict[str, dict[str, str]] = {}
     for frames, addresses in chosen.addresses.items():
         for name, (first, count) in chosen.offsets[frames].items():
@@ -217,9 +215,9 @@ def _digest(chosen: Selection, weights: Mapping[str, float]) -> str:
 
 
 def statistics(chosen: Selection, weights: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation per channel [C], float64: images and clips of the base length, weighted as the mixture.
+    """Mean and standard deviation of each channel [C], float64, over images and clips of the base length.
 
-    Within a dataset every row weighs the same.
+    Datasets are weighted as in the mixture; within a dataset every row weighs the same.
     """
     base = min((frames for frames in chosen.addresses if frames > 1), default=1)
     parts = []
@@ -231,9 +229,10 @@ def statistics(chosen: Selection, weights: Mapping[str, float]) -> tuple[np.ndar
 
 
 def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> None:
+    """Write the folder's files; over those of the same trainset where it is there."""
     mean, std = statistics(chosen, weights)
     latest = read_latest(project.root, "trainset")
-    said: dict[str, Any] = {
+    record: dict[str, Any] = {
         "digest": digest,
         "parent": latest if latest != digest else None,
         "spec": chosen.spec.to_json(),
@@ -246,21 +245,21 @@ def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], d
         "left_out": dict(chosen.left_out),
         "dropped": dict(chosen.dropped),
     }
-    stands = bool(listing.files(folder))
-    before = Trainset.open(project.root, digest) if exists(f"{folder}/{SAID}") else None
+    there = bool(listing.files(folder))
+    before = Trainset.open(project.root, digest) if exists(f"{folder}/{RECORD}") else None
     if before is not None:
-        said |= before.facts()
+        record |= before.facts()
     if before is None or before.batches != chosen.batches:
         for name in listing.files(folder):
             if name.startswith("pixels.") and name.endswith(".json"):
                 remove_tree(f"{folder}/{name}")  # they count batches as the rows did; frozen again when asked for
-    write_trainset(folder, said, chosen.addresses, _lineage(project, chosen), over=stands)
+    write_trainset(folder, record, chosen.addresses, _lineage(project, chosen), over=there)
 
 
 def _lineage(project: Project, chosen: Selection) -> Iterator[pl.DataFrame]:
-    """Lineage of the chosen rows, a batch at a time, sorted by row id; read again, since a row's line is long.
+    """Lineage of the chosen rows, one batch at a time, sorted by row id; read again, since it is too large to keep.
 
-    Raises ConflictError where a batch has other rows by now than were chosen.
+    Raises ConflictError where a batch now has other rows than were chosen.
     """
     table = read_table(f"{project.root.pointed('duplicates', chosen.duplicates)}/duplicates.parquet", Duplicates)
     order = {frames: np.argsort(rows["batch"], kind="stable") for frames, rows in chosen.addresses.items()}

@@ -94,7 +94,7 @@ class TestRowsThatMoved:
         assert damaged_trainsets(corpus.project.root) == [gone]  # no trainset was made again yet
         outcome = make_trainset(corpus.project)
         assert (outcome.made, outcome.digest) == (True, before.digest)
-        assert outcome.numbers["written because"] == "its rows stand elsewhere now"
+        assert outcome.numbers["written because"] == "its rows moved within the store"
         assert damaged_trainsets(corpus.project.root) == []
         reads(corpus)
         now = json.loads((folder_of(corpus) / "trainset.json").read_text())
