@@ -88,8 +88,9 @@ def merge(
         [rows, _rows(again, dict(zip(changed["uri"], changed["batch"], strict=True)), dataset, now, known)]
     )
     rows = _mark(rows, gone["uri"], returned["uri"], now)
-    added = pl.Series("batch", list(batches.values()), pl.String)
-    return rows, _changes(added, changed["batch"], gone["batch"], returned["batch"])
+    counts = [Counter(some) for some in (batches.values(), changed["batch"], gone["batch"], returned["batch"])]
+    touched = sorted(set().union(*counts))
+    return rows, [BatchChange(batch, *(count[batch] for count in counts)) for batch in touched]
 
 
 def _rows(
@@ -121,9 +122,3 @@ def _mark(rows: pl.DataFrame, gone: pl.Series, returned: pl.Series, now: datetim
         .otherwise(pl.col("gone_at"))
         .alias("gone_at")
     ).sort("uri", "revision")
-
-
-def _changes(added: pl.Series, changed: pl.Series, gone: pl.Series, returned: pl.Series) -> list[BatchChange]:
-    counts = [Counter(series) for series in (added, changed, gone, returned)]
-    touched = sorted(set().union(*counts))
-    return [BatchChange(batch, *(count[batch] for count in counts)) for batch in touched]

@@ -62,7 +62,10 @@ def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[byte
     root = project.root
     media = tables.read_table(root.table("media", batch), Media).filter(pl.col("media_id").is_not_null())
     newest = latest(tables.read_table(root.table("sources", batch), Sources))
-    labels = _labels(tables.read_table(root.table("labels", batch), Labels))
+    labels: dict[bytes, list[Label]] = {}
+    table = tables.read_table(root.table("labels", batch), Labels)
+    for media_id, start_us, end_us, target, value in table.select(Labels.column_names()).iter_rows():
+        labels.setdefault(media_id, []).append(Label(target, value, start_us, end_us))
     ranked = media.join(newest.select("uri", "revision", "gone_at", current=True), on=["uri", "revision"], how="left")
     ranked = ranked.with_columns(
         pl.when(pl.col("status") != "ok")
@@ -86,13 +89,6 @@ def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[byte
             labels=tuple(known),
             refused=row["refused"],
         )
-    return found
-
-
-def _labels(labels: pl.DataFrame) -> Mapping[bytes, list[Label]]:
-    found: dict[bytes, list[Label]] = {}
-    for media_id, start_us, end_us, target, value in labels.select(Labels.column_names()).iter_rows():
-        found.setdefault(media_id, []).append(Label(target, value, start_us, end_us))
     return found
 
 

@@ -133,7 +133,9 @@ class KeptPictures:
         values = scores_of(shot.__dict__)
         if len(self._shots) > 8 * KEPT * len(ENDS):
             self._shots = {key: self._shots[key] for key in extreme({k: v for k, (v, _) in self._shots.items()})}
-        self._shots[shot_id] = (values, _jpeg(shot.preview))
+        buffer = io.BytesIO()
+        Image.fromarray(shot.preview).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        self._shots[shot_id] = (values, buffer.getvalue())
 
     def table(self, before: pl.DataFrame, shots: pl.DataFrame) -> pl.DataFrame:
         """Rows of Pictures: pictures kept now or before, of shots that are in the table and at the end of a score."""
@@ -198,12 +200,6 @@ def _tile(row: Mapping[str, object]) -> Tile:
     assert isinstance(row["jpeg"], bytes)
     with Image.open(io.BytesIO(row["jpeg"])) as picture:
         return Tile(np.asarray(picture.convert("RGB")), f"{motion}\n{light}")
-
-
-def _jpeg(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

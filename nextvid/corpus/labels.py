@@ -61,7 +61,9 @@ def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
         case "none":
             return pl.DataFrame(schema=SCHEMA)
         case "folders":
-            return _from_folders(paths, config.labels.target)
+            target = config.labels.target
+            rows = [(path, None, None, target, PurePosixPath(path).parent.name) for path in sorted(set(paths))]
+            return pl.DataFrame([row for row in rows if row[4]], SCHEMA, orient="row")  # at the top there is no class
         case "csv":
             return _from_csv(config, paths)
         case _:
@@ -99,11 +101,6 @@ def contradictions(labels: pl.DataFrame, key: str) -> pl.DataFrame:
     return (
         several.sort(key, "start_us", "end_us", "target").group_by(key, maintain_order=True).agg(pl.col("what").first())
     )
-
-
-def _from_folders(paths: Sequence[str], target: str) -> pl.DataFrame:
-    rows = [(path, None, None, target, PurePosixPath(path).parent.name) for path in sorted(set(paths))]
-    return pl.DataFrame([row for row in rows if row[4]], SCHEMA, orient="row")  # files at the top have no class
 
 
 def _by_name(labels: LabelConfig, paths: Sequence[str]) -> pl.DataFrame:

@@ -8,7 +8,7 @@ is rejected for as long as the cause lasts.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     rows = _never_read(sources, before, config.licence) + _inspect(
         unread, config.licence, lambda n: on_progress(Progress(f"media {batch}", n, unread.height))
     )
-    media = pl.concat([kept, _frame(rows)]).sort("uri", "revision")
+    media = pl.concat([kept, pl.DataFrame(rows, before.schema, orient="row")]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()))
     media = _judge(media, labels, withdrawn_media(root), _doubled(project, batch))
     checks = (*_checks(sources, media, config.quarantine_budget), _spans_inside(media, labels))
@@ -128,11 +128,14 @@ def _inspect(unread: pl.DataFrame, licence: str, on_count: Callable[[int], None]
     if unread.is_empty():
         return []
     files = {row["uri"]: row for row in unread.iter_rows(named=True)}
-    timeout_s = TIMEOUT_S + max(row["size_bytes"] for row in files.values()) / READ_BYTES_PER_S
+    sizes_bytes = unread["size_bytes"].to_list()
+    timeout_s = TIMEOUT_S + max(sizes_bytes) / READ_BYTES_PER_S
+    worth = max(len(files) // FILES_A_WORKER, sum(sizes_bytes) // BYTES_A_WORKER)
+    workers = max(1, min(WORKERS, available_cores(), worth))
     rows: list[MediaRow] = []
     with (
         tempfile.TemporaryDirectory(prefix="nextvid-") as folder,
-        Sandbox(_workers(unread["size_bytes"].to_list())) as sandbox,
+        Sandbox(workers) as sandbox,
     ):
         paths: dict[Path, str] = {}
         items = _fetched(files, Path(folder), paths, rows, licence)
@@ -225,10 +228,6 @@ def _row(
     }
 
 
-def _frame(rows: list[MediaRow]) -> pl.DataFrame:
-    return pl.DataFrame(rows, Media.create_empty().schema, orient="row")
-
-
 def _join(media: pl.DataFrame, by_path: pl.DataFrame) -> pl.DataFrame:
     """Labels by media id: a file has those of all its copies."""
     newest = latest(media).filter(pl.col("media_id").is_not_null()).select("path", "media_id")
@@ -306,8 +305,3 @@ def _spans_inside(media: pl.DataFrame, labels: pl.DataFrame) -> Check:
         blocking=False,
         description="labelled spans that begin after their video's end or end before its start label nothing",
     )
-
-
-def _workers(sizes_bytes: Sequence[int]) -> int:
-    worth = max(len(sizes_bytes) // FILES_A_WORKER, sum(sizes_bytes) // BYTES_A_WORKER)
-    return max(1, min(WORKERS, available_cores(), worth))

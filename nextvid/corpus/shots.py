@@ -31,7 +31,6 @@ from nextvid.video.sandbox import Sandbox
 from nextvid.video.shots import ShotFacts
 from storage import atomic, tables
 from storage.errors import MediaError
-from storage.root import DataRoot
 from storage.schemas import Media, Shots, Sources
 
 ShotRow = dict[str, Any]  # a row of Shots or Media
@@ -66,7 +65,8 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
     tables.require_checks(root.checks("media", batch), "media")
     media = tables.read_table(root.table("media", batch), Media)
     sources = tables.read_table(root.table("sources", batch), Sources)
-    before = _before(root, batch, config)
+    same = batch_state(root, batch, "shots").made_from("shots", "first_pass") == config.digest()
+    before = existing(root, "shots", batch, Shots) if same else Shots.create_empty()
     new, lost = _without_shots(media, sources, before)
     rows = [_failed(row, "gone", "the file was removed before it was decoded", "rejected") for row in lost]
     pictured, kept = _Sheet([bytes(row["media_id"]) for row in new]), KeptPictures()
@@ -79,7 +79,9 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
         rows += made
         on_progress(Progress(f"shots {batch}", number, len(new)))
     redone = pl.Series([row["media_id"] for row in rows], dtype=pl.Binary).unique()
-    shots = pl.concat([before.filter(~pl.col("media_id").is_in(redone.implode())), _frame(rows)])
+    shots = pl.concat(
+        [before.filter(~pl.col("media_id").is_in(redone.implode())), pl.DataFrame(rows, before.schema, orient="row")]
+    )
     shots = shots.sort("media_id", "shot_index")
     checks, made_from = _checks(shots, media), {"first_pass": config.digest()}
     written = publish_table(root, "shots", batch, shots, Shots)
@@ -123,12 +125,6 @@ def _outcome(
         pictures={"shots": preview} if atomic.exists(preview) else {},
         checks=checks,
     )
-
-
-def _before(root: DataRoot, batch: str, config: ShotConfig) -> pl.DataFrame:
-    """The batch's rows, if they were made with this configuration; else none."""
-    same = batch_state(root, batch, "shots").made_from("shots", "first_pass") == config.digest()
-    return existing(root, "shots", batch, Shots) if same else Shots.create_empty()
 
 
 def _without_shots(
@@ -223,10 +219,6 @@ def _blank(media: ShotRow) -> ShotRow:
     row: ShotRow = dict.fromkeys(Shots.column_names())
     row.update({name: media[name] for name in ("media_id", "dataset", "batch", "uri", "kind")})
     return row | {"hashes": [], "hash_quality": [], "hash_times_us": []}
-
-
-def _frame(rows: list[ShotRow]) -> pl.DataFrame:
-    return pl.DataFrame(rows, Shots.create_empty().schema, orient="row")
 
 
 def _checks(shots: pl.DataFrame, media: pl.DataFrame) -> tuple[Check, ...]:

@@ -72,12 +72,11 @@ def batch_state(root: DataRoot, batch: str, *assets: BatchAsset, encoding: str |
 
     Raises TableError where a file is damaged or of an earlier version.
     """
-    paths = {asset: _checks_path(root, batch, asset, encoding) for asset in assets}
-    return BatchState({asset: read_checks(path) for asset, path in paths.items()})
-
-
-def _checks_path(root: DataRoot, batch: str, asset: BatchAsset, encoding: str | None) -> str:
-    if asset != "latents":
-        return root.checks(asset, batch)
-    assert encoding is not None, "latents are kept by encoding"
-    return root.latents_checks(encoding, batch)
+    checks: dict[BatchAsset, Mapping[str, Any] | None] = {}
+    for asset in assets:
+        if asset == "latents":
+            assert encoding is not None, "latents are kept by encoding"
+            checks[asset] = read_checks(root.latents_checks(encoding, batch))
+        else:
+            checks[asset] = read_checks(root.checks(asset, batch))
+    return BatchState(checks)

@@ -140,25 +140,20 @@ def _write(plan: OpenedPlan, folder: str) -> None:
             np.save(buffer, pack(bits), allow_pickle=False)
             atomic.publish_bytes(f"{folder}/{name}{suffix}", buffer.getvalue())
             files[name + suffix] = digest_bytes(buffer.getvalue())
+    numbers = {}
+    for name, bits in plan.raw.items():
+        found = statistics(bits, *plan.grid)
+        visible = {"mean": found.mean, "sd": found.sd, "least": found.least, "most": found.most}
+        numbers[name] = {f"visible_{what}": number for what, number in visible.items()}
     described = {
         "masks": plan.masks.model_dump(mode="json"),
         "grid": list(plan.grid),
         "sampler": SAMPLER,
         "bits": "row-major, little-endian: cell i of an entry is bit i % 8 of byte i // 8",
         "files": files,
-        "statistics": {name: _statistics(bits, plan.grid) for name, bits in plan.raw.items()},
+        "statistics": numbers,
     }
     atomic.publish_json(f"{folder}/plan.json", described)
-
-
-def _statistics(raw: Bits, grid: tuple[int, int]) -> dict[str, float]:
-    found = statistics(raw, *grid)
-    return {
-        "visible_mean": found.mean,
-        "visible_sd": found.sd,
-        "visible_least": found.least,
-        "visible_most": found.most,
-    }
 
 
 def _checks(plan: OpenedPlan, recipe: RecipeConfig) -> tuple[Check, ...]:

@@ -23,6 +23,7 @@ from storage.digest import crc32c, digest_bytes, digest_config
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.pixel_reader import PIXEL_ADDRESS, pixel_addresses
 from storage.pixels import PixelSpec, PixelStore
+from storage.reader import row_id
 from storage.root import DataRoot
 
 NAMED = 3  # rows without pixels that a message names
@@ -136,7 +137,8 @@ def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> 
             found = _write_addresses(temporary, store, trainset, frames, recipe)
             contents[f"f{frames}"] = digest_bytes(found["crc"].tobytes())
             files[path.rpartition("/")[2]] = crc32c(np.memmap(temporary, np.uint8, "r"))
-        psnr_db.append(_psnr(store, trainset, frames))
+        for batch in np.unique(trainset.rows(frames)["batch"]).tolist():
+            psnr_db.append(store.commits(trainset.batches[batch], frames)["psnr_db"])
     measured = pl.concat(psnr_db).drop_nulls()
     record = {
         "trainset": trainset.digest,
@@ -160,7 +162,7 @@ def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: 
         batch = trainset.batches[int(rows["batch"][places[0]])]
         joined = _joined(rows[places], store.commits(batch, frames))
         without = joined.filter(pl.col("crc32c").is_null())["at"]
-        lacking += [f"{_hex(rows[places[at]])} of {batch}" for at in without]
+        lacking += [f"{row_id(rows[places[at]]).hex()} of {batch}" for at in without]
         if not lacking:
             found[places] = pixel_addresses(joined, trainset.batches)
     if lacking:
@@ -181,12 +183,6 @@ def _joined(rows: np.ndarray, commits: pl.DataFrame) -> pl.DataFrame:
     known = good.with_columns(high=pl.Series(halves[:, 0]), low=pl.Series(halves[:, 1]))
     wanted = {"high": rows["row_id"][:, 0], "low": rows["row_id"][:, 1], "at": np.arange(len(rows))}
     return pl.DataFrame(wanted).join(known, on=["high", "low"], how="left", maintain_order="left")
-
-
-def _psnr(store: PixelStore, trainset: Trainset, frames: int) -> pl.Series:
-    """PSNR of the batches' rows in dB; null where it was not measured."""
-    batches = np.unique(trainset.rows(frames)["batch"]).tolist()
-    return pl.concat([store.commits(trainset.batches[batch], frames)["psnr_db"] for batch in batches])
 
 
 def _opened(root: DataRoot, trainset: Trainset, folder: str, path: str) -> TrainsetPixels:
@@ -218,7 +214,3 @@ def _addresses_path(folder: str, spec: PixelSpec, frames: int) -> str:
 
 def _remedy(path: str) -> str:
     return f"remove {path} and ask for the run again"
-
-
-def _hex(row: np.void) -> str:
-    return "".join(f"{half:016x}" for half in row["row_id"].tolist())

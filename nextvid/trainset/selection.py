@@ -66,7 +66,9 @@ def select(project: Project) -> Selection:
     """
     root, spec = project.root, accepted_spec(project)
     duplicates, known = _known_to_duplicates(root)
-    ready = {batch: _ready(project, spec, batch, known) for batch in _pretraining_batches(project)}
+    weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
+    batches = [batch for batch in sorted({*root.batches(), *root.batches("clips")}) if dataset_of(batch) in weighted]
+    ready = {batch: _ready(project, spec, batch, known) for batch in batches}
     taken = tuple(sorted(batch for batch, (_, reason) in ready.items() if reason is None))
     left_out = {batch: reason for batch, (_, reason) in ready.items() if reason is not None}
     passed = sum(counts for counts, _ in ready.values())
@@ -123,13 +125,6 @@ class _Gathered:
             addresses[frames] = out
             offsets[frames] = dict(zip(names, zip(firsts, counts, strict=True), strict=True))
         return addresses, offsets
-
-
-def _pretraining_batches(project: Project) -> list[str]:
-    """Batches of datasets that have a weight, with or without clips."""
-    weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
-    known = sorted({*project.root.batches(), *project.root.batches("clips")})
-    return [batch for batch in known if dataset_of(batch) in weighted]
 
 
 def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
