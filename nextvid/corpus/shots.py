@@ -248,7 +248,7 @@ def _checks(shots: pl.DataFrame, media: pl.DataFrame) -> tuple[Check, ...]:
 
 
 class _Sheet:
-    """Pictures of the shots of a few files, evenly chosen from those that are looked at."""
+    """Pictures of the shots of a few files, chosen evenly from those that are decoded."""
 
     def __init__(self, media: Sequence[bytes]) -> None:
         step = max(1, len(media) // SHEET_FILES)

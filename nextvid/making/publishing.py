@@ -81,8 +81,8 @@ class Addressed:
 def addressed(root: DataRoot, noun: Pointed, digest: str) -> Iterator[Addressed]:
     """Fill the folder of a digest, or get it with its checks where it was filled before.
 
-    Its checks are written last and make it complete: readers ask for them first (`require_checks`), so what a killed
-    maker leaves is data to nobody. On file systems the whole folder gets its name at once.
+    Its checks are written last and make it complete: readers ask for them first (`require_checks`), so no reader
+    takes what a killed maker left for data. On file systems the whole folder gets its name at once.
     """
     folder = root.pointed(noun, digest)
     found = tables.read_checks(f"{folder}/{CHECKS}")

@@ -1,13 +1,9 @@
-"""Which row and which masks a draw number means: a pure function of the seed and that number (design, 5 "Order").
+"""The order of training: the row and the masks of each draw, a pure function of the seed and the draw's number.
 
-Clips of a stage are the dataset's images first, then its clips of the stage's length. Draw numbers run on across
-stages, so ranks, workers, micro-batches and resumption change nothing. It reads addresses and mask bits, no latents.
+Draws are numbered through all stages, so ranks, workers, micro-batches and resuming change nothing. In a stage a
+dataset's images come first, then its clips of the stage's length. Reads addresses and mask bits, no latents.
 
 Axes: B clips, n visible cells, L visible tokens.
-
-Whether a recipe can be trained on a trainset: asked before a run is written, so that nothing starts in vain.
-
-Reads facts and row tables, no latents. What fits is drawn by order.py and read by loader.py.
 """
 
 import bisect
@@ -36,36 +32,38 @@ IMAGE = 1  # stored frames of an image
 
 @dataclass(frozen=True)
 class Drawn:
-    """Clips of consecutive draws: which row each takes, and where that lies."""
+    """The rows of consecutive draws and their addresses."""
 
     first: int  # number of the first draw
     names: tuple[str, ...]  # datasets of the trainset, sorted
     datasets: Int[np.ndarray, " B"]  # indices in `names`
     frames: Int[np.ndarray, " B"]  # stored frames of the row: 1 for an image
-    rows: Int[np.ndarray, " B"]  # place in the trainset's rows of that many frames; other kinds of rows are aligned
-    addresses: np.ndarray  # ADDRESS [B]: the latents' place in the store
+    rows: Int[np.ndarray, " B"]  # index among the trainset's rows of that many frames, of latents and of pixels
+    addresses: np.ndarray  # ADDRESS [B] of the latents in the store
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def draws(self) -> range:
-        """Their numbers."""
+        """Numbers of the draws."""
         return range(self.first, self.first + len(self))
 
     def of_frames(self, frames: int) -> Int[np.ndarray, " n"]:
-        """Places in here of the clips that are stored with so many frames."""
+        """Indices of the clips that are stored with so many frames."""
         return np.flatnonzero(self.frames == frames)
 
 
 class Order:
-    """Draws of a recipe on a trainset, by clip length. Raises RefusedError where a dataset lacks a length."""
+    """The draws of a recipe on a trainset. Raises RefusedError where a dataset has no row for a stage."""
 
     def __init__(self, trainset: Trainset, recipe: RecipeConfig) -> None:
         lengths = {*recipe.clip_lengths, *([IMAGE] if IMAGE in trainset.lengths else [])}
         self._rows = {frames: trainset.rows(frames) for frames in sorted(lengths)}
         for rows in self._rows.values():
-            if isinstance(rows.base, mmap.mmap):  # draws lie far apart: a cold one takes 0.08 ms, with read-ahead 0.5
+            if isinstance(
+                rows.base, mmap.mmap
+            ):  # rows of draws are far apart: a cold read takes 0.08 ms, 0.5 with read-ahead
                 rows.base.madvise(mmap.MADV_RANDOM)
         self._offsets = {frames: trainset.offsets(frames) for frames in self._rows}
         self._draws: dict[int, Draws] = {}
@@ -96,15 +94,15 @@ class Order:
         return Drawn(first, draws.datasets, datasets, stored, places, addresses)
 
     def refuse_withdrawn(self, root: DataRoot, trainset: Trainset) -> None:
-        """Raise RefusedError if one of the rows was withdrawn; a binary search a dataset, so cheap at any size."""
-        for wanted in withdrawn_rows(root):
+        """Raise RefusedError if one of the rows was withdrawn; by a binary search in each dataset."""
+        for withdrawn in withdrawn_rows(root):
             for frames, offsets in self._offsets.items():
                 for first, count in offsets.values():
                     rows = self._rows[frames][first : first + count]
-                    place = bisect.bisect_left(rows, wanted, key=row_id)
-                    if place < count and row_id(rows[place]) == wanted:
+                    place = bisect.bisect_left(rows, withdrawn, key=row_id)
+                    if place < count and row_id(rows[place]) == withdrawn:
                         raise RefusedError(
-                            f"trainset {trainset.digest} holds row {wanted.hex()}, which was withdrawn: make the "
+                            f"trainset {trainset.digest} holds row {withdrawn.hex()}, which was withdrawn: make the "
                             "trainset again and train on the new one"
                         )
 
@@ -146,7 +144,7 @@ class Masks:
         return found
 
     def entries(self, strategy: int, draws: range) -> Int[np.ndarray, " B"]:
-        """Entries of a `fixed` plan that draws take."""
+        """The entries of a `fixed` plan for these draws."""
         return mask_entries(self._recipe.seed, strategy, draws.start, len(draws), self._recipe.masks.entries)
 
 
@@ -157,7 +155,7 @@ def in_every_tubelet(kept: Int[np.ndarray, "B n"], tubelets: int, cells: int) ->
 
 
 def pieces(recipe: RecipeConfig, draws: range) -> Iterator[tuple[int, range]]:
-    """Draws of training by clip length, cut where a stage ends and every BLOCK draws; none beyond the last."""
+    """(frames, draws): training's draws in pieces that end with a stage and every BLOCK draws; none after the last."""
     first = 0
     for stage in recipe.stages:
         stop = first + stage.steps * stage.batch
@@ -167,9 +165,9 @@ def pieces(recipe: RecipeConfig, draws: range) -> Iterator[tuple[int, range]]:
 
 
 def listed_draws(project: Project, recipe: str, draws: range) -> Iterator[dict[str, int | str]]:
-    """Draws of a recipe on the newest trainset: row and mask entries, without latents, plan or device.
+    """Draws of a recipe on the newest trainset, with row and mask entries; reads no latents and no mask plan.
 
-    Entries of a `fixed` plan only: other masks hang on the step. Draws that training never makes are left out.
+    Mask entries of a `fixed` plan only: other masks depend on the step. Draws after the end of training are left out.
     """
     config = recipe_by_name(recipe)
     order, masks = Order(Trainset.open(project.root), config), config.masks
@@ -211,19 +209,19 @@ def shared_with_parent(project: Project, recipe: str, count: int) -> str | None:
 
 
 def refuse_unfit(trainset: Trainset, recipe: RecipeConfig) -> None:
-    """RefusedError where a dataset has no clip of a stage's length, or the latents are of another shape."""
+    """Raise RefusedError where a dataset has no row for a stage, or the latents have another shape than the model."""
     Order(trainset, recipe)
     if recipe.reads_latents:
         fold(trainset, recipe)
 
 
 def fold(trainset: Trainset, recipe: RecipeConfig) -> int:
-    """Cells of the store per cell and side of the model's grid; refuses what does not fit."""
+    """How many cells of a latent make one cell of the model's grid, per side. Raises RefusedError where none fit."""
     spec, model = trainset.spec, recipe.model
     fold = max(1, spec.height // model.grid_height)
     stored = (spec.channels, spec.height, spec.width)
-    wanted = (model.frame_channels // fold**2, model.grid_height * fold, model.grid_width * fold)
-    if stored != wanted or model.frame_channels % fold**2:
+    needed = (model.frame_channels // fold**2, model.grid_height * fold, model.grid_width * fold)
+    if stored != needed or model.frame_channels % fold**2:
         raise RefusedError(
             f"recipe {recipe.name} wants {model.frame_channels} channels on a grid of {model.grid_height} x "
             f"{model.grid_width}, and the latents are {spec.channels} channels of {spec.height} x {spec.width} "

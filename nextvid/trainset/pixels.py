@@ -116,7 +116,7 @@ def open_pixels(root: DataRoot, trainset: Trainset, digest: str) -> TrainsetPixe
         if found.digest == digest:
             return found
     raise UpstreamError(
-        f"trainset {trainset.digest} has no pixels {digest}: somebody removed them. Put them back, or start a new run"
+        f"trainset {trainset.digest} has no pixels {digest}: they were removed. Put them back, or start a new run"
     )
 
 
@@ -181,8 +181,8 @@ def _joined(rows: np.ndarray, commits: pl.DataFrame) -> pl.DataFrame:
     good = commits.filter(pl.col("status") == "ok")
     halves = np.frombuffer(b"".join(good["row_id"].to_list()), ">u8").reshape(-1, 2).astype("<u8")
     known = good.with_columns(high=pl.Series(halves[:, 0]), low=pl.Series(halves[:, 1]))
-    wanted = {"high": rows["row_id"][:, 0], "low": rows["row_id"][:, 1], "at": np.arange(len(rows))}
-    return pl.DataFrame(wanted).join(known, on=["high", "low"], how="left", maintain_order="left")
+    columns = {"high": rows["row_id"][:, 0], "low": rows["row_id"][:, 1], "at": np.arange(len(rows))}
+    return pl.DataFrame(columns).join(known, on=["high", "low"], how="left", maintain_order="left")
 
 
 def _opened(root: DataRoot, trainset: Trainset, folder: str, path: str) -> TrainsetPixels:

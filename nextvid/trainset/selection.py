@@ -130,8 +130,8 @@ class _Gathered:
 def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
     """The latest `duplicates`, and the digests of the tables that it searched, by batch.
 
-    Raises UpstreamError where a batch with clips of a probe's test set is not among them: then nobody knows what
-    pretraining shares with it.
+    Raises UpstreamError where a batch with clips of a probe's test set is not among them: then it is
+    not known what pretraining shares with it.
     """
     digest = read_latest(root, "duplicates")
     if digest is None:

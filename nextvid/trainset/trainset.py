@@ -115,8 +115,8 @@ class Trainset:
 
         Raises RefusedError for a length that it lacks, DamagedError where the file is not what was frozen.
         """
-        wanted = sum(count for _, count in self.offsets(frames).values())
-        return self._files.open(rows_name(frames), ADDRESS, wanted)
+        count = sum(count for _, count in self.offsets(frames).values())
+        return self._files.open(rows_name(frames), ADDRESS, count)
 
     def offsets(self, frames: int) -> dict[str, tuple[int, int]]:
         """(first row, count) of each dataset that has rows of this length."""
@@ -158,7 +158,7 @@ def _stored(project: Project, chosen: Selection, weights: Mapping[str, float], d
     with locked(f"{project.root.url}/trainset/lock"):
         lacking = _lacking(project.root, chosen, digest, folder)
         if lacking is None:
-            return None  # somebody else wrote it meanwhile
+            return None  # another process wrote it meanwhile
         try:
             _freeze(project, chosen, weights, digest, folder)
         except ConflictError:
@@ -173,8 +173,8 @@ def _lacking(root: DataRoot, chosen: Selection, digest: str, folder: str) -> str
     names = set(listing.files(folder))
     if not names:
         return "it was not there"
-    wanted = {RECORD, LINEAGE, *(rows_name(frames) for frames in chosen.addresses)}
-    if missing := sorted(wanted - names):
+    needed = {RECORD, LINEAGE, *(rows_name(frames) for frames in chosen.addresses)}
+    if missing := sorted(needed - names):
         return f"{', '.join(missing)} were missing"
     frozen = Trainset.open(root, digest)
     if all(_same(frozen, frozen.rows(frames), chosen, rows) for frames, rows in chosen.addresses.items()):
