@@ -218,7 +218,7 @@ def test_two_files_of_one_name_are_named(dataset: Callable[..., DatasetConfig]) 
     ("layout", "name", "text", "message"),
     [
         ("imagenet", "a.csv", "Id,PredictionString\n", "no column ImageId; it has Id, PredictionString"),
-        ("imagenet", "a.csv", "ImageId,PredictionString\nx,cat 1 2\n", "line 2: 'cat' is no class"),
+        ("imagenet", "a.csv", "ImageId,PredictionString\nx,cat 1 2\n", "line 2: 'cat' is not a class"),
         ("kinetics400", "a.csv", "", "no column youtube_id, time_start, time_end; it has none"),
         ("kinetics400", "a.csv", "youtube_id,time_start,time_end\na,1\n", "line 2: another number of cells"),
         ("kinetics400", "a.csv", "youtube_id,time_start,time_end\na,1,2,3\n", "line 2: another number of cells"),
