@@ -10,18 +10,21 @@ import re
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 
-from nextvid.machine import WATCH_S, leased, orphaned
+from nextvid.machine import leased, orphaned
 from nextvid.train.events import read_events
 from nextvid.train.pretrain import LOG, PreparedRun, end_group
 from storage.errors import UpstreamError
 
+Ended = TypeVar("Ended")
+
+POLL_S = 0.1  # our choice: a finished step ends at once
 OBSERVE_S = 20.0  # our choice: three points a minute in the UI; events.jsonl and the run's log have every event
 CURVES = ("align", "flow", "lr", "clips_per_s", "wait_share", "mfu")  # of a `step` event (nextvid/train/loop.py)
 # torchrun's summary of a rank that a signal ended: "exitcode  : -9 (pid: 4711)" (torch.distributed.elastic)
@@ -45,7 +48,7 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
             start_new_session=True,
         )
         try:
-            code = _wait(context, process, Path(run.folder))
+            code = wait(context, Path(run.folder), process.poll, POLL_S)
         finally:
             end_group(process)
     if code != 0:
@@ -69,28 +72,19 @@ def pipes(
         yield session
 
 
-class Watch:
-    """Watches a training run for the step that waits for it."""
+def wait(context: dg.AssetExecutionContext, folder: Path, ended: Callable[[], Ended | None], poll_s: float) -> Ended:
+    """Wait until `ended` returns the result of training; every OBSERVE_S, report the newest logged step.
 
-    def __init__(self, context: dg.AssetExecutionContext, folder: Path) -> None:
-        self._context, self._folder = context, folder
-        self._observed, self._step = time.monotonic(), -1
-
-    def look(self) -> None:
-        """Every OBSERVE_S, report the newest logged step. Raises dg.Failure where the process of the run is gone."""
+    Raises dg.Failure where the process of the Dagster run is gone.
+    """
+    observed_s, step = time.monotonic(), -1
+    while (result := ended()) is None:
         if orphaned():
             raise dg.Failure("the process of this Dagster run is gone; a retry of the run resumes", allow_retries=False)
-        if time.monotonic() - self._observed >= OBSERVE_S:
-            self._observed, self._step = time.monotonic(), observe(self._context, self._folder, self._step)
-
-
-def _wait(context: dg.AssetExecutionContext, process: "subprocess.Popen[bytes]", folder: Path) -> int:
-    """Exit code of the group's first process."""
-    watch = Watch(context, folder)
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(WATCH_S)
-        watch.look()
+        if time.monotonic() - observed_s >= OBSERVE_S:
+            observed_s, step = time.monotonic(), observe(context, folder, step)
+        time.sleep(poll_s)
+    return result
 
 
 def observe(context: dg.AssetExecutionContext, folder: Path, after: int) -> int:

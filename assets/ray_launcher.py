@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.launcher import SIGNALLED, Watch, pipes
+from assets.launcher import SIGNALLED, pipes, wait
 from nextvid.train.pretrain import PreparedRun
 from storage.errors import ConflictError
 from storage.remote import S3_PLACE
@@ -49,8 +49,13 @@ def run_job(context: dg.AssetExecutionContext, run: PreparedRun, address: str) -
             entrypoint_num_gpus=0 if run.device == "cpu" else run.ranks,
         )
         context.log.info(f"Ray job {job} trains run {run.run_id}")
+
+        def ended() -> JobStatus | None:
+            status = client.get_job_status(job)
+            return status if status.is_terminal() else None
+
         try:
-            status = _wait(context, client, job, Path(run.folder))
+            status = wait(context, Path(run.folder), ended, POLL_S)
         except BaseException:  # cancelled, or the process of the Dagster run is gone
             client.stop_job(job)
             raise
@@ -58,15 +63,6 @@ def run_job(context: dg.AssetExecutionContext, run: PreparedRun, address: str) -
         message = client.get_job_info(job).message or ""
         raised = ENDED.search(message) is not None and SIGNALLED.search(message) is None
         raise dg.Failure(description=f"the trainer's Ray job ended as {status}: {message}", allow_retries=not raised)
-
-
-def _wait(context: dg.AssetExecutionContext, client: "JobSubmissionClient", job: str, folder: Path) -> str:
-    """Wait for a job and return its status; observe the run meanwhile."""
-    watch = Watch(context, folder)
-    while not (status := client.get_job_status(job)).is_terminal():
-        time.sleep(POLL_S)
-        watch.look()
-    return status
 
 
 def _stop_leftovers(context: dg.AssetExecutionContext, client: "JobSubmissionClient", run: PreparedRun) -> None:
