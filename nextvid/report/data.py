@@ -1,17 +1,18 @@
-"""The report's sections on data: what each dataset gave, what was left out, overlap with test sets, digests.
+"""The report's sections on data: what each dataset gave, what was left out, overlap with test sets, previews, digests.
 
-Holds counting over the tables of the trainset's batches, and wording. Decides nothing.
+Counts are taken over the tables of the trainset's batches; previews are the pictures that earlier assets stored.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.lineage.trace import DatasetShare, shares
-from nextvid.report.blocks import Block, Section, Table, Text
+from nextvid.making.batches import dataset_of
+from nextvid.report.page import Block, Picture, Section, Table, Text
 from nextvid.train.run import Run
 from nextvid.trainset.pixels import TrainsetPixels, open_pixels
 from nextvid.trainset.trainset import Trainset
@@ -19,48 +20,76 @@ from storage import atomic
 from storage.schemas import Clips, Media, Shots
 from storage.tables import read_tables
 
+PREVIEWS: tuple[tuple[Literal["shots", "clips", "latents"], Literal["", "scores"], str], ...] = (
+    ("shots", "", "shots, with what started each and by how many grey levels"),
+    ("clips", "", "shots left out of pretraining, by reason"),
+    ("clips", "scores", "scores and lengths of all shots; dashed lines are thresholds"),
+    ("latents", "", "source, what the autoencoder makes of the stored latents, and their difference"),
+)
+
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is read once for both sections."""
+    """A run's trainset, its trainset.json and its datasets, read once for all sections."""
 
     project: Project
     run: Run
     trainset: Trainset
-    said: Mapping[str, Any]  # trainset.json
+    record: Mapping[str, Any]  # trainset.json
     shares: tuple[DatasetShare, ...]
 
     @property
     def pixels(self) -> TrainsetPixels | None:
-        """What the run reads beside latents, if it does."""
+        """The pixels that the run reads beside latents, None where it reads none."""
         digest = self.run.pixels
         return None if digest is None else open_pixels(self.project.root, self.trainset, digest)
 
     @property
     def folder(self) -> str:
+        """The trainset's folder."""
         return self.project.root.pointed("trainset", self.trainset.digest)
 
 
 def read_facts(project: Project, run: Run) -> DataFacts:
     """Facts of a run's trainset."""
     trainset = Trainset.open(project.root, run.trainset)
-    said = atomic.read_json(f"{project.root.pointed('trainset', run.trainset)}/trainset.json")
-    return DataFacts(project, run, trainset, said, shares(trainset.lineage(), "dataset", trainset.weights))
+    record = atomic.read_json(f"{project.root.pointed('trainset', run.trainset)}/trainset.json")
+    return DataFacts(project, run, trainset, record, shares(trainset.lineage(), "dataset", trainset.weights))
 
 
 def data_section(facts: DataFacts) -> Section:
     """Datasets from file to row, batches left out, and the overlap with test sets."""
     blocks: list[Block] = [_datasets(facts)]
-    if facts.said["left_out"]:
-        listed = ", ".join(f"{batch} ({why})" for batch, why in sorted(facts.said["left_out"].items()))
+    if facts.record["left_out"]:
+        listed = ", ".join(f"{batch} ({why})" for batch, why in sorted(facts.record["left_out"].items()))
         blocks.append(
             Text(f"Batches left out of the trainset: {listed}.", "caveat", (f"{facts.folder}/trainset.json",))
         )
-    if facts.said["dropped"]:
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(facts.said["dropped"].items()))
+    if facts.record["dropped"]:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(facts.record["dropped"].items()))
         blocks.append(Text(f"Rows dropped from pretraining: {listed}.", sources=(f"{facts.folder}/trainset.json",)))
     blocks.append(_contamination(facts))
     return Section("Data", tuple(blocks))
+
+
+def previews_section(facts: DataFacts) -> Section | None:
+    """Pictures of one batch of each dataset, and of the mask plan. None where no picture was stored."""
+    root, trainset = facts.project.root, facts.trainset
+    blocks: list[Block] = []
+    for dataset in trainset.weights:
+        batch = next(name for name in trainset.batches if dataset_of(name) == dataset)
+        for table, kind, caption in PREVIEWS:
+            path = root.preview(table, batch, kind)
+            if atomic.exists(path):
+                name = "_".join(part for part in (table, kind, dataset) if part)
+                blocks.append(Picture(name, atomic.read_bytes(path), f"{batch}: {caption}", (path,)))
+    gallery = f"{root.pointed('mask_plan', facts.run.mask_plan)}/gallery.png"
+    if atomic.exists(gallery):
+        caption = (
+            "Mask plan, its first entries: bright cells are kept, grey ones were thinned out, dark ones are masked."
+        )
+        blocks.append(Picture("mask_plan", atomic.read_bytes(gallery), caption, (gallery,)))
+    return Section("What it looks like", tuple(blocks)) if blocks else None
 
 
 def lineage_section(facts: DataFacts, config: Mapping[str, Any]) -> Section:
@@ -71,7 +100,7 @@ def lineage_section(facts: DataFacts, config: Mapping[str, Any]) -> Section:
         ("recipe", f"{run.recipe.name}, digest {config['recipe_digest']}"),
         ("overrides", ", ".join(run.overrides) or "none"),
         ("trainset", facts.trainset.digest),
-        ("parent trainset", facts.said["parent"] or "none"),
+        ("parent trainset", facts.record["parent"] or "none"),
         ("mask plan", run.mask_plan),
         ("encoding spec", facts.trainset.spec.digest()),
         ("autoencoder", facts.trainset.spec.autoencoder),
@@ -86,15 +115,15 @@ def lineage_section(facts: DataFacts, config: Mapping[str, Any]) -> Section:
         (f"{run.folder}/config.json", f"{facts.folder}/trainset.json", *([pixels.path] if pixels else [])),
     )
     walk = (
-        f"Every row of the trainset, with its file, stands in {facts.folder}/lineage.parquet. "
-        f"'nextvid lineage {run.id}' walks from this run to files, 'nextvid lineage FILE' from a file to the runs and "
-        "scores that saw it."
+        f"Every row of the trainset, with its file, is in {facts.folder}/lineage.parquet. "
+        f"'nextvid lineage {run.id}' leads from this run to files, 'nextvid lineage FILE' from a file to the runs and "
+        "scores that used it."
     )
     return Section("Lineage", (table, Text(walk, sources=(f"{facts.folder}/lineage.parquet",))))
 
 
 def _datasets(facts: DataFacts) -> Table:
-    """From files to rows, one line a dataset; counts are of the trainset's batches."""
+    """From files to rows, one line for each dataset; counts are over the trainset's batches."""
     root, batches = facts.project.root, list(facts.trainset.batches)
     media = read_tables(root, "media", [b for b in batches if b in root.batches("media")], Media)
     shots = read_tables(root, "shots", [b for b in batches if b in root.batches("shots")], Shots)
@@ -143,8 +172,8 @@ def _datasets(facts: DataFacts) -> Table:
 
 
 def _contamination(facts: DataFacts) -> Table:
-    """Overlap of training with what probes are tested on, before anything was dropped."""
-    path = f"{facts.project.root.pointed('duplicates', facts.said['duplicates'])}/duplicates.json"
+    """Overlap of training files with those that probes are tested on, before anything was dropped."""
+    path = f"{facts.project.root.pointed('duplicates', facts.record['duplicates'])}/duplicates.json"
     entries = atomic.read_json(path)["contamination"]
     rows = tuple(
         (
@@ -153,9 +182,10 @@ def _contamination(facts: DataFacts) -> Table:
             f"{entry['test_files_seen_in_pretraining']:,}",
             f"{sum(entry['dropped_from_pretrain_shots'].values()):,}",
             f"{entry['dropped_from_probe_train_shots']:,}",
-            _of(entry["train_files_in_pretraining"], entry["train_files"]),
+            f"{part:,} ({100 * part / whole:.0f} %)" if whole else "0",
         )
         for entry in entries
+        for part, whole in [(entry["train_files_in_pretraining"], entry["train_files"])]
     )
     return Table(
         head=(
@@ -174,7 +204,3 @@ def _contamination(facts: DataFacts) -> Table:
         ),
         sources=(path,),
     )
-
-
-def _of(part: int, whole: int) -> str:
-    return f"{part:,} ({100 * part / whole:.0f} %)" if whole else "0"

@@ -1,8 +1,7 @@
-"""The asset `report`: the model card of a run, as one HTML file and as Markdown with its pictures beside it.
+"""The asset `report`: the model card of a run, as one HTML file with its pictures beside it.
 
-Holds what is gathered and in which order it is shown. Reads what other makers wrote and computes nothing new but t-SNE;
-every block names the file its numbers come from. The digest in the path is of those files, so that a report is made
-again only when something that it shows has changed.
+It shows what earlier assets wrote; only curves and t-SNE are computed here. Every block names the file that its numbers
+come from. The digest in the path is of those files, so a report is rebuilt only when something that it shows changed.
 """
 
 import time
@@ -14,20 +13,23 @@ from typing import Any
 
 from nextvid.config.project import Project
 from nextvid.making.outcome import Outcome
-from nextvid.report import scores, study
-from nextvid.report.blocks import Card, Picture
-from nextvid.report.data import DataFacts, data_section, lineage_section, read_facts
-from nextvid.report.html import render_html
-from nextvid.report.markdown import FIGURES, render_markdown
-from nextvid.report.pictures import previews_section, samples_section, training_section
-from nextvid.report.scores import Score, read_features
-from nextvid.train.events import read_events
+from nextvid.report import scores
+from nextvid.report.data import DataFacts, data_section, lineage_section, previews_section, read_facts
+from nextvid.report.page import Card, Picture, render_html
+from nextvid.report.scores import Score, read_score
+from nextvid.report.training import samples_section, training_section
+from nextvid.train.events import Event, read_events
 from nextvid.train.run import CONFIG, Run, find_run
 from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
 
-LAYOUT = 2  # raise when the report says the same files differently
+LAYOUT = 3  # increase when the report shows the same files differently
+SUBTITLE = (
+    "A video encoder trained by masked next-frame prediction (NExT-Vid). What was measured, on which data, and where "
+    "each number was read."
+)
+DEMO = " The demo tests the pipeline, not the method: docs/demo.md says what its scores are and are not evidence for."
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class Gathered:
     project: Project
     run: Run
     config: dict[str, Any]
-    events: list[dict[str, Any]]
+    events: list[Event]
     scores: list[Score]
     samples: dict[str, Any] | None  # None where the recipe generates nothing
     data: DataFacts
 
 
 def make_report(project: Project, recipe: str, run: str | None = None) -> Outcome:
-    """Write report.html and report.md of a run, unless they stand for the same inputs.
+    """Write report.html of a run, unless there is one of the same inputs.
 
     Raises UpstreamError where scores or samples are missing.
     """
@@ -57,15 +59,12 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
     made = not atomic.exists(page)
     if made:
         card = build_card(gathered)
-        for section in card.sections:
-            for block in section.blocks:
-                if isinstance(block, Picture):
-                    atomic.publish_bytes(f"{folder}/{FIGURES}/{block.name}.png", block.png)
-        atomic.publish_bytes(f"{folder}/report.md", render_markdown(card).encode())
-        atomic.publish_bytes(page, render_html(card).encode())  # last: where it stands, the rest does
-    numbers: dict[str, int | float | str] = {"page": page, "markdown": f"{folder}/report.md"}
+        for picture in (block for section in card.sections for block in section.blocks if isinstance(block, Picture)):
+            atomic.publish_bytes(f"{folder}/figures/{picture.name}.png", picture.png)
+        atomic.publish_bytes(page, render_html(card).encode())  # last: where the page exists, its pictures do
+    numbers: dict[str, int | float | str] = {"page": page}
     for score in gathered.scores:
-        numbers[f"{score.benchmark}_points_over_random"] = 100 * scores.difference(score.said, "ema")[0]
+        numbers[f"{score.benchmark}_points_over_random"] = 100 * scores.difference(score.record, "ema")[0]
     return Outcome(
         asset="report",
         partition=recipe,
@@ -76,7 +75,7 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
         digest=name,
         run=found.id,
         numbers=numbers,
-        pictures={"training curves": f"{folder}/{FIGURES}/curves.png"},
+        pictures={"training curves": f"{folder}/figures/curves.png"},
     )
 
 
@@ -94,32 +93,25 @@ def gather(project: Project, run: Run) -> Gathered:
         run,
         atomic.read_json(str(run.folder / CONFIG)),
         read_events(run.folder),
-        [_score(path) for path in found if path is not None],
+        [read_score(str(path)) for path in found if path is not None],
         samples,
         read_facts(project, run),
     )
 
 
 def build_card(gathered: Gathered) -> Card:
-    """The report's blocks, in order, with paths relative to the data root where they are below it."""
-    run, project = gathered.run, gathered.project
+    """The report's sections, in order."""
+    run = gathered.run
     sections = [scores.section(gathered.scores)] if gathered.scores else []
-    if run.recipe.name == "demo":
-        sections.append(study.section())
     sections.append(training_section(run, gathered.events))
     if gathered.samples is not None:
-        sections.append(samples_section(project.root.samples(run.recipe.name, run.id), gathered.samples))
+        sections.append(samples_section(gathered.project.root.samples(run.recipe.name, run.id), gathered.samples))
     sections.append(data_section(gathered.data))
-    if previews := previews_section(project, gathered.data.trainset, run):
+    if previews := previews_section(gathered.data):
         sections.append(previews)
     sections.append(lineage_section(gathered.data, gathered.config))
-    return Card(
-        f"Model card: {run.recipe.name}",
-        "A video encoder trained by masked next-frame prediction (NExT-Vid). What was measured, on which data, and "
-        "where each number was read.",
-        _facts(gathered),
-        tuple(sections),
-    )
+    subtitle = SUBTITLE + DEMO if run.recipe.name == "demo" else SUBTITLE
+    return Card(f"Model card: {run.recipe.name}", subtitle, _facts(gathered), tuple(sections))
 
 
 def _facts(gathered: Gathered) -> tuple[tuple[str, str], ...]:
@@ -155,26 +147,20 @@ def _masks(run: Run) -> str:
 
 
 def _newest(folder: Path) -> Path | None:
-    """The score of a benchmark that was written last; older ones are of other rows or protocols."""
+    """The score of a benchmark that was written last; older ones are of other rows or settings."""
     found: Sequence[Path] = sorted(folder.glob("*/score.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     return found[-1] if found else None
 
 
-def _score(path: Path) -> Score:
-    features = read_features(atomic.read_bytes(str(path.with_name("features.npz"))))
-    return Score(atomic.read_json(str(path)), str(path), features)
-
-
 def _digest(gathered: Gathered) -> str:
-    """Of what is shown: scores, samples, events, configuration and data."""
+    """Id of what is shown: scores, samples, events, configuration and data."""
     root, run = gathered.project.root, gathered.run
-    said = {score.benchmark: digest_bytes(atomic.read_bytes(score.path)) for score in gathered.scores}
     shown = {
         "layout": LAYOUT,
-        "scores": said,
+        "scores": {score.benchmark: digest_bytes(atomic.read_bytes(score.path)) for score in gathered.scores},
         "events": digest_bytes((run.folder / "events.jsonl").read_bytes()),
         "config": digest_bytes((run.folder / CONFIG).read_bytes()),
-        "duplicates": gathered.data.said["duplicates"],
+        "duplicates": gathered.data.record["duplicates"],
     }
     if gathered.samples is not None:
         path = f"{root.samples(run.recipe.name, run.id)}/samples.json"

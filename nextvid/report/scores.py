@@ -1,6 +1,10 @@
-"""The report's section on scores: accuracies with standard errors beside the run's own random initialisation.
+"""The report's section on scores: accuracies with standard errors beside the run's own random twin, and t-SNE.
 
-Holds wording and rounding of what score.json says; computes nothing but differences and their errors.
+Numbers are those of score.json, rounded; only differences and their errors are computed here. t-SNE shows mean-pooled
+test features, coloured by class. Distances between far clusters mean nothing in such a picture; the report says so and
+gives k-NN accuracy beside it.
+
+Axes: N clips, D width.
 """
 
 import io
@@ -10,35 +14,45 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
 
-from nextvid.report.blocks import Block, Picture, Section, Table, Text
-from nextvid.report.scatter import scatter_png
+from nextvid.pictures import INK, png, quiet
+from nextvid.report.page import Block, Picture, Section, Table, Text
+from storage import atomic
 
-LEARNT = {  # what heads learn from: method.md 9 wants it stated where features are read once
+LEARNT = {  # what heads learn from; it matters to the score where features are read once (docs/method.md 9)
     "none": "Heads learn from stored views, whose features are read once.",
-    "video": "Heads learn from clips that are varied anew in each epoch (RandAugment, crops, erasing; no flips).",
-    "image": "Heads learn from images that are varied anew in each epoch (AutoAugment, crops, flips, erasing).",
+    "video": "Heads learn from clips that are varied in each epoch (RandAugment, crops, erasing; no flips).",
+    "image": "Heads learn from images that are varied in each epoch (AutoAugment, crops, flips, erasing).",
 }
 NAMES = {"ema": "EMA encoder", "online": "online encoder", "random": "random initialisation"}
+TSNE_CLIPS = 600  # our choice: more take longer and show no more; test clips are ordered by the hashes of their shots
+PCA_PARTS = 50  # before t-SNE: docs/method.md 11
+PERPLEXITY = 30.0  # docs/method.md 11
+TSNE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score.json, where it stands, and the pooled features beside it."""
+    """A score.json, its path, and the pooled features beside it."""
 
-    said: Mapping[str, Any]
+    record: Mapping[str, Any]
     path: str  # as the report names it
     features: Mapping[str, np.ndarray]
 
     @property
     def benchmark(self) -> str:
-        return str(self.said["benchmark"])
+        """The benchmark's name."""
+        return str(self.record["benchmark"])
 
 
-def read_features(data: bytes) -> dict[str, np.ndarray]:
-    """Arrays of features.npz."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as kept:
-        return {name: kept[name] for name in kept.files}
+def read_score(path: str) -> Score:
+    """A score.json and the arrays of the features.npz beside it."""
+    data = atomic.read_bytes(path.replace("score.json", "features.npz"))
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return Score(atomic.read_json(path), path, dict(arrays.items()))
 
 
 def section(scores: Sequence[Score]) -> Section:
@@ -50,7 +64,7 @@ def section(scores: Sequence[Score]) -> Section:
             "Accuracy is the mean over probe seeds, ± its binomial standard error over test clips. The random "
             "initialisation is this run's own: same recipe, input and seed, probed on the same clips. Its difference "
             "to itself is left empty. k-NN reads mean-pooled tokens (cosine, "
-            f"k = {scores[0].said['neighbours']}) and is no headline.",
+            f"k = {scores[0].record['neighbours']}) and is no headline.",
         )
     )
     blocks += [scatter(score) for score in scores]
@@ -58,32 +72,32 @@ def section(scores: Sequence[Score]) -> Section:
 
 
 def headline(score: Score) -> str:
-    """One sentence a benchmark, decided by numbers: a gain is claimed beyond two standard errors only."""
-    ema, random = (score.said["encoders"][name] for name in ("ema", "random"))
-    gain, error = difference(score.said, "ema")
+    """One sentence a benchmark, decided by its numbers: a gain is claimed only beyond two standard errors."""
+    ema, random = (score.record["encoders"][name] for name in ("ema", "random"))
+    gain, error = difference(score.record, "ema")
     numbers = f"{_share(ema['accuracy'])} against {_share(random['accuracy'])} of its own random initialisation"
     if abs(gain) <= 2 * error:
-        verdict = f"a difference of {points(gain)} points that two standard errors ({2 * 100 * error:.1f}) cover"
+        verdict = f"a difference of {points(gain)} points, within two standard errors ({2 * 100 * error:.1f})"
     else:
         verdict = f"{points(gain)} points, {abs(gain) / error:.1f} standard errors"
-    return f"{score.benchmark}: the frozen EMA encoder answers {numbers}: {verdict}."
+    return f"{score.benchmark}: the frozen EMA encoder reaches {numbers}: {verdict}."
 
 
-def difference(said: Mapping[str, Any], name: str) -> tuple[float, float]:
-    """Accuracy of an encoder minus the random one's, and its standard error as of independent samples.
+def difference(record: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """Accuracy of an encoder minus the random one's, and its standard error as if samples were independent.
 
-    Both answer the same clips, so that error is rather too large, and the claim careful.
+    Both encoders see the same clips, so this error is rather too large and the claim cautious.
     """
-    found, random = said["encoders"][name], said["encoders"]["random"]
+    found, random = record["encoders"][name], record["encoders"]["random"]
     error = math.hypot(found["standard_error"], random["standard_error"])
     return found["accuracy"] - random["accuracy"], max(error, 1e-9)
 
 
 def table(score: Score) -> Table:
-    """One row an encoder."""
+    """One row for each encoder."""
     rows = []
-    for name, found in score.said["encoders"].items():
-        gain, error = difference(score.said, name)
+    for name, found in score.record["encoders"].items():
+        gain, error = difference(score.record, name)
         low, high = min(found["by_seed"]), max(found["by_seed"])
         rows.append(
             (
@@ -95,15 +109,23 @@ def table(score: Score) -> Table:
                 f"{found['rate']:g}",
             )
         )
-    clips, augment = score.said["clips"], score.said["settings"].get("augment", "none")
+    record = score.record
+    clips, augment, classes = record["clips"], record["settings"].get("augment", "none"), len(record["classes"])
     return Table(
-        head=("", "attentive probe", "points over random", f"{len(score.said['seeds'])} seeds", "k-NN", "chosen rate"),
+        head=(
+            "",
+            "attentive probe",
+            "points over random",
+            f"{len(record['seeds'])} seeds",
+            "k-NN",
+            "chosen rate",
+        ),
         rows=tuple(rows),
         align="lrrrrr",
         caption=(
-            f"{score.benchmark} (target {score.said['target']}, {len(score.said['classes'])} classes): {clips['test']} "
-            f"test clips, {clips['train']} probe-train clips of which {clips['held_out']} choose the rate; always "
-            f"answering the commonest class gives {_share(score.said['chance'])}. {LEARNT[augment]}"
+            f"{score.benchmark} (target {record['target']}, {classes} classes): {clips['test']} test clips, "
+            f" {clips['train']} probe-train clips of which {clips['held_out']} choose the rate; always "
+            f"answering the commonest class gives {_share(record['chance'])}. {LEARNT[augment]}"
         ),
         sources=(score.path,),
         strong=frozenset({0}),
@@ -115,8 +137,8 @@ def scatter(score: Score) -> Picture:
     shown = {NAMES[name]: score.features[name] for name in ("ema", "random")}
     return Picture(
         f"tsne_{score.benchmark}",
-        scatter_png(shown, score.features["labels"], score.said["classes"]),
-        f"t-SNE of mean-pooled test features, coloured by {score.said['target']}; far distances mean nothing.",
+        scatter_png(shown, score.features["labels"], score.record["classes"]),
+        f"t-SNE of mean-pooled test features, coloured by {score.record['target']}; far distances mean nothing.",
         (score.path.replace("score.json", "features.npz"),),
         plain=True,
     )
@@ -129,3 +151,46 @@ def points(difference: float) -> str:
 
 def _share(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
+
+
+def scatter_png(
+    features: Mapping[str, Float[np.ndarray, "N D"]], labels: Int[np.ndarray, "N"], classes: Sequence[str]
+) -> bytes:
+    """t-SNE as PNG: a panel for each encoder under its title, with the same clips in each."""
+    figure = Figure(figsize=(9.4, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(features), squeeze=False)[0]
+    shown = labels[:TSNE_CLIPS]
+    for axes, (title, found) in zip(panels, features.items(), strict=True):
+        places = tsne(found[:TSNE_CLIPS])
+        for number, name in enumerate(classes):
+            own = places[shown == number]
+            axes.scatter(own[:, 0], own[:, 1], s=11, color=colour(number, len(classes)), linewidths=0, label=name)
+        quiet(axes, title)
+        axes.spines[:].set_visible(False)
+        axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(12, max(1, len(names))), fontsize=8, frameon=False,
+        labelcolor=INK, markerscale=1.6, handletextpad=0.1, columnspacing=1.0,
+    )  # fmt: skip
+    return png(figure)
+
+
+def tsne(features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N 2"]:
+    """Features in two dimensions, after PCA. All zeros for fewer than 3 clips, which t-SNE cannot arrange."""
+    from sklearn import decomposition
+    from sklearn.manifold import TSNE
+
+    if len(features) < 3:
+        return np.zeros((len(features), 2))
+    parts = min(PCA_PARTS, len(features), features.shape[1])
+    reduced = decomposition.PCA(parts, svd_solver="full").fit_transform(features.astype(np.float64))
+    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
+    places: np.ndarray = TSNE(2, perplexity=perplexity, init="pca", random_state=TSNE_SEED).fit_transform(reduced)
+    return places
+
+
+def colour(number: int, classes: int) -> tuple[float, float, float]:
+    """RGB of a class: evenly spaced hues, of a lightness that is readable on white and on black."""
+    red, green, blue = hsv_to_rgb((number / max(1, classes), 0.68 if number % 2 else 0.5, 0.72 if number % 2 else 0.86))
+    return float(red), float(green), float(blue)

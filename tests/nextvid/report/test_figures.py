@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nextvid.report import curves
-from nextvid.report.curves import curves_png
-from nextvid.report.scatter import colour, project, scatter_png
+from nextvid.report import training
+from nextvid.report.scores import colour, scatter_png, tsne
+from nextvid.report.training import curves_png
 
 
 def events() -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def events() -> list[dict[str, Any]]:
 
 def test_curves_follow_the_events() -> None:
     steps = [event for event in events() if event["kind"] == "step"]
-    found = {name: y for name, _, y in curves._nested(steps, "loss")}
+    found = {name: y for name, _, y in training._nested(steps, "loss")}
     assert found["align, short"] == [1.0, 0.5, 1 / 3, 0.25]
     assert np.isnan(found["flow, short"][1])  # a gap, not a zero
     image = Image.open(io.BytesIO(curves_png(events())))
@@ -40,11 +40,11 @@ def test_t_sne_keeps_groups_apart_and_is_repeatable() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 30)
     features = rng.normal(size=(60, 12)) + 12 * labels[:, None]
-    places = project(features)
+    places = tsne(features)
     centres = np.stack([places[labels == n].mean(0) for n in (0, 1)])
     nearest = np.linalg.norm(places[:, None] - centres, axis=-1).argmin(1)
     np.testing.assert_array_equal(nearest, labels)
-    np.testing.assert_allclose(project(features), places)
+    np.testing.assert_allclose(tsne(features), places)
 
 
 def test_a_handful_of_clips_still_gives_a_picture() -> None:
