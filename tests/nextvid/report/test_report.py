@@ -100,5 +100,5 @@ def test_a_gain_is_claimed_beyond_two_standard_errors_only() -> None:
     clear, unclear = scores.headline(score(0.783, 0.659, 0.014)), scores.headline(score(0.431, 0.411, 0.0155))
     assert ".783 against .659" in clear
     assert "+12.4 points, 6.3 standard errors" in clear
-    assert "two standard errors (4.4) cover" in unclear
+    assert "within two standard errors (4.4)" in unclear
     assert "−12.4" in scores.headline(score(0.659, 0.783, 0.014))
