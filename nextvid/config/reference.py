@@ -29,8 +29,8 @@ YAML language server the file begins with `# yaml-language-server: $schema=corpu
 {MADE_BY}"""
 RECIPES = f"""# Every field of a recipe
 
-A recipe is a complete training configuration, and all of it enters the digest of a run. `nextvid inspect recipe NAME
---json` prints one in full, `nextvid make pretrain --recipe NAME --set stages.warmup.steps=100` changes a field; the
+A recipe is a complete training configuration, and all of it enters the digest of a run. `nextvid inspect NAME --json`
+prints one in full, `nextvid make pretrain --recipe NAME --set stages.warmup.steps=100` changes a field; the
 named recipes are in `nextvid/config/recipes.py`.
 
 {MADE_BY}"""

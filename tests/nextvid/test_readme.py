@@ -1,7 +1,7 @@
 """Every block of the README: YAML is read, Python is executed, and shell lines run on a small project.
 
 What is too large for a test (installs, the demo, training) is checked to exist: make targets by a dry run, commands by
-the parser, which refuses an unknown flag or recipe.
+the parser, which refuses an unknown flag or recipe. Commands that other documents name are parsed, too.
 """
 
 import re
@@ -20,9 +20,11 @@ from nextvid.config.recipes import recipe
 from nextvid.make import Request
 from nextvid.making.outcome import Outcome
 from nextvid.train.run import find_run
+from storage.errors import UpstreamError
 from tests.nextvid.tiny_project import RECIPE, uri_of
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+TOP = Path(__file__).resolve().parents[2]
+README = TOP / "README.md"
 NOT_RUN = {". .venv/bin/activate"}
 
 
@@ -127,6 +129,28 @@ def test_the_encoder_of_the_example_gives_tokens(
     names: dict[str, object] = {}
     exec(compile(example, str(README), "exec"), names)  # the README's own lines
     assert getattr(names["tokens"], "shape", ())[:2] == (1, 4 * 64)
+
+
+def named_commands() -> list[str]:
+    """Arguments of `nextvid` in code spans and printed sessions of documents; the changelog names what is gone."""
+    paths = {*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")} - {TOP / "CHANGELOG.md"}
+    texts = [path.read_text() for path in paths]
+    found = {span for text in texts for span in re.findall(r"`nextvid ([^`]+)`|^\$ nextvid (.+)$", text, re.MULTILINE)}
+    return sorted({" ".join((span or session).split(">")[0].split()) for span, session in found})
+
+
+@pytest.mark.parametrize("command", named_commands())
+def test_commands_that_documents_name_are_parsed(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(corpus: str | None) -> Project:
+        raise UpstreamError("parsed")
+
+    monkeypatch.setattr(command_line, "open_project", stop)
+    words = command.split()
+    code = nextvid_runs(words if len(words) > 1 else [*words, "--help"], monkeypatch)
+    error = capsys.readouterr().err
+    assert code == 0 or "upstream: parsed" in error or "config: unknown recipe 'NAME'" in error, error
 
 
 def test_a_wrong_flag_is_refused(asked: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
