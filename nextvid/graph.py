@@ -50,9 +50,10 @@ GRAPH: dict[Asset, Node] = {
         "one row per file: digest, container facts, hazards, decoder, status and reason; labels",
         "A file that cannot be read is a row with its reason, never a missing row.",
         {
-            "rows_are_files_listed": "There is one row for every file of the listing",
-            "quarantined_within_budget": "The share of quarantined files is within the dataset's budget",
-            "spans_inside_video": "No labelled span reaches outside its video",
+            "rows_are_files_listed": "There is one row for every file of the listing, whatever its status",
+            "quarantined_within_budget": "The share of files that could not be read is within the dataset's "
+            "`quarantine_budget`; raise it if they are as expected",
+            "spans_inside_video": "Every labelled span overlaps its video; one that does not labels nothing",
         },
     ),
     "shots": Node(
@@ -95,7 +96,7 @@ GRAPH: dict[Asset, Node] = {
         "trainset", "trainset", "none", ("clips",),
         "near-duplicates across batches; contamination of pretraining by probe test sets",
         "Moves no row: it records which copies the trainset leaves out, and why.",
-        {"groups_are_small": "No group has more than 1,000 files"},
+        {"groups_are_small": "No group has more than 1,000 files: a title card or flat picture may join unlike shots"},
     ),
     "mask_plan": Node(
         "trainset", "trainset", "recipe", (),

@@ -106,19 +106,16 @@ def _checks(clips: pl.DataFrame, shots: pl.DataFrame) -> tuple[Check, ...]:
             "no_clip_crosses_a_cut",
             across.is_empty(),
             {"crossing": across.height, "rows": good.height},
-            description="every frame's time lies in the shot that the clip is cut from",
         ),
         Check(
             "ids_derive_from_content",
             foreign == 0 and good["row_id"].n_unique() == good.height,
             {"foreign": foreign, "repeated": good.height - good["row_id"].n_unique()},
-            description="clip and view ids, and so the seeds of views, derive from content; each row once",
         ),
         Check(
             "every_shot_has_a_row",
             without.is_empty(),
             {"shots_without_row": without.height},
-            description="a shot that gives no clip says why",
         ),
     )
 

@@ -276,13 +276,11 @@ def _checks(sources: pl.DataFrame, media: pl.DataFrame, budget: float) -> tuple[
             "rows_are_files_listed",
             media.height == sources.height,
             {"rows": media.height, "files": sources.height},
-            description="every listed file has a row, whatever its status",
         ),
         Check(
             "quarantined_within_budget",
             share <= budget,
             {"share": share, "quarantined": quarantined, "budget": budget},
-            description="present files that could not be read; raise 'quarantine_budget' if they are as expected",
         ),
     )
 
@@ -303,5 +301,4 @@ def _spans_inside(media: pl.DataFrame, labels: pl.DataFrame) -> Check:
         outside.is_empty(),
         numbers,
         blocking=False,
-        description="labelled spans that begin after their video's end or end before its start label nothing",
     )

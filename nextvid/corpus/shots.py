@@ -241,9 +241,8 @@ def _checks(shots: pl.DataFrame, media: pl.DataFrame) -> tuple[Check, ...]:
             "intervals_inside_file",
             outside.is_empty(),
             {"outside": outside.height, "shots": videos.height},
-            description="every shot lies within its file's first and last frame",
         ),
-        Check("no_overlap", over.is_empty(), {"overlapping": over.height}, description="shots of a file are disjoint"),
+        Check("no_overlap", over.is_empty(), {"overlapping": over.height}),
     )
 
 

@@ -179,7 +179,6 @@ def _checks(table: pl.DataFrame) -> tuple[Check, ...]:
             "groups_are_small",
             largest <= LARGEST_GROUP,
             {"largest_files": largest, "limit_files": LARGEST_GROUP},
-            description="a huge group means that a title card or a flat picture joined unlike shots",
         ),
     )
 
