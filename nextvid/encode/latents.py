@@ -59,35 +59,22 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
     plan = plan_encode(project, batch)
     store = LatentStore(project.root, plan.spec)
     store.create()
-    names, report = devices(project.corpus.execution), Report()
+    names, report, failed = devices(project.corpus.execution), Report(), set[bytes]()
     if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
+        tell = _paced(plan, len(names), on_progress)
         try:
-            report = _encode(project, plan, store, names, on_progress)
+            with encoding_on(names, Share(project, batch, plan.spec), tell) as encode:
+                for part in open_parts(project, batch, store, failed):
+                    report += encode(part)
+                    failed |= report.failed  # the next call tries them again
         except RefusedShardError as error:
             publish_refused(project, plan, error)
             raise
         if report.pictures:
             publish_bytes(project.root.preview("latents", batch), preview_png(report.pictures))
     with PixelWriter(project, batch, pixel_spec(project, plan.spec), shares(names[0], 1)[0]) as pixels:
-        report += Report(pixels=pixels.rest(report.failed))
+        report += Report(pixels=pixels.rest(failed))
         return publish_outcome(project, plan, report, pixels.plan(), time.perf_counter() - began)
-
-
-def _encode(
-    project: Project, plan: BatchPlan[EncodingSpec], store: LatentStore, names: list[str], on_progress: OnProgress
-) -> Report:
-    """Encode every clip length: its unfinished parts, then parts for rows that are missing and have not failed here."""
-    report = Report()
-
-    def missing(frames: int) -> list[bytes]:
-        rows = plan_encode(project, plan.batch, plan.spec).by_frames.get(frames)
-        return [] if rows is None else [row for row in rows["row_id"].to_list() if row not in report.failed]
-
-    lengths = sorted({*plan.by_frames, *store.frames_of(plan.batch)})
-    with encoding_on(names, Share(project, plan.batch, plan.spec), _paced(plan, len(names), on_progress)) as encode:
-        for part in open_parts(store, plan.batch, lengths, missing):
-            report += encode(part)
-    return report
 
 
 def _paced(plan: BatchPlan[EncodingSpec], count: int, on_progress: OnProgress) -> Tell:

@@ -71,17 +71,10 @@ class PixelWriter:
 
     def rest(self, failed: Collection[bytes] = ()) -> int:
         """Decode and write what has no pixels yet, except rows that have failed in this call; the rows written."""
-        plan = self.plan()
-        if plan is None or self._store is None:
+        if (store := self._store) is None:
             return 0
-        done = set(failed)
-
-        def missing(frames: int) -> list[bytes]:
-            rows = plan_batch(self._project, self._batch, store).by_frames.get(frames)
-            return [] if rows is None else [row for row in rows["row_id"].to_list() if row not in done]
-
-        store, written = self._store, 0
-        parts = open_parts(store, self._batch, sorted({*plan.by_frames, *store.frames_of(self._batch)}), missing)
+        done, written = set(failed), 0
+        parts = open_parts(self._project, self._batch, store, done)
         first = next(parts, None)
         if first is None:
             return 0

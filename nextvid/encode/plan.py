@@ -5,7 +5,7 @@ once. Wanted are the rows of the clips table that are ok and have a use. What wa
 here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
@@ -146,19 +146,19 @@ def wanted_clips(project: Project, batch: str) -> pl.DataFrame:
     return clips.filter((pl.col("status") == "ok") & (pl.col("uses").list.len() > 0))
 
 
-def open_parts(
-    store: Store[S], batch: str, lengths: Iterable[int], missing: Callable[[int], list[bytes]]
-) -> Iterator[Part[S]]:
-    """Parts with shards to write, for each clip length in frames: the unfinished ones, then new ones for missing rows.
+def open_parts(project: Project, batch: str, store: Store[S], failed: Collection[bytes]) -> Iterator[Part[S]]:
+    """Parts of a batch with shards to write, by clip length: the unfinished ones, then new ones for missing rows.
 
-    `missing` gives the ids of a length's missing rows. The caller writes all shards of a part before it asks for the
-    next. Raises DamagedError where a shard of it can never be committed.
+    Rows in `failed`, to which the caller adds as it goes on, get no new part. The caller writes all shards of a part
+    before it asks for the next. Raises DamagedError where a shard of it can never be committed.
     """
-    for frames in lengths:
+    for frames in sorted({*plan_batch(project, batch, store).by_frames, *store.frames_of(batch)}):
         while True:
             part, known = store.unfinished(batch, frames), store.parts(batch, frames)
             if part is None:
-                if not (ids := missing(frames)):
+                missing = plan_batch(project, batch, store).rows.filter(pl.col("frames") == frames)
+                ids = [row for row in missing["row_id"].to_list() if row not in failed]
+                if not ids:
                     break
                 try:
                     part = store.plan_part(batch, frames, ids)
