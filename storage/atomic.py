@@ -124,7 +124,7 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
             if exclusive:
                 _link(temporary, target)
             else:
-                os.replace(temporary, target)  # noqa: PTH105 - the one place
+                os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         _sync(target.parent)
@@ -307,7 +307,7 @@ def _nearest(folder: Path) -> Path:
 
 def _take_name(temporary: Path, target: Path) -> None:
     try:
-        os.rename(temporary, target)  # noqa: PTH104 - the one place
+        os.rename(temporary, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise ConflictError(f"{target} was created by somebody else in the meantime") from error
@@ -320,7 +320,7 @@ def _replace_files(temporary: Path, target: Path, last: str) -> None:
         if name == last:
             _sync(target)
         make_folder((target / name).parent)
-        os.replace(temporary / name, target / name)  # noqa: PTH105 - the one place
+        os.replace(temporary / name, target / name)
     _sync(target)
 
 

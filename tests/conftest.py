@@ -40,3 +40,12 @@ def data_root(tmp_path: Path) -> DataRoot:
 def repository() -> Path:
     """The checkout's top folder."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_media(pytestconfig: pytest.Config) -> Path:
+    """The folder of real videos and images; a test that asks for it is skipped where there is none."""
+    folder = Path(os.environ.get("NEXTVID_REALDATA", pytestconfig.rootpath / "../shared/data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no real media at {folder}; name their folder in NEXTVID_REALDATA")
+    return folder

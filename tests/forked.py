@@ -88,6 +88,14 @@ class Forks:
         return answer
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; a dead one may wait to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
 def _living(group: int) -> bool:
     """Whether a process of the group runs; the dead may wait for a second until somebody collects them."""
     for stat in Path("/proc").glob("[0-9]*/stat"):

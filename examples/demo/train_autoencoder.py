@@ -116,7 +116,7 @@ def save(model: AutoencoderKL, folder: Path, provenance: dict[str, object]) -> N
     for name, value in (("nextvid.json", adapter), ("provenance.json", provenance)):
         partial = folder / f".{name}.partial"
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / name)  # noqa: PTH105
+        os.replace(partial, folder / name)  # noqa: PTH105, TID251
 
 
 def photos(folder: Path) -> Frames:

@@ -11,9 +11,9 @@ from nextvid.config.project import Project, open_project
 @pytest.fixture(scope="session")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a trainset and a complete run of a few steps. Session-wide: write nothing below pretrain/."""
-    from tests.nextvid.tiny_project import write_project  # torch: most tests here do without
+    from tests.nextvid.tiny_project import write_evaluated  # torch: most tests here do without
 
-    return write_project(tmp_path_factory.mktemp("tiny"))
+    return write_evaluated(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from nextvid.__main__ import line, main
 from nextvid.config.project import Project
@@ -37,7 +36,7 @@ from storage.errors import (
 from storage.latents import LatentStore
 from storage.schemas import Media
 from storage.tables import read_table
-from tests.nextvid.corpus.encoded_corpus import Corpus, write_autoencoder
+from tests.factories import Corpus, flip, write_autoencoder, write_settings
 from tests.nextvid.corpus.small_media import write_picture
 from tests.nextvid.tiny_project import RECIPE, uri_of
 from tests.nextvid.train.corpus import make_project
@@ -67,8 +66,8 @@ def nextvid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     """Four clips wanted, two of them encoded."""
-    made = Corpus(tmp_path, write_autoencoder(tmp_path / "autoencoder"))
-    films = [made.row(FILMS, i) for i in range(4)]
+    made = Corpus(tmp_path)
+    films = made.rows(FILMS, 4)
     made.clips(FILMS, films)
     made.encode(FILMS, films[:2], encode_s=0.5)
     return made
@@ -76,11 +75,11 @@ def corpus(tmp_path: Path) -> Corpus:
 
 def write_yaml(folder: Path, **changes: Any) -> str:
     """corpus.yaml over the folder `stills` beside it."""
-    stills = {"uri": "stills", "weight": 1.0, "clips": [{"frames": 1}]}
-    encoding = {"autoencoder": "autoencoder", "resolution": 16}
-    said = {"root": "root", "encoding": encoding, "datasets": {"stills": stills}} | changes
-    (folder / "corpus.yaml").write_text(yaml.safe_dump(said))
-    return str(folder / "corpus.yaml")
+    settings: dict[str, Any] = {
+        "datasets": {"stills": {"uri": "stills", "weight": 1.0, "clips": [{"frames": 1}]}},
+        "encoding": {"autoencoder": "autoencoder", "resolution": 16},
+    }
+    return str(write_settings(folder, **settings | changes))
 
 
 def broken_pictures(folder: Path, count: int = 2) -> None:
@@ -176,9 +175,7 @@ class TestStores:
         assert nextvid("verify", *where)[0] == 0
         (store,) = LatentStore.every(corpus.project.root)
         path = Path(store.part(FILMS, 4, 0).shard_path(0))
-        data = bytearray(path.read_bytes())
-        data[0] ^= 1
-        path.write_bytes(data)
+        flip(path, 0)
         code, said, _ = nextvid("verify", *where)
         assert code == 4
         assert f"{path}, row " in said

@@ -14,8 +14,8 @@ from nextvid.make import Request, make
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import Progress
 from storage.errors import ConfigError, CorpusError, UpstreamError
-from tests.nextvid.corpus.encoded_corpus import write_autoencoder
-from tests.nextvid.corpus.small_media import write_picture, write_project
+from tests.factories import write_autoencoder, write_project
+from tests.nextvid.corpus.small_media import write_picture
 
 Maker = Callable[[Project, Asset, str | None, Request], Outcome]
 FIRST, SECOND = "stills.000000", "stills.000001"

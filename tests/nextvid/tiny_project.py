@@ -5,7 +5,6 @@ Clips of class `fish` carry a fixed pattern in one channel, `bird` none, so that
 themselves do not exist.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,28 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-import yaml
 
-from nextvid.config.project import Project, open_project
+from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
-from nextvid.encode.weights import autoencoder_digest
-from nextvid.making.publishing import publish_latest
+from nextvid.encode.plan import encoding_spec
 from nextvid.train.distributed import join
 from nextvid.train.loop import train
 from nextvid.train.pretrain import finish_run, prepare_run
 from nextvid.train.run import open_run
-from nextvid.trainset.files import write_trainset
 from storage import atomic, tables
 from storage.digest import digest
-from storage.latents import EncodingSpec, LatentStore
-from storage.reader import ADDRESS, addresses
-from storage.schemas import Clips, Commits, Duplicates, Labels, Lineage, Media
+from storage.latents import LatentStore
+from storage.schemas import Clips, Labels, Lineage, Media
+from tests.factories import (
+    passed,
+    publish_clips,
+    publish_duplicates,
+    publish_trainset,
+    put_latents,
+    save_autoencoder,
+    table,
+    write_project,
+)
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
 
 RECIPE = "demo"
@@ -44,28 +49,25 @@ OVERRIDES = (
 )  # fmt: skip
 
 
-def write_project(folder: Path, run: bool = True) -> Project:
+def write_evaluated(folder: Path, run: bool = True) -> Project:
     """Everything up to the trainset, and a run of 5 steps that `latest.json` points to."""
     torch.set_num_threads(1)
-    save_autoencoder(folder / "autoencoder")
+    save_autoencoder(folder / "autoencoder", CHANNELS)
     policy = {"frames": FRAMES, "fps": 4, "crop": "whole"}
-    corpus = {
-        "root": str(folder / "root"),
-        "encoding": {"autoencoder": str(folder / "autoencoder"), "resolution": 8 * SIDE},
-        "execution": {"device": "cpu"},
-        "datasets": {
-            "pets": {"uri": str(folder / "pets"), "weight": 0.9, "clips": [policy], "licence": "CC0-1.0"},
-            "stills": {"uri": str(folder / "stills"), "weight": 0.1, "clips": [{"frames": 1}]},
-        },
-        "benchmarks": {
-            "species": {"datasets": ["pets"], "target": "animal", "policy": policy, "epochs": 4, "batch": 8, "seeds": 2}
-        },
+    datasets = {
+        "pets": {"uri": str(folder / "pets"), "weight": 0.9, "clips": [policy], "licence": "CC0-1.0"},
+        "stills": {"uri": str(folder / "stills"), "weight": 0.1, "clips": [{"frames": 1}]},
     }
-    path = folder / "corpus.yaml"
-    path.write_text(yaml.safe_dump(corpus))
-    project = open_project(path)
+    species = {"datasets": ["pets"], "target": "animal", "policy": policy, "epochs": 4, "batch": 8, "seeds": 2}
+    project = write_project(
+        folder,
+        datasets,
+        root=str(folder / "root"),
+        encoding={"autoencoder": str(folder / "autoencoder"), "resolution": 8 * SIDE},
+        execution={"device": "cpu"},
+        benchmarks={"species": species},
+    )
     _write_tables(project)
-    _write_trainset(project)
     if run:
         _write_run(project)
     return project
@@ -73,24 +75,10 @@ def write_project(folder: Path, run: bool = True) -> Project:
 
 def write_pixel_project(folder: Path, extra: Sequence[str], without: Collection[bytes] = ()) -> Project:
     """With stored pixels of all rows but those in `without`, and a run that reads them, with `extra` overrides."""
-    project = write_project(folder, run=False)
-    project = ask_for_pixels(project)
+    project = ask_for_pixels(write_evaluated(folder, run=False))
     write_pixels(project, without)
     _write_run(project, ("model.encoder.input=pixels", *extra))
     return project
-
-
-def save_autoencoder(folder: Path) -> None:
-    """AutoencoderKL of the demo's family with random weights: patch 4, f8, 16 channels."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(
-        in_channels=48, out_channels=48, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(16, 16), layers_per_block=1,
-        latent_channels=CHANNELS, norm_num_groups=4, mid_block_add_attention=False,
-    ).save_pretrained(folder)  # fmt: skip
-    (folder / "nextvid.json").write_text(json.dumps({"kind": "autoencoder_kl", "patch": 4}))
 
 
 def latents_of(row: dict[str, Any]) -> np.ndarray:
@@ -135,98 +123,51 @@ def uri_of(number: int) -> str:
 
 
 def _write_tables(project: Project) -> None:
+    """Every table up to `duplicates`, the latents, and a trainset of all rows of the split train."""
     root, clips = project.root, clip_rows()
-    spec = EncodingSpec(
-        autoencoder=autoencoder_digest(project.corpus.encoding.autoencoder), resolution=8 * SIDE, resize="bicubic",
-        precision="fp32", posterior="mean", storage="float16", channels=CHANNELS, height=SIDE, width=SIDE,
-    )  # fmt: skip
-    store = LatentStore(root, spec)
-    store.create()
+    store = LatentStore(root, encoding_spec(project))
     for (batch,), rows in clips.group_by("batch", maintain_order=True):
         assert isinstance(batch, str)
-        tables.write_table(root.table("clips", batch), rows.drop("animal"), Clips)
+        publish_clips(project, batch, rows.drop("animal").to_dicts())
         tables.write_table(root.table("media", batch), _media(rows), Media)
         tables.write_table(root.table("labels", batch), _labels(rows), Labels)
-        tables.publish_checks(root.checks("clips", batch), "clips", [])
-        tables.publish_checks(root.latents_checks(spec.digest(), batch), "latents", [])
-        _commit(store, batch, rows)
-    folder = root.pointed("duplicates", "d0" * 16)
-    tables.write_table(f"{folder}/duplicates.parquet", Duplicates.create_empty(), Duplicates)
+        put_latents(
+            store, batch, rows["frames"][0], {row["row_id"]: latents_of(row) for row in rows.iter_rows(named=True)}
+        )
+        passed(root.latents_checks(store.digest, batch), "latents")
     contamination = [
         {"benchmark": "species", "test_files": 10, "test_files_seen_in_pretraining": 0,
          "dropped_from_pretrain_shots": {},
          "dropped_from_probe_train_shots": 0, "train_files": 20, "train_files_in_pretraining": 20}
     ]  # fmt: skip
-    said = {"batches": clips["batch"].unique().sort().to_list(), "shots": 96, "contamination": contamination}
-    atomic.publish_json(f"{folder}/duplicates.json", said)
-    tables.publish_checks(f"{folder}/checks.json", "duplicates", [])
-    publish_latest(root, "duplicates", "d0" * 16)
-
-
-def _commit(store: LatentStore, batch: str, rows: pl.DataFrame) -> None:
-    part = store.plan_part(batch, rows["frames"][0], rows["row_id"].to_list())
-    for shard in range(part.shards):
-        slots = part.rows_of(shard)
-        own = slots.join(rows, on="row_id", maintain_order="left")
-        commits = slots.with_columns(
-            status=pl.lit("ok"), reason=pl.lit(None, pl.String), crc32c=pl.lit(None, pl.UInt32),
-            sums=pl.lit([], pl.List(pl.Float64)), sums_squared=pl.lit([], pl.List(pl.Float64)),
-            posterior_std=pl.lit(None, pl.Float32), psnr_db=pl.lit(None, pl.Float32),
-            decode_s=pl.lit(0.0, pl.Float32), encode_s=pl.lit(0.0, pl.Float32),
-        ).select(Commits.column_names())  # fmt: skip
-        part.write_shard(shard, np.stack([latents_of(row) for row in own.iter_rows(named=True)]), commits)
+    publish_duplicates(project, batches=clips["batch"].unique().sort().to_list(), shots=96, contamination=contamination)
+    lineage = clips.filter(split="train").select(Lineage.column_names())
+    publish_trainset(store, lineage, {"pets": 0.9, "stills": 0.1}, [0.0] * CHANNELS, [1.0] * CHANNELS)
 
 
 def _media(clips: pl.DataFrame) -> pl.DataFrame:
-    files = clips.unique("media_id", keep="first", maintain_order=True)
-    known = files.select("uri", "dataset", "batch", "media_id", "kind", "decoder", "status", "reason", "error")
-    wanted = Media.create_empty().schema
-    defaults: dict[str, Any] = {"revision": 0, "size_bytes": 1000, "hazards": [], "licence": "CC0-1.0"}
-    made = known.with_columns(path=pl.col("uri").str.split("/").list.last()).with_columns(
-        pl.lit(defaults.get(name), dtype).alias(name)
-        for name, dtype in wanted.items()
-        if name not in [*known.columns, "path"]
+    known = ("uri", "dataset", "batch", "media_id", "kind", "decoder", "status")
+    files = clips.unique("media_id", keep="first", maintain_order=True).select(
+        known, path=pl.col("uri").str.split("/").list.last()
     )
-    return made.select(wanted.names())
+    return table(Media, files.to_dicts(), revision=0, size_bytes=1000, hazards=[], licence="CC0-1.0")
 
 
 def _labels(clips: pl.DataFrame) -> pl.DataFrame:
-    nowhere = pl.lit(None, pl.Int64)
     labelled = clips.filter(pl.col("animal") != "none").unique("media_id", maintain_order=True)
-    return labelled.select(
-        "media_id", nowhere.alias("start_us"), nowhere.alias("end_us"), pl.lit("animal").alias("target"),
-        pl.col("animal").alias("value"),
-    )  # fmt: skip
+    return table(Labels, labelled.select("media_id", value="animal").to_dicts(), target="animal")
 
 
-def _write_trainset(project: Project) -> None:
-    root = project.root
-    spec_digest = Path(root.url, "latents").iterdir().__next__().name
-    store = LatentStore.open(root, spec_digest)
-    batches = ["pets.000000", "stills.000000"]
-    rows = clip_rows().filter(pl.col("split") == "train").sort("dataset", "row_id")
-    name = digest(["trainset", rows["row_id"].bin.encode("hex").to_list()])
-    folder, frozen = root.pointed("trainset", name), {}
-    for dataset, frames in (("pets", FRAMES), ("stills", 1)):
-        own = rows.filter(pl.col("dataset") == dataset).select("row_id")
-        commits = own.join(store.commits(f"{dataset}.000000"), on="row_id", maintain_order="left")
-        frozen[frames] = addresses(commits, batches)
-        assert frozen[frames].dtype == ADDRESS
-    said = {
-        "digest": name, "parent": None, "spec": store.spec.to_json(), "weights": {"pets": 0.9, "stills": 0.1},
-        "mean": [0.0] * CHANNELS, "std": [1.0] * CHANNELS, "batches": batches,
-        "offsets": {f"f{FRAMES}": {"pets": [0, 20 * CLIPS_A_VIDEO]}, "f1": {"stills": [0, IMAGES]}},
-        "duplicates": "d0" * 16, "left_out": {}, "dropped": {},
-    }  # fmt: skip
-    write_trainset(folder, said, frozen, [rows.select(Lineage.column_names())])
-    tables.publish_checks(f"{folder}/checks.json", "trainset", [])
-    publish_latest(root, "trainset", name)
+def train_steps(project: Project, overrides: Sequence[str]) -> Path:
+    """Train a run to its end, here; its folder."""
+    how = ExecutionConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
+    prepared = prepare_run(project, RECIPE, overrides, how)
+    with join(how) as ranks:
+        train(project, open_run(Path(prepared.folder)), ranks)
+    return Path(prepared.folder)
 
 
 def _write_run(project: Project, extra: Sequence[str] = ()) -> None:
-    how = ExecutionConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
-    prepared = prepare_run(project, RECIPE, [*OVERRIDES, *extra], how)
-    with join(how) as ranks:
-        train(project, open_run(Path(prepared.folder)), ranks)
-    finish_run(project, RECIPE, prepared.run_id)
-    atomic.publish_json(project.root.latest_run(RECIPE), {"run": prepared.run_id})
+    run = train_steps(project, [*OVERRIDES, *extra]).name
+    finish_run(project, RECIPE, run)
+    atomic.publish_json(project.root.latest_run(RECIPE), {"run": run})

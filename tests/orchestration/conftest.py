@@ -11,8 +11,7 @@ import pytest
 from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
 from orchestration.definitions import build_defs
-
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
+from tests.factories import demo_settings
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +24,9 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(small_corpus: Path, tmp_path: Path) -> Project:
-    """The demo's corpus.yaml over a copy of the small corpus; a small corpus holds a larger share of broken files."""
+    """The demo's corpus.yaml over a copy of the small corpus."""
     shutil.copytree(small_corpus, tmp_path / "data" / "corpus")
-    said = (DEMO / "corpus.yaml").read_text()
-    said = said.replace("../../data/demo", str(tmp_path / "data")).replace(
-        "quarantine_budget: 0.05", "quarantine_budget: 0.9"
-    )
-    said = said.replace("autoencoder: autoencoder", f"autoencoder: {DEMO / 'autoencoder'}")
-    (tmp_path / "corpus.yaml").write_text(said)
+    (tmp_path / "corpus.yaml").write_text(demo_settings(tmp_path))
     return open_project(tmp_path / "corpus.yaml")
 
 

@@ -1,6 +1,5 @@
 """The same graph over photographed videos and images, broken ones too: every file ends as a row, nothing crashes."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,8 @@ from storage.tables import read_tables
 from tests.orchestration.conftest import load_defs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MEDIA = Path(os.environ.get("NEXTVID_REALDATA", REPOSITORY.parent / "shared" / "data"))
 
-pytestmark = [
-    pytest.mark.realdata,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not MEDIA.is_dir(), reason="no folder of real media; name one with NEXTVID_REALDATA"),
-]
+pytestmark = [pytest.mark.realdata, pytest.mark.slow, pytest.mark.timeout(900)]
 
 CORPUS = """
 root: {root}
@@ -58,9 +51,9 @@ STEPS = [f"stages.{stage}.steps=2" for stage in range(4)]
 
 
 @pytest.fixture
-def real(tmp_path: Path) -> Project:
+def real(tmp_path: Path, real_media: Path) -> Project:
     """A project over the real media; the folders themselves are only read."""
-    text = CORPUS.format(root=tmp_path / "root", media=MEDIA, autoencoder=REPOSITORY / "examples/demo/autoencoder")
+    text = CORPUS.format(root=tmp_path / "root", media=real_media, autoencoder=REPOSITORY / "examples/demo/autoencoder")
     (tmp_path / "corpus.yaml").write_text(text)
     return open_project(tmp_path / "corpus.yaml")
 
@@ -90,14 +83,16 @@ def run(
     }
 
 
-def test_every_file_is_a_row_and_the_graph_ends_in_a_report(real: Project, instance: dg.DagsterInstance) -> None:
+def test_every_file_is_a_row_and_the_graph_ends_in_a_report(
+    real: Project, real_media: Path, instance: dg.DagsterInstance
+) -> None:
     update_sources(real)
     apply_partitions(instance, real)
     for batch in real.root.batches():
         run(real, instance, "ingest", batch)
 
     media = read_tables(real.root, "media", None, Media)
-    listed = sum(path.is_file() for path in (MEDIA / "broken").rglob("*"))
+    listed = sum(path.is_file() for path in (real_media / "broken").rglob("*"))
     broken = media.filter(pl.col("dataset") == "broken")
     assert 0 < broken.height <= listed
     assert broken.filter(pl.col("status") != "ok", pl.col("reason").is_null()).is_empty()

@@ -19,13 +19,10 @@ import yaml
 
 from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
-from nextvid.making.publishing import read_latest
-from storage.schemas import Lineage
-from storage.tables import write_table
+from tests.factories import demo_settings
 from tests.nextvid.train.corpus import make_project, tiny_spec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO = REPOSITORY / "examples" / "demo"
 
 DEFINITIONS = "tests.services.quick_definitions"
 ASSETS = 13  # sources and what follows of it
@@ -174,11 +171,8 @@ def live_dagster(folder: Path, corpus: Path, settings: str, **environment: str) 
 def demo_project(folder: Path, videos: int, images: int) -> Path:
     """A corpus of the demo's kind and its corpus.yaml."""
     write_corpus(folder / "data" / "corpus", videos=videos, images=images)
-    said = (DEMO / "corpus.yaml").read_text().replace("../../data/demo", str(folder / "data"))
-    said = said.replace("quarantine_budget: 0.05", "quarantine_budget: 0.9")
-    said = said.replace("autoencoder: autoencoder", f"autoencoder: {DEMO / 'autoencoder'}")
     (folder / "data" / "extra").mkdir()
-    said = said.replace("\nbenchmarks:", EXTRA.format(uri=folder / "data" / "extra") + "\nbenchmarks:")
+    said = demo_settings(folder).replace("\nbenchmarks:", EXTRA.format(uri=folder / "data" / "extra") + "\nbenchmarks:")
     (folder / "corpus.yaml").write_text(said)
     return folder / "corpus.yaml"
 
@@ -193,11 +187,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 def trainset_project(folder: Path) -> Project:
     """A project with a trainset of random latents in the demo's shape: 8 x 8 cells of 16 channels; with its lineage."""
-    project = make_project(folder, spec=tiny_spec(height=8, channels=16))
-    digest = read_latest(project.root, "trainset")
-    assert digest is not None
-    write_table(f"{project.root.pointed('trainset', digest)}/lineage.parquet", Lineage.create_empty(), Lineage)
-    return project
+    return make_project(folder, spec=tiny_spec(height=8, channels=16))
 
 
 def free_port() -> int:

@@ -22,7 +22,8 @@ from nextvid.train.pretrain import prepare_run
 from orchestration.definitions import build_defs
 from storage import atomic, remote
 from storage.latents import LatentStore
-from tests.services.conftest import DEMO, Live, instance_settings, live_dagster, trainset_project, wait_for
+from tests.factories import DEMO
+from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
 from tests.services.postgres import binaries, postgres
 from tests.services.ray_cluster import RayCluster, ray_cluster
 from tests.services.s3.server import forget_clients, s3_server, variables_of

@@ -9,7 +9,7 @@ import pytest
 from nextvid.config.accepted import accept, accepted, keep_new
 from nextvid.config.project import Project, open_project
 from storage.errors import ConfigError, CorpusError
-from tests.nextvid.corpus.small_media import write_project
+from tests.factories import write_project
 
 ENCODING = "ab" * 16
 FILMS: dict[str, Any] = {"uri": "films", "weight": 1.0, "clips": [{"frames": 8, "fps": 4}]}

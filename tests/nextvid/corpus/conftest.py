@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 
 from nextvid.config.project import Project
-from nextvid.corpus.clips import make_clips
-from nextvid.corpus.media import make_media
-from nextvid.corpus.shots import make_shots
-from nextvid.corpus.sources import update_sources
 from nextvid.making.outcome import Outcome
-from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture, write_project
+from tests.factories import edit_project, make_corpus, write_project
+from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture
 
 POLICY = {"frames": 4, "fps": 4}
 LABELS = """path,action,split,person,start_s,end_s
@@ -89,12 +86,7 @@ def small_corpus(small_files: Path, tmp_path_factory: pytest.TempPathFactory) ->
             "fruits": {"datasets": ["stills"], "target": "fruit", "policy": {"frames": 1, "crop": "whole"}},
         },
     )
-    update_sources(project)
-    outcomes = {}
-    for batch in project.root.batches():
-        for name, make in (("media", make_media), ("shots", make_shots), ("clips", make_clips)):
-            outcomes[f"{name} {batch}"] = make(project, batch)
-    return Made(project, small_files, outcomes)
+    return Made(project, small_files, make_corpus(project))
 
 
 @pytest.fixture
@@ -103,14 +95,8 @@ def own_copy(small_corpus: Made, tmp_path: Path) -> Callable[..., Project]:
     settings."""
 
     def copy(**changed: Any) -> Project:
-        import yaml
-
-        from nextvid.config.project import open_project
-
-        said = yaml.safe_load(small_corpus.project.path.read_text())
         shutil.copytree(small_corpus.project.root.url, tmp_path / "root")
-        file = tmp_path / "corpus.yaml"
-        file.write_text(yaml.safe_dump(said | changed))
-        return open_project(file)
+        shutil.copy(small_corpus.project.path, tmp_path)
+        return edit_project(tmp_path / "corpus.yaml", lambda said: said.update(changed))
 
     return copy

@@ -1,19 +1,15 @@
-"""Small real media for these tests: films of drifting textures with hard cuts, and pictures; and projects over them."""
+"""Small real media for these tests: films of drifting textures with hard cuts, and pictures."""
 
 import hashlib
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
-import yaml
 from PIL import Image
 
-from nextvid.config.project import Project, open_project
+from tests.factories import SIDE
+from tests.nextvid.video import film
 
-SIDE = 64
 FPS = 8
 
 
@@ -41,26 +37,10 @@ def scene(name: str, frames: int, speed: float = 0.6, light: float = 0.0) -> np.
 def write_film(path: Path, scenes: Sequence[np.ndarray], crf: int = 10) -> None:
     """The scenes one after the other, cut hard, as H.264."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        options = {"crf": str(crf), "g": "12", "preset": "ultrafast", "threads": "1"}
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
-        stream.time_base = Fraction(1, FPS)
-        for frame in np.concatenate(list(scenes)):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+    film.write_film(path, np.concatenate(list(scenes)), fps=FPS, options=film.X264_FAST, crf=str(crf))
 
 
 def write_picture(path: Path, name: str, quality: int = 92) -> None:
     """One frame of a scene as JPEG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene(name, 1)[0]).save(path, "JPEG", quality=quality)
-
-
-def write_project(folder: Path, datasets: dict[str, Any], **more: Any) -> Project:
-    """A corpus.yaml with its root in `folder`."""
-    said = {"root": "root", "encoding": {"autoencoder": "none", "resolution": SIDE}, "datasets": datasets} | more
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "corpus.yaml"
-    file.write_text(yaml.safe_dump(said), encoding="utf-8")
-    return open_project(file)

@@ -15,7 +15,8 @@ from nextvid.corpus.sources import known_sources, list_dataset, make_sources, up
 from storage import tables
 from storage.errors import CorpusError
 from storage.schemas import Clips, Labels, Media
-from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_project
+from tests.factories import write_project
+from tests.nextvid.corpus.small_media import FPS, scene, write_film
 
 POLICY = {"frames": 4, "fps": 4}
 

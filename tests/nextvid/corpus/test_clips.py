@@ -13,12 +13,12 @@ from nextvid.corpus.clips import _checks, make_clips
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots
-from nextvid.corpus.sources import update_sources
 from storage import tables
 from storage.errors import UpstreamError
 from storage.schemas import Clips, Labels, Shots
+from tests.factories import make_corpus, passed, unchanged, write_project
 from tests.nextvid.corpus.conftest import POLICY, Made, films_of
-from tests.nextvid.corpus.small_media import write_picture, write_project
+from tests.nextvid.corpus.small_media import write_picture
 
 FILMS, STILLS = "films.000000", "stills.000000"
 
@@ -95,9 +95,8 @@ def test_ids_are_those_of_content(small_corpus: Made) -> None:
 
 def test_making_it_again_writes_nothing(own_copy: Callable[..., Project]) -> None:
     project = own_copy()
-    before = {path: path.stat().st_mtime_ns for path in Path(project.root.url).rglob("*")}
-    assert make_clips(project, FILMS).made is False
-    assert {path: path.stat().st_mtime_ns for path in Path(project.root.url).rglob("*")} == before
+    with unchanged(project.root.url):
+        assert make_clips(project, FILMS).made is False
 
 
 def test_a_threshold_drops_shots_from_pretraining_only(own_copy: Callable[..., Project]) -> None:
@@ -163,9 +162,7 @@ def test_rows_of_a_gone_file_stay_and_those_of_a_replaced_one_do_not(tmp_path: P
     project = write_project(tmp_path, {"d": config})
 
     def make() -> dict[str, list[tuple[Any, ...]]]:
-        update_sources(project)
-        for maker in (make_media, make_shots, make_clips):
-            assert maker(project, "d.000000").passed
+        assert all(outcome.passed for outcome in make_corpus(project).values())
         return {n: sorted(t.select("status", "reason").rows()) for n, t in named(project, "d.000000").items()}
 
     assert make() == {name: [("ok", None)] for name in ("a.jpg", "b.jpg", "c.jpg")}
@@ -192,8 +189,8 @@ def test_values_that_are_missing_or_several_are_left_out(own_copy: Callable[...,
 
 def test_failed_shots_stop_it(own_copy: Callable[..., Project]) -> None:
     project = own_copy()
-    tables.publish_checks(project.root.checks("shots", FILMS), "shots", [{"name": "no_overlap", "passed": False}])
-    with pytest.raises(UpstreamError, match="no_overlap"):
+    passed(project.root.checks("shots", FILMS), "shots", False)
+    with pytest.raises(UpstreamError, match="by hand"):
         make_clips(project, FILMS)
 
 

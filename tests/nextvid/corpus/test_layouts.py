@@ -10,7 +10,7 @@ import pytest
 from nextvid.config.datasets import DatasetConfig, LabelConfig
 from nextvid.corpus.labels import contradictions, doubled, label_digests, read_labels, without_file
 from storage.errors import ConfigError, CorpusError
-from tests.nextvid.corpus.small_media import write_project
+from tests.factories import write_project
 
 Rows = list[tuple[Any, ...]]
 

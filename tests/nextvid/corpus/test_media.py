@@ -17,8 +17,9 @@ from storage import tables
 from storage.digest import digest_file
 from storage.errors import UpstreamError
 from storage.schemas import Labels, Media
+from tests.factories import unchanged, write_project
 from tests.nextvid.corpus.conftest import Made, films_of
-from tests.nextvid.corpus.small_media import write_picture, write_project
+from tests.nextvid.corpus.small_media import write_picture
 
 FILMS = "films.000000"
 
@@ -70,11 +71,10 @@ def test_making_it_again_reads_and_writes_nothing_but_the_quarantined(
     own_copy: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = own_copy()
-    before = {path: path.stat().st_mtime_ns for path in Path(project.root.url).rglob("*")}
-    again = make_media(project, FILMS)
-    assert (again.made, again.rows, again.numbers["read"]) == (False, 6, 1)
-    assert make_media(project, "stills.000000").numbers["read"] == 0
-    assert {path: path.stat().st_mtime_ns for path in Path(project.root.url).rglob("*")} == before
+    with unchanged(project.root.url):
+        again = make_media(project, FILMS)
+        assert (again.made, again.rows, again.numbers["read"]) == (False, 6, 1)
+        assert make_media(project, "stills.000000").numbers["read"] == 0
 
 
 def test_withdrawn_media_are_rejected_and_come_back(own_copy: Callable[..., Project]) -> None:

@@ -1,6 +1,5 @@
 """Media to clips over real files: labelled videos and pictures, odd but good ones, and broken ones."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -8,15 +7,12 @@ import polars as pl
 import pytest
 
 from nextvid.config.project import Project
-from nextvid.corpus.clips import make_clips
 from nextvid.corpus.manifest import with_value
-from nextvid.corpus.media import make_media
-from nextvid.corpus.shots import make_shots
-from nextvid.corpus.sources import known_sources, update_sources
+from nextvid.corpus.sources import known_sources
 from nextvid.video.probe import kind_of
 from storage import tables
 from storage.schemas import Clips, Labels, Media, Shots
-from tests.nextvid.corpus.small_media import write_project
+from tests.factories import make_corpus, write_project
 
 pytestmark = pytest.mark.realdata
 
@@ -25,51 +21,40 @@ POLICY = {"frames": 8, "fps": 4, "crop": "whole"}
 
 
 @pytest.fixture(scope="module")
-def data(request: pytest.FixtureRequest) -> Path:
-    folder = Path(os.environ.get("NEXTVID_REALDATA", request.config.rootpath / "../shared/data")).resolve()
-    if not (folder / "weizmann4_mp4.csv").is_file():
-        pytest.skip(f"no real data at {folder}; name its folder in NEXTVID_REALDATA")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def project(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(real_media: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("real")
     few = folder / "assorted"
     few.mkdir()
-    videos = [path for path in (data / "assorted").iterdir() if kind_of(path.name) == "video"]
+    videos = [path for path in (real_media / "assorted").iterdir() if kind_of(path.name) == "video"]
     for path in sorted(videos, key=lambda path: path.stat().st_size)[:SMALLEST]:
         shutil.copy(path, few)
-    labels = {"layout": "csv", "path_base": str(data), "split_column": "split"}
+    labels = {"layout": "csv", "path_base": str(real_media), "split_column": "split"}
     weizmann = labels | {
-        "file": str(data / "weizmann4_mp4.csv"),
+        "file": str(real_media / "weizmann4_mp4.csv"),
         "targets": {"action": "label"},
         "group_column": "group",
     }
-    clothing = labels | {"file": str(data / "clothing10.csv"), "targets": {"garment": "label"}}
+    clothing = labels | {"file": str(real_media / "clothing10.csv"), "targets": {"garment": "label"}}
     project = write_project(
         folder,
         {
             "weizmann": {
-                "uri": str(data / "videos" / "weizmann4_mp4"),
+                "uri": str(real_media / "videos" / "weizmann4_mp4"),
                 "weight": 0.9,
                 "clips": [POLICY],
                 "labels": weizmann,
             },
-            "clothing": {"uri": str(data / "images" / "clothing10" / "dress"), "labels": clothing},
+            "clothing": {"uri": str(real_media / "images" / "clothing10" / "dress"), "labels": clothing},
             "assorted": {"uri": str(few), "weight": 0.1, "clips": [POLICY]},
-            "broken": {"uri": str(data / "broken"), "quarantine_budget": 1.0},
+            "broken": {"uri": str(real_media / "broken"), "quarantine_budget": 1.0},
         },
         benchmarks={
             "actions": {"datasets": ["weizmann"], "target": "action", "policy": POLICY},
             "garments": {"datasets": ["clothing"], "target": "garment", "policy": {"frames": 1}},
         },
     )
-    update_sources(project)
-    for batch in project.root.batches():
-        for maker in (make_media, make_shots, make_clips):
-            outcome = maker(project, batch)
-            assert outcome.passed, (batch, outcome.checks)
+    for name, outcome in make_corpus(project).items():
+        assert outcome.passed, (name, outcome.checks)
     return project
 
 

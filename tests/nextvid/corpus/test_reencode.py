@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-import yaml
 
 from nextvid.config.corpus import EncodingConfig, MachineConfig
 from nextvid.config.curation import CurationConfig, DuplicateConfig, FilterConfig, ShotConfig
@@ -26,7 +25,7 @@ from nextvid.corpus.clips import make_clips
 from nextvid.corpus.shots import make_shots
 from nextvid.encode.plan import BatchPlan, encoding_spec, plan_encode, wanted_clips
 from storage.latents import EncodingSpec, LatentStore
-from storage.schemas import Commits
+from tests.factories import edit_project, put_latents, write_autoencoder
 from tests.nextvid.corpus.conftest import Made
 
 FILMS, STILLS = "films.000000", "stills.000000"
@@ -42,13 +41,10 @@ def encoded(small_corpus: Made, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A corpus.yaml over the small corpus with an autoencoder, all of whose rows are committed."""
     folder = tmp_path_factory.mktemp("encoded")
     shutil.copytree(small_corpus.project.root.url, folder / "root")
-    (folder / "autoencoder").mkdir()
-    (folder / "autoencoder" / "config.json").write_text(json.dumps(AUTOENCODER))
-    (folder / "autoencoder" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights, never loaded here")
-    said = yaml.safe_load(small_corpus.project.path.read_text())
-    said["encoding"] = {"autoencoder": "autoencoder", "resolution": 64}
-    (folder / "corpus.yaml").write_text(yaml.safe_dump(said))
-    project = open_project(folder / "corpus.yaml")
+    write_autoencoder(folder / "autoencoder", channels=4)
+    shutil.copy(small_corpus.project.path, folder)
+    settings = {"autoencoder": "autoencoder", "resolution": 64}
+    project = edit_project(folder / "corpus.yaml", lambda said: said.update(encoding=settings))
     for batch in (FILMS, STILLS):
         commit(project, batch)
         assert plan_encode(project, batch).rows.is_empty()
@@ -58,26 +54,10 @@ def encoded(small_corpus: Made, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def commit(project: Project, batch: str) -> None:
     """Put random latents of every wanted row into the store."""
     plan = plan_encode(project, batch)
-    store = LatentStore(project.root, plan.spec)
-    store.create()
+    store, rng = LatentStore(project.root, plan.spec), np.random.default_rng(0)
     for frames, rows in plan.by_frames.items():
-        part = store.plan_part(batch, frames, rows["row_id"].to_list())
-        shape = (rows.height, *plan.spec.row_shape(frames))
-        said: dict[str, Any] = {
-            "row_id": rows["row_id"].to_list(),
-            "slot": range(rows.height),
-            "status": "ok",
-            "reason": None,
-            "crc32c": None,
-            "posterior_std": None,
-            "psnr_db": None,
-            "sums": [[]] * rows.height,
-            "sums_squared": [[]] * rows.height,
-            "decode_s": 0.25,
-            "encode_s": 0.5,
-        }
-        commits = pl.DataFrame(said, schema=Commits.create_empty().schema)
-        part.write_shard(0, np.random.default_rng(0).standard_normal(shape).astype(np.float32), commits)
+        latents = {row: rng.standard_normal(plan.spec.row_shape(frames)).astype(np.float32) for row in rows["row_id"]}
+        put_latents(store, batch, frames, latents, decode_s=0.25, encode_s=0.5)
 
 
 @pytest.fixture
@@ -86,11 +66,7 @@ def changed(encoded: Path, tmp_path: Path) -> Callable[..., Project]:
 
     def change(how: Change, shots: bool = False) -> Project:
         shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
-        file = tmp_path / "corpus.yaml"
-        said = yaml.safe_load(file.read_text())
-        how(said)
-        file.write_text(yaml.safe_dump(said))
-        project = open_project(file)
+        project = edit_project(tmp_path / "corpus.yaml", how)
         if shots:
             make_shots(project, FILMS)
         for batch in (FILMS, STILLS):

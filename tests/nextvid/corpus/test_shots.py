@@ -20,8 +20,9 @@ from nextvid.video.probe import probe
 from storage import tables
 from storage.errors import UpstreamError
 from storage.schemas import Media, Shots
+from tests.factories import passed, unchanged, write_project
 from tests.nextvid.corpus.conftest import Made
-from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture, write_project
+from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture
 
 FILMS = "films.000000"
 
@@ -75,10 +76,9 @@ def test_the_contact_sheet_shows_the_shots(small_corpus: Made) -> None:
 
 def test_making_it_again_does_nothing(own_copy: Callable[..., Project]) -> None:
     project = own_copy()
-    before = {path: path.stat().st_mtime_ns for path in Path(project.root.url).rglob("*")}
-    outcome = make_shots(project, FILMS)
-    assert (outcome.made, outcome.numbers["viewed"], outcome.passed) == (False, 0, True)
-    assert {path: path.stat().st_mtime_ns for path in Path(project.root.url).rglob("*")} == before
+    with unchanged(project.root.url):
+        outcome = make_shots(project, FILMS)
+        assert (outcome.made, outcome.numbers["viewed"], outcome.passed) == (False, 0, True)
 
 
 def test_another_first_pass_looks_again_and_another_threshold_does_not(own_copy: Callable[..., Project]) -> None:
@@ -135,7 +135,7 @@ def test_media_whose_file_went_before_its_first_pass_is_a_row_and_comes_back(tmp
 
 def test_failed_media_checks_stop_it(own_copy: Callable[..., Project]) -> None:
     project = own_copy()
-    tables.publish_checks(project.root.checks("media", FILMS), "media", [{"name": "rows", "passed": False}])
+    passed(project.root.checks("media", FILMS), "media", False)
     with pytest.raises(UpstreamError, match="failed its checks"):
         make_shots(project, FILMS)
     Path(project.root.checks("media", FILMS)).unlink()

@@ -1,7 +1,6 @@
 """Listings: what joins, what waits, what is an error; and that two writers never disagree."""
 
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from nextvid.corpus.sources import batch_fingerprint, known_sources, list_datase
 from storage import tables
 from storage.errors import ConflictError, CorpusError
 from storage.schemas import Sources
-from tests.nextvid.corpus.small_media import write_project
+from tests.factories import write_project
+from tests.storage.stores import in_threads
 
 
 def write(folder: Path, *names: str, text: str = "x") -> None:
@@ -202,22 +202,13 @@ def test_of_two_writers_the_loser_lists_again(
 def test_many_writers_at_once_put_each_file_into_one_batch(tmp_path: Path) -> None:
     write(tmp_path / "d", *(f"{n:02d}.mp4" for n in range(20)))
     project = write_project(tmp_path, {"d": {"uri": "d", "max_batch_videos": 4}})
-    errors: list[Exception] = []
 
     def work(number: int) -> None:
-        try:
-            for step in range(3):
-                write(tmp_path / "d", f"w{number}{step}.mp4")
-                update_sources(project)
-        except Exception as error:  # a thread's failure must reach the test
-            errors.append(error)
+        for step in range(3):
+            write(tmp_path / "d", f"w{number}{step}.mp4")
+            update_sources(project)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    in_threads(work, 3)
     update_sources(project)
     rows = known_sources(project, "d")
     assert rows.height == rows["uri"].n_unique() == 29

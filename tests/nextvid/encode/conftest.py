@@ -15,6 +15,7 @@ import torch
 
 from nextvid.config.project import Project
 from storage import shard
+from tests.factories import save_autoencoder
 from tests.nextvid.encode.small_corpus import begin
 
 PATCH = 8  # pixels a side of a patch, folded to depth by nextvid.json
@@ -40,24 +41,7 @@ def project(tmp_path: Path, cosine_autoencoder: Path) -> Project:
 @pytest.fixture(scope="session")
 def random_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """AutoencoderKL of the demo's family with random weights: patch 4, f8, 8 channels."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    model = AutoencoderKL(
-        in_channels=48,
-        out_channels=48,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    )
-    folder = tmp_path_factory.mktemp("random_autoencoder")
-    model.save_pretrained(folder)
-    (folder / "nextvid.json").write_text(json.dumps({"kind": "autoencoder_kl", "patch": 4}))
-    return folder
+    return save_autoencoder(tmp_path_factory.mktemp("random_autoencoder"))
 
 
 @pytest.fixture(scope="session")

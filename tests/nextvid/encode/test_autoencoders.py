@@ -16,6 +16,7 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.weights import autoencoder_digest, facts
 from storage.errors import ConfigError
 from storage.spec import frames_shown, latent_frames, latent_of_frames
+from tests.factories import flip
 from tests.nextvid.encode.conftest import KEPT, PATCH, SCALE, cosine_basis, random_cosmos
 
 Frames = np.ndarray
@@ -309,9 +310,7 @@ class TestDigest:
         match change:
             case "weights":
                 file = copy / "diffusion_pytorch_model.safetensors"
-                data = bytearray(file.read_bytes())
-                data[-1] ^= 1
-                file.write_bytes(data)
+                flip(file)
             case "config":
                 config = json.loads((copy / "config.json").read_text())
                 (copy / "config.json").write_text(json.dumps(config | {"norm_num_groups": 8}))

@@ -17,7 +17,8 @@ from nextvid.encode.plan import accepted_spec, plan_encode
 from storage import atomic
 from storage.errors import ConfigError, DamagedError
 from storage.latents import LatentStore
-from tests.nextvid.encode.small_corpus import clip_row, films, publish_clips, write_corpus
+from tests.factories import clip_row, publish_clips
+from tests.nextvid.encode.small_corpus import films, write_corpus
 
 FILMS = "films.000000"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -15,7 +15,8 @@ from nextvid.encode.decode_task import Task
 from nextvid.encode.frames import Decoding, PendingRows
 from storage.errors import MediaError
 from storage.schemas import Clips
-from tests.nextvid.encode.small_corpus import F, clip_row
+from tests.factories import clip_row
+from tests.nextvid.encode.small_corpus import F
 
 SIDE = 8
 ROW_BYTES = F * SIDE**2 * 3

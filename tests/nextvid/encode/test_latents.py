@@ -22,14 +22,13 @@ from nextvid.making.progress import Progress
 from storage.errors import UpstreamError
 from storage.latents import LatentPart, LatentStore
 from storage.tables import require_checks
+from tests.factories import clip_row, publish_clips, unchanged
 from tests.nextvid.encode.small_corpus import (
     FILMS,
     STILLS,
     F,
     begin,
-    clip_row,
     films,
-    publish_clips,
     stills,
     stored,
     texture,
@@ -92,12 +91,11 @@ class TestEncode:
 
     def test_second_call_makes_nothing_and_changes_no_file(self, made: tuple[Project, Outcome]) -> None:
         project, first = made
-        before = {p: p.stat().st_mtime_ns for p in Path(project.root.url).rglob("*") if p.is_file()}
-        second = make_latents(project, FILMS)
-        assert not second.made
-        assert second.digest == first.digest
-        assert second.passed
-        assert {p: p.stat().st_mtime_ns for p in Path(project.root.url).rglob("*") if p.is_file()} == before
+        with unchanged(project.root.url):
+            second = make_latents(project, FILMS)
+            assert not second.made
+            assert second.digest == first.digest
+            assert second.passed
 
     def test_only_missing_rows_are_encoded_in_a_new_part(self, project: Project, tmp_path: Path) -> None:
         make_latents(project, FILMS)

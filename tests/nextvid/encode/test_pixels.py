@@ -23,7 +23,8 @@ from storage.latents import LatentStore
 from storage.pixel_reader import read_clip
 from storage.pixels import PixelFormat, PixelPart, PixelSpec, PixelStore
 from storage.shard import ROWS_PER_SHARD
-from tests.nextvid.encode.small_corpus import FILMS, STILLS, begin, clip_row, films, publish_clips, write_corpus
+from tests.factories import clip_row, publish_clips
+from tests.nextvid.encode.small_corpus import FILMS, STILLS, begin, films, write_corpus
 from tests.nextvid.video.film import frames_at
 
 PIXELS = {"quality": 95, "subsampling": "4:4:4"}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 
 from nextvid.config.accepted import accept
@@ -11,8 +10,8 @@ from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec, encoding_spec, plan_encode, wanted_clips
 from storage.errors import ConfigError, RefusedError, UpstreamError
 from storage.latents import LatentStore
-from storage.schemas import Commits
-from tests.nextvid.encode.small_corpus import F, clip_row, publish_clips, write_corpus
+from tests.factories import clip_row, publish_clips, put_latents
+from tests.nextvid.encode.small_corpus import F, write_corpus
 
 FILMS = "films.000000"
 
@@ -30,22 +29,8 @@ def rows_of(folder: Path, count: int) -> list[dict[str, object]]:
 def commit(project: Project, batch: str, rows: list[bytes], failed: int = 0) -> None:
     """A finished part; its last `failed` rows have failed."""
     spec = encoding_spec(project)
-    store = LatentStore(project.root, spec)
-    store.create()
-    part = store.plan_part(batch, F, rows)
-    good = len(rows) - failed
-    commits = part.plan.with_columns(
-        status=pl.Series(["ok"] * good + ["quarantined"] * failed),
-        reason=pl.Series([None] * good + ["timeout"] * failed, dtype=pl.String),
-        crc32c=pl.lit(None, pl.UInt32),
-        sums=pl.lit([], pl.List(pl.Float64)),
-        sums_squared=pl.lit([], pl.List(pl.Float64)),
-        posterior_std=pl.lit(None, pl.Float32),
-        psnr_db=pl.lit(None, pl.Float32),
-        decode_s=pl.lit(0.0),
-        encode_s=pl.lit(0.0),
-    )
-    part.write_shard(0, np.ones((len(rows), *spec.row_shape(F)), np.float32), commits.select(Commits.column_names()))
+    latents = dict.fromkeys(rows, np.ones(spec.row_shape(F), np.float32))
+    put_latents(LatentStore(project.root, spec), batch, F, latents, rows[len(rows) - failed :])
 
 
 class TestSpec:

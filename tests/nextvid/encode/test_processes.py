@@ -13,7 +13,8 @@ from nextvid.encode.plan import plan_encode
 from nextvid.making.progress import Progress
 from storage.errors import ConfigError
 from storage.latents import ROWS_PER_SHARD
-from tests.nextvid.encode.small_corpus import STILLS, clip_row, publish_clips, stills, stored, write_corpus
+from tests.factories import clip_row, publish_clips
+from tests.nextvid.encode.small_corpus import STILLS, stills, stored, write_corpus
 
 
 def begin(folder: Path, autoencoder: Path, count: int) -> Project:

@@ -8,7 +8,7 @@ from nextvid.encode.latent_stats import make_latent_stats
 from nextvid.encode.latents import make_latents
 from nextvid.trainset.trainset import make_trainset
 from storage.errors import UnwritableError
-from tests.nextvid.corpus.encoded_corpus import Corpus, write_autoencoder
+from tests.factories import Corpus
 from tests.nextvid.encode.small_corpus import FILMS, begin
 from tests.storage.read_only import read_only, tree
 
@@ -41,11 +41,9 @@ def test_encoding(tmp_path: Path, cosine_autoencoder: Path) -> None:
 
 
 def test_statistics_and_trainset(tmp_path: Path) -> None:
-    corpus = Corpus(tmp_path, write_autoencoder(tmp_path / "autoencoder"))
+    corpus = Corpus(tmp_path)
     for batch, count in (("films.000000", 6), ("stills.000000", 4)):
-        rows = [corpus.row(batch, index) for index in range(count)]
-        corpus.clips(batch, rows)
-        corpus.encode(batch, rows)
+        corpus.add(batch, count)
     corpus.duplicates()
     root = corpus.project.root.url
     for make in (make_latent_stats, make_trainset):

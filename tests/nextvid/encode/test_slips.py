@@ -22,25 +22,15 @@ from nextvid.planning.acceptance import in_force
 from storage.errors import RefusedError, StoreError
 from storage.latents import LatentStore
 from storage.tables import read_checks
-from tests.nextvid.encode.small_corpus import (
-    FILMS,
-    STILLS,
-    begin,
-    clip_row,
-    publish_clips,
-    stored,
-    texture,
-    write_video,
-)
+from tests.factories import clip_row, flip, publish_clips
+from tests.nextvid.encode.small_corpus import FILMS, STILLS, begin, stored, texture, write_video
 
 
 def _exchange(folder: Path) -> None:
     """Other weights of the same size, and the file's times set back."""
     file = folder / "diffusion_pytorch_model.safetensors"
     at = file.stat()
-    data = bytearray(file.read_bytes())
-    data[-4] ^= 1
-    file.write_bytes(data)
+    flip(file, -4)
     os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
 
 

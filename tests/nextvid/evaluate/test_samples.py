@@ -19,7 +19,8 @@ from nextvid.model.tokens import pixel_values, space_to_depth
 from nextvid.train.run import find_run
 from nextvid.trainset.trainset import Trainset
 from storage.errors import RefusedError, UpstreamError
-from tests.nextvid.tiny_project import FRAMES, RECIPE, save_autoencoder, write_pixel_project
+from tests.factories import flip, save_autoencoder
+from tests.nextvid.tiny_project import FRAMES, RECIPE, write_pixel_project
 
 
 def test_pictures_and_numbers_are_made_once(own_copy: Project) -> None:
@@ -114,9 +115,7 @@ def test_another_autoencoder_is_refused(own_copy: Project) -> None:
     config["scaling_factor"] = 0.5
     (folder / "config.json").write_text(json.dumps(config))
     save = folder / "diffusion_pytorch_model.safetensors"
-    data = bytearray(save.read_bytes())
-    data[-1] ^= 1
-    save.write_bytes(data)
+    flip(save)
     with pytest.raises(RefusedError, match="put the old weights back"):
         open_scene(own_copy, find_run(own_copy, RECIPE), Trainset.open(own_copy.root), "cpu")
     save_autoencoder(folder)

@@ -14,8 +14,7 @@ from nextvid.planning.acceptance import accept_asked
 from nextvid.trainset.trainset import Trainset, make_trainset
 from storage.latents import LatentStore
 from storage.reader import RowReader
-from storage.tables import publish_checks
-from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, write_autoencoder
+from tests.factories import FRAMES, Corpus, passed
 
 FILMS, STILLS = "films.000000", "stills.000000"
 DAY_S = 86_400
@@ -24,9 +23,9 @@ DAY_S = 86_400
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     """Two parts of films: rows 0 to 3, then 4 to 7, all wanted; and two stills."""
-    made = Corpus(tmp_path, write_autoencoder(tmp_path / "autoencoder"))
+    made = Corpus(tmp_path)
     accept_asked(made.project)
-    films, stills = [made.row(FILMS, i) for i in range(8)], [made.row(STILLS, i) for i in range(2)]
+    films, stills = made.rows(FILMS, 8), made.rows(STILLS, 2)
     made.clips(FILMS, films)
     made.clips(STILLS, stills)
     made.encode(FILMS, films[:4])
@@ -85,7 +84,7 @@ def test_swept_rows_that_clips_want_again_are_encoded_again(corpus: Corpus) -> N
     want_films(corpus, *range(8))
     plan = plan_encode(corpus.project, FILMS)
     assert (plan.rows.height, plan.kept) == (4, 4)
-    corpus.encode(FILMS, [corpus.row(FILMS, i) for i in range(4, 8)])
+    corpus.encode(FILMS, corpus.rows(FILMS, 4, 8))
     assert plan_encode(corpus.project, FILMS).rows.is_empty()
     assert store_of(corpus).verify() == []
 
@@ -139,7 +138,7 @@ def test_a_batch_whose_clips_are_not_known_loses_nothing(corpus: Corpus, verdict
     if verdict == "missing":
         Path(path).unlink()
     else:
-        publish_checks(path, "clips", [{"name": "by hand", "passed": False}])
+        passed(path, "clips", False)
     assert sweep(corpus.project, yes=True).gone == ()
 
 

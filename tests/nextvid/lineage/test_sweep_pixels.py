@@ -12,7 +12,7 @@ from nextvid.planning.acceptance import accept_asked
 from nextvid.trainset.pixels import freeze_pixels
 from nextvid.trainset.trainset import Trainset, make_trainset
 from storage.pixels import PixelStore
-from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, write_autoencoder
+from tests.factories import FRAMES, Corpus
 from tests.nextvid.train.pixel_corpus import write_shard
 from tests.nextvid.train.tiny import tiny_recipe
 
@@ -28,10 +28,10 @@ def configure(corpus: Corpus, pixels: dict[str, int] | None) -> Project:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     """Eight films with latents and pixels, each in two parts of four, all wanted."""
-    made = Corpus(tmp_path, write_autoencoder(tmp_path / "autoencoder"))
+    made = Corpus(tmp_path)
     configure(made, PIXELS)
     accept_asked(made.project)
-    films = [made.row(FILMS, i) for i in range(8)]
+    films = made.rows(FILMS, 8)
     made.clips(FILMS, films)
     store = store_of(made)
     store.create()

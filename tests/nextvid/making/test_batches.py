@@ -10,7 +10,7 @@ from nextvid.making.publishing import publish_verdict
 from storage.atomic import publish_json
 from storage.errors import CorpusError, TableError
 from storage.root import DataRoot
-from tests.nextvid.tiny_project import write_project
+from tests.nextvid.tiny_project import write_evaluated
 
 BATCH, ENCODING = "films.000000", "0" * 32
 GOOD, BAD = Check("rows", True), Check("rows", False)
@@ -60,6 +60,6 @@ def test_a_file_of_an_earlier_version_says_to_make_the_asset_again(root: DataRoo
 
 
 def test_a_batch_of_a_dataset_that_left_the_configuration_is_named(tmp_path: Path) -> None:
-    project = write_project(tmp_path, run=False)
+    project = write_evaluated(tmp_path, run=False)
     with pytest.raises(CorpusError, match="names no dataset 'old'"):
         config_of(project, "old.000000")

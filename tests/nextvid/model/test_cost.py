@@ -1,6 +1,5 @@
 """Costs against what torch counts: FLOPs of forward and backward, numbers that autograd keeps, the paper's table."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,10 +11,19 @@ from nextvid.config.recipes import recipe
 from nextvid.config.strict import parse
 from nextvid.model.cost import KEPT_BYTES, cost, count_parameters, stage_cost
 from nextvid.model.encoder import Encoder, all_ids, input_width
-from nextvid.model.flow import FlowDraws
 from nextvid.model.nextvid import NExTVid
 from nextvid.model.tokens import tube_ids
-from tests.nextvid.model.tiny import CELLS, clip, features, key, s_model, tiny_model, tiny_recipe, visible
+from tests.nextvid.model.tiny import (
+    CELLS,
+    clip,
+    draw_shapes_only,
+    features,
+    key,
+    s_model,
+    tiny_model,
+    tiny_recipe,
+    visible,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -46,13 +54,7 @@ def shallow(changes: dict[str, Any], copies: int) -> RecipeConfig:
 
 def counted(config: RecipeConfig, monkeypatch: pytest.MonkeyPatch) -> float:
     """FLOPs of a clip as torch counts them on the meta device."""
-
-    def shapes_only(key: object, strategy: int, copies: range, shape: tuple[int, int, int], *_: object) -> FlowDraws:
-        tau = torch.empty(len(copies), 1, shape[0], device="meta")
-        return FlowDraws(tau, torch.empty(len(copies), 1, *shape, device="meta"))
-
-    monkeypatch.setattr("nextvid.model.nextvid.draw_flow", shapes_only)
-    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # the meta device has none
+    draw_shapes_only(monkeypatch)
     model, counts = config.model, [each.budget for each in config.masks.strategies]
     with torch.device("meta"):
         online, reference = NExTVid(config), Encoder(model)

@@ -63,9 +63,8 @@ def test_trap_02_packed_tokens_equal_masked_dense_ones(backend: str) -> None:
 
 
 def test_trap_03_positions_come_with_ids_not_with_order() -> None:
-    recipe = tiny_recipe()
-    encoder = tiny_model(recipe).encoder
-    tokens, _ = clip(recipe)
+    encoder = tiny_model().encoder
+    tokens, _ = clip()
     ids = visible()[0]
     order = torch.cat([t * 7 + torch.randperm(7, generator=torch.Generator().manual_seed(t)) for t in range(TUBELETS)])
     plain = encoder(gather_tokens(tokens, ids), TUBELETS, ids)
@@ -76,9 +75,8 @@ def test_trap_03_positions_come_with_ids_not_with_order() -> None:
 
 
 def test_trap_09_a_tubelet_does_not_know_the_future() -> None:
-    recipe = tiny_recipe()
-    encoder = tiny_model(recipe).encoder
-    tokens, _ = clip(recipe)
+    encoder = tiny_model().encoder
+    tokens, _ = clip()
     before = encoder(tokens, TUBELETS)
     for t in range(TUBELETS):
         changed = tokens.clone()
@@ -89,25 +87,22 @@ def test_trap_09_a_tubelet_does_not_know_the_future() -> None:
 
 
 def test_whole_clip_is_all_ids() -> None:
-    recipe = tiny_recipe()
-    encoder = tiny_model(recipe).encoder
-    tokens, _ = clip(recipe)
+    encoder = tiny_model().encoder
+    tokens, _ = clip()
     ids = all_ids(TUBELETS, CELLS).expand(2, -1)
     assert torch.equal(encoder(tokens, TUBELETS), encoder(tokens, TUBELETS, ids))
 
 
 def test_one_cell_visible_gives_finite_numbers() -> None:
-    recipe = tiny_recipe()
-    encoder = tiny_model(recipe).encoder
-    tokens, _ = clip(recipe)
+    encoder = tiny_model().encoder
+    tokens, _ = clip()
     ids = tube_ids(torch.tensor([[5], [0]]), TUBELETS, CELLS)
     assert torch.isfinite(encoder(gather_tokens(tokens, ids), TUBELETS, ids)).all()
 
 
 def test_levels_pass_the_final_norm() -> None:
-    recipe = tiny_recipe()
-    encoder = tiny_model(recipe).encoder
-    tokens, _ = clip(recipe)
+    encoder = tiny_model().encoder
+    tokens, _ = clip()
     first, last = encoder.levels(tokens, TUBELETS, (0, 1))
     assert torch.equal(last, encoder(tokens, TUBELETS))
     assert not torch.allclose(first, last, atol=1e-2)

@@ -78,9 +78,8 @@ def test_under_autocast_every_copy_has_its_own_graph() -> None:
 def test_a_graph_at_a_time_is_held() -> None:
     """The most that graphs hold at once grows with the copies, and does not when they are folded."""
     most: dict[tuple[bool, int], int] = {}
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
-    tokens, targets = clip(recipe)
+    model = tiny_model()
+    tokens, targets = clip()
     y = features(model, tokens)
     for fold in (False, True):
         for copies in (2, COPIES):
@@ -113,9 +112,8 @@ def test_in_float64_it_is_the_mean() -> None:
 
 
 def test_without_gradients_nothing_is_differentiated() -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
-    tokens, targets = clip(recipe)
+    model = tiny_model()
+    tokens, targets = clip()
     y = features(model, tokens)
     with torch.no_grad():
         folded, at_once = (model(tokens, targets, y, visible(), key(), COPIES, fold=fold) for fold in (True, False))

@@ -57,7 +57,7 @@ def test_kept_equals_anew(kind: str, kept: int, dtype: torch.dtype) -> None:
 
 
 def test_a_tubelet_costs_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(tiny_recipe())
+    model = tiny_model()
     counted: list[int] = []
     model.encoder.blocks[0].register_forward_hook(lambda _, given, __: counted.append(given[0].shape[1]))
     tokens, onward = clip(model.recipe)[0], Onward(model)

@@ -1,7 +1,6 @@
 """The whole model: what reaches which loss, what gradients flow where, sizes, and generation."""
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe
 from nextvid.model.decoder import Place
 from nextvid.model.encoder import Encoder
-from nextvid.model.flow import FlowDraws, draw_flow
+from nextvid.model.flow import draw_flow
 from nextvid.model.nextvid import Losses, NExTVid, hidden_cells, strategy_names
 from nextvid.model.tokens import gather_tokens, tube_ids
 from tests.nextvid.model.tiny import (
@@ -21,6 +20,7 @@ from tests.nextvid.model.tiny import (
     KEPT,
     TUBELETS,
     clip,
+    draw_shapes_only,
     features,
     key,
     s_model,
@@ -48,14 +48,13 @@ def gradients(module: nn.Module) -> float:
 
 
 def test_total_weighs_both_losses_and_averages_strategies() -> None:
-    found = losses(tiny_model(tiny_recipe()))
+    found = losses(tiny_model())
     expected = sum(1.0 * found.align[name] + 0.5 * found.flow[name] for name in ("short", "long")) / 2
     assert torch.allclose(found.total, torch.as_tensor(expected))
 
 
 def test_trap_13_strategies_run_one_by_one_add_up() -> None:
-    recipe = tiny_recipe()
-    together, alone = tiny_model(recipe), tiny_model(recipe)
+    together, alone = tiny_model(), tiny_model()
     losses(together).total.backward()
     parts = [losses(alone, only=index) for index in range(2)]
     for part in parts:
@@ -105,9 +104,8 @@ def test_alignment_alone_moves_encoder_and_predictor_at_the_start() -> None:
 
 
 def test_the_last_tubelet_never_enters_the_online_branch() -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
-    tokens, targets = clip(recipe)
+    model = tiny_model()
+    tokens, targets = clip()
     y, ids = features(model, tokens), visible()
     before = model(tokens, targets, y, ids, key()).total
     tokens[:, FRAMES * CELLS :] = math.nan
@@ -115,10 +113,9 @@ def test_the_last_tubelet_never_enters_the_online_branch() -> None:
 
 
 def test_dropping_the_last_tubelet_changes_no_prediction() -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
+    model = tiny_model()
     assert model.predictor is not None
-    tokens, _ = clip(recipe)
+    tokens, _ = clip()
     ids = visible()[0]
     whole = model.encoder(gather_tokens(tokens, ids), TUBELETS, ids)
     short = ids[:, : FRAMES * KEPT[0]]
@@ -166,10 +163,9 @@ def all_query_ids() -> Tensor:
 
 @pytest.mark.parametrize("kept", [KEPT, (1, 1)])
 def test_trap_23_every_position_of_tubelets_1_on_counts_and_one_cell_suffices(kept: tuple[int, int]) -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
+    model = tiny_model()
     recorder = Recorder()
-    tokens, targets = clip(recipe)
+    tokens, targets = clip()
     found = model(tokens, targets, features(model, tokens), visible(kept=kept), key())
     assert torch.isfinite(found.total)
     model.decoder = recorder  # type: ignore[assignment]
@@ -179,9 +175,8 @@ def test_trap_23_every_position_of_tubelets_1_on_counts_and_one_cell_suffices(ke
 
 
 def test_trap_24_tubes_that_are_no_tubes_are_refused() -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
-    tokens, targets = clip(recipe)
+    model = tiny_model()
+    tokens, targets = clip()
     ids = visible()
     with pytest.raises(AssertionError, match="equally many cells in every tubelet"):
         model(tokens, targets, features(model, tokens), [ids[0][:, :-1], ids[1]], key())
@@ -204,7 +199,7 @@ def test_wide_models_start_near_one() -> None:
 
 
 def test_trap_32_copies_cost_a_decoder_pass_and_nothing_else() -> None:
-    model = tiny_model(tiny_recipe())
+    model = tiny_model()
     calls: list[str] = []
     for name, module in (("encoder", model.encoder), ("predictor", model.predictor)):
         assert module is not None
@@ -216,13 +211,7 @@ def test_trap_32_copies_cost_a_decoder_pass_and_nothing_else() -> None:
 
 def flops(config: RecipeConfig, copies: int, monkeypatch: pytest.MonkeyPatch) -> float:
     """Forward and backward of one clip on the meta device, in multiply-adds times two."""
-
-    def shapes_only(key: object, strategy: int, copies: range, shape: tuple[int, int, int], *_: object) -> FlowDraws:
-        tau = torch.empty(len(copies), 1, shape[0], device="meta")
-        return FlowDraws(tau, torch.empty(len(copies), 1, *shape, device="meta"))
-
-    monkeypatch.setattr("nextvid.model.nextvid.draw_flow", shapes_only)
-    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # the meta device has none
+    draw_shapes_only(monkeypatch)
     with torch.device("meta"):
         model = NExTVid(config)
         reference = Encoder(config.model)
@@ -319,7 +308,7 @@ def millions(module: nn.Module | None) -> float:
 
 
 def test_query_token_decays_like_a_matrix() -> None:
-    predictor = tiny_model(tiny_recipe()).predictor
+    predictor = tiny_model().predictor
     assert predictor is not None
     assert predictor.query.ndim == 3  # docs/method.md 7.4: no decay on one-dimensional tensors
 
@@ -353,7 +342,7 @@ def test_all_is_one_pass_over_every_cell() -> None:
 
 
 def test_flat_equals_tubes_where_nothing_was_cut() -> None:
-    tubes, flat = tiny_model(tiny_recipe()), tiny_model(tiny_recipe(masks={"keep": "flat"}))
+    tubes, flat = tiny_model(), tiny_model(tiny_recipe(masks={"keep": "flat"}))
     assert torch.allclose(losses(tubes).total, losses(flat).total, atol=1e-5)
 
 
@@ -395,9 +384,8 @@ def test_hidden_cells() -> None:
 
 def test_conditions_of_fewer_tubelets_are_those_of_more() -> None:
     """Generation one after the other: predictions do not change when later tubelets arrive."""
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
-    tokens, _ = clip(recipe)
+    model = tiny_model()
+    tokens, _ = clip()
     ids = visible()[0]
     long, short = (
         model.condition(gather_tokens(tokens, part), part, frames).z
@@ -410,10 +398,9 @@ def test_conditions_of_fewer_tubelets_are_those_of_more() -> None:
 
 
 def test_sampling_is_a_function_of_the_generator() -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
+    model = tiny_model()
     ids = visible()[0][:, : FRAMES * KEPT[0]]
-    seen = model.condition(gather_tokens(clip(recipe)[0], ids), ids, FRAMES)
+    seen = model.condition(gather_tokens(clip()[0], ids), ids, FRAMES)
     first, second, other = (
         model.sample(seen, steps=3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
@@ -423,7 +410,7 @@ def test_sampling_is_a_function_of_the_generator() -> None:
 
 
 def test_autocast_keeps_losses_in_fp32_and_close() -> None:
-    model = tiny_model(tiny_recipe())
+    model = tiny_model()
     plain = losses(model).total
     with torch.autocast("cpu", torch.bfloat16):
         mixed = losses(model).total
@@ -432,9 +419,8 @@ def test_autocast_keeps_losses_in_fp32_and_close() -> None:
 
 
 def test_one_draw_number_a_clip() -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
-    tokens, targets = clip(recipe)
+    model = tiny_model()
+    tokens, targets = clip()
     with pytest.raises(AssertionError, match="3 draw numbers for 2 clips"):
         model(tokens, targets, features(model, tokens), visible(), key(3))
 

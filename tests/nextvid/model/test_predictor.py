@@ -39,8 +39,7 @@ def test_trap_01_a_query_sees_strictly_earlier_tubelets(kind: str) -> None:
 
 
 def test_trap_02_packed_context_equals_masks_from_ids() -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
+    model = tiny_model()
     assert model.predictor is not None
     queries = all_ids(FRAMES, CELLS) + CELLS
     for ids in visible():
@@ -66,7 +65,7 @@ def shifted(model: NExTVid, rows_of_queries: int, rows_of_context: int) -> Tenso
 
 
 def test_trap_04_both_sides_of_cross_attention_turn_by_their_own_ids() -> None:
-    model = tiny_model(tiny_recipe())
+    model = tiny_model()
     here = shifted(model, 0, 0)
     assert torch.allclose(shifted(model, 2, 2), here, atol=1e-5)
     assert not torch.allclose(shifted(model, 0, 2), here, atol=1e-3)
@@ -90,8 +89,7 @@ def test_trap_08_context_is_read_and_never_written() -> None:
 
 
 def test_queries_do_not_see_each_other() -> None:
-    recipe = tiny_recipe()
-    model = tiny_model(recipe)
+    model = tiny_model()
     assert model.predictor is not None
     context = torch.randn(2, FRAMES * 3, 32, generator=torch.Generator().manual_seed(0))
     ids = visible()[1][:, : FRAMES * 3]

@@ -1,13 +1,15 @@
 """Models of a few thousand weights on a 3x4 grid (height and width differ, so that swaps show), and clips for them."""
 
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.strict import parse
-from nextvid.model.flow import NoiseKey
+from nextvid.model.flow import FlowDraws, NoiseKey
 from nextvid.model.nextvid import NExTVid
 from nextvid.model.reference import reference_encoder, reference_features
 from nextvid.model.tokens import tube_ids
@@ -54,10 +56,10 @@ def s_model(kind: str, **losses: Any) -> dict[str, Any]:
     return {"model": model, "losses": {"align": 0.0, "tau_share": share, **losses}}
 
 
-def tiny_model(recipe: RecipeConfig, seed: int = 0, trained: bool = True) -> NExTVid:
+def tiny_model(recipe: RecipeConfig | None = None, seed: int = 0, trained: bool = True) -> NExTVid:
     """A model; `trained` replaces zero initialisations (query, gates, heads) by noise, as some steps would."""
     torch.manual_seed(seed)
-    model = NExTVid(recipe)
+    model = NExTVid(recipe or tiny_recipe())
     if trained:
         shake(model)
     return model
@@ -70,12 +72,13 @@ def shake(module: nn.Module) -> None:
         parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def clip(recipe: RecipeConfig, clips: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
+def clip(recipe: RecipeConfig | None = None, clips: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random encoder tokens and targets of whole clips."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = 3 * recipe.model.tubelet * recipe.model.patch**2
+    config = (recipe or tiny_recipe()).model
+    inputs = 3 * config.tubelet * config.patch**2
     tokens = torch.randn(clips, TUBELETS * CELLS, inputs, generator=generator)
-    targets = torch.randn(clips, TUBELETS, CELLS, recipe.model.target_channels, generator=generator)
+    targets = torch.randn(clips, TUBELETS, CELLS, config.target_channels, generator=generator)
     return tokens, targets
 
 
@@ -91,6 +94,17 @@ def visible(clips: int = 2, kept: tuple[int, ...] = KEPT, seed: int = 2) -> list
 
 def key(clips: int = 2, step: int = 0) -> NoiseKey:
     return NoiseKey(seed=3, step=step, draws=tuple(range(100, 100 + clips)))
+
+
+def draw_shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a model run on the meta device: no draws have values there, and nothing autocasts."""
+
+    def shapes_only(key: object, strategy: int, copies: range, shape: tuple[int, int, int], *_: object) -> FlowDraws:
+        tau = torch.empty(len(copies), 1, shape[0], device="meta")
+        return FlowDraws(tau, torch.empty(len(copies), 1, *shape, device="meta"))
+
+    monkeypatch.setattr("nextvid.model.nextvid.draw_flow", shapes_only)
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # the meta device has none
 
 
 def features(model: NExTVid, tokens: Tensor) -> Tensor:

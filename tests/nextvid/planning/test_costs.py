@@ -9,7 +9,7 @@ from nextvid.planning.acceptance import accept_asked, in_force, outdated
 from nextvid.planning.costs import Rate, forecast, rates
 from storage.errors import UpstreamError
 from storage.latents import LatentStore
-from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus
+from tests.factories import FRAMES, Corpus
 
 FILMS, STILLS = "films.000000", "stills.000000"
 
@@ -18,9 +18,9 @@ FILMS, STILLS = "films.000000", "stills.000000"
 def corpus(tmp_path: Path, random_autoencoder: Path) -> Corpus:
     """Six clips and two images wanted, four of the clips encoded at 0.5 and 0.25 s a row."""
     made = Corpus(tmp_path, random_autoencoder)
-    films = [made.row(FILMS, i) for i in range(6)]
+    films = made.rows(FILMS, 6)
     made.clips(FILMS, films)
-    made.clips(STILLS, [made.row(STILLS, i) for i in range(2)])
+    made.clips(STILLS, made.rows(STILLS, 2))
     made.encode(FILMS, films[:4], failed=[3], encode_s=0.5, decode_s=0.25)
     return made
 
@@ -65,7 +65,7 @@ def test_what_was_never_measured_is_unknown(corpus: Corpus) -> None:
 
 
 def test_nothing_to_do_says_so(corpus: Corpus) -> None:
-    corpus.encode(FILMS, [corpus.row(FILMS, i) for i in range(3, 6)])
+    corpus.encode(FILMS, corpus.rows(FILMS, 3, 6))
     (cost,) = forecast(corpus.project, FILMS).now
     assert (cost.rows, cost.encode_s, cost.size_bytes) == (0, 0, 0)
     assert "nothing to do" in cost.line()

@@ -17,6 +17,7 @@ from storage.errors import TableError
 from storage.latents import LatentStore
 from storage.schemas import Clips
 from storage.tables import read_table, write_table
+from tests.factories import flip
 
 BATCHES = ["pictures.000000", "pictures.000001", "pictures.000002"]
 
@@ -97,8 +98,6 @@ def test_the_key_of_a_batch_follows_its_listing(project: Project) -> None:
 
 def test_a_damaged_table_is_told(project: Project) -> None:
     path = commit_of(project, BATCHES[2])
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    flip(path, path.stat().st_size // 2)
     with pytest.raises(TableError, match="damaged"):
         waiting(project)

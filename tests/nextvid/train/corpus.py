@@ -1,22 +1,25 @@
 """A project whose latents are random numbers: store, trainset and corpus.yaml written by hand, in milliseconds."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 
-from nextvid.config.project import Project, open_project
-from nextvid.making.publishing import publish_latest
-from nextvid.trainset.files import write_trainset as write_frozen
-from storage import tables
-from storage.digest import digest, digest_config
+from nextvid.config.project import Project
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
+from nextvid.train.distributed import Ranks
+from nextvid.train.loader import Loader, open_loader
+from nextvid.train.run import Run, plan_run, write_run
+from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan, plan_digest
+from nextvid.trainset.pixels import TrainsetPixels
+from nextvid.trainset.trainset import Trainset
+from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
-from storage.reader import ADDRESS, addresses, row_id
 from storage.root import DataRoot
-from storage.schemas import Commits
-from tests.nextvid.train.tiny import CHANNELS, GRID
+from storage.schemas import Lineage
+from tests.factories import publish_trainset, put_latents, table, write_project
+from tests.nextvid.train.tiny import ALONE, CHANNELS, GRID, HOW, tiny_recipe
 
 BATCHES = ("films.000000", "pictures.000000")
 ROWS = {"films.000000": {4: 9, 8: 5}, "pictures.000000": {1: 7}}  # rows by frames
@@ -32,83 +35,54 @@ def tiny_spec(height: int = GRID, channels: int = CHANNELS) -> EncodingSpec:
 
 def make_project(folder: Path, seed: int = 0, spec: EncodingSpec | None = None) -> Project:
     """A project with one trainset, `latest`: clips of 4 and 8 frames in `films`, images in `pictures`."""
-    corpus = {
-        "root": str(folder / "data"),
-        "encoding": {"autoencoder": "none", "resolution": 32},
-        "datasets": {
-            name: {"uri": name, "weight": weight, "clips": [{"frames": 4, "fps": 4}]}
-            for name, weight in WEIGHTS.items()
-        },
-    }
-    path = folder / "corpus.yaml"
-    path.write_text(json.dumps(corpus))  # JSON is YAML
-    project = open_project(path)
+    datasets = {name: {"uri": name, "weight": w, "clips": [{"frames": 4, "fps": 4}]} for name, w in WEIGHTS.items()}
+    encoding = {"autoencoder": "none", "resolution": 32}
+    project = write_project(folder, datasets, root="data", encoding=encoding)
     write_trainset(project.root, spec or tiny_spec(), seed)
     return project
 
 
 def write_trainset(root: DataRoot, spec: EncodingSpec, seed: int = 0) -> str:
-    """Random latents in the store and a trainset of all of them; its digest."""
-    store = LatentStore(root, spec)
-    store.create()
-    rng = np.random.default_rng(seed)
-    by_frames: dict[int, list[np.ndarray]] = {}
+    """Random latents around the statistics in the store, and a trainset of them all; its digest."""
+    store, rng, lineage = LatentStore(root, spec), np.random.default_rng(seed), []
+    mean, std = np.resize(MEAN, spec.channels), np.resize(STD, spec.channels)
     for batch, lengths in ROWS.items():
-        for frames, rows in lengths.items():
-            write_part(store, batch, frames, [digest([seed, batch, frames, row]) for row in range(rows)], rng)
-            found = addresses(store.commits(batch, frames), BATCHES)
-            ids = [tuple(found["row_id"][row]) for row in range(len(found))]
-            by_frames.setdefault(frames, []).append(found[sorted(range(len(found)), key=ids.__getitem__)])
-    name = digest_config({"seed": seed, "spec": spec.digest()})
-    said = {
-        "digest": name,
-        "spec": spec.to_json(),
-        "weights": WEIGHTS,
-        "mean": np.resize(MEAN, spec.channels).tolist(),
-        "std": np.resize(STD, spec.channels).tolist(),
-        "batches": list(BATCHES),
-        "offsets": {
-            f"f{frames}": {"pictures" if frames == 1 else "films": [0, sum(map(len, parts))]}
-            for frames, parts in by_frames.items()
-        },
-    }
-    folder = root.pointed("trainset", name)
-    frozen = {frames: np.concatenate(parts).astype(ADDRESS) for frames, parts in by_frames.items()}
-    write_frozen(folder, said, frozen, lineage_of(frozen))
-    tables.publish_checks(f"{folder}/checks.json", "trainset", [{"name": "weights_sum_to_one", "passed": True}])
-    publish_latest(root, "trainset", name)
-    return name
+        for frames, count in lengths.items():
+            rows = [bytes.fromhex(digest([seed, batch, frames, row])) for row in range(count)]
+            noise = rng.standard_normal((count, *spec.row_shape(frames)))
+            latents = (mean[:, None, None] + std[:, None, None] * noise).astype(np.float32)
+            put_latents(store, batch, frames, dict(zip(rows, latents, strict=True)))
+            lineage += [
+                dict.fromkeys(("row_id", "clip_id", "shot_id", "media_id"), row)
+                | {"frames": frames, "batch": batch, "dataset": batch.split(".")[0]}
+                for row in rows
+            ]
+    return publish_trainset(store, table(Lineage, lineage, uri="/nowhere"), WEIGHTS, mean.tolist(), std.tolist())
 
 
-def lineage_of(rows: Mapping[int, np.ndarray]) -> Iterator[pl.DataFrame]:
-    """Of rows whose clips, shots and files nobody ever saw."""
-    for frames, found in rows.items():
-        ids = [row_id(address) for address in found]
-        known = dict.fromkeys(("row_id", "clip_id", "shot_id", "media_id"), ids)
-        where = [BATCHES[batch] for batch in found["batch"].tolist()]
-        names = {"dataset": [batch.split(".")[0] for batch in where], "batch": where, "uri": ["/nowhere"] * len(ids)}
-        yield pl.DataFrame(known | names | {"frames": [frames] * len(ids)})
+@contextmanager
+def loading(
+    project: Project, recipe: RecipeConfig, ranks: Ranks = ALONE, pixels: TrainsetPixels | None = None
+) -> Iterator[Loader]:
+    """The loader of the latest trainset under the recipe's mask plan, which is made where it is missing."""
+    make_plan(project.root, recipe)
+    plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
+    with open_loader(project.root, Trainset.open(project.root), recipe, plan, ranks, pixels) as loader:
+        yield loader
 
 
-def write_part(store: LatentStore, batch: str, frames: int, names: Sequence[str], rng: np.random.Generator) -> None:
-    """One part of random rows around the statistics, committed."""
-    spec = store.spec
-    part = store.plan_part(batch, frames, [bytes.fromhex(name) for name in names])
-    shape = (len(names), *spec.row_shape(frames))
-    mean = np.resize(MEAN, (spec.channels, 1, 1))
-    std = np.resize(STD, (spec.channels, 1, 1))
-    latents = (mean + std * rng.standard_normal(shape)).astype(np.float32)
-    planned = part.rows_of(0)
-    commits = planned.select("row_id", "slot").with_columns(
-        status=pl.lit("ok"),
-        reason=pl.lit(None, pl.String),
-        error=pl.lit(None, pl.String),
-        crc32c=pl.lit(None, pl.UInt32),
-        sums=pl.Series([row.sum(axis=(0, 2, 3)).astype(float).tolist() for row in latents]),
-        sums_squared=pl.Series([(row**2).sum(axis=(0, 2, 3)).astype(float).tolist() for row in latents]),
-        posterior_std=pl.lit(None, pl.Float32),
-        psnr_db=pl.lit(None, pl.Float32),
-        decode_s=pl.lit(0.0, pl.Float32),
-        encode_s=pl.lit(0.0, pl.Float32),
-    )
-    part.write_shard(0, latents, commits.select(Commits.column_names()))
+def begin(
+    project: Project,
+    recipe: RecipeConfig | None = None,
+    how: ExecutionConfig = HOW,
+    repeat: int = 0,
+    pixels: str | None = None,
+) -> Run:
+    """A run with its config.json and its mask plan; `pixels` is the digest of frozen ones."""
+    recipe = recipe or tiny_recipe()
+    make_plan(project.root, recipe)
+    plan = plan_digest(recipe.masks, grid_of(recipe.model))
+    trainset = Trainset.open(project.root).digest
+    run = plan_run(project.root, recipe, how, trainset, plan, repeat, (), pixels)
+    write_run(run)
+    return run

@@ -3,24 +3,21 @@
 from collections.abc import Collection
 
 import polars as pl
-import yaml
 
-from nextvid.config.project import Project, open_project
+from nextvid.config.project import Project
 from nextvid.encode.plan import pixel_spec
 from nextvid.trainset.trainset import Trainset
 from storage.jpeg import encode_clip
 from storage.latents import LatentStore
 from storage.pixels import PixelPart, PixelSpec, PixelStore
 from storage.schemas import PixelCommits
+from tests.factories import commits, edit_project
 from tests.storage.pixel_stores import clip
 
 
 def ask_for_pixels(project: Project, quality: int = 90) -> Project:
     """The same project with `encoding.pixels` in its corpus.yaml."""
-    said = yaml.safe_load(project.path.read_text())
-    said["encoding"]["pixels"] = {"quality": quality}
-    project.path.write_text(yaml.safe_dump(said))
-    return open_project(project.path)
+    return edit_project(project.path, lambda said: said["encoding"].update(pixels={"quality": quality}))
 
 
 def spec_of(project: Project) -> PixelSpec:
@@ -46,16 +43,7 @@ def write_pixels(project: Project, without: Collection[bytes] = ()) -> PixelStor
 def write_shard(part: PixelPart, shard: int, without: Collection[bytes] = ()) -> None:
     planned, spec = part.rows_of(shard), part.spec
     rows = planned["row_id"].to_list()
-    lost = [row in without for row in rows]
-    commits = planned.with_columns(
-        status=pl.Series(["quarantined" if gone else "ok" for gone in lost]),
-        reason=pl.Series(["timeout" if gone else None for gone in lost], dtype=pl.String),
-        offset=pl.lit(None, pl.UInt64),
-        size_bytes=pl.lit(None, pl.UInt32),
-        crc32c=pl.lit(None, pl.UInt32),
-        psnr_db=pl.Series([None if gone or n % 2 else 40.0 + n for n, gone in enumerate(lost)], dtype=pl.Float32),
-        encode_s=pl.lit(0.0, pl.Float32),
-    ).select(PixelCommits.column_names())
-    clips = [clip(row, part.frames, spec.resolution) for row in rows]
-    chunks = [encode_clip(frames, spec.quality, spec.subsampling) for frames in clips]
-    part.write_shard(shard, [None if gone else chunk for chunk, gone in zip(chunks, lost, strict=True)], commits)
+    psnr = pl.Series([None if row in without or n % 2 else 40.0 + n for n, row in enumerate(rows)], dtype=pl.Float32)
+    chunks = [encode_clip(clip(row, part.frames, spec.resolution), spec.quality, spec.subsampling) for row in rows]
+    said = commits(planned, without, PixelCommits, psnr_db=psnr)
+    part.write_shard(shard, [None if row in without else chunk for row, chunk in zip(rows, chunks, strict=True)], said)

@@ -5,15 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from nextvid.train.distributed import Ranks
-from nextvid.train.loader import open_loader
-from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
-from nextvid.trainset.trainset import Trainset
+from nextvid.trainset.mask_plan import make_plan
 from storage.errors import DamagedError, NExTVidError, UpstreamError
 from storage.shard import INDEX_BYTES
-from tests.nextvid.train.corpus import make_project, tiny_spec
+from tests.nextvid.train.corpus import loading, make_project, tiny_spec
 from tests.nextvid.train.tiny import tiny_recipe
 
 
@@ -100,14 +96,11 @@ def test_no_batch_comes_out_of_it(
 ) -> None:
     project, recipe = make_project(tmp_path), tiny_recipe()
     make_plan(project.root, recipe)
-    plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
     handed_out: list[int] = []
     harm(Path(project.root.url))
 
     def batches() -> None:
-        with open_loader(
-            project.root, Trainset.open(project.root), recipe, plan, Ranks(0, 1, torch.device("cpu"))
-        ) as loader:
+        with loading(project, recipe) as loader:
             for batch in loader.batches(0):
                 handed_out.append(batch.step)
 

@@ -24,6 +24,7 @@ from nextvid.train.optim import build_optimizer
 from nextvid.train.step import build_model
 from storage import atomic
 from storage.errors import DamagedError, RefusedError, UpstreamError
+from tests.factories import flip
 from tests.nextvid.train.tiny import tiny_recipe
 
 IDENTITY = Identity("0" * 12, "a" * 32, "b" * 32, "c" * 32)
@@ -105,9 +106,7 @@ def test_a_torn_folder_is_passed_over_and_written_again(tmp_path: Path, torn: st
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])
 def test_one_changed_bit_is_an_error_with_its_remedy(tmp_path: Path, name: str) -> None:
     path = checkpoint.save(tmp_path, IDENTITY, Progress(1, 4), *_parts(1))
-    data = bytearray((path / name).read_bytes())
-    data[-5] ^= 1
-    (path / name).write_bytes(data)
+    flip(path / name, -5)
     with pytest.raises(DamagedError, match=r"delete the folder .* resumes from the checkpoint before"):
         checkpoint.load(path, IDENTITY, *_parts(0))
 

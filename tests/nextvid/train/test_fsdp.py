@@ -24,6 +24,7 @@ from nextvid.train.run import Run, open_run
 from nextvid.train.step import build_model
 from nextvid.trainset.mask_plan import make_plan
 from storage.errors import DamagedError
+from tests.factories import flip
 from tests.nextvid.train.corpus import make_project
 from tests.nextvid.train.tiny import HOW, tiny_recipe
 
@@ -130,13 +131,10 @@ def _assert_read_by_one(run: Run) -> None:
     assert all(float(state["step"]) == 12 for state in optimizer.state.values())
     assert all(state["exp_avg_sq"].any() for state in optimizer.state.values())
     damaged = next(last.glob("shard-00002*"))
-    data = bytearray(damaged.read_bytes())
-    data[-1] ^= 1
-    damaged.write_bytes(data)
+    flip(damaged)
     with pytest.raises(DamagedError, match="bytes differ"):
         checkpoint.load(last, run.identity, model, reference, optimizer)
-    data[-1] ^= 1
-    damaged.write_bytes(data)
+    flip(damaged)  # as it was
 
 
 def test_tensors_that_are_not_cut_are_themselves() -> None:

@@ -1,7 +1,5 @@
 """Batches are the drawn rows and masks, whatever the ranks, threads and place of resumption."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from nextvid.model.tokens import space_to_depth, tube_ids
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import StagedLatents
-from nextvid.train.loader import READ_AHEAD, Loader, open_loader
-from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.train.loader import READ_AHEAD, Loader
+from nextvid.trainset.mask_plan import grid_of, open_mask_plan
 from nextvid.trainset.order import Drawn, Masks, Order, in_every_tubelet
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
@@ -26,7 +24,7 @@ from storage.errors import ConfigError, DamagedError, RefusedError
 from storage.latents import LatentStore
 from storage.reader import RowReader, read_row, row_id
 from storage.withdrawn import record_withdrawal
-from tests.nextvid.train.corpus import BATCHES, WEIGHTS, make_project, tiny_spec
+from tests.nextvid.train.corpus import BATCHES, WEIGHTS, loading, make_project, tiny_spec
 from tests.nextvid.train.tiny import Keep, latents_of, tiny_recipe
 
 CPU = torch.device("cpu")
@@ -34,22 +32,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    made = make_project(tmp_path_factory.mktemp("loader"))
-    ways: tuple[Keep, ...] = ("fixed", "bucket", "flat", "all")
-    for keep in ways:
-        make_plan(made.root, tiny_recipe(keep=keep))
-    return made
-
-
-@contextmanager
-def _loader(project: Project, recipe: RecipeConfig, ranks: Ranks | None = None) -> Iterator[Loader]:
-    plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
-    with open_loader(project.root, Trainset.open(project.root), recipe, plan, ranks or Ranks(0, 1, CPU)) as loader:
-        yield loader
+    return make_project(tmp_path_factory.mktemp("loader"))
 
 
 def _batches(project: Project, recipe: RecipeConfig, first: int = 0, rank: int = 0, ranks: int = 1) -> list[Batch]:
-    with _loader(project, recipe, Ranks(rank, ranks, CPU)) as loader:
+    with loading(project, recipe, Ranks(rank, ranks, CPU)) as loader:
         return list(loader.batches(first))
 
 
@@ -202,7 +189,7 @@ def test_draw_numbers_run_on_across_stages(project: Project) -> None:
 @pytest.mark.parametrize("threads", [0, 4])
 @pytest.mark.parametrize("first", [0, 5])
 def test_threads_change_nothing(project: Project, threads: int, first: int) -> None:
-    with _loader(project, tiny_recipe()) as loader:
+    with loading(project, tiny_recipe()) as loader:
         one, other = list(loader.batches(first, 1)), list(loader.batches(first, threads))
     assert len(one) == len(other) == 12 - first
     assert all(_same(a, b) for a, b in zip(one, other, strict=True))
@@ -229,7 +216,6 @@ def test_what_a_device_makes_is_what_the_threads_make(tmp_path: Path, fold: int)
     """The way through the pinned ring, here on the CPU, and that in host memory end with the same batches."""
     spec = tiny_spec() if fold == 1 else tiny_spec(height=8, channels=1)
     project, recipe = make_project(tmp_path, spec=spec), tiny_recipe()
-    make_plan(project.root, recipe)
     trainset = Trainset.open(project.root)
     wanted = _batches(project, recipe)
     plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
@@ -244,14 +230,14 @@ def test_what_a_device_makes_is_what_the_threads_make(tmp_path: Path, fold: int)
 
 def test_the_trainers_threads_stay_as_they_are(project: Project) -> None:
     before = torch.get_num_threads()
-    with _loader(project, tiny_recipe()) as loader:
+    with loading(project, tiny_recipe()) as loader:
         for _ in loader.batches(0, 2):
             assert torch.get_num_threads() == before
 
 
 def test_a_batch_that_is_kept_is_not_overwritten(project: Project) -> None:
     recipe = tiny_recipe(steps=(12, 1, 1, 1))
-    with _loader(project, recipe) as loader:
+    with loading(project, recipe) as loader:
         kept: list[Batch] = []
         copies: list[torch.Tensor] = []
         for batch in loader.batches(0):
@@ -262,13 +248,13 @@ def test_a_batch_that_is_kept_is_not_overwritten(project: Project) -> None:
 
 def test_memory_of_batches_that_were_let_go_is_used_again(project: Project) -> None:
     recipe = tiny_recipe(steps=(30, 1, 1, 1))
-    with _loader(project, recipe) as loader:
+    with loading(project, recipe) as loader:
         addresses = [latents_of(batch).data_ptr() for batch in loader.batches(0)]
     assert len(set(addresses)) <= READ_AHEAD + 2
 
 
 def test_an_abandoned_iteration_ends_its_threads(project: Project) -> None:
-    with _loader(project, tiny_recipe()) as loader:
+    with loading(project, tiny_recipe()) as loader:
         batches = loader.batches(0)
         next(batches)
         batches.close()  # type: ignore[attr-defined]
@@ -286,9 +272,7 @@ def test_micro_batches_are_the_batch(project: Project) -> None:
 def test_store_of_half_the_stride_is_folded(tmp_path: Path) -> None:
     """Latents of 8 x 8 cells and one channel become 4 x 4 cells of four channels."""
     project = make_project(tmp_path, spec=tiny_spec(height=8, channels=1))
-    recipe = tiny_recipe()
-    make_plan(project.root, recipe)
-    trainset = Trainset.open(project.root)
+    recipe, trainset = tiny_recipe(), Trainset.open(project.root)
     batch = _batches(project, recipe)[0]
     drawn = Order(trainset, recipe).drawn(4, 0, 4)
     store = LatentStore(project.root, trainset.spec)
@@ -315,14 +299,12 @@ def test_what_does_not_fit_is_refused(
     for key, value in change.items():
         last = recipe.stages[-1].model_copy(update={key.rsplit(".", 1)[1]: value})
         recipe = recipe.model_copy(update={"stages": (*recipe.stages[:-1], last)})
-    make_plan(project.root, recipe)
     with pytest.raises(RefusedError, match=message):
         _batches(project, recipe, ranks=2)
 
 
 def test_a_withdrawn_row_refuses_the_trainset(tmp_path: Path) -> None:
     project = make_project(tmp_path)
-    make_plan(project.root, tiny_recipe())
     trainset = Trainset.open(project.root)
     record_withdrawal(project.root, "e" * 32, [b"\0" * 16, b"\xff" * 16])
     _batches(project, tiny_recipe())  # rows of others
@@ -337,7 +319,6 @@ def test_a_withdrawn_row_refuses_the_trainset(tmp_path: Path) -> None:
 
 def test_a_changed_byte_of_a_drawn_row_is_an_error(tmp_path: Path) -> None:
     project = make_project(tmp_path)
-    make_plan(project.root, tiny_recipe())
     trainset = Trainset.open(project.root)
     part = LatentStore(project.root, trainset.spec).part(BATCHES[0], 4, 0)
     path = Path(part.shard_path(0))
@@ -355,7 +336,7 @@ def test_tubes_in_numpy_are_the_models(project: Project) -> None:
 
 
 def test_clips_of_the_diagnostics_do_not_depend_on_ranks(project: Project) -> None:
-    with _loader(project, tiny_recipe()) as alone, _loader(project, tiny_recipe(), Ranks(1, 2, CPU)) as second:
+    with loading(project, tiny_recipe()) as alone, loading(project, tiny_recipe(), Ranks(1, 2, CPU)) as second:
         assert torch.equal(latents_of(alone.clips(range(48))), latents_of(second.clips(range(48))))
 
 
@@ -363,7 +344,6 @@ def test_each_frame_takes_the_latent_that_covers_it(tmp_path: Path) -> None:
     """Rows of an autoencoder over time, Cosmos's: of 4 frames the first has its own latent, the others share one."""
     made = make_project(tmp_path, spec=replace(tiny_spec(), time_map="causal4"))
     recipe = tiny_recipe()
-    make_plan(made.root, recipe)
     videos = 0
     for batch in _batches(made, recipe)[:3]:
         for clip in latents_of(batch):

@@ -15,17 +15,16 @@ import torch
 
 import nextvid
 from nextvid.config.project import Project
-from nextvid.config.recipe import ExecutionConfig, RecipeConfig
-from nextvid.making.publishing import read_latest
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.train import checkpoint, loop
 from nextvid.train import step as step_module
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import read_events
 from nextvid.train.loop import train
-from nextvid.train.run import Run, open_run, plan_run, run_lock, with_how, write_run
-from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
+from nextvid.train.run import Run, open_run, run_lock, with_how, write_run
 from storage.errors import ConflictError, DamagedError, RefusedError
-from tests.nextvid.train.corpus import make_project, tiny_spec, write_trainset
+from tests.factories import flip
+from tests.nextvid.train.corpus import begin, make_project, tiny_spec, write_trainset
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,18 +34,6 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "first_losses.txt"
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return make_project(tmp_path)
-
-
-def begin(project: Project, recipe: RecipeConfig | None = None, how: ExecutionConfig = HOW, repeat: int = 0) -> Run:
-    """A run with its config.json and its mask plan."""
-    recipe = recipe or tiny_recipe()
-    make_plan(project.root, recipe)
-    trainset = read_latest(project.root, "trainset")
-    assert trainset is not None
-    plan = plan_digest(recipe.masks, grid_of(recipe.model))
-    run = plan_run(project.root, recipe, how, trainset, plan, repeat, ())
-    write_run(run)
-    return run
 
 
 def tensors(run: Run, step: int) -> dict[str, torch.Tensor]:
@@ -164,9 +151,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(project: Project) -> None:
     run = begin(project)
     train(project, run, ALONE)
     path = checkpoint.path_at(run.checkpoints, 12) / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip(path)
     with pytest.raises(DamagedError, match="delete the folder"):
         train(project, run, ALONE)
 

@@ -17,7 +17,7 @@ from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import Loader, open_loader
 from nextvid.train.pixel_rows import StagedPixels
-from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
+from nextvid.trainset.mask_plan import make_plan, open_mask_plan
 from nextvid.trainset.order import Order
 from nextvid.trainset.pixels import TrainsetPixels, freeze_pixels
 from nextvid.trainset.trainset import Trainset
@@ -25,9 +25,9 @@ from storage.errors import DamagedError
 from storage.pixel_reader import PixelReader, read_clip
 from storage.pixels import PixelStore
 from storage.reader import row_id
-from tests.nextvid.train.corpus import BATCHES, make_project
+from tests.nextvid.train.corpus import BATCHES, loading, make_project
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
-from tests.nextvid.train.tiny import latents_of, tiny_recipe
+from tests.nextvid.train.tiny import ALONE, latents_of, tiny_recipe
 
 CPU = torch.device("cpu")
 PIXELS_IN = ("model.encoder.input=pixels",)
@@ -56,9 +56,7 @@ def frozen(project: Project, recipe: RecipeConfig) -> TrainsetPixels:
 
 @contextmanager
 def _loader(project: Project, recipe: RecipeConfig, ranks: Ranks | None = None) -> Iterator[Loader]:
-    plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
-    trainset, pixels = Trainset.open(project.root), frozen(project, recipe)
-    with open_loader(project.root, trainset, recipe, plan, ranks or Ranks(0, 1, CPU), pixels) as loader:
+    with loading(project, recipe, ranks or ALONE, frozen(project, recipe)) as loader:
         yield loader
 
 

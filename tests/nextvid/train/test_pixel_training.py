@@ -17,12 +17,13 @@ from nextvid.train import checkpoint, pretrain
 from nextvid.train.events import read_events
 from nextvid.train.loop import train
 from nextvid.train.pretrain import prepare_run
-from nextvid.train.run import Run, open_run, plan_run, run_id, write_run
+from nextvid.train.run import Run, open_run, run_id
 from nextvid.train.step import build_model
-from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
+from nextvid.trainset.mask_plan import make_plan
 from nextvid.trainset.pixels import freeze_pixels
 from nextvid.trainset.trainset import Trainset
 from storage.errors import RefusedError, UpstreamError
+from tests.nextvid.train.corpus import begin as begin_run
 from tests.nextvid.train.corpus import make_project, tiny_spec
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
 from tests.nextvid.train.test_loop import _train_until, tensors
@@ -40,14 +41,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def begin(project: Project, recipe: RecipeConfig, how: Any = HOW) -> Run:
-    """A run with its config.json and its mask plan."""
-    make_plan(project.root, recipe)
-    trainset = Trainset.open(project.root)
-    pixels = freeze_pixels(project, trainset, recipe).digest
-    plan = plan_digest(recipe.masks, grid_of(recipe.model))
-    run = plan_run(project.root, recipe, how, trainset.digest, plan, 0, (), pixels)
-    write_run(run)
-    return run
+    """A run that reads the trainset's pixels."""
+    return begin_run(project, recipe, how, pixels=freeze_pixels(project, Trainset.open(project.root), recipe).digest)
 
 
 @pytest.mark.parametrize(

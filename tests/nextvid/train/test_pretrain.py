@@ -20,8 +20,10 @@ from nextvid.train.loop import train
 from nextvid.train.pretrain import PreparedRun, end_group, finish_run, make_pretrain, prepare_run
 from nextvid.train.run import open_run
 from nextvid.trainset.mask_plan import make_plan
-from storage import atomic, tables
+from storage import atomic
 from storage.errors import ConfigError, RefusedError, UpstreamError
+from tests.factories import flip, passed
+from tests.forked import alive
 from tests.nextvid.train.corpus import make_project, tiny_spec, write_trainset
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
 
@@ -104,10 +106,8 @@ def test_upstream_is_asked_for(tmp_path: Path) -> None:
     make_plan(project.root, tiny_recipe())
     prepare_run(project, "tiny")
     trainset = atomic.read_json(project.root.latest("trainset"))["digest"]
-    tables.publish_checks(
-        f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset", [{"name": "leak", "passed": False}]
-    )
-    with pytest.raises(UpstreamError, match="leak"):
+    passed(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset", False)
+    with pytest.raises(UpstreamError, match="by hand"):
         prepare_run(project, "tiny")
 
 
@@ -163,9 +163,7 @@ def test_each_check_can_fail_and_then_nothing_points_to_the_run(project: Project
     assert _failed(project, folder) == ["rank_above_alarm"]
     (folder / NAME).write_bytes(intact)
     path = checkpoint.path_at(folder / "checkpoints", 12) / "optimizer.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip(path)
     assert _failed(project, folder) == ["checkpoint_loads"]
     assert not atomic.exists(project.root.latest_run("tiny"))
 
@@ -185,13 +183,6 @@ def _begun(folder: Path, process: "subprocess.Popen[bytes]") -> list[int]:
     return [process.pid, int(trainer)]
 
 
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
-        return False
-
-
 ENDLESS = ["stages.warmup.steps=1000000"]
 
 
@@ -204,7 +195,7 @@ def test_a_cancelled_group_is_gone_within_ten_seconds(project: Project) -> None:
     pids = _begun(Path(prepared.folder), process)
     began = time.monotonic()
     end_group(process)
-    while any(map(_alive, pids)):
+    while any(map(alive, pids)):
         assert time.monotonic() - began < 10
         time.sleep(0.05)
     assert time.monotonic() - began < 10
@@ -231,10 +222,10 @@ def test_a_killed_launcher_leaves_no_trainer_behind(project: Project) -> None:
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
     deadline = time.monotonic() + 10
-    while _alive(trainer):
+    while alive(trainer):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    while _alive(agent):  # the agent follows its trainer
+    while alive(agent):  # the agent follows its trainer
         assert time.monotonic() < deadline + 10
         time.sleep(0.05)
 

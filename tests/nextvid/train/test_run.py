@@ -14,6 +14,7 @@ import pytest
 from nextvid.machine import ancestors, launcher_id, orphaned
 from nextvid.train.run import run_lock
 from storage.errors import ConflictError
+from tests.forked import alive
 
 HOLDER = """
 import sys, time
@@ -73,14 +74,6 @@ def test_ancestors_begin_with_the_parent_and_end_at_the_root() -> None:
     assert len(set(chain)) == len(chain)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in ("Z", "X")
-
-
 @pytest.fixture
 def chain() -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
     """Launcher process, id of the agent, id of the trainer."""
@@ -91,16 +84,16 @@ def chain() -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
     agent = int(Path(f"/proc/{trainer}/stat").read_text().rpartition(")")[2].split()[1])
     yield launcher, agent, trainer
     for pid in (trainer, agent, launcher.pid):
-        if _alive(pid):
+        if alive(pid):
             os.kill(pid, signal.SIGKILL)
     launcher.wait()
 
 
 def _ends_within(pid: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while _alive(pid) and time.monotonic() < deadline:
+    while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not _alive(pid)
+    return not alive(pid)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -108,7 +101,7 @@ def _ends_within(pid: int, seconds: float) -> bool:
 def test_trainer_dies_with_launcher_and_agent(chain: tuple[subprocess.Popen[bytes], int, int], killed: str) -> None:
     launcher, agent, trainer = chain
     time.sleep(0.7)  # longer than one look of the watch: it must not end by itself
-    assert _alive(trainer)
+    assert alive(trainer)
     os.kill(launcher.pid if killed == "launcher" else agent, signal.SIGKILL)
     assert _ends_within(trainer, 5)
 

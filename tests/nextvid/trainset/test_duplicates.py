@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.config.project import Project
-from nextvid.corpus.clips import make_clips
-from nextvid.corpus.media import make_media
-from nextvid.corpus.shots import make_shots
-from nextvid.corpus.sources import update_sources
 from nextvid.making.publishing import read_latest
 from nextvid.trainset import duplicates
 from nextvid.trainset.duplicates import make_duplicates
 from storage import tables
 from storage.errors import UpstreamError
-from storage.schemas import Clips, Duplicates, Shots
+from storage.schemas import Duplicates, Shots
+from tests.factories import make_corpus, passed, publish_clips, table, write_project
 from tests.nextvid.corpus.conftest import Made
-from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture, write_project
+from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,6 @@ def hash_of(shot: Shot) -> bytes:
     return np.packbits(bits).tobytes()
 
 
-def filled(schema: Any, rows: list[dict[str, Any]]) -> pl.DataFrame:
-    empty: dict[str, Any] = dict.fromkeys(schema.column_names())
-    return pl.DataFrame([empty | row for row in rows], schema.create_empty().schema, orient="row")
-
-
 def common(shot: Shot) -> dict[str, Any]:
     return {
         "media_id": id_of(shot.media),
@@ -69,7 +61,11 @@ def common(shot: Shot) -> dict[str, Any]:
         "uri": f"/{shot.batch}/{shot.media}",
         "kind": "video",
         "status": "ok",
-    } | dict(zip(("crop_x", "crop_y", "crop_w", "crop_h"), (0, 0, shot.side, shot.side), strict=True))
+        "crop_x": 0,
+        "crop_y": 0,
+        "crop_w": shot.side,
+        "crop_h": shot.side,
+    }
 
 
 def write_tables(project: Project, shots: list[Shot]) -> None:
@@ -81,34 +77,21 @@ def write_tables(project: Project, shots: list[Shot]) -> None:
                 "shot_index": s.index,
                 "start_us": s.index * 10,
                 "end_us": s.index * 10 + 10,
-                "cut_in": "edge",
-                "cut_out": "edge",
                 "hashes": [hash_of(s)],
                 "hash_quality": [s.quality],
-                "hash_times_us": [0],
             }
             for s in mine
         ]
-        tables.write_table(project.root.table("shots", batch), filled(Shots, rows), Shots)
+        shot_table = table(Shots, rows, cut_in="edge", cut_out="edge", hash_times_us=[0])
+        tables.write_table(project.root.table("shots", batch), shot_table, Shots)
+        passed(project.root.checks("shots", batch), "shots")
         clips = [
-            common(s)
-            | {
-                "row_id": id_of(s, use),
-                "clip_id": id_of(s),
-                "decoder": "pyav",
-                "frames": 1,
-                "times_us": [0],
-                "view_index": 0,
-                "flip": False,
-                "uses": [use],
-                "split": s.split,
-            }
+            common(s) | {"row_id": id_of(s, use), "clip_id": id_of(s), "uses": [use], "split": s.split}
             for s in mine
             for use in s.uses
         ]
-        tables.write_table(project.root.table("clips", batch), filled(Clips, clips), Clips)
-        for noun in ("shots", "clips"):
-            tables.publish_checks(project.root.checks(noun, batch), noun, [{"name": "good", "passed": True}])
+        same = {"decoder": "pyav", "frames": 1, "times_us": [0], "view_index": 0, "flip": False}
+        publish_clips(project, batch, [same | row for row in clips])
 
 
 def searched(tmp_path: Path, shots: list[Shot]) -> tuple[dict[tuple[str, int, str], tuple[list[str], str | None]], Any]:
@@ -118,11 +101,10 @@ def searched(tmp_path: Path, shots: list[Shot]) -> tuple[dict[tuple[str, int, st
     write_tables(project, shots)
     outcome = make_duplicates(project)
     folder = Path(project.root.pointed("duplicates", str(outcome.digest)))
-    table = tables.read_table(str(folder / "duplicates.parquet"), Duplicates)
+    grouped = tables.read_table(str(folder / "duplicates.parquet"), Duplicates)
     names = {(id_of(s.media, s.index), s.batch): (s.media, s.index, s.batch) for s in shots}
-    found = {
-        names[row["shot_id"], row["batch"]]: (row["dropped_from"], row["reason"]) for row in table.iter_rows(named=True)
-    }
+    rows = grouped.iter_rows(named=True)
+    found = {names[row["shot_id"], row["batch"]]: (row["dropped_from"], row["reason"]) for row in rows}
     return found, json.loads((folder / "duplicates.json").read_text())
 
 
@@ -251,18 +233,7 @@ def test_the_rules_agree_with_a_brute_force_reading(tmp_path: Path, shots: list[
 def pretrained_in_train(shots: list[Shot]) -> list[Shot]:
     """Clips never pretrain on other splits, and equal bytes of one look have one hash."""
     looks = {(shot.media, shot.index): shot.look for shot in shots}
-    return [
-        Shot(
-            shot.media,
-            shot.batch,
-            looks[shot.media, shot.index],
-            shot.split,
-            shot.uses if shot.split == "train" else ("acts",),
-            shot.index,
-            side=shot.side,
-        )
-        for shot in shots
-    ]
+    return [replace(s, look=looks[s.media, s.index], uses=s.uses if s.split == "train" else ("acts",)) for s in shots]
 
 
 def test_searching_again_does_nothing_until_something_changes(tmp_path: Path) -> None:
@@ -285,7 +256,7 @@ def test_batches_that_did_not_pass_are_not_known_to_it(tmp_path: Path) -> None:
     with pytest.raises(UpstreamError, match="no batch has shots and clips"):
         make_duplicates(project)
     write_tables(project, [Shot("x", A, 1), Shot("y", B, 1)])
-    tables.publish_checks(project.root.checks("clips", B), "clips", [{"name": "ids", "passed": False}])
+    passed(project.root.checks("clips", B), "clips", False)
     outcome = make_duplicates(project)
     said = json.loads(Path(project.root.pointed("duplicates", str(outcome.digest)), "duplicates.json").read_text())
     assert (said["batches"], said["shots"], outcome.rows) == ([A], 1, 0)
@@ -323,14 +294,11 @@ def test_files_encoded_again_and_copied_are_found(tmp_path: Path) -> None:
         },
         benchmarks={"acts": {"datasets": ["bench"], "target": "action", "policy": policy}},
     )
-    update_sources(project)
-    for batch in project.root.batches():
-        for maker in (make_media, make_shots, make_clips):
-            assert maker(project, batch).passed
+    assert all(outcome.passed for outcome in make_corpus(project).values())
     outcome = make_duplicates(project)
     folder = Path(project.root.pointed("duplicates", str(outcome.digest)))
-    table = tables.read_table(str(folder / "duplicates.parquet"), Duplicates)
-    dropped = table.select("batch", pl.col("dropped_from").list.join("+"), "reason").rows()
+    grouped = tables.read_table(str(folder / "duplicates.parquet"), Duplicates)
+    dropped = grouped.select("batch", pl.col("dropped_from").list.join("+"), "reason").rows()
     assert sorted(dropped, key=str) == [
         ("bench.000000", "", None),
         ("web.000000", "", None),

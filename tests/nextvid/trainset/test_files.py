@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec
 from nextvid.lineage.trace import damaged_trainsets
+from nextvid.making.outcome import Outcome
 from nextvid.trainset.files import new_array, write_array
 from nextvid.trainset.trainset import Trainset, make_trainset
 from storage import atomic
@@ -26,8 +26,9 @@ from storage.latents import LatentStore, Problem
 from storage.reader import ADDRESS, RowReader, row_id
 from storage.shard_files import shards_of
 from storage.tables import write_tables
-from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, write_autoencoder
+from tests.factories import FRAMES, Corpus, flip
 from tests.nextvid.train.corpus import make_project
+from tests.storage.stores import in_threads
 
 FILMS, STILLS = "films.000000", "stills.000000"
 
@@ -35,8 +36,8 @@ FILMS, STILLS = "films.000000", "stills.000000"
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     """Two parts of films and one of stills, frozen."""
-    made = Corpus(tmp_path, write_autoencoder(tmp_path / "autoencoder"))
-    films, stills = [made.row(FILMS, i) for i in range(10)], [made.row(STILLS, i) for i in range(6)]
+    made = Corpus(tmp_path)
+    films, stills = made.rows(FILMS, 10), made.rows(STILLS, 6)
     made.clips(FILMS, films)
     made.clips(STILLS, stills)
     made.encode(FILMS, films[:5])
@@ -53,12 +54,6 @@ def store_of(corpus: Corpus) -> LatentStore:
 
 def folder_of(corpus: Corpus) -> Path:
     return Path(corpus.project.root.pointed("trainset", Trainset.open(corpus.project.root).digest))
-
-
-def flip(path: Path, at: int = -9) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 def encode_again(corpus: Corpus, missing: list[int]) -> None:
@@ -82,7 +77,7 @@ class TestRowsThatMoved:
         """The remedy of a damaged plan: the same trainset, whose addresses are new."""
         before, said = Trainset.open(corpus.project.root), json.loads((folder_of(corpus) / "trainset.json").read_text())
         store = store_of(corpus)
-        flip(Path(store.part(FILMS, FRAMES, 0).plan_path))
+        flip(Path(store.part(FILMS, FRAMES, 0).plan_path), -9)
         (problem,) = store.verify()
         assert isinstance(problem, Problem)
         place = re.search(r"remove (\S+) and make the latents again", problem.remedy)
@@ -104,7 +99,7 @@ class TestRowsThatMoved:
         assert not make_trainset(corpus.project).made
 
     def test_a_damaged_file_is_not_taken_for_rows_that_moved(self, corpus: Corpus) -> None:
-        flip(folder_of(corpus) / f"rows.f{FRAMES}.npy")
+        flip(folder_of(corpus) / f"rows.f{FRAMES}.npy", -9)
         with pytest.raises(DamagedError, match=r"rows\.f4\.npy: its bytes differ"):
             make_trainset(corpus.project)
         shutil.rmtree(folder_of(corpus))
@@ -155,12 +150,8 @@ class TestHalfThere:
 
     def test_of_two_at_once_one_writes_and_both_have_it(self, corpus: Corpus) -> None:
         shutil.rmtree(folder_of(corpus))
-        outcomes = []
-        threads = [threading.Thread(target=lambda: outcomes.append(make_trainset(corpus.project))) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        outcomes: list[Outcome] = []
+        in_threads(lambda _: outcomes.append(make_trainset(corpus.project)), 3)
         assert sorted(outcome.made for outcome in outcomes) == [False, False, True]
 
 

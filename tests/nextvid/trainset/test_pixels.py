@@ -20,6 +20,7 @@ from storage.pixel_reader import PIXEL_ADDRESS, PixelReader
 from storage.pixels import PixelStore
 from storage.reader import row_id
 from storage.root import DataRoot
+from tests.factories import flip, unchanged
 from tests.nextvid.train.corpus import ROWS, make_project
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, spec_of, write_pixels
 from tests.nextvid.train.tiny import tiny_recipe
@@ -64,10 +65,9 @@ def test_addresses_follow_the_rows(project: Project) -> None:
 
 def test_frozen_once_and_found_again(project: Project) -> None:
     first = frozen(project)
-    files = {path: path.stat().st_mtime_ns for path in Path(first.folder).iterdir()}
-    again = frozen(project)
-    assert again.digest == first.digest
-    assert {path: path.stat().st_mtime_ns for path in Path(first.folder).iterdir()} == files
+    with unchanged(first.folder):
+        again = frozen(project)
+        assert again.digest == first.digest
     trainset = Trainset.open(project.root)
     assert open_pixels(project.root, trainset, first.digest).spec == spec_of(project)
     with pytest.raises(UpstreamError, match="has no pixels 0000"):
@@ -204,9 +204,7 @@ class TestDamaged:
         pixels = frozen(project)
         pixels.check()
         path = Path(pixels.folder, f"pixels.{pixels.spec.digest()}.f4.npy")
-        data = bytearray(path.read_bytes())
-        data[-3] ^= 1
-        path.write_bytes(data)
+        flip(path, -3)
         if damage == "gone":
             path.unlink()
         with pytest.raises(DamagedError, match=r"\.f4\.npy.*remove .*\.json and ask for the run again"):

@@ -22,10 +22,8 @@ from storage import atomic
 from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
 from storage.latents import EncodingSpec, LatentStore
 from storage.reader import RowReader, row_id
-from storage.schemas import Commits
-from storage.tables import publish_checks
 from storage.withdrawn import record_withdrawal
-from tests.nextvid.corpus.encoded_corpus import FRAMES, Corpus, doubled, write_autoencoder
+from tests.factories import FRAMES, Corpus, doubled, passed, put_latents, unchanged, write_autoencoder
 
 FILMS, MORE, STILLS, PROBE = "films.000000", "films.000001", "stills.000000", "probe.000000"
 
@@ -40,9 +38,7 @@ def corpus(tmp_path: Path, autoencoder: Path) -> Corpus:
     """Ten clips and six images, all encoded and known."""
     made = Corpus(tmp_path, autoencoder)
     for batch, count in ((FILMS, 10), (STILLS, 6)):
-        rows = [made.row(batch, index) for index in range(count)]
-        made.clips(batch, rows)
-        made.encode(batch, rows)
+        made.add(batch, count)
     made.duplicates()
     return made
 
@@ -68,9 +64,7 @@ class TestRows:
             np.testing.assert_array_equal(values, corpus.latents[row])
 
     def test_rows_are_sorted_by_dataset_then_id_and_offsets_cover_them(self, corpus: Corpus) -> None:
-        more = [corpus.row(MORE, index) for index in range(5)]
-        corpus.clips(MORE, more)
-        corpus.encode(MORE, more)
+        corpus.add(MORE, 5)
         corpus.duplicates()
         make_trainset(corpus.project)
         opened = Trainset.open(corpus.project.root)
@@ -81,28 +75,10 @@ class TestRows:
         assert sorted(lineage.filter(pl.col("frames") == FRAMES)["row_id"].to_list()) == ids
         assert lineage.select("batch", "row_id").equals(lineage.select("batch", "row_id").sort("batch", "row_id"))
 
-    def test_shards_beyond_the_first_have_slots_of_their_own(
-        self, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        rows = [corpus.row(MORE, index) for index in range(300)]
-        corpus.clips(MORE, rows)
+    def test_shards_beyond_the_first_have_slots_of_their_own(self, corpus: Corpus) -> None:
+        corpus.add(MORE, 300)
         spec = encoding_spec(corpus.project)
-        part = LatentStore(corpus.project.root, spec).plan_part(MORE, FRAMES, [row["row_id"] for row in rows])
-        rng = np.random.default_rng(0)
-        for number in range(part.shards):
-            planned = part.rows_of(number)
-            latents = rng.standard_normal((planned.height, *spec.row_shape(FRAMES))).astype(np.float16)
-            filled = {"status": "ok", "sums": [[]], "sums_squared": [[]], "decode_s": 0.0, "encode_s": 0.0}
-            commits = planned.with_columns(
-                pl.lit(value[0] if isinstance(value, list) else value, dtype).alias(name)
-                for name, dtype in Commits.create_empty().schema.items()
-                if name not in planned.columns
-                for value in [filled.get(name)]
-            )
-            part.write_shard(number, latents, commits)
-            corpus.latents |= dict(zip(planned["row_id"].to_list(), latents, strict=True))
-        checks = corpus.project.root.latents_checks(spec.digest(), MORE)
-        publish_checks(checks, "latents", [{"name": "by hand", "passed": True}])
+        assert LatentStore(corpus.project.root, spec).part(MORE, FRAMES, 0).shards == 2
         corpus.duplicates()
         make_trainset(corpus.project)
         opened = Trainset.open(corpus.project.root)
@@ -127,9 +103,7 @@ class TestRows:
         assert outcome.numbers.get(f"dropped_{why}") == (3 if why else None)
 
     def test_rows_that_failed_are_left_out_and_counted(self, corpus: Corpus) -> None:
-        rows = [corpus.row(MORE, index) for index in range(4)]
-        corpus.clips(MORE, rows)
-        corpus.encode(MORE, rows, failed=[1])
+        corpus.add(MORE, 4, failed=[1])
         corpus.duplicates()
         outcome = make_trainset(corpus.project)
         assert outcome.rows == 19
@@ -148,14 +122,14 @@ class TestRows:
 
     def test_nothing_left_is_an_error_that_says_why(self, corpus: Corpus) -> None:
         for batch, count in ((FILMS, 10), (STILLS, 6)):
-            rows = [corpus.row(batch, index) for index in range(count)]
+            rows = corpus.rows(batch, count)
             for row in rows:
                 record_withdrawal(corpus.project.root, row["media_id"].hex(), [row["row_id"]])
         with pytest.raises(UpstreamError, match=r"no row for pretraining is left in .*'withdrawn': 16"):
             make_trainset(corpus.project)
 
     def test_one_row_id_in_two_datasets_stays_in_both(self, corpus: Corpus) -> None:
-        films = [corpus.row(FILMS, index) for index in range(2)]
+        films = corpus.rows(FILMS, 2)
         copies = [corpus.row("empty.000000", index, row_id=films[index]["row_id"]) for index in range(2)]
         corpus.clips("empty.000000", copies)
         corpus.encode("empty.000000", copies)
@@ -208,7 +182,7 @@ class TestDuplicates:
             make_trainset(corpus.project)
 
     def test_clips_that_changed_since_are_not_known(self, corpus: Corpus) -> None:
-        corpus.clips(STILLS, [corpus.row(STILLS, index) for index in range(5)])
+        corpus.clips(STILLS, corpus.rows(STILLS, 5))
         with pytest.raises(UpstreamError, match=STILLS):
             make_trainset(corpus.project)
 
@@ -226,15 +200,13 @@ class TestBatches:
         assert list(atomic.read_json(f"{folder}/trainset.json")["left_out"]) == [MORE]
 
     def test_rows_added_after_encoding_make_a_batch_incomplete(self, corpus: Corpus) -> None:
-        corpus.clips(FILMS, [corpus.row(FILMS, index) for index in range(12)])
+        corpus.clips(FILMS, corpus.rows(FILMS, 12))
         corpus.duplicates()
         with pytest.raises(UpstreamError, match="2 of its 12 rows are not encoded yet"):
             make_trainset(corpus.project)
 
     def test_batch_whose_checks_failed_is_left_out_and_stops_nobody(self, corpus: Corpus) -> None:
-        rows = [corpus.row(MORE, 0)]
-        corpus.clips(MORE, rows)
-        corpus.encode(MORE, rows, passed=False)
+        corpus.add(MORE, 1, verdict=False)
         corpus.duplicates()
         outcome = make_trainset(corpus.project)
         assert outcome.rows == 16
@@ -249,17 +221,16 @@ class TestBatches:
 class TestDigest:
     def test_same_rows_make_nothing_twice(self, corpus: Corpus) -> None:
         first = make_trainset(corpus.project)
-        before = {p: p.stat().st_mtime_ns for p in Path(corpus.project.root.url).rglob("*") if p.is_file()}
-        second = make_trainset(corpus.project)
-        assert (second.made, second.digest) == (False, first.digest)
-        assert {p: p.stat().st_mtime_ns for p in Path(corpus.project.root.url).rglob("*") if p.is_file()} == before
+        with unchanged(corpus.project.root.url):
+            second = make_trainset(corpus.project)
+            assert (second.made, second.digest) == (False, first.digest)
 
     def test_follows_rows_and_weights_not_addresses(self, corpus: Corpus, tmp_path: Path) -> None:
         first = make_trainset(corpus.project)
         (tmp_path / "moved").mkdir()
         moved = Corpus(tmp_path / "moved", corpus.autoencoder)
         for batch, count in ((FILMS, 10), (STILLS, 6)):
-            rows = [moved.row(batch, index) for index in range(count)]
+            rows = moved.rows(batch, count)
             moved.clips(batch, rows)
             _copy_rows(corpus, moved, batch, rows[::-1])
         moved.duplicates()
@@ -275,7 +246,7 @@ class TestDigest:
         (tmp_path / "other").mkdir()
         other = Corpus(tmp_path / "other", corpus.autoencoder)
         for batch, count in ((FILMS, 10), (STILLS, 6)):
-            rows = [other.row(batch, index) for index in range(count)]
+            rows = other.rows(batch, count)
             other.clips(batch, rows)
             other.encode(batch, rows, seed=int(batch == FILMS))
         other.duplicates()
@@ -292,13 +263,8 @@ def _copy_rows(source: Corpus, target: Corpus, batch: str, rows: Sequence[dict[s
     """The same latents in another order of slots."""
     spec = encoding_spec(target.project)
     store = LatentStore(target.project.root, spec)
-    store.create()
-    part = store.plan_part(batch, rows[0]["frames"], [row["row_id"] for row in rows])
-    commits = LatentStore(source.project.root, spec).commits(batch).select(Commits.create_empty().columns)
-    ordered = part.plan.join(commits.drop("slot"), on="row_id", maintain_order="left").select(commits.columns)
-    part.write_shard(0, np.stack([source.latents[row["row_id"]] for row in rows]), ordered)
-    checks = target.project.root.latents_checks(spec.digest(), batch)
-    publish_checks(checks, "latents", [{"name": "by hand", "passed": True}])
+    put_latents(store, batch, rows[0]["frames"], {row["row_id"]: source.latents[row["row_id"]] for row in rows})
+    passed(target.project.root.latents_checks(spec.digest(), batch), "latents")
 
 
 class TestStatistics:
@@ -366,9 +332,7 @@ class TestStatistics:
 
     def test_latent_stats_are_those_of_all_rows_in_one_table(self, corpus: Corpus) -> None:
         """The slow reference: every commit of every batch at once, as one table in memory."""
-        rows = [corpus.row(MORE, index) for index in range(5)]
-        corpus.clips(MORE, rows)
-        corpus.encode(MORE, rows)
+        corpus.add(MORE, 5)
         spec = encoding_spec(corpus.project)
         store = LatentStore(corpus.project.root, spec)
         table = pl.concat([store.commits(batch) for batch in store.batches()]).filter(pl.col("status") == "ok")

@@ -16,6 +16,7 @@ BITS = 8
 X264_VERYFAST = {"preset": "veryfast", "x264-params": "mbtree=0:log-level=none"}
 X264_CLOSED = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=2:open-gop=0:mbtree=0:log-level=none"}
 X264_OPEN = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=2:open-gop=1:mbtree=0:log-level=none"}
+X264_FAST = {"g": "12", "preset": "ultrafast"}
 X265_OPEN = {"x265-params": "keyint=12:min-keyint=12:scenecut=0:bframes=3:open-gop=1:log-level=none"}
 
 
@@ -62,7 +63,7 @@ def frames_at(path: Path, times_us: Sequence[int], decoder: Decoder) -> tuple[np
 
 def write_film(
     path: Path,
-    images: Iterator[np.ndarray] | Sequence[np.ndarray],
+    images: Iterator[np.ndarray] | Sequence[np.ndarray] | np.ndarray,
     codec: str = "libx264",
     fps: int = 24,
     options: dict[str, str] | None = None,

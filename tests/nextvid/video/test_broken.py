@@ -1,6 +1,5 @@
 """Real broken files through the sandbox: no crash, no hang, and every file ends as facts or as a reason."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,10 @@ from storage.errors import MediaError
 
 
 @pytest.mark.realdata
-def test_broken_files_neither_crash_nor_hang(repository: Path) -> None:
-    folder = Path(os.environ.get("NEXTVID_REALDATA", repository / "../shared/data")) / "broken"
-    if not folder.is_dir():
-        pytest.skip("the real media are not here")
+def test_broken_files_neither_crash_nor_hang(real_media: Path) -> None:
     reasons: dict[str, str] = {}
     with Sandbox(1) as sandbox:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        for path in sorted(p for p in (real_media / "broken").rglob("*") if p.is_file()):
             try:
                 facts: MediaFacts = sandbox.call(probe, path, timeout_s=20)
                 shots = sandbox.call(first_pass, path, facts, ShotConfig(), timeout_s=20)

@@ -2,7 +2,6 @@
 unrelated films they join."""
 
 import itertools
-import os
 import shutil
 from pathlib import Path
 
@@ -104,10 +103,8 @@ def test_copies_of_made_films_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.realdata
-def test_copies_of_real_films_are_found(tmp_path: Path, repository: Path) -> None:
-    folder = Path(os.environ.get("NEXTVID_REALDATA", repository / "../shared/data")) / "assorted"
-    if not folder.is_dir():
-        pytest.skip("the real media are not here")
+def test_copies_of_real_films_are_found(tmp_path: Path, real_media: Path) -> None:
+    folder = real_media / "assorted"
     names = (
         "decord_flipping_a_pancake.mkv",
         "dj_video1.mp4",

@@ -4,7 +4,6 @@ The thresholds of nextvid/video/transitions.py were tuned on the sources that ar
 """
 
 import itertools
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -98,14 +97,10 @@ def test_joins_of_made_scenes_are_found(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def real_sources() -> list[Images]:
-    repository = Path(__file__).resolve().parents[3]
-    folder = Path(os.environ.get("NEXTVID_REALDATA", repository / "../shared/data")) / "assorted"
-    if not folder.is_dir():
-        pytest.skip("the real media are not here")
+def real_sources(real_media: Path) -> list[Images]:
     sources = []
     for name, first, count in HELD_APART:
-        frames = itertools.islice(stream(folder / name), first, first + count)
+        frames = itertools.islice(stream(real_media / "assorted" / name), first, first + count)
         sources.append([f.reformat(160, 90, "rgb24", interpolation="AREA").to_ndarray() for _, f in frames])
     return sources
 

@@ -8,27 +8,22 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-import yaml
 from PIL import Image
 
-from nextvid.config.project import Project, open_project
-from nextvid.config.recipe import ExecutionConfig
+from nextvid.config.project import Project
 from nextvid.corpus.sources import known_sources, update_sources
 from nextvid.lineage.sweep import sweep
 from nextvid.lineage.trace import trace
 from nextvid.lineage.withdraw import withdraw
 from nextvid.make import Request, make
-from nextvid.train.distributed import join
-from nextvid.train.loop import train
-from nextvid.train.pretrain import prepare_run
-from nextvid.train.run import open_run
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing, remote
 from storage.errors import CorpusError, NExTVidError, RefusedError
 from storage.latents import LatentStore
 from storage.pixels import PixelStore, every_store
-from tests.nextvid.encode.small_corpus import SIDE, texture, write_video
-from tests.nextvid.tiny_project import FRAMES, OVERRIDES, RECIPE
+from tests.factories import SIDE, write_project
+from tests.nextvid.encode.small_corpus import texture, write_video
+from tests.nextvid.tiny_project import FRAMES, OVERRIDES, train_steps
 from tests.services.s3.proxy import Asked, Fault, Proxy
 
 pytestmark = pytest.mark.services
@@ -54,38 +49,26 @@ def upload(folder: Path, url: str, names: Sequence[str] = ("films", "stills")) -
 
 
 def project_of(folder: Path, files: str, root: str, autoencoder: Path, cache_gb: float = 1.0) -> Project:
-    said = {
-        "root": root,
-        "runs_root": str(folder / "runs"),
-        "cache": {"folder": str(folder / "cache"), "size_gb": cache_gb},
-        "encoding": {
-            "autoencoder": str(autoencoder),
-            "resolution": SIDE,
-            "pixels": {"quality": 90},
-        },
-        "execution": {"batch_frames": 16, "device": "cpu"},
-        "datasets": {
-            "films": {
-                "uri": f"{files}/films",
-                "weight": 0.9,
-                "clips": [{"frames": FRAMES, "fps": 4, "crop": "random", "views": 2}],
-                "split": {"test": 0},
-            },
+    clips = [{"frames": FRAMES, "fps": 4, "crop": "random", "views": 2}]
+    encoding = {"autoencoder": str(autoencoder), "resolution": SIDE, "pixels": {"quality": 90}}
+    return write_project(
+        folder,
+        {
+            "films": {"uri": f"{files}/films", "weight": 0.9, "clips": clips, "split": {"test": 0}},
             "stills": {"uri": f"{files}/stills", "weight": 0.1, "clips": [{"frames": 1}], "split": {"test": 0}},
         },
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "corpus.yaml").write_text(yaml.safe_dump(said))
-    return open_project(folder / "corpus.yaml")
+        root=root,
+        runs_root=str(folder / "runs"),
+        cache={"folder": str(folder / "cache"), "size_gb": cache_gb},
+        encoding=encoding,
+        execution={"batch_frames": 16, "device": "cpu"},
+    )
 
 
 def trained(project: Project, overrides: Sequence[str] = OVERRIDES) -> list[float]:
     """Losses of a few steps from the project's trainset, after its mask plan."""
-    how = ExecutionConfig(device="cpu", log_every_steps=1, diagnose_every_steps=2, checkpoint_every_steps=100)
-    prepared = prepare_run(project, RECIPE, overrides, how)
-    with join(how) as ranks:
-        train(project, open_run(Path(prepared.folder)), ranks)
-    lines = (json.loads(line) for line in (Path(prepared.folder) / "events.jsonl").read_text().splitlines())
+    folder = train_steps(project, overrides)
+    lines = (json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -146,11 +145,7 @@ def test_two_processes_on_one_part(root: DataRoot, environment: dict[str, str], 
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
     said: list[str] = []
-    threads = [threading.Thread(target=lambda w=writer: said.append(w.communicate("\n", 60)[0])) for writer in writers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda number: said.append(writers[number].communicate("\n", 60)[0]), 2)
     assert [writer.returncode for writer in writers] == [0, 0]
     for shard in range(part.shards):
         assert sorted(line.split()[0] for text in said for line in text.splitlines() if line.endswith(f" {shard}")) == [
@@ -212,7 +207,7 @@ def test_reading_through_trouble(
 @pytest.mark.parametrize("fault", [*FAULTS.values(), *LIES.values()], ids=[*FAULTS, *LIES])
 @pytest.mark.parametrize("cached", [True, False])
 def test_reading_pixels_through_trouble(
-    root: DataRoot, proxy: Proxy, fault: Callable[[Callable[[Asked], bool]], Fault], cached: bool
+    root: DataRoot, proxy: Proxy, fault: Callable[[Callable[[Asked], bool]], Fault], cached: bool, tmp_path: Path
 ) -> None:
     """Rows that differ in size, by the same rules."""
     store, _ = pixel_store(root, 12)
@@ -229,6 +224,8 @@ def test_reading_pixels_through_trouble(
         np.testing.assert_array_equal(out, wanted)
     reader.close()
     assert proxy.used.total() == 3
+    copies = [path for path in tmp_path.glob("cache/**/*") if path.is_file() and path.suffix != ".lock"]
+    assert bool(copies) == cached
 
 
 @pytest.mark.usefixtures("impatient")
