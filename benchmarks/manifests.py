@@ -23,7 +23,7 @@ from benchmarks.measure import machine, show, write
 from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import accepted_spec
 from nextvid.making.publishing import publish_latest
-from nextvid.planning.acceptance import in_force
+from nextvid.planning.acceptance import ensure_accepted
 from nextvid.trainset.trainset import Trainset, make_trainset
 from storage import atomic
 from storage.digest import digest_bytes
@@ -102,7 +102,7 @@ def _write(folder: Path, batches: int, rows: int) -> int:
     root_folder = folder / "root"
     (folder / "corpus.yaml").write_text(CORPUS.format(root=root_folder, autoencoder=autoencoder, frames=FRAMES))
     project = open_project(folder / "corpus.yaml")
-    in_force(project)
+    ensure_accepted(project)
     root, spec = project.root, accepted_spec(project)
     LatentStore(root, spec).create()
     rng, size_bytes = np.random.default_rng(0), 0

@@ -14,7 +14,7 @@ import polars as pl
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import batch_fingerprint, update_sources
 from nextvid.encode.plan import accepted_spec
-from nextvid.planning.acceptance import in_force
+from nextvid.planning.acceptance import ensure_accepted
 from storage.digest import digest
 from storage.latents import EncodingSpec, LatentStore
 from storage.schemas import Clips, Commits, Media, Shots, Sources
@@ -39,7 +39,7 @@ def register(folder: Path, batches: int, files: int) -> Project:
     (folder / "corpus.yaml").write_text(CORPUS.format(root=folder, autoencoder=autoencoder, files=files))
     project = open_project(folder / "corpus.yaml")
     update_sources(project)
-    in_force(project)
+    ensure_accepted(project)
     for batch in project.root.batches():
         make_batch(project, batch)
     return project

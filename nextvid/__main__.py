@@ -68,7 +68,7 @@ def make_command(
             print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
     if project.corpus.reencode == "ask" and (names := outdated(project)):
         print(
-            f"{project.path}: changed, but not accepted: {', '.join(names)}. The accepted configuration was used; "
+            f"{project.path} differs from the accepted {' and '.join(names)}; the accepted one was used. "
             "'nextvid plan' shows what the change would cost, 'nextvid plan --accept' accepts it",
             file=sys.stderr,
         )

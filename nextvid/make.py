@@ -112,9 +112,9 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
         case "media" | "shots" | "clips":
             return make_it(project, partition, request.on_progress)
         case "latents":
-            from nextvid.planning.acceptance import in_force
+            from nextvid.planning.acceptance import ensure_accepted
 
-            in_force(project)  # accepts the first encoding, or a changed one under `reencode: auto`
+            ensure_accepted(project)  # accepts the first encoding, or a changed one under `reencode: auto`
             return make_it(project, partition, request.on_progress)
         case "mask_plan":
             return make_it(project, partition)

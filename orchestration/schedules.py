@@ -24,12 +24,12 @@ def nightly_at(cron: str) -> dg.ScheduleDefinition:
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
         """One run for each batch that needs one. The run key has the date: yesterday's failures are retried."""
         from nextvid.corpus.sources import update_sources
-        from nextvid.planning.acceptance import in_force
+        from nextvid.planning.acceptance import ensure_accepted
         from nextvid.planning.waiting import waiting
 
         opened = project.open()
         update_sources(opened)
-        in_force(opened)  # for `reencode: auto`, which must not depend on the sensor
+        ensure_accepted(opened)  # for `reencode: auto`, which must not depend on the sensor
         apply_partitions(context.instance, opened)
         day = context.scheduled_execution_time.strftime("%Y-%m-%d")
         batches = waiting(opened, retry=True)

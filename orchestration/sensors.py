@@ -29,12 +29,12 @@ def new_sources_every(tick_s: int) -> dg.SensorDefinition:
     )
     def new_sources(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg.SensorResult:
         """List once; update the partitions, report changed batches as observations and request a run for each."""
-        from nextvid.planning.acceptance import in_force
+        from nextvid.planning.acceptance import ensure_accepted
         from nextvid.planning.waiting import left_behind, waiting
 
         opened = project.open()
         changes = listed(context, opened)
-        in_force(opened)
+        ensure_accepted(opened)
         requests = [dg.RunRequest(run_key=key, partition_key=batch) for batch, key in waiting(opened).items()]
         cursor = unaccepted(opened, context.cursor)
         notes = [*left_behind(opened), *([cost] if (cost := json.loads(cursor)["cost"]) else [])]
@@ -78,11 +78,12 @@ def unaccepted(project: Project, before: str | None) -> str:
     """
     from nextvid.config.accepted import pixels_digest
     from nextvid.encode.plan import encoding_spec
-    from nextvid.planning.acceptance import in_force, outdated
+    from nextvid.planning.acceptance import ensure_accepted, outdated
     from nextvid.planning.costs import forecast
 
     pixels = pixels_digest(project.asked.encoding.pixels)
-    digests = [encoding_spec(project).digest(), project.asked.curation_digest(), pixels, *in_force(project).digests]
+    accepted = ensure_accepted(project).digests
+    digests = [encoding_spec(project).digest(), project.asked.curation_digest(), pixels, *accepted]
     if before is not None and json.loads(before).get("digests") == digests:
         return before
     return json.dumps({"digests": digests, "cost": forecast(project).summary() if outdated(project) else None})

@@ -20,7 +20,7 @@ from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import update_sources
 from nextvid.graph import GRAPH
-from nextvid.planning.acceptance import in_force
+from nextvid.planning.acceptance import ensure_accepted
 from nextvid.planning.waiting import waiting
 from nextvid.train.events import read_events
 from orchestration.definitions import build_defs
@@ -92,7 +92,7 @@ def main() -> None:
 def list_sources(project: Project, instance: dg.DagsterInstance) -> None:
     """List the datasets, update Dagster's partitions, report changed batches as observations."""
     changes = update_sources(project)
-    in_force(project)
+    ensure_accepted(project)
     apply_partitions(instance, project)
     for change in changes:
         instance.report_runless_asset_event(observation(project, change.batch))

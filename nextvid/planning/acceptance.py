@@ -1,14 +1,12 @@
 """When corpus.yaml becomes the accepted configuration: at first use, when a person accepts, or at once with `auto`."""
 
-from collections.abc import Sequence
-
 from nextvid.config.accepted import Accepted, accept, accepted, as_accepted, keep_new
 from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec
 from storage.latents import LatentStore
 
 
-def in_force(project: Project) -> Accepted:
+def ensure_accepted(project: Project) -> Accepted:
     """The accepted configuration; accepts corpus.yaml where nothing is accepted yet, or with `reencode: auto`.
 
     Datasets that corpus.yaml names for the first time are accepted as they are: nothing of theirs has to be rebuilt.
@@ -30,11 +28,6 @@ def _accept(project: Project) -> Accepted:
     spec = encoding_spec(project)
     LatentStore(project.root, spec).create()
     return accept(project.root, project.asked, spec.digest())
-
-
-def others(names: Sequence[str]) -> str:
-    """What `outdated` names, in words."""
-    return " and ".join("other pixels" if name == "pixels" else f"another {name}" for name in names)
 
 
 def outdated(project: Project) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
-"""What encoding would take: rows, bytes and seconds of each batch, under a spec, before anything is encoded.
+"""The cost of encoding each batch: rows, bytes and seconds, before anything is encoded.
 
-Holds arithmetic on plans and on what commits say they took; decodes nothing and imports no torch. Rates are those
-measured in the store of the same spec, on whatever device wrote it; a clip length without any measured row has no rate,
-and its seconds are unknown rather than guessed.
+Seconds come from the rates that commits of the same store recorded, on whatever device wrote them; where no row of a
+clip length was measured, its seconds are unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,19 +11,19 @@ import polars as pl
 
 from nextvid.config.accepted import Accepted, accepted
 from nextvid.config.project import Project
-from nextvid.encode.plan import BatchPlan, accepted_spec, encoding_spec, pixel_spec, plan_batch, plan_encode
+from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch, plan_encode
 from nextvid.making.batches import dataset_of
-from nextvid.planning.acceptance import others, outdated
+from nextvid.planning.acceptance import outdated
 from nextvid.planning.waiting import curation_of
 from storage.latents import EncodingSpec, LatentStore
 from storage.pixels import PixelStore
 
-RATE_BATCHES = 3  # of a dataset: every step asks, so that it must not read the whole store
+RATE_BATCHES = 3  # the latest of each dataset: a plan must not read the whole store
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Seconds a row of one clip length, averaged over `rows` committed ones."""
+    """Mean seconds for a row of one clip length, over `rows` committed ones."""
 
     rows: int
     encode_s: float  # of the device
@@ -33,7 +32,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Cost:
-    """One batch under one spec. Seconds are None where a clip length that is needed was never measured."""
+    """Cost of one batch under one spec. Seconds are None if a clip length that it needs was never measured."""
 
     batch: str
     rows: int
@@ -44,12 +43,12 @@ class Cost:
     encode_s: float | None
     decode_s: float | None
     unmeasured: tuple[int, ...]  # clip lengths in frames without a rate
-    curation_changed: bool  # its clips were cut by another curation than corpus.yaml asks for
-    without_pixels: int  # rows, where pixels are kept; those that are encoded too need no other decoding
-    pixels_decode_s: float | None  # of the rows that lack pixels alone; None where a length was never measured
+    curation_changed: bool  # its clips were cut by another curation
+    without_pixels: int  # rows, where pixels are kept
+    pixels_decode_s: float | None  # of rows that lack pixels and not latents
 
     def line(self) -> str:
-        """For people."""
+        """The cost on one line, for people."""
         why = ", ".join(f"{count} {reason}" for reason, count in self.why.items()) or "nothing to do"
         seconds = "no rate is known" if self.encode_s is None else f"{self.encode_s:.1f} device-s"
         if self.decode_s is not None:
@@ -68,30 +67,30 @@ class Cost:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What `make latents` would do, and, where corpus.yaml asks for something else, what accepting it would cost."""
+    """Costs of `make latents` now, and once what corpus.yaml asks for is accepted, where that differs."""
 
-    in_force: Accepted | None
+    accepted: Accepted | None
     outdated: tuple[str, ...]  # `encoding`, `curation`, `pixels`
-    without_clips: tuple[str, ...]  # batches whose clips were never made: nobody knows their rows
+    without_clips: tuple[str, ...]  # batches whose clips were never made, so that their rows are unknown
     now: tuple[Cost, ...]
     if_accepted: tuple[Cost, ...]
 
     def text(self) -> str:
-        """For people."""
+        """The forecast, for people."""
         lines = [cost.line() for cost in self.now]
-        lines += [f"{batch}: its clips are not made yet, so its rows are not known" for batch in self.without_clips]
+        lines += [f"{batch}: its clips are not made yet, so its rows are unknown" for batch in self.without_clips]
         if self.outdated and not self.now and self.if_accepted:
-            lines.append("nothing can be encoded as before: the autoencoder in force is not the one of corpus.yaml")
+            lines.append("nothing can be encoded: corpus.yaml names another autoencoder than the accepted one")
         if self.outdated:
             lines.append(
-                f"corpus.yaml asks for {others(self.outdated)} than is in force: {len(self._changed)} batches are "
-                "outdated; 'nextvid plan --accept' puts it in force, and this is what it costs:"
+                f"corpus.yaml differs from the accepted {' and '.join(self.outdated)}: {len(self._changed)} batches "
+                "are outdated; 'nextvid plan --accept' accepts corpus.yaml, at these costs:"
             )
             lines += ["  " + cost.line() for cost in self.if_accepted]
         return "\n".join(lines) or "there is no batch yet: 'nextvid make clips' lists, reads and cuts the files"
 
     def summary(self) -> str | None:
-        """What accepting corpus.yaml's encoding and curation would cost in all, on one line; None if they stand."""
+        """The cost of accepting corpus.yaml in all, on one line; None if nothing differs."""
         if not self.outdated:
             return None
         costs = self._changed
@@ -104,33 +103,31 @@ class Forecast:
         pixels = f", {bare} rows without pixels" if bare else ""
         pixels += f" ({sum(decoded):.1f} decode-s)" if bare and len(decoded) == len(costs) else ""
         return (
-            f"corpus.yaml asks for {others(self.outdated)} than is in force: {len(costs)} batches are "
+            f"corpus.yaml differs from the accepted {' and '.join(self.outdated)}: {len(costs)} batches are "
             f"outdated, {sum(cost.rows for cost in costs)} rows, {sum(cost.size_bytes for cost in costs):,} bytes, "
-            f"{seconds}{pixels}; 'nextvid plan' names them, 'nextvid plan --accept' puts it in force"
+            f"{seconds}{pixels}; 'nextvid plan' lists them, 'nextvid plan --accept' accepts corpus.yaml"
         )
 
     @property
     def _changed(self) -> list[Cost]:
-        """Of the batches that accepting changes."""
+        """Costs of the batches that accepting corpus.yaml changes."""
         pixels = "pixels" in self.outdated
         return [c for c in self.if_accepted if c.rows or c.curation_changed or (pixels and c.without_pixels)]
 
 
 def forecast(project: Project, batch: str | None = None) -> Forecast:
-    """Plan one batch or all. Nothing is written. Raises UpstreamError where that one batch has no clips."""
+    """The forecast for one batch or all. Writes nothing. Raises UpstreamError if the one batch has no clips."""
     made = set(project.root.batches("clips"))
     listed = sorted({*project.root.batches(), *made})
     ready = [batch] if batch else [key for key in listed if key in made]
-    asked, other = encoding_spec(project), outdated(project)
-    now: tuple[Cost, ...] = ()
-    if "encoding" not in other or asked.autoencoder == _autoencoder_in_force(project):
-        now = costs(project, ready, accepted_spec(project))
+    known, asked, changed = accepted(project.root), encoding_spec(project), outdated(project)
+    current = LatentStore.open(project.root, known.encoding).spec if known and "encoding" in changed else asked
     return Forecast(
-        accepted(project.root),
-        other,
-        () if batch else tuple(key for key in listed if key not in made),
-        now,
-        costs(project.as_asked(), ready, asked) if other else (),
+        accepted=known,
+        outdated=changed,
+        without_clips=() if batch else tuple(key for key in listed if key not in made),
+        now=costs(project, ready, current) if current.autoencoder == asked.autoencoder else (),
+        if_accepted=costs(project.as_asked(), ready, asked) if changed else (),
     )
 
 
@@ -141,7 +138,7 @@ def costs(project: Project, batches: Sequence[str], spec: EncodingSpec) -> tuple
 
 
 def rates(store: LatentStore) -> dict[int, Rate]:
-    """Measured seconds a row by clip length, in each dataset's latest batches; lengths never measured are missing."""
+    """Measured rates by clip length in frames, over the latest batches of each dataset."""
     found = {}
     recent: dict[str, list[str]] = {}
     for batch in store.batches():
@@ -156,10 +153,11 @@ def rates(store: LatentStore) -> dict[int, Rate]:
 
 def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, Rate]) -> Cost:
     rows = {frames: table.height for frames, table in plan.by_frames.items()}
-    unmeasured = tuple(frames for frames in rows if frames not in known)
     pixels = pixel_spec(project, plan.spec)
     bare = plan_batch(project, plan.batch, PixelStore(project.root, pixels)).rows if pixels else plan.rows.clear()
-    alone = bare.join(plan.rows, on="row_id", how="anti").group_by("frames").len().rows()
+    alone = bare.join(plan.rows, on="row_id", how="anti").group_by("frames").len()
+    encode_s = {frames: rate.encode_s for frames, rate in known.items()}
+    decode_s = {frames: rate.decode_s for frames, rate in known.items()}
     return Cost(
         batch=plan.batch,
         rows=plan.rows.height,
@@ -167,20 +165,15 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
         orphaned=len(plan.orphaned),
         why=plan.reasons,
         size_bytes=sum(count * plan.spec.row_bytes(frames) for frames, count in rows.items()),
-        encode_s=None if unmeasured else sum(count * known[frames].encode_s for frames, count in rows.items()),
-        decode_s=None if unmeasured else sum(count * known[frames].decode_s for frames, count in rows.items()),
-        unmeasured=unmeasured,
+        encode_s=_seconds(rows, encode_s),
+        decode_s=_seconds(rows, decode_s),
+        unmeasured=tuple(frames for frames in rows if frames not in known),
         curation_changed=curation_of(project, plan.batch) != project.corpus.curation_digest(dataset_of(plan.batch)),
         without_pixels=bare.height,
-        pixels_decode_s=(
-            sum(count * known[frames].decode_s for frames, count in alone)
-            if all(frames in known for frames, _ in alone)
-            else None
-        ),
+        pixels_decode_s=_seconds(dict(alone.rows()), decode_s),
     )
 
 
-def _autoencoder_in_force(project: Project) -> str | None:
-    """Digest of the weights that the accepted spec was made with; other weights cannot encode for it."""
-    stands = accepted(project.root)
-    return None if stands is None else LatentStore.open(project.root, stands.encoding).spec.autoencoder
+def _seconds(rows: Mapping[int, int], row_s: Mapping[int, float]) -> float | None:
+    """Seconds of so many rows of each clip length; None if a length has no rate."""
+    return sum(count * row_s[frames] for frames, count in rows.items()) if rows.keys() <= row_s.keys() else None

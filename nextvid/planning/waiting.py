@@ -1,6 +1,6 @@
-"""Why a batch asks for a run: what is missing, outdated, failed or quarantined, read from files alone.
+"""Which batches need a run, and why: tables that are missing, outdated or failed, rows not encoded, files quarantined.
 
-Used by the sensor, the nightly schedule and scripts. Makes nothing.
+The sensor and the nightly schedule ask. Everything is read from tables and checks; nothing is made.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Standard:
-    """What batches are held against, read once for all of them: what is in force, not what corpus.yaml asks for."""
+    """What every batch is compared with, read once: the accepted configuration, and the current label files."""
 
     project: Project
     spec: EncodingSpec
@@ -42,11 +42,11 @@ class Standard:
         return _remembered([table], ("listing", *labels), lambda: batch_fingerprint(self.project, batch, labels))
 
     def not_encoded(self, batch: str) -> int:
-        """How many rows that the batch's clips want have no latents."""
+        """How many of the batch's clips have no latents."""
         return self._missing(batch, LatentStore(self.project.root, self.spec))
 
     def without_pixels(self, batch: str) -> int:
-        """How many rows have no pixels, where pixels are kept."""
+        """How many of them have no pixels; 0 where none are kept."""
         return 0 if self.pixels is None else self._missing(batch, PixelStore(self.project.root, self.pixels))
 
     def _missing(self, batch: str, store: Store[Any]) -> int:
@@ -56,7 +56,7 @@ class Standard:
         )
 
     def key(self, batch: str) -> str:
-        """The same batch, listing, curation, encoding and pixels have the same key."""
+        """The run key: the same for the same batch, listing, curation, encoding and pixels."""
         made_by = (
             self.curation[dataset_of(batch)],
             self.spec.digest(),
@@ -66,10 +66,9 @@ class Standard:
 
 
 def standard(project: Project) -> Standard:
-    """The project's standard now."""
-    stands = accepted(project.root)
-    # whether or not its autoencoder is still at hand: what is missing can be said without
-    spec = LatentStore.open(project.root, stands.encoding).spec if stands else encoding_spec(project)
+    """What batches are compared with now. The accepted autoencoder need not be at hand."""
+    known = accepted(project.root)
+    spec = LatentStore.open(project.root, known.encoding).spec if known else encoding_spec(project)
     datasets = project.corpus.datasets
     return Standard(
         project,
@@ -81,10 +80,10 @@ def standard(project: Project) -> Standard:
 
 
 def waiting(project: Project, *, retry: bool = False) -> dict[str, str]:
-    """Batches that ask for a run, each with the key of what it asks for.
+    """Batches that need a run, each with its run key.
 
-    With `retry` those too that hold quarantined files, whose state may have changed. A batch whose dataset corpus.yaml
-    names no longer asks for nothing: see `left_behind`.
+    With `retry`, those with quarantined files too. Batches of datasets that corpus.yaml no longer names need none: see
+    `left_behind`.
     """
     against = standard(project)
     named = [batch for batch in project.root.batches() if dataset_of(batch) in project.corpus.datasets]
@@ -105,13 +104,13 @@ def left_behind(project: Project) -> list[str]:
         line += "join no new trainset and are not listed; runs that used them can still be traced"
         uri = known_sources(project, name)["uri"][0]
         if heirs := [new for new, d in project.corpus.datasets.items() if uri.startswith(d.uri.rstrip("/") + "/")]:
-            line += f". Its files are listed as {heirs[0]} now: call that {name} again, or all of it is made anew"
+            line += f". Its files are listed as {heirs[0]} now: call that {name} again, or all of it is rebuilt"
         lines.append(line)
     return lines
 
 
 def unfinished(against: Standard, batch: str) -> tuple[str, ...]:
-    """Reasons to run the batch again; none means that a run would change nothing, but perhaps what is quarantined."""
+    """Reasons to run the batch again; with none, a run would change nothing but what is quarantined."""
     root, encoding = against.project.root, against.spec.digest()
     state = batch_state(root, batch, "media", "shots", "clips", "latents", encoding=encoding)
     if state.not_made:
@@ -131,28 +130,28 @@ def unfinished(against: Standard, batch: str) -> tuple[str, ...]:
 _KNOWN: dict[tuple[str, ...], tuple[tuple[int, ...], Any]] = {}
 
 
-def _remembered(tables: list[str], what: tuple[str, ...], reckon: Callable[[], T]) -> T:
-    """What was reckoned from these tables, while each still has the seal that it had then.
+def _remembered(tables: list[str], what: tuple[str, ...], compute: Callable[[], T]) -> T:
+    """The result of `compute`, kept while the seals of the tables that it was computed from are unchanged.
 
-    A tick finds next to nothing changed, and reading a table costs many times what checking its seal does. What is kept
-    is one number or digest a batch, and no table.
+    Between two ticks of the sensor next to nothing changes, and reading a table costs many times what checking its seal
+    does. One number or digest a batch is kept, and no table.
     """
     about = (*what, tables[0])  # the first is the batch's own
     seals = tuple(hash((path, seal(path))) for path in tables)
     known = _KNOWN.get(about)
     if known is None or known[0] != seals:
-        known = _KNOWN[about] = (seals, reckon())
+        known = _KNOWN[about] = (seals, compute())
     found: T = known[1]
     return found
 
 
 def curation_of(project: Project, batch: str) -> str | None:
-    """Digest of the curation that the batch's clips were cut by; None where they were not made."""
+    """Digest of the curation that the batch's clips were cut by; None if they were not made."""
     return batch_state(project.root, batch, "clips").made_from("clips", "curation")
 
 
 def quarantined(project: Project, batch: str) -> tuple[str, ...]:
-    """What could not be read when the batch was made, and is tried again every night."""
+    """What could not be read when the batch was made, which the nightly schedule tries again."""
     found = []
     if batch_state(project.root, batch, "shots").not_made:
         return ()

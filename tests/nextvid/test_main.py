@@ -144,7 +144,7 @@ class TestPlan:
         assert "films.000000: 2 rows (2 new file), 2 kept, 0 orphaned" in said
         assert "1.0 device-s" in said
 
-    def test_accepting_puts_another_encoding_in_force(self, nextvid: Command, corpus: Corpus) -> None:
+    def test_another_encoding_is_used_once_it_is_accepted(self, nextvid: Command, corpus: Corpus) -> None:
         where = ("--corpus", str(corpus.project.path))
         assert nextvid("plan", "--accept", *where)[0] == 0
         corpus.configure(encoding={"autoencoder": str(corpus.autoencoder), "resolution": 32})
@@ -161,7 +161,7 @@ class TestPlan:
         corpus.configure(encoding={"autoencoder": str(corpus.autoencoder), "resolution": 32})
         code, _, said = nextvid("make", "clips", *where)
         assert code == 0
-        assert "changed, but not accepted: encoding. The accepted configuration was used" in said
+        assert "differs from the accepted encoding; the accepted one was used" in said
 
     def test_a_batch_that_is_not_there_is_3(self, nextvid: Command, corpus: Corpus) -> None:
         code, _, said = nextvid("plan", "--batch", "films.000009", "--corpus", str(corpus.project.path))

@@ -1,4 +1,4 @@
-"""What is in force while corpus.yaml asks for other things: `reencode: ask` and `auto` (docs/decisions/0031)."""
+"""What is accepted while corpus.yaml asks for other things: `reencode: ask` and `auto` (docs/decisions/0031)."""
 
 import shutil
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, insta
     assert said.run_requests == []
     assert said.skip_reason is not None
     message = str(said.skip_reason.skip_message)
-    assert "another encoding than is in force: 2 batches are outdated" in message
+    assert "the accepted encoding: 2 batches are outdated" in message
     assert f"{committed(project).height} rows" in message
     assert "nextvid plan --accept" in message
     assert look(other, instance, said.cursor).cursor == said.cursor
@@ -73,14 +73,14 @@ def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, insta
     assert len(LatentStore.every(project.root)) == 2, "a new spec grows a new store beside the old one"
 
 
-def test_a_new_file_goes_on_with_the_curation_in_force(project: Project, instance: dg.DagsterInstance) -> None:
+def test_a_new_file_keeps_the_accepted_curation(project: Project, instance: dg.DagsterInstance) -> None:
     made(project, instance)
     stands = accepted(project.root)
     before = committed(project)
     other = edit(project, ASK, SHORTER)
     assert outdated(other) == ("curation",)
     message = said(look(other, instance))
-    assert "another curation than is in force: 1 batches are outdated" in message
+    assert "the accepted curation: 1 batches are outdated" in message
     uri = drop(other)
     tick(other, instance)
     asked = tick(other, instance)
@@ -102,7 +102,7 @@ def test_a_new_file_goes_on_with_the_curation_in_force(project: Project, instanc
     assert tick(other, instance) == []
 
 
-def test_a_new_file_goes_on_with_the_encoding_in_force(project: Project, instance: dg.DagsterInstance) -> None:
+def test_a_new_file_keeps_the_accepted_encoding(project: Project, instance: dg.DagsterInstance) -> None:
     made(project, instance)
     before = committed(project)
     other = edit(project, ASK, ("resolution: 64", "resolution: 32"))
@@ -120,7 +120,7 @@ def test_pixels_wait_for_a_person_or_are_asked_for(project: Project, instance: d
     other = edit(project, ASK, PIXELS)
     rows = committed(project).height
     message = said(look(other, instance))
-    assert "other pixels than is in force: 2 batches are outdated, 0 rows, 0 bytes" in message
+    assert "the accepted pixels: 2 batches are outdated, 0 rows, 0 bytes" in message
     assert f"{rows} rows without pixels (" in message
     assert "decode-s" in message
     drop(other)

@@ -17,7 +17,7 @@ from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import accepted_spec
 from nextvid.make import Request, make
-from nextvid.planning.acceptance import in_force
+from nextvid.planning.acceptance import ensure_accepted
 from nextvid.train.pretrain import prepare_run
 from orchestration.definitions import build_defs
 from storage import atomic, remote
@@ -87,7 +87,7 @@ def projects(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pro
     elsewhere = f"root: {bucket}/there\nruns_root: {folder / 'runs'}"
     (folder / "there.yaml").write_text(said.replace(f"root: {folder / 'here'}", elsewhere))
     there = open_project(folder / "there.yaml")
-    in_force(there)
+    ensure_accepted(there)
     assert all(outcome.passed for outcome in make(here, Request("latents")))
     return here, there
 

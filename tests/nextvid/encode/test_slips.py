@@ -18,7 +18,7 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.frames import DecodedRow
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec, plan_encode
-from nextvid.planning.acceptance import in_force
+from nextvid.planning.acceptance import ensure_accepted
 from storage.errors import RefusedError, StoreError
 from storage.latents import LatentStore
 from storage.tables import read_checks
@@ -131,7 +131,7 @@ class TestRoundTrip:
         folder = tmp_path / "autoencoder"
         shutil.copytree(cosine_autoencoder, folder)
         project = begin(tmp_path, folder)
-        in_force(project)
+        ensure_accepted(project)
         make_latents(project, FILMS)
         before = stored(project, FILMS)
         _exchange(folder)

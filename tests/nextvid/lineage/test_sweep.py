@@ -119,10 +119,10 @@ def test_what_a_trainset_cites_stays_readable(corpus: Corpus) -> None:
     assert [shard.rows for shard in sweep(corpus.project).gone] == [4]
 
 
-def test_an_old_encoding_goes_once_another_is_in_force(corpus: Corpus) -> None:
+def test_an_old_encoding_goes_once_another_is_accepted(corpus: Corpus) -> None:
     old = store_of(corpus)
     corpus.configure(encoding={"autoencoder": str(corpus.autoencoder), "resolution": 32})
-    assert sweep(corpus.project).gone == ()  # asked for, but the old one is still in force
+    assert sweep(corpus.project).gone == ()  # asked for, but the old one is still accepted
     accept_asked(corpus.project)
     assert {
         Path(shard.path).is_relative_to(old.root.spec_folder(old.digest)) for shard in sweep(corpus.project).gone

@@ -85,7 +85,7 @@ def test_what_no_clip_wants_goes_with_its_latents(corpus: Corpus) -> None:
 def test_pixels_that_nobody_asks_for_any_more_go_and_latents_stay(corpus: Corpus) -> None:
     store = store_of(corpus)
     plain = configure(corpus, None)
-    assert sweep(plain, yes=True).gone == (), "they are in force until another corpus.yaml is accepted"
+    assert sweep(plain, yes=True).gone == (), "they are accepted until another corpus.yaml is accepted"
     plain = accept_asked(plain)
     found = sweep(plain, yes=True)
     assert [Path(shard.path).is_relative_to(corpus.project.root.stores("pixels")) for shard in found.gone] == [

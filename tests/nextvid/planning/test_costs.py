@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nextvid.encode.plan import accepted_spec, encoding_spec
-from nextvid.planning.acceptance import accept_asked, in_force, outdated
+from nextvid.planning.acceptance import accept_asked, ensure_accepted, outdated
 from nextvid.planning.costs import Rate, forecast, rates
 from storage.errors import UpstreamError
 from storage.latents import LatentStore
@@ -72,11 +72,11 @@ def test_nothing_to_do_says_so(corpus: Corpus) -> None:
 
 
 def test_another_resolution_is_outdated_until_it_is_accepted(corpus: Corpus) -> None:
-    before = in_force(corpus.project)
+    before = ensure_accepted(corpus.project)
     project = corpus.configure(encoding={"autoencoder": str(corpus.autoencoder), "resolution": 32})
     found = forecast(project)
     assert found.outdated == ("encoding",)
-    assert found.in_force == before
+    assert found.accepted == before
     assert [cost.rows for cost in found.now] == [3, 2]  # what make goes on with
     assert [cost.rows for cost in found.if_accepted] == [6, 2]
     assert [dict(cost.why) for cost in found.if_accepted] == [{"new encoding": 6}, {"new encoding": 2}]
@@ -94,13 +94,13 @@ def test_accepting_writes_the_spec_so_that_the_next_change_can_be_told(
     """Nothing was encoded between two changes: the accepted spec must still be readable."""
     made = Corpus(tmp_path, random_autoencoder)
     made.clips(FILMS, [made.row(FILMS, 0)])
-    in_force(made.project)
+    ensure_accepted(made.project)
     project = made.configure(encoding={"autoencoder": str(random_autoencoder), "resolution": 32})
     assert [cost.rows for cost in forecast(project).now] == [1]
 
 
 def test_other_weights_leave_only_what_accepting_costs(corpus: Corpus, cosine_autoencoder: Path) -> None:
-    in_force(corpus.project)
+    ensure_accepted(corpus.project)
     project = corpus.configure(encoding={"autoencoder": str(cosine_autoencoder), "resolution": 16})
     found = forecast(project)
     assert found.now == ()
