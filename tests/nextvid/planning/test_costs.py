@@ -105,7 +105,7 @@ def test_other_weights_leave_only_what_accepting_costs(corpus: Corpus, cosine_au
     found = forecast(project)
     assert found.now == ()
     assert [cost.rows for cost in found.if_accepted] == [6, 2]
-    assert "nothing can be encoded as before" in found.text()
+    assert "corpus.yaml names another autoencoder than the accepted one" in found.text()
 
 
 def test_a_batch_without_clips_is_named(corpus: Corpus) -> None:
