@@ -8,6 +8,7 @@ and line.
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
+from unicodedata import normalize
 
 import fsspec
 import polars as pl
@@ -81,11 +82,16 @@ def doubled(config: DatasetConfig, paths: Sequence[str]) -> dict[str, str]:
 
 
 def without_file(config: DatasetConfig, paths: Sequence[str]) -> list[str]:
-    """Names in the label files that no path has, sorted: files that are missing, or labels of another data set."""
+    """Names in the label files that no path has, sorted: files that are missing, or labels of another data set.
+
+    Of a csv file paths outside of the dataset count only where no line names a file of it.
+    """
     labels = config.labels
     if labels.layout == "csv":
         table = _table(labels)
-        return sorted(set(_relative(table[labels.path_column], labels, config.uri).drop_nulls()) - set(paths))
+        named = set(_relative(table[labels.path_column], labels, config.uri).drop_nulls())
+        listed = {normalize("NFC", path) for path in paths}
+        return sorted(set(table[labels.path_column]) if named.isdisjoint(listed) else named - listed)
     if not labels.by_name:
         return []
     stems = {PurePosixPath(path).stem for path in paths}
@@ -133,8 +139,11 @@ def _from_csv(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
     labels = config.labels
     assert labels.file is not None, "LabelConfig refuses csv without a file"
     table = _table(labels)
-    table = table.with_columns(_relative(table[labels.path_column], labels, config.uri).alias("path"))
-    table = table.filter(pl.col("path").is_in(pl.Series(sorted(set(paths)), dtype=pl.String).implode()))
+    named = _relative(table[labels.path_column], labels, config.uri)
+    listed = pl.DataFrame({"path": sorted(set(paths))}, {"path": pl.String})
+    listed = listed.with_columns(pl.col("path").str.normalize("NFC").alias("_named"))  # macOS writes names in NFD
+    table = table.drop("path", strict=False).with_columns(named.alias("_named"))
+    table = table.join(listed, on="_named", maintain_order="left_right")
     spanned = table.with_columns(
         _micros(table, labels.start_column, labels.file).alias("start_us"),
         _micros(table, labels.end_column, labels.file).alias("end_us"),
@@ -174,14 +183,17 @@ def _table(labels: LabelConfig) -> pl.DataFrame:
 
 
 def _relative(paths: pl.Series, labels: LabelConfig, uri: str) -> pl.Series:
-    """Paths relative to the dataset's URI; null for one outside of it, such as another dataset's file."""
-    if labels.path_base is None:
-        return paths.str.strip_prefix("./")
-    base, top = labels.path_base.rstrip("/"), uri.rstrip("/") + "/"
-    whole = base + "/" + paths.str.strip_prefix("./")
-    frame = pl.DataFrame({"whole": whole})
-    inside = pl.col("whole").str.starts_with(top)
-    return frame.select(pl.when(inside).then(pl.col("whole").str.strip_prefix(top)).alias("path"))["path"]
+    """Paths relative to the dataset's URI, in NFC; null for one outside of it, such as another dataset's file.
+
+    A path may be absolute, as in the lists of VideoMAE, V-JEPA and mmaction2; others start from `path_base`.
+    """
+    top = normalize("NFC", uri.rstrip("/") + "/")
+    base = top if labels.path_base is None else labels.path_base.rstrip("/") + "/"
+    given = pl.col("given")
+    absolute = given.str.starts_with("/") | given.str.contains("://", literal=True)
+    whole = pl.when(absolute).then(given).otherwise(pl.lit(base) + given.str.strip_prefix("./")).str.normalize("NFC")
+    inside = pl.when(whole.str.starts_with(top)).then(whole.str.strip_prefix(top))
+    return pl.DataFrame({"given": paths}).select(path=inside)["path"]
 
 
 def _micros(table: pl.DataFrame, column: str, file: str) -> pl.Series:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.labels import contradictions, label_bytes, read_labels
+from nextvid.corpus.labels import contradictions, label_bytes, read_labels, without_file
 from storage.errors import CorpusError
 
 
@@ -118,3 +119,32 @@ def test_two_values_of_one_target_for_one_span_contradict(tmp_path: Path) -> Non
         "b.mp4": "action is run and sit",
         "c.mp4": "split is test and train",
     }
+
+
+@pytest.mark.parametrize("base", [None, "/", "elsewhere"])
+def test_absolute_paths_name_files_below_the_uri(tmp_path: Path, base: str | None) -> None:
+    text = f"path,label\n{tmp_path}/d/a/1.mp4,run\n{tmp_path}/d2/2.mp4,sit\n/other/3.mp4,sit\n"
+    config = dataset(tmp_path, text, **({} if base is None else {"path_base": base}))
+    assert rows(config, "a/1.mp4", "2.mp4", "3.mp4") == [("a/1.mp4", None, None, "action", "run")]
+    assert without_file(config, ["a/1.mp4"]) == []
+
+
+def test_urls_name_files_below_the_uri(tmp_path: Path) -> None:
+    config = dataset(tmp_path, "path,label\ns3://bucket/d/a.mp4,run\ns3://other/d/b.mp4,sit\nc.mp4,lie\n")
+    config = config.model_copy(update={"uri": "s3://bucket/d"})
+    assert [row[0] for row in rows(config, "a.mp4", "b.mp4", "c.mp4")] == ["a.mp4", "c.mp4"]
+
+
+def test_a_list_that_names_no_file_of_the_dataset_is_told_whole(tmp_path: Path) -> None:
+    config = dataset(tmp_path, "path,label\n/mnt/k400/a.mp4,run\n/mnt/k400/b.mp4,sit\n")
+    assert rows(config, "a.mp4") == []
+    assert without_file(config, ["a.mp4"]) == ["/mnt/k400/a.mp4", "/mnt/k400/b.mp4"]
+
+
+@pytest.mark.parametrize(("listed", "labelled"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_are_compared_in_one_form(tmp_path: Path, listed: Any, labelled: Any) -> None:
+    name = "caf\u00e9/na\u00efve.mp4"
+    config = dataset(tmp_path, f"path,label\n{normalize(labelled, name)},run\n")
+    path = normalize(listed, name)
+    assert rows(config, path) == [(path, None, None, "action", "run")]
+    assert without_file(config, [path]) == []
