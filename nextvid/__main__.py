@@ -256,7 +256,18 @@ def line(outcome: Outcome) -> str:
     bad = f", {outcome.quarantined} quarantined" if outcome.quarantined else ""
     failed = [check.name for check in outcome.checks if not check.passed]
     verdict = f", failed: {', '.join(failed)}" if failed else ""
-    return f"{name:38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}"
+    return f"{name:38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}{left_out(outcome)}"
+
+
+def left_out(outcome: Outcome) -> str:
+    """A second line with what was left out and why, if anything was: rows by reason, labels that no file has."""
+    numbers = outcome.numbers
+    reasons = [f"{name.removeprefix('reason_')} {n}" for name, n in numbers.items() if name.startswith("reason_")]
+    rows = [f"{numbers[status]} {status}" for status in ("rejected", "quarantined") if numbers.get(status)]
+    parts = [f"{' and '.join(rows)} ({', '.join(reasons)})"] if rows else []
+    if unused := numbers.get("labels_without_file"):
+        parts.append(f"{unused} labels without a file, such as {numbers['labels_without_file_such_as']}")
+    return f"\n    left out: {'; '.join(parts)}" if parts else ""
 
 
 def main() -> None:

@@ -133,6 +133,15 @@ class TestLine:
             "budget",
         ]
 
+    def test_what_was_left_out_is_a_second_line(self) -> None:
+        numbers = {"ok": 4, "rejected": 3, "quarantined": 1, "reason_frozen": 3, "reason_corrupt": 1}
+        clips = Outcome("clips", FILMS, True, rows=8, size_bytes=1, seconds=1.0, numbers=numbers)
+        assert line(clips).splitlines()[1:] == ["    left out: 3 rejected and 1 quarantined (frozen 3, corrupt 1)"]
+        labels: dict[str, int | str] = {"labels_without_file": 2, "labels_without_file_such_as": "d: 'gone.mp4'"}
+        sources = Outcome("sources", None, True, rows=8, size_bytes=1, seconds=1.0, numbers=labels)
+        assert line(sources).endswith("left out: 2 labels without a file, such as d: 'gone.mp4'")
+        assert "\n" not in line(Outcome("clips", FILMS, True, rows=8, size_bytes=1, seconds=1.0, numbers={"ok": 8}))
+
     def test_what_stood_there_is_up_to_date(self) -> None:
         assert "up to date" in line(Outcome("sources", None, False, rows=7, size_bytes=1, seconds=0.0))
 
