@@ -1,11 +1,11 @@
-"""Which clips a benchmark asks about, with their labels, and the digest that freezes the list.
+"""The clips of a benchmark with their labels, and the digest of that list.
 
-Holds the rules that turn tables into a task: uses, labels by span, splits, duplicates, segments, views, held-out rows.
-Holds no torch and no latents. A clip is asked about if its row is committed in the trainset's encoding spec. Clips
-whose near-duplicates are in a test set were left out of probe-train by `duplicates` (design 4). Every clip that a
-benchmark wanted and did not get is counted under a reason in `left_out`.
+The rules turn tables into a task: uses, labels by span, splits, duplicates, segments, views, held-out rows. A clip is
+in the benchmark if its row is committed in the trainset's encoding spec. Training clips with a near-duplicate in a
+test set are left out of probe-train, because their labels would leak. Every clip that could not be taken is counted by
+reason in `left_out`.
 
-A *sample* is what the probe sees at once: the segments of one shot and view, in the order of time (method.md 9).
+A *sample* is what the probe sees at once: the segments of one shot and view, in the order of time (docs/method.md 9).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,15 @@ from storage.schemas import ProbeRows
 
 _32_BITS = 1 << 32
 SAMPLE = ["shot_id", "label", "view_index"]
-
-
 ROW_COLUMNS = ProbeRows.column_names()
 
 
 @dataclass(frozen=True)
 class BenchmarkRows:
-    """A frozen task.
+    """The rows that a benchmark scores.
 
-    `frame` has one row a (sample, segment), sorted by them, with columns sample, segment, clip_group (views of one clip
-    share it), split, held_out, label (its number in `classes`) and the address columns of commits.
+    `frame` has one row for each (sample, segment), sorted by them, with columns sample, segment, clip_group (views of
+    one clip share it), split, held_out, label (its number in `classes`) and the address columns of commits.
     """
 
     benchmark: str
@@ -42,7 +40,7 @@ class BenchmarkRows:
     left_out: Mapping[str, int]
 
     def digest(self) -> str:
-        """Id of rows, their bytes, labels and splits; not of where they stand in the store."""
+        """Id of rows, their bytes, labels and splits; not of their places in the store."""
         rows = self.frame.select(pl.col("row_id").bin.encode("hex"), "crc32c", "sample", "segment", "label", "split")
         listed = [list(row) for row in rows.rows()]
         return digest_config({"target": self.target, "classes": list(self.classes), "rows": listed})
@@ -64,8 +62,8 @@ def benchmark_rows(
 ) -> BenchmarkRows:
     """Build the task from tables of the schemas Clips, Labels, Duplicates and from `LatentStore.commits`.
 
-    `limits` are the largest numbers of shots by split (`train`, `test`); which ones stay is decided by shot id, that
-    is by a hash. `held_out` is the share of probe-train that chooses heads, by hash of the group, else of the media.
+    `limits` are the largest numbers of shots by split (`train`, `test`); which ones stay is decided by shot id, which
+    is a hash. `held_out` is the share of probe-train that chooses heads, by hash of the group, else of the media file.
     """
     wanted = clips.filter(
         (pl.col("status") == "ok") & pl.col("uses").list.contains(name) & pl.col("split").is_in(["train", "test"])
@@ -100,7 +98,7 @@ def benchmark_rows(
 
 
 def _into_samples(clips: pl.DataFrame, segments: int) -> pl.DataFrame:
-    """One row a (sample, segment): a shot with fewer clips than segments repeats them in turn."""
+    """One row for each (sample, segment): a shot with fewer clips than segments repeats them in turn."""
     ordered = clips.sort(*SAMPLE, pl.col("times_us").list.first(), "row_id").group_by(SAMPLE, maintain_order=True)
     pieces = ordered.agg(pl.all().head(segments), _n=pl.min_horizontal(pl.len(), pl.lit(segments)))
     turns = pieces.with_columns(segment=pl.lit(list(range(segments)))).explode("segment")
@@ -124,11 +122,6 @@ def _share(key: str) -> float:
     return int(digest_config(["probe", key])[:8], 16) / _32_BITS
 
 
-def labels_of(rows: pl.DataFrame) -> np.ndarray:
-    """Label of each sample, in order: int64 [N]."""
-    return rows.unique("sample").sort("sample")["label"].to_numpy()
-
-
-def groups_of(rows: pl.DataFrame) -> np.ndarray:
-    """Clip group of each sample, in order: int64 [N]."""
-    return rows.unique("sample").sort("sample")["clip_group"].to_numpy()
+def per_sample(rows: pl.DataFrame, column: str) -> np.ndarray:
+    """A column's value for each sample, in order: [N], of `label`, `held_out` or `clip_group`."""
+    return rows.unique("sample").sort("sample")[column].to_numpy()

@@ -1,48 +1,97 @@
-"""Rows of the latent store as encoder features: whole clips, all cells visible, frame-causal, evaluation mode.
+"""Features of committed rows by a run's frozen encoders: stored latents or pixels in, tokens out.
 
-Holds the way from committed rows to tokens: read, normalise by the trainset's statistics, repeat images, fold, encode.
-Holds no probe and no choice of rows. Features of the segments of a sample stand one after the other along tokens, never
-averaged (trap 31 of method.md 13).
+Encoders see whole clips, all cells, frame-causally, in evaluation mode. Three of a run are compared: the averaged one
+(EMA), the online one and a random twin with the recipe, input and seed of the run, because random features of different
+initialisations and inputs differ by more than training gains (.15 to .47 accuracy: docs/demo.md). Segments of a sample
+follow one another along tokens, never averaged (trap 31 of docs/method.md 13).
 
 Axes: N samples, G segments of a sample, B clips of a batch, F frames, C channels, h and w cells of the store,
-T tubelets, S cells of the model, D width; L = T S tokens of a segment, N of a clip, i numbers in a token.
+H W pixels, T tubelets, S cells of the model, D width; L = T S tokens of a segment, N of a clip, i numbers in a token.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import polars as pl
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float16, Float32
+from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
 from nextvid.config.recipe import RecipeConfig
+from nextvid.evaluate.augment import Kind, augmented
 from nextvid.model.encoder import Encoder
-from nextvid.model.tokens import denormalise, depth_to_space, latent_tokens, normalise, space_to_depth
-from nextvid.train.step import autocast
+from nextvid.model.nextvid import NExTVid
+from nextvid.model.reference import reference_encoder
+from nextvid.model.tokens import (
+    denormalise,
+    depth_to_space,
+    latent_tokens,
+    normalise,
+    pixel_tokens,
+    pixel_values,
+    space_to_depth,
+)
+from nextvid.train import checkpoint
+from nextvid.train.run import Run
+from nextvid.train.step import autocast, build_model
 from nextvid.trainset.trainset import Trainset
-from storage.reader import addresses, open_reader
+from storage.pixel_reader import PixelReader, pixel_addresses
+from storage.pixels import PixelSpec, PixelStore
+from storage.reader import RowReader, addresses, open_reader
 from storage.root import DataRoot
 
+EncoderName = Literal["ema", "online", "random"]
+ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 CLIPS_AT_ONCE = 16  # measured on the demo encoder, one thread: 6.8 ms a clip against 7.9 for 8, 8.0 for 32, 8.5 for 64
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The networks of a run's last checkpoint, frozen, in evaluation mode."""
+
+    model: NExTVid
+    ema: Encoder
+    random: Encoder
+    checkpoint: Path
+
+    def encoder(self, name: EncoderName) -> Encoder:
+        """One of the three."""
+        match name:
+            case "ema":
+                return self.ema
+            case "online":
+                return self.model.encoder
+            case "random":
+                return self.random
+
+
+def load_trained(run: Run, device: str = "cpu") -> Trained:
+    """The networks of a complete run, on a device."""
+    model = build_model(run.recipe)
+    random = reference_encoder(model.encoder)
+    ema = reference_encoder(model.encoder)
+    path = checkpoint.complete(run.checkpoints)[-1]
+    checkpoint.load(path, run.identity, model, ema)
+    frozen = model.eval().requires_grad_(False)
+    return Trained(frozen.to(device), ema.to(device), random.to(device), path)
+
+
 class Source(Protocol):
-    """Where encoder input comes from: stored latents, or stored pixels (pixel_source.py)."""
+    """Where encoder input comes from: stored latents, stored pixels, or pixels that are varied."""
 
     def tokens(self, rows: pl.DataFrame) -> Float[Tensor, "B N i"]:
         """What the encoder reads of these rows, in order."""
 
-    def close(self) -> None:
-        """Close files."""
-
 
 class LatentSource:
-    """Reads committed rows of one encoding spec, in any order; normalises as training does.
+    """Committed rows of one encoding spec, in any order, normalised as in training.
 
-    `batches` are those that rows may come from. `frames` is what images are repeated to. Close it when done.
+    `batches` are those that rows may come from. Images are repeated to `frames`. Close it when done.
     """
 
     def __init__(
@@ -58,13 +107,7 @@ class LatentSource:
         """Raw latents of rows, in order, as stored; images repeated. Raises DamagedError."""
         spec = self._spec
         out = np.empty((rows.height, self._frames, spec.channels, spec.height, spec.width), np.float16)
-        found = addresses(rows, self._batches)
-        for frames in rows["frames"].unique().to_list():
-            self._reader.will_need(frames, found[(rows["frames"] == frames).to_numpy()])
-        for row, frames, address in zip(out, rows["frames"], found, strict=True):
-            self._reader.read_into(frames, address, row[:frames])
-            if frames == 1:
-                row[1:] = row[0]
+        _read_into(self._reader, rows, addresses(rows, self._batches), out)
         return out
 
     def inputs(self, rows: pl.DataFrame) -> Float[Tensor, "B F C2 h w"]:
@@ -84,6 +127,72 @@ class LatentSource:
     def close(self) -> None:
         """Close the reader's files."""
         self._reader.close()
+
+
+class PixelSource:
+    """Committed rows of one pixel spec, in any order; `batches`, `frames` and closing as in LatentSource."""
+
+    def __init__(
+        self, root: DataRoot, spec: PixelSpec, recipe: RecipeConfig, batches: Sequence[str], frames: int
+    ) -> None:
+        self._spec, self._model, self._batches, self._frames = spec, recipe.model, list(batches), frames
+        self._reader = PixelReader(root, spec, self._batches)
+        store = PixelStore(root, spec)
+        commits = pl.concat([store.commits(batch) for batch in self._batches])
+        self._commits = commits.filter(pl.col("status") == "ok")
+
+    def pixels(self, rows: pl.DataFrame) -> UInt8[np.ndarray, "B F H W 3"]:
+        """Frames of rows (columns row_id, batch, frames), in order; images repeated. Raises DamagedError."""
+        stored = rows.select("row_id", "batch").join(
+            self._commits, on=["row_id", "batch"], how="inner", maintain_order="left"
+        )
+        assert stored.height == rows.height, "rows without pixels were not left out"
+        out = np.empty((rows.height, *self._spec.row_shape(self._frames)), np.uint8)
+        _read_into(self._reader, rows, pixel_addresses(stored, self._batches), out)
+        return out
+
+    def tokens(self, rows: pl.DataFrame) -> Float[Tensor, "B N i"]:
+        """What the encoder reads of these rows."""
+        return self.folded(self.pixels(rows))
+
+    def folded(self, pixels: UInt8[np.ndarray, "B F H W 3"]) -> Float[Tensor, "B N i"]:
+        """What the encoder reads of these frames."""
+        return pixel_tokens(pixel_values(torch.from_numpy(pixels)), self._model.patch, self._model.tubelet)
+
+    def close(self) -> None:
+        """Close the reader's files."""
+        self._reader.close()
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """The rows of a source as they are varied in one epoch of training probes (augment.py)."""
+
+    source: PixelSource
+    kind: Kind
+    seed: int
+    epoch: int
+
+    def tokens(self, rows: pl.DataFrame) -> Float[Tensor, "B N i"]:
+        """What the encoder reads of these rows in this epoch."""
+
+        def vary(clip: UInt8[np.ndarray, "F H W 3"], row: bytes) -> UInt8[np.ndarray, "F H W 3"]:
+            return augmented(clip, self.kind, self.seed, self.epoch, row)
+
+        with ThreadPoolExecutor() as threads:  # PIL releases the interpreter's lock
+            varied = list(threads.map(vary, self.source.pixels(rows), rows["row_id"]))
+        return self.source.folded(np.stack(varied))
+
+
+def _read_into(reader: RowReader | PixelReader, rows: pl.DataFrame, places: np.ndarray, out: np.ndarray) -> None:
+    """Read rows (column `frames`) at their addresses into `out`, announced by length; images are repeated."""
+    lengths = rows["frames"].to_numpy()
+    for frames in np.unique(lengths).tolist():
+        reader.will_need(frames, places[lengths == frames])
+    for row, frames, address in zip(out, lengths.tolist(), places, strict=True):
+        reader.read_into(frames, address, row[:frames])
+        if frames == 1:
+            row[1:] = row[0]
 
 
 @torch.inference_mode()

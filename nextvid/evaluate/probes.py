@@ -1,8 +1,8 @@
-"""The asset `probes`: one run on one benchmark, its accuracies beside its own random initialisation, as score.json.
+"""The asset `probes`: accuracies of a run's frozen encoders on one benchmark, beside its own random initialisation.
 
-Holds the order of the work and what is written: rows.parquet (who was asked), features.npz (mean-pooled test features,
-for pictures), score.json last. The row list, labels, protocol and seeds are frozen under the digest in the path; where
-score.json stands, nothing is computed again. Architecture and training of heads are attentive.py and fitting.py.
+Written are rows.parquet (the clips that were scored), features.npz (mean-pooled test features, for pictures) and, last,
+score.json. The digest in the path is of rows, labels, settings and seeds; where score.json exists, nothing is computed
+again.
 
 Axes: N samples, L tokens, D width, Y classes.
 """
@@ -11,23 +11,29 @@ import io
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
-from torch import Tensor
 
 from nextvid.config.datasets import BenchmarkConfig
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.evaluate import neighbours
 from nextvid.evaluate.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
-from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, groups_of, labels_of
-from nextvid.evaluate.encoders import ENCODERS, Trained, load_trained
-from nextvid.evaluate.features import LatentSource, Source, features
+from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, per_sample
+from nextvid.evaluate.features import (
+    ENCODERS,
+    Augmented,
+    LatentSource,
+    PixelSource,
+    Trained,
+    features,
+    load_trained,
+)
 from nextvid.evaluate.fitting import accuracies, fit, normalise
-from nextvid.evaluate.pixel_source import Augmented, PixelSource
 from nextvid.machine import device_of
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
@@ -41,37 +47,36 @@ from storage.digest import digest_config
 from storage.errors import UpstreamError
 from storage.latents import LatentStore
 from storage.pixels import PixelSpec, PixelStore
-from storage.root import DataRoot
 from storage.schemas import Clips, Duplicates, Labels, ProbeRows
 
-SMALL_LIMITS = {"train": 1000, "test": 1000}  # clips; research demo, part 2: 1000 and 1000 resolve 3 points
+SMALL_LIMITS = {"train": 1000, "test": 1000}  # clips; 1000 test clips resolve 3 points (docs/demo.md)
 FEATURE_BYTES = 16 << 30  # our bound on features in memory; larger encoders are probed on as many clips as fit
 
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that decides a score, before anything is computed."""
+    """Everything that a score depends on, before anything is computed."""
 
     run: Run
     trainset: Trainset
     config: BenchmarkConfig
     settings: ProbeSettings
     rows: BenchmarkRows
-    pixels: PixelSpec | None = None  # what the encoder reads, where it reads no latents
+    pixels: PixelSpec | None = None  # what the encoder reads; None where it reads latents
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds of the heads."""
+        """Seeds of the probe heads."""
         return list(range(self.config.seeds))
 
     def digest(self) -> str:
-        """Id of rows, labels, protocol and seeds."""
-        same: set[str] = {"augment"} if self.settings.augment == "none" else set()  # as before there was another
+        """Id of rows, labels, settings and seeds."""
+        default: set[str] = {"augment"} if self.settings.augment == "none" else set()  # keeps digests of older scores
         return digest_config(
             {
                 "rows": self.rows.digest(),
                 "benchmark": self.config.model_dump(mode="json"),
-                "settings": self.settings.model_dump(mode="json", exclude=same),
+                "settings": self.settings.model_dump(mode="json", exclude=default),
                 "neighbours": neighbours.NEIGHBOURS,
             }
         )
@@ -84,7 +89,7 @@ def make_probes(
     run: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
-    """Score a run's EMA, online and random-init encoders on a benchmark, unless score.json stands.
+    """Score a run's EMA, online and random-init encoders on a benchmark, unless score.json exists.
 
     Raises ConfigError for an unknown benchmark, UpstreamError where run, rows or labels are missing.
     """
@@ -113,12 +118,15 @@ def make_probes(
 
 
 def plan_task(project: Project, recipe: str, benchmark: str, run: str | None = None) -> Task:
-    """Rows, labels, protocol and seeds of one score, from tables alone."""
+    """Rows, labels, settings and seeds of one score, from tables alone."""
     config = project.benchmark(benchmark)
     found = find_run(project, recipe, run)
     trainset = Trainset.open(project.root, found.trainset)
     settings = probe_settings(found.recipe, config.epochs, config.batch, images=config.policy.frames == 1)
-    pixels = _pixels(project.root, found, trainset)
+    pixels = None
+    if found.recipe.model.encoder.input == "pixels":
+        assert found.pixels is not None, f"run {found.id} reads pixels and names none"
+        pixels = open_pixels(project.root, trainset, found.pixels).spec
     store = LatentStore(project.root, trainset.spec) if pixels is None else PixelStore(project.root, pixels)
     rows = _rows(store, benchmark, config, settings, _limits(found.recipe, config, settings))
     for split in ("train", "test"):
@@ -128,14 +136,6 @@ def plan_task(project: Project, recipe: str, benchmark: str, run: str | None = N
                 f"(left out: {dict(rows.left_out)}): check the labels and splits of {', '.join(config.datasets)}"
             )
     return Task(found, trainset, config, settings, rows, pixels)
-
-
-def _pixels(root: DataRoot, run: Run, trainset: Trainset) -> PixelSpec | None:
-    """The spec of the pixels that the run's encoder reads; None where it reads latents."""
-    if run.recipe.model.encoder.input == "latents":
-        return None
-    assert run.pixels is not None, f"run {run.id} reads pixels and names none"
-    return open_pixels(root, trainset, run.pixels).spec
 
 
 def _rows(
@@ -155,14 +155,15 @@ def _rows(
     labels = tables.read_tables(root, "labels", batches, Labels)
     digest = read_latest(root, "duplicates")
     if digest is None:
-        raise UpstreamError(f"benchmark '{name}': near-duplicates are not known; make 'duplicates' first")
+        raise UpstreamError(f"benchmark '{name}': near-duplicates are unknown; make 'duplicates' first")
     duplicates = tables.read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
     return benchmark_rows(name, config, clips, labels, duplicates, commits, limits, settings.held_out)
 
 
 def _limits(recipe: RecipeConfig, config: BenchmarkConfig, settings: ProbeSettings) -> dict[str, int]:
-    """Largest numbers of shots: the study's for small encoders, else what fits in memory beside its normalised copy,
-    and beside an epoch's and its copy where clips are varied.
+    """Largest numbers of shots by split: SMALL_LIMITS for small encoders, else as many as fit in memory.
+
+    Features are held beside their normalised copy, twice where clips are varied (an epoch's features and their copy).
     """
     if recipe.model.encoder.width < SMALL_WIDTH:
         return dict(SMALL_LIMITS)
@@ -176,20 +177,20 @@ def _limits(recipe: RecipeConfig, config: BenchmarkConfig, settings: ProbeSettin
 def _score(
     project: Project, task: Task, folder: str, progress: Callable[[int, int], None] | None, started: float
 ) -> None:
-    """Compute and publish: the rows, pooled test features, then score.json."""
+    """Compute and publish rows, pooled test features and, last, score.json."""
     device = device_of(project.corpus.execution.device)
     trained = load_trained(task.run, device)
     policy, recipe = task.config.policy, task.run.recipe
     frames = policy.frames if policy.frames > 1 else recipe.clip_lengths[0]
     batches = task.rows.frame["batch"].unique().sort().to_list()
-    source: Source = (
+    source: LatentSource | PixelSource = (
         LatentSource(project.root, task.trainset, recipe, batches, frames)
         if task.pixels is None
         else PixelSource(project.root, task.pixels, recipe, batches, frames)
     )
     scores: dict[str, Any] = {}
     pooled: dict[str, np.ndarray] = {}
-    try:
+    with closing(source):
         for number, name in enumerate(ENCODERS):
             parts = {
                 split: features(
@@ -202,17 +203,17 @@ def _score(
             pooled[name] = parts["test"].mean(axis=1)
             if progress is not None:
                 progress(number + 1, len(ENCODERS))
-    finally:
-        source.close()
     tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
     buffer = io.BytesIO()
-    np.savez(buffer, labels=labels_of(task.rows.part("test")), **pooled)  # type: ignore[arg-type]
+    np.savez(buffer, labels=per_sample(task.rows.part("test"), "label"), **pooled)  # type: ignore[arg-type]
     atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
     atomic.publish_json(f"{folder}/score.json", _described(task, trained, scores, time.perf_counter() - started))
 
 
-def _varied(encoder: Encoder, task: Task, source: Source, device: str) -> Callable[[int], np.ndarray] | None:
-    """Features of an epoch of the clips that heads learn from; None where they are the same in each."""
+def _varied(
+    encoder: Encoder, task: Task, source: LatentSource | PixelSource, device: str
+) -> Callable[[int], np.ndarray] | None:
+    """Features, by epoch, of the varied clips that heads learn from; None where clips are not varied."""
     if not isinstance(source, PixelSource):
         return None
     settings, train = task.settings, task.rows.part("train")
@@ -232,16 +233,17 @@ def score_encoder(
     device: str = "cpu",
     varied: Callable[[int], np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Attentive-probe and k-NN accuracy of features [N, L, D]. `varied`: what heads learn from in each epoch instead.
+    """Attentive-probe and k-NN accuracy of features [N, L, D].
 
-    Heads train on the part of probe-train that is not held out; the held-out part chooses one rate for all seeds, by
-    their mean. Test clips are looked at once, with that rate. Without held-out clips the first rate stands.
+    Heads learn from the part of probe-train that is not held out, or from `varied` features of each epoch instead; the
+    held-out part chooses one learning rate for all seeds, by their mean accuracy. Test clips are scored once, with that
+    rate. Without held-out clips the first rate is taken.
     """
     rows = task.rows
-    labels, held = labels_of(rows.part("train")), _held_out(rows.part("train"))
-    answers, groups = labels_of(rows.part("test")), groups_of(rows.part("test"))
+    labels, held = (per_sample(rows.part("train"), column) for column in ("label", "held_out"))
+    answers, groups = (per_sample(rows.part("test"), column) for column in ("label", "clip_group"))
     chosen = normalise(train[held], device)
-    learnt = normalise(train[~held], device) if varied is None else _normalised(varied, device)
+    learnt = normalise(train[~held], device) if varied is None else lambda epoch: normalise(varied(epoch), device)
     probes = fit(learnt, labels[~held], len(rows.classes), task.settings, task.seeds)
     by_rate = accuracies(probes, chosen, labels[held]).mean(axis=0) if held.any() else np.zeros(1)
     rate = int(by_rate.argmax())
@@ -259,23 +261,14 @@ def score_encoder(
     }
 
 
-def _normalised(varied: Callable[[int], np.ndarray], device: str) -> Callable[[int], Tensor]:
-    return lambda epoch: normalise(varied(epoch), device)
-
-
 def standard_error(accuracy: float, clips: int) -> float:
-    """Binomial standard error of an accuracy on so many test clips; seeds of heads share the clips and add none."""
+    """Binomial standard error of an accuracy on so many test clips; seeds of heads share the clips and do not count."""
     return math.sqrt(accuracy * (1 - accuracy) / clips)
-
-
-def _held_out(rows: pl.DataFrame) -> np.ndarray:
-    held: np.ndarray = rows.unique("sample").sort("sample")["held_out"].to_numpy()
-    return held
 
 
 def _described(task: Task, trained: Trained, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     rows, train, test = task.rows, task.rows.part("train"), task.rows.part("test")
-    answers = labels_of(test)
+    answers = per_sample(test, "label")
     return {
         "recipe": task.run.recipe.name,
         "run": task.run.id,

@@ -1,23 +1,25 @@
-"""The asset `samples`: generated next frames of a run as pictures, with PSNR beside what copying would give.
+"""The asset `samples`: generated next frames of a run as pictures, with their PSNR beside that of copying.
 
-Writes masked.png, autoregressive.png and, last, samples.json; where that stands, nothing is made again. Generation is
-generate.py, clips and numbers are scene.py. Holds which ways to generate are shown.
+Written are masked.png, autoregressive.png and, last, samples.json; where that exists, nothing is generated again.
 
-Axes: B clips, S cells, n visible cells.
+Axes: B clips, F frames, R pixels a side, S cells, n visible cells.
 """
 
+import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import torch
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nextvid.config.project import Project
 from nextvid.encode.frames import Decoding
-from nextvid.evaluate.encoders import load_trained
-from nextvid.evaluate.filmstrips import Strip, filmstrips, hide
+from nextvid.evaluate.features import load_trained
 from nextvid.evaluate.generate import generate_masked, generate_onward, random_tube, reads_latents, reads_pixels
 from nextvid.evaluate.scene import Generated, Scene, compared, open_scene
 from nextvid.machine import device_of
@@ -32,37 +34,55 @@ from storage.errors import RefusedError
 from storage.schemas import Clips
 
 SHOWN = 3  # clips in a picture
-FADE = 4  # how much fainter the given tubelet is drawn
+FADE = 4  # the given tubelet is drawn with a quarter of its contrast
 SEED = 0  # of the noise that generation starts from
-QUARTER = 0.25  # of the cells, at random: nearer to training than all of them (method.md 11)
+QUARTER = 0.25  # of the cells, at random: nearer to training than all of them (docs/method.md 11)
 MASK_ENTRY = 0  # whose visible cells are shown: the plan's first
+SIDE = 84  # pixels of a tile: 8 of them and the labels fit 860, the width of the report's column
+LABELS = 116  # pixels of the column of labels
+GAP = 2
+CLIP_GAP = 18
+FONT_SIZE = 11
+MOST_FRAMES = 8
+BACKGROUND, INK = (255, 255, 255), (60, 64, 72)
+HIDDEN = (28, 30, 36)  # cells that are not visible
+
+Frames = UInt8[np.ndarray, "F R R 3"]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One row of frames with its label; where `frames` is None the row is empty and the label says why."""
+
+    label: str
+    frames: Frames | None
 
 
 def make_samples(project: Project, recipe: str, run: str | None = None) -> Outcome:
-    """Generate next frames of test clips (of any, where none is encoded), unless samples.json stands.
+    """Generate next frames of test clips (of any, where none is encoded), unless samples.json exists.
 
-    Raises UpstreamError where no clip is encoded, RefusedError where the autoencoder is another one.
+    Raises UpstreamError where no clip is encoded, RefusedError for another autoencoder or a recipe without a decoder.
     """
     started = time.perf_counter()
     found = find_run(project, recipe, run)
     if found.recipe.losses.flow <= 0:
-        raise RefusedError(f"recipe {recipe} trains no decoder (flow weight 0): it generates nothing")
+        raise RefusedError(f"recipe {recipe} trains no decoder (flow weight 0): it cannot generate")
     folder = project.root.samples(recipe, found.id)
     made = not atomic.exists(f"{folder}/samples.json")
     if made:
         _make(project, found, folder)
-    said = atomic.read_json(f"{folder}/samples.json")
+    record = atomic.read_json(f"{folder}/samples.json")
     numbers = {
         f"{kind}_{name}_psnr_db": v["psnr_db"]
         for kind in ("masked", "autoregressive")
-        for name, v in said[kind].items()
+        for name, v in record[kind].items()
     }
     pictures = {name: f"{folder}/{name}.png" for name in ("masked", "autoregressive")}
     return Outcome(
         asset="samples",
         partition=recipe,
         made=made,
-        rows=len(said["clips"]),
+        rows=len(record["clips"]),
         size_bytes=sum(len(atomic.read_bytes(path)) for path in pictures.values()),
         seconds=time.perf_counter() - started,
         run=found.id,
@@ -92,7 +112,10 @@ def _make(project: Project, run: Run, folder: str) -> None:
             "autoencoder": trainset.spec.autoencoder,
             "ode_steps": ODE_STEPS,
             "seed": SEED,
-            "clips": _listed(scene.rows),
+            "clips": [
+                {"row": row["row_id"].hex(), "media": row["media_id"].hex(), "uri": row["uri"], "split": row["split"]}
+                for row in scene.rows.iter_rows(named=True)
+            ],
             "masked": {name: found.numbers for name, found in masked.items()},
             "autoregressive": {name: found.numbers for name, found in onward.items()},
         },
@@ -100,15 +123,8 @@ def _make(project: Project, run: Run, folder: str) -> None:
     scene.source.close()
 
 
-def _listed(rows: pl.DataFrame) -> list[dict[str, str]]:
-    return [
-        {"row": row["row_id"].hex(), "media": row["media_id"].hex(), "uri": row["uri"], "split": row["split"]}
-        for row in rows.iter_rows(named=True)
-    ]
-
-
 def _visible(project: Project, run: Run) -> dict[str, np.ndarray]:
-    """Visible cells of one entry of each strategy, [S] bool; everything for the recipe without masks."""
+    """Visible cells of one entry of each strategy, [S] bool; all cells for a recipe without masks."""
     masks, grid = run.recipe.masks, grid_of(run.recipe.model)
     if masks.keep == "all":
         return {"all": np.ones(run.recipe.model.cells, bool)}
@@ -120,7 +136,7 @@ def _visible(project: Project, run: Run) -> dict[str, np.ndarray]:
 
 
 def _seen(scene: Scene, visible: Mapping[str, np.ndarray], device: str) -> dict[str, Tensor]:
-    """Cells that the encoder sees of every tubelet in autoregressive generation, [B, n] each (method.md 11)."""
+    """Cells that the encoder sees of every tubelet in autoregressive generation, [B, n] each (docs/method.md 11)."""
     clips, cells = len(scene.truth), scene.recipe.model.cells
     found = {"all_cells": _cells(np.ones(cells, bool), clips, device)}
     found["quarter_of_cells"] = random_tube(cells, QUARTER, clips, _noise(device))
@@ -149,7 +165,7 @@ def _onward(model: NExTVid, scene: Scene, cells: Tensor, device: str) -> Generat
 
 
 def _sources(project: Project, trainset: Trainset, rows: pl.DataFrame) -> list[Strip]:
-    """The files' own frames, decoded again; an empty strip with the reason where a file is gone."""
+    """Frames decoded from the source files; an empty strip with the reason where a file cannot be read."""
     with Decoding(1) as decoding:
         seen = decoding.start(rows.select(Clips.column_names()), trainset.spec.resolution).collect()
     found = [seen[row] for row in rows["row_id"]]
@@ -183,10 +199,42 @@ def _picture(
     return filmstrips(clips)
 
 
+def filmstrips(clips: Sequence[Sequence[Strip]]) -> bytes:
+    """PNG of clips under each other, each as labelled rows of at most 8 frames, spread evenly."""
+    assert clips, "nothing to show"
+    longest = max((len(s.frames) for strips in clips for s in strips if s.frames is not None), default=1)
+    shown = np.unique(np.linspace(0, longest - 1, min(MOST_FRAMES, longest)).round().astype(int))
+    width = LABELS + len(shown) * (SIDE + GAP)
+    heights = [len(strips) * (SIDE + GAP) + CLIP_GAP for strips in clips]
+    sheet = Image.new("RGB", (width, sum(heights) - CLIP_GAP), BACKGROUND)
+    ink, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    top = 0
+    for strips, height in zip(clips, heights, strict=True):
+        for row, strip in enumerate(strips):
+            y = top + row * (SIDE + GAP)
+            ink.multiline_text((4, y + SIDE // 2 - 8), strip.label, INK, font)
+            if strip.frames is not None:
+                for column, frame in enumerate(strip.frames[shown[shown < len(strip.frames)]]):
+                    tile = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+                    sheet.paste(tile, (LABELS + column * (SIDE + GAP), y))
+        top += height
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def hide(frames: Frames, visible: Bool[np.ndarray, " S"], grid: tuple[int, int]) -> Frames:
+    """Frames with the cells that are not visible painted dark."""
+    rows, columns = (np.arange(frames.shape[axis]) * grid[axis - 1] // frames.shape[axis] for axis in (1, 2))
+    shown = visible.reshape(grid)[np.ix_(rows, columns)]
+    masked: np.ndarray = np.where(shown[None, :, :, None], frames, np.array(HIDDEN, np.uint8))
+    return masked
+
+
 def _cells(visible: np.ndarray, clips: int, device: str) -> Tensor:
     return torch.from_numpy(np.flatnonzero(visible)).to(device).expand(clips, -1)
 
 
 def _noise(device: str) -> torch.Generator:
-    """The same noise for everything that is compared."""
+    """A generator whose noise is the same for all that is compared."""
     return torch.Generator(device).manual_seed(SEED)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.config.datasets import BenchmarkConfig, ClipPolicy
-from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, groups_of, labels_of
+from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, per_sample
 from storage.schemas import Clips, Duplicates, Labels
 
 LIMITS = {"train": 1000, "test": 1000}
@@ -70,8 +70,8 @@ def test_a_plain_task() -> None:
     clips = clips_table([clip("a", "s1"), clip("b", "s2"), clip("c", "s3", split="test")])
     rows = build(clips, labels_table(("a", None, None, "cat"), ("b", None, None, "dog"), ("c", None, None, "dog")))
     assert rows.classes == ("cat", "dog")
-    assert [rows.classes[i] for i in labels_of(rows.part("train"))] == ["cat", "dog"]
-    assert [rows.classes[i] for i in labels_of(rows.part("test"))] == ["dog"]
+    assert [rows.classes[i] for i in per_sample(rows.part("train"), "label")] == ["cat", "dog"]
+    assert [rows.classes[i] for i in per_sample(rows.part("test"), "label")] == ["dog"]
     assert set(rows.left_out.values()) == {0}
 
 
@@ -132,8 +132,8 @@ def test_segments_in_the_order_of_time_and_repeated_where_the_shot_is_short() ->
 def test_views_are_samples_of_one_group() -> None:
     clips = clips_table([clip("a", "s1", 0, view) for view in range(3)] + [clip("b", "s2")])
     rows = build(clips, labels_table(("a", None, None, "cat"), ("b", None, None, "dog"))).frame
-    assert len(labels_of(rows)) == 4
-    groups = groups_of(rows).tolist()
+    assert len(per_sample(rows, "label")) == 4
+    groups = per_sample(rows, "clip_group").tolist()
     assert sorted(groups.count(g) for g in set(groups)) == [1, 3]
 
 

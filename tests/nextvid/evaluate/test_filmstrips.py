@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from nextvid.evaluate.filmstrips import CLIP_GAP, GAP, HIDDEN, LABELS, SIDE, Strip, filmstrips, hide
+from nextvid.evaluate.samples import CLIP_GAP, GAP, HIDDEN, LABELS, SIDE, Strip, filmstrips, hide
 
 
 def picture(data: bytes) -> np.ndarray:

@@ -12,8 +12,7 @@ import yaml
 from nextvid.config.accepted import accept
 from nextvid.config.project import Project, open_project
 from nextvid.evaluate import probes
-from nextvid.evaluate.encoders import ENCODERS, load_trained
-from nextvid.evaluate.features import LatentSource, encode, features
+from nextvid.evaluate.features import ENCODERS, LatentSource, encode, features, load_trained
 from nextvid.evaluate.probes import make_probes, plan_task, standard_error
 from nextvid.model.reference import reference_features
 from nextvid.model.tokens import latent_tokens

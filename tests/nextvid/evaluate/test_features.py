@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from nextvid.config.project import Project
-from nextvid.evaluate import pixel_source
-from nextvid.evaluate.encoders import load_trained
-from nextvid.evaluate.features import features
-from nextvid.evaluate.pixel_source import Augmented, PixelSource
+from nextvid.evaluate import features as features_module
+from nextvid.evaluate.features import Augmented, PixelSource, features, load_trained
 from nextvid.evaluate.probes import make_probes, plan_task
 from nextvid.model.tokens import pixel_tokens, pixel_values
 from nextvid.report.data import lineage_section, read_facts
@@ -81,7 +79,7 @@ def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
         seen.append((seed, epoch, row))
         return frames
 
-    monkeypatch.setattr(pixel_source, "augmented", noted)
+    monkeypatch.setattr(features_module, "augmented", noted)
     make_probes(evaluated, RECIPE, "species")
     learnt = task.rows.part("train").filter(~pl.col("held_out"))["row_id"].to_list()
     assert Counter(seen) == Counter({(0, epoch, row): 3 for epoch in range(task.settings.epochs) for row in learnt})
@@ -107,7 +105,7 @@ def test_the_report_says_which_pixels_and_how_close_they_are(evaluated: Project)
     run = find_run(evaluated, RECIPE)
     facts = read_facts(evaluated, run)
     section = lineage_section(facts, atomic.read_json(str(run.folder / "config.json")))
-    (said,) = (row[1] for row in section.blocks[0].rows if row[0] == "pixels")  # type: ignore[union-attr]
-    assert str(said).startswith(f"{run.pixels}, JPEG of quality 90, 4:2:0, ")
-    assert "dB PSNR over" in str(said)
+    (words,) = (row[1] for row in section.blocks[0].rows if row[0] == "pixels")  # type: ignore[union-attr]
+    assert str(words).startswith(f"{run.pixels}, JPEG of quality 90, 4:2:0, ")
+    assert "dB PSNR over" in str(words)
     assert all(Path(path).exists() for path in section.blocks[0].sources)
