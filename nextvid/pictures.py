@@ -1,17 +1,17 @@
-"""One style for all drawings: ink, colours, resolution, PNG bytes."""
+"""One style for all plots: grey ink, colours, resolution, PNG bytes with a transparent background."""
 
 import io
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK = "#808893"  # between black and white paper
+INK = "#808893"  # grey: readable on white and on black
 COLOURS = ("#3b82c4", "#d9822b", "#2f9e77", "#a866c9", "#c9504f", "#8a8f2d")
 DPI = 110
 
 
 def png(figure: Figure) -> bytes:
-    """PNG bytes of a figure, without a background."""
+    """PNG bytes of a figure, with a transparent background."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, transparent=True)
     return buffer.getvalue()

@@ -1,9 +1,9 @@
-"""The attentive probe: one learned query looks at all tokens of a frozen encoder, then an MLP and a linear layer.
+"""The attentive probe: one learned query attends to all tokens of a frozen encoder, then an MLP and a linear layer.
 
-Holds the probe, its settings and the plain reference. Holds no training (fitting.py), no encoder and no files. The
-protocol is method.md 9 (V-JEPA 2's cross-attention block without its self-attention blocks); the settings for small
-encoders are research demo 5. The query being one vector, `(LN(x) W_k) q` is computed as `LN(x) (W_k q)` and
-`sum_n a_n (LN(x_n) W_v)` as `(sum_n a_n LN(x_n)) W_v`: the tokens are read twice instead of projected twice.
+The architecture is docs/method.md 9 (V-JEPA 2's cross-attention block without its self-attention blocks); the settings
+for small encoders are those of the demo's study (docs/demo.md). Since the query is one vector, `(LN(x) W_k) q` is
+computed as `LN(x) (W_k q)` and `sum_n a_n (LN(x_n) W_v)` as `(sum_n a_n LN(x_n)) W_v`: the tokens are read twice
+instead of projected twice. `reference_logits` is the plain form.
 
 Axes: G seeds, R rates, K = R G probes, B clips of a batch, L tokens of a clip, D width, H heads, E = D / H, Y classes.
 """
@@ -22,13 +22,13 @@ from nextvid.config.recipe import RecipeConfig
 from nextvid.config.strict import Strict
 from nextvid.evaluate.augment import Kind
 
-LN_EPS = 1e-6  # method.md 6.1
-MLP_RATIO = 4  # method.md 9
-SMALL_WIDTH = 512  # design 8: below this, initialisations and settings made for width 1024 fail
+LN_EPS = 1e-6  # docs/method.md 6.1
+MLP_RATIO = 4  # docs/method.md 9
+SMALL_WIDTH = 512  # below this, initialisation and settings made for width 1024 fail: std 0.02 collapses at 128
 
 
 class ProbeSettings(Strict):
-    """How probes are trained. The defaults are the demo study's (research demo 5)."""
+    """How probes are trained. The defaults are those of the demo's study (docs/demo.md)."""
 
     heads: int = 4
     rates: tuple[float, ...] = (1e-3, 3e-3)
@@ -39,14 +39,14 @@ class ProbeSettings(Strict):
     batch: int = 32
     init: Literal["xavier", "trunc_normal"] = "xavier"
     query_std: float = 1.0
-    held_out: float = 0.2  # share of probe-train that chooses the rate
-    augment: Kind = "none"  # how training clips are varied; latents are what their stored views are
+    held_out: float = 0.2  # share of probe-train that chooses the learning rate
+    augment: Kind = "none"  # how training clips are varied; latents never are
 
 
 def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool = False) -> ProbeSettings:
-    """The demo study's settings below width 512; else the public probe's rates and initialisation (method.md 9).
+    """The demo study's settings below width 512; else the public probe's rates and initialisation (docs/method.md 9).
 
-    Encoders of pixels learn their probes on varied clips, of `images` or of videos (design 8).
+    Probes of encoders that read pixels learn from varied clips: of `images` or of videos.
     """
     augment: Kind = "none"
     if recipe.model.encoder.input == "pixels":
@@ -54,8 +54,8 @@ def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool =
     if recipe.model.encoder.width < SMALL_WIDTH:
         return ProbeSettings(epochs=epochs, batch=batch, augment=augment)
     return ProbeSettings(
-        heads=16,  # Tab. 10
-        rates=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4),  # method.md 9; its weight decays .01 to .8 are fixed at one of them
+        heads=16,  # the paper's Tab. 10
+        rates=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4),  # docs/method.md 9; its weight decays .01 to .8 are fixed at one of them
         weight_decay=0.1,
         warm_up_steps=0,
         epochs=epochs,
@@ -69,7 +69,7 @@ def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool =
 class Probes(nn.Module):
     """K = rates x seeds probes, each parameter stacked along a leading axis K (rate-major: a rate is one slice).
 
-    Probes of one seed start equal, so that their rates are compared on one start.
+    Probes of one seed start equal, so that rates are compared from one start.
     """
 
     query: Tensor
@@ -134,7 +134,7 @@ class Probes(nn.Module):
 
 
 def _start(width: int, classes: int, settings: ProbeSettings, seed: int) -> dict[str, Tensor]:
-    """Parameters of one probe. There is no bias on keys: it moves all logits of a head alike, so softmax drops it."""
+    """Parameters of one probe. Keys have no bias: it would shift all logits of a head alike, which softmax ignores."""
     generator = torch.Generator().manual_seed(seed)
 
     def linear(rows: int, columns: int) -> Tensor:
@@ -143,7 +143,7 @@ def _start(width: int, classes: int, settings: ProbeSettings, seed: int) -> dict
             case "xavier":
                 return nn.init.xavier_uniform_(weight, generator=generator)
             case "trunc_normal":
-                return nn.init.trunc_normal_(weight, std=0.02, generator=generator)  # method.md 9
+                return nn.init.trunc_normal_(weight, std=0.02, generator=generator)  # docs/method.md 9
 
     hidden = MLP_RATIO * width
     return {
@@ -167,7 +167,7 @@ def _start(width: int, classes: int, settings: ProbeSettings, seed: int) -> dict
 
 
 def reference_logits(probes: Probes, probe: int, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B Y"]:
-    """The same probe written out plainly for raw tokens: project keys and values, attend, MLP, linear."""
+    """Logits of one probe for raw tokens, the plain reference: project keys and values, attend, MLP, linear."""
     p = {name: parameter[probe] for name, parameter in probes.named_parameters()}
     width = tokens.shape[-1]
     x = functional.layer_norm(tokens, (width,), p["norm_weight"], p["norm_bias"], LN_EPS)

@@ -1,8 +1,8 @@
-"""How training clips of a probe are varied where an encoder reads pixels: by seed, epoch and row, the same for ever.
+"""Augmentation of the clips that probes of pixel encoders learn from; a function of seed, epoch and row alone.
 
-The kinds are those of the public probe (method.md 9, V-JEPA 2): RandAugment for videos, the original AutoAugment policy
-and flips for images, random resized crops and erasing for both. What is drawn holds for all frames of a clip, so that a
-still stays still. Works on stored frames, after their crop; opens no file and knows no encoder.
+The kinds are those of V-JEPA 2's public probe (docs/method.md 9): RandAugment for videos, the original AutoAugment
+policy and flips for images, random resized crops and erasing for both. One draw holds for all frames of a clip, so
+still images stay still. Input are stored frames, after their crop.
 
 Axes: F frames, H W pixels.
 """
@@ -22,14 +22,14 @@ Kind = Literal["none", "video", "image"]
 Frames = UInt8[np.ndarray, "F H W 3"]
 Box = tuple[int, int, int, int]  # x, y, w, h
 
-LAYERS, MAGNITUDE, SPREAD = 4, 7.0, 0.5  # RandAugment m7 n4 mstd0.5 (method.md 9)
+LAYERS, MAGNITUDE, SPREAD = 4, 7.0, 0.5  # RandAugment m7 n4 mstd0.5 (docs/method.md 9)
 LAYER_SHARE = 0.5  # timm: each of RandAugment's layers is applied with this probability
-TOP = 10.0  # largest magnitude
-CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # method.md 9
-ERASED_SHARE = 0.25  # method.md 9: of the clips
+MOST_MAGNITUDE = 10.0
+CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # docs/method.md 9
+ERASED_SHARE = 0.25  # docs/method.md 9: of the clips
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasing
 TRIES = 10  # torchvision's and timm's, for both boxes
-GREY = (128, 128, 128)  # what comes in from outside
+GREY = (128, 128, 128)  # fills what a move uncovers
 NOISE = 127.5  # standard deviation of 1 where pixels are in [-1, 1]
 DEGREES, SHEAR, SHIFT, STRENGTH = 30.0, 0.3, 0.45, 0.9  # at magnitude 10 (timm's RandAugment)
 ADDED, DARK = 110, 128  # what SolarizeAdd adds at magnitude 10, to values below DARK
@@ -95,14 +95,14 @@ class Drawn:
     """What happens to every frame of one clip, in this order."""
 
     operations: tuple[tuple[str, float], ...]  # with their arguments
-    crop: Box  # resized to the whole
+    crop: Box  # resized to the whole frame
     flip: bool
     erased: Box | None
-    noise: int  # seed of what stands there
+    noise: int  # seed of what is put there
 
 
 def augmented(frames: Frames, kind: Kind, seed: int, epoch: int, row: bytes) -> Frames:
-    """A clip as training sees it in an epoch."""
+    """A clip as the probe learns from it in an epoch."""
     if kind == "none":
         return frames
     drawn = draw(kind, seed, epoch, row, frames.shape[2], frames.shape[1])
@@ -110,21 +110,22 @@ def augmented(frames: Frames, kind: Kind, seed: int, epoch: int, row: bytes) -> 
 
 
 def draw(kind: Kind, seed: int, epoch: int, row: bytes, width: int, height: int) -> Drawn:
-    """What happens to a row in an epoch; `seed` is the heads'."""
+    """What happens to a row in an epoch; `seed` is that of the probe heads."""
     rng = np.random.Generator(np.random.Philox(key=int(digest(["augment", kind, seed, epoch, row.hex()]), 16)))
     operations = _rand_augment(rng) if kind == "video" else _auto_augment(rng)
-    crop = _box(rng, CROP_AREA, CROP_ASPECT, width, height) or _middle(width, height)
+    side = min(width, height)
+    crop = _box(rng, CROP_AREA, CROP_ASPECT, width, height) or ((width - side) // 2, (height - side) // 2, side, side)
     flip = kind == "image" and bool(rng.random() < 0.5)  # never videos: directions are what some classes differ by
     erased = _box(rng, ERASED_AREA, ERASED_ASPECT, width, height) if rng.random() < ERASED_SHARE else None
     return Drawn(operations, crop, flip, erased, int(rng.integers(1 << 32)))
 
 
 def _rand_augment(rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
-    """Some of LAYERS operations, drawn with replacement; larger magnitudes change more, whatever the operation."""
+    """Some of LAYERS operations, drawn with replacement; a larger magnitude changes more with every operation."""
     found: list[tuple[str, float]] = []
     for name in rng.choice(list(OPERATIONS), LAYERS).tolist():
         if rng.random() < LAYER_SHARE:
-            level = float(np.clip(rng.normal(MAGNITUDE, SPREAD), 0, TOP)) / TOP
+            level = float(np.clip(rng.normal(MAGNITUDE, SPREAD), 0, MOST_MAGNITUDE)) / MOST_MAGNITUDE
             match name:
                 case "posterize":
                     found.append((name, 4.0 - int(4 * level)))
@@ -142,7 +143,7 @@ def _auto_augment(rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
     found: list[tuple[str, float]] = []
     for name, probability, magnitude in POLICY[int(rng.integers(len(POLICY)))]:
         if rng.random() < probability:
-            level = magnitude / TOP
+            level = magnitude / MOST_MAGNITUDE
             match name:
                 case "posterize":
                     found.append((name, 4.0 + int(4 * level)))
@@ -156,7 +157,7 @@ def _auto_augment(rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
 
 
 def _argument(rng: np.random.Generator, name: str, level: float) -> float:
-    """Arguments that both policies read alike."""
+    """Arguments that are the same function of magnitude in both policies."""
     match name:
         case "rotate":
             return _signed(rng, DEGREES * level)
@@ -177,7 +178,7 @@ def _signed(rng: np.random.Generator, value: float) -> float:
 def _box(
     rng: np.random.Generator, area: tuple[float, float], aspect: tuple[float, float], width: int, height: int
 ) -> Box | None:
-    """A random box inside the picture by its share of the area and log-uniform aspect; None where no try fits."""
+    """A random box inside the frame, by share of its area and log-uniform aspect ratio; None where no try fits."""
     for _ in range(TRIES):
         pixels = width * height * rng.uniform(*area)
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -185,11 +186,6 @@ def _box(
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     return None
-
-
-def _middle(width: int, height: int) -> Box:
-    side = min(width, height)
-    return (width - side) // 2, (height - side) // 2, side, side
 
 
 def _applied(frame: UInt8[np.ndarray, "H W 3"], drawn: Drawn) -> UInt8[np.ndarray, "H W 3"]:

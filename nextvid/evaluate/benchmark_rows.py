@@ -65,10 +65,10 @@ def benchmark_rows(
     `limits` are the largest numbers of shots by split (`train`, `test`); which ones stay is decided by shot id, which
     is a hash. `held_out` is the share of probe-train that chooses heads, by hash of the group, else of the media file.
     """
-    wanted = clips.filter(
+    asked = clips.filter(
         (pl.col("status") == "ok") & pl.col("uses").list.contains(name) & pl.col("split").is_in(["train", "test"])
     )
-    labelled = with_value(wanted, labels, config.target)
+    labelled = with_value(asked, labels, config.target)
     copies = duplicates.filter(pl.col("dropped_from").list.contains("probe_train")).select("shot_id")
     kept = labelled.filter(pl.col("split") == "test").vstack(
         labelled.filter(pl.col("split") == "train").join(copies, on="shot_id", how="anti")
@@ -87,7 +87,7 @@ def benchmark_rows(
         clip_group=pl.struct("split", *SAMPLE[:-1]).rank("dense").cast(pl.Int64) - 1,
     )
     left_out = {
-        "unlabelled": wanted.height - labelled.height,
+        "unlabelled": asked.height - labelled.height,
         "copies_of_test_clips": labelled.height - kept.height,
         "not_encoded": kept["row_id"].n_unique() - stored.height,
         "over_the_limit": sampled.height - limited.height,

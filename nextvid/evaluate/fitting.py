@@ -1,7 +1,7 @@
-"""Training attentive probes on frozen features: all seeds and rates side by side, on features that are read once.
+"""Training and scoring of attentive probes on frozen features, all seeds and learning rates side by side.
 
-Holds the schedule, the optimiser and the scoring. Holds no architecture (attentive.py), no encoder and no files. The
-schedule is method.md 9 and research demo 5. Every probe learns as if alone: its own batches, clipping and moments.
+The schedule is docs/method.md 9, with the warm-up of the demo's study (docs/demo.md). Every probe learns as if alone:
+its own batches, gradient clipping and optimiser moments.
 
 Axes: G seeds, R rates, K = R G probes, N clips, B clips of a batch, L tokens of a clip, D width, Y classes.
 """
@@ -20,7 +20,7 @@ from nextvid.evaluate.attentive import LN_EPS, Probes, ProbeSettings
 
 
 def normalise(tokens: np.ndarray, device: str = "cpu") -> Float[Tensor, "N L D"]:
-    """LN without affine of every token, once for all steps: a float32 copy on the device."""
+    """LayerNorm without affine of every token, once for all steps: a float32 copy on the device."""
     out = torch.empty(tokens.shape, device=device)
     for first in range(0, len(tokens), 64):  # a piece that stays in cache
         piece = torch.from_numpy(np.ascontiguousarray(tokens[first : first + 64], dtype=np.float32)).to(device)
@@ -38,21 +38,21 @@ def fit(
 ) -> Probes:
     """Train one probe per seed and rate; each seed has its own start and clip order.
 
-    `tokens` come from `normalise`; where clips are varied they are a function of the epoch, asked once for each.
+    `tokens` come from `normalise`; where clips are varied they are a function of the epoch, called once for each.
     """
     now = tokens(0) if callable(tokens) else tokens
     device, clips = now.device, len(now)
     probes = Probes(now.shape[-1], classes, settings, seeds).to(device)
     answers = torch.from_numpy(labels.astype(np.int64)).to(device)
     batch = min(settings.batch, clips)
-    an_epoch = clips // batch
-    steps = settings.epochs * an_epoch
+    steps_per_epoch = clips // batch
+    steps = settings.epochs * steps_per_epoch
     orders = torch.stack([_order(clips, batch, settings.epochs, seed) for seed in seeds]).to(device)
     optimiser, views = _optimiser(probes, settings)
     seen = torch.empty(len(seeds) * batch, *now.shape[1:], device=device)  # reused: no new pages a step
     for step in range(steps):
-        if callable(tokens) and step and step % an_epoch == 0:
-            now = tokens(step // an_epoch)
+        if callable(tokens) and step and step % steps_per_epoch == 0:
+            now = tokens(step // steps_per_epoch)
         chosen = orders[:, step]  # [G, B]
         torch.index_select(now, 0, chosen.flatten(), out=seen)
         logits = probes(rearrange(seen, "(g b) l d -> g b l d", b=batch))
@@ -79,9 +79,9 @@ def accuracies(
     labels: Int[np.ndarray, "N"],
     groups: Int[np.ndarray, "N"] | None = None,
 ) -> Float[np.ndarray, "G R"]:
-    """Share of clips answered rightly, by seed and rate.
+    """Share of clips classified rightly, by seed and rate.
 
-    Rows of one `groups` value are views of one clip: their softmaxes are averaged and they count once (method.md 9).
+    Rows with the same `groups` value are views of one clip: their softmaxes are averaged, as one (docs/method.md 9).
     """
     logits = [probes(piece.expand(probes.seeds, -1, -1, -1)) for piece in tokens.split(256)]
     shares = torch.cat(logits, dim=2).softmax(-1).cpu().numpy()  # [G, R, N, Y]
@@ -96,15 +96,15 @@ def accuracies(
 
 
 def _order(clips: int, batch: int, epochs: int, seed: int) -> Int[Tensor, "steps batch"]:
-    """Clip numbers of every step: a new permutation an epoch, whole batches only."""
+    """Clip numbers of every step: a new permutation in each epoch, whole batches only."""
     generator = np.random.default_rng([seed, 1])  # 1: another stream than the start's
     whole = clips // batch * batch
-    epochs_of = [generator.permutation(clips)[:whole].reshape(-1, batch) for _ in range(epochs)]
-    return torch.from_numpy(np.concatenate(epochs_of)) if epochs_of else torch.empty(0, batch, dtype=torch.int64)
+    permutations = [generator.permutation(clips)[:whole].reshape(-1, batch) for _ in range(epochs)]
+    return torch.from_numpy(np.concatenate(permutations)) if permutations else torch.empty(0, batch, dtype=torch.int64)
 
 
 def _share_of_peak(step: int, steps: int, warm_up: int) -> float:
-    """Linear warm-up, then a cosine to zero (method.md 9; warm-up from research demo 5)."""
+    """Linear warm-up, then a cosine to zero (docs/method.md 9)."""
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
@@ -113,9 +113,10 @@ def _share_of_peak(step: int, steps: int, warm_up: int) -> float:
 def _optimiser(
     probes: Probes, settings: ProbeSettings
 ) -> tuple[torch.optim.AdamW, list[tuple[Tensor, nn.Parameter, int]]]:
-    """One AdamW over views into the stacked parameters, one group a rate and decay.
+    """One AdamW over views into the stacked parameters, one group for each rate and decay.
 
-    Also the views as (view, parameter, rate), for their gradients. Matrices decay, vectors do not (V-JEPA 2's probe).
+    Also returned: the views as (view, parameter, rate), for their gradients. Matrices have weight decay, vectors have
+    none (V-JEPA 2's probe).
     """
     views: list[tuple[Tensor, nn.Parameter, int]] = []
     groups: list[dict[str, object]] = []

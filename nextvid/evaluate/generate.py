@@ -1,18 +1,15 @@
-"""Autoregressive generation: from tubelet 0 alone, one tubelet after the other, each seeing what was generated before.
+"""Generation of next tubelets: masked, from real ones before each, and autoregressive, from the first one alone.
 
-Every tubelet is encoded once, by the online encoder, whose keys and values are kept
-(nextvid/model/incremental.py). What the encoder reads of a generated tubelet is `ReadBack`: the latents themselves, or
-for encoders of pixels the decoded frames as bytes, as if they had been stored (method.md 11).
+Masked: from the visible cells of real tubelets 0..t-1, tubelet t, for all t in one pass (teacher forcing); the
+predictor was trained on exactly this, with the online encoder (docs/method.md 11).
 
-Axes: B clips, f frames of a tubelet, F frames generated, C channels of one frame, h and w cells of the grid, S = h w
-cells, n visible cells, i numbers in a token, H and W pixels.
+Autoregressive: one tubelet after the other, each from those generated before. Every tubelet is encoded once, by the
+online encoder, whose keys and values are kept (nextvid/model/incremental.py). What the encoder reads of a generated
+tubelet is `ReadBack`: the latents themselves, or for encoders of pixels the decoded frames as bytes, as if they had
+been stored (docs/method.md 11).
 
-Masked generation: from the visible cells of real tubelets 0..t-1, tubelet t, all t in one pass (teacher forcing).
-
-Holds no files and no pictures. The predictor was trained on exactly this, with the online encoder (method.md 11).
-
-Axes: B clips, N = T*S tokens of whole clips, i numbers in a token, n visible cells, F frames of tubelets 1..T-1,
-C channels of one frame, h and w cells of the grid.
+Axes: B clips, f frames of a tubelet, F frames of tubelets 1..T-1, C channels of one frame, h and w cells of the grid,
+S = h w cells, n visible cells, N = T S tokens of whole clips, i numbers in a token, H and W pixels.
 """
 
 from collections.abc import Callable
@@ -45,7 +42,7 @@ def generate_onward(
     """Targets of tubelets 1..tubelets-1, normalised as in training; `seed` are the encoder's tokens of tubelet 0.
 
     `cells` are what the encoder sees of every tubelet, ascending: all of them, or fewer, since more context than in
-    training is a shift too (method.md 11).
+    training shifts the distribution too (docs/method.md 11).
     """
     config = model.recipe.model
     assert seed.shape[1] == config.cells, f"the seed is one tubelet, {config.cells} tokens"
@@ -74,7 +71,7 @@ def reads_pixels(model: ModelConfig, decode: Decode) -> ReadBack:
 
 
 def random_tube(cells: int, share: float, clips: int, generator: torch.Generator) -> Int[Tensor, "B n"]:
-    """A share of the cells, the same in every tubelet, another choice for each clip; ascending, at least one."""
+    """Random cells of each clip, the same in every tubelet: a share of them, at least one, ascending."""
     kept = max(1, round(share * cells))
     order = torch.rand(clips, cells, generator=generator, device=generator.device).argsort(dim=1)
     return order[:, :kept].sort(dim=1).values

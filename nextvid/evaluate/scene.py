@@ -1,8 +1,7 @@
-"""What generation starts from and is compared with: clips of the store, their reconstructions, PSNR beside copying.
+"""Stored clips that generation starts from, their reconstructions, and the PSNR of generated frames beside copying.
 
-Holds the choice of clips and the numbers. Generates nothing and writes nothing. PSNR is against the autoencoder's own
-reconstruction of the same clip, over tubelets 1..T-1, so that the autoencoder's error counts for nobody. Encoders of
-pixels are given that reconstruction too: it is what they will be given of generated tubelets.
+PSNR is against the autoencoder's own reconstruction of the same clip, over tubelets 1..T-1, so that the autoencoder's
+error is in no number. Encoders of pixels read that reconstruction too, as they do of generated tubelets.
 
 Axes: B clips, F frames, C channels, h and w cells of the grid, R pixels a side, N tokens, i numbers in a token.
 """
@@ -36,7 +35,7 @@ CLIPS = 16  # clips that numbers are taken over: our choice
 
 @dataclass(frozen=True)
 class Scene:
-    """What generation starts from, and what its results are compared with."""
+    """Clips that generation starts from, and their reconstructions, which its results are compared with."""
 
     recipe: RecipeConfig
     rows: pl.DataFrame
@@ -72,42 +71,42 @@ def decoded(autoencoder: Autoencoder, latents: Float32[np.ndarray, "B F C h w"])
 
 @dataclass(frozen=True)
 class Generated:
-    """Frames of a way to generate, and its numbers."""
+    """Frames of one way to generate, and its numbers."""
 
     frames: UInt8[np.ndarray, "B F R R 3"]  # tubelet 0 is the given one
     numbers: Mapping[str, float]
 
 
 def choose_clips(project: Project, trainset: Trainset, frames: int, most: int = CLIPS) -> pl.DataFrame:
-    """Committed clips of a length with their addresses: of test files, else of any; which ones is decided by row id."""
+    """Committed clips of a length with their addresses: of test files, else of any, the first by row id."""
     batches = [name for name in project.root.batches("clips") if dataset_of(name) in trainset.weights]
     clips = tables.read_tables(project.root, "clips", batches, Clips)
-    wanted = clips.filter((pl.col("status") == "ok") & (pl.col("frames") == frames))
+    of_length = clips.filter((pl.col("status") == "ok") & (pl.col("frames") == frames))
     store = LatentStore(project.root, trainset.spec)
     commits = pl.concat([store.commits(batch, frames) for batch in batches]) if batches else pl.DataFrame()
-    if commits.is_empty() or wanted.is_empty():
+    if commits.is_empty() or of_length.is_empty():
         raise UpstreamError(f"no clip of {frames} frames is encoded: make 'latents' first")
     addresses = commits.filter(pl.col("status") == "ok").select("row_id", "batch", "part", "shard", "slot", "crc32c")
-    stored = wanted.join(addresses, on=["row_id", "batch"]).unique("row_id", keep="first")
+    stored = of_length.join(addresses, on=["row_id", "batch"]).unique("row_id", keep="first")
     return stored.sort(pl.col("split") != "test", "row_id").head(most)
 
 
 def open_scene(project: Project, run: Run, trainset: Trainset, device: str) -> Scene:
     """Clips of the run's length with their reconstructions.
 
-    Raises RefusedError for another autoencoder, and for targets that no decoder turns into pictures.
+    Raises RefusedError for another autoencoder, and for targets that cannot be decoded to pictures.
     """
     recipe, encoding = run.recipe, project.corpus.encoding
     if recipe.losses.target not in ("latents", "pixels"):
         raise RefusedError(
-            f"recipe {recipe.name} predicts {recipe.losses.target}, which nothing here decodes to pictures: samples "
-            "are made of recipes whose losses.target is 'latents' or 'pixels'"
+            f"recipe {recipe.name} predicts {recipe.losses.target}, which cannot be decoded to pictures: samples "
+            "need a recipe whose losses.target is 'latents' or 'pixels'"
         )
     autoencoder = Autoencoder.load(encoding.autoencoder, device, encoding.precision)
     if autoencoder.digest != trainset.spec.autoencoder:
         raise RefusedError(
-            f"run {run.id} was trained on latents of autoencoder {trainset.spec.autoencoder}, and "
-            f"{encoding.autoencoder} holds {autoencoder.digest}: put the old weights back"
+            f"run {run.id} was trained on latents of autoencoder {trainset.spec.autoencoder}, but "
+            f"{encoding.autoencoder} has {autoencoder.digest}: restore the weights of that autoencoder"
         )
     frames = recipe.clip_lengths[0]
     rows = choose_clips(project, trainset, frames)
@@ -123,17 +122,17 @@ def open_scene(project: Project, run: Run, trainset: Trainset, device: str) -> S
 def compared(
     scene: Scene, generated: Float[Tensor, "B F C h w"], mean: Float[Tensor, "B F C h w"], copied: np.ndarray
 ) -> Generated:
-    """Numbers over tubelets 1..T-1, which `generated` and `mean` are; `copied` is the frame that copying puts there."""
+    """Numbers over tubelets 1..T-1, as `generated` and `mean` have them; `copied` are the frames to copy."""
     truth, tubelet = scene.truth, scene.recipe.model.tubelet
-    asked = slice(tubelet, None)
-    target, copy = scene.targets[:, asked], scene.targets[:, torch.from_numpy(copied)][:, asked]
+    later = slice(tubelet, None)
+    target, copy = scene.targets[:, later], scene.targets[:, torch.from_numpy(copied)][:, later]
     frames = scene.frames(generated)
     return Generated(
         np.concatenate([truth[:, :tubelet], frames], axis=1),
         {
-            "psnr_db": psnr_db(frames, truth[:, asked]),
-            "one_step_psnr_db": psnr_db(scene.frames(mean), truth[:, asked]),
-            "copy_last_psnr_db": psnr_db(truth[:, copied][:, asked], truth[:, asked]),
+            "psnr_db": psnr_db(frames, truth[:, later]),
+            "one_step_psnr_db": psnr_db(scene.frames(mean), truth[:, later]),
+            "copy_last_psnr_db": psnr_db(truth[:, copied][:, later], truth[:, later]),
             "one_step_latent_mse": float((mean - target).square().mean()),
             "copy_last_latent_mse": float((copy - target).square().mean()),
         },

@@ -1,15 +1,15 @@
 """Two runs side by side: the fields of config.json and of scores in which they differ.
 
-Reads both as flat fields and compares values, nothing else: no judgement which is better. Scores are comparable only
-where both runs were asked about the same rows, so a score is named by benchmark and rows digest, and one that the other
-run has not been given stands against nothing.
+Both are read as flat fields with dotted names, whose values are compared. Scores are comparable only over the same
+rows, so a score is named by benchmark and rows digest; where the other run has no such score, its side is empty.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nextvid.config.ablation_table import flat
 from nextvid.config.project import Project
 from nextvid.lineage.trace import RunFacts, runs_of, scores_of
 from nextvid.train.run import CONFIG
@@ -17,7 +17,8 @@ from storage.atomic import read_json
 from storage.errors import ConfigError
 from storage.root import DataRoot
 
-SAME_BY_DESIGN = ("run", "recipe_digest", "checkpoint", "seconds", "trainset", "mask_plan", "recipe")  # in scores
+# Fields of scores that are in config.json too, or are no result.
+NOT_COMPARED = ("run", "recipe_digest", "checkpoint", "seconds", "trainset", "mask_plan", "recipe")
 ROWS_DIGITS = 12  # as many as a run id has: enough to tell rows apart on a line
 
 
@@ -40,10 +41,12 @@ class Comparison:
     same: int
 
     def text(self) -> str:
-        """For people: one line a difference."""
+        """As text: one line for each difference."""
         lines = [f"{'':44} {self.runs[0]:>24} {self.runs[1]:>24}"]
         for title, found in (("config", self.config), ("scores", self.scores)):
-            lines += [f"{title} {d.field:{43 - len(title)}} {_said(d.first):>24} {_said(d.second):>24}" for d in found]
+            lines += [
+                f"{title} {d.field:{43 - len(title)}} {_shown(d.first):>24} {_shown(d.second):>24}" for d in found
+            ]
         lines.append(f"{len(self.config) + len(self.scores)} fields differ, {self.same} are the same")
         return "\n".join(lines)
 
@@ -51,7 +54,7 @@ class Comparison:
 def compare(project: Project, first: str, second: str) -> Comparison:
     """Compare two runs, by id or folder. Raises ConfigError where one is unknown."""
     runs = find(project, first), find(project, second)
-    configs = [_without(_flat(read_json(str(Path(run.folder, CONFIG)))), ("run", "recipe_digest")) for run in runs]
+    configs = [_fields(read_json(str(Path(run.folder, CONFIG))), ("run", "recipe_digest")) for run in runs]
     scores = [_scores(project.root, run) for run in runs]
     config, config_same = _differences(*configs)
     score, score_same = _differences(*scores)
@@ -59,7 +62,7 @@ def compare(project: Project, first: str, second: str) -> Comparison:
 
 
 def find(project: Project, what: str) -> RunFacts:
-    """A run by its id or folder. Raises ConfigError with the runs that there are."""
+    """A run by its id or folder. Raises ConfigError that lists the known runs."""
     runs = list(runs_of(project.root))
     for facts in runs:
         if what == facts.run or Path(what).absolute() == Path(facts.folder):
@@ -69,13 +72,13 @@ def find(project: Project, what: str) -> RunFacts:
 
 
 def _scores(root: DataRoot, run: RunFacts) -> dict[str, Any]:
-    """Fields of every score of a run, each behind benchmark and rows."""
+    """Fields of every score of a run, their names prefixed by benchmark and rows."""
     found: dict[str, Any] = {}
     for path in scores_of(root):
-        said = read_json(str(path))
-        if said["run"] == run.run:
-            prefix = f"{said['benchmark']}[{said['rows'][:ROWS_DIGITS]}]"
-            fields = _without(_flat(said), SAME_BY_DESIGN)
+        record = read_json(str(path))
+        if record["run"] == run.run:
+            prefix = f"{record['benchmark']}[{record['rows'][:ROWS_DIGITS]}]"
+            fields = _fields(record, NOT_COMPARED)
             found |= {f"{prefix}.{name}": value for name, value in fields.items()}
     return found
 
@@ -88,32 +91,12 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[t
     return found, len(names) - len(found)
 
 
-def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, and lists of them, as fields with dotted names; other lists are values."""
-    return dict(_leaves("", value))
+def _fields(record: Mapping[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON record as flat fields with dotted names."""
+    return {name: value for name, value in flat(record) if name not in left_out}
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - JSON is Any
-    match value:
-        case Mapping():
-            pairs = [(str(key), item) for key, item in value.items()]
-        case list() if any(isinstance(item, Mapping) for item in value):
-            named = [
-                item.get("name", number) if isinstance(item, Mapping) else number for number, item in enumerate(value)
-            ]
-            pairs = [(str(key), item) for key, item in zip(named, value, strict=True)]
-        case _:
-            yield name, value
-            return
-    for key, item in pairs:
-        yield from _leaves(f"{name}.{key}" if name else key, item)
-
-
-def _without(fields: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in names}
-
-
-def _said(value: object) -> str:
+def _shown(value: object) -> str:
     match value:
         case None:
             return "-"

@@ -1,9 +1,10 @@
-"""What may be deleted: whole shards that no trainset cites and whose rows no clip wants, and writers' old litter.
+"""Delete what nothing refers to: shards that no trainset cites and whose rows no clip needs, and old leftover files.
 
-Decides from tables and addresses, reads no latent, rewrites no shard (design 4). A row is wanted where a clips table
-that passed its checks names it and its encoding is in force, asked for by corpus.yaml or a trainset's, whose probes
-read rows beside it; pixels where they are in force or asked for beside such an encoding, or runs read them. A batch
-whose clips are not known, or did not pass, loses nothing.
+Whole shards are deleted or kept, since a shard is never rewritten; tables and addresses decide, no latent is read. A
+row is needed where a clips table that passed its checks names it and its encoding is the accepted one, the one that
+corpus.yaml asks for, or a trainset's (probes read rows beside the trainset). Pixels are needed where they are accepted
+or asked for beside such an encoding, or where runs read them. A batch whose clips are unknown, or did not pass, loses
+nothing.
 """
 
 from collections.abc import Iterator
@@ -31,87 +32,86 @@ from storage.schemas import ProbeRows
 from storage.shard_files import shards_of
 from storage.tables import read_table
 
-LITTER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name
+LEFTOVER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name
 Place = tuple[str, str, int, int, int]  # spec digest, batch, frames, part, shard
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One committed shard, and why it goes or stays."""
+    """One committed shard, and why it is deleted or kept."""
 
     path: str
     rows: int
     size_bytes: int
     trainsets: tuple[str, ...]  # that cite it
-    wanted: int  # rows that clips want, or all of them where that is not known
-    asked: int  # rows that scores asked about; they keep nothing, since a score is a record
+    needed: int  # rows that clips need, or all of them where that is unknown
+    scored: int  # rows that scores were computed on; they keep no shard, since a score is a record
 
     @property
-    def goes(self) -> bool:
+    def unused(self) -> bool:
         """Whether nothing keeps it."""
-        return not self.trainsets and not self.wanted
+        return not self.trainsets and not self.needed
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What goes or went, and what nearly did: shards that no clip wants in part or whole and something still holds."""
+    """What is or would be deleted; and what is kept although clips need only a part of it, or nothing."""
 
     done: bool
-    gone: tuple[Shard, ...]
+    deleted: tuple[Shard, ...]
     kept: tuple[Shard, ...]
-    litter: tuple[str, ...]
-    litter_bytes: int
+    leftovers: tuple[str, ...]  # paths of temporary files of writers that died
+    leftover_bytes: int
 
     @property
     def size_bytes(self) -> int:
         """Bytes freed or to be freed."""
-        return sum(shard.size_bytes for shard in self.gone) + self.litter_bytes
+        return sum(shard.size_bytes for shard in self.deleted) + self.leftover_bytes
 
     def text(self) -> str:
-        """For people."""
-        state = "removed" if self.done else "would go"
-        lines = [f"{state}  {s.path}  {s.size_bytes:,} bytes{_said(s)}" for s in self.gone]
-        lines += [f"{state}  {path}  (litter)" for path in self.litter]
-        lines += [f"stays  {s.path}  {s.rows - s.wanted} of {s.rows} rows unwanted{_said(s)}" for s in self.kept]
-        tail = "" if self.done or not (self.gone or self.litter) else "; nothing is changed without --yes"
-        lines.append(
-            f"{len(self.gone)} shards and {len(self.litter)} pieces of litter, {self.size_bytes:,} bytes {state}{tail}"
-        )
+        """As text: one line for each shard and leftover file."""
+        state = "deleted" if self.done else "would be deleted"
+        lines = [f"{state}  {s.path}  {s.size_bytes:,} bytes{_users(s)}" for s in self.deleted]
+        lines += [f"{state}  {path}  (leftover file)" for path in self.leftovers]
+        lines += [f"kept  {s.path}  {s.rows - s.needed} of {s.rows} rows not needed{_users(s)}" for s in self.kept]
+        tail = "" if self.done or not (self.deleted or self.leftovers) else "; nothing is changed without --yes"
+        found = f"{len(self.deleted)} shards and {len(self.leftovers)} leftover files, {self.size_bytes:,} bytes"
+        lines.append(f"{found} {state}{tail}")
         return "\n".join(lines)
 
 
 def sweep(project: Project, *, yes: bool = False) -> Sweep:
-    """Find what nothing refers to; delete it where `yes`. Doing it again finishes what a killed sweep began."""
+    """Find what nothing refers to; delete it where `yes`. Repeating it finishes what a killed sweep began."""
     root = project.root
     shards = list(_shards(project))
     if yes:
         for part, number, shard in shards:
-            if shard.goes:
+            if shard.unused:
                 part.discard(number)
     found = [shard for _, _, shard in shards]
     folders = sorted({folder for folder in (root.url, root.runs_url) if is_local(folder)})
-    old = sorted({path for folder in folders for path in leftovers(folder, LITTER_AGE_S)})
-    litter_bytes = sum(_size_bytes(Path(path)) for path in old)
+    old = sorted({path for folder in folders for path in leftovers(folder, LEFTOVER_AGE_S)})
+    leftover_bytes = sum(_size_bytes(Path(path)) for path in old)
     if yes:
         for path in old:
             remove_tree(path)
     return Sweep(
         done=yes,
-        gone=tuple(shard for shard in found if shard.goes),
-        kept=tuple(shard for shard in found if not shard.goes and shard.wanted < shard.rows),
-        litter=tuple(old),
-        litter_bytes=litter_bytes,
+        deleted=tuple(shard for shard in found if shard.unused),
+        kept=tuple(shard for shard in found if not shard.unused and shard.needed < shard.rows),
+        leftovers=tuple(old),
+        leftover_bytes=leftover_bytes,
     )
 
 
 def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
-    """Every shard that stands, judged."""
+    """Every stored shard, with its users."""
     root = project.root
-    cited, asked = _cited(root), _asked(root)
+    cited, scored = _cited(root), _scored(root)
     specs = _specs(project)
     for store in every_store(root):
         for batch in store.batches():
-            wanted = _wanted(project, batch) if store.digest in specs else _NOTHING
+            needed = _needed(project, batch) if store.digest in specs else _NOTHING
             for part in store.parts_of(batch):
                 for number in (number for number in range(part.shards) if part.is_stored(number)):
                     ids = part.rows_of(number)["row_id"]
@@ -124,8 +124,8 @@ def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
                             rows=len(ids),
                             size_bytes=size_bytes(part.shard_path(number)) or 0,
                             trainsets=tuple(sorted(cited.get(place, ()))),
-                            wanted=len(ids) if wanted is None else int(ids.is_in(wanted.implode()).sum()),
-                            asked=int(ids.is_in(asked.implode()).sum()),
+                            needed=len(ids) if needed is None else int(ids.is_in(needed.implode()).sum()),
+                            scored=int(ids.is_in(scored.implode()).sum()),
                         ),
                     )
 
@@ -133,19 +133,19 @@ def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
 _NOTHING = pl.Series("row_id", [], dtype=pl.Binary)
 
 
-def _wanted(project: Project, batch: str) -> pl.Series | None:
-    """Row ids that the batch's clips want; None where that is not known."""
+def _needed(project: Project, batch: str) -> pl.Series | None:
+    """Row ids that the batch's clips need; None where that is unknown."""
     usable = batch_state(project.root, batch, "clips").usable
     return wanted_clips(project, batch)["row_id"] if usable else None
 
 
 def _specs(project: Project) -> set[str]:
-    """Digests of the encodings, and of the pixels, in which rows may still be wanted."""
-    root, stands = project.root, accepted(project.root)
+    """Digests of the encodings, and of the pixels, in which rows may still be needed."""
+    root, current = project.root, accepted(project.root)
     trainsets = [Trainset.open(root, digest) for digest in trainsets_of(root)]
     encodings = {encoding_spec(project), *(trainset.spec for trainset in trainsets)}
-    if stands is not None and stands.encoding not in {spec.digest() for spec in encodings}:
-        encodings.add(LatentStore.open(root, stands.encoding).spec)
+    if current is not None and current.encoding not in {spec.digest() for spec in encodings}:
+        encodings.add(LatentStore.open(root, current.encoding).spec)
     read = {pixels.spec for trainset in trainsets for pixels in frozen_pixels(root, trainset)}
     asked = {pixel_spec(one, encoding) for encoding in encodings for one in (project, project.as_asked())}
     return {spec.digest() for spec in (*encodings, *read, *asked) if spec is not None}
@@ -166,17 +166,17 @@ def _cited(root: DataRoot) -> dict[Place, set[str]]:
     return found
 
 
-def _asked(root: DataRoot) -> pl.Series:
-    """Rows that any score asked about."""
+def _scored(root: DataRoot) -> pl.Series:
+    """Row ids that any score was computed on."""
     tables = [read_table(str(path.with_name("rows.parquet")), ProbeRows)["row_id"] for path in scores_of(root)]
     return pl.concat([_NOTHING, *tables]).unique()
 
 
-def _said(shard: Shard) -> str:
+def _users(shard: Shard) -> str:
     """What refers to a shard."""
-    said = [f"trainset {digest}" for digest in shard.trainsets]
-    said += [f"{shard.asked} rows that scores asked about"] if shard.asked else []
-    return f"; referred to by {', '.join(said)}" if said else ""
+    users = [f"trainset {digest}" for digest in shard.trainsets]
+    users += [f"{shard.scored} rows of scores"] if shard.scored else []
+    return f"; referred to by {', '.join(users)}" if users else ""
 
 
 def _size_bytes(path: Path) -> int:

@@ -1,8 +1,8 @@
-"""Which data made what: from a run, checkpoint or score down to files, and from a file up to what saw it.
+"""Lineage: from a run, checkpoint or score down to files, and from a file up to the runs and scores that used it.
 
-Holds the walk over config.json, trainset.json, lineage.parquet and score.json; those files are the lineage, there is
-no other record. Writes nothing. "Saw" means that the trainset held rows of the file, or that the probe asked about
-them; single draws follow from (seed, draw number) and are printed by `nextvid draws`.
+The record of lineage is config.json, trainset.json, lineage.parquet and score.json; there is no other. A run used
+a file if its trainset has rows of it, a score if it was computed on them; single draws follow from (seed, draw number)
+and are printed by `nextvid draws`.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ Kind = Literal["run", "checkpoint", "score", "trainset", "file"]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as config.json says it."""
+    """A run, from its config.json."""
 
     recipe: str
     run: str
@@ -40,7 +40,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class DatasetShare:
-    """What one dataset, or one batch of it, gives a trainset."""
+    """What one dataset, or one batch of it, contributes to a trainset."""
 
     name: str
     weight: float | None
@@ -51,7 +51,7 @@ class DatasetShare:
 
 @dataclass(frozen=True)
 class ScoreFacts:
-    """A score and, where a file is traced, the roles in which its clips were asked about."""
+    """A score and, where a file is traced, the file's clips by split."""
 
     path: str
     recipe: str
@@ -63,7 +63,7 @@ class ScoreFacts:
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """One revision of a file and what became of it."""
+    """One revision of a file, and how many clips and rows were made of it."""
 
     uri: str
     media_id: str | None
@@ -95,10 +95,10 @@ class Trace:
     datasets: tuple[DatasetShare, ...] = ()
     batches: tuple[DatasetShare, ...] = ()
     media: tuple[MediaFacts, ...] = ()
-    every_file: str | None = None  # the table that lists them all
+    every_file: str | None = None  # the table of all files
 
     def text(self) -> str:
-        """For people: one line a fact, indented under its kind."""
+        """As text: one line for each fact, indented under its kind."""
         lines = [f"{self.kind} {self.what}"]
         for title, facts in (
             ("media", self.media),
@@ -109,14 +109,14 @@ class Trace:
             ("batch", self.batches),
         ):
             for fact in facts:
-                said = "  ".join(f"{key}={_short(value)}" for key, value in asdict(fact).items() if value is not None)
-                lines.append(f"  {title:8} {said}")
+                fields = "  ".join(f"{key}={_short(value)}" for key, value in asdict(fact).items() if value is not None)
+                lines.append(f"  {title:8} {fields}")
         if self.every_file:
             lines.append(f"  every file: {self.every_file}")
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """The same facts for the UI, without single batches: they are many, and the CLI lists them."""
+        """As Markdown for the UI, without single batches: they are many, and the command line lists them."""
         lines = [f"{self.kind} `{self.what}`", ""]
         for facts in self.runs:
             overrides = f", overrides {_short(facts.overrides)}" if facts.overrides else ""
@@ -129,7 +129,7 @@ class Trace:
         if self.every_file:
             lines += [
                 "",
-                f"Every file: `{self.every_file}`; `nextvid lineage {self.what}` says it on the command line.",
+                f"Every file: `{self.every_file}`; on the command line: `nextvid lineage {self.what}`.",
             ]
         return "\n".join(lines)
 
@@ -140,13 +140,13 @@ def trace(project: Project, what: str) -> Trace:
     Downwards: to trainset, datasets, batches and the table of files. Upwards: from a trainset to its runs, from a run
     to its scores, from a file to all of them.
 
-    Raises ConfigError where nothing of that name is known.
+    Raises ConfigError for an unknown name.
     """
     root = project.root
     path = Path(what)
     if path.name == "score.json" and path.is_file():
         return _of_score(root, path)
-    for folder in (path, *path.parents[:2]):  # checkpoints/step_n and encoder/ stand inside the run's folder
+    for folder in (path, *path.parents[:2]):  # checkpoints/step_n and encoder/ are inside the run's folder
         if (folder / CONFIG).is_file() and folder.parent.parent.name == "pretrain":
             kind: Kind = "run" if folder == path else "checkpoint"
             facts = _run_facts(folder)
@@ -179,7 +179,7 @@ def trainsets_of(root: DataRoot) -> list[str]:
 
 
 def damaged_trainsets(root: DataRoot) -> list[str]:
-    """What is wrong with each trainset whose files are not what was frozen, or whose shards are not there."""
+    """What is wrong with each trainset whose files were changed or whose shards are missing, one message each."""
     found = []
     for digest in listing.folders(f"{root.url}/trainset", r"[0-9a-f]{32}"):
         try:
@@ -237,12 +237,12 @@ def _down(
 def _of_file(project: Project, what: str) -> Trace:
     root = project.root
     media = read_tables(root, "media", None, Media)
-    wanted = pl.col("uri").is_in([what, str(Path(what).absolute())])
-    found = media.filter(wanted | (pl.col("media_id").bin.encode("hex") == what))
+    named = pl.col("uri").is_in([what, str(Path(what).absolute())])
+    found = media.filter(named | (pl.col("media_id").bin.encode("hex") == what))
     if found.is_empty():
         raise ConfigError(
             f"'{what}' is no run, checkpoint, score.json, trainset, media id or file that {project.path} knows; "
-            "a file is known once 'media' was made for its batch"
+            "a file is known once 'media' has been made for its batch"
         )
     ids = found["media_id"].drop_nulls().unique()
     clips = read_tables(root, "clips", None, Clips).filter(pl.col("media_id").is_in(ids.implode()))
@@ -274,9 +274,9 @@ def _trainsets_with(root: DataRoot, media: pl.Series) -> Iterator[TrainsetFacts]
 def _scores_with(root: DataRoot, media: pl.Series) -> Iterator[ScoreFacts]:
     for path in scores_of(root):
         rows = read_table(str(path.with_name("rows.parquet")), ProbeRows)
-        asked = rows.filter(pl.col("media_id").is_in(media.implode())).unique("sample")
-        if asked.height:
-            counts = asked.group_by("split").len().sort("split").rows()
+        found = rows.filter(pl.col("media_id").is_in(media.implode())).unique("sample")
+        if found.height:
+            counts = found.group_by("split").len().sort("split").rows()
             yield _score_facts(path, dict(counts))
 
 
@@ -294,27 +294,27 @@ def _media_facts(row: dict[str, Any], clips: pl.DataFrame) -> MediaFacts:
 
 
 def _run_facts(folder: Path) -> RunFacts:
-    said = atomic.read_json(str(folder / CONFIG))
+    record = atomic.read_json(str(folder / CONFIG))
     return RunFacts(
-        recipe=said["recipe"]["name"],
-        run=said["run"],
-        recipe_digest=said["recipe_digest"],
-        trainset=said["trainset"],
-        mask_plan=said["mask_plan"],
-        overrides=tuple(said["overrides"]),
+        recipe=record["recipe"]["name"],
+        run=record["run"],
+        recipe_digest=record["recipe_digest"],
+        trainset=record["trainset"],
+        mask_plan=record["mask_plan"],
+        overrides=tuple(record["overrides"]),
         folder=str(folder),
     )
 
 
 def _score_facts(path: Path, clips: dict[str, int] | None = None) -> ScoreFacts:
-    said = atomic.read_json(str(path))
+    record = atomic.read_json(str(path))
     return ScoreFacts(
         path=str(path),
-        recipe=said["recipe"],
-        run=said["run"],
-        benchmark=said["benchmark"],
-        rows=said["rows"],
-        clips=said["clips"] if clips is None else clips,
+        recipe=record["recipe"],
+        run=record["run"],
+        benchmark=record["benchmark"],
+        rows=record["rows"],
+        clips=record["clips"] if clips is None else clips,
     )
 
 

@@ -1,9 +1,9 @@
-"""Withdrawing a file: its rows are named in withdrawn/<media>.json, then zeroed in every store, and what saw it listed.
+"""Withdraw a file: record its rows in withdrawn/<media>.json, zero them in every store, list what has used them.
 
-The record comes first (design 4): from then on loaders refuse trainsets that hold such a row and `media` rejects the
-file, wherever copies of its bytes stand. Rows are those of every clips table, trainset and score; a row that none of
-them names any more cannot be told from others, hence `unexplained`. Holds no format of records (storage/withdrawn.py)
-and touches neither the file itself, nor tables, nor runs.
+The record comes first: from then on loaders refuse trainsets with such a row, and `media` rejects the file and copies
+of its bytes, even if the process dies before the bytes are zeroed. Rows are those of every clips table, trainset and
+score; a row that none of them names any more cannot be assigned to a file, hence `unexplained`. The file itself,
+tables and runs are left as they are.
 """
 
 from collections.abc import Iterator
@@ -27,42 +27,40 @@ from storage.withdrawn import record_withdrawal
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """What is or would be withdrawn, and what has seen it."""
+    """What is or would be withdrawn, and what has used it."""
 
     done: bool
-    media: tuple[str, ...]  # ids in hex; several where other bytes stood under the name before
+    media: tuple[str, ...]  # ids in hex; several where the name had other bytes before
     rows: int  # rows known by id
-    stored: int  # places in stores where they stand
+    stored: int  # places in stores where they are
     size_bytes: int  # of these places
     unexplained: int  # committed rows of the same batches that no clip, trainset or score names any more
     affected: Trace
 
     def text(self) -> str:
-        """For people."""
+        """As text."""
         state = "withdrawn" if self.done else "would be withdrawn (nothing is changed without --yes)"
         found = self.affected
-        seen = f"{len(found.trainsets)} trainsets, {len(found.runs)} runs and {len(found.scores)} scores"
+        users = f"{len(found.trainsets)} trainsets, {len(found.runs)} runs and {len(found.scores)} scores"
         lines = [
             f"{state}: {', '.join(self.media)}",
-            f"  {self.rows} rows, {self.stored} places in stores, {self.size_bytes:,} bytes of zeros in their stead",
-            f"  seen by {seen}, which stay as they are:",
+            f"  {self.rows} rows, {self.stored} places in stores, {self.size_bytes:,} bytes overwritten with zeros",
+            f"  used by {users}, which are left as they are:",
             *("  " + line for line in self.affected.text().splitlines()[1:]),
         ]
         if self.unexplained:
             lines.append(
                 f"  {self.unexplained} stored rows of its batches belong to clips of an earlier curation and may be of "
-                "this file: 'nextvid sweep --yes' frees whole shards of such rows"
+                "this file: 'nextvid sweep --yes' deletes shards that hold such rows alone"
             )
-        lines.append(
-            "  the file, checkpoints and pictures made of it are yours to remove; then 'nextvid make trainset'"
-        )
+        lines.append("  remove the file, checkpoints and pictures made of it yourself; then 'nextvid make trainset'")
         return "\n".join(lines)
 
 
 def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
-    """Withdraw a file by URI, path or media id (32 hex digits); only a plan of it unless `yes`. Doing it again is safe.
+    """Withdraw a file by URI, path or media id (32 hex digits); only a plan of it unless `yes`. Repeating it is safe.
 
-    Raises ConfigError where nobody knows the file, or its bytes could never be read and so have no id.
+    Raises ConfigError for an unknown file, and for one whose bytes could never be read and so have no id.
     """
     root = project.root
     affected = trace(project, what)
@@ -72,18 +70,18 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
     if not media:
         raise ConfigError(f"'{what}' could not be read and has no id, so nothing was made of it: remove the file")
     rows = _rows_of(root, media)
-    wanted = pl.Series(sorted(set().union(*rows.values())), dtype=pl.Binary)
+    row_ids = pl.Series(sorted(set().union(*rows.values())), dtype=pl.Binary)
     if yes:
         for media_id, ids in rows.items():
             record_withdrawal(root, media_id, ids)
-    places = list(_places(root, wanted))
+    places = list(_places(root, row_ids))
     if yes:
         for part, slots in places:
             part.erase(slots)
     return Withdrawal(
         done=yes,
         media=tuple(media),
-        rows=len(wanted),
+        rows=len(row_ids),
         stored=sum(len(slots) for _, slots in places),
         size_bytes=sum(
             size for part, slots in places for extents in part.extents(slots).values() for _, size in extents
@@ -104,7 +102,7 @@ def _named_rows(root: DataRoot) -> Iterator[pl.DataFrame]:
 
 
 def _rows_of(root: DataRoot, media: list[str]) -> dict[str, set[bytes]]:
-    """Row ids by media id in hex; a media without any row has an empty set, and is recorded all the same."""
+    """Row ids by media id in hex; a media file without rows has an empty set, and is recorded too."""
     found: dict[str, set[bytes]] = {media_id: set() for media_id in media}
     ids = pl.Series([bytes.fromhex(media_id) for media_id in media], dtype=pl.Binary)
     for named in _named_rows(root):
@@ -114,22 +112,17 @@ def _rows_of(root: DataRoot, media: list[str]) -> dict[str, set[bytes]]:
 
 
 def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[Part[Any], list[int]]]:
-    """Parts of every store that planned such rows, and the slots whose shards are committed and still hold bytes."""
-    for part in _parts(root):
+    """Parts of every store whose plans have such rows, and the rows' slots in shards that are still stored."""
+    parts = (part for store in every_store(root) for batch in store.batches() for part in store.parts_of(batch))
+    for part in parts:
         planned = part.plan.filter(pl.col("row_id").is_in(rows.implode()))["slot"].to_list()
         slots = [slot for slot in planned if part.is_stored(slot // ROWS_PER_SHARD)]
         if slots:
             yield part, slots
 
 
-def _parts(root: DataRoot) -> Iterator[Part[Any]]:
-    for store in every_store(root):
-        for batch in store.batches():
-            yield from store.parts_of(batch)
-
-
 def _unexplained(root: DataRoot, media: list[str]) -> int:
-    """Committed rows, in batches that hold one of these media, that nothing names any more."""
+    """Committed rows, in batches with one of these media files, that no table names any more."""
     ids = pl.Series([bytes.fromhex(media_id) for media_id in media], dtype=pl.Binary)
     named = pl.concat(list(_named_rows(root)))
     files = read_tables(root, "media", None, Media).filter(pl.col("media_id").is_in(ids.implode()))

@@ -204,9 +204,13 @@ class TestStores:
         path = Path(store.part(FILMS, 4, 0).shard_path(0))
         code, said, _ = nextvid("sweep", *where)
         assert (code, path.exists()) == (0, True)
-        assert f"would go  {path}" in said
+        assert f"would be deleted  {path}" in said
         found = json.loads(nextvid("sweep", "--yes", "--json", *where)[1])
-        assert (found["done"], [shard["path"] for shard in found["gone"]], path.exists()) == (True, [str(path)], False)
+        assert (found["done"], [shard["path"] for shard in found["deleted"]], path.exists()) == (
+            True,
+            [str(path)],
+            False,
+        )
 
 
 class TestRuns:

@@ -20,7 +20,7 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     known, asked, labels = rng.normal(size=(50, 4)), rng.normal(size=(31, 4)), rng.integers(0, 3, 50)
     whole = neighbours.predict(known, labels, asked)
-    monkeypatch.setattr(neighbours, "_ASKED_AT_ONCE", 7)
+    monkeypatch.setattr(neighbours, "_AT_ONCE", 7)
     np.testing.assert_array_equal(neighbours.predict(known, labels, asked), whole)
 
 

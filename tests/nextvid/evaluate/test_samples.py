@@ -105,7 +105,7 @@ def test_a_run_that_was_trained_on_pixels_generates(tmp_path: Path, overrides: t
 def test_targets_without_pictures_are_refused(evaluated: Project) -> None:
     run = find_run(evaluated, RECIPE)
     features = apply_overrides(run.recipe, ["model.encoder.input=pixels", "losses.target=siglip2"])
-    with pytest.raises(RefusedError, match="predicts siglip2, which nothing here decodes"):
+    with pytest.raises(RefusedError, match="predicts siglip2, which cannot be decoded"):
         open_scene(evaluated, replace(run, recipe=features), Trainset.open(evaluated.root), "cpu")
 
 
@@ -116,6 +116,6 @@ def test_another_autoencoder_is_refused(own_copy: Project) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     save = folder / "diffusion_pytorch_model.safetensors"
     flip(save)
-    with pytest.raises(RefusedError, match="put the old weights back"):
+    with pytest.raises(RefusedError, match="restore the weights"):
         open_scene(own_copy, find_run(own_copy, RECIPE), Trainset.open(own_copy.root), "cpu")
     save_autoencoder(folder)

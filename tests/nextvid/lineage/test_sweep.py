@@ -1,4 +1,4 @@
-"""The sweep: what a trainset cites or a clip wants stays to the byte, the rest goes, and a plan changes nothing."""
+"""The sweep: what a trainset cites or a clip needs keeps its bytes, the rest is deleted, a plan changes nothing."""
 
 import os
 import shutil
@@ -47,10 +47,10 @@ def want_films(corpus: Corpus, *rows: int) -> None:
     corpus.clips(FILMS, [corpus.row(FILMS, i) for i in rows])
 
 
-def test_what_clips_want_stays(corpus: Corpus) -> None:
+def test_what_clips_need_is_kept(corpus: Corpus) -> None:
     before = shard_files(corpus)
     found = sweep(corpus.project, yes=True)
-    assert (found.gone, found.kept, found.litter) == ((), (), ())
+    assert (found.deleted, found.kept, found.leftovers) == ((), (), ())
     assert shard_files(corpus) == before
 
 
@@ -58,8 +58,8 @@ def test_a_plan_names_what_would_go_and_changes_nothing(corpus: Corpus) -> None:
     want_films(corpus, 0, 1, 2, 3)
     before = shard_files(corpus)
     found = sweep(corpus.project)
-    (shard,) = found.gone
-    assert (shard.rows, shard.wanted, shard.trainsets) == (4, 0, ())
+    (shard,) = found.deleted
+    assert (shard.rows, shard.needed, shard.trainsets) == (4, 0, ())
     assert found.size_bytes == shard.size_bytes == Path(shard.path).stat().st_size
     assert shard_files(corpus) == before
     assert "nothing is changed without --yes" in found.text()
@@ -68,14 +68,14 @@ def test_a_plan_names_what_would_go_and_changes_nothing(corpus: Corpus) -> None:
 def test_whole_shards_go_and_stay_gone(corpus: Corpus) -> None:
     want_films(corpus, 0, 1, 2, 3)
     before = shard_files(corpus)
-    (shard,) = sweep(corpus.project, yes=True).gone
+    (shard,) = sweep(corpus.project, yes=True).deleted
     after = shard_files(corpus)
     assert after == {path: data for path, data in before.items() if path != shard.path}
     store = store_of(corpus)
     assert store.verify() == []
     assert store.unfinished(FILMS, FRAMES) is None  # nobody encodes it again
     assert plan_encode(corpus.project, FILMS).orphaned == ()
-    assert sweep(corpus.project, yes=True).gone == ()
+    assert sweep(corpus.project, yes=True).deleted == ()
 
 
 def test_swept_rows_that_clips_want_again_are_encoded_again(corpus: Corpus) -> None:
@@ -89,13 +89,13 @@ def test_swept_rows_that_clips_want_again_are_encoded_again(corpus: Corpus) -> N
     assert store_of(corpus).verify() == []
 
 
-def test_a_shard_with_one_wanted_row_stays_whole(corpus: Corpus) -> None:
+def test_a_shard_with_one_needed_row_stays_whole(corpus: Corpus) -> None:
     want_films(corpus, 0, 1, 2, 3, 7)
     before = shard_files(corpus)
     found = sweep(corpus.project, yes=True)
-    assert found.gone == ()
-    assert [(shard.rows, shard.wanted) for shard in found.kept] == [(4, 1)]
-    assert "3 of 4 rows unwanted" in found.text()
+    assert found.deleted == ()
+    assert [(shard.rows, shard.needed) for shard in found.kept] == [(4, 1)]
+    assert "3 of 4 rows not needed" in found.text()
     assert shard_files(corpus) == before
 
 
@@ -105,7 +105,7 @@ def test_what_a_trainset_cites_stays_readable(corpus: Corpus) -> None:
     digest = make_trainset(corpus.project).digest
     want_films(corpus, 0, 1, 2, 3)
     found = sweep(corpus.project, yes=True)
-    assert found.gone == ()
+    assert found.deleted == ()
     assert [shard.trainsets for shard in found.kept] == [(digest,)]
     assert f"referred to by trainset {digest}" in found.text()
     trainset = Trainset.open(corpus.project.root)
@@ -116,18 +116,18 @@ def test_what_a_trainset_cites_stays_readable(corpus: Corpus) -> None:
         reader.read_into(FRAMES, address, out)
         assert (out == row).all()
     shutil.rmtree(corpus.project.root.pointed("trainset", str(digest)))
-    assert [shard.rows for shard in sweep(corpus.project).gone] == [4]
+    assert [shard.rows for shard in sweep(corpus.project).deleted] == [4]
 
 
 def test_an_old_encoding_goes_once_another_is_accepted(corpus: Corpus) -> None:
     old = store_of(corpus)
     corpus.configure(encoding={"autoencoder": str(corpus.autoencoder), "resolution": 32})
-    assert sweep(corpus.project).gone == ()  # asked for, but the old one is still accepted
+    assert sweep(corpus.project).deleted == ()  # asked for, but the old one is still accepted
     accept_asked(corpus.project)
     assert {
-        Path(shard.path).is_relative_to(old.root.spec_folder(old.digest)) for shard in sweep(corpus.project).gone
+        Path(shard.path).is_relative_to(old.root.spec_folder(old.digest)) for shard in sweep(corpus.project).deleted
     } == {True}
-    assert len(sweep(corpus.project, yes=True).gone) == 3
+    assert len(sweep(corpus.project, yes=True).deleted) == 3
     assert old.verify() == []
 
 
@@ -139,7 +139,7 @@ def test_a_batch_whose_clips_are_not_known_loses_nothing(corpus: Corpus, verdict
         Path(path).unlink()
     else:
         passed(path, "clips", False)
-    assert sweep(corpus.project, yes=True).gone == ()
+    assert sweep(corpus.project, yes=True).deleted == ()
 
 
 def test_a_killed_sweep_is_finished_by_the_next(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,11 +154,11 @@ def test_a_killed_sweep_is_finished_by_the_next(corpus: Corpus, monkeypatch: pyt
             sweep(corpus.project, yes=True)
     (problem,) = store_of(corpus).verify()
     assert "a sweep was killed" in problem.what
-    assert len(sweep(corpus.project, yes=True).gone) == 1
+    assert len(sweep(corpus.project, yes=True).deleted) == 1
     assert store_of(corpus).verify() == []
 
 
-def test_only_old_litter_goes(corpus: Corpus) -> None:
+def test_only_old_leftovers_are_deleted(corpus: Corpus) -> None:
     folder = Path(corpus.project.root.url, "media")
     folder.mkdir()
     old, new, kept = folder / ".a.0123.partial", folder / ".b.0123.partial", folder / "c.parquet"
@@ -167,7 +167,7 @@ def test_only_old_litter_goes(corpus: Corpus) -> None:
     os.utime(old, (time.time() - 2 * DAY_S,) * 2)
     os.utime(kept, (time.time() - 2 * DAY_S,) * 2)
     planned = sweep(corpus.project)
-    assert (planned.litter, planned.litter_bytes) == ((str(old),), 5)
+    assert (planned.leftovers, planned.leftover_bytes) == ((str(old),), 5)
     assert old.exists()
-    assert sweep(corpus.project, yes=True).litter == (str(old),)
+    assert sweep(corpus.project, yes=True).leftovers == (str(old),)
     assert [path.exists() for path in (old, new, kept)] == [False, True, True]

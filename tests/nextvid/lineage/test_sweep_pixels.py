@@ -1,4 +1,4 @@
-"""The sweep of pixels: what a trainset's runs read or clips want stays, the rest goes shard by shard."""
+"""The sweep of pixels: what runs of a trainset read or clips need is kept, the rest is deleted shard by shard."""
 
 from pathlib import Path
 
@@ -65,8 +65,8 @@ def freeze(corpus: Corpus) -> None:
     freeze_pixels(corpus.project, Trainset.open(corpus.project.root), apply_overrides(tiny_recipe(), small + budgets))
 
 
-def test_what_clips_want_stays(corpus: Corpus) -> None:
-    assert sweep(corpus.project, yes=True).gone == ()
+def test_what_clips_need_is_kept(corpus: Corpus) -> None:
+    assert sweep(corpus.project, yes=True).deleted == ()
     assert standing(store_of(corpus)) == [True, True]
 
 
@@ -74,10 +74,10 @@ def test_what_no_clip_wants_goes_with_its_latents(corpus: Corpus) -> None:
     want(corpus, 0, 1, 2, 3)
     store = store_of(corpus)
     planned = sweep(corpus.project)
-    assert len(planned.gone) == 2  # one shard of latents, one of pixels
+    assert len(planned.deleted) == 2  # one shard of latents, one of pixels
     assert standing(store) == [True, True]
     found = sweep(corpus.project, yes=True)
-    assert {shard.path for shard in found.gone} == {shard.path for shard in planned.gone}
+    assert {shard.path for shard in found.deleted} == {shard.path for shard in planned.deleted}
     assert standing(store) == [True, False]
     assert store.verify() == []
 
@@ -85,10 +85,10 @@ def test_what_no_clip_wants_goes_with_its_latents(corpus: Corpus) -> None:
 def test_pixels_that_nobody_asks_for_any_more_go_and_latents_stay(corpus: Corpus) -> None:
     store = store_of(corpus)
     plain = configure(corpus, None)
-    assert sweep(plain, yes=True).gone == (), "they are accepted until another corpus.yaml is accepted"
+    assert sweep(plain, yes=True).deleted == (), "they are accepted until another corpus.yaml is accepted"
     plain = accept_asked(plain)
     found = sweep(plain, yes=True)
-    assert [Path(shard.path).is_relative_to(corpus.project.root.stores("pixels")) for shard in found.gone] == [
+    assert [Path(shard.path).is_relative_to(corpus.project.root.stores("pixels")) for shard in found.deleted] == [
         True,
         True,
     ]
@@ -99,7 +99,7 @@ def test_pixels_of_another_quality_go(corpus: Corpus) -> None:
     store = store_of(corpus)
     other = configure(corpus, {"quality": 80})
     other = accept_asked(other)
-    assert len(sweep(other, yes=True).gone) == 2
+    assert len(sweep(other, yes=True).deleted) == 2
     assert standing(store) == [False, False]
 
 
@@ -109,7 +109,7 @@ def test_what_a_run_may_read_stays_whatever_corpus_yaml_says(corpus: Corpus) -> 
     store, digest = store_of(corpus), Trainset.open(corpus.project.root).digest
     want(corpus, 0)
     found = sweep(configure(corpus, None), yes=True)
-    assert found.gone == ()
+    assert found.deleted == ()
     assert standing(store) == [True, True]
     assert all(shard.trainsets == (digest,) for shard in found.kept)
     assert len(found.kept) == 4
@@ -117,5 +117,5 @@ def test_what_a_run_may_read_stays_whatever_corpus_yaml_says(corpus: Corpus) -> 
 
 def test_an_unknown_batch_loses_no_pixels(corpus: Corpus) -> None:
     Path(corpus.project.root.checks("clips", FILMS)).unlink()
-    assert sweep(corpus.project, yes=True).gone == ()
+    assert sweep(corpus.project, yes=True).deleted == ()
     assert standing(store_of(corpus)) == [True, True]

@@ -134,7 +134,7 @@ def _withdraw_and_sweep(project: Project, uri: str) -> None:
     for overrides in (OVERRIDES, PIXELS):
         with pytest.raises(RefusedError, match="withdrawn"):
             trained(project, overrides)
-    assert sweep(project, yes=True).gone == ()
+    assert sweep(project, yes=True).deleted == ()
 
 
 def listed(project: Project) -> pl.DataFrame:
