@@ -8,7 +8,7 @@ reason in `left_out`.
 A *sample* is what the probe sees at once: the segments of one shot and view, in the order of time (docs/method.md 9).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,7 @@ def benchmark_rows(
     classes = tuple(sorted(limited["label"].unique().to_list()))
     frame = limited.with_columns(
         label=pl.col("label").replace_strict(list(classes), range(len(classes)), return_dtype=pl.Int64),
-        held_out=pl.Series([_share(key) < held_out for key in _group_keys(limited)], dtype=pl.Boolean),
+        held_out=_held_out(limited, held_out),
         sample=pl.struct("split", *SAMPLE).rank("dense").cast(pl.Int64) - 1,
         clip_group=pl.struct("split", *SAMPLE[:-1]).rank("dense").cast(pl.Int64) - 1,
     )
@@ -112,14 +112,11 @@ def _first_samples(rows: pl.DataFrame, limit: int) -> pl.DataFrame:
     return rows.filter(pl.col("shot_id").is_in(shots.implode()))
 
 
-def _group_keys(rows: pl.DataFrame) -> Sequence[str]:
+def _held_out(rows: pl.DataFrame, share: float) -> pl.Series:
+    """Whether each row is held out: by a hash of its group, else of its media file, so that either stays together."""
     media = rows["media_id"].bin.encode("hex")
-    return [f"group {g}" if g is not None else f"media {m}" for g, m in zip(rows["group"], media, strict=True)]
-
-
-def _share(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
-    return int(digest_config(["probe", key])[:8], 16) / _32_BITS
+    keys = [f"group {g}" if g is not None else f"media {m}" for g, m in zip(rows["group"], media, strict=True)]
+    return pl.Series([int(digest_config(["probe", key])[:8], 16) < share * _32_BITS for key in keys], dtype=pl.Boolean)
 
 
 def per_sample(rows: pl.DataFrame, column: str) -> np.ndarray:

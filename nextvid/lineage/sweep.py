@@ -91,7 +91,9 @@ def sweep(project: Project, *, yes: bool = False) -> Sweep:
     found = [shard for _, _, shard in shards]
     folders = sorted({folder for folder in (root.url, root.runs_url) if is_local(folder)})
     old = sorted({path for folder in folders for path in leftovers(folder, LEFTOVER_AGE_S)})
-    leftover_bytes = sum(_size_bytes(Path(path)) for path in old)
+    leftover_bytes = sum(
+        file.lstat().st_size for path in old for file in (Path(path), *Path(path).rglob("*")) if file.is_file()
+    )
     if yes:
         for path in old:
             remove_tree(path)
@@ -107,7 +109,9 @@ def sweep(project: Project, *, yes: bool = False) -> Sweep:
 def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
     """Every stored shard, with its users."""
     root = project.root
-    cited, scored = _cited(root), _scored(root)
+    cited = _cited(root)
+    scores = [read_table(str(path.with_name("rows.parquet")), ProbeRows)["row_id"] for path in scores_of(root)]
+    scored = pl.concat([_NOTHING, *scores]).unique()
     specs = _specs(project)
     for store in every_store(root):
         for batch in store.batches():
@@ -166,18 +170,8 @@ def _cited(root: DataRoot) -> dict[Place, set[str]]:
     return found
 
 
-def _scored(root: DataRoot) -> pl.Series:
-    """Row ids that any score was computed on."""
-    tables = [read_table(str(path.with_name("rows.parquet")), ProbeRows)["row_id"] for path in scores_of(root)]
-    return pl.concat([_NOTHING, *tables]).unique()
-
-
 def _users(shard: Shard) -> str:
     """What refers to a shard."""
     users = [f"trainset {digest}" for digest in shard.trainsets]
     users += [f"{shard.scored} rows of scores"] if shard.scored else []
     return f"; referred to by {', '.join(users)}" if users else ""
-
-
-def _size_bytes(path: Path) -> int:
-    return sum(found.lstat().st_size for found in [path, *path.rglob("*")] if found.is_file())

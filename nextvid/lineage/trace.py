@@ -145,7 +145,9 @@ def trace(project: Project, what: str) -> Trace:
     root = project.root
     path = Path(what)
     if path.name == "score.json" and path.is_file():
-        return _of_score(root, path)
+        score = _score_facts(path)
+        run = _run_facts(Path(root.run(score.recipe, score.run)))
+        return _down(root, str(path), "score", (run,), (score,))
     for folder in (path, *path.parents[:2]):  # checkpoints/step_n and encoder/ are inside the run's folder
         if (folder / CONFIG).is_file() and folder.parent.parent.name == "pretrain":
             kind: Kind = "run" if folder == path else "checkpoint"
@@ -204,12 +206,6 @@ def shares(lineage: pl.DataFrame, by: str, weights: dict[str, float]) -> tuple[D
         DatasetShare(name, weights.get(name), files, clips, rows)
         for name, files, clips, rows in counted.sort(by).iter_rows()
     )
-
-
-def _of_score(root: DataRoot, path: Path) -> Trace:
-    facts = _score_facts(path)
-    run = _run_facts(Path(root.run(facts.recipe, facts.run)))
-    return _down(root, str(path), "score", (run,), (facts,))
 
 
 def _down(

@@ -5,7 +5,6 @@ come from. The digest in the path is of those files, so a report is rebuilt only
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,8 +81,12 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
 def gather(project: Project, run: Run) -> Gathered:
     """Read what the report shows. Raises UpstreamError with what to make first."""
     root, recipe = project.root, run.recipe
-    found = [_newest(Path(root.probes(recipe.name, run.id), name)) for name in sorted(project.corpus.benchmarks)]
-    if missing := [name for name, path in zip(sorted(project.corpus.benchmarks), found, strict=True) if path is None]:
+    newest: dict[str, Path] = {}  # by benchmark, the score that was written last; older ones are of other rows
+    for name in sorted(project.corpus.benchmarks):
+        paths = Path(root.probes(recipe.name, run.id), name).glob("*/score.json")
+        if found := sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)):
+            newest[name] = found[-1]
+    if missing := sorted(set(project.corpus.benchmarks) - newest.keys()):
         raise UpstreamError(f"run {run.id} has no scores on {', '.join(missing)}: make 'probes' first")
     samples = None
     if recipe.losses.flow > 0:
@@ -93,7 +96,7 @@ def gather(project: Project, run: Run) -> Gathered:
         run,
         atomic.read_json(str(run.folder / CONFIG)),
         read_events(run.folder),
-        [read_score(str(path)) for path in found if path is not None],
+        [read_score(str(path)) for path in newest.values()],
         samples,
         read_facts(project, run),
     )
@@ -144,12 +147,6 @@ def _masks(run: Run) -> str:
         return "none"
     visible = " and ".join(str(strategy.budget) for strategy in masks.strategies)
     return f"{visible} of {cells} cells visible" if masks.keep == "fixed" else masks.keep
-
-
-def _newest(folder: Path) -> Path | None:
-    """The score of a benchmark that was written last; older ones are of other rows or settings."""
-    found: Sequence[Path] = sorted(folder.glob("*/score.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return found[-1] if found else None
 
 
 def _digest(gathered: Gathered) -> str:
