@@ -85,6 +85,11 @@ def test_html_links_lead_somewhere() -> None:
     assert page.count('href="#source-2"') == 2
 
 
+def test_sources_that_differ_in_case_are_two() -> None:
+    page = render_html(Card("t", "", (), (Section("s", (Text("x", sources=("/A", "/a", "/A")),)),)))
+    assert re.findall(r'<a href="#source-(\d)">', page) == ["1", "2"]
+
+
 def test_cells_are_aligned_and_strong_rows_marked() -> None:
     table = Table(("", "value"), (("one", "1.5"), ("two", "2.5")), "lr", strong=frozenset({1}))
     page = render_html(Card("t", "", (), (Section("s", (table,)),)))
