@@ -90,7 +90,7 @@ class RefusedError(NExTVidError):
 
 
 def exit_code(error: NExTVidError | OSError) -> int:
-    """Of every command: 2 configuration or corpus, 3 upstream, 4 damage, 5 the system refused, 1 anything else."""
+    """The exit code of a command that ends with this error; `nextvid --help` lists the codes."""
     match error:
         case ConfigError() | CorpusError():
             return 2
