@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
-from nextvid.machine import leased, orphaned
+from nextvid.machine import leased_gpus, orphaned
 from nextvid.train.events import read_events
 from nextvid.train.pretrain import LOG, PreparedRun, end_group
 from storage.errors import UpstreamError
@@ -36,7 +36,7 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     log_path = Path(run.folder) / LOG
     began = log_path.stat().st_size if log_path.exists() else 0
     with (
-        leased(run.ranks, run.device) as devices,
+        leased_gpus(run.ranks, run.device) as devices,
         log_path.open("ab") as log,
         pipes(context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()) as session,
     ):

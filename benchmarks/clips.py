@@ -20,7 +20,7 @@ from nextvid.config.recipes import recipe
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import StagedLatents
 from nextvid.train.loader import READ_AHEAD, Loader, latent_rows, pixel_rows
-from nextvid.train.ring import Place
+from nextvid.train.ring import Buffer
 from nextvid.trainset.files import write_trainset
 from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.trainset.order import Drawn, Masks, Order
@@ -132,16 +132,16 @@ class Store:
 
 
 class InHostMemory(StagedLatents):
-    """The way to a device up to the copy: its batches are the float16 places of the ring."""
+    """The way to a device up to the copy: its batches are the float16 buffers of the ring."""
 
-    _held: Place | None = None  # what the consumer has
+    _held: Buffer | None = None  # what the consumer has
 
-    def deliver(self, drawn: Drawn, place: tuple[Place, Float16[Tensor, "B F C H W"]]) -> Tensor:
-        """The place as it is; it goes back into the ring when the next one is delivered."""
+    def deliver(self, drawn: Drawn, memory: tuple[Buffer, Float16[Tensor, "B F C H W"]]) -> Tensor:
+        """The buffer as it is; it goes back into the ring when the next one is delivered."""
         if self._held is not None:
             self._ring.give(self._held, copied=None)
-        self._held = place[0]
-        return place[1]
+        self._held = memory[0]
+        return memory[1]
 
 
 def training_recipe(steps: int) -> RecipeConfig:

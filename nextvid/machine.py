@@ -1,17 +1,9 @@
-"""How many cores this process may use: less than the machine has in a container or under `taskset`.
+"""This machine: cores, child processes that end with their launcher, and leases of GPUs.
 
-One writer a run folder, and no writer without its launcher.
-
-Holds the exclusive lock of a run folder (fcntl: freed by the kernel when its holder dies, however it dies) and the two
-ways in which a trainer notices that whoever started it is gone (design, 4 "Training"): the kernel's signal on the
-parent's death, and a thread that watches the launcher, since torchrun stands between trainer and launcher and survives
-the latter. Where there is no /proc, the parent's id alone is watched.
-
-Which GPUs of this machine a run gets: each at most once at a time, among all runs of a user.
-
-Holds a lock file a device (flock: freed by the kernel when its holder dies). Dagster's pool `gpu` bounds how many runs
-there are; this sees to it that two of them, or one and a run by hand, never train on the same device. Ray and
-Kubernetes give out devices themselves: then each job sees its own alone.
+- How many cores this process may use, and which device `auto` is.
+- `die_with`: a trainer or encoder ends when the process that started it ends, however that happened.
+- `leased_gpus`: each GPU of this machine is used by at most one run of a user at a time. A lease is a lock file per GPU
+  (flock), which the kernel releases when its holder dies.
 """
 
 import ctypes
@@ -30,22 +22,22 @@ from pathlib import Path
 from storage.errors import RefusedError
 from storage.locks import locked_or_holder
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+WATCH_S = 0.5  # our choice: far below the 10 s within which a cancelled run must have ended
+ORPHANED = 75  # exit code of a child whose launcher is gone (EX_TEMPFAIL of sysexits.h: starting again resumes)
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 def available_cores() -> int:
-    """At least one."""
+    """Cores that this process may use, at least one: fewer than the machine has in a container or under `taskset`."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
 
 
 def device_of(asked: str) -> str:
-    """`auto` is a GPU where there is one."""
+    """`asked`, or for `auto` the GPU if torch sees one, else the CPU."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-WATCH_S = 0.5  # our choice: far below the 10 s within which a cancelled run must be gone (design 4)
-ORPHANED = 75  # exit code of a trainer whose launcher is gone (EX_TEMPFAIL: asking again resumes)
 
 
 def ancestors() -> list[int]:
@@ -53,7 +45,7 @@ def ancestors() -> list[int]:
     chain = [os.getppid()]
     while chain[-1] > 1:
         try:
-            # "pid (name) state ppid ...": the name may hold spaces and brackets, so count from its last bracket
+            # "pid (name) state ppid ...": the name may contain spaces and brackets, so split after its last bracket
             fields = Path(f"/proc/{chain[-1]}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             break
@@ -62,23 +54,27 @@ def ancestors() -> list[int]:
 
 
 def launcher_id() -> int:
-    """The process whose end ends the trainers that this one starts: itself, or the one that spawned it for the work.
+    """Id of the process with which children of this one must end: this process, or the one that spawned it.
 
-    A Dagster step is a child of its run's process. A killed run leaves the step behind, and with it whatever it
-    started; so that one is watched, which stands above both.
+    A Dagster step is a child of its run's process. If a run is killed, its step survives, and so would the trainers
+    that the step started: therefore trainers watch the run's process.
     """
     parent = multiprocessing.parent_process()
     return os.getpid() if parent is None or parent.pid is None else parent.pid
 
 
 def orphaned() -> bool:
-    """Whether the process that spawned this one for a piece of work is gone; a program started by hand never is."""
+    """Whether the process that spawned this one (multiprocessing) has ended; False for a program started by hand."""
     parent = multiprocessing.parent_process()
     return parent is not None and os.getppid() != parent.pid
 
 
 def die_with(launcher: int) -> None:
-    """From now on this process ends as soon as its parent or the process `launcher` above it does. Call it first."""
+    """End this process as soon as its parent or its ancestor `launcher` ends. Call it before anything else.
+
+    Linux kills it when its parent dies. A thread watches the launcher, because torchrun is a process between launcher
+    and trainer and survives the launcher. Without /proc only the parent is watched.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_watch, args=(os.getppid(), launcher), name="launcher-watch", daemon=True).start()
@@ -90,16 +86,15 @@ def _watch(parent: int, launcher: int) -> None:
     os._exit(ORPHANED)  # no clean-up: everything on disk is safe against a kill at any moment
 
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-
 @contextmanager
-def leased(count: int, device: str) -> Iterator[dict[str, str]]:
-    """Hold `count` free GPUs for the block; what to add to a child's environment. Nothing for runs on CPU.
+def leased_gpus(count: int, device: str) -> Iterator[dict[str, str]]:
+    """Reserve `count` free GPUs for the block and yield the environment variables for a child; none for device `cpu`.
 
-    Raises RefusedError, naming the holders, where fewer are free.
+    Dagster's pool `gpu` bounds how many runs there are. This ensures that two of them, or one and a run started by
+    hand, never train on the same GPU. On Ray and Kubernetes a job sees only the GPUs that the cluster gave it.
+    Raises RefusedError, naming the holders, if fewer are free.
     """
-    known = [] if device == "cpu" else visible()
+    known = [] if device == "cpu" else visible_gpus()
     if not known:
         yield {}
         return
@@ -109,7 +104,7 @@ def leased(count: int, device: str) -> Iterator[dict[str, str]]:
         for name in known:
             if len(held) == count:
                 break
-            holder = _take(stack, name)
+            holder = _lock(stack, name)
             (held if holder is None else busy).append(name if holder is None else f"{name} (process {holder})")
         if len(held) < count:
             raise RefusedError(
@@ -119,22 +114,22 @@ def leased(count: int, device: str) -> Iterator[dict[str, str]]:
         yield {VISIBLE: ",".join(held)}
 
 
-def visible() -> list[str]:
-    """Names of the GPUs that this process may use: as CUDA_VISIBLE_DEVICES lists them, else by number."""
-    if (said := os.environ.get(VISIBLE)) is not None:
-        return [name.strip() for name in said.split(",") if name.strip()]
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use: from CUDA_VISIBLE_DEVICES, else their numbers."""
+    if (listed := os.environ.get(VISIBLE)) is not None:
+        return [name.strip() for name in listed.split(",") if name.strip()]
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _take(stack: ExitStack, name: str) -> str | None:
-    """Lock a device until the stack ends; the holder's process id if it is taken."""
-    # of this machine alone, where a home may be shared between machines; others can put their own thing there first
+def _lock(stack: ExitStack, name: str) -> str | None:
+    """Lock a GPU until the stack closes; if another process holds it, return that process's id."""
+    # a local folder, since a home may be shared between machines; another user may have created one of this name
     folder = Path(tempfile.gettempdir(), f"nextvid-devices-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise RefusedError(f"{folder} is not a folder of this user: have it removed, or set TMPDIR to another place")
+        raise RefusedError(f"{folder} is not a folder of this user: have it removed, or set TMPDIR to another folder")
     path = folder / f"{name.replace('/', '_')}.lock"
     return stack.enter_context(locked_or_holder(path, 0o600))

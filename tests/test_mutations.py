@@ -180,16 +180,16 @@ MUTATIONS = {
         f"{MODEL}/flow.py", "draws.noise)).square().mean()", "draws.noise)).square().sum(-1).mean()", "29"
     ),
     "30 an image is mirrored from its second frame on": Mutation(
-        f"{TRAIN}/pixel_rows.py", "place[drawn.of_frames(IMAGE)] = place[drawn.of_frames(IMAGE), :1]",
-        "place[drawn.of_frames(IMAGE), 1:] = place[drawn.of_frames(IMAGE), :1].flip(3)", "30",
+        f"{TRAIN}/pixel_rows.py", "memory[drawn.of_frames(IMAGE)] = memory[drawn.of_frames(IMAGE), :1]",
+        "memory[drawn.of_frames(IMAGE), 1:] = memory[drawn.of_frames(IMAGE), :1].flip(3)", "30",
     ),
     "31 segments are averaged": Mutation(
         "nextvid/evaluate/features.py", 'rearrange(np.concatenate(pieces), "(n g) l d -> n (g l) d", g=segments)',
         "np.concatenate(pieces).reshape(-1, segments, *pieces[0].shape[1:]).mean(1)", "31",
     ),
     "32 the predictor runs once a copy": Mutation(
-        f"{MODEL}/nextvid.py", "seen, query_ids = self._see(tokens, ids)",
-        "seen, query_ids = [self._see(tokens, ids) for _ in range(copies)][0]", "32",
+        f"{MODEL}/nextvid.py", "seen, query_ids = self._encode_and_predict(tokens, ids)",
+        "seen, query_ids = [self._encode_and_predict(tokens, ids) for _ in range(copies)][0]", "32",
     ),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nextvid.config.recipe import ModelConfig
 from nextvid.model.flow import ODE_STEPS
-from nextvid.model.incremental import Onward
+from nextvid.model.incremental import IncrementalPredictor
 from nextvid.model.nextvid import NExTVid
 from nextvid.model.tokens import gather_tokens, latent_tokens, pixel_tokens, pixel_values, tube_ids, unstack_target
 
@@ -46,9 +46,9 @@ def generate_onward(
     """
     config = model.recipe.model
     assert seed.shape[1] == config.cells, f"the seed is one tubelet, {config.cells} tokens"
-    onward, tokens, generated = Onward(model), seed, []
+    predictor, tokens, generated = IncrementalPredictor(model), seed, []
     for known in range(1, tubelets):
-        seen = onward.predict(gather_tokens(tokens, cells), cells)
+        seen = predictor.predict(gather_tokens(tokens, cells), cells)
         following = unstack_target(model.sample(seen, steps, generator), config.tubelet, config.grid_height)
         generated.append(following)
         if known < tubelets - 1:

@@ -1,1 +1,17 @@
-"""The paper, one file per box of its Fig. 2. torch and einops only; no files, no tables."""
+"""The paper's model, one file for each box of its Fig. 2, in torch and einops alone.
+
+| box of Fig. 2 | file |
+|---|---|
+| image or video clip -> patches; VA-VAE latents -> targets | `tokens.py` |
+| mask | `masks.py` |
+| context encoder (frame-causal ViT) | `encoder.py`, with `attention.py` and `rope.py` |
+| reference encoder (moving average) | `reference.py` |
+| context-isolated autoregressive predictor | `predictor.py` |
+| noise, flow path and flow loss | `flow.py` |
+| flow-matching decoder (DiT inside each frame) | `decoder.py` |
+| the whole, with both losses | `nextvid.py` |
+
+Beside them: `cross_decoder.py` (the decoders of Tab. 4 and 5), `folding.py` (the decoder's copies one by one, to save
+memory), `incremental.py` (generation with cached keys and values), `cost.py` and `summary.py` (`nextvid inspect
+recipe`).
+"""

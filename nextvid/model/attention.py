@@ -1,10 +1,10 @@
-"""Attention by tubelet, and the two attention modules that the encoder, predictor and decoder are built from.
+"""Attention by tubelet, and the self- and cross-attention modules of encoder, predictor and decoder (docs/method.md 3).
 
-Tokens lie tubelet by tubelet, [frames * n], with n tokens in each. Queries of the predictor are tubelets 1..T-1 and
-its context is 0..T-2, so that "strictly earlier" is the same block structure as the encoder's "not later" (method.md 3;
-research: training 0). It holds no rotary tables (rope.py) and no masks but those of block structure and of ids.
+Tokens are ordered by tubelet, [frames * n], with n tokens in each. The predictor's queries are tubelets 1..T-1 and its
+context is tubelets 0..T-2, so its rule "strictly earlier" has the same block structure as the encoder's "not later".
 
-Axes: B clips, h heads, Q and K tokens of queries and keys, e head dimension, d width.
+Axes: B clips, h heads, Q and K tokens of queries and keys, L tokens, e head dimension, d width, p rotated pairs of a
+head; b, c, r are B or 1.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ def frame_attention(
 ) -> Float[Tensor, "B h Q e"]:
     """Queries of block t attend the keys of blocks 0..t; queries and keys may differ in tokens per block.
 
-    `loop` is one unmasked call a block (0.57 to 0.64 of the dense mask's time, research: training 1), `dense` the slow
-    reference, `flash` the same loop through flash-attn. Raises ConfigError if flash-attn is asked for and missing.
+    `loop` is one unmasked call a block (0.57 to 0.64 of the dense mask's time, docs/performance.md), `dense` the slow
+    reference, `flash` the loop with flash-attn's kernel. Raises ConfigError if flash-attn is asked for and missing.
     """
     assert q.shape[2] % frames == 0, f"{q.shape[2]} queries are not {frames} equal blocks"
     assert k.shape[2] % frames == 0, f"{k.shape[2]} keys are not {frames} equal blocks"
@@ -52,20 +52,20 @@ def masked_attention(
     v: Float[Tensor, "B h K e"],
     allow: Bool[Tensor, "b Q K"],
 ) -> Float[Tensor, "B h Q e"]:
-    """Attention under any mask (True = may attend); no row may be empty. For ablations and ragged context."""
+    """Attention under any mask (True = may attend), for ablations and ragged context. No row may be all False."""
     return scaled_dot_product_attention(q, k, v, attn_mask=allow[:, None])
 
 
 def allow_by_id(
     query_ids: Int[Tensor, "b Q"], key_ids: Int[Tensor, "c K"], cells: int, strict: bool
 ) -> Bool[Tensor, "r Q K"]:
-    """Mask from original ids: the key's tubelet is earlier than the query's, or with `strict=False` also the same."""
+    """Mask from original ids: True where the key's tubelet is earlier than the query's, or the same unless `strict`."""
     query, key = query_ids[:, :, None] // cells, key_ids[:, None, :] // cells
     return key < query if strict else key <= query
 
 
 def flash_kernel() -> Attend:
-    """flash-attn's kernel on our axis order. Raises ConfigError with the way to install it."""
+    """flash-attn's kernel for tensors [B, h, L, e]. Raises ConfigError if flash-attn is not installed."""
     try:
         from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -82,7 +82,7 @@ def flash_kernel() -> Attend:
 
 
 class SelfAttention(nn.Module):
-    """Rotated multi-head self-attention with biases (method.md 6.1)."""
+    """Multi-head self-attention with biases and rotary positions (docs/method.md 6.1)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Rotated cross-attention: queries and keys turn by their own ids; the context is only read (method.md 3, 6.1)."""
+    """Cross-attention with rotary positions: queries and keys are rotated by their own ids (docs/method.md 3, 6.1)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -140,8 +140,8 @@ def _by_block(q: Tensor, k: Tensor, v: Tensor, frames: int, attend: Attend) -> T
         return attend(q, k, v)
     rows, keys = q.shape[2] // frames, k.shape[2] // frames
     blocks = []
-    # From the last block back, each prefix a slice of the one before: backward then fills up gradients to the next
-    # longer prefix, not to full length (T=8, 256 cells: .57 of the dense mask's time, and .61; docs/performance.md).
+    # From the last block to the first, each prefix a slice of the one before: backward then pads a gradient to the next
+    # longer prefix, not to full length (T=8, 256 cells: .57 of the dense mask's time, else .61; docs/performance.md).
     for t, block in reversed(list(enumerate(q.split(rows, dim=2)))):
         k, v = k[:, :, : (t + 1) * keys], v[:, :, : (t + 1) * keys]
         blocks.append(attend(block, k, v))

@@ -1,8 +1,8 @@
 """What a recipe costs: parameters, tokens, FLOPs and memory of every part, before anything is allocated.
 
-FLOPs are the formulas of method.md 12 (a multiply-add is 2; backward is twice forward), with T-1 tubelets in the online
-encoder; tests compare them with torch's counter. Memory of activations follows one rule, `_kept`. Parameters are
-counted on the meta device. `flat` and `bucket` draw their counts and are reckoned at their strategies' budgets.
+FLOPs are the formulas of docs/method.md 12 (a multiply-add is 2; backward is twice forward) with T-1 tubelets in the
+online encoder; tests compare them with torch's counter. Memory of activations follows one rule, `_kept`. Parameters are
+counted on the meta device. `flat` and `bucket` draw their counts; their strategies' budgets are used here.
 
 Letters: T tubelets, F = T-1 predicted ones, S cells, n visible cells a tubelet, D and H width and MLP of the encoder,
 d width of predictor or decoder, C target channels, k copies.
@@ -18,21 +18,21 @@ from nextvid.model.decoder import MLP_RATIO, SINUSOID, condition_width
 from nextvid.model.encoder import input_width
 from nextvid.model.nextvid import NExTVid
 
-FP32 = 4  # bytes; weights, gradients, moments and average are kept in fp32 (method.md 7.4)
-BACKWARD = 3  # forward and backward over forward, method.md 12
-# Numbers kept for backward, in widths a token and block; autograd's own count in tests/nextvid/model/test_cost.py
+FP32 = 4  # bytes; weights, gradients, moments and average are kept in fp32 (docs/method.md 7.4)
+BACKWARD = 3  # forward and backward over forward, docs/method.md 12
+# Numbers kept for backward per token and block, in widths; test_cost.py counts what autograd keeps
 ATTENTION = 7  # input and output of the norm, rotated q and k, v, the attention's output twice
 CROSS_ATTENTION = 5  # as above without keys and values, which are counted by context token
 FEED_FORWARD = 2  # input and output of the norm; beside it the hidden layer before and after GELU
 MODULATED = 2  # normalised and gated inputs that AdaLN multiplies
-# Bytes a kept number, with norm statistics, rotary tables and fp32 norm inputs: 4.34 to 4.46 and 2.22 to 2.37, ibid.
+# Bytes per kept number, with norm statistics, rotary tables, fp32 norm inputs; test_cost.py: 4.34-4.46, 2.22-2.37
 KEPT_BYTES = {"fp32": 4.4, "bf16": 2.3}
 BF16 = 2  # bytes
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part in one pass over one clip: tokens that enter, FLOPs forward, numbers kept for backward."""
+    """One part in one pass over one clip: input tokens, forward FLOPs, numbers kept for backward."""
 
     tokens: int
     flops: int
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Pass:
-    """One mask strategy of one clip; a part that the recipe lacks costs nothing."""
+    """One mask strategy of one clip; a part that the recipe does not have costs 0."""
 
     name: str
     visible: int  # cells a tubelet
@@ -51,7 +51,7 @@ class Pass:
 
     @property
     def flops(self) -> int:
-        """Forward."""
+        """Forward FLOPs of all parts."""
         return self.encoder.flops + self.predictor.flops + self.decoder.flops
 
     @property
@@ -83,9 +83,9 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a rank holds; activations for one clip in a backward, of the largest pass (passes follow one another).
+    """Bytes on a rank; activations are those of one clip in the largest pass (passes follow one another).
 
-    `copies` are weights in bf16 that autocast makes.
+    `copies` are the weights in bf16 that autocast caches.
     """
 
     weights: int
@@ -98,7 +98,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """Everything of a recipe; `parameters` by part, the reference encoder not among the trained ones."""
+    """All costs of a recipe; `parameters` by trained part, so without the reference encoder."""
 
     parameters: dict[str, int]
     stages: tuple[StageCost, ...]
@@ -123,7 +123,7 @@ def cost(recipe: RecipeConfig) -> Cost:
 
 
 def count_parameters(recipe: RecipeConfig) -> dict[str, int]:
-    """Parameters of encoder, predictor and decoder; 0 for a part that is not there."""
+    """Parameters of encoder, predictor and decoder; 0 for a part that the recipe does not have."""
     with torch.device("meta"):
         model = NExTVid(recipe)
     parts: dict[str, nn.Module | None] = {
@@ -135,7 +135,7 @@ def count_parameters(recipe: RecipeConfig) -> dict[str, int]:
 
 
 def stage_cost(recipe: RecipeConfig, stage: StageConfig) -> StageCost:
-    """One clip of a stage, pass by pass."""
+    """Cost of one clip of a stage, for each pass."""
     model, masks = recipe.model, recipe.masks
     tubelets = stage.frames // model.tubelet
     budgets = {each.name: each.budget for each in masks.strategies}
@@ -157,7 +157,7 @@ def stage_cost(recipe: RecipeConfig, stage: StageConfig) -> StageCost:
 
 
 def encoder(model: ModelConfig, visible: int, tubelets: int, ragged: bool) -> Part:
-    """L blocks over `visible` cells of each tubelet, each attending its own and earlier tubelets."""
+    """Cost of the encoder over `visible` cells of each tubelet, which attend their own and earlier tubelets."""
     D, H, depth = model.encoder.width, model.encoder.mlp_hidden, model.encoder.depth
     tokens, inputs = tubelets * visible, input_width(model)
     dense = depth * 2 * tokens * (4 * D**2 + 2 * D * H) + 2 * inputs * D * tokens
@@ -166,7 +166,7 @@ def encoder(model: ModelConfig, visible: int, tubelets: int, ragged: bool) -> Pa
 
 
 def predictor(model: ModelConfig, visible: int, frames: int, ragged: bool) -> Part:
-    """Queries at every cell of F tubelets (or hidden ones), reading `visible` cells of each earlier tubelet."""
+    """Cost of queries at every cell of F tubelets (or hidden cells), reading `visible` cells of earlier tubelets."""
     config, D = model.predictor, model.encoder.width
     if config.kind == "none":
         return Part(0, 0, 0)
@@ -185,7 +185,7 @@ def predictor(model: ModelConfig, visible: int, frames: int, ragged: bool) -> Pa
 
 
 def decoder(model: ModelConfig, visible: int, frames: int, copies: int, ragged: bool) -> Part:
-    """Copies of F tubelets of noisy tokens, each tubelet for itself (`dit_iso`) or reading the encoder."""
+    """Cost of `copies` of F noisy tubelets, each on its own (`dit_iso`) or reading the encoder."""
     config, C = model.decoder, model.target_channels
     if config.kind == "none":
         return Part(0, 0, 0)
@@ -212,12 +212,12 @@ def decoder(model: ModelConfig, visible: int, frames: int, copies: int, ragged: 
 
 
 def _pairs(model: ModelConfig, rows: int, keys: int, tubelets: int, ragged: bool) -> int:
-    """Pairs of query and key that are computed: by block those that may attend, else all (method.md 3)."""
+    """Pairs of query and key that are computed: by block the allowed ones, else all (docs/method.md 3)."""
     by_block = not ragged and model.attention != "dense"
     return rows * keys * (tubelets * (tubelets + 1) // 2 if by_block else tubelets**2)
 
 
 def _kept(width: int, hidden: int, cross: bool = False) -> int:
-    """Numbers a block keeps for backward for each token of its stream."""
+    """Numbers a block keeps for backward, per token."""
     attention = CROSS_ATTENTION if cross else ATTENTION
     return (attention + FEED_FORWARD) * width + 2 * hidden

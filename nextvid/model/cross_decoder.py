@@ -1,10 +1,10 @@
-"""The decoders of the simplified model without predictor (method.md 10, Tab. 4 and 5).
+"""Flow decoders without a predictor: they read the encoder by cross-attention (docs/method.md 10; Tab. 4 and 5).
 
-Noisy target tokens read the encoder's output of earlier tubelets by cross-attention, modulated by tau; `xattn_self`
-adds self-attention among all noisy tokens of a clip. It holds no noise and no losses (flow.py).
+Noisy target tokens read the encoder's output of earlier tubelets by cross-attention, modulated by tau. `xattn_self`
+adds self-attention among all noisy tokens of a clip.
 
 Axes: k copies, B clips, F predicted tubelets, n tokens per tubelet, Q = F*n, K context tokens, C target channels,
-D encoder width, d width, p rotated pairs of a head.
+D encoder width, d width, p rotated pairs of a head; b and c are B or 1.
 """
 
 from einops import rearrange, repeat
@@ -14,13 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Attend, CrossAttention, Mlp, SelfAttention
-from nextvid.model.decoder import MLP_RATIO, Head, Place, TimeEmbedding, initialise_dit, modulate
+from nextvid.model.decoder import MLP_RATIO, Head, Positions, TimeEmbedding, initialise_dit, modulate
 from nextvid.model.encoder import NORM_EPS, causal
 from nextvid.model.rope import rotary
 
 
 class CrossBlock(nn.Module):
-    """Modulated cross-attention, with `joined` also self-attention, and MLP."""
+    """Cross-attention, with `joined` also self-attention, and MLP, all modulated by tau."""
 
     def __init__(self, width: int, heads: int, joined: bool) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class CrossFlowDecoder(nn.Module):
         condition: Float[Tensor, "B K D"],
         noisy: Float[Tensor, "k B F n C"],
         tau: Float[Tensor, "k B F"],
-        place: Place,
+        positions: Positions,
     ) -> Float[Tensor, "k B F n C"]:
         """Velocities at (noisy, tau); `condition` is the encoder's output for the context."""
         model, copies = self.model, noisy.shape[0]
@@ -88,10 +88,10 @@ class CrossFlowDecoder(nn.Module):
         head_dim = model.decoder.width // model.decoder.heads
         ids = [
             repeat(ids, "b j -> (k b) j", k=copies) if ids.shape[0] > 1 else ids
-            for ids in (place.query_ids, place.context_ids)
+            for ids in (positions.query_ids, positions.context_ids)
         ]
         query_table, key_table = (rotary(i, head_dim, model.grid_height, model.grid_width) for i in ids)
-        attend = causal(model, place.frames, ids[0], ids[1], strict=True)
+        attend = causal(model, positions.frames, ids[0], ids[1], strict=True)
         for block in self.blocks:
             x = block(x, context, time, query_table, key_table, attend)
         return rearrange(self.head(x, time), "(k b) f n c -> k b f n c", k=copies)

@@ -1,10 +1,10 @@
-"""The flow decoder: a DiT inside each tubelet, conditioned by concatenating channels (method.md 4.3, 6.1).
+"""The flow decoder: a DiT inside each tubelet, conditioned by concatenating channels (docs/method.md 4.3, 6.1).
 
-AdaLN-Zero modulates on tau alone; the prediction z enters through the input layer only, as W_z z + W_x h_tau + b with
-W_z z computed once for all copies. It holds no noise and no losses (flow.py).
+AdaLN-Zero modulates on tau alone. The prediction z enters through the input layer only, as W_z z + W_x h_tau + b, with
+W_z z computed once for all copies.
 
-Axes: k copies, B clips, F predicted tubelets, n tokens per tubelet, N = k*B*F sequences, C target channels, c condition
-channels, d width, m modulations, p rotated pairs of a head.
+Axes: k copies, B clips, F predicted tubelets, n tokens per tubelet, Q = F*n, K context tokens, N = k*B*F sequences,
+C target channels, c condition channels, d width, p rotated pairs of a head.
 """
 
 import math
@@ -21,16 +21,16 @@ from nextvid.model.attention import Mlp, SelfAttention
 from nextvid.model.encoder import NORM_EPS
 from nextvid.model.rope import rotary
 
-MLP_RATIO = 4  # DiT, method.md 6.1
-SINUSOID = 256  # numbers in the timestep's sinusoid, DiT
+MLP_RATIO = 4  # DiT, docs/method.md 6.1
+SINUSOID = 256  # width of the timestep's sinusoid, DiT
 MAX_PERIOD = 10000.0  # of the sinusoid, DiT
-TIME_SCALE = 1000.0  # tau is embedded on a scale of 0..1000, method.md 4.2
+TIME_SCALE = 1000.0  # tau is embedded on a scale of 0..1000, docs/method.md 4.2
 EMBED_STD = 0.02  # of the timestep MLP, DiT
 
 
 @dataclass(frozen=True)
-class Place:
-    """Original ids of the predicted tokens and of the context, and tubelets in each (None: ragged)."""
+class Positions:
+    """Original ids of predicted tokens and of the context; `frames` tubelets of equal size in each, or None."""
 
     query_ids: Int[Tensor, "b Q"]
     context_ids: Int[Tensor, "c K"]
@@ -38,7 +38,7 @@ class Place:
 
 
 def condition_width(model: ModelConfig) -> int:
-    """Channels of what the decoder is conditioned on."""
+    """Channels of the decoder's condition: z, the predictor's hidden state, or the encoder's output."""
     reads_hidden = model.decoder.kind == "dit_iso" and model.decoder.condition == "hidden"
     return model.predictor.width if reads_hidden else model.encoder.width
 
@@ -67,12 +67,12 @@ class TimeEmbedding(nn.Module):
 def modulate(
     x: Float[Tensor, "*N n d"], shift: Float[Tensor, "*N d"], scale: Float[Tensor, "*N d"]
 ) -> Float[Tensor, "*N n d"]:
-    """DiT's adaptive normalisation after the plain one."""
+    """Scale and shift normalised tokens, as DiT does."""
     return x * (1 + scale[..., None, :]) + shift[..., None, :]
 
 
 class DiTBlock(nn.Module):
-    """Attention inside one sequence and MLP, both scaled, shifted and gated by tau."""
+    """Self-attention inside one tubelet and MLP, both scaled, shifted and gated by tau (AdaLN-Zero)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Head(nn.Module):
 
 
 class FlowDecoder(nn.Module):
-    """DiT over the tokens of one tubelet; tubelets, clips and copies are folded into the batch and never meet."""
+    """DiT over the tokens of one tubelet. Tubelets, clips and copies are batch entries: none attends another."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -125,16 +125,16 @@ class FlowDecoder(nn.Module):
         condition: Float[Tensor, "B Q c"],
         noisy: Float[Tensor, "k B F n C"],
         tau: Float[Tensor, "k B F"],
-        place: Place,
+        positions: Positions,
     ) -> Float[Tensor, "k B F n C"]:
         """Velocities at (noisy, tau); `condition` is z or the predictor's hidden state of the same positions."""
         model = self.model
         copies, clips, frames, cells, _ = noisy.shape
         once = rearrange(self.embed_condition(condition), "b (f n) d -> b f n d", f=frames)
         x = rearrange(self.embed_noisy(noisy) + once, "k b f n d -> (k b f) n d")
-        # Inside one tubelet the rotation by time cancels (method.md 5), so the first tubelet's ids serve all.
+        # Inside one tubelet the rotation by time cancels (docs/method.md 5), so the first tubelet's ids serve all.
         head_dim = model.decoder.width // model.decoder.heads
-        table = rotary(place.query_ids[:, :cells], head_dim, model.grid_height, model.grid_width)
+        table = rotary(positions.query_ids[:, :cells], head_dim, model.grid_height, model.grid_width)
         if table.shape[0] > 1:
             table = repeat(table, "b one n p c -> (k b f) one n p c", k=copies, f=frames)
         time = silu(self.time(rearrange(tau, "k b f -> (k b f)")))
@@ -144,7 +144,7 @@ class FlowDecoder(nn.Module):
 
 
 def initialise_dit(module: nn.Module) -> None:
-    """Xavier-uniform linears, timestep MLP normal 0.02, zero modulations and zero output layer (method.md 6.1)."""
+    """Xavier-uniform linears, timestep MLP normal 0.02, zero modulations and output layer (docs/method.md 6.1)."""
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
@@ -160,7 +160,7 @@ def initialise_dit(module: nn.Module) -> None:
 
 
 def _as_one_layer(*weights: Tensor) -> None:
-    """Xavier bounds of the one linear layer on concatenated channels that these weights stand for."""
+    """Xavier initialisation of weights that together are one linear layer on concatenated channels."""
     fan_in = sum(weight.shape[1] for weight in weights)
     bound = math.sqrt(6.0 / (fan_in + weights[0].shape[0]))
     for weight in weights:

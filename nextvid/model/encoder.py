@@ -1,9 +1,10 @@
-"""The frame-causal ViT that is trained, and the initialisation it shares with the predictor (method.md 3, 5, 6.1).
+"""The context encoder: a frame-causal ViT over visible patches, trained and probed (docs/method.md 3, 5, 6.1).
 
-Reads patches that were gathered before the first linear layer, so that masked tokens cost nothing. It holds no masks:
-which tokens it sees is told by ids. It ends in its own affine LayerNorm.
+Patches are gathered before the first linear layer, so masked tokens cost nothing; token ids say which ones it gets. It
+ends in its own affine LayerNorm. The predictor shares its initialisation.
 
-Axes: B clips, T tubelets, n tokens per tubelet, L = T*n, i numbers in a token, D width, p rotated pairs of a head.
+Axes: B clips, T tubelets, n tokens per tubelet, L = T*n tokens, i input numbers of a token, D width, p rotated pairs of
+a head; b is B or 1.
 """
 
 import math
@@ -18,14 +19,14 @@ from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Attend, Mlp, SelfAttention, allow_by_id, frame_attention, masked_attention
 from nextvid.model.rope import rotary
 
-NORM_EPS = 1e-6  # method.md 6.1
-WIDE = 512  # design 8: from this width on std 0.02, below it 1/sqrt(fan_in)
-WIDE_STD = 0.02  # method.md 6.1
+NORM_EPS = 1e-6  # docs/method.md 6.1
+WIDE = 512  # from this width on std 0.02, below it 1/sqrt(fan_in): docs/method.md 6.1
+WIDE_STD = 0.02  # docs/method.md 6.1
 PIXEL_CHANNELS = 3
 
 
 def input_width(model: ModelConfig) -> int:
-    """Numbers in one input token: pixels of a patch over `tubelet` frames, or channels of a latent cell over them."""
+    """Numbers in one input token: a patch's pixel values, or a latent cell's channels, over a tubelet's frames."""
     match model.encoder.input:
         case "pixels":
             return model.tubelet * model.patch**2 * PIXEL_CHANNELS
@@ -56,7 +57,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT in which tubelet t sees tubelets 0..t."""
+    """ViT in which tokens of tubelet t attend tubelets 0..t."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -72,9 +73,9 @@ class Encoder(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "B L i"], frames: int | None, ids: Int[Tensor, "b L"] | None = None
     ) -> Float[Tensor, "B L D"]:
-        """Features of the tokens given.
+        """Features of the tokens given, after the final norm.
 
-        `frames` tubelets of equally many tokens each, or None where tubelets differ (`flat` masks): then the mask is
+        `frames`: tubelets, if each has equally many tokens; None if not (`flat` masks), then the attention mask is
         built from `ids`. Without `ids` the tokens are those of the whole clip.
         """
         ids, attends = self._layout(tokens, frames, ids)
@@ -83,13 +84,13 @@ class Encoder(nn.Module):
     def extend(
         self, tokens: Float[Tensor, "B n i"], ids: Int[Tensor, "b n"], attends: Sequence[Attend]
     ) -> Float[Tensor, "B n D"]:
-        """Features of further tokens; one attention a block, which knows what stood before them (incremental.py)."""
+        """Features of later tokens; `attends` is one attention per block, which caches the earlier (incremental.py)."""
         return self.norm(self._run(tokens, ids, attends, levels=())[0])
 
     def levels(
         self, tokens: Float[Tensor, "B L i"], frames: int, levels: tuple[int, ...]
     ) -> list[Float[Tensor, "B L D"]]:
-        """Outputs of the blocks named, each through the final norm: probe features of whole clips (method.md 9)."""
+        """Outputs of some blocks, each through the final norm: probe features of whole clips (docs/method.md 9)."""
         ids, attends = self._layout(tokens, frames, None)
         return [self.norm(x) for x in self._run(tokens, ids, attends, levels)[1]]
 
@@ -116,16 +117,16 @@ class Encoder(nn.Module):
 
 
 def causal(model: ModelConfig, frames: int | None, queries: Tensor, keys: Tensor, strict: bool) -> Attend:
-    """Attention of the layout: by block where every tubelet has as many tokens, else a mask from ids."""
+    """Frame-causal attention: by block if each tubelet has equally many tokens (`frames`), else by a mask of ids."""
     if frames is not None:
         return partial(frame_attention, frames=frames, backend=model.attention)
     return partial(masked_attention, allow=allow_by_id(queries, keys, model.cells, strict))
 
 
 def initialise(module: nn.Module, width: int) -> None:
-    """Truncated normal, zero biases, residual outputs of block l (from 1) divided by sqrt(2l) (method.md 6.1).
+    """Truncated normal, zero biases, residual outputs of block l (from 1) divided by sqrt(2l).
 
-    The cut at +-2 is absolute, as in the ancestors' code. Blocks are those in `module.blocks`.
+    As V-JEPA 2's code, whose truncation at +-2 is absolute (docs/method.md 6.1). Blocks are those in `module.blocks`.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):

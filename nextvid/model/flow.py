@@ -1,7 +1,7 @@
-"""Flow matching: draws of time and noise, the straight path, its loss, and Euler's rule (method.md 4.2, 11).
+"""Flow matching: draws of time and noise, the straight path, its loss, and Euler sampling (docs/method.md 4.2, 11).
 
-tau = 0 is noise and tau = 1 is data, in training and in sampling alike. Draws are keyed by what they are for and never
-by rank or batch position, so that ranks, micro-batches and resumption change nothing. It holds no network.
+tau = 0 is noise and tau = 1 is data, in training and in sampling. Draws are keyed by seed, step, clip, strategy and
+copy, never by rank or position in the batch, so ranks, micro-batches and resumption change nothing.
 
 Axes: k copies, B clips, F predicted tubelets, n tokens per tubelet, C target channels.
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from nextvid.config.recipe import LossConfig
 
-ODE_STEPS = 50  # method.md 11
+ODE_STEPS = 50  # docs/method.md 11
 
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """What tau and noise depend on: the run's seed, the optimiser step and each clip's draw number."""
+    """What tau and noise are drawn from: the run's seed, the optimiser step and each clip's draw number."""
 
     seed: int
     step: int
@@ -41,8 +41,8 @@ def draw_flow(
 ) -> FlowDraws:
     """Draws of each clip for one mask strategy; `shape` is (F, n, C).
 
-    Every (seed, step, draw, strategy, copy) has its own generator. The CPU's keeps 32 bits of the key, the GPU's all;
-    the two give different numbers, so results are reproducible on one kind of device.
+    The generator is seeded for every (seed, step, draw, strategy, copy). The CPU's keeps 32 bits of the seed, the GPU's
+    all; the two give different numbers, so results are reproducible on one kind of device only.
     """
     frames, cells, channels = shape
     generator = torch.Generator(device)
@@ -68,14 +68,14 @@ def interpolate(draws: FlowDraws, target: Float[Tensor, "B F n C"]) -> Float[Ten
 def flow_loss(
     velocity: Float[Tensor, "k B F n C"], draws: FlowDraws, target: Float[Tensor, "B F n C"]
 ) -> Float[Tensor, ""]:
-    """Mean over every element of (velocity - (h1 - h0))^2, in fp32 (method.md 4.2)."""
+    """Mean over every element of (velocity - (h1 - h0))^2, in fp32 (docs/method.md 4.2)."""
     return (velocity.float() - (target - draws.noise)).square().mean()
 
 
 def euler(
     velocity: Callable[[Tensor, float], Tensor], noise: Float[Tensor, "*shape"], steps: int = ODE_STEPS
 ) -> Float[Tensor, "*shape"]:
-    """Follow dh/dtau = velocity(h, tau) from noise at tau = 0 to data at tau = 1 in equal steps."""
+    """Integrate dh/dtau = velocity(h, tau) from noise at tau = 0 to data at tau = 1 in equal steps."""
     h = noise
     for index in range(steps):
         h = h + velocity(h, index / steps) / steps

@@ -1,9 +1,8 @@
-"""A mean over copies whose gradient is taken copy by copy, so that memory holds one copy's graph at a time.
+"""The flow loss averaged over copies, one copy's graph in memory at a time.
 
-The decoder sees z k times (method.md 4.2), and at once that is k graphs. Here each copy is run backward right after it
-was run forward, and what comes out (gradients of z and of the decoder) waits for the ordinary backward. Nothing is
-computed twice. To the outside it is one differentiable function: DDP and gradient accumulation see nothing of it. It
-holds no draws and no network.
+The decoder reads z k times (docs/method.md 4.2): k graphs, if run at once. Here each copy's backward follows its
+forward, and the gradients of z and of the decoder are kept for the ordinary backward; nothing is computed twice. From
+outside it is one differentiable function, so DDP and gradient accumulation need not know.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ def folded_mean(
 ) -> Float[Tensor, ""]:
     """Mean of `loss_of(condition, copy)` over the copies.
 
-    `parameters` are all that the loss depends on beside `condition`; other tensors inside take no gradient.
+    `parameters` are all other tensors that get a gradient.
     """
     if not torch.is_grad_enabled():
         return torch.stack([loss_of(condition, copy) for copy in range(copies)]).mean()
@@ -30,7 +29,7 @@ def folded_mean(
 
 
 class _FoldedMean(torch.autograd.Function):
-    """Gradients are taken in `forward` and scaled in `backward`."""
+    """Computes gradients in `forward`, scales them in `backward`."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, loss_of: LossOf, copies: int, condition: Tensor, *parameters: nn.Parameter) -> Tensor:
@@ -38,7 +37,7 @@ class _FoldedMean(torch.autograd.Function):
         inputs = [leaf, *parameters]
         total, sums = condition.new_zeros((), dtype=torch.float32), [torch.zeros_like(each) for each in inputs]
         device = condition.device.type
-        # Without its cache of cast weights: a cached cast belongs to the graph of the copy that is freed.
+        # No cache of cast weights: a cached cast belongs to a copy's graph, which is freed before the next copy.
         uncached = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
         )

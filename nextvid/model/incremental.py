@@ -1,10 +1,10 @@
-"""Predictions one tubelet after the other, each tubelet encoded once (method.md 11).
+"""Predictions one tubelet after the other, with cached keys and values (docs/method.md 11).
 
-The encoder is frame-causal and context knows of no query, so what a layer computed for past tubelets never changes:
-keeping their keys and values is exact, and a tubelet costs its own tokens instead of all tokens before it. It holds no
-sampling and no training.
+The encoder is frame-causal and the context never reads a query, so what a layer computed for earlier tubelets never
+changes. Caching it is exact, and a tubelet costs its own tokens instead of all tokens before it.
 
-Axes: B clips, h heads, n visible tokens of a tubelet, Q queries, A = n + Q, e head dimension, i numbers in a token.
+Axes: B clips, h heads, n visible tokens of a tubelet, Q queries, A = n + Q, e head dimension, i numbers in a token; b
+is B or 1.
 """
 
 from functools import partial
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nextvid.model.attention import Attend, masked_attention
-from nextvid.model.decoder import Place
+from nextvid.model.decoder import Positions
 from nextvid.model.encoder import all_ids
 from nextvid.model.nextvid import Conditioned, NExTVid
 
 
-class Past:
-    """Keys and values of one layer's context so far; its methods stand where a layer takes its attention."""
+class KeyValueCache:
+    """Keys and values of one layer's context so far. Its methods replace the layer's attention."""
 
     def __init__(self) -> None:
         self._keys: Tensor | None = None
@@ -30,14 +30,14 @@ class Past:
     def attend(
         self, q: Float[Tensor, "B h Q e"], k: Float[Tensor, "B h n e"], v: Float[Tensor, "B h n e"]
     ) -> Float[Tensor, "B h Q e"]:
-        """Keep `k` and `v`; every query sees all that is kept."""
-        return scaled_dot_product_attention(q, *self._keep(k, v))
+        """Append `k` and `v` to the cache; every query attends all of it."""
+        return scaled_dot_product_attention(q, *self._append(k, v))
 
     def attend_joint(
         self, q: Float[Tensor, "B h A e"], k: Float[Tensor, "B h A e"], v: Float[Tensor, "B h A e"], context: int
     ) -> Float[Tensor, "B h A e"]:
-        """The same with queries behind `context` tokens; each sees itself beside what is kept, and is not kept."""
-        keys, values = self._keep(k[:, :, :context], v[:, :, :context])
+        """For the `joint` predictor: tokens after the first `context` attend the cache and themselves, uncached."""
+        keys, values = self._append(k[:, :, :context], v[:, :, :context])
         seen = scaled_dot_product_attention(q[:, :, :context], keys, values)
         queries = q.shape[2] - context
         itself = torch.eye(queries, dtype=torch.bool, device=q.device)
@@ -45,25 +45,25 @@ class Past:
         keys, values = torch.cat((keys, k[:, :, context:]), dim=2), torch.cat((values, v[:, :, context:]), dim=2)
         return torch.cat((seen, masked_attention(q[:, :, context:], keys, values, allow)), dim=2)
 
-    def _keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self._keys = k if self._keys is None else torch.cat((self._keys, k), dim=2)
         self._values = v if self._values is None else torch.cat((self._values, v), dim=2)
         return self._keys, self._values
 
 
-class Onward:
-    """A clip so far, as the model keeps it. Give it tubelet after tubelet, from 0; each time it predicts the next."""
+class IncrementalPredictor:
+    """Takes the tubelets of a clip one by one, from 0, and predicts the next one after each."""
 
     def __init__(self, model: NExTVid) -> None:
         self._model = model
         self._tubelets = 0
-        self._encoder: list[Attend] = [Past().attend for _ in model.encoder.blocks]
+        self._encoder: list[Attend] = [KeyValueCache().attend for _ in model.encoder.blocks]
         self._predictor: list[Attend] = []
-        self._seen: list[tuple[Tensor, Tensor]] = []  # features and ids, for decoders that read the encoder themselves
+        self._seen: list[tuple[Tensor, Tensor]] = []  # features and ids, for decoders that read the encoder directly
 
     @torch.no_grad()
     def predict(self, tokens: Float[Tensor, "B n i"], cells: Int[Tensor, "b n"]) -> Conditioned:
-        """What the decoder needs for the tubelet after this one. `tokens` of this tubelet are those of `cells`."""
+        """The decoder's condition for the next tubelet. `tokens` are this tubelet's visible ones, at `cells`."""
         model, total = self._model, self._model.recipe.model.cells
         ids = cells + total * self._tubelets
         self._tubelets += 1
@@ -72,10 +72,10 @@ class Onward:
         if model.predictor is None:
             self._seen.append((features, ids))
             condition, context_ids = (torch.cat(parts, dim=1) for parts in zip(*self._seen, strict=True))
-            return Conditioned(None, condition, Place(queries, context_ids, frames=1), frames=1)
+            return Conditioned(None, condition, Positions(queries, context_ids, frames=1), frames=1)
         if not self._predictor:
-            pasts = [Past() for _ in model.predictor.blocks]
+            caches = [KeyValueCache() for _ in model.predictor.blocks]
             joint = model.recipe.model.predictor.kind == "joint"
-            self._predictor = [partial(p.attend_joint, context=cells.shape[1]) if joint else p.attend for p in pasts]
+            self._predictor = [partial(c.attend_joint, context=cells.shape[1]) if joint else c.attend for c in caches]
         predicted = model.predictor.extend(features, ids, queries, self._predictor)
-        return model.conditioned(predicted, Place(queries, ids, frames=1), frames=1)
+        return model.conditioned(predicted, Positions(queries, ids, frames=1), frames=1)

@@ -1,10 +1,9 @@
-"""Which cells each strategy leaves visible: blocks, thinning, and their statistics (method.md 2).
+"""Block masks: which cells each strategy leaves visible, and how they are thinned (docs/method.md 2). numpy only.
 
-numpy only. A mask is spatial and holds for every tubelet (a tube), so a drawn entry is S booleans. Row i of a plan
-depends on (seed, strategy, i) alone, never on how many rows there are; which entry a clip takes is decided elsewhere
-(storage/draws.py). It holds no files: the packed bits are what the plan's asset writes.
+A mask is spatial and holds for every tubelet (a tube), so an entry of a mask plan is S booleans. Entry i depends on
+(seed, strategy, i) alone, not on how many entries there are. Which entry a clip takes is decided in storage/draws.py.
 
-Axes: E entries, b blocks, H and W cells, S = H*W.
+Axes: E entries, H and W cells, S = H*W cells, n visible cells, L visible tokens, u uniform numbers.
 """
 
 import math
@@ -15,17 +14,17 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from nextvid.config.recipe import ConfigError, MaskConfig, MaskStrategy
 
-ATTEMPTS = 1000  # draws of an entry before the geometry is refused; the paper's are accepted in 97 % (method.md 2.4)
-CHUNK = 8192  # entries drawn at once: bounds memory at about 70 MB on a 16x16 grid
-GRID = 8  # `bucket` keeps a multiple of this many cells (method.md 2.4)
-FLAT_BATCH = 32  # local batch whose truncation `flat` reproduces: 3072 clips on 96 GPUs (method.md 2.3)
+ATTEMPTS = 1000  # draws of an entry before the configuration is refused; 97 % succeed at once (docs/method.md 2.4)
+CHUNK = 8192  # entries drawn at once: our choice, about 70 MB on a 16x16 grid
+GRID = 8  # `bucket` keeps a multiple of this many cells (docs/method.md 2.4)
+FLAT_BATCH = 32  # local batch whose truncation `flat` reproduces: 3072 clips on 96 GPUs (docs/method.md 2.3)
 
 Bits = Bool[np.ndarray, "E S"]
 
 
 @dataclass(frozen=True)
 class StrategyPlan:
-    """Visible cells of one strategy: as drawn, and what thinning keeps (None where the step decides: `bucket`)."""
+    """Visible cells of one strategy: as drawn, and after thinning (None for `bucket`, which thins at each step)."""
 
     name: str
     raw: Bits
@@ -34,7 +33,7 @@ class StrategyPlan:
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """Entries of every strategy; none for `all` and `flat`."""
+    """Entries of every strategy; no strategies for `all` and `flat`, which need no plan."""
 
     grid_height: int
     grid_width: int
@@ -55,7 +54,7 @@ class MaskStatistics:
 def draw_plan(masks: MaskConfig, grid_height: int, grid_width: int) -> MaskPlan:
     """Draw every entry of a mask configuration.
 
-    Raises ConfigError where a strategy's blocks hardly ever leave its budget visible.
+    Raises ConfigError if a strategy's blocks hardly ever leave its budget visible.
     """
     plans = []
     if masks.keep in ("fixed", "bucket"):
@@ -72,7 +71,7 @@ def draw_visible(
 ) -> Bits:
     """Complements of the union of blocks, one block size an entry; entries with fewer than `least` cells are redrawn.
 
-    With `least=1` this is the raw sampler of the ancestors, but for its block size shared by a batch. `key` is (seed,
+    With `least=1` this is V-JEPA 2's sampler, except that there a batch shares one block size. `key` is (seed,
     strategy). Raises ConfigError if some entry fails every attempt.
     """
     visible = np.zeros((entries, height * width), dtype=bool)
@@ -96,12 +95,12 @@ def draw_visible(
 def thin(raw: Bits, budget: int, key: tuple[int, int]) -> Bits:
     """A uniformly random subset of exactly `budget` visible cells in each entry. Every entry must have that many."""
     assert raw.sum(axis=1).min(initial=budget) >= budget, "an entry has fewer visible cells than the budget"
-    rng = np.random.default_rng([*key, ATTEMPTS])  # no attempt of the blocks has this number
+    rng = np.random.default_rng([*key, ATTEMPTS])  # no attempt of draw_visible has this number
     return np.concatenate([_subset(part, budget, rng) for part in _chunks(raw)])
 
 
 def cells_of(kept: Bits) -> Int[np.ndarray, "E n"]:
-    """Ascending cell indices of entries that all keep equally many, int64."""
+    """Ascending cell indices, int64, of entries that all keep equally many cells."""
     counts = kept.sum(axis=1)
     assert counts.size == 0 or (counts == counts[0]).all(), "entries keep different numbers of cells"
     return np.nonzero(kept)[1].reshape(len(kept), -1)
@@ -118,7 +117,7 @@ def unpack(packed: UInt8[np.ndarray, "E bytes"], cells: int) -> Bits:
 
 
 def statistics(bits: Bits, height: int, width: int) -> MaskStatistics:
-    """Counts and the map of visibility over entries."""
+    """Visible cells per entry, and how often each cell is visible."""
     counts = bits.sum(axis=1)
     return MaskStatistics(
         mean=float(counts.mean()),
@@ -132,7 +131,7 @@ def statistics(bits: Bits, height: int, width: int) -> MaskStatistics:
 def step_bucket(raw: Bits, key: tuple[int, int], step: int) -> int:
     """Cells that every clip keeps at this step under `bucket`: the count of a random entry, down to a multiple of 8.
 
-    A function of (seed, strategy, step) alone, so that all ranks have the same shapes.
+    It depends on (seed, strategy, step) alone, so all ranks have the same shapes.
     """
     rng = np.random.default_rng([*key, ATTEMPTS + 1, step])
     return int(raw[rng.integers(len(raw))].sum()) // GRID * GRID
@@ -149,11 +148,11 @@ def bucket_entry(raw: Bits, bucket: int, key: tuple[int, int], draw: int) -> Int
 def flat_ids(
     strategy: MaskStrategy, height: int, width: int, tubelets: int, key: tuple[int, int], step: int, draws: list[int]
 ) -> Int[np.ndarray, "E L"]:
-    """Visible flat ids of `flat`, the ancestors' truncation, for the clips with these draw numbers; int64.
+    """Visible flat ids of `flat`, V-JEPA 2's truncation, for the clips with these draw numbers; int64.
 
-    One block size a step. The length is the shortest of 32 emulated clips of the step, so that neither ranks nor
-    micro-batches change it; a clip's own blocks are drawn from (step, draw) until they leave as much, and the sorted
-    list of (t, h, w) is cut to a prefix, which empties late tubelets.
+    One block size a step. The length is the shortest of 32 emulated clips of the step, so neither ranks nor
+    micro-batches change it. A clip's own blocks are drawn from (step, draw) until at least that many cells are visible,
+    and the sorted list of (t, h, w) is cut to a prefix, which empties late tubelets.
     """
     shape = np.random.default_rng([*key, ATTEMPTS + 3, step]).random((1, 1))
 
@@ -177,7 +176,7 @@ def _flat_entry(
 
 
 def _blocks(strategy: MaskStrategy, height: int, width: int, uniform: Float[np.ndarray, "E u"]) -> Bits:
-    """Visible cells from uniform numbers: the aspect ratio, then top and left of each block (method.md 2.2)."""
+    """Visible cells from uniform numbers: the aspect ratio, then top and left of each block (docs/method.md 2.2)."""
     area = int(height * width * strategy.scale)
     aspect = strategy.aspect_min + uniform[:, 0] * (strategy.aspect_max - strategy.aspect_min)
     tall = np.minimum(height, np.rint(np.sqrt(area * aspect))).astype(np.int64)[:, None]

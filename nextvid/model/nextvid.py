@@ -1,11 +1,11 @@
-"""NExT-Vid as one module: encoder, predictor and flow decoder, whose forward returns the losses (method.md 0, 4).
+"""NExT-Vid: encoder, predictor and flow decoder as one module whose forward returns the losses (docs/method.md 0, 4).
 
-The reference encoder stands beside it (reference.py). Masks come in as visible ids, features and targets as tensors,
-noise as a key; so the losses are a pure function of the arguments. It holds no optimiser, no data and no devices.
+The reference encoder is separate (reference.py). Masks come in as visible ids, features and targets as tensors, noise
+as a key, so the losses are a pure function of the arguments.
 
 Axes: B clips, T tubelets, S cells, N = T*S tokens, L visible tokens, i numbers in a token, P = (T-1)*S, Q predicted
 positions, D encoder width, c condition channels, C target channels, k copies, F predicted tubelets, n positions in
-each, R tokens of the condition.
+each, m hidden cells, R tokens of the condition; b is B or 1.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nextvid.config.recipe import MaskConfig, RecipeConfig
 from nextvid.model.attention import flash_kernel
 from nextvid.model.cross_decoder import CrossFlowDecoder
-from nextvid.model.decoder import FlowDecoder, Place
+from nextvid.model.decoder import FlowDecoder, Positions
 from nextvid.model.encoder import Encoder, all_ids
 from nextvid.model.flow import ODE_STEPS, NoiseKey, draw_flow, euler, flow_loss, interpolate
 from nextvid.model.folding import folded_mean
@@ -29,7 +29,7 @@ from nextvid.model.tokens import gather_tokens, tube_ids
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is what to minimise; the others are the unweighted means by strategy name, for the log."""
+    """`total` is minimised; `align` and `flow` are the unweighted losses by strategy name, for the log."""
 
     total: Float[Tensor, ""]
     align: dict[str, Tensor]
@@ -38,21 +38,21 @@ class Losses:
 
 @dataclass(frozen=True)
 class Conditioned:
-    """Predictions for tubelets 1..F and where they stand; `z` is None for the model without predictor."""
+    """Predictions for tubelets 1..F at their positions; `z` is None for the model without predictor."""
 
     z: Float[Tensor, "B Q D"] | None
     condition: Float[Tensor, "B R c"]
-    place: Place
+    positions: Positions
     frames: int
 
 
 def strategy_names(masks: MaskConfig) -> tuple[str, ...]:
-    """The passes of a step, in order: one a strategy, or a single one without masks."""
+    """Names of a step's passes, in order: one for each mask strategy, or `all` without masks."""
     return ("all",) if masks.keep == "all" else tuple(strategy.name for strategy in masks.strategies)
 
 
 class NExTVid(nn.Module):
-    """The online branch. Parameters are initialised from torch's global generator: seed it first."""
+    """All trained parts. Parameters are initialised from torch's global generator: seed it first."""
 
     def __init__(self, recipe: RecipeConfig) -> None:
         super().__init__()
@@ -84,10 +84,10 @@ class NExTVid(nn.Module):
     ) -> Losses:
         """Losses of whole clips.
 
-        `tokens` are the encoder's inputs of every cell, `targets` the normalised latents (None if the flow loss is
-        off), `features` what `reference_features` gives (None if the alignment is off), `visible` the ids each strategy
-        keeps, sorted, over all T tubelets. `only` runs one strategy; totals of the strategies run one by one add up to
-        the total of all, so that each can have its own backward. `fold` decodes the copies one after the other.
+        `tokens`: the encoder's input for every cell. `targets`: normalised latents (None if the flow loss is off).
+        `features`: from `reference_features` (None if alignment is off). `visible`: for each strategy the sorted
+        visible ids over all T tubelets. `only`: run one strategy; totals of single strategies add up to the total of
+        all, so each can have its own backward. `fold`: decode the copies one after the other (folding.py).
         """
         weights, names = self.recipe.losses, strategy_names(self.recipe.masks)
         assert len(visible) == len(names), f"{len(visible)} sets of visible ids for strategies {names}"
@@ -98,7 +98,7 @@ class NExTVid(nn.Module):
         for index, (name, ids) in enumerate(zip(names, visible, strict=True)):
             if only is not None and index != only:
                 continue
-            seen, query_ids = self._see(tokens, ids)
+            seen, query_ids = self._encode_and_predict(tokens, ids)
             if weights.align > 0:
                 assert features is not None, "alignment needs reference features"
                 assert seen.z is not None, "alignment needs a predictor"
@@ -113,31 +113,31 @@ class NExTVid(nn.Module):
     def condition(self, tokens: Float[Tensor, "B L i"], ids: Int[Tensor, "b L"], frames: int) -> Conditioned:
         """Predictions for all cells of tubelets 1..frames from the visible tokens of tubelets 0..frames-1.
 
-        `tokens` are those with `ids`, equally many in each tubelet; real ones at every step (teacher forcing).
+        `tokens` are the real ones (teacher forcing) with these `ids`, equally many in each tubelet.
         """
         cells = self.recipe.model.cells
         queries = all_ids(frames, cells, tokens.device) + cells
         return self._predict(tokens, ids, queries, frames, frames)
 
-    def conditioned(self, predicted: Predicted, place: Place, frames: int) -> Conditioned:
-        """A prediction with the part of it that the decoder reads."""
+    def conditioned(self, predicted: Predicted, positions: Positions, frames: int) -> Conditioned:
+        """A prediction with what the decoder reads of it: z, or the predictor's hidden state."""
         reads_hidden = self.recipe.model.decoder.condition == "hidden"
-        return Conditioned(predicted.z, predicted.hidden if reads_hidden else predicted.z, place, frames)
+        return Conditioned(predicted.z, predicted.hidden if reads_hidden else predicted.z, positions, frames)
 
     def velocity(
         self, seen: Conditioned, noisy: Float[Tensor, "k B F n C"], tau: Float[Tensor, "k B F"]
     ) -> Float[Tensor, "k B F n C"]:
         """The decoder's velocity at (noisy, tau); tau in 0..1."""
         assert self.decoder is not None, "this recipe has no decoder"
-        return self.decoder(seen.condition, noisy, tau, seen.place)
+        return self.decoder(seen.condition, noisy, tau, seen.positions)
 
     @torch.no_grad()
     def sample(
         self, seen: Conditioned, steps: int = ODE_STEPS, generator: torch.Generator | None = None
     ) -> Float[Tensor, "B F n C"]:
-        """Generate normalised latents for the predicted tubelets, by Euler's rule from fresh noise."""
+        """Generate normalised latents of the predicted tubelets, by Euler's method from Gaussian noise."""
         clips, frames = seen.condition.shape[0], seen.frames
-        shape = (1, clips, frames, seen.place.query_ids.shape[1] // frames, self.recipe.model.target_channels)
+        shape = (1, clips, frames, seen.positions.query_ids.shape[1] // frames, self.recipe.model.target_channels)
         device, dtype = seen.condition.device, torch.promote_types(seen.condition.dtype, torch.float32)
         noise = torch.randn(shape, generator=generator, device=device).to(dtype)
 
@@ -146,8 +146,8 @@ class NExTVid(nn.Module):
 
         return euler(velocity, noise, steps)[0]
 
-    def _see(self, tokens: Tensor, ids: Tensor) -> tuple[Conditioned, Tensor]:
-        """Encode what a strategy keeps of tubelets 0..T-2 and predict tubelets 1..T-1."""
+    def _encode_and_predict(self, tokens: Tensor, ids: Tensor) -> tuple[Conditioned, Tensor]:
+        """Encode a strategy's visible tokens of tubelets 0..T-2 and predict tubelets 1..T-1."""
         model, cells = self.recipe.model, self.recipe.model.cells
         tubelets = tokens.shape[1] // cells
         queries = all_ids(tubelets - 1, cells, tokens.device) + cells
@@ -155,7 +155,7 @@ class NExTVid(nn.Module):
             return self._predict(gather_tokens(tokens, ids), ids, queries, None, tubelets - 1), queries
         assert ids.shape[1] % tubelets == 0, "a tube keeps equally many cells in every tubelet"
         kept = ids.shape[1] // tubelets
-        # The last tubelet reaches no loss (method.md 1): queries end at T-1 and attend strictly earlier tubelets.
+        # The last tubelet reaches no loss (docs/method.md 1): queries end at T-1 and attend strictly earlier tubelets.
         context_ids = ids[:, : (tubelets - 1) * kept]
         if model.predictor.support == "masked":
             queries = tube_ids(hidden_cells(ids[:, :kept], cells), tubelets - 1, cells) + cells
@@ -164,13 +164,13 @@ class NExTVid(nn.Module):
 
     def _predict(self, tokens: Tensor, ids: Tensor, query_ids: Tensor, blocks: int | None, frames: int) -> Conditioned:
         context = self.encoder(tokens, blocks, ids)
-        place = Place(query_ids, ids, blocks)
+        positions = Positions(query_ids, ids, blocks)
         if self.predictor is None:
-            return Conditioned(None, context, place, frames)
-        return self.conditioned(self.predictor(context, ids, query_ids, blocks), place, frames)
+            return Conditioned(None, context, positions, frames)
+        return self.conditioned(self.predictor(context, ids, query_ids, blocks), positions, frames)
 
     def _align(self, z: Tensor, features: Tensor, query_ids: Tensor) -> Tensor:
-        """Mean over every element of (z - y)^2 in fp32 (method.md 4.1)."""
+        """Mean over every element of (z - y)^2 in fp32 (docs/method.md 4.1)."""
         if self.recipe.model.predictor.support == "masked":
             features = gather_tokens(features, query_ids - self.recipe.model.cells)
         return (z.float() - features.float()).square().mean()
@@ -185,7 +185,7 @@ class NExTVid(nn.Module):
         copies: int,
         fold: bool,
     ) -> Tensor:
-        """Mean of all copies, at once or folded; the draws are the same, since each copy has its own key."""
+        """Flow loss over all copies, at once or folded; the draws are the same, since each copy has its own seed."""
         assert self.decoder is not None, "the flow loss needs a decoder"
 
         def loss_of(condition: Tensor, some: range) -> Tensor:
@@ -212,7 +212,7 @@ class NExTVid(nn.Module):
 
 
 def hidden_cells(visible: Int[Tensor, "B n"], cells: int) -> Int[Tensor, "B m"]:
-    """Cells that are not visible, ascending."""
+    """Cells that are not visible, ascending; every row has equally many visible ones."""
     hidden = torch.ones(visible.shape[0], cells, dtype=torch.int8, device=visible.device).scatter(1, visible, 0)
     order = torch.argsort(hidden, dim=1, descending=True, stable=True)
     return order[:, : cells - visible.shape[1]]

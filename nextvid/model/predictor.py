@@ -1,10 +1,11 @@
-"""From encoded tubelets to predictions of the next ones (method.md 2.5, 4.3, 6.1).
+"""The context-isolated autoregressive predictor: from encoded tubelets to the next ones (docs/method.md 2.5, 4.3, 6).
 
-`cross`: one learned query at every position, which reads the context of earlier tubelets and never writes to it;
-queries do not see each other (the paper's 22M parameters leave no room for that). `joint`: the ablation without context
-isolation (method.md 10). It holds no losses; gradients do flow back into the context.
+`cross`: one learned query at every position reads the context of earlier tubelets and never writes to it; queries do
+not attend each other (the paper's 22M parameters leave no room for that). `joint`: the ablation without context
+isolation (docs/method.md 10). Gradients do flow back into the context.
 
-Axes: B clips, K context tokens, Q query tokens, D encoder width, d width, p rotated pairs of a head.
+Axes: B clips, K context tokens, Q query tokens, A = K + Q, D encoder width, d width, p rotated pairs of a head; b, c, e
+are B or 1.
 """
 
 from collections.abc import Sequence
@@ -20,18 +21,18 @@ from nextvid.model.attention import Attend, CrossAttention, Mlp, allow_by_id, ma
 from nextvid.model.encoder import NORM_EPS, EncoderBlock, causal, initialise
 from nextvid.model.rope import rotary
 
-MLP_RATIO = 4  # method.md 6.1
+MLP_RATIO = 4  # docs/method.md 6.1
 
 
 class Predicted(NamedTuple):
-    """`z` is what is aligned with the reference; `hidden` the normalised state before the last projection."""
+    """`z` is aligned with the reference features; `hidden` is the normalised state before the output projection."""
 
     z: Float[Tensor, "B Q D"]
     hidden: Float[Tensor, "B Q d"]
 
 
 class PredictorBlock(nn.Module):
-    """Cross-attention and MLP; the context passes its own LayerNorm in each block and stays as it is."""
+    """Cross-attention and MLP; each block normalises the context for itself and leaves it unchanged."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class Predictor(nn.Module):
         query_ids: Int[Tensor, "c Q"],
         frames: int | None,
     ) -> Predicted:
-        """`frames` context tubelets 0..frames-1 and as many query tubelets 1..frames; None builds the mask from ids."""
+        """`frames`: context is tubelets 0..frames-1, queries tubelets 1..frames; None: the mask is built from ids."""
         model = self.model
         attend: Attend
         if model.predictor.kind == "joint":
@@ -95,7 +96,7 @@ class Predictor(nn.Module):
         query_ids: Int[Tensor, "c Q"],
         attends: Sequence[Attend],
     ) -> Predicted:
-        """One attention a block, which may know of context before the one given (incremental.py)."""
+        """`attends` is one attention per block, which may hold earlier context (incremental.py)."""
         model = self.model
         head_dim = model.predictor.width // model.predictor.heads
         embedded = self.embed(context)
@@ -114,7 +115,7 @@ class Predictor(nn.Module):
     def _joint(
         self, context: Tensor, queries: Tensor, query_table: Tensor, key_table: Tensor, attends: Sequence[Attend]
     ) -> Tensor:
-        """Self-attention over context and queries, every token updated."""
+        """Self-attention over context and queries; context tokens are updated too."""
         rows = max(key_table.shape[0], query_table.shape[0])
         table = torch.cat([each.expand(rows, -1, -1, -1, -1) for each in (key_table, query_table)], dim=2)
         x = torch.cat((context, queries.to(context.dtype)), dim=1)
@@ -124,7 +125,7 @@ class Predictor(nn.Module):
 
 
 def joint_mask(context_ids: Int[Tensor, "b K"], query_ids: Int[Tensor, "c Q"], cells: int) -> Bool[Tensor, "e A A"]:
-    """Context sees context of its own and earlier tubelets; a query sees context of earlier ones and itself."""
+    """Context attends context of its own and earlier tubelets; a query attends context of earlier ones and itself."""
     rows, keys, queries = max(len(context_ids), len(query_ids)), context_ids.shape[1], query_ids.shape[1]
     allow = torch.zeros(rows, keys + queries, keys + queries, dtype=torch.bool, device=context_ids.device)
     allow[:, :keys, :keys] = allow_by_id(context_ids, context_ids, cells, strict=False)

@@ -1,7 +1,7 @@
-"""The reference encoder: a moving average of the online one, and the targets it gives (method.md 4.1, 4.6).
+"""The reference encoder: a moving average of the online encoder, and its features (docs/method.md 4.1, 4.6).
 
-Kept in fp32 and paired by name. It sees the whole clip under the same frame-causal mask and never takes a gradient.
-It is no part of NExTVid, so that neither optimiser nor DDP meets it.
+Kept in fp32, with parameters paired by name. It sees the whole clip under the same frame-causal mask and takes no
+gradient. It is not part of NExTVid, so optimiser and DDP never see it.
 
 Axes: B clips, N = T*S tokens, i numbers in a token, P = (T-1)*S, D width.
 """
@@ -24,7 +24,7 @@ def reference_encoder(online: Encoder) -> Encoder:
 
 @torch.no_grad()
 def reference_features(reference: Encoder, tokens: Float[Tensor, "B N i"], target_norm: bool) -> Float[Tensor, "B P D"]:
-    """Targets y of tubelets 1..T-1 from the whole clip, fp32; with `target_norm` through a LayerNorm without affine."""
+    """Alignment targets of tubelets 1..T-1, fp32, from whole clips; `target_norm`: LayerNorm without affine."""
     cells = reference.model.cells
     features = reference(tokens, tokens.shape[1] // cells)[:, cells:].float()
     return layer_norm(features, features.shape[-1:]) if target_norm else features
@@ -34,7 +34,7 @@ def reference_features(reference: Encoder, tokens: Float[Tensor, "B N i"], targe
 def ema_update(reference: nn.Module, online: nn.Module, momentum: float) -> None:
     """theta_ref <- m theta_ref + (1 - m) theta for every parameter, by name; call once after each optimiser step.
 
-    Names may carry the prefixes of DDP and torch.compile. There are no buffers to average: tables are not stored.
+    Names may have the prefixes of DDP and torch.compile. There are no buffers: rotary tables are computed, not stored.
     """
     averaged, current = _by_name(reference), _by_name(online)
     assert averaged.keys() == current.keys(), f"unpaired parameters: {sorted(averaged.keys() ^ current.keys())}"
@@ -45,12 +45,10 @@ def ema_update(reference: nn.Module, online: nn.Module, momentum: float) -> None
 
 
 def _by_name(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters without the prefixes of wrappers; of one that is cut over ranks (FSDP2), this rank's share."""
-    return {
-        name.replace("_orig_mod.", "").removeprefix("module."): _local(parameter.detach())
-        for name, parameter in module.named_parameters()
-    }
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    """Parameters by name without wrappers' prefixes; where FSDP2 cut one over ranks, this rank's part."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        weight: Tensor = parameter.detach()
+        plain = name.replace("_orig_mod.", "").removeprefix("module.")
+        found[plain] = weight.to_local() if isinstance(weight, DTensor) else weight
+    return found

@@ -1,26 +1,26 @@
-"""Three-dimensional rotary positions from original token ids (method.md 5).
+"""Three-dimensional rotary position embedding from original token ids (docs/method.md 5).
 
-A true rotation: each pair (2i, 2i+1) of a head turns by one angle, so that norms are kept and scores depend on
-relative positions alone (the public V-JEPA 2 code tiles its table and does neither). Angles are fp32 whatever the
-activations are. It holds no learned positions and no packed indices: tokens that were dropped shift nobody.
+A true rotation: each pair (2i, 2i+1) of a head turns by one angle, so norms are kept and scores depend on relative
+positions alone (the public V-JEPA 2 code tiles its table and does neither). Angles are fp32 whatever the activations
+are. Positions come from original ids, so dropping tokens shifts none.
 
-Axes: B clips (or 1), L tokens, h heads, e head dimension, p = e/2 pairs.
+Axes: B clips, L tokens, h heads, e head dimension, p = e/2 pairs; b is B or 1.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-MAX_PERIOD = 10000.0  # base of the frequencies, method.md 5
+MAX_PERIOD = 10000.0  # base of the frequencies, docs/method.md 5
 
 
 def axis_width(head_dim: int) -> int:
-    """Rotated dimensions of each of t, h, w; what is left over at the end of the head stays unrotated."""
+    """Rotated dimensions for each of t, h, w; the rest at the end of the head is not rotated."""
     return 2 * ((head_dim // 3) // 2)
 
 
 def rotary(ids: Int[Tensor, "B L"], head_dim: int, grid_height: int, grid_width: int) -> Float[Tensor, "B 1 L p 2"]:
-    """Cosine and sine by which the pairs of each token turn; `ids` are flat: t*S + h*grid_width + w."""
+    """Cosine and sine for each pair of each token; `ids` are flat: t*S + h*grid_width + w."""
     assert head_dim % 2 == 0, f"a head of {head_dim} dimensions has no pairs"
     cells = grid_height * grid_width
     cell = ids % cells
@@ -34,19 +34,19 @@ def rotary(ids: Int[Tensor, "B L"], head_dim: int, grid_height: int, grid_width:
 
 
 def rotate(x: Float[Tensor, "B h L e"], table: Float[Tensor, "b 1 L p 2"]) -> Float[Tensor, "B h L e"]:
-    """Turn queries or keys; in fp32 at least, returned in the dtype of `x`. A table of one row serves all clips.
+    """Rotate queries or keys in fp32 at least; the result has the dtype of `x`. A table of one row serves all clips.
 
-    As a complex product it costs one pass over x; the same in real arithmetic took 3.3 times as long (8x4x192x32, CPU).
+    As a complex product it is one pass over x; real arithmetic took 3.3 times as long (8x4x192x32, CPU).
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    if torch.compiler.is_compiling():  # where passes are fused, and inductor knows no complex numbers
+    if torch.compiler.is_compiling():  # inductor fuses passes, but not complex numbers
         return rotate_by_parts(precise, table).to(x.dtype)
     turned = torch.view_as_complex(precise.unflatten(-1, (-1, 2))) * torch.view_as_complex(table)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def rotate_by_parts(x: Float[Tensor, "B h L e"], table: Float[Tensor, "b 1 L p 2"]) -> Float[Tensor, "B h L e"]:
-    """The same, the complex product written out; in the dtype of `x`."""
+    """The same with the complex product written out; in the dtype of `x`."""
     cosine, sine = table.unbind(-1)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cosine - second * sine, first * sine + second * cosine), dim=-1).flatten(-2)

@@ -1,6 +1,6 @@
-"""What a recipe costs, as text for a terminal (`nextvid inspect`).
+"""What a recipe costs, as text for a terminal (`nextvid inspect recipe`); the numbers are nextvid/model/cost.py's.
 
-Holds layout alone; every number is reckoned in nextvid/model/cost.py. Bytes are shown as GiB, FLOPs as TFLOP (1e12).
+Bytes are shown in GiB, FLOPs in TFLOP (1e12).
 """
 
 from nextvid.config.recipe import RecipeConfig
@@ -30,7 +30,7 @@ def summary(recipe: RecipeConfig, cost: Cost) -> str:
 
 
 def _stage(stage: StageCost) -> list[str]:
-    """A clip of a stage: tokens and forward FLOPs by part, then the totals."""
+    """One clip of a stage: tokens and forward FLOPs by part, then the totals."""
     lines = [f"stage {stage.name}: {stage.clips} clips of {stage.frames} frames"]
     if stage.reference:
         lines.append(f"  {'reference encoder':32}{'':>9}       {stage.reference / TERA:8.3f} TFLOP forward")

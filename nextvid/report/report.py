@@ -17,7 +17,7 @@ from nextvid.report.data import DataFacts, data_section, lineage_section, previe
 from nextvid.report.page import Card, Picture, render_html
 from nextvid.report.scores import Score, read_score
 from nextvid.report.training import samples_section, training_section
-from nextvid.train.events import Event, read_events
+from nextvid.train.events import Event, mean_speeds, read_events
 from nextvid.train.run import CONFIG, Run, find_run
 from storage import atomic
 from storage.digest import digest, digest_bytes
@@ -131,13 +131,12 @@ def _facts(gathered: Gathered) -> tuple[tuple[str, str], ...]:
         ("masks", _masks(run)),
         ("seed", str(run.recipe.seed)),
     ]
-    if steps:
-        mean = sum(float(event["step_s"]) for event in steps) / len(steps)
-        facts.append(("time per step", f"{1000 * mean:.0f} ms"))
-        waited = sum(float(event["wait_share"]) for event in steps) / len(steps)
-        facts.append(("waiting for data", f"{100 * waited:.1f} %"))
-        if used := [float(event["mfu"]) for event in steps if "mfu" in event]:
-            facts.append(("MFU", f"{100 * sum(used) / len(used):.0f} %"))
+    speeds = mean_speeds(gathered.events)
+    if speeds:
+        facts.append(("time per step", f"{1000 * speeds['step_s']:.0f} ms"))
+        facts.append(("waiting for data", f"{100 * speeds['wait_share']:.1f} %"))
+    if "mfu" in speeds:
+        facts.append(("MFU", f"{100 * speeds['mfu']:.0f} %"))
     return tuple(facts)
 
 

@@ -1,6 +1,6 @@
 """The trainer's entry point: `python -m nextvid.train --corpus F --recipe R [--run ID] [--set key.path=value ...]`.
 
-Started by torchrun, or alone for one rank. With --run the run was prepared before (pretrain.py); without it rank 0
+torchrun starts it, or a person for one rank. With --run the run was prepared before (pretrain.py); without, rank 0
 prepares it, so that torchrun can be called by hand on many machines. Exit codes are those of the command line.
 """
 
@@ -20,9 +20,9 @@ def main(
     corpus: str | None = None,
     run: str | None = None,
     set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", help="overrides, key.path=value")] = (),
-    launcher: Annotated[int | None, tyro.conf.arg(help="process to end with")] = None,
+    launcher: Annotated[int | None, tyro.conf.arg(help="id of the process with which to end")] = None,
 ) -> None:
-    """Train one run to its end."""
+    """Train one run to its last step."""
     if launcher is not None:
         die_with(launcher)
     from nextvid.config.recipe import ExecutionConfig

@@ -1,9 +1,12 @@
-"""Checkpoints of a run that is cut over ranks: every rank writes its shares while training goes on.
+"""Checkpoints in the background under FSDP2: every rank writes its parts while training continues.
 
-Training stops only while the shares are copied. A checkpoint gets its name when all ranks have written and rank 0 has
-said what it holds; one that is interrupted leaves litter, like any other. What a checkpoint is stands in checkpoint.py.
+Training waits only while the parts are copied to host memory. A checkpoint gets its name when all ranks have written
+and rank 0 has described it; an interrupted one leaves unnamed files, which the next attempt removes. The format is
+checkpoint.py's.
 """
 
+import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,19 +14,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from nextvid.train import checkpoint
-from nextvid.train.checkpoint import Identity, Progress
+from nextvid.train.checkpoint import Identity, Progress, tensors_of
 from nextvid.train.distributed import Ranks
-from nextvid.train.fsdp import tensors_of, write
 from nextvid.train.step import Trained
 from storage import atomic
 
 
 @dataclass
 class _Writing:
-    """A checkpoint on its way. Rank 0 alone has a folder to name."""
+    """A checkpoint that is being written. Only rank 0 renames the folder."""
 
     path: Path
     staged: Path
@@ -32,8 +37,8 @@ class _Writing:
     naming: ExitStack
 
 
-class Background:
-    """One checkpoint at a time; every rank calls the same methods in the same order."""
+class AsyncCheckpoints:
+    """Writes one checkpoint at a time; every rank calls the same methods in the same order."""
 
     def __init__(self, ranks: Ranks, identity: Identity) -> None:
         self._ranks, self._identity = ranks, identity
@@ -41,7 +46,7 @@ class Background:
         self._writing: _Writing | None = None
 
     def begin(self, folder: Path, progress: Progress, trained: Trained) -> Path | None:
-        """Start the checkpoint of this step, unless it is there; ends the one before it first, and returns that."""
+        """Start the checkpoint of this step, unless it exists; finishes the one before first, and returns its path."""
         ended = self.finish()
         path, naming = checkpoint.path_at(folder, progress.step), ExitStack()
         staged = None
@@ -50,12 +55,12 @@ class Background:
         staged = self._ranks.from_first(staged)
         if staged is not None:
             tensors = tensors_of(trained.model, trained.reference, trained.optimizer)
-            written = write(Path(staged), tensors, self._group)
+            written = _write(Path(staged), tensors, self._group)
             self._writing = _Writing(path, Path(staged), progress, written, naming)
         return ended
 
     def finish(self) -> Path | None:
-        """Wait for the checkpoint on its way, if any, and give it its name; returns its path."""
+        """Wait for the checkpoint being written, if any, and name it; returns its path."""
         writing, self._writing = self._writing, None
         if writing is None:
             return None
@@ -77,3 +82,16 @@ class Background:
             self._writing.naming.__exit__(kind, error, trace)
         elif kind is None:
             self.finish()
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> "Future[object]":
+    """Copy this rank's parts and write them in the background; the ranks coordinate over `group`.
+
+    `group` is used for nothing else: on the step's group, a write beside all_reduce hung (docs/decisions/0006).
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():  # its own deprecations
+        warnings.simplefilter("ignore")
+        found = async_save(dict(tensors), storage_writer=writer, process_group=group)
+    assert isinstance(found, Future), "async_save returns the future of the write"
+    return found

@@ -1,10 +1,9 @@
-"""One rank's share of a global batch, and what encoder and decoder are given of it.
+"""One rank's clips of a global batch, and the encoder's input and the decoder's targets made from them.
 
-The loader fills it, the step reads it. Latents are those of whatever encodes the targets (VA-VAE, SigLIP2, Cosmos),
-normalised and on the model's grid; pixels stay bytes until the last moment, a quarter of the memory. It reads no files
-and draws nothing.
+The loader fills it, the step reads it. Latents are those of any target encoder (VA-VAE, SigLIP2, Cosmos), normalised
+and on the model's grid. Pixels stay bytes until the step, which takes a quarter of the memory.
 
-Axes: B clips, F frames, C channels of one frame, h and w cells, H and W pixels; L visible tokens, N = T*S tokens,
+Axes: B clips, F frames, C channels of one frame, h and w cells, H and W pixels, L visible tokens, N = T*S tokens,
 i numbers in a token, T tubelets, S cells.
 """
 
@@ -20,17 +19,17 @@ from storage.errors import ConfigError
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips on their device; images are repeated over frames. None stands for what the recipe does not read."""
+    """Clips on their device, images repeated over frames; `latents` or `pixels` is None if the recipe reads none."""
 
     step: int
     draws: tuple[int, ...]
     latents: Float[Tensor, "B F C h w"] | None  # normalised, on the model's grid
-    visible: list[Int[Tensor, "B L"]]  # a strategy each
+    visible: list[Int[Tensor, "B L"]]  # ids for each mask strategy
     pixels: UInt8[Tensor, "B F H W 3"] | None = None  # of the same view as the latents
     waited_s: float = 0.0
 
     def split(self, clips: int) -> list["Batch"]:
-        """Micro-batches of `clips` each; they must divide the batch, so that their means average to the whole's."""
+        """Micro-batches of `clips` each. Raises ConfigError unless they divide the batch: means need equal weight."""
         if len(self.draws) % clips:
             raise ConfigError(f"micro_batch {clips} does not divide the {len(self.draws)} clips of a rank")
         return [
@@ -46,7 +45,7 @@ class Batch:
 
 
 def encoder_tokens(batch: Batch, model: ModelConfig) -> Float[Tensor, "B N i"]:
-    """What the encoder reads, every cell: latent cells, or patches of pixels in [-1, 1] (method.md 1)."""
+    """Encoder input of every cell: latent cells, or patches of pixels in [-1, 1] (docs/method.md 1)."""
     match model.encoder.input:
         case "latents":
             assert batch.latents is not None, "a recipe that reads latents got a batch without"
@@ -57,7 +56,7 @@ def encoder_tokens(batch: Batch, model: ModelConfig) -> Float[Tensor, "B N i"]:
 
 
 def flow_targets(batch: Batch, recipe: RecipeConfig) -> Float[Tensor, "B T S C"] | None:
-    """What the decoder must give, None without flow loss. Pixels are in [-1, 1], each cell's numbers its channels."""
+    """The decoder's targets, None without flow loss: latents, or pixels in [-1, 1] folded into channels of a cell."""
     model = recipe.model
     if recipe.losses.flow <= 0:
         return None

@@ -1,13 +1,16 @@
-"""Checkpoints: safetensors and JSON in a folder that appears whole or not at all.
+"""Checkpoints: a folder of safetensors and JSON that appears whole or not at all.
 
-A checkpoint holds the model, the reference encoder, AdamW's moments and where the run stands. No random state: masks,
-times and noise follow from draw numbers (design, 5 "Order"), so an exact resume needs integers only. `state.json` names
-the run it belongs to and size and crc32c of each file. A folder that lacks a file, or has a short one, is torn and is
-passed over; one whose bytes changed is an error, since somebody should know. Nothing here is pickled.
+A checkpoint holds the model, the reference encoder, AdamW's moments and the progress of the run. No random state:
+masks, times and noise follow from draw numbers, so an exact resume needs integers only. One rank, or DDP's rank 0,
+writes three files; under FSDP2 torch's distributed checkpoint writes a file per rank (async_checkpoint.py), which names
+each part's place in the whole, so that any number of ranks can read it (docs/decisions/0006). `state.json` names the
+run and the size and crc32c of each file. A folder without a file, or with a short one, is incomplete and skipped; one
+whose bytes changed is an error.
 """
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +20,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
-from nextvid.train.fsdp import MOMENTS, like, local, moments_of, parameters_of, read
+from nextvid.train.distributed import like, local
 from storage import atomic
 from storage.digest import crc32c
 from storage.errors import DamagedError, RefusedError, UpstreamError
 
 STATE = "state.json"
-WHOLE = ("model.safetensors", "ema.safetensors")  # where rank 0 wrote alone; otherwise a file a rank (fsdp.py)
+WHOLE = ("model.safetensors", "ema.safetensors")  # if rank 0 wrote alone; otherwise a file per rank
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 
 _NAME = re.compile(r"step_([0-9]{9})")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to; a run accepts no other's."""
+    """The run that a checkpoint belongs to, and what it reads; a run refuses any other's checkpoint."""
 
     run: str
     recipe: str  # digest of the configuration
@@ -41,7 +48,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps taken, clips drawn, steps skipped in a row, effective rank at step 0."""
+    """Progress of a run: steps taken, clips drawn, steps skipped in a row, effective rank at step 0."""
 
     step: int
     draws: int
@@ -62,7 +69,7 @@ def save(
     reference: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> Path:
-    """Write the checkpoint of this step, or leave the one that stands there: both hold the same bytes."""
+    """Write the checkpoint of this step, unless it is complete already: its bytes would be the same."""
     path = path_at(folder, progress.step)
     if not clear(path):
         return path
@@ -79,7 +86,7 @@ def save(
 
 
 def clear(path: Path) -> bool:
-    """Whether there is a checkpoint to write; a torn one, a copy that was cut short say, is removed."""
+    """Whether the checkpoint must be written; an incomplete one, such as a copy that was cut short, is removed."""
     if _state(path) is not None:
         return False
     if path.exists():
@@ -88,7 +95,7 @@ def clear(path: Path) -> bool:
 
 
 def describe(staged: Path, identity: Identity, progress: Progress) -> None:
-    """Write the state of a checkpoint whose other files stand in the folder."""
+    """Write `state.json` of a checkpoint whose other files are in the folder."""
     state = {
         "identity": dataclasses.asdict(identity),
         "progress": dataclasses.asdict(progress),
@@ -111,12 +118,12 @@ def step_of(path: Path) -> int:
 
 
 def read_progress(path: Path) -> Progress:
-    """Where the run stood. Raises UpstreamError where `path` is no complete checkpoint."""
+    """Progress of the run at the checkpoint. Raises UpstreamError if `path` is no complete checkpoint."""
     return Progress(**_require(path)["progress"])
 
 
 def read_identity(path: Path) -> Identity:
-    """What the checkpoint belongs to. Raises UpstreamError where `path` is no complete checkpoint."""
+    """Identity of the checkpoint's run. Raises UpstreamError if `path` is no complete checkpoint."""
     return Identity(**_require(path)["identity"])
 
 
@@ -137,16 +144,16 @@ def load(
     reference: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Progress:
-    """Bring model, reference encoder and, if given, optimiser to the state of `path`.
+    """Load model, reference encoder and, if given, optimiser from the checkpoint at `path`.
 
-    Raises RefusedError, with what differs, if the checkpoint belongs to another run, recipe, trainset or mask plan or
-    has tensors of other shapes, and DamagedError if its bytes changed.
+    Raises RefusedError, which names the difference, if the checkpoint belongs to another run, recipe, trainset or mask
+    plan or has tensors of other shapes, and DamagedError if its bytes changed.
     """
     refuse_other(path, identity)
     verify(path)
     if not (path / WHOLE[0]).is_file():
         files = [path / name for name in _require(path)["files"]]
-        read(path, model, reference, optimizer, {name for file in files for name in shapes(file)})
+        _load_parts(path, model, reference, optimizer, {name for file in files for name in shapes(file)})
         return read_progress(path)
     for name, module in zip(WHOLE, (model, reference), strict=True):
         fill(module, path / name)
@@ -155,8 +162,32 @@ def load(
     return read_progress(path)
 
 
+def _load_parts(
+    folder: Path, model: nn.Module, reference: nn.Module, optimizer: torch.optim.Optimizer | None, names: set[str]
+) -> None:
+    """Load from files of several ranks; each rank reads its own parts. `names` are the tensors in the files."""
+    tensors = tensors_of(model, reference)
+    states: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, parameter in (parameters_of(optimizer) if optimizer is not None else {}).items():
+        held = [moment for moment in MOMENTS if f"{moment}/{name}" in names]
+        states[parameter] = {
+            moment: torch.zeros(()) if moment == "step" else torch.zeros_like(parameter.detach()) for moment in held
+        }
+        tensors |= {f"{moment}/{name}": states[parameter][moment] for moment in held}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about no_dist, for one rank
+        load_distributed(
+            tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized()
+        )
+    if optimizer is not None:
+        fused = bool(optimizer.defaults.get("fused"))
+        for parameter, state in states.items():
+            step = {"step": state["step"].to(parameter.device)} if fused and "step" in state else {}
+            optimizer.state[parameter] = state | step
+
+
 def fill(module: nn.Module, path: Path) -> None:
-    """Give a module the tensors of a file. Raises RefusedError where names or shapes are others, before any is read."""
+    """Load a file's tensors into a module. Raises RefusedError, before it reads any, if names or shapes differ."""
     there, here = shapes(path), {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
@@ -179,19 +210,47 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise DamagedError(f"{path}: not readable as safetensors: {error}") from None
 
 
-def refuse_other(path: Path, wanted: Identity) -> None:
-    """Raise RefusedError if the checkpoint is not of this run."""
+def refuse_other(path: Path, identity: Identity) -> None:
+    """Raise RefusedError if the checkpoint is another run's."""
     there = read_identity(path)
     differing = [
-        f"{field.name} is {getattr(there, field.name)} there and {getattr(wanted, field.name)} here"
+        f"{field.name} is {getattr(there, field.name)} there and {getattr(identity, field.name)} here"
         for field in dataclasses.fields(Identity)
-        if getattr(there, field.name) != getattr(wanted, field.name)
+        if getattr(there, field.name) != getattr(identity, field.name)
     ]
     if differing:
         raise RefusedError(
             f"checkpoint {path} does not belong to this run: {'; '.join(differing)}. "
             "A run never changes what it is trained on: start a new one"
         )
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """An optimiser's parameters by name, as build_optimizer named them."""
+    return {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["parameter_names"], group["params"], strict=True)
+    }
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state as `<moment>/<parameter name>`; empty before the first step."""
+    return {
+        f"{moment}/{name}": optimizer.state[parameter][moment]
+        for name, parameter in parameters_of(optimizer).items()
+        for moment in MOMENTS
+        if moment in optimizer.state[parameter]
+    }
+
+
+def tensors_of(
+    model: nn.Module, reference: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: `model/<name>`, `ema/<name>` and `<moment>/<name>`, whole or cut."""
+    parts = (("model", model), ("ema", reference))
+    found = {f"{part}/{name}": p.detach() for part, m in parts for name, p in m.named_parameters()}
+    return found if optimizer is None else found | moments_of(optimizer)
 
 
 def prune(folder: Path, keep_last: int, keep_steps: Collection[int]) -> list[Path]:
@@ -219,7 +278,7 @@ def _require(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path) -> dict[str, Any] | None:
-    """The state of a complete checkpoint, else None; so is one that its run removes meanwhile."""
+    """`state.json` of a complete checkpoint, else None, also if its run removes it meanwhile."""
     try:
         state: dict[str, Any] = atomic.read_json(str(path / STATE))
         sizes = {name: (path / name).stat().st_size for name in state["files"]}
@@ -236,10 +295,10 @@ def _facts(path: Path) -> dict[str, int]:
 def _restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     parameters = parameters_of(optimizer)
     unknown = {name.split("/", 1)[1] for name in tensors} - set(parameters)
-    assert not unknown, f"moments of parameters that the model has not: {sorted(unknown)}"
+    assert not unknown, f"moments of parameters that the model does not have: {sorted(unknown)}"
     for name, parameter in parameters.items():
         state = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
-        # the step counter stays where AdamW keeps it: on the host, unless the kernel is fused
+        # AdamW keeps the step counter on the host, unless its kernel is fused
         fused = bool(optimizer.defaults.get("fused"))
         for moment, value in state.items():
             if moment != "step":

@@ -1,19 +1,21 @@
-"""Ranks, devices and gradient averaging: one code path for one CPU and for many GPUs under torchrun.
+"""Ranks and devices: one code path for one CPU and for many GPUs under torchrun, with DDP or FSDP2.
 
-Holds the process group's life and DDP; a model that is cut over ranks instead comes from fsdp.py. A run with one rank
-has no process group at all. It shares out no data (loader.py) and draws nothing: what a clip meets follows from its
-draw number, so ranks change speed alone.
+A run with one rank has no process group. With more, DDP averages gradients, or FSDP2 cuts weights, gradients, moments
+and average over the ranks (`how.shard`; in this project the word shard means a file of 256 rows). What a clip meets
+follows from its draw number, so ranks change speed alone.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nextvid.config.recipe import ExecutionConfig
@@ -23,7 +25,7 @@ from storage.errors import ConfigError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of the run."""
+    """This process's rank, how many there are, and its device."""
 
     rank: int
     count: int
@@ -31,13 +33,13 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and reports."""
+        """Whether this is rank 0, which alone writes and reports."""
         return self.rank == 0
 
     def wrap(self, model: nn.Module, partial: bool) -> nn.Module:
-        """The model with averaged gradients, or the model itself where there is one rank.
+        """The model under DDP, or the model itself for one rank.
 
-        `partial`: some parameters get no gradient, and DDP must look for them.
+        `partial`: some parameters get no gradient, and DDP must search for them.
         """
         if self.count == 1:
             return model
@@ -45,12 +47,12 @@ class Ranks:
         return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=partial)
 
     def without_averaging(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """For every backward of a step but the last: gradients add up and are sent once."""
+        """A block for all backward passes of a step but the last: gradients add up locally and are averaged once."""
         match wrapped:
             case DistributedDataParallel():
                 return wrapped.no_sync()
             case FSDPModule():
-                return _unsent(wrapped)
+                return _unsynced(wrapped)
             case _:
                 return nullcontext()
 
@@ -62,12 +64,12 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         if self.count > 1:
             dist.barrier()
 
     def from_first(self, value: str | None) -> str | None:
-        """A text that rank 0 knows, on every rank."""
+        """Rank 0's value, on every rank."""
         box = [value]
         if self.count > 1:
             dist.broadcast_object_list(box, src=0)
@@ -75,8 +77,8 @@ class Ranks:
 
 
 @contextmanager
-def _unsent(model: FSDPModule) -> Iterator[None]:
-    """Whole gradients stay on every rank meanwhile."""
+def _unsynced(model: FSDPModule) -> Iterator[None]:
+    """Until the block ends every rank keeps whole gradients."""
     model.set_requires_gradient_sync(False)
     try:
         yield
@@ -92,7 +94,8 @@ def join(how: ExecutionConfig) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if count > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=_bound(device))
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)  # NCCL binds its device early
+        dist.init_process_group(backend, device_id=bound)
     try:
         yield Ranks(rank, count, device)
     finally:
@@ -101,8 +104,7 @@ def join(how: ExecutionConfig) -> Iterator[Ranks]:
 
 
 def _device(how: ExecutionConfig, local_rank: int) -> torch.device:
-    wanted = device_of(how.device)
-    if wanted == "cpu":
+    if device_of(how.device) == "cpu":
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -112,6 +114,30 @@ def _device(how: ExecutionConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _bound(device: torch.device) -> torch.device | None:
-    """NCCL wants to know its device early; gloo wants none."""
-    return device if device.type == "cuda" else None
+def apply_fsdp(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, *, trained: bool) -> None:
+    """Cut a module's parameters over all ranks by FSDP2: each block, then the rest. Names do not change.
+
+    In a trained module the rest stays gathered from forward to backward; without a backward it must not.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=not trained)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, in place; the tensor itself if it is not cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor; if it is cut, every rank must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, tensor: Tensor) -> Tensor:
+    """A whole value that every rank has, moved to the device of `tensor` and cut as it is."""
+    moved = value.to(tensor.device)
+    if not isinstance(tensor, DTensor):
+        return moved
+    return distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)

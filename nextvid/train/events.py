@@ -1,13 +1,10 @@
-"""events.jsonl: what happened in a run, one JSON object a line, and how it is read back.
+"""Events of a run: written to events.jsonl, TensorBoard and a display, and read back.
 
-Every line has `kind` (start | step | diagnostics | stage | checkpoint | skipped | alarm | end | error), `step` (steps
-taken so far) and `time_s`. A run that was killed and resumed has written some steps twice; the reader keeps what the
-last attempt says, and passes over a line that a kill cut short. Holds no display (events.py).
-
-Where events of a run go besides events.jsonl: TensorBoard always, and one of Dagster Pipes, a bar, or plain lines.
-
-The only module of nextvid that knows dagster_pipes, a small package without dagster; it is imported when the variables
-of a Pipes session are set and not otherwise. Rank 0 alone reports. Holds no training.
+events.jsonl has one JSON object per line, with `kind` (start, step, diagnostics, stage, checkpoint, skipped, alarm, end
+or error), `step` (steps taken so far) and `time_s`. A run that was killed and resumed has written some steps twice;
+the reader keeps those of the last attempt, and skips a line that a kill cut short. The display is Dagster Pipes inside
+Dagster, a bar at a terminal, else plain lines. Rank 0 alone writes events. dagster_pipes, a small package without
+dagster, is imported by this module alone, and only in a Pipes session.
 """
 
 import json
@@ -15,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,21 +20,26 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from storage.errors import DamagedError, UpstreamError
 
+if TYPE_CHECKING:
+    from dagster_pipes import PipesContext
+    from rich.progress import Progress
+
 Event = dict[str, Any]
 
 NAME = "events.jsonl"
+PIPES_VARIABLE = "DAGSTER_PIPES_CONTEXT"  # set by Dagster's Pipes clients (dagster_pipes.PipesEnvVarParamsLoader)
 
 
 class EventLog:
-    """Appends events; each line is flushed, so that a killed run has told all it knew."""
+    """Appends events; each line is flushed, so that a kill loses none."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / NAME).open("ab+")
         self._file.seek(0)
-        self._file.truncate(self._file.read().rfind(b"\n") + 1)  # a line that a kill cut short never counted
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)  # removes a line that a kill cut short
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> Event:
-        """Append one event and return it. Floats that JSON cannot hold become text: "nan", "inf"."""
+        """Append one event and return it. Floats that JSON does not have become text: "nan", "inf"."""
         event = {"kind": kind, "step": step, "time_s": round(time.time(), 3)} | {
             key: _plain(value) for key, value in values.items()
         }
@@ -55,26 +57,28 @@ class EventLog:
 
 
 def read_events(folder: Path) -> list[Event]:
-    """Events of a run in order, each step once. Raises UpstreamError where there are none."""
+    """Events of a run in order, each step once. UpstreamError if there is no file, DamagedError if it is not JSON."""
     path = folder / NAME
     if not path.is_file():
         raise UpstreamError(f"{path}: no events; the run has not begun")
     kept: list[Event] = []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # what follows the last newline was cut short
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a kill cut short what follows the last newline
     for number, line in enumerate(whole.splitlines(), start=1):
-        event = _parse(line, path, number)
-        if event["kind"] == "start":  # what an earlier attempt wrote beyond this point never counted
+        try:
+            event: Event = json.loads(line)
+        except json.JSONDecodeError:
+            raise DamagedError(f"{path}, line {number}: not JSON; another program changed the file") from None
+        if event["kind"] == "start":  # the attempts before took steps beyond this one in vain
             kept = [old for old in kept if old["step"] <= event["step"] and old["kind"] not in ("end", "error")]
         kept.append(event)
     return kept
 
 
-def _parse(line: str, path: Path, number: int) -> Event:
-    try:
-        event: Event = json.loads(line)
-    except json.JSONDecodeError:
-        raise DamagedError(f"{path}, line {number}: not JSON; the file was changed by something else") from None
-    return event
+def mean_speeds(events: Iterable[Event]) -> dict[str, float]:
+    """Means over the step events of `step_s`, `wait_share` and, where it is known, `mfu`; empty without steps."""
+    steps = [event for event in events if event["kind"] == "step"]
+    values = {name: [float(e[name]) for e in steps if name in e] for name in ("step_s", "wait_share", "mfu")}
+    return {name: sum(some) / len(some) for name, some in values.items() if some}
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
@@ -89,16 +93,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
             return value
 
 
-if TYPE_CHECKING:
-    from dagster_pipes import PipesContext
-    from rich.progress import Progress
-    from torch.utils.tensorboard import SummaryWriter
-
-PIPES_VARIABLE = "DAGSTER_PIPES_CONTEXT"  # set by Dagster's Pipes clients (dagster_pipes: env var params loader)
-
-
 class Display(Protocol):
-    """Shows one event to whoever watches."""
+    """Shows events to a person or to Dagster while the run goes on."""
 
     def show(self, event: Event) -> None: ...
 
@@ -109,12 +105,14 @@ class Reporter:
     def __init__(self, folder: Path, steps: int) -> None:
         self._stack = ExitStack()
         self._log = self._stack.enter_context(EventLog(folder))
-        self._board = _tensorboard(folder / "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"))
         self._stack.callback(self._board.close)
         self._display = self._stack.enter_context(_display(steps))
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Record one event; numbers of steps and diagnostics become curves."""
+        """Record one event; numbers of steps and diagnostics become TensorBoard curves."""
         event = self._log.write(kind, step, values)
         if kind in ("step", "diagnostics"):
             for name, value in _numbers(event):
@@ -131,7 +129,7 @@ class Reporter:
 
 
 class Lines:
-    """One plain line an event, for logs."""
+    """One plain line per event, for logs."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -142,7 +140,7 @@ class Lines:
 
 
 class Pipes:
-    """Events as custom messages, so that the asset sees them while the run goes on, and as log lines in the UI."""
+    """Events as Pipes messages, which the asset reads while the run goes on, and as log lines in the UI."""
 
     def __init__(self, context: "PipesContext", steps: int) -> None:
         self._context = context
@@ -154,7 +152,7 @@ class Pipes:
 
 
 class Bar:
-    """A progress bar at a terminal; events other than steps stand above it."""
+    """A progress bar at a terminal; events other than steps are printed above it."""
 
     def __init__(self, progress: "Progress", steps: int) -> None:
         self._progress = progress
@@ -199,12 +197,6 @@ def _display(steps: int) -> Iterator[Display]:
             yield Bar(progress, steps)
     else:
         yield Lines(steps)
-
-
-def _tensorboard(folder: Path) -> "SummaryWriter":
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))
 
 
 def _numbers(event: Event) -> list[tuple[str, float]]:

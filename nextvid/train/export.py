@@ -1,10 +1,10 @@
-"""A trained encoder as a folder that stands for itself: config.json, model.safetensors, and its autoencoder.
+"""A trained encoder as a folder of its own: config.json, model.safetensors and, if it has one, its autoencoder.
 
-Opened with `nextvid.load_encoder(path)`, without corpus, store or Dagster. An encoder of pixels takes frames. One of
-latents takes them as the store holds them, or frames where the folder holds the autoencoder that made those latents;
-statistics travel with the weights. Holds no probe and no training.
+`nextvid.load_encoder(path)` opens it without corpus, store or Dagster. An encoder of pixels takes frames. One of
+latents takes latents as the store has them, or frames if the folder has the autoencoder that made those latents. The
+statistics of the latents are saved with the weights.
 
-Axes: B clips, F frames, H W pixels, C channels of the store, h w cells of the store, N tokens of a clip, D width.
+Axes: B clips, F frames, H and W pixels, C channels and h and w cells of the store, N tokens of a clip, D width.
 """
 
 import shutil
@@ -30,13 +30,13 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.errors import ConfigError, RefusedError, UpstreamError
 
-FORMAT = 1  # raise when the folder's meaning changes
+FORMAT = 1  # raise it when a reader of the old format would misread the folder
 WEIGHTS = "model.safetensors"
 AUTOENCODER = "autoencoder"
 
 
 class ExportedEncoder(nn.Module):
-    """A frozen encoder in evaluation mode, with the statistics of what it was trained on."""
+    """A frozen encoder in evaluation mode, with the statistics of its training latents."""
 
     mean: Tensor
     std: Tensor
@@ -52,38 +52,32 @@ class ExportedEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, clips: Float[Tensor, "B F C h w"] | UInt8[Tensor, "B F H W 3"]) -> Float[Tensor, "B N D"]:
-        """Features of whole clips, token by token in the order t, h, w, after the final norm.
+        """Features of whole clips after the final norm, tokens in the order t, h, w.
 
         Latents are raw, as stored; frames are RGB bytes at the resolution of training. Raises RefusedError for frames
-        of another size, for frames where the folder holds no autoencoder, and for latents given to an encoder of
-        pixels.
+        of another size, for frames if the folder has no autoencoder, and for latents given to an encoder of pixels.
         """
-        if self.encoder.model.encoder.input == "pixels":
-            return self._of_pixels(clips)
-        latents = self.latents(clips) if clips.dtype == torch.uint8 else clips
         model = self.encoder.model
-        normalised = normalise(latents.float(), self.mean, self.std)
-        tokens = latent_tokens(space_to_depth(normalised, latents.shape[-1] // model.grid_width), model.tubelet)
+        if model.encoder.input == "pixels":
+            if clips.dtype != torch.uint8:
+                raise RefusedError("this encoder was trained on pixels: give it frames [B, F, H, W, 3] of RGB bytes")
+            self._refuse_size(clips)
+            tokens = pixel_tokens(pixel_values(clips.to(self.mean.device)), model.patch, model.tubelet)
+        else:
+            latents = self.latents(clips) if clips.dtype == torch.uint8 else clips
+            normalised = normalise(latents.float(), self.mean, self.std)
+            tokens = latent_tokens(space_to_depth(normalised, latents.shape[-1] // model.grid_width), model.tubelet)
         features: Tensor = self.encoder(tokens, clips.shape[1] // model.tubelet)
         return features
 
     def latents(self, frames: UInt8[Tensor, "B F H W 3"]) -> Float[Tensor, "B F C h w"]:
-        """Latents of frames, by the autoencoder's encoder half."""
+        """Raw latents of frames, from the autoencoder. Raises RefusedError without one, or for another frame size."""
         if self.autoencoder is None:
-            raise RefusedError("this export holds no autoencoder: give it latents [B, F, C, h, w] instead of frames")
+            raise RefusedError("this export has no autoencoder: give it latents [B, F, C, h, w] instead of frames")
         self._refuse_size(frames)
         flat = rearrange(frames, "B F H W c -> (B F) H W c").cpu().numpy()
         latents = torch.from_numpy(self.autoencoder.encode(flat).latents).to(self.mean.device)
         return rearrange(latents, "(B F) C h w -> B F C h w", B=frames.shape[0])
-
-    def _of_pixels(self, frames: Tensor) -> Float[Tensor, "B N D"]:
-        if frames.dtype != torch.uint8:
-            raise RefusedError("this encoder was trained on pixels: give it frames [B, F, H, W, 3] of RGB bytes")
-        self._refuse_size(frames)
-        model = self.encoder.model
-        tokens = pixel_tokens(pixel_values(frames.to(self.mean.device)), model.patch, model.tubelet)
-        features: Tensor = self.encoder(tokens, frames.shape[1] // model.tubelet)
-        return features
 
     def _refuse_size(self, frames: Tensor) -> None:
         if frames.shape[2:4] != (self.resolution, self.resolution):
@@ -93,9 +87,9 @@ class ExportedEncoder(nn.Module):
 
 
 def export_encoder(folder: Path, encoder: Encoder, trainset: Trainset, run: Run, autoencoder: str) -> None:
-    """Write an encoder's folder, unless it stands there: it appears whole or not at all.
+    """Write an encoder's folder, whole or not at all, unless it exists.
 
-    The autoencoder at the path `autoencoder` goes with it if it is the one whose latents the trainset holds.
+    The autoencoder at the path `autoencoder` is copied into it if it made the trainset's latents.
     """
     if folder.exists():
         return
@@ -126,12 +120,12 @@ def export_encoder(folder: Path, encoder: Encoder, trainset: Trainset, run: Run,
 
 
 def copy_encoder(folder: Path, out: Path) -> ExportedEncoder:
-    """Copy an exported encoder to a folder that did not exist, after it was opened once: no damage is handed on.
+    """Copy an exported encoder to a new folder and open the copy, so that damage is found before it is published.
 
-    Raises what `load_encoder` does, and ConflictError where `out` exists.
+    Raises what `load_encoder` does, and ConflictError if `out` exists.
     """
     if not (folder / "config.json").is_file():
-        raise UpstreamError(f"{folder} holds no exported encoder yet: the run writes it when it is complete")
+        raise UpstreamError(f"{folder} has no exported encoder yet: the run writes it when it is complete")
     with atomic.staged_folder(str(out.absolute())) as staged:
         shutil.copytree(folder, staged, dirs_exist_ok=True)
         return load_encoder(staged)
@@ -140,12 +134,11 @@ def copy_encoder(folder: Path, out: Path) -> ExportedEncoder:
 def load_encoder(path: str | Path, device: str = "cpu") -> ExportedEncoder:
     """Open an exported encoder: frozen, in evaluation mode, fp32.
 
-    Raises UpstreamError where there is none, ConfigError for a folder of another format, DamagedError for weights that
-    cannot be read.
+    Raises UpstreamError if there is none, ConfigError for another format, DamagedError for weights that cannot be read.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise UpstreamError(f"{folder} holds no exported encoder: config.json is missing")
+        raise UpstreamError(f"{folder} has no exported encoder: config.json is missing")
     config: dict[str, Any] = atomic.read_json(str(folder / "config.json"))
     if config.get("format") != FORMAT:
         raise ConfigError(
@@ -155,9 +148,9 @@ def load_encoder(path: str | Path, device: str = "cpu") -> ExportedEncoder:
         model, autoencoder = config["model"], config["autoencoder"]
         resolution, precision = config["encoding"]["resolution"], config["encoding"]["precision"]
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}/config.json does not say {error}: export the run again") from error
-    if autoencoder not in (None, AUTOENCODER):  # a path of somebody else's choosing would leave the folder
-        raise ConfigError(f"{folder}/config.json: the autoencoder stands in '{AUTOENCODER}', not {autoencoder!r}")
+        raise ConfigError(f"{folder}/config.json: {error} is missing: export the run again") from error
+    if autoencoder not in (None, AUTOENCODER):  # any other path could lead out of the folder
+        raise ConfigError(f"{folder}/config.json: the autoencoder must be in '{AUTOENCODER}', not {autoencoder!r}")
     tensors = load_tensors(folder / WEIGHTS)
     found = ExportedEncoder(parse(ModelConfig, model, f"{folder}/config.json"), tensors["mean"], tensors["std"])
     fill(found, folder / WEIGHTS)

@@ -1,12 +1,12 @@
-"""From the store to tensors of a batch, ahead of the step: what is drawn, hinted to the kernel, filled, delivered.
+"""The loader: from the store to a step's batch, read ahead by threads of the trainer's process.
 
-Threads of this process draw a step's rows and masks, ask the kernel to read them, and fill host memory that is used
-again and again (ring.py). What is drawn is decided elsewhere (nextvid/trainset/order.py). It keeps no state of its
-own: batches from any step on are the same batches, whatever the ranks and threads. Opens no video.
+For each step threads draw rows and masks (nextvid/trainset/order.py), ask the kernel to read the rows, and fill host
+memory that is used again and again (ring.py); then the trainer's thread delivers the batch to its device. Batches from
+any step on are the same, whatever the ranks and threads.
 
 A kind of row (`Rows`) is a class in a module of its own: latent_rows.py fills `Batch.latents`, pixel_rows.py
-`Batch.pixels`. All kinds of rows of a trainset are aligned, so that `Drawn.rows` finds each; each has memory of its
-own, and the same threads fill those that the recipe reads.
+`Batch.pixels`. All kinds of rows of a trainset are aligned, so `Drawn.rows` finds each. The same threads fill all that
+the recipe reads, each kind in memory of its own.
 
 Axes: B clips, L visible tokens.
 """
@@ -41,46 +41,46 @@ from storage.pixels import PixelStore
 from storage.reader import RowReader, open_reader
 from storage.root import DataRoot
 
-READ_AHEAD = 4  # batches drawn and hinted before they are filled: design, 5; 33 MB at 32 clips (research: store, B)
-FILLED_AHEAD = 2  # filled before their step, or as many as threads: more pushes the ready ones out of the CPU's cache
+READ_AHEAD = 4  # batches drawn and hinted before they are filled: our choice, 33 MB at 32 clips
+FILLED_AHEAD = 2  # or as many as threads: filled before their step; more would push ready ones out of the CPU's cache
 
-Kind = Literal["latents", "pixels"]  # fields of Batch
+RowKind = Literal["latents", "pixels"]  # fields of Batch
 P = TypeVar("P")
 T = TypeVar("T")
 A = ParamSpec("A")
 
 
 class Rows(Protocol[P]):
-    """A kind of row, and how it gets from a store into a batch. P is the memory of one batch."""
+    """How one kind of row gets from its store into a batch. P is the host memory of one batch."""
 
     def will_need(self, drawn: Drawn) -> None:
-        """Tell the kernel. Runs in a thread."""
+        """Ask the kernel to read the rows ahead. Runs in a thread."""
 
-    def place(self, clips: int, frames: int) -> P:
-        """Memory for a batch; never waits."""
+    def memory(self, clips: int, frames: int) -> P:
+        """Host memory for a batch; never waits."""
 
-    def fill(self, drawn: Drawn, place: P) -> None:
-        """Read rows into it. Runs in a thread, several batches at once."""
+    def fill(self, drawn: Drawn, memory: P) -> None:
+        """Read rows into the memory. Runs in a thread, several batches at once."""
 
-    def deliver(self, drawn: Drawn, place: P) -> Tensor:
-        """What the step gets, on its device; the memory may be used again. Runs in the trainer's thread, in order."""
+    def deliver(self, drawn: Drawn, memory: P) -> Tensor:
+        """The batch's tensor on its device; the memory may be used again. Runs in the trainer's thread, in order."""
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A batch in host memory, before its delivery."""
+    """A batch in host memory, before it is delivered to the device."""
 
     step: int
     drawn: Drawn
     visible: list[Int[np.ndarray, "B L"]]
-    places: dict[Kind, Any]  # each the P of its Rows
+    memory: dict[RowKind, Any]  # for each kind the P of its Rows
 
 
 class Loader:
-    """Batches of one rank. Use `open_loader`, which closes it."""
+    """Batches of one rank. `open_loader` opens and closes it."""
 
     def __init__(
-        self, recipe: RecipeConfig, order: Order, masks: Masks, rows: Mapping[Kind, Rows[Any]], ranks: Ranks
+        self, recipe: RecipeConfig, order: Order, masks: Masks, rows: Mapping[RowKind, Rows[Any]], ranks: Ranks
     ) -> None:
         self._recipe, self._order, self._masks, self._rows, self._ranks = recipe, order, masks, rows, ranks
         for stage in recipe.stages:
@@ -91,7 +91,7 @@ class Loader:
                 )
 
     def batches(self, first_step: int, threads: int = 1) -> Iterator[Batch]:
-        """Batches of steps first_step..last, in order. Without threads each is filled when it is asked for."""
+        """Batches from `first_step` to the last step, in order. Without threads each is filled when it is requested."""
         filled = self.filled(first_step, threads)
         while True:
             began = time.perf_counter()
@@ -102,7 +102,7 @@ class Loader:
             yield replace(batch, waited_s=time.perf_counter() - began)
 
     def filled(self, first_step: int, threads: int) -> Iterator[Filled]:
-        """The same before delivery: who takes one delivers it before asking for the next."""
+        """The same before delivery: the caller delivers each before it requests the next."""
         steps = range(first_step, self._recipe.steps)
         filling = min(max(FILLED_AHEAD, threads), READ_AHEAD) if threads else 0
         with _threads(threads) as pool:
@@ -114,13 +114,13 @@ class Loader:
     def clips(self, draws: range) -> Batch:
         """Clips of the first stage by draw number, without masks: the fixed set of the diagnostics."""
         at_once, frames = self._share(0)
-        parts: dict[Kind, list[Tensor]] = {kind: [] for kind in self._rows}
+        parts: dict[RowKind, list[Tensor]] = {kind: [] for kind in self._rows}
         for first in draws[::at_once]:
             drawn = self._order.drawn(frames, first, min(at_once, draws.stop - first))
             for kind, rows in self._rows.items():
-                place = rows.place(len(drawn), frames)
-                rows.fill(drawn, place)
-                parts[kind].append(rows.deliver(drawn, place))
+                memory = rows.memory(len(drawn), frames)
+                rows.fill(drawn, memory)
+                parts[kind].append(rows.deliver(drawn, memory))
         found = {kind: torch.cat(some) for kind, some in parts.items()}
         return Batch(0, tuple(draws), found.get("latents"), [], found.get("pixels"))
 
@@ -139,25 +139,25 @@ class Loader:
         return drawn
 
     def _filling(self, pool: Executor, step: int, drawn: Future[Drawn]) -> Future[Filled]:
-        """Take memory here, where steps come in order, and have it filled."""
-        places = {kind: rows.place(*self._share(step)) for kind, rows in self._rows.items()}
-        return pool.submit(self._fill, step, drawn, places)
+        """Take memory, in the order of steps, and have a thread fill it."""
+        memory = {kind: rows.memory(*self._share(step)) for kind, rows in self._rows.items()}
+        return pool.submit(self._fill, step, drawn, memory)
 
-    def _fill(self, step: int, asked: Future[Drawn], places: dict[Kind, Any]) -> Filled:
-        drawn = asked.result()  # submitted before: it runs or is over, so no thread waits for one that cannot start
+    def _fill(self, step: int, asked: Future[Drawn], memory: dict[RowKind, Any]) -> Filled:
+        drawn = asked.result()  # submitted earlier, so it runs or has ended: no thread waits for one that cannot start
         for kind, rows in self._rows.items():
-            rows.fill(drawn, places[kind])
-        return Filled(step, drawn, self._masks.visible(step, drawn.draws), places)
+            rows.fill(drawn, memory[kind])
+        return Filled(step, drawn, self._masks.visible(step, drawn.draws), memory)
 
     def _delivered(self, filled: Filled) -> Batch:
-        found = {kind: rows.deliver(filled.drawn, filled.places[kind]) for kind, rows in self._rows.items()}
+        found = {kind: rows.deliver(filled.drawn, filled.memory[kind]) for kind, rows in self._rows.items()}
         ids = [sent(ids, self._ranks.device) for ids in filled.visible]
         draws = tuple(filled.drawn.draws)
         return Batch(filled.step, draws, found.get("latents"), ids, found.get("pixels"))
 
 
 class _Here(Executor):
-    """No threads: what is submitted is done at once."""
+    """Without threads: work is done when it is submitted."""
 
     def submit(self, work: Callable[A, T], /, *args: A.args, **kwargs: A.kwargs) -> Future[T]:
         done: Future[T] = Future()
@@ -170,8 +170,8 @@ class _Here(Executor):
 
 @contextmanager
 def _threads(count: int) -> Iterator[Executor]:
-    """Threads that end with the block; what they have not begun is dropped."""
-    torch.get_num_threads()  # settles the caller's number before a thread of ours sets its own
+    """Threads that end with the block; work that has not begun is cancelled."""
+    torch.get_num_threads()  # fixes the caller's number of threads before ours set their own
     pool = ThreadPoolExecutor(count, "loader", initializer=torch.set_num_threads, initargs=(1,)) if count else _Here()
     try:
         yield pool
@@ -180,7 +180,7 @@ def _threads(count: int) -> Iterator[Executor]:
 
 
 def _ahead(made: Iterable[T], count: int) -> Iterator[T]:
-    """The same items, each handed on when `count` later ones are made."""
+    """The same items, each yielded when `count` later ones are made."""
     window: deque[T] = deque()
     for item in made:
         window.append(item)
@@ -200,12 +200,12 @@ def open_loader(
 ) -> Iterator[Loader]:
     """The loader of one rank; `pixels` are the trainset's, for a recipe that reads them.
 
-    Raises RefusedError where trainset and recipe do not fit, or a row was withdrawn.
+    Raises RefusedError if trainset and recipe do not fit, or a row was withdrawn.
     """
     order = Order(trainset, recipe)
     order.refuse_withdrawn(root, trainset)
     with ExitStack() as stack:
-        rows: dict[Kind, Rows[Any]] = {}
+        rows: dict[RowKind, Rows[Any]] = {}
         if recipe.reads_latents:
             stored = {frames: trainset.rows(frames) for frames in trainset.lengths}
             reader = open_reader(root, trainset.spec, trainset.batches, stored)
@@ -222,7 +222,7 @@ def open_loader(
 
 
 def latent_rows(reader: RowReader, trainset: Trainset, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
-    """Latents on the device of a rank. Raises RefusedError where they do not fit the recipe."""
+    """How latents get to the device of a rank. Raises RefusedError if they do not fit the recipe."""
     folded, largest = fold(trainset, recipe), _largest(recipe, ranks)
     if ranks.device.type == "cpu":
         return HostLatents(reader, trainset, folded, largest)
@@ -230,7 +230,7 @@ def latent_rows(reader: RowReader, trainset: Trainset, recipe: RecipeConfig, ran
 
 
 def pixel_rows(reader: PixelReader, pixels: TrainsetPixels, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
-    """Pixels on the device of a rank."""
+    """How pixels get to the device of a rank."""
     if ranks.device.type == "cpu":
         return HostPixels(reader, pixels, _largest(recipe, ranks))
     return StagedPixels(reader, pixels, _largest(recipe, ranks), READ_AHEAD + 1, ranks.device)

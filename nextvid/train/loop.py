@@ -1,12 +1,8 @@
-"""The training loop: from wherever a run stands to its last step, telling what happens and keeping checkpoints.
+"""The training loop: from a run's newest checkpoint to its last step, with events, diagnostics and checkpoints.
 
-One path for one CPU and for many GPUs. It holds no mathematics (step.py), starts no processes (pretrain.py) and opens
-no video: it reads a trainset and a mask plan. Rank 0 alone writes.
-
-How fast a run is, in FLOPs by the model's own formulas (method.md 12) and as a share of its GPUs' peak (MFU).
-
-Holds the peaks and a division; what a clip costs is model/cost.py's. FLOPs of recomputed blocks are not counted: they
-are no work that the model asks for.
+One path for one CPU and for many GPUs; rank 0 alone writes. Speed is reported as TFLOP/s by the formulas of
+docs/method.md 12 and, on a GPU whose peak is known, as a share of that peak (MFU). FLOPs of recomputed blocks are not
+counted, since the model does not ask for them.
 """
 
 import itertools
@@ -27,14 +23,13 @@ from nextvid.model.cost import stage_cost
 from nextvid.model.encoder import Encoder
 from nextvid.train import checkpoint
 from nextvid.train import step as steps
-from nextvid.train.async_checkpoint import Background
+from nextvid.train.async_checkpoint import AsyncCheckpoints
 from nextvid.train.batch import Batch, encoder_tokens
 from nextvid.train.checkpoint import Progress
 from nextvid.train.diagnose import CLIPS, collapsed, diagnose
-from nextvid.train.distributed import Ranks
+from nextvid.train.distributed import Ranks, whole
 from nextvid.train.events import Reporter
 from nextvid.train.export import export_encoder
-from nextvid.train.fsdp import whole
 from nextvid.train.loader import Loader, open_loader
 from nextvid.train.run import Run, run_lock
 from nextvid.train.step import Stepped, Trained, build, means
@@ -44,29 +39,33 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.errors import NExTVidError, RefusedError
 
-SKIPS_ALLOWED = 2  # research: training 3: "stop after 3 in a row"
-LITTER_S = 0.0  # rank 0 holds the run's lock: whatever lies there half written has no writer
+SKIPS_ALLOWED = 2  # our choice: stop after three skipped steps in a row
+LEFTOVER_AGE_S = 0.0  # rank 0 holds the run's lock, so a half-written file there has no writer: remove it at any age
 
 
 def train(project: Project, run: Run, ranks: Ranks) -> None:
-    """Train a run to its end, from its newest checkpoint. Raises ConflictError if another process trains it.
+    """Train a run from its newest checkpoint to its last step.
 
-    Raises RefusedError where three steps in a row have no finite gradient, or where the trainset does not fit.
+    Raises ConflictError if another process trains it, RefusedError if three steps in a row have no finite gradient or
+    the trainset does not fit the recipe.
     """
-    torch.set_flush_denormal(True)  # research: demo (5), "Time"
+    torch.set_flush_denormal(True)  # CPUs are slow on denormals
     with ExitStack() as stack:
         if ranks.first:
             stack.enter_context(run_lock(run.folder))
-            atomic.remove_leftovers(str(run.folder), LITTER_S)
+            atomic.remove_leftovers(str(run.folder), LEFTOVER_AGE_S)
         ranks.wait()
         trainset = Trainset.open(project.root, run.trainset)
         plan = open_mask_plan(project.root, run.recipe.masks, grid_of(run.recipe.model))
         trained = build(run.recipe, ranks, run.how)
-        progress = _resume(run, trained)
+        found = checkpoint.complete(run.checkpoints)
+        progress = Progress(0, 0)
+        if found:
+            progress = checkpoint.load(found[-1], run.identity, trained.model, trained.reference, trained.optimizer)
         pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels)
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
         reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
-        background = stack.enter_context(Background(ranks, run.identity)) if trained.cut else None
+        background = stack.enter_context(AsyncCheckpoints(ranks, run.identity)) if trained.fsdp else None
         session = _Session(run, trained, loader, reporter, background, progress)
         session.go()
         encoders = {"encoder": _whole(trained.reference), "encoder_online": _whole(trained.model.encoder)}
@@ -77,16 +76,8 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         ranks.wait()
 
 
-def _resume(run: Run, trained: Trained) -> Progress:
-    """Bring everything to the newest checkpoint, or to step 0 where there is none."""
-    found = checkpoint.complete(run.checkpoints)
-    if not found:
-        return Progress(0, 0)
-    return checkpoint.load(found[-1], run.identity, trained.model, trained.reference, trained.optimizer)
-
-
 def _whole(encoder: Encoder) -> Encoder:
-    """The encoder itself, or where it is cut over ranks a whole copy; then every rank must ask."""
+    """The encoder itself, or if FSDP2 cut it a whole copy; then every rank must call this."""
     if not any(isinstance(parameter, DTensor) for parameter in encoder.parameters()):
         return encoder
     tensors = {name: whole(tensor) for name, tensor in encoder.state_dict().items()}
@@ -97,7 +88,7 @@ def _whole(encoder: Encoder) -> Encoder:
 
 @dataclass
 class _Meter:
-    """Sums since the last log line; losses stay on the device until they are asked for."""
+    """Sums since the last `step` event; losses stay on the device until they are read."""
 
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     steps: int = 0
@@ -124,7 +115,7 @@ class _Meter:
 
 
 class _Session:
-    """One attempt at a run, between its start and its end."""
+    """One attempt at a run, from its start to its end."""
 
     def __init__(
         self,
@@ -132,7 +123,7 @@ class _Session:
         trained: Trained,
         loader: Loader,
         reporter: Reporter | None,
-        background: Background | None,
+        background: AsyncCheckpoints | None,
         progress: Progress,
     ) -> None:
         self.background = background
@@ -145,12 +136,19 @@ class _Session:
         self.fixed: torch.Tensor | None = None
 
     def go(self) -> None:
-        """All steps that are left; an error of ours is told before it goes on its way."""
-        self._tell("start", self._facts())
+        """Take all steps that are left; an error of ours is also written as an event."""
+        facts = {
+            "run": self.run.id,
+            "ranks": self.ranks.count,
+            "device": str(self.ranks.device),
+            "threads": torch.get_num_threads(),
+            "process": os.getpid(),
+        }
+        self._event("start", facts)
         try:
             self._steps()
         except NExTVidError as error:
-            self._tell("error", {"error": error.kind, "message": str(error)})
+            self._event("error", {"error": error.kind, "message": str(error)})
             raise
 
     def _steps(self) -> None:
@@ -159,11 +157,11 @@ class _Session:
         for batch in self.loader.batches(self.progress.step, self.how.threads):
             stage, inside = stage_at(self.recipe.stages, batch.step)
             if inside == 0:
-                self._tell("stage", self.recipe.stages[stage].model_dump())
+                self._event("stage", self.recipe.stages[stage].model_dump())
             self._step(batch)
             self._after_step()
         if self.background is not None:
-            self._named(self.background.finish())
+            self._checkpoint_written(self.background.finish())
 
     def _step(self, batch: Batch) -> None:
         stepped = steps.take_step(self.trained, batch, batch.step, self.how.micro_batch)
@@ -173,7 +171,7 @@ class _Session:
         self.meter.add(stepped, len(batch.draws) * self.ranks.count, batch.waited_s)
         if not stepped.finite:
             norms = {name: float(norm) for name, norm in stepped.norms.items()}
-            self._tell("skipped", {"in_a_row": skipped, "norm": norms})
+            self._event("skipped", {"in_a_row": skipped, "norm": norms})
             if skipped > SKIPS_ALLOWED:
                 start = draws_before(self.recipe.stages, step - skipped)
                 raise RefusedError(
@@ -192,11 +190,11 @@ class _Session:
             self._checkpoint()
 
     def _log(self, stepped: Stepped) -> None:
-        """One event for the steps since the last one. Every rank takes part in the mean, rank 0 tells."""
+        """One event for the steps since the last. Every rank takes part in the mean, rank 0 writes it."""
         losses, rates = self.meter.read(self.ranks)
         self.meter = _Meter()
         stage = self.recipe.stages[stage_at(self.recipe.stages, self.progress.step - 1)[0]]
-        self._tell(
+        self._event(
             "step",
             {
                 "stage": stage.name,
@@ -212,7 +210,7 @@ class _Session:
         )
 
     def _diagnose(self) -> None:
-        """Look at the fixed clips with both encoders; rank 0 alone, the others go on to wait for it."""
+        """Diagnose both encoders on the fixed clips; on rank 0 alone, the others wait at their next collective."""
         encoders = _whole(self.trained.reference), _whole(self.trained.model.encoder)
         if not self.ranks.first:
             return
@@ -225,16 +223,16 @@ class _Session:
         if first is None:
             first = rank
             self.progress = Progress(step, self.progress.draws, self.progress.skipped, first)
-        self._tell(
+        self._event(
             "diagnostics",
             {**found, **{f"online_{name}": value for name, value in online.items()}, "rank_over_first": rank / first},
         )
         if collapsed(rank, first, step, self.recipe.steps):
-            self._tell("alarm", {"effective_rank": rank, "first_rank": first})
+            self._event("alarm", {"effective_rank": rank, "first_rank": first})
 
     def _checkpoint(self) -> None:
         if self.background is not None:
-            self._named(self.background.begin(self.run.checkpoints, self.progress, self.trained))
+            self._checkpoint_written(self.background.begin(self.run.checkpoints, self.progress, self.trained))
             return
         if self.ranks.first:
             trained = self.trained
@@ -246,35 +244,26 @@ class _Session:
                 trained.reference,
                 trained.optimizer,
             )
-            self._named(path)
+            self._checkpoint_written(path)
         self.ranks.wait()
 
-    def _named(self, path: Path | None) -> None:
-        """A checkpoint stands: tell, and remove those that it makes superfluous."""
+    def _checkpoint_written(self, path: Path | None) -> None:
+        """A checkpoint is complete: remove those that it replaces, and write the event."""
         if path is not None and self.ranks.first:
             checkpoint.prune(self.run.checkpoints, self.how.keep_last, self.stage_ends)
-            self._tell("checkpoint", {"path": path.name})
+            self._event("checkpoint", {"path": path.name})
 
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "run": self.run.id,
-            "ranks": self.ranks.count,
-            "device": str(self.ranks.device),
-            "threads": torch.get_num_threads(),
-            "process": os.getpid(),
-        }
-
-    def _tell(self, kind: str, values: dict[str, Any]) -> None:
+    def _event(self, kind: str, values: dict[str, Any]) -> None:
         if self.reporter:
             self.reporter.event(kind, self.progress.step, values)
 
 
-# Dense bf16 FLOP/s by the makers' data sheets, by what a name of torch contains; the first that fits
+# Dense bf16 FLOP/s from NVIDIA's data sheets, by a part of torch's device name; the first match applies
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def peak(device: torch.device) -> float | None:
-    """FLOP/s that this device can do; None for a CPU, and for a GPU that is not listed."""
+    """Peak FLOP/s of this device; None for a CPU or a GPU that is not listed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for known, flops in PEAKS.items() if known in name), None)
 

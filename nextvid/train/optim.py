@@ -1,7 +1,6 @@
-"""The optimiser of Tab. 8: parameter groups, learning rates by step, clipping by module.
+"""The optimiser of Tab. 8: AdamW's groups, learning rates by step, gradient clipping (docs/method.md 7.2, 7.4).
 
-Holds AdamW's four groups, the rates of both parts at any step (method.md 7.2, 7.4) and the norm limits. Holds no loop
-and no state of its own: rates are a pure function of (stages, step), so a resumed run needs its step number alone.
+Rates are a pure function of (stages, step), so a resumed run needs its step number alone.
 """
 
 import math
@@ -13,10 +12,10 @@ from torch import nn
 
 from nextvid.config.recipe import OptimConfig, StageConfig
 from nextvid.config.stages import stage_at
-from nextvid.train.fsdp import local, whole
+from nextvid.train.distributed import local, whole
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_
-Decoder = "decoder"  # the module whose rate is separate from Stable2 on (Tab. 8)
+DECODER = "decoder"  # the module whose rate is separate from Stable2 on (Tab. 8)
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,15 @@ def rates(stages: Sequence[StageConfig], shape: str, step: int) -> Rates:
     index, inside = stage_at(stages, step)
     stage = stages[index]
     inner = 0 < index < len(stages) - 1
-    main = _cosine(stages[1:-1], step - stages[0].steps) if shape == "cosine" and inner else _linear(stage, inside)
+    if shape == "cosine" and inner:
+        main = _cosine(stages[1:-1], step - stages[0].steps)
+    else:
+        main = stage.lr_start + (stage.lr_end - stage.lr_start) * inside / stage.steps
     return Rates(main, main if stage.decoder_lr is None else stage.decoder_lr)
 
 
-def _linear(stage: StageConfig, step: int) -> float:
-    return stage.lr_start + (stage.lr_end - stage.lr_start) * step / stage.steps
-
-
 def _cosine(stages: Sequence[StageConfig], step: int) -> float:
-    """One half cosine over `stages` together (method.md 7.2: 4.37e-4 at step 40,000 of the paper's)."""
+    """One half cosine over `stages` together (docs/method.md 7.2: 4.37e-4 at step 40,000 of the paper's)."""
     high, low = stages[0].lr_start, stages[-1].lr_end
     share = step / sum(stage.steps for stage in stages)
     return low + (high - low) * (1 + math.cos(math.pi * share)) / 2
@@ -52,18 +50,18 @@ def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {name: child for name, child in model.named_children() if any(p.requires_grad for p in child.parameters())}
     owned = sum(p.numel() for child in found.values() for p in child.parameters())
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert owned == total, "a trained parameter stands outside the model's parts, or a part is frozen in places"
+    assert owned == total, "a trained parameter is outside of the model's parts, or a part is partly frozen"
     return found
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over {encoder + predictor, decoder} x {decay, no decay}; groups are marked `part` and `parameter_names`.
+    """AdamW over {encoder + predictor, decoder} x {decay, no decay}; groups have `part` and `parameter_names`.
 
-    No decay for biases and every other 1-D tensor (method.md 7.4); the query token [1, 1, d] decays.
+    No decay for biases and other 1-D tensors (docs/method.md 7.4); the query token [1, 1, d] decays.
     """
     groups: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {}
     for module_name, module in trained_modules(model).items():
-        part = Decoder if module_name == Decoder else "main"
+        part = DECODER if module_name == DECODER else "main"
         for name, parameter in module.named_parameters(prefix=module_name):
             decays = parameter.ndim > 1 and not name.endswith("bias")
             groups.setdefault((part, decays), []).append((name, parameter))
@@ -78,7 +76,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
             }
             for (part, decays), members in sorted(groups.items())
         ],
-        lr=0.0,  # set before every step by set_rates
+        lr=0.0,  # set_rates sets it before every step
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True if first.is_cuda else None,
@@ -87,13 +85,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, now: Rates) -> None:
-    """Give every group its rate of this step."""
+    """Set the learning rate of every group."""
     for group in optimizer.param_groups:
-        group["lr"] = now.decoder if group["part"] == Decoder else now.main
+        group["lr"] = now.decoder if group["part"] == DECODER else now.main
 
 
 def clip_gradients(modules: Mapping[str, nn.Module], config: OptimConfig) -> dict[str, torch.Tensor]:
-    """Scale gradients down to norm `config.clip`, by module or all together; returns each module's norm before it.
+    """Scale gradients down to norm `config.clip`, by module or all together; returns each module's norm before.
 
     Norms are scalar tensors on the model's device and may be inf or NaN: the caller decides whether to step.
     """
@@ -101,9 +99,9 @@ def clip_gradients(modules: Mapping[str, nn.Module], config: OptimConfig) -> dic
     norms = {name: whole(torch.nn.utils.get_total_norm(grads)) for name, grads in gradients.items()}
     together = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     for name, grads in gradients.items():
-        if not grads:  # a part that the losses leave out
+        if not grads:  # no loss reaches this module
             continue
         norm = norms[name] if config.clip_scope == "module" else together
-        # clip_grads_with_norm_, on this rank's shares: it takes no plain norm beside gradients that are cut
+        # as clip_grads_with_norm_, on this rank's parts: that takes no plain norm with gradients that FSDP2 cut
         torch._foreach_mul_([local(grad) for grad in grads], torch.clamp(config.clip / (norm + CLIP_EPS), max=1.0))
     return norms

@@ -1,8 +1,8 @@
-"""Pixels from the store into a batch, for either device: what loader.py calls a kind of row.
+"""Pixels from the store into a batch, for a CPU (`HostPixels`) or a GPU (`StagedPixels`).
 
-Threads decode JPEGs straight into host memory that is used again and again; bytes stay bytes until the step, a quarter
-of the memory, and are normalised on the device (nextvid/train/batch.py). Threads, since the decoder releases the
-interpreter's lock (docs/decisions/0010, 0011). It draws nothing and decides no order; opens no video.
+The loader's threads decode JPEGs straight into host memory that is used again and again. They run in parallel because
+the decoder releases Python's interpreter lock (docs/decisions/0010, 0011). Bytes stay bytes until the step, a quarter
+of the memory, and are normalised on the device (nextvid/train/batch.py).
 
 Axes: B clips, F frames, H W pixels.
 """
@@ -15,7 +15,7 @@ from einops import repeat
 from jaxtyping import UInt8
 from torch import Tensor
 
-from nextvid.train.ring import Leased, Place, Ring, sent
+from nextvid.train.ring import Buffer, Leased, Ring, sent
 from nextvid.trainset.order import IMAGE, Drawn
 from nextvid.trainset.pixels import TrainsetPixels
 from storage.pixel_reader import PixelReader
@@ -24,7 +24,7 @@ Frames = UInt8[Tensor, "B F H W 3"]
 
 
 class HostPixels:
-    """Frames in host memory that is the batch's own."""
+    """Frames in host memory, which the step reads in place."""
 
     def __init__(self, reader: PixelReader, pixels: TrainsetPixels, largest: int) -> None:
         """`largest`: frames of the largest batch."""
@@ -32,65 +32,65 @@ class HostPixels:
         self._memory = Leased(largest * math.prod(self._rows.shape), np.uint8)
 
     def will_need(self, drawn: Drawn) -> None:
-        """Have them read ahead."""
+        """Ask the kernel to read the rows ahead."""
         self._rows.will_need(drawn)
 
-    def place(self, clips: int, frames: int) -> Frames:
+    def memory(self, clips: int, frames: int) -> Frames:
         """Memory for a batch."""
         shape = (clips, frames, *self._rows.shape)
         return self._memory.take()[: math.prod(shape)].view(shape)
 
-    def fill(self, drawn: Drawn, place: Frames) -> None:
-        """Decode rows into their places, an image into every frame. Runs in a thread."""
-        self._rows.decode(drawn, place)
-        place[drawn.of_frames(IMAGE)] = place[drawn.of_frames(IMAGE), :1]
+    def fill(self, drawn: Drawn, memory: Frames) -> None:
+        """Decode rows, an image into every frame. Runs in a thread."""
+        self._rows.decode(drawn, memory)
+        memory[drawn.of_frames(IMAGE)] = memory[drawn.of_frames(IMAGE), :1]
 
-    def deliver(self, drawn: Drawn, place: Frames) -> Frames:
-        """It is there already."""
-        return place
+    def deliver(self, drawn: Drawn, memory: Frames) -> Frames:
+        """The memory itself: the batch is complete."""
+        return memory
 
 
 class StagedPixels:
     """Frames in a pinned ring, copied to a device; images are repeated there."""
 
     def __init__(
-        self, reader: PixelReader, pixels: TrainsetPixels, largest: int, places: int, device: torch.device
+        self, reader: PixelReader, pixels: TrainsetPixels, largest: int, buffers: int, device: torch.device
     ) -> None:
-        """As HostPixels; `places` batches are filled or copied at a time."""
+        """As HostPixels; up to `buffers` batches are filled or copied at a time."""
         self._rows, self._device = _Rows(reader, pixels), device
-        self._ring = Ring(places, largest * math.prod(self._rows.shape), torch.uint8, pinned=device.type == "cuda")
+        self._ring = Ring(buffers, largest * math.prod(self._rows.shape), torch.uint8, pinned=device.type == "cuda")
 
     def will_need(self, drawn: Drawn) -> None:
-        """Have them read ahead."""
+        """Ask the kernel to read the rows ahead."""
         self._rows.will_need(drawn)
 
-    def place(self, clips: int, frames: int) -> tuple[Place, Frames]:
-        """A place of the ring, and its memory for a batch."""
-        shape, place = (clips, frames, *self._rows.shape), self._ring.take()
-        return place, place.memory[: math.prod(shape)].view(shape)
+    def memory(self, clips: int, frames: int) -> tuple[Buffer, Frames]:
+        """A buffer of the ring, and its memory in the shape of a batch."""
+        shape, buffer = (clips, frames, *self._rows.shape), self._ring.take()
+        return buffer, buffer.memory[: math.prod(shape)].view(shape)
 
-    def fill(self, drawn: Drawn, place: tuple[Place, Frames]) -> None:
-        """Decode rows, images into the first frame of their place. Runs in a thread."""
-        place[0].wait()
-        self._rows.decode(drawn, place[1])
+    def fill(self, drawn: Drawn, memory: tuple[Buffer, Frames]) -> None:
+        """Decode rows; of an image only the first frame is written. Runs in a thread."""
+        memory[0].wait()
+        self._rows.decode(drawn, memory[1])
 
-    def deliver(self, drawn: Drawn, place: tuple[Place, Frames]) -> Frames:
-        """To the device, images repeated over time; the place goes back into the ring."""
-        frames = torch.empty_like(place[1], device=self._device).copy_(place[1], non_blocking=True)
+    def deliver(self, drawn: Drawn, memory: tuple[Buffer, Frames]) -> Frames:
+        """Copy to the device, repeat images over time; the buffer goes back into the ring."""
+        frames = torch.empty_like(memory[1], device=self._device).copy_(memory[1], non_blocking=True)
         copied = None
         if self._device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        self._ring.give(place[0], copied)
+        self._ring.give(memory[0], copied)
         images = drawn.of_frames(IMAGE)
         if frames.shape[1] > IMAGE and len(images):
-            places = sent(images, self._device)
-            frames[places] = repeat(frames[places, 0], "B H W c -> B F H W c", F=frames.shape[1])
+            indices = sent(images, self._device)
+            frames[indices] = repeat(frames[indices, 0], "B H W c -> B F H W c", F=frames.shape[1])
         return frames
 
 
 class _Rows:
-    """What both do alike: addresses by clip length, and their decoding."""
+    """Addresses of rows by clip length, and their decoding: shared by both ways."""
 
     def __init__(self, reader: PixelReader, pixels: TrainsetPixels) -> None:
         self._reader = reader
@@ -101,7 +101,7 @@ class _Rows:
         for frames in np.unique(drawn.frames).tolist():
             self._reader.will_need(frames, self._addresses[frames][drawn.rows[drawn.of_frames(frames)]])
 
-    def decode(self, drawn: Drawn, place: Frames) -> None:
-        out = place.numpy()
+    def decode(self, drawn: Drawn, memory: Frames) -> None:
+        out = memory.numpy()
         for clip, (frames, row) in enumerate(zip(drawn.frames.tolist(), drawn.rows.tolist(), strict=True)):
             self._reader.read_into(frames, self._addresses[frames][row], out[clip, :frames])

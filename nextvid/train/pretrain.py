@@ -1,7 +1,6 @@
-"""Runs from outside: prepare one, start torchrun as a child, end it, and judge what it left on disk.
+"""The asset `pretrain`: prepare a run, train it by torchrun in child processes, and check what it left on disk.
 
-Used by the command line and, through `prepare_run` and `finish_run`, by the asset. Holds no training: everything below
-torchrun happens in other processes. torch is not imported until a checkpoint is verified.
+`make_pretrain` does all of it. Dagster's asset calls `prepare_run` and `finish_run`, and starts the children itself.
 """
 
 import contextlib
@@ -18,13 +17,13 @@ from typing import Any
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
-from nextvid.config.recipe import ExecutionConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.recipes import recipe as recipe_by_name
-from nextvid.machine import available_cores, launcher_id, leased
+from nextvid.machine import available_cores, launcher_id, leased_gpus
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import read_latest
 from nextvid.train import checkpoint
-from nextvid.train.events import Event, read_events
+from nextvid.train.events import Event, mean_speeds, read_events
 from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
 from nextvid.trainset.order import refuse_unfit
@@ -33,12 +32,12 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
 from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
 
-GRACE_S = 8.0  # design 4: a cancelled group is gone within 10 s; what is left of it is killed after this
+GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
 LOG = "trainer.log"
-STDERR = 2  # progress is not what a command prints: stdout stays free for it
-# research: demo (5), "Time": 4.04 -> 3.30 s for 11 steps, by keeping freed pages. How threads wait is left to the user:
-# for `demo` on 2 cores spinning takes 0.18 s a step and OMP_WAIT_POLICY=PASSIVE 0.25 to 0.31; beside other programs
-# (load 5) PASSIVE takes 0.6 to 0.9, one thread 0.4, and spinning did not end 36 steps in 60 s.
+STDERR = 2  # the trainer's progress goes to stderr: stdout is for the command's result
+# glibc keeps freed pages: 3.30 instead of 4.04 s for 11 steps of `demo`, 2 cores. OMP_WAIT_POLICY is left to the user:
+# on idle cores a step takes 0.18 s with spinning threads and 0.25 to 0.31 s with PASSIVE; at a load of 5 from other
+# programs PASSIVE takes 0.6 to 0.9 s, one thread 0.4 s, and spinning threads did not finish 36 steps in 60 s.
 CPU_VARIABLES = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
@@ -48,7 +47,7 @@ CPU_VARIABLES = {
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that can be started: `command` and `env` (to be added to the environment) are all it takes."""
+    """A run that is ready to start: with `command`, and `env` added to the environment."""
 
     run_id: str
     folder: str
@@ -60,7 +59,7 @@ class PreparedRun:
 
     @property
     def child(self) -> list[str]:
-        """The command for a child of this process: it ends when this process does, or the one that spawned it."""
+        """`command` for a child that ends when this process does, or when the process that spawned this one does."""
         return [*self.command, "--launcher", str(launcher_id())]
 
 
@@ -74,12 +73,12 @@ def prepare_run(
     launch: str | None = None,
     repeat: int = 0,
 ) -> PreparedRun:
-    """Fix what a run reads and write its config.json. Asking again gives the same run.
+    """Decide what a run reads and write its config.json. The same inputs give the same run.
 
-    `launch` is the id of the Dagster run that asks first: its retries find the same trainset whatever the newest is.
-    Raises ConfigError for wrong overrides, UpstreamError where trainset or mask plan are missing or failed checks,
-    DamagedError where the trainset is not what was frozen, RefusedError where the recipe does not fit it, or its rows
-    have no pixels and the recipe reads some.
+    `launch` is the id of a Dagster run: its retries take the trainset of the first attempt, not a newer one.
+    Raises ConfigError for wrong overrides, UpstreamError if trainset or mask plan are missing or failed their checks,
+    DamagedError if files of the trainset changed or shards of its rows are missing, RefusedError if the recipe does not
+    fit the trainset or reads pixels that its rows do not have.
     """
     config = apply_overrides(recipe_by_name(recipe), overrides)
     carried_out = how or ExecutionConfig()
@@ -88,14 +87,22 @@ def prepare_run(
     trainset = _trainset(project, recipe, launch)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
     opened = Trainset.open(project.root, trainset)
-    _refuse_damaged(opened)
+    opened.check()
+    if gone := opened.gone():
+        more = f" (and {len(gone) - 1} parts more: 'nextvid verify' names them)" if len(gone) > 1 else ""
+        raise DamagedError(f"{gone[0]}{more}")
     refuse_unfit(opened, config)
-    plan = _mask_plan(project, config, overridden=bool(overrides))
-    pixels = _pixels(project, config, trainset)
+    if overrides:  # no asset draws the mask plan of an overridden recipe
+        make_plan(project.root, config)
+    plan = plan_digest(config.masks, grid_of(config.model))
+    tables.require_checks(f"{project.root.pointed('mask_plan', plan)}/checks.json", "mask_plan")
+    pixels = freeze_pixels(project, opened, config).digest if config.reads_pixels else None
     run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides, pixels)
     write_run(run)
     if launch is not None:
-        _remember(project, run, launch)
+        pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
+        with contextlib.suppress(ConflictError):  # an earlier attempt of this launch wrote it
+            atomic.create_exclusively(project.root.launch(run.recipe.name, launch), json.dumps(pointer).encode())
     return PreparedRun(
         run.id,
         str(run.folder),
@@ -116,7 +123,7 @@ def make_pretrain(
     ranks: int | None = None,
     repeat: int = 0,
 ) -> Outcome:
-    """Train a recipe to its end, in child processes; resumes a run that was begun, does nothing for a complete one."""
+    """Train a recipe to its last step in child processes; resumes an interrupted run, leaves a complete one alone."""
     prepared = prepare_run(project, recipe, overrides, how, ranks=ranks, repeat=repeat)
     if not prepared.complete:
         code = _run_group(prepared)
@@ -127,9 +134,9 @@ def make_pretrain(
 
 
 def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) -> Outcome:
-    """Judge a run by what is on disk, publish the verdict, and point `latest.json` to it if it may be used.
+    """Check a run by its files and publish the checks; if they pass without overrides, point `latest.json` to it.
 
-    Raises UpstreamError where there is no such run, or it is not complete.
+    Raises UpstreamError if there is no such run or it is not complete.
     """
     opened = open_run(Path(project.root.run(recipe, run)))
     if not opened.complete:
@@ -162,7 +169,7 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
 
 
 def _trainset(project: Project, recipe: str, launch: str | None) -> str:
-    """The trainset of the launch's first attempt, else the newest."""
+    """Digest of the trainset of the launch's first attempt, else of the newest."""
     if launch is not None and atomic.exists(path := project.root.launch(recipe, launch)):
         first: str = atomic.read_json(path)["trainset"]
         return first
@@ -172,51 +179,19 @@ def _trainset(project: Project, recipe: str, launch: str | None) -> str:
     return newest
 
 
-def _refuse_damaged(trainset: Trainset) -> None:
-    """DamagedError where a file of the trainset is not what was frozen, or a shard of its rows is not there."""
-    trainset.check()
-    if gone := trainset.gone():
-        more = f" (and {len(gone) - 1} parts more: 'nextvid verify' names them)" if len(gone) > 1 else ""
-        raise DamagedError(f"{gone[0]}{more}")
-
-
-def _pixels(project: Project, config: RecipeConfig, trainset: str) -> str | None:
-    """Digest of the trainset's pixels, for a recipe that reads them; frozen now if no other run did."""
-    if not config.reads_pixels:
-        return None
-    return freeze_pixels(project, Trainset.open(project.root, trainset), config).digest
-
-
-def _mask_plan(project: Project, config: RecipeConfig, *, overridden: bool) -> str:
-    """Digest of the recipe's plan; one that only overrides ask for is drawn here, since no asset would make it."""
-    if overridden:
-        make_plan(project.root, config)
-    name = plan_digest(config.masks, grid_of(config.model))
-    tables.require_checks(f"{project.root.pointed('mask_plan', name)}/checks.json", "mask_plan")
-    return name
-
-
-def _remember(project: Project, run: Run, launch: str) -> None:
-    """Write the launch's pointer, unless an earlier attempt did."""
-    pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
-    path = project.root.launch(run.recipe.name, launch)
-    with contextlib.suppress(ConflictError):
-        atomic.create_exclusively(path, json.dumps(pointer).encode())
-
-
 def _command(project: Project, run: Run) -> list[str]:
-    """Torchrun, on whatever machine this is called."""
+    """The torchrun command of a run on this machine."""
     return [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.how.ranks)),
-        # the two dashes end torchrun's own options: it would take our --run for its --run-path
+        # `--` ends torchrun's own options: it would read our --run as its --run-path
         *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
         *("--run", run.id),
     ]
 
 
 def _environment(how: ExecutionConfig) -> dict[str, str]:
-    """What makes CPU runs faster; on a GPU nothing is changed."""
+    """Variables for the trainers: threads, and for CPU runs what makes them faster."""
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // how.ranks)))}
     if how.device == "cuda":
         return threads
@@ -224,8 +199,8 @@ def _environment(how: ExecutionConfig) -> dict[str, str]:
 
 
 def _run_group(prepared: PreparedRun) -> int:
-    """Run the command in a process group of its own, its errors in trainer.log; the group ends with this call."""
-    with leased(prepared.ranks, prepared.device) as devices, (Path(prepared.folder) / LOG).open("ab") as log:
+    """Run the command in its own process group, with its stderr in trainer.log; the group ends with this call."""
+    with leased_gpus(prepared.ranks, prepared.device) as devices, (Path(prepared.folder) / LOG).open("ab") as log:
         process = subprocess.Popen(
             prepared.child,
             env={**os.environ, **prepared.env, **devices},
@@ -240,7 +215,7 @@ def _run_group(prepared: PreparedRun) -> int:
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:
-    """End what is left of a process group: SIGTERM, then SIGKILL after the grace."""
+    """End what is left of a process group: SIGTERM, then SIGKILL after GRACE_S."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -251,7 +226,7 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _reason(folder: Path) -> str:
-    """What the trainer said last of itself, if it did, and where the rest stands."""
+    """The error that the trainer reported last, if any, else where its log is; to append to a message."""
     with contextlib.suppress(UpstreamError):
         last = read_events(folder)[-1]
         if last["kind"] == "error":
@@ -260,7 +235,7 @@ def _reason(folder: Path) -> str:
 
 
 def _checkpoint_loads(run: Run) -> Check:
-    """Whether the last checkpoint is this run's, whole, and opens."""
+    """The last checkpoint is this run's, its bytes match their checksums, and its tensors load."""
     last = checkpoint.complete(run.checkpoints)[-1]
     try:
         checkpoint.refuse_other(last, run.identity)
@@ -272,7 +247,7 @@ def _checkpoint_loads(run: Run) -> Check:
 
 
 def _losses_finite(events: Sequence[Event]) -> Check:
-    """Whether every logged loss is a number, and how many steps were skipped."""
+    """Every logged loss is finite; counts skipped steps."""
     values = [value for event in events if event["kind"] == "step" for value in event["loss"].values()]
     wrong = sum(not math.isfinite(float(value)) for value in values)
     skipped = sum(event["kind"] == "skipped" for event in events)
@@ -282,7 +257,7 @@ def _losses_finite(events: Sequence[Event]) -> Check:
 
 
 def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
-    """Whether the reference features' rank at the end is no alarm."""
+    """The effective rank of the reference features at the end is above the alarm."""
     from nextvid.train.diagnose import ALARM_RATIO, collapsed
 
     looked = [event for event in events if event["kind"] == "diagnostics"]
@@ -296,17 +271,11 @@ def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
 
 def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
     step, look = _last(events, "step"), _last(events, "diagnostics")
-    steps = [event for event in events if event["kind"] == "step"]
     found: dict[str, Number] = {"trainset": run.trainset, "mask_plan": run.mask_plan}
     found |= {"steps": run.recipe.steps, "clips": step.get("draws", 0), "ranks": run.how.ranks}
     found |= {name: step[name] for name in ("align", "flow") if name in step}
     found |= {name: look[name] for name in ("effective_rank", "online_effective_rank", "feature_std") if name in look}
-    if steps:
-        found["step_s"] = sum(event["step_s"] for event in steps) / len(steps)
-        found["wait_share"] = sum(event["wait_share"] for event in steps) / len(steps)
-        if used := [event["mfu"] for event in steps if "mfu" in event]:
-            found["mfu"] = sum(used) / len(used)
-    return found
+    return found | mean_speeds(events)
 
 
 def _last(events: Sequence[Event], kind: str) -> dict[str, Any]:
@@ -314,7 +283,7 @@ def _last(events: Sequence[Event], kind: str) -> dict[str, Any]:
 
 
 def _seconds(events: Sequence[Event]) -> float:
-    """Time between each attempt's first event and its last, added up."""
+    """Seconds from the first to the last event of each attempt, added up."""
     total, began, last = 0.0, None, 0.0
     for event in events:
         if event["kind"] == "start":

@@ -1,10 +1,9 @@
-"""A run: its id, its folder, and the one file that says what it is (config.json).
+"""A run: its id, its folder, its lock, and config.json, which records what it is.
 
-What is digested: recipe (its seed included), trainset, its pixels where they are read, mask plan, repeat. What is not:
-how it is carried out (design 2, "run"). Holds no training and starts no process.
+The id is a digest of recipe (with its seed), trainset, its pixels if they are read, mask plan and repeat. How the run
+is carried out (ExecutionConfig) is in no digest and may change between attempts.
 """
 
-import dataclasses
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from storage.errors import ConflictError, RefusedError, UpstreamError
 from storage.locks import locked_or_holder
 from storage.root import DataRoot
 
-ID_DIGITS = 12  # design 2, "run"
+ID_DIGITS = 12  # our choice: 48 bits, short enough for a path and a command line
 CONFIG = "config.json"
 
 
@@ -44,7 +43,7 @@ class Run:
 
     @property
     def identity(self) -> Identity:
-        """What every checkpoint of this run carries."""
+        """What every checkpoint of this run records, and is compared with on resume."""
         return Identity(self.id, self.recipe.digest(), self.trainset, self.mask_plan)
 
     @property
@@ -66,8 +65,8 @@ class Run:
 
 def run_id(recipe: RecipeConfig, trainset: str, mask_plan: str, repeat: int = 0, pixels: str | None = None) -> str:
     """First 12 hex digits of the digest of what is trained, on what, with which masks, and which repeat of it."""
-    said = {"what": recipe.digest(), "trainset": trainset, "mask_plan": mask_plan, "repeat": repeat}
-    return digest(said if pixels is None else said | {"pixels": pixels})[:ID_DIGITS]
+    inputs = {"what": recipe.digest(), "trainset": trainset, "mask_plan": mask_plan, "repeat": repeat}
+    return digest(inputs if pixels is None else inputs | {"pixels": pixels})[:ID_DIGITS]
 
 
 def plan_run(
@@ -80,20 +79,20 @@ def plan_run(
     overrides: Sequence[str],
     pixels: str | None = None,
 ) -> Run:
-    """The run that these inputs make, whether or not it has begun."""
+    """The run of these inputs, whether or not it has begun."""
     name = run_id(recipe, trainset, mask_plan, repeat, pixels)
     folder = Path(root.run(recipe.name, name))
     return Run(name, folder, recipe, how, trainset, mask_plan, repeat, tuple(overrides), pixels)
 
 
 def write_run(run: Run) -> None:
-    """Publish config.json. What a run is never changes; how it is carried out may, between attempts."""
+    """Publish config.json; `how` may differ from an earlier attempt's. Raises RefusedError if its identity differs."""
     if (run.folder / CONFIG).is_file():
         there = open_run(run.folder)
         if there.identity != run.identity:
             raise RefusedError(
                 f"{run.folder / CONFIG} describes another run: {there.identity} instead of {run.identity}; "
-                "somebody edited it: restore it, or remove the folder"
+                "the file was edited: restore it, or remove the folder"
             )
     atomic.publish_json(
         str(run.folder / CONFIG),
@@ -117,7 +116,7 @@ def write_run(run: Run) -> None:
 
 
 def open_run(folder: Path) -> Run:
-    """Read config.json. Raises UpstreamError where it is missing, ConfigError where it is not understood."""
+    """Read config.json. Raises UpstreamError if it is missing, ConfigError if it is not valid."""
     path = folder / CONFIG
     if not path.is_file():
         raise UpstreamError(f"{path} does not exist: there is no such run; `nextvid make pretrain` makes one")
@@ -133,13 +132,8 @@ def open_run(folder: Path) -> Run:
         values["mask_plan"],
         values["repeat"],
         tuple(values["overrides"]),
-        values.get("pixels"),
+        values["pixels"],
     )
-
-
-def with_how(run: Run, how: ExecutionConfig) -> Run:
-    """The same run, carried out differently."""
-    return dataclasses.replace(run, how=how)
 
 
 @contextmanager
@@ -154,7 +148,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def find_run(project: Project, recipe: str, run: str | None = None) -> Run:
-    """The run named, else the recipe's last complete one without overrides. Raises UpstreamError."""
+    """The run named, else the recipe's newest complete one without overrides. Raises UpstreamError."""
     name = run or atomic.read_json(project.root.latest_run(recipe))["run"]
     found = open_run(Path(project.root.run(recipe, name)))
     if found.newest_step() != found.recipe.steps:

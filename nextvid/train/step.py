@@ -1,13 +1,9 @@
-"""One optimiser step: reference features once, one backward a mask strategy, clip, step, EMA (method.md 4, 7.4).
+"""One optimiser step: reference features, losses by mask strategy, clip, step, moving average (docs/method.md 4, 7.4).
 
-Holds the trained state and what happens to it in a step. It reads no files and decides no schedule: rates and copies
-follow from the step number, noise from draw numbers. A step whose gradient is not finite changes nothing.
-
-How the model's blocks are carried out: recomputed in backward, compiled one by one. What they compute stays.
-
-Both are switches of ExecutionConfig and change no parameter's name, so that checkpoints, the average and the optimiser
-meet the model as it is. Recomputing goes around what is compiled: torch.compile does not look into a checkpoint from
-outside. It holds no mathematics.
+Rates and copies follow from the step number, noise from draw numbers. A step whose gradient is not finite changes
+nothing. Blocks can be compiled one by one and recomputed in backward (ExecutionConfig): neither changes results or
+parameter names, so checkpoints, average and optimiser need not know. Recomputing goes around the compiled block, since
+torch.compile does not look inside a checkpoint.
 """
 
 import math
@@ -27,8 +23,7 @@ from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import Losses, NExTVid
 from nextvid.model.reference import ema_update, reference_encoder, reference_features
 from nextvid.train.batch import Batch, encoder_tokens, flow_targets
-from nextvid.train.distributed import Ranks
-from nextvid.train.fsdp import cut
+from nextvid.train.distributed import Ranks, apply_fsdp
 from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, trained_modules
 
 PLAIN = ExecutionConfig()  # nothing recomputed, compiled or folded
@@ -36,7 +31,7 @@ PLAIN = ExecutionConfig()  # nothing recomputed, compiled or folded
 
 @dataclass
 class Trained:
-    """What training changes. `wrapped` is the model with averaged gradients (DDP), or the model itself, cut or not."""
+    """What training changes. `wrapped` is the model under DDP, else the model itself."""
 
     recipe: RecipeConfig
     how: ExecutionConfig
@@ -47,14 +42,14 @@ class Trained:
     optimizer: torch.optim.AdamW
 
     @property
-    def cut(self) -> bool:
-        """Whether every rank holds a share of it (FSDP2)."""
+    def fsdp(self) -> bool:
+        """Whether FSDP2 cut the model over the ranks."""
         return isinstance(self.model, FSDPModule)
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """Numbers of one step; tensors stay on their device until somebody logs them."""
+    """Numbers of one step; tensors stay on their device until they are logged."""
 
     losses: dict[str, Tensor]  # `align/<strategy>`, `flow/<strategy>`: unweighted means over this rank's clips
     norms: dict[str, Tensor]  # by module, before clipping
@@ -63,7 +58,7 @@ class Stepped:
 
 
 def build_model(recipe: RecipeConfig) -> NExTVid:
-    """The model as the recipe's seed initialises it; torch's global generator is left as it was."""
+    """The model, initialised from the recipe's seed; torch's global generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return NExTVid(recipe)
@@ -75,8 +70,8 @@ def build(recipe: RecipeConfig, ranks: Ranks, how: ExecutionConfig = PLAIN) -> T
     reference = reference_encoder(model.encoder)
     carry_out(model, how)
     if how.shard and ranks.count > 1:
-        cut(model, blocks_of(model), ranks.device, trained=True)
-        cut(reference, reference.blocks.children(), ranks.device, trained=False)
+        apply_fsdp(model, blocks_of(model), ranks.device, trained=True)
+        apply_fsdp(reference, reference.blocks.children(), ranks.device, trained=False)
         return Trained(recipe, how, ranks, model, model, reference, build_optimizer(model, recipe.optim))
     partial = min(recipe.losses.align, recipe.losses.flow) <= 0  # ablations leave a part without gradients
     return Trained(
@@ -85,14 +80,14 @@ def build(recipe: RecipeConfig, ranks: Ranks, how: ExecutionConfig = PLAIN) -> T
 
 
 def autocast(recipe: RecipeConfig, device: torch.device) -> AbstractContextManager[None]:
-    """bf16 over fp32 master weights on a GPU, fp32 on the CPU (design 8)."""
+    """bf16 over fp32 weights on a GPU if the recipe says so; fp32 on the CPU."""
     if recipe.precision == "bf16" and device.type == "cuda":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
 def take_step(trained: Trained, batch: Batch, step: int, micro_batch: int) -> Stepped:
-    """Train on this rank's share of one global batch, `micro_batch` clips at a time (0: all at once)."""
+    """Train on this rank's clips of one global batch, `micro_batch` at a time (0: all at once)."""
     recipe, optimizer = trained.recipe, trained.optimizer
     now = rates(recipe.stages, recipe.optim.shape, step)
     set_rates(optimizer, now)
@@ -112,7 +107,7 @@ def take_step(trained: Trained, batch: Batch, step: int, micro_batch: int) -> St
 
 
 def _backward(trained: Trained, part: Batch, step: int, share: float, last: bool) -> dict[str, Tensor]:
-    """Gradients of one micro-batch, one strategy after the other; averaged over ranks with the very last one."""
+    """Gradients of one micro-batch, strategy by strategy; the very last backward averages them over ranks."""
     recipe = trained.recipe
     copies = recipe.stages[stage_at(recipe.stages, step)[0]].tau_copies
     key = NoiseKey(recipe.seed, step, part.draws)
@@ -137,28 +132,25 @@ def _backward(trained: Trained, part: Batch, step: int, share: float, last: bool
 
 def means(losses: dict[str, float]) -> dict[str, float]:
     """`align` and `flow`, each the mean over its strategies; NaN where the recipe has no such loss."""
-    return {
-        kind: _mean([value for name, value in losses.items() if name.startswith(f"{kind}/")])
-        for kind in ("align", "flow")
-    }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    found = {}
+    for kind in ("align", "flow"):
+        values = [value for name, value in losses.items() if name.startswith(f"{kind}/")]
+        found[kind] = sum(values) / len(values) if values else math.nan
+    return found
 
 
 def blocks_of(model: NExTVid) -> list[nn.Module]:
-    """Blocks of encoder, predictor and decoder, as far as the recipe has them."""
+    """All blocks of encoder, predictor and decoder that the recipe has."""
     parts: tuple[nn.Module | None, ...] = (model.encoder, model.predictor, model.decoder)
     return [block for part in parts if part is not None for block in part.get_submodule("blocks").children()]
 
 
 def carry_out(model: NExTVid, how: ExecutionConfig, backend: str = "inductor") -> None:
-    """Change every block in place as `how` says. `backend` is torch.compile's."""
+    """Compile and recompute every block, in place, as `how` says. `backend` is torch.compile's."""
     for block in blocks_of(model):
         forward = block.forward
         if how.compile:
             forward = torch.compile(forward, fullgraph=True, backend=backend)
-        if how.recompute_blocks:  # no random numbers are drawn inside a block, so none need to be remembered
+        if how.recompute_blocks:  # blocks draw no random numbers, so their state need not be kept
             forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         block.forward = forward

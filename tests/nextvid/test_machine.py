@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.machine import VISIBLE, leased, visible
+from nextvid.machine import VISIBLE, leased_gpus, visible_gpus
 from storage.errors import RefusedError
 
 HOLDER = """
 import time
-from nextvid.machine import leased
-with leased(1, "auto") as given:
+from nextvid.machine import leased_gpus
+with leased_gpus(1, "auto") as given:
     print(given["CUDA_VISIBLE_DEVICES"], flush=True)
     time.sleep(60)
 """
@@ -28,18 +28,21 @@ def _two_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_runs_never_share_a_device() -> None:
-    with leased(1, "cuda") as first, leased(1, "auto") as second:
+    with leased_gpus(1, "cuda") as first, leased_gpus(1, "auto") as second:
         assert (first, second) == ({VISIBLE: "4"}, {VISIBLE: "GPU-abc"})
-        with pytest.raises(RefusedError, match=f"0 of 2 are free.*4 \\(process {os.getpid()}\\)"), leased(1, "cuda"):
+        with (
+            pytest.raises(RefusedError, match=f"0 of 2 are free.*4 \\(process {os.getpid()}\\)"),
+            leased_gpus(1, "cuda"),
+        ):
             pass
-    with leased(2, "cuda") as both:
+    with leased_gpus(2, "cuda") as both:
         assert both == {VISIBLE: "4,GPU-abc"}
 
 
 def test_too_many_ranks_hold_nothing() -> None:
-    with pytest.raises(RefusedError, match="3 GPUs are asked for and 2 of 2 are free"), leased(3, "cuda"):
+    with pytest.raises(RefusedError, match="3 GPUs are asked for and 2 of 2 are free"), leased_gpus(3, "cuda"):
         pass
-    with leased(2, "cuda"):
+    with leased_gpus(2, "cuda"):
         pass
 
 
@@ -48,11 +51,11 @@ def test_a_killed_run_gives_its_device_back() -> None:
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == b"4\n"
-    with leased(1, "cuda") as given:
+    with leased_gpus(1, "cuda") as given:
         assert given == {VISIBLE: "GPU-abc"}
     process.kill()
     process.wait()
-    with leased(2, "cuda"):
+    with leased_gpus(2, "cuda"):
         pass
 
 
@@ -61,31 +64,31 @@ def test_a_place_that_somebody_else_prepared_is_refused(tmp_path: Path) -> None:
     precious.write_text("mine")
     folder.mkdir()
     (folder / "4.lock").symlink_to(precious)
-    with pytest.raises(OSError, match="symbolic link"), leased(1, "cuda"):
+    with pytest.raises(OSError, match="symbolic link"), leased_gpus(1, "cuda"):
         pass
     (folder / "4.lock").unlink()
     folder.rmdir()
     folder.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(RefusedError, match="is not a folder of this user"), leased(1, "cuda"):
+    with pytest.raises(RefusedError, match="is not a folder of this user"), leased_gpus(1, "cuda"):
         pass
     assert precious.read_text() == "mine"
 
 
 def test_the_place_is_this_user_s_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with leased(1, "cuda"):
+    with leased_gpus(1, "cuda"):
         assert (tmp_path / f"nextvid-devices-{os.getuid()}").stat().st_mode & 0o777 == 0o700
     other = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: other)
     (tmp_path / f"nextvid-devices-{os.getuid()}").mkdir()  # ours, and so not that user's
-    with pytest.raises(RefusedError, match="is not a folder of this user"), leased(1, "cuda"):
+    with pytest.raises(RefusedError, match="is not a folder of this user"), leased_gpus(1, "cuda"):
         pass
 
 
 def test_a_run_on_cpu_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    with leased(9, "cpu") as given:
+    with leased_gpus(9, "cpu") as given:
         assert given == {}
     monkeypatch.setenv(VISIBLE, "")
-    assert visible() == []
-    with leased(9, "auto") as given:
+    assert visible_gpus() == []
+    with leased_gpus(9, "auto") as given:
         assert given == {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextvid.model.decoder import FlowDecoder, Place, TimeEmbedding, sinusoid
+from nextvid.model.decoder import FlowDecoder, Positions, TimeEmbedding, sinusoid
 from nextvid.model.encoder import all_ids
 from tests.nextvid.model.tiny import CELLS, TUBELETS, tiny_model, tiny_recipe
 
@@ -18,26 +18,26 @@ def decoder(trained: bool = True) -> FlowDecoder:
     return found
 
 
-def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Place]:
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Positions]:
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(CLIPS, FRAMES * CELLS, 32, generator=generator)
     noisy = torch.randn(COPIES, CLIPS, FRAMES, CELLS, CHANNELS, generator=generator)
     tau = torch.rand(COPIES, CLIPS, FRAMES, generator=generator)
     queries = all_ids(FRAMES, CELLS) + CELLS
-    return z, noisy, tau, Place(queries, queries, FRAMES)
+    return z, noisy, tau, Positions(queries, queries, FRAMES)
 
 
 @pytest.mark.parametrize("where", [(0, 0, 0), (2, 1, 2), (1, 0, 1)])
 @pytest.mark.parametrize("what", ["noisy", "tau"])
 def test_trap_22_a_sequence_is_one_tubelet_of_one_clip_and_copy(where: tuple[int, int, int], what: str) -> None:
     model = decoder()
-    z, noisy, tau, place = inputs()
-    before = model(z, noisy, tau, place)
+    z, noisy, tau, positions = inputs()
+    before = model(z, noisy, tau, positions)
     if what == "noisy":
         noisy[where] += 1.0
     else:
         tau[where] = 1.0 - tau[where]
-    after = model(z, noisy, tau, place)
+    after = model(z, noisy, tau, positions)
     changed = (before != after).flatten(3).any(dim=-1)
     expected = torch.zeros(COPIES, CLIPS, FRAMES, dtype=torch.bool)
     expected[where] = True
@@ -46,29 +46,29 @@ def test_trap_22_a_sequence_is_one_tubelet_of_one_clip_and_copy(where: tuple[int
 
 def test_condition_of_a_tubelet_reaches_its_own_copies_only() -> None:
     model = decoder()
-    z, noisy, tau, place = inputs()
-    before = model(z, noisy, tau, place)
+    z, noisy, tau, positions = inputs()
+    before = model(z, noisy, tau, positions)
     z[1, CELLS : 2 * CELLS] += 1.0
-    changed = (before != model(z, noisy, tau, place)).flatten(3).any(dim=-1)
+    changed = (before != model(z, noisy, tau, positions)).flatten(3).any(dim=-1)
     assert changed[:, 1, 1].all()
     assert int(changed.sum()) == COPIES
 
 
 def test_tokens_of_a_tubelet_see_each_other() -> None:
     model = decoder()
-    z, noisy, tau, place = inputs()
-    before = model(z, noisy, tau, place)
+    z, noisy, tau, positions = inputs()
+    before = model(z, noisy, tau, positions)
     noisy[0, 0, 0, 3] += 1.0
-    changed = (before != model(z, noisy, tau, place))[0, 0, 0].any(dim=-1)
+    changed = (before != model(z, noisy, tau, positions))[0, 0, 0].any(dim=-1)
     assert changed.all()
 
 
 def test_temporal_rotation_cancels_inside_a_tubelet() -> None:
     """Method.md 5: ids of tubelet 1 serve every tubelet."""
     model = decoder()
-    z, noisy, tau, place = inputs()
-    later = Place(place.query_ids + 7 * CELLS, place.context_ids, FRAMES)
-    assert torch.allclose(model(z, noisy, tau, place), model(z, noisy, tau, later), atol=1e-5)
+    z, noisy, tau, positions = inputs()
+    later = Positions(positions.query_ids + 7 * CELLS, positions.context_ids, FRAMES)
+    assert torch.allclose(model(z, noisy, tau, positions), model(z, noisy, tau, later), atol=1e-5)
 
 
 def test_own_ids_in_each_clip() -> None:
@@ -78,17 +78,17 @@ def test_own_ids_in_each_clip() -> None:
     ids = torch.tensor([[1, 4, 6], [0, 7, 11]])
     noisy, z = noisy[..., :3, :], z.unflatten(1, (FRAMES, CELLS))[:, :, :3].flatten(1, 2)
     queries = (torch.arange(1, TUBELETS)[None, :, None] * CELLS + ids[:, None]).flatten(1)
-    together = model(z, noisy, tau, Place(queries, queries, FRAMES))
+    together = model(z, noisy, tau, Positions(queries, queries, FRAMES))
     for row in range(CLIPS):
         own = slice(row, row + 1)
-        place = Place(queries[own], queries[own], FRAMES)
-        assert torch.allclose(together[:, own], model(z[own], noisy[:, own], tau[:, own], place), atol=1e-5)
+        positions = Positions(queries[own], queries[own], FRAMES)
+        assert torch.allclose(together[:, own], model(z[own], noisy[:, own], tau[:, own], positions), atol=1e-5)
 
 
 def test_zero_start_and_linear_concat() -> None:
     model = decoder(trained=False)
-    z, noisy, tau, place = inputs()
-    assert not model(z, noisy, tau, place).any()
+    z, noisy, tau, positions = inputs()
+    assert not model(z, noisy, tau, positions).any()
     weight = torch.cat((model.embed_condition.weight, model.embed_noisy.weight), dim=1).detach()
     bound = (6 / sum(weight.shape)) ** 0.5  # Xavier-uniform of the one layer on concatenated channels
     assert float(weight.abs().max()) <= bound

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextvid.model.decoder import Place
-from nextvid.model.incremental import Onward, Past
+from nextvid.model.decoder import Positions
+from nextvid.model.incremental import IncrementalPredictor, KeyValueCache
 from nextvid.model.nextvid import Conditioned, NExTVid
 from nextvid.model.tokens import gather_tokens, tube_ids
 from tests.nextvid.model.tiny import CELLS, TUBELETS, clip, s_model, tiny_model, tiny_recipe
@@ -26,9 +26,9 @@ def anew(model: NExTVid, tokens: Tensor, cells: Tensor, known: int) -> Condition
     """The slow way: encode tubelets 0..known-1 and keep of all predictions that of tubelet `known`."""
     ids = tube_ids(cells, known, CELLS)
     seen = model.condition(gather_tokens(tokens, ids), ids, known)
-    place = Place(seen.place.query_ids[:, -CELLS:], seen.place.context_ids, frames=1)
+    positions = Positions(seen.positions.query_ids[:, -CELLS:], seen.positions.context_ids, frames=1)
     condition = seen.condition if seen.z is None else seen.condition[:, -CELLS:]
-    return Conditioned(None if seen.z is None else seen.z[:, -CELLS:], condition, place, frames=1)
+    return Conditioned(None if seen.z is None else seen.z[:, -CELLS:], condition, positions, frames=1)
 
 
 def some_cells(kept: int) -> Tensor:
@@ -45,11 +45,11 @@ def test_kept_equals_anew(kind: str, kept: int, dtype: torch.dtype) -> None:
     tokens, cells = clip(model.recipe)[0].to(dtype), some_cells(kept)
     noisy = torch.randn(1, 2, 1, CELLS, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
     tau = torch.full((1, 2, 1), 0.3)
-    onward = Onward(model)
+    predictor = IncrementalPredictor(model)
     for known in range(1, TUBELETS):
         own = tokens[:, (known - 1) * CELLS : known * CELLS]
-        kept_on, slow = onward.predict(gather_tokens(own, cells), cells), anew(model, tokens, cells, known)
-        assert torch.equal(kept_on.place.query_ids, slow.place.query_ids)
+        kept_on, slow = predictor.predict(gather_tokens(own, cells), cells), anew(model, tokens, cells, known)
+        assert torch.equal(kept_on.positions.query_ids, slow.positions.query_ids)
         torch.testing.assert_close(kept_on.condition, slow.condition, rtol=0, atol=TOLERANCE[dtype])
         fast, wanted = (model.velocity(seen, noisy, tau).detach() for seen in (kept_on, slow))
         assert float(wanted.std()) > 0.1
@@ -60,19 +60,19 @@ def test_a_tubelet_costs_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None
     model = tiny_model()
     counted: list[int] = []
     model.encoder.blocks[0].register_forward_hook(lambda _, given, __: counted.append(given[0].shape[1]))
-    tokens, onward = clip(model.recipe)[0], Onward(model)
+    tokens, predictor = clip(model.recipe)[0], IncrementalPredictor(model)
     for t in range(3):
-        onward.predict(tokens[:, t * CELLS : (t + 1) * CELLS], torch.arange(CELLS).expand(2, -1))
+        predictor.predict(tokens[:, t * CELLS : (t + 1) * CELLS], torch.arange(CELLS).expand(2, -1))
     assert counted == [CELLS] * 3
 
 
 def test_queries_of_the_joint_predictor_are_not_kept() -> None:
     q, k, v = torch.randn(3, 1, 1, 5, 4, generator=torch.Generator().manual_seed(0))
-    past = Past()
+    past = KeyValueCache()
     first = past.attend_joint(q, k, v, context=2)
     changed = k.clone()
     changed[:, :, 2:] += 1.0  # keys of queries, which only they themselves see
-    other = Past()
+    other = KeyValueCache()
     other.attend_joint(q, changed, v, context=2)
     assert torch.equal(past.attend(q, k, v), other.attend(q, k, v))
     scores = torch.softmax(q[0, 0, 3] @ torch.cat((k[0, 0, :2], k[0, 0, 3:4])).T / 2, dim=-1)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe
-from nextvid.model.decoder import Place
+from nextvid.model.decoder import Positions
 from nextvid.model.encoder import Encoder
 from nextvid.model.flow import draw_flow
 from nextvid.model.nextvid import Losses, NExTVid, hidden_cells, strategy_names
@@ -128,10 +128,10 @@ class Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[tuple[Tensor, Tensor, Tensor, Place]] = []
+        self.asked: list[tuple[Tensor, Tensor, Tensor, Positions]] = []
 
-    def forward(self, condition: Tensor, noisy: Tensor, tau: Tensor, place: Place) -> Tensor:
-        self.asked.append((condition, noisy, tau, place))
+    def forward(self, condition: Tensor, noisy: Tensor, tau: Tensor, positions: Positions) -> Tensor:
+        self.asked.append((condition, noisy, tau, positions))
         return torch.zeros_like(noisy)
 
 
@@ -144,15 +144,15 @@ def test_trap_16_predictions_features_and_targets_stand_at_the_same_ids() -> Non
     tokens, _ = clip(recipe)
     targets = torch.arange(TUBELETS * CELLS, dtype=torch.float32).view(1, TUBELETS, CELLS, 1).expand(2, -1, -1, 10)
     model(tokens, targets, features(model, tokens), visible(), key(), 3)
-    for strategy, (condition, noisy, tau, place) in enumerate(recorder.asked):
+    for strategy, (condition, noisy, tau, positions) in enumerate(recorder.asked):
         draws = draw_flow(key(), strategy, range(3), (FRAMES, CELLS, 10), recipe.losses, torch.device("cpu"))
         assert torch.equal(draws.tau, tau)
         used = tau > 0.05
         undone = ((noisy - (1 - tau[..., None, None]) * draws.noise) / tau[..., None, None])[used]
-        expected = place.query_ids[0].view(FRAMES, CELLS, 1).expand(3, 2, FRAMES, CELLS, 10)[used]
+        expected = positions.query_ids[0].view(FRAMES, CELLS, 1).expand(3, 2, FRAMES, CELLS, 10)[used]
         assert torch.allclose(undone, expected.float(), atol=1e-2)
         assert condition.shape == (2, FRAMES * CELLS, 32)
-    z = model._see(tokens, visible()[0])[0].z
+    z = model._encode_and_predict(tokens, visible()[0])[0].z
     assert z is not None
     assert not model._align(z, z, all_query_ids())
 
@@ -364,7 +364,7 @@ def test_masked_support_asks_at_hidden_cells_alone() -> None:
     model = tiny_model(recipe)
     tokens, targets = clip(recipe)
     ids, y = visible(), features(model, tokens)
-    seen, queries = model._see(tokens, ids[0])
+    seen, queries = model._encode_and_predict(tokens, ids[0])
     assert seen.z is not None
     for row in range(2):
         assert not set((queries[row] % CELLS).tolist()) & set((ids[0][row] % CELLS).tolist())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.train.events import NAME, EventLog, read_events
+from nextvid.train.events import NAME, Event, EventLog, mean_speeds, read_events
 from storage.errors import DamagedError, UpstreamError
 
 
@@ -64,3 +64,13 @@ def test_foreign_text_is_named(tmp_path: Path) -> None:
 def test_no_run_no_events(tmp_path: Path) -> None:
     with pytest.raises(UpstreamError, match="not begun"):
         read_events(tmp_path)
+
+
+def test_mean_speeds_are_of_step_events_and_of_mfu_where_it_is_known() -> None:
+    events: list[Event] = [
+        {"kind": "start", "step_s": 9.0},
+        {"kind": "step", "step_s": 1.0, "wait_share": 0.0},
+        {"kind": "step", "step_s": 3.0, "wait_share": 0.5, "mfu": 0.25},
+    ]
+    assert mean_speeds(events) == {"step_s": 2.0, "wait_share": 0.25, "mfu": 0.25}
+    assert mean_speeds(events[:1]) == {}

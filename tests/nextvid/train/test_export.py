@@ -87,7 +87,7 @@ def test_frames_go_through_the_autoencoder_that_made_the_latents(tmp_path: Path)
 def test_another_autoencoder_is_not_carried_and_frames_are_refused(project: Project, tmp_path: Path) -> None:
     folder = _export(project, tmp_path / "encoder", str(_tiny_autoencoder(tmp_path / "other")))
     assert not (folder / "autoencoder").exists()
-    with pytest.raises(RefusedError, match="holds no autoencoder"):
+    with pytest.raises(RefusedError, match="has no autoencoder"):
         load_encoder(folder)(torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8))
 
 
@@ -114,11 +114,11 @@ def test_what_cannot_be_opened_says_why(project: Project, tmp_path: Path) -> Non
         said = json.loads(text)
         del (said if key in said else said["encoding"])[key]
         config.write_text(json.dumps(said))
-        with pytest.raises(ConfigError, match=f"does not say '{key}': export the run again"):
+        with pytest.raises(ConfigError, match=f"'{key}' is missing: export the run again"):
             load_encoder(folder)
     for elsewhere in ("../autoencoder", "/etc", "."):
         config.write_text(json.dumps(json.loads(text) | {"autoencoder": elsewhere}))
-        with pytest.raises(ConfigError, match="the autoencoder stands in 'autoencoder'"):
+        with pytest.raises(ConfigError, match="the autoencoder must be in 'autoencoder'"):
             load_encoder(folder)
     config.write_text(text)
     (folder / "model.safetensors").write_bytes(b"cos\nsystem\n(S'true'\ntR.")

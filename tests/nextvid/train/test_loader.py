@@ -155,13 +155,13 @@ class _Noted:
     def will_need(self, drawn: Drawn) -> None:
         self.notes.append(("hint", drawn.first // 4))
 
-    def place(self, clips: int, frames: int) -> None:
+    def memory(self, clips: int, frames: int) -> None:
         pass
 
-    def fill(self, drawn: Drawn, place: None) -> None:
+    def fill(self, drawn: Drawn, memory: None) -> None:
         self.notes.append(("fill", drawn.first // 4))
 
-    def deliver(self, drawn: Drawn, place: None) -> torch.Tensor:
+    def deliver(self, drawn: Drawn, memory: None) -> torch.Tensor:
         self.notes.append(("deliver", drawn.first // 4))
         return torch.empty(4, 0)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nextvid.train import step as step_module
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import read_events
 from nextvid.train.loop import train
-from nextvid.train.run import Run, open_run, run_lock, with_how, write_run
+from nextvid.train.run import Run, open_run, run_lock, write_run
 from storage.errors import ConflictError, DamagedError, RefusedError
 from tests.factories import flip
 from tests.nextvid.train.corpus import begin, make_project, tiny_spec, write_trainset
@@ -205,7 +206,7 @@ def test_three_steps_that_are_not_finite_stop_the_run(project: Project, monkeypa
 
 
 def test_skips_in_a_row_are_counted_across_a_resumption(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = with_how(begin(project), HOW.model_copy(update={"checkpoint_every_steps": 1}))
+    run = replace(begin(project), how=HOW.model_copy(update={"checkpoint_every_steps": 1}))
     poison(monkeypatch, {1, 2, 3})
     _train_until(monkeypatch, 3, project, run)
     with pytest.raises(RefusedError, match="3 steps in a row"):

@@ -157,7 +157,7 @@ def test_ranks_share_each_batch(project: Project) -> None:
 
 @pytest.mark.parametrize("frames", [4, 8])
 def test_the_way_for_a_device_gives_the_same(project: Project, frames: int) -> None:
-    """The ring, its places used again and again, against the way for the host."""
+    """The ring, its buffers used again and again, against the way for the host."""
     recipe, trainset = pixel_recipe(), Trainset.open(project.root)
     pixels = frozen(project, recipe)
     reader = PixelReader(project.root, pixels.spec, trainset.batches)
@@ -166,9 +166,9 @@ def test_the_way_for_a_device_gives_the_same(project: Project, frames: int) -> N
     for first in range(0, 40, 4):
         drawn = order.drawn(frames, first, 4)
         staged.will_need(drawn)
-        place = staged.place(4, frames)
-        staged.fill(drawn, place)
-        for address, clip in zip(drawn.addresses, staged.deliver(drawn, place), strict=True):
+        memory = staged.memory(4, frames)
+        staged.fill(drawn, memory)
+        for address, clip in zip(drawn.addresses, staged.deliver(drawn, memory), strict=True):
             wanted = stored[row_id(address)]
             images += len(wanted) == 1
             np.testing.assert_array_equal(clip.numpy(), np.broadcast_to(wanted, clip.shape))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nextvid.config.project import Project
 from nextvid.train.latent_rows import StagedLatents
-from nextvid.train.ring import Leased, Place, Ring
+from nextvid.train.ring import Buffer, Leased, Ring
 from nextvid.trainset.order import Order
 from nextvid.trainset.trainset import Trainset
 from storage.reader import RowReader
@@ -38,23 +38,23 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return make_project(tmp_path_factory.mktemp("ring"))
 
 
-def test_a_place_is_written_again_only_after_its_copy(project: Project) -> None:
-    """Fills three batches through two places while the `device` has not finished to read the first."""
+def test_a_buffer_is_written_again_only_after_its_copy(project: Project) -> None:
+    """Fills three batches through two buffers while the `device` has not finished to read the first."""
     trainset, recipe = Trainset.open(project.root), tiny_recipe()
     reader = RowReader(project.root, trainset.spec, trainset.batches)
     rows = StagedLatents(reader, trainset, 1, 4 * 4, 2, ALONE.device)
     order = Order(trainset, recipe)
     shares = [order.drawn(4, first, 4) for first in (0, 4, 8)]
-    first = rows.place(4, 4)
+    first = rows.memory(4, 4)
     rows.fill(shares[0], first)
     bits = first[1].view(torch.int16)  # what an image leaves unwritten may be NaN
     before = bits.clone()
     copying = Copying()
     rows._ring.give(first[0], copying)
-    second = rows.place(4, 4)
+    second = rows.memory(4, 4)
     rows.fill(shares[1], second)  # no copy out of it yet: at once
     assert second[0] is not first[0]
-    third = rows.place(4, 4)
+    third = rows.memory(4, 4)
     assert third[0] is first[0]
     with ThreadPoolExecutor(1) as pool:
         filling = pool.submit(rows.fill, shares[2], third)
@@ -69,17 +69,17 @@ def test_a_place_is_written_again_only_after_its_copy(project: Project) -> None:
 
 
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 4))
-def test_a_ring_hands_out_each_place_once(turns: list[int], places: int) -> None:
-    ring = Ring(places, 8, torch.float16, pinned=False)
-    taken: list[Place] = []
+def test_a_ring_hands_out_each_buffer_once(turns: list[int], buffers: int) -> None:
+    ring = Ring(buffers, 8, torch.float16, pinned=False)
+    taken: list[Buffer] = []
     for turn in turns:
-        if turn % 2 == 0 and len(taken) < places:
+        if turn % 2 == 0 and len(taken) < buffers:
             taken.append(ring.take())
         elif taken:
             ring.give(taken.pop(turn % len(taken)), None)
-        assert len({place.memory.data_ptr() for place in taken}) == len(taken)
-    taken += [ring.take() for _ in range(places - len(taken))]  # none was lost
-    assert len({place.memory.data_ptr() for place in taken}) == places
+        assert len({buffer.memory.data_ptr() for buffer in taken}) == len(taken)
+    taken += [ring.take() for _ in range(buffers - len(taken))]  # none was lost
+    assert len({buffer.memory.data_ptr() for buffer in taken}) == buffers
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=40))
@@ -119,12 +119,12 @@ def test_what_a_graph_needs_for_its_gradient_stays() -> None:
 
 def test_a_place_whose_copy_is_over_is_taken_before_one_that_waits() -> None:
     ring = Ring(3, 8, torch.float16, pinned=False)
-    places = [ring.take() for _ in range(3)]
-    copies = [Copying() for _ in places]
-    for place, copying in zip(places, copies, strict=True):
-        ring.give(place, copying)
+    buffers = [ring.take() for _ in range(3)]
+    copies = [Copying() for _ in buffers]
+    for buffer, copying in zip(buffers, copies, strict=True):
+        ring.give(buffer, copying)
     copies[1].over.set()
-    assert [ring.take() for _ in range(3)] == [places[1], places[0], places[2]]
+    assert [ring.take() for _ in range(3)] == [buffers[1], buffers[0], buffers[2]]
 
 
 def test_memory_is_used_again() -> None:

@@ -1,6 +1,6 @@
 """Prints how far steps of a model cut over ranks, with recomputed and perhaps compiled blocks, are from plain steps.
 
-`torchrun --nproc-per-node 2 -m tests.nextvid.train.cut fp32|bf16 plain|compiled`. Both are taken here: plain ones by
+`torchrun --nproc-per-node 2 -m tests.nextvid.train.fsdp fp32|bf16 plain|compiled`. Both are taken here: plain ones by
 every rank alone on whole batches, the others by all ranks on shares. bf16 is autocast on the CPU, which training
 itself keeps for GPUs.
 """
@@ -14,8 +14,7 @@ import torch
 
 from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.train import step
-from nextvid.train.distributed import Ranks, join
-from nextvid.train.fsdp import whole
+from nextvid.train.distributed import Ranks, join, whole
 from tests.nextvid.train.tiny import ALONE, random_batch, tiny_recipe
 
 STEPS = 3

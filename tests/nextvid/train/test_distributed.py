@@ -15,9 +15,9 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint
+from nextvid.train.distributed import like, local, whole
 from nextvid.train.events import Event, read_events
 from nextvid.train.export import load_encoder
-from nextvid.train.fsdp import like, local, whole
 from nextvid.train.optim import build_optimizer
 from nextvid.train.pretrain import make_pretrain
 from nextvid.train.run import Run, open_run
@@ -99,7 +99,7 @@ BOUNDS = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (5e-3, 2e-2, 1e-3)}
 def test_a_cut_step_with_recomputed_and_compiled_blocks_is_the_plain_step(precision: str, blocks: str) -> None:
     """In processes without the checks of array shapes at run time, which dynamo cannot trace."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.nextvid.train.cut", precision, blocks]
+    command += ["-m", "tests.nextvid.train.fsdp", precision, blocks]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
