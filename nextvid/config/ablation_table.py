@@ -1,13 +1,13 @@
 """Which recipe is which row of the paper's ablation tables, as Markdown: `python -m nextvid.config.ablation_table`.
 
-Holds the rows with the paper's scores (ImageNet-1K / SSv2 at 15K steps; method.md 10). What differs from the base is
-read from the recipes. No scores of ours: those stand where they were measured.
+The paper's scores are ImageNet-1K / SSv2 at 15K steps (docs/method.md 10); what differs from the base is read from the
+recipes.
 """
 
 import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from nextvid.config.overrides import flat
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe
 
@@ -23,7 +23,7 @@ class Row(NamedTuple):
     recipe: str
 
 
-ROWS: tuple[Row, ...] = (  # method.md 10
+ROWS: tuple[Row, ...] = (  # docs/method.md 10
     Row("2", "r1: generation", "76.8 / 61.1", "ablation_gen_only"),
     Row("2", "r2: generation, isolated context", "75.0 / 58.7", "ablation_gen_isolated"),
     Row("2", "r2, second reading: with predictor", "75.0 / 58.7", "ablation_gen_predictor"),
@@ -61,20 +61,6 @@ holds: SigLIP2 and Cosmos need a trainset of an encoding by that network, target
 | table | row | paper | recipe | differs from `{BASE}` in |
 |---|---|---|---|---|
 """
-
-
-def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a dumped configuration with their paths, as overrides write them."""
-    match value:
-        case dict():
-            inside = value.items()
-        case list() if value and all(isinstance(item, dict) for item in value):
-            inside = {item["name"]: item for item in value}.items()
-        case _:
-            yield path, value
-            return
-    for key, item in inside:
-        yield from flat(item, f"{path}.{key}" if path else str(key))
 
 
 def differences(found: RecipeConfig, base: RecipeConfig) -> dict[str, Any]:

@@ -1,19 +1,19 @@
-"""The paper's ablations (Tab. 2-5, 11, 12; method.md 10), each a recipe that differs from its base in one switch.
+"""The paper's ablations (Tab. 2-5, 11, 12; docs/method.md 10), each a recipe that differs from its base in one switch.
 
 The base is ViT-B with latents as input, its schedule cut where the paper stops early: 15K of 132K steps, so warm-up and
-the first tenth of Stable1 (method.md 7.3), four noise levels a target. The paper ablates what is almost surely ViT-G,
-15 days of one GPU a row; ViT-B costs 3.2 TFLOP a clip, only a fifth more than ViT-S, since predictor and decoder weigh
-most in both (method.md 12). A switch is written as the overrides one could also type. Which row of which table a recipe
-is stands in ablation_table.py. It holds no sizes or rates of its own.
+the first tenth of Stable1 (docs/method.md 7.3), four noise levels a target. The paper's is almost surely ViT-G, 15 days
+of one GPU a row; ViT-B costs 3.2 TFLOP a clip, only a fifth more than ViT-S, since predictor and decoder weigh most in
+both (docs/method.md 12). A switch is written as the overrides that a user could type; ablation_table.py says which row
+of which table a recipe repeats.
 """
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.recipe import RecipeConfig
 
-EARLY_STOP = 15 / 132  # of all steps, method.md 7.3
+EARLY_STOP = 15 / 132  # of all steps, docs/method.md 7.3
 LATER_STOP = 30 / 132  # of all steps, the longer rows of Tab. 11
 COPIES = 4  # noise levels a target in the stages that are left, Tab. 8
-SIGLIP2_CHANNELS = 768  # width of SigLIP2 B/16, method.md 10
+SIGLIP2_CHANNELS = 768  # width of SigLIP2 B/16, docs/method.md 10
 COSMOS_CHANNELS = 16 * 2 * 2  # 16 channels at stride 8 (diffusers: AutoencoderKLCosmos), four cells to one of stride 16
 
 ABLATIONS: tuple[str, ...] = (
@@ -99,7 +99,7 @@ def gen_isolated(full: RecipeConfig) -> RecipeConfig:
 
 
 def gen_predictor(full: RecipeConfig) -> RecipeConfig:
-    """Tab. 2, row 2, read the other way: the base without alignment (method.md 14, 24)."""
+    """Tab. 2, row 2, read the other way: the base without alignment (docs/method.md 14, 24)."""
     return apply_overrides(full, ("losses.align=0",))
 
 
@@ -119,7 +119,7 @@ def full_pixels(full: RecipeConfig) -> RecipeConfig:
 
 
 def target_pixels(full: RecipeConfig) -> RecipeConfig:
-    """Tab. 3, pixel: 3 * 16 * 16 numbers a frame and cell; 384-wide decoders have a floor there (method.md 10)."""
+    """Tab. 3, pixel: 3 * 16 * 16 numbers a frame and cell; 384-wide decoders have a floor there (docs/method.md 10)."""
     return apply_overrides(full, ("losses.target=pixels", f"model.frame_channels={3 * full.model.patch**2}"))
 
 
@@ -129,7 +129,7 @@ def target_siglip2(full: RecipeConfig) -> RecipeConfig:
 
 
 def target_cosmos(full: RecipeConfig) -> RecipeConfig:
-    """Tab. 3, Cosmos: each frame takes the latent that covers it in time (method.md 14, 32)."""
+    """Tab. 3, Cosmos: each frame takes the latent that covers it in time (docs/method.md 14, 32)."""
     return apply_overrides(full, ("losses.target=cosmos", f"model.frame_channels={COSMOS_CHANNELS}"))
 
 

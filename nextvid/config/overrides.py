@@ -1,12 +1,12 @@
 """Overrides `key.path=value` of a recipe, or of how a run is carried out, as strict as any other configuration.
 
-Holds no recipe. Stages and mask strategies are addressed by name or number: `stages.warmup.steps=10`,
+Stages and mask strategies are addressed by name or number: `stages.warmup.steps=10`,
 `masks.strategies.0.budget=8`, `model.encoder.depth=6`. Values are JSON, or else text.
 """
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nextvid.config.recipe import ExecutionConfig, RecipeConfig
@@ -22,6 +22,21 @@ def apply_overrides(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeCon
 def apply_how(how: ExecutionConfig, overrides: Sequence[str]) -> ExecutionConfig:
     """The same for how a run is carried out: `device=cpu`, `checkpoint_every_steps=100`."""
     return _applied(how, overrides, f"how, with {', '.join(overrides)}")
+
+
+def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of JSON values with their paths as overrides write them: members of lists by name, else by number."""
+    match value:
+        case dict():
+            inside = [(str(key), item) for key, item in value.items()]
+        case list() if any(isinstance(item, dict) for item in value):
+            names = [item.get("name", at) if isinstance(item, dict) else at for at, item in enumerate(value)]
+            inside = [(str(name), item) for name, item in zip(names, value, strict=True)]
+        case _:
+            yield path, value
+            return
+    for key, item in inside:
+        yield from flat(item, f"{path}.{key}" if path else key)
 
 
 def _applied(config: Model, overrides: Sequence[str], where: str) -> Model:

@@ -1,7 +1,7 @@
 """Named, complete training configurations: functions that return recipes; every value cites its source.
 
-The paper's three models, scaled ones for one GPU and one day, each also with latents as encoder input, the demo, and by
-name the ablations (ablations.py). It holds no corpus and nothing of how a run is carried out.
+The paper's three models, scaled ones for one GPU and one day, each also with latents as encoder input, the demo's, and
+by name the ablations (ablations.py).
 """
 
 import difflib
@@ -28,8 +28,8 @@ PAPER_PEAK = 5e-4  # main learning rate, Tab. 8
 RATES = (0.2, 1.0, 0.9, 0.2, 0.002)  # main rate at the stages' edges over the peak, Tab. 8
 DECODER_RATES = (None, None, 1.6, 0.6)  # 8e-4 and 3e-4 over the peak, Tab. 8; None follows the main rate
 COOLDOWN_SPAN = 4  # cool-down clips are 4 times as long and a quarter as many, Tab. 8
-EMA_SHARE = 0.0101  # the average's horizon over all steps: 1333 of 132K, method.md 7.3
-EMA_SHORTEST = 100  # steps, method.md 7.3
+EMA_SHARE = 0.0101  # the average's horizon over all steps: 1333 of 132K, docs/method.md 7.3
+EMA_SHORTEST = 100  # steps, docs/method.md 7.3
 
 RECIPES: tuple[str, ...] = (
     "nextvid_l",
@@ -83,7 +83,7 @@ def nextvid_h() -> RecipeConfig:
 
 
 def nextvid_g() -> RecipeConfig:
-    """ViT-G, Tab. 7: width 1408 (the text's 1048 is a slip), MLP 48/11 of it (method.md 6.2)."""
+    """ViT-G, Tab. 7: width 1408 (the text's 1048 is a slip), MLP 48/11 of it (docs/method.md 6.2)."""
     return _paper("nextvid_g", EncoderConfig(depth=40, width=1408, heads=22, mlp_hidden=6144))
 
 
@@ -98,14 +98,14 @@ def nextvid_s() -> RecipeConfig:
 
 
 def latent(base: RecipeConfig) -> RecipeConfig:
-    """The same recipe with stored latents as encoder input; one cell of VA-VAE's stride 16 is one patch (design 5)."""
+    """The same recipe with stored latents as encoder input; one cell of VA-VAE's stride 16 is one patch."""
     encoder = base.model.encoder.model_copy(update={"input": "latents"})
     model = base.model.model_copy(update={"encoder": encoder})
     return base.model_copy(update={"name": f"{base.name}_latent", "model": model})
 
 
 def demo() -> RecipeConfig:
-    """The laptop recipe: design 8; research: demo, part 1 (1), with the average's 0.99 of part 2.
+    """The demo's recipe, for a laptop without a GPU (docs/demo.md).
 
     Masks are milder than the paper's, whose severity (15 and 4 of 64 cells) collapses at this length.
     """
@@ -134,7 +134,7 @@ def demo() -> RecipeConfig:
 
 
 def _paper(name: str, encoder: EncoderConfig) -> RecipeConfig:
-    """Tab. 8 as it stands."""
+    """The schedule of Tab. 8."""
     frames, batch = 16, PAPER_BATCH
     return RecipeConfig(
         name=name,
@@ -150,10 +150,10 @@ def _paper(name: str, encoder: EncoderConfig) -> RecipeConfig:
 
 
 def _one_day(name: str, encoder: EncoderConfig) -> RecipeConfig:
-    """The paper's recipe by the rules of method.md 7.3 for 33,000 steps of 256 clips.
+    """The paper's recipe by the rules of docs/method.md 7.3 for 33,000 steps of 256 clips.
 
     7.9 million clips, 9.9e18 FLOP for `nextvid_s` and 1.45e19 for `nextvid_b` (cost.py): a day at 115 and 167 TFLOP/s,
-    12 and 17 % of what one H100 has in bf16 (989, method.md 12). That is arithmetic, not a measurement.
+    12 and 17 % of what one H100 has in bf16 (989, docs/method.md 12). That is arithmetic, not a measurement.
     """
     steps, frames, batch = 33_000, 16, 256
     return RecipeConfig(
@@ -165,13 +165,13 @@ def _one_day(name: str, encoder: EncoderConfig) -> RecipeConfig:
             PAPER_PEAK * math.sqrt(batch / PAPER_BATCH),
             [frames, frames, frames, COOLDOWN_SPAN * frames],
             [batch, batch, batch, batch // COOLDOWN_SPAN],
-            [1, 1, 1, 1],  # four copies would be 63 to 76 % of the step of a small encoder, method.md 12
+            [1, 1, 1, 1],  # four copies would be 63 to 76 % of the step of a small encoder, docs/method.md 12
         ),
     )
 
 
 def scaled_ema(steps: int) -> float:
-    """The average's momentum whose horizon is the paper's share of the run (method.md 7.3)."""
+    """The average's momentum whose horizon is the paper's share of the run (docs/method.md 7.3)."""
     return 1.0 - 1.0 / max(EMA_SHORTEST, EMA_SHARE * steps)
 
 

@@ -53,7 +53,7 @@ def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
-    """Names of the fields of the model that stands at `path` inside `model`."""
+    """Names of the fields of the model at `path` inside `model`."""
     current: Any = model
     for part in path:
         annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else current

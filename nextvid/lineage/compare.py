@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextvid.config.ablation_table import flat
+from nextvid.config.overrides import flat
 from nextvid.config.project import Project
 from nextvid.lineage.trace import RunFacts, runs_of, scores_of
 from nextvid.train.run import CONFIG

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextvid.config.ablation_table import BASE, ROWS, differences, flat, markdown
+from nextvid.config.ablation_table import BASE, ROWS, differences, markdown
 from nextvid.config.ablations import ABLATIONS
-from nextvid.config.overrides import apply_overrides
+from nextvid.config.overrides import apply_overrides, flat
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe
 from nextvid.model.nextvid import strategy_names
