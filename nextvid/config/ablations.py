@@ -99,7 +99,7 @@ def gen_isolated(full: RecipeConfig) -> RecipeConfig:
 
 
 def gen_predictor(full: RecipeConfig) -> RecipeConfig:
-    """Tab. 2, row 2, read the other way: the base without alignment (docs/method.md 14, 24)."""
+    """Tab. 2, row 2, read the other way: the base without alignment (docs/method.md 14 row 24)."""
     return apply_overrides(full, ("losses.align=0",))
 
 
@@ -129,7 +129,7 @@ def target_siglip2(full: RecipeConfig) -> RecipeConfig:
 
 
 def target_cosmos(full: RecipeConfig) -> RecipeConfig:
-    """Tab. 3, Cosmos: each frame takes the latent that covers it in time (docs/method.md 14, 32)."""
+    """Tab. 3, Cosmos: each frame takes the latent that covers it in time (docs/method.md 14 row 32)."""
     return apply_overrides(full, ("losses.target=cosmos", f"model.frame_channels={COSMOS_CHANNELS}"))
 
 
