@@ -19,7 +19,6 @@ PATH = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-
 MODULE = re.compile(r"(?<![\w/.-])\w+\.py\b")
 DECISION = re.compile(r"docs/decisions/(\d{4})\b")
 ELSEWHERE = re.compile(r"(?<!docs/)\bmethod\.md|\bresearch\b|\bdesign(?:,? section|:)?,? \d|\b[Tt]he design\b")
-TO_BE_CLEANED = ("nextvid",)  # whose comments still cite pages that are kept elsewhere
 SECTIONS = re.compile(r"docs/method\.md ((?:\d+(?:\.\d+)?(?:, | and )?)+)")
 
 
@@ -87,8 +86,7 @@ def test_paths_that_are_named_exist(repository: Path) -> None:
 
 
 def test_nothing_outside_of_the_repository_is_cited(repository: Path) -> None:
-    files = [path for path in written(repository) if path.relative_to(repository).parts[0] not in TO_BE_CLEANED]
-    cited = {str(path): found for path in files if (found := ELSEWHERE.findall(prose(path)))}
+    cited = {str(path): found for path in written(repository) if (found := ELSEWHERE.findall(prose(path)))}
     assert cited == {}
     assert ELSEWHERE.findall("method.md 2, docs/method.md 2, design 4, research: vae, researchers") == [
         "method.md", "design 4", "research"

@@ -32,7 +32,7 @@ def frame_attention(
 ) -> Float[Tensor, "B h Q e"]:
     """Queries of block t attend the keys of blocks 0..t; queries and keys may differ in tokens per block.
 
-    `loop` is one unmasked call a block (0.57 to 0.64 of the dense mask's time, docs/performance.md), `dense` the slow
+    `loop` is one unmasked call a block (0.57 to 0.72 of the dense mask's time, docs/performance.md), `dense` the slow
     reference, `flash` the loop with flash-attn's kernel. Raises ConfigError if flash-attn is asked for and missing.
     """
     assert q.shape[2] % frames == 0, f"{q.shape[2]} queries are not {frames} equal blocks"

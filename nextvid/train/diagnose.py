@@ -15,8 +15,8 @@ from torch.nn.functional import layer_norm
 from nextvid.model.encoder import Encoder
 
 CLIPS = 48  # our choice
-ALARM_RATIO = 0.3  # of the rank at initialisation; healthy runs of the demo dip to .36 of it (our measurement) ...
-ALARM_AFTER = 0.25  # ... at a tenth of their steps, so the alarm begins after this share
+ALARM_RATIO = 0.3  # our choice: of the rank at initialisation; the demo's online encoder dips to .36 of it ...
+ALARM_AFTER = 0.25  # ... at a tenth of its steps, so the alarm begins after this share
 MAX_TOKENS = 16384  # our choice: enough for a covariance of width 1408, and small on any device
 
 

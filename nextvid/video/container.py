@@ -1,9 +1,8 @@
-"""An opened media file: which containers are let in, packets and frames with true times, upright pixels.
+"""An opened video file: allowed containers, packets, frames with true times, scaling to what is shown.
 
-Holds everything that touches PyAV's demuxer and decoder, for probe, decode and shots. Holds no choice of frames
-(decode.py) and no scores. Containers are an allow-list, so that playlists and network protocols never reach FFmpeg;
-error detection is that of research: video, 5 (7 of 9 silently damaged files caught, 0 of 5 clean ones flagged). Times
-are the file's own timestamps in integer microseconds; a file covers start_us to start_us + duration_us.
+All of PyAV's demuxing and decoding is here. Containers are an allow-list, so that playlists and network protocols never
+reach FFmpeg. Error detection caught 7 of 9 silently damaged files and flagged none of 5 clean ones (our measurement).
+Times are the file's own timestamps in integer microseconds; a file covers start_us to start_us + duration_us.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from storage.errors import MediaError
 
 # libavformat's demuxers of VIDEO_EXTENSIONS; everything else (hls, concat, sdp, image sequences, lavfi) is refused.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,h264,hevc,m4v,ivf"
-ERROR_DETECTION = "crccheck+bitstream+buffer"  # research video 5
+ERROR_DETECTION = "crccheck+bitstream+buffer"  # our measurement: module docstring
 STRICT = "+explode"  # every flaw is an error; after a seek into an open GOP missing references are no flaw of the file
 MICROSECONDS = 1_000_000
 BACK_OFF_US = 1_000_000  # first step of an earlier seek, doubled each time; keyframes are at most some seconds apart
@@ -56,7 +55,7 @@ def opened(path: Path, *, strict: bool) -> Iterator[tuple[InputContainer, VideoS
         if not isinstance(stream, VideoStream) or stream.time_base is None or stream.codec_context is None:
             raise MediaError("no_video", f"{path}: holds no video stream that can be decoded")
         stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1  # research video 3: one thread a worker
+        stream.codec_context.thread_count = 1  # a worker has one core
         stream.codec_context.options = {"err_detect": ERROR_DETECTION + (STRICT if strict else "")}
         yield container, stream
     except MemoryError:

@@ -1,9 +1,8 @@
-"""Times in, frames and their true times out; never frame indices.
+"""Frames of a video at given times, with their true times; frame indices are never used.
 
-Holds the choice of the frame for a time, the contract that the frame is near enough, and both decoders behind it. Holds
-no routing (probe.py says which decoder a file gets) and no scores. The frame of a time is the nearest; of two equally
-near (within a millisecond, the tick of Matroska) the earlier, so that both decoders agree: 30 fps sampled at 4 Hz meets
-such ties.
+The frame of a time is the nearest; of two equally near (within a millisecond, the tick of Matroska) the earlier, so
+that both decoders agree: 30 fps sampled at 4 Hz meets such ties. A frame that is not near enough is an error. The
+probe decides which decoder a file gets (probe.py).
 """
 
 import itertools
@@ -22,9 +21,11 @@ from storage.errors import MediaError
 
 Placed = tuple[int, int, UInt8[np.ndarray, "H W 3"]]  # (wanted time, actual time, frame)
 
-PAUSE_US = 500_000  # ours: no frame for longer is a pause, or a sequence of slides, whose pictures stay until the next
+PAUSE_US = (
+    500_000  # our choice: no frame for longer is a pause, or a sequence of slides, whose pictures stay until the next
+)
 TIE_US = 1_000  # Matroska's tick; decord's float32 seconds are better than this up to 4 hours
-JUMP_US = 5_000_000  # research video 7: GOPs of web video last 5 s; decoding over a shorter gap is cheaper than a seek
+JUMP_US = 5_000_000  # our measurement: GOPs of web video last 5 s; decoding over a shorter gap is cheaper than a seek
 DECORD_BATCH = 16  # frames a get_batch: bounds memory
 
 

@@ -1,7 +1,6 @@
-"""Source files as local files: decoders read paths, never URLs (design 6: no network protocols in a decode).
+"""Source files as local files: decoders read local paths and never open a URL.
 
-A local file stays where it is; a file of an object store is copied into a folder for the time it is read. Holds no
-decoding.
+A local file stays where it is; a file of an object store is copied into a folder while it is read.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,7 @@
 """Image files to upright RGB arrays, and animated WebP and PNG to frames with times.
 
-Holds what Pillow needs to be told: EXIF rotation, palettes, alpha, CMYK, 16 bits, bombs, truncation. Holds no scores
-and no choice of frames (decode.py). Alpha is laid over black, the colour of letterbox bars, so that a cut-out adds no
-pattern of its own.
+Pillow reads them, with rules for EXIF rotation, palettes, alpha, CMYK, deep greys, bombs and truncation. Alpha is laid
+over black, the colour of letterbox bars, so that a cut-out adds no pattern of its own.
 """
 
 import itertools

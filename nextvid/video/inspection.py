@@ -1,7 +1,6 @@
-"""What the sandbox does to a file before any clip is cut: identity and facts of one demux, then the first pass.
+"""What the sandbox does to a file before any clip is cut: its id and its facts, then the first pass.
 
-Imported by the sandbox's processes, so it holds no tables (polars would cost each process half a second). Facts are
-those of video/probe.py, shots those of video/shots.py.
+The sandbox's processes import this module, so it imports no tables: polars would cost each process half a second.
 """
 
 from dataclasses import dataclass

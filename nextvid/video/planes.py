@@ -1,9 +1,8 @@
 """Small pictures of a decoded frame, read from its YUV planes in place: thumbnails, grey pictures, previews.
 
-Holds the fast way from a frame to what detectors and scores look at. Holds no scores (quality.py), no detectors
-(transitions.py) and no frames for encoding (container.Scaler, which filters better). Four interpolated samples a pixel,
-averaged, cost less than half of swscale's area filter for a thumbnail (docs/performance.md); swscale is the reference
-that tests compare with, and the way of every pixel format other than the six below.
+Detectors and scores look at these. Four interpolated samples a pixel, averaged, cost less than half of swscale's area
+filter for a thumbnail (docs/performance.md); swscale is the reference that tests compare with, and reads every pixel
+format other than the six below. Frames for encoding go through container.Scaler, which filters better.
 """
 
 from dataclasses import dataclass

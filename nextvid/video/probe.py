@@ -1,8 +1,8 @@
 """Facts about a media file from one demux: container, codec, size, rate, times, hazards and the decoder to use.
 
-Holds the table of extensions and the routing rule (design 6; research: video, 1 and 4). Decodes no more than the first
-frame, the only place where PyAV shows the display rotation. Holds no scores and no frame access. Hazards are what makes
-decord return wrong frames without an error; a file that has one goes to PyAV.
+It decodes no more than the first frame, the only place where PyAV shows the display matrix. Hazards are what makes
+decord return wrong frames without an error; a file that has one goes to PyAV, and so does one whose index decord sees
+differently (docs/decisions/0035).
 """
 
 import importlib.util
@@ -31,18 +31,18 @@ VIDEO_EXTENSIONS = frozenset({
 # fmt: on
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 
-# Measured with 0 wrong frames, closed GOP (research video 4): what decord may read when no hazard is set.
+# What decord may read when no hazard is set: 0 wrong frames with closed groups (tests/nextvid/video/test_decode.py).
 DECORD_READS = frozenset({("mp4", "h264"), ("matroska", "h264"), ("matroska", "vp9")})
-HAZARD_CONTAINERS = frozenset({"avi", "mpegts", "mpeg", "flv"})  # design 6
-HAZARD_CODECS = frozenset({"hevc", "av1", "mpeg4"})  # design 6
-LOST_US, LOST_SHARE = 150_000, 0.02  # ours: our 22 clean Matroska files of one stream lack none
+HAZARD_CONTAINERS = frozenset({"avi", "mpegts", "mpeg", "flv"})  # wrong frames without an error in our tests
+HAZARD_CODECS = frozenset({"hevc", "av1", "mpeg4"})  # likewise
+LOST_US, LOST_SHARE = 150_000, 0.02  # our choice: our 22 clean Matroska files of one stream lack none
 HOLE_S = Fraction(
     1, 2
-)  # ours: no frame for this long, at a rate that should have had several, is a hole and not motion
-HOLE_FRAMES = 2.5  # ours: so that slow sequences (1 fps) have no holes
+)  # our choice: no frame for this long, at a rate that should have had several, is a hole and not motion
+HOLE_FRAMES = 2.5  # our choice: so that slow sequences (1 fps) have no holes
 MAX_ASPECT = 1000  # parts of a pixel's aspect as a fraction; MPEG-4 and H.264 have 1:1 to 160:99
 TIE_S = 1e-3  # Matroska's tick
-VFR_RATIO = 1.5  # research video 1: longest over median frame gap
+VFR_RATIO = 1.5  # our choice: longest over median frame gap
 
 
 @dataclass(frozen=True)

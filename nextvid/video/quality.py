@@ -1,7 +1,7 @@
 """Scores of a shot from frames sampled a few times a second: motion, freeze, light, blur, letterbox, perceptual hashes.
 
-Holds how a sample is measured and how samples of one shot become its scores. Holds no thresholds that decide on a shot
-(nextvid/corpus/cutting.py) and no cuts (transitions.py). Definitions and constants are those of research: video, 8.
+Scores decide nothing here: thresholds are applied when clips are cut (nextvid/corpus/cutting.py), so that a new one
+decodes nothing again.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from nextvid.video.display import Display
 from nextvid.video.pdq import pdq_hash
 from nextvid.video.planes import Look, Planes
 
-# Of the short side. Our measurement on 665 pairs of real frames: a third of the time of research video 8's 64 pixels,
+# Of the short side. Our measurement on 665 pairs of real frames: a third of the time of 64 pixels,
 # the scores correlate by 0.99 and their medians differ by 7 %.
 FLOW_SIDE = 40
 FLOW_S = 0.25  # motion is stated per quarter second
-GREY_SIDE = 256  # research video 8: blur and letterbox on 256 pixels of the short side
+GREY_SIDE = 256  # our choice: blur and letterbox on 256 pixels of the short side
 PICTURE_SIDE = 160  # longest side of the kept picture: preview, and what is hashed (PDQ itself works on 64 x 64)
-FREEZE = 0.05  # research video 8: grey levels of difference between thumbnails below which nothing moved
-BAR_MEAN = 24.0  # ours: grey level of a bar, with room for coding noise and lifted blacks
-BAR_STD = 8.0  # ours: a bar is flat
-BAR_SHARE = 0.02  # research video 8: a bar counts from 2 % of a side on ...
+FREEZE = 0.05  # our choice: grey levels of difference between thumbnails below which nothing moved
+BAR_MEAN = 24.0  # our choice: grey level of a bar, with room for coding noise and lifted blacks
+BAR_STD = 8.0  # our choice: a bar is flat
+BAR_SHARE = 0.02  # our choice: a bar counts from 2 % of a side on ...
 BAR_FRAMES = 0.9  # ... when it is there in 90 % of the frames
 FARNEBACK = (
     0.5,
@@ -142,7 +142,9 @@ def crop_box(samples: Sequence[Sample], width: int, height: int) -> Box:
     steady = np.quantile(np.array(seen), 1 - BAR_FRAMES, axis=0, method="lower")
     sides = np.array([height, height, width, width])
     top, bottom, left, right = (np.ceil(np.where(steady >= BAR_SHARE, steady, 0.0) * sides - 1e-9)).astype(int).tolist()
-    if width - left - right < width // 4 or height - top - bottom < height // 4:  # ours: no letterbox leaves a strip
+    if (
+        width - left - right < width // 4 or height - top - bottom < height // 4
+    ):  # our choice: no letterbox leaves a strip
         return Box(0, 0, width, height)
     return Box(left, top, width - left - right, height - top - bottom)
 

@@ -1,9 +1,9 @@
 """Long-lived processes that can be killed: every decode of foreign bytes runs in one, with a deadline and limits.
 
-Holds the processes and their replacement. Holds no decoding and no limits themselves (worker.py). A crash, a hang or
-too much memory costs one task a MediaError with reason crashed, timeout or memory, and the next task gets a fresh
-process. Processes are spawned (no inherited locks, no torch) and never import the caller's `__main__`. One pebble pool
-a process, since processes that share a pipe can damage it for each other by dying.
+A crash, a hang or too much memory costs one task a MediaError with reason crashed, timeout or memory, and the next
+task gets a fresh process. Processes are spawned (no inherited locks, no torch) and never import the caller's
+`__main__`. One pebble pool a process, since processes that share a pipe can damage it for each other by dying.
+worker.py sets the limits.
 """
 
 import threading

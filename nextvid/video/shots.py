@@ -1,9 +1,7 @@
 """The first pass: one decode of a file to its shots, with scores, hashes and a preview each.
 
-Holds the pass and the facts of a shot. Holds no decision on shots (nextvid/corpus/cutting.py) and no detectors
-(transitions.py, quality.py). Everything is measured while frames go by, since decoding dominates (research: video,
-8); of the pictures, four a second are kept for the last minutes and one a second before that: at 160 x 90 pixels an
-hour is 78 MB by arithmetic, not measured.
+Everything is measured while frames go by, since decoding dominates the cost. Of the pictures, four a second are kept
+for the last minutes and one a second before that: at 160 x 90 pixels an hour is 78 MB (computed, not measured).
 """
 
 from collections.abc import Iterable
@@ -29,8 +27,8 @@ Edge = Literal["edge", "hard", "dissolve", "fade"]
 Picture = UInt8[np.ndarray, "h w 3"]
 
 DENSE_PICTURES = 1200  # five minutes at 4 Hz and 160 x 90 pixels: 26 MB
-DECODED_SHARE = 0.9  # ours: fewer frames than this share of the packets is damage; our 50 clean files lose none
-SAME_SHAPE = 0.02  # ours: share by which width over height may differ; coders round sizes to even numbers
+DECODED_SHARE = 0.9  # our choice: fewer frames than this share of the packets is damage; our 50 clean files lose none
+SAME_SHAPE = 0.02  # our choice: share by which width over height may differ; coders round sizes to even numbers
 DECODED_SLACK = 2  # frames: leading pictures at the start of a cut file
 
 

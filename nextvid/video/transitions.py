@@ -1,8 +1,8 @@
 """Where one shot ends and the next begins: hard cuts, dissolves, fades and holes in time.
 
-Holds a detector fed one thumbnail a frame, in order; keeps a few numbers a frame and the last second of thumbnails, so
-an hour of video costs megabytes. Holds no decoding. A hard cut is a step far above the steps beside it that does not
-come back (a flash does); a dissolve is the mean of its ends, which are brought nearer to each other than either is flat
+The detector takes one thumbnail a frame, in order, and keeps a few numbers a frame and the last second of thumbnails,
+so an hour of video costs megabytes. A hard cut is a step far above the steps beside it that does not come back (a flash
+does); a dissolve is the mean of its ends, which are brought nearer to each other than either is flat
 (docs/decisions/0018 has the formula and what else was tried); a fade is a run of blank frames and the ramps beside it.
 Thresholds were tuned on one half of the real media and measured on the other (tests/nextvid/video/test_splices.py).
 """
@@ -21,16 +21,21 @@ from nextvid.video.probe import HOLE_FRAMES, HOLE_S
 Kind = Literal["hard", "dissolve", "fade"]
 
 BESIDE = 3  # frames on either side of a cut that it is compared with
-NOISE = 4.0  # ours: grey levels of a step that coding alone makes
-COMES_BACK = 0.5  # ours: a cut's sides stay at least this share of its step apart, a flash's do not
-ONE_STEP = 0.55  # ours: a change of which one step makes more than this share is a cut, not a blend
-DIP_MAX = 3.0  # ours: by the formula a blend's dip is 1; beyond 3 it is a flash to black
-BLEND_S, BLEND_FRAMES = 0.12, 3  # ours: fewer hits in a row are chance; at 8 frames a second a blend has one or two
+NOISE = 4.0  # our choice: grey levels of a step that coding alone makes
+COMES_BACK = 0.5  # our choice: a cut's sides stay at least this share of its step apart, a flash's do not
+ONE_STEP = 0.55  # our choice: a change of which one step makes more than this share is a cut, not a blend
+DIP_MAX = 3.0  # our choice: by the formula a blend's dip is 1; beyond 3 it is a flash to black
+BLEND_S, BLEND_FRAMES = (
+    0.12,
+    3,
+)  # our choice: fewer hits in a row are chance; at 8 frames a second a blend has one or two
 BLEND_SHARE = 0.25  # of the hits, on either side: ours; the test holds in the middle two thirds of a blend
-FADE_S = 2.0  # ours: a blank run up to here belongs to a fade; a longer one is a shot of its own, with its own luma
-FLAT = 4.0  # ours: grey levels of standard deviation below which a frame is of one colour, black or not
+FADE_S = (
+    2.0  # our choice: a blank run up to here belongs to a fade; a longer one is a shot of its own, with its own luma
+)
+FLAT = 4.0  # our choice: grey levels of standard deviation below which a frame is of one colour, black or not
 RAMP_STEP = (
-    0.15  # ours: standard deviation a frame by which a fade's ramp must keep changing, above the noise of coding
+    0.15  # our choice: standard deviation a frame by which a fade's ramp must keep changing, above the noise of coding
 )
 
 

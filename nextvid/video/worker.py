@@ -1,7 +1,7 @@
 """What runs inside a sandbox's process: its limits, and each task turned into a plain outcome.
 
-Holds no process management (sandbox.py) and imports what tasks need once, before memory is limited. Limits are relative
-to what the libraries take at the start, since the address space of an idle process differs by machine.
+It imports what tasks need once, before memory is limited. Limits are relative to what the libraries take at the start,
+since the address space of an idle process differs by machine.
 """
 
 import resource
@@ -33,7 +33,7 @@ def limit(memory_bytes: int, output_bytes: int) -> None:
     from nextvid.video import decode, shots
 
     assert {decode, shots}, "imported here so that a task costs milliseconds, not their import"
-    cv2.setNumThreads(1)  # research video 3: one thread a worker
+    cv2.setNumThreads(1)  # a worker has one core
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     ceiling = pages * resource.getpagesize() + memory_bytes
     for kind, wanted in (
