@@ -1,7 +1,6 @@
 """The clips that benchmarks read: random latents, by default of the VA-VAE's shape, in our store with a trainset.
 
-Holds the data and our own way of storing it; other formats stand in sources.py and peers.py. The values are standard
-normal numbers from a seed, since lossless compression takes 7 to 10 % off real latents.
+Other formats are in sources.py and peers.py. The values are standard normal numbers from a seed, since lossless compression takes 7 to 10 % off real latents.
 
 Axes: n clips, F frames, C channels, h w cells.
 """

@@ -1,7 +1,7 @@
 """What the benchmarks share: time and CPU time of a piece of work, a cold page cache, tables and the JSON file.
 
 Shared machines swing by a factor of two within minutes, so arms are measured in turns and only ratios inside
-one turn are compared; a median over turns is what is printed. Holds no workload.
+one turn are compared; a median over turns is what is printed.
 """
 
 import ctypes

@@ -3,7 +3,7 @@
 Tables, verdicts and commits, for what must be known of many batches: a sensor's tick, the gate, Dagster itself.
 
 Each file is one image of one shot, one clip and one row. Listings and batches are the real ones (update_sources); the
-latents are random numbers in the demo's encoding, written by the store. Holds no measurement (batches.py).
+latents are random numbers in the demo's encoding, written by the store.
 """
 
 from pathlib import Path
