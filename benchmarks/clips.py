@@ -1,6 +1,7 @@
 """The clips that benchmarks read: random latents, by default of the VA-VAE's shape, in our store with a trainset.
 
-Other formats are in sources.py and peers.py. The values are standard normal numbers from a seed, since lossless compression takes 7 to 10 % off real latents.
+Other formats are in sources.py and peers.py. The values are standard normal numbers from a seed, since lossless
+compression takes only 7 to 10 % off real latents.
 
 Axes: n clips, F frames, C channels, h w cells.
 """
