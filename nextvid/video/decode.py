@@ -8,11 +8,11 @@ probe decides which decoder a file gets (probe.py).
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from av.video.frame import VideoFrame
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float64, Int64, UInt8
 
 from nextvid.video.container import MICROSECONDS, Scaler, decoded, family, micros, opened
 from nextvid.video.display import Display
@@ -21,11 +21,10 @@ from storage.errors import MediaError
 
 Placed = tuple[int, int, UInt8[np.ndarray, "H W 3"]]  # (wanted time, actual time, frame)
 
-PAUSE_US = (
-    500_000  # our choice: no frame for longer is a pause, or a sequence of slides, whose pictures stay until the next
-)
+PAUSE_US = 500_000  # our choice: without a frame for longer the picture before stays, as slides do
 TIE_US = 1_000  # Matroska's tick; decord's float32 seconds are better than this up to 4 hours
 JUMP_US = 5_000_000  # our measurement: GOPs of web video last 5 s; decoding over a shorter gap is cheaper than a seek
+DECORD_ERRORS = (RuntimeError, IndexError, ValueError, OSError)  # of its bindings, beside its own
 DECORD_BATCH = 16  # frames a get_batch: bounds memory
 
 
@@ -147,17 +146,22 @@ def _by_pillow(path: Path, times_us: Sequence[int]) -> Iterator[Placed]:
             yield times_us[int(place)], pts_us, image
 
 
-def _by_decord(path: Path, times_us: Sequence[int]) -> Iterator[Placed]:
-    import decord  # no wheel on some platforms; and its FFmpeg should not load where PyAV does the work
+def decord_reader(path: Path) -> tuple[Any, Float64[np.ndarray, "n"]]:
+    """A file opened by decord, and the time of each of its frames in seconds. Raises MediaError `undecodable`."""
+    import decord  # no wheel on some platforms
 
     decord.logging.set_level(decord.logging.QUIET)
-    errors = (decord.DECORDError, RuntimeError, IndexError, ValueError, OSError)
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        starts_s = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
-    except errors as error:
+        return reader, np.asarray(reader.get_frame_timestamp(np.arange(len(reader)))[:, 0], np.float64)
+    except (decord.DECORDError, *DECORD_ERRORS) as error:
         raise MediaError("undecodable", f"{path}: decord: {error}") from None
-    seconds = np.asarray(starts_s, np.float64)
+
+
+def _by_decord(path: Path, times_us: Sequence[int]) -> Iterator[Placed]:
+    import decord
+
+    reader, seconds = decord_reader(path)
     pts_us = np.rint(np.nan_to_num(seconds, posinf=0.0, neginf=0.0) * MICROSECONDS).astype(np.int64)
     if not len(pts_us) or not np.isfinite(seconds).all() or (np.diff(pts_us) <= 0).any():
         raise MediaError("bad_times", f"{path}: decord: timestamps do not ascend")
@@ -171,7 +175,7 @@ def _by_decord(path: Path, times_us: Sequence[int]) -> Iterator[Placed]:
         some = distinct[at : at + DECORD_BATCH]
         try:
             batch = reader.get_batch(some.tolist()).asnumpy()
-        except errors as error:
+        except (decord.DECORDError, *DECORD_ERRORS) as error:
             raise MediaError("corrupt", f"{path}: decord: {error}") from None
         for index, image in zip(some, batch, strict=True):
             for place in np.flatnonzero(indices == index):

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from nextvid.video.container import family, micros, opened
+from nextvid.video.decode import decord_reader
 from nextvid.video.display import Display
 from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
 from nextvid.video.images import MAX_PIXELS, animation_times, open_image, upright_image_size
@@ -36,9 +37,7 @@ DECORD_READS = frozenset({("mp4", "h264"), ("matroska", "h264"), ("matroska", "v
 HAZARD_CONTAINERS = frozenset({"avi", "mpegts", "mpeg", "flv"})  # wrong frames without an error in our tests
 HAZARD_CODECS = frozenset({"hevc", "av1", "mpeg4"})  # likewise
 LOST_US, LOST_SHARE = 150_000, 0.02  # our choice: our 22 clean Matroska files of one stream lack none
-HOLE_S = Fraction(
-    1, 2
-)  # our choice: no frame for this long, at a rate that should have had several, is a hole and not motion
+HOLE_S = Fraction(1, 2)  # our choice: no frame for this long, where several were due, is a hole and not motion
 HOLE_FRAMES = 2.5  # our choice: so that slow sequences (1 fps) have no holes
 MAX_ASPECT = 1000  # parts of a pixel's aspect as a fraction; MPEG-4 and H.264 have 1:1 to 160:99
 TIE_S = 1e-3  # Matroska's tick
@@ -186,11 +185,13 @@ def _demux(
     entry: list[bool] = []
     discard: list[bool] = []
     late = untimed = 0
+    waiting = must_begin_at_entry(stream)
     for packet in container.demux(stream):
         begins = packet.size > 0 and is_entry_point(packet, stream)
-        if not begins and not any(entry) and must_begin_at_entry(stream):
+        if waiting and not begins:
             late += packet.size > 0
             continue
+        waiting = False
         if frame is None:
             frame = next(iter(stream.decode(packet)), None)
         time = packet.dts if by_dts else packet.pts
@@ -252,15 +253,11 @@ def _decord_agrees(path: Path, packets: Packets, base: Fraction) -> bool:
     It takes the container's word for where decoding may begin: a table of sync samples that is missing or wrong, or
     fragments that call every sample one, make it hand out foreign pictures without an error.
     """
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)
     try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        starts_s = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
-        keys = np.array(reader.get_key_indices(), np.int64)
-    except (decord.DECORDError, RuntimeError, IndexError, ValueError, OSError):
+        reader, starts_s = decord_reader(path)
+    except MediaError:
         return False
+    keys = np.array(reader.get_key_indices(), np.int64)
     times_s = np.sort(packets.pts) * float(base)
     if len(times_s) != len(starts_s) or not np.allclose(starts_s, times_s, rtol=1e-6, atol=TIE_S):
         return False
