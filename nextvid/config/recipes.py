@@ -32,16 +32,7 @@ EMA_SHARE = 0.0101  # the average's horizon over all steps: 1333 of 132K, docs/m
 EMA_SHORTEST = 100  # steps, docs/method.md 7.3
 
 RECIPES: tuple[str, ...] = (
-    "nextvid_l",
-    "nextvid_h",
-    "nextvid_g",
-    "nextvid_b",
-    "nextvid_s",
-    "nextvid_l_latent",
-    "nextvid_h_latent",
-    "nextvid_g_latent",
-    "nextvid_b_latent",
-    "nextvid_s_latent",
+    *(f"nextvid_{size}{suffix}" for suffix in ("", "_latent") for size in "lhgbs"),
     "demo",
     *ABLATIONS,
 )
@@ -49,52 +40,27 @@ RECIPES: tuple[str, ...] = (
 
 def recipe(name: str) -> RecipeConfig:
     """The recipe of that name. Raises ConfigError with the nearest known name."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join(RECIPES)}"
+        raise ConfigError(f"unknown recipe '{name}'; {remedy}")
     if name in ABLATIONS:
-        return ablation(name, latent(nextvid_b()))
-    base, _, suffix = name.partition("_latent")
-    match (base, suffix, name == base):
-        case ("demo", "", True):
-            return demo()
-        case ("nextvid_l", "", _):
-            found = nextvid_l()
-        case ("nextvid_h", "", _):
-            found = nextvid_h()
-        case ("nextvid_g", "", _):
-            found = nextvid_g()
-        case ("nextvid_b", "", _):
-            found = nextvid_b()
-        case ("nextvid_s", "", _):
-            found = nextvid_s()
+        return ablation(name, recipe("nextvid_b_latent"))
+    if name.endswith("_latent"):
+        return latent(recipe(name.removesuffix("_latent")))
+    match name:
+        case "nextvid_l":  # Tab. 7
+            return _paper(name, EncoderConfig(depth=24, width=1024, heads=16, mlp_hidden=4096))
+        case "nextvid_h":  # Tab. 7
+            return _paper(name, EncoderConfig(depth=32, width=1280, heads=16, mlp_hidden=5120))
+        case "nextvid_g":  # Tab. 7: width 1408 (the text's 1048 is a slip), MLP 48/11 of it (docs/method.md 6.2)
+            return _paper(name, EncoderConfig(depth=40, width=1408, heads=22, mlp_hidden=6144))
+        case "nextvid_b":
+            return _one_day(name, EncoderConfig(depth=12, width=768, heads=12, mlp_hidden=3072))
+        case "nextvid_s":
+            return _one_day(name, EncoderConfig(depth=12, width=384, heads=6, mlp_hidden=1536))
         case _:
-            near = difflib.get_close_matches(name, RECIPES, n=1)
-            remedy = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join(RECIPES)}"
-            raise ConfigError(f"unknown recipe '{name}'; {remedy}")
-    return found if name == base else latent(found)
-
-
-def nextvid_l() -> RecipeConfig:
-    """ViT-L, Tab. 7."""
-    return _paper("nextvid_l", EncoderConfig(depth=24, width=1024, heads=16, mlp_hidden=4096))
-
-
-def nextvid_h() -> RecipeConfig:
-    """ViT-H, Tab. 7."""
-    return _paper("nextvid_h", EncoderConfig(depth=32, width=1280, heads=16, mlp_hidden=5120))
-
-
-def nextvid_g() -> RecipeConfig:
-    """ViT-G, Tab. 7: width 1408 (the text's 1048 is a slip), MLP 48/11 of it (docs/method.md 6.2)."""
-    return _paper("nextvid_g", EncoderConfig(depth=40, width=1408, heads=22, mlp_hidden=6144))
-
-
-def nextvid_b() -> RecipeConfig:
-    """ViT-B for one GPU and one day."""
-    return _one_day("nextvid_b", EncoderConfig(depth=12, width=768, heads=12, mlp_hidden=3072))
-
-
-def nextvid_s() -> RecipeConfig:
-    """ViT-S for one GPU and one day."""
-    return _one_day("nextvid_s", EncoderConfig(depth=12, width=384, heads=6, mlp_hidden=1536))
+            return demo()
 
 
 def latent(base: RecipeConfig) -> RecipeConfig:

@@ -1,18 +1,20 @@
-"""docs/corpus.md and docs/recipes.md from the descriptions of the fields, and the JSON schema that editors take.
+"""docs/corpus.md, recipes.md and ablations.md, made from the fields and recipes, and the JSON schema that editors take.
 
-`python -m nextvid.config.reference` writes both documents; a test compares them with the fields.
+`python -m nextvid.config.reference` writes the documents; a test compares them with the fields and recipes.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from nextvid.config.corpus import CorpusConfig
+from nextvid.config.overrides import flat
 from nextvid.config.recipe import ExecutionConfig, RecipeConfig
+from nextvid.config.recipes import recipe
 from nextvid.config.strict import inner_model
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -37,6 +39,56 @@ named recipes are in `nextvid/config/recipes.py`.
 EXECUTION = """# How a run is carried out
 
 The run's file keeps these under the key `how`; `how` of the asset `pretrain` in Dagster changes them."""
+BASE = "ablation_full"
+
+
+class PaperRow(NamedTuple):
+    """A row of the paper's ablation tables, its scores (ImageNet-1K / SSv2, docs/method.md 10), and our recipe."""
+
+    table: str
+    row: str
+    scores: str
+    recipe: str
+
+
+ROWS: tuple[PaperRow, ...] = (
+    PaperRow("2", "r1: generation", "76.8 / 61.1", "ablation_gen_only"),
+    PaperRow("2", "r2: generation, isolated context", "75.0 / 58.7", "ablation_gen_isolated"),
+    PaperRow("2", "r2, second reading: with predictor", "75.0 / 58.7", "ablation_gen_predictor"),
+    PaperRow("2", "r3: alignment", "74.7 / 62.8", "ablation_align_only"),
+    PaperRow("2", "r4: alignment, isolated context", "73.1 / 61.9", "ablation_align_isolated"),
+    PaperRow("2", "r5: everything", "75.1 / 63.8", BASE),
+    PaperRow("3", "target VA-VAE", "as Tab. 2, r5", "ablation_full_pixels"),
+    PaperRow("3", "target pixels", "73.5 / 62.4", "ablation_target_pixels"),
+    PaperRow("3", "target SigLIP2", "73.2 / 62.5", "ablation_target_siglip2"),
+    PaperRow("3", "target Cosmos", "71.7 / 54.8", "ablation_target_cosmos"),
+    PaperRow("4", "without masking", "31.0 / 14.7", "ablation_unmasked"),
+    PaperRow("4", "with masking", "75.0 / 58.7", "ablation_gen_isolated"),
+    PaperRow("5", "cross-attention", "75.0 / 58.7", "ablation_gen_isolated"),
+    PaperRow("5", "cross- and self-attention", "72.6 / 54.2", "ablation_cross_self"),
+    PaperRow("11", "k = 1, 15K steps", "75.3 / 63.8", "ablation_one_copy"),
+    PaperRow("11", "k = 4, 15K steps", "75.1 / 63.8", BASE),
+    PaperRow("11", "k = 1, 30K steps", "79.3 / 67.1", "ablation_one_copy_30k"),
+    PaperRow("11", "k = 4, 30K steps", "79.4 / 67.7", "ablation_full_30k"),
+    PaperRow("12", "with moving average", "as Tab. 2, r5", BASE),
+    PaperRow("12", "without moving average", "< 10", "ablation_no_average"),
+)
+
+ABLATIONS = f"""# Ablations
+
+`python -m nextvid.config.reference` makes this page from the recipes; a test compares the two.
+
+Scores are the paper's (ImageNet-1K / Something-Something-v2, attentive probe, almost surely ViT-G after 15K steps).
+Ours start from `{BASE}`: ViT-B with latents as input, the one-GPU schedule of `nextvid_b` stopped at the same
+share of its steps, 3,750 steps of 256 clips (`nextvid/config/ablations.py` says why). Compare rows with each other, not
+with the paper's numbers.
+
+Recipes of Tab. 3 read stored pixels (`encoding.pixels` in corpus.yaml). Their targets are what the trainset's encoding
+holds: SigLIP2 and Cosmos need a trainset of an encoding by that network, targets of pixels need no latents at all.
+
+| table | row | paper | recipe | differs from `{BASE}` in |
+|---|---|---|---|---|
+"""
 
 
 def schema() -> dict[str, Any]:
@@ -48,7 +100,25 @@ def documents() -> dict[str, str]:
     """The pages by file name."""
     corpus = [CORPUS, *_sections(CorpusConfig, "")]
     recipes = [RECIPES, *_sections(RecipeConfig, ""), EXECUTION, *_sections(ExecutionConfig, "")]
-    return {"corpus.md": "\n\n".join(corpus) + "\n", "recipes.md": "\n\n".join(recipes) + "\n"}
+    return {
+        "corpus.md": "\n\n".join(corpus) + "\n",
+        "recipes.md": "\n\n".join(recipes) + "\n",
+        "ablations.md": ABLATIONS + "".join(_ablation_lines()),
+    }
+
+
+def differences(found: RecipeConfig, base: RecipeConfig) -> dict[str, Any]:
+    """Fields, apart from the name, that have another value than in the base."""
+    before = dict(flat(base.model_dump(mode="json")))
+    return {path: v for path, v in flat(found.model_dump(mode="json")) if path != "name" and before.get(path) != v}
+
+
+def _ablation_lines() -> Iterator[str]:
+    """The rows of the table of ablations."""
+    base = recipe(BASE)
+    for row in ROWS:
+        changed = ", ".join(f"`{path}={value}`" for path, value in differences(recipe(row.recipe), base).items())
+        yield f"| {row.table} | {row.row} | {row.scores} | `{row.recipe}` | {changed or 'nothing'} |\n"
 
 
 def _sections(model: type[BaseModel], place: str) -> Iterator[str]:

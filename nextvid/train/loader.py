@@ -24,8 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nextvid.config.recipe import RecipeConfig
-from nextvid.config.stages import draws_before, stage_at
+from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import HostLatents, StagedLatents

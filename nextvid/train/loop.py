@@ -17,8 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import ExecutionConfig, RecipeConfig, StageConfig
-from nextvid.config.stages import draws_before, stage_at
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig, StageConfig, draws_before, stage_at
 from nextvid.model.cost import stage_cost
 from nextvid.model.encoder import Encoder
 from nextvid.train import checkpoint

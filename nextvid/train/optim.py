@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nextvid.config.recipe import OptimConfig, StageConfig
-from nextvid.config.stages import stage_at
+from nextvid.config.recipe import OptimConfig, StageConfig, stage_at
 from nextvid.train.distributed import local, whole
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_

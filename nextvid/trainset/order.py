@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig
+from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
 from nextvid.config.recipes import recipe as recipe_by_name
-from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.masks import bucket_entry, flat_ids, step_bucket
 from nextvid.trainset.mask_plan import OpenedPlan
 from nextvid.trainset.trainset import Trainset

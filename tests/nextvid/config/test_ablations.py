@@ -1,15 +1,13 @@
 """Ablations: one switch from a valid base each, a document that equals the recipes, and two steps of every one."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from nextvid.config.ablation_table import BASE, ROWS, differences, markdown
 from nextvid.config.ablations import ABLATIONS
 from nextvid.config.overrides import apply_overrides, flat
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe
+from nextvid.config.reference import BASE, ROWS, differences
 from nextvid.model.nextvid import strategy_names
 from nextvid.model.tokens import tube_ids
 from nextvid.train.batch import Batch
@@ -107,10 +105,6 @@ def test_base_is_the_one_gpu_recipe_cut_where_the_paper_stops() -> None:
 )
 def test_each_is_one_switch(name: str, base: str, switch: dict[str, object]) -> None:
     assert differences(recipe(f"ablation_{name}"), recipe(f"ablation_{base}")) == switch
-
-
-def test_document_is_what_the_command_prints(repository: Path) -> None:
-    assert (repository / "docs/ablations.md").read_text() == markdown()
 
 
 def test_every_row_has_a_recipe_and_every_recipe_a_row() -> None:

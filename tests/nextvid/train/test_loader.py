@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig
-from nextvid.config.stages import draws_before, stage_at
+from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
 from nextvid.model.tokens import space_to_depth, tube_ids
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks

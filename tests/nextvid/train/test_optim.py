@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.recipe import OptimConfig
+from nextvid.config.recipe import OptimConfig, draws_before, stage_at
 from nextvid.config.recipes import recipe
-from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity, Progress

@@ -11,8 +11,7 @@ import torch
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig
-from nextvid.config.stages import stage_at
+from nextvid.config.recipe import RecipeConfig, stage_at
 from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import Loader, open_loader
