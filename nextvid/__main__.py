@@ -100,8 +100,7 @@ def inspect(
     """Show what a recipe costs: parameters, tokens, FLOPs and memory by part. --json adds the whole recipe."""
     from nextvid.config.overrides import apply_overrides
     from nextvid.config.recipes import recipe as recipe_by_name
-    from nextvid.model.cost import cost
-    from nextvid.model.summary import summary
+    from nextvid.model.cost import cost, summary
 
     config = apply_overrides(recipe_by_name(recipe), set_)
     costs = cost(config)

@@ -1,9 +1,13 @@
-"""Training and scoring of attentive probes on frozen features, all seeds and learning rates side by side.
+"""Training and scoring of attentive probes on frozen features, all seeds and learning rates side by side; and k-NN.
 
 The schedule is docs/method.md 9, with the warm-up of the demo's study (docs/demo.md). Every probe learns as if alone:
 its own batches, gradient clipping and optimiser moments.
 
-Axes: G seeds, R rates, K = R G probes, N clips, B clips of a batch, L tokens of a clip, D width, Y classes.
+k-nearest-neighbour votes on mean-pooled tokens tell what features hold without any training. They are reported beside
+the attentive probe and never as the headline: on the demo they stay near chance in every arm (docs/demo.md).
+
+Axes: G seeds, R rates, K = R G probes, N clips, B clips of a batch, L tokens of a clip, D width, Y classes; M clips to
+label.
 """
 
 import math
@@ -17,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nextvid.evaluate.attentive import LN_EPS, Probes, ProbeSettings
+
+NEIGHBOURS = 20  # as in DINO and in the demo's study
+QUERIES_AT_ONCE = 1024  # clips; bounds the memory of the similarity matrix
 
 
 def normalise(tokens: np.ndarray, device: str = "cpu") -> Float[Tensor, "N L D"]:
@@ -93,6 +100,33 @@ def accuracies(
         shares, labels = summed, labels[first]
     right: np.ndarray = (shares.argmax(-1) == labels).mean(-1)
     return right
+
+
+def nearest_labels(
+    known: Float[np.ndarray, "N D"],
+    labels: Int[np.ndarray, "N"],
+    queries: Float[np.ndarray, "M D"],
+    neighbours: int = NEIGHBOURS,
+) -> Int[np.ndarray, "M"]:
+    """Majority label of each clip's nearest known clips by cosine similarity; a tie goes to the smallest label."""
+    neighbours = min(neighbours, len(known))
+    classes = int(labels.max()) + 1
+    known = _unit(known)
+    answers = []
+    for first in range(0, len(queries), QUERIES_AT_ONCE):
+        similarity = _unit(queries[first : first + QUERIES_AT_ONCE]) @ known.T
+        nearest = np.argpartition(-similarity, neighbours - 1, axis=1)[:, :neighbours]
+        votes = np.zeros((len(nearest), classes), np.int64)
+        np.add.at(votes, (np.arange(len(nearest))[:, None], labels[nearest]), 1)
+        answers.append(votes.argmax(axis=1))
+    return np.concatenate(answers) if answers else np.empty(0, np.int64)
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    """Rows of length one."""
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    unit: np.ndarray = features / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return unit
 
 
 def _order(clips: int, batch: int, epochs: int, seed: int) -> Int[Tensor, "steps batch"]:

@@ -21,7 +21,6 @@ import polars as pl
 from nextvid.config.datasets import BenchmarkConfig
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
-from nextvid.evaluate import neighbours
 from nextvid.evaluate.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
 from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, per_sample
 from nextvid.evaluate.features import (
@@ -33,7 +32,7 @@ from nextvid.evaluate.features import (
     features,
     load_trained,
 )
-from nextvid.evaluate.fitting import accuracies, fit, normalise
+from nextvid.evaluate.fitting import NEIGHBOURS, accuracies, fit, nearest_labels, normalise
 from nextvid.machine import device_of
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
@@ -77,7 +76,7 @@ class Task:
                 "rows": self.rows.digest(),
                 "benchmark": self.config.model_dump(mode="json"),
                 "settings": self.settings.model_dump(mode="json", exclude=default),
-                "neighbours": neighbours.NEIGHBOURS,
+                "neighbours": NEIGHBOURS,
             }
         )
 
@@ -249,7 +248,7 @@ def score_encoder(
     rate = int(by_rate.argmax())
     by_seed = accuracies(probes, normalise(test, device), answers, groups)[:, rate]
     clips = len(np.unique(groups))
-    nearest = neighbours.accuracy(train.mean(axis=1), labels, test.mean(axis=1), answers)
+    nearest = float((nearest_labels(train.mean(axis=1), labels, test.mean(axis=1)) == answers).mean())
     return {
         "accuracy": float(by_seed.mean()),
         "standard_error": standard_error(float(by_seed.mean()), clips),
@@ -284,7 +283,7 @@ def _described(task: Task, trained: Trained, scores: Mapping[str, Any], seconds:
         "rows": rows.digest(),
         "seeds": task.seeds,
         "settings": task.settings.model_dump(mode="json"),
-        "neighbours": neighbours.NEIGHBOURS,
+        "neighbours": NEIGHBOURS,
         "clips": {
             "train": int(train["sample"].n_unique()),
             "held_out": int(train.filter(pl.col("held_out"))["sample"].n_unique()),

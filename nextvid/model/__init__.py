@@ -11,7 +11,6 @@
 | flow-matching decoder (DiT inside each frame) | `decoder.py` |
 | the whole, with both losses | `nextvid.py` |
 
-Beside them: `cross_decoder.py` (the decoders of Tab. 4 and 5), `folding.py` (the decoder's copies one by one, to save
-memory), `incremental.py` (generation with cached keys and values), `cost.py` and `summary.py` (`nextvid inspect
-recipe`).
+Beside them: `cross_decoder.py` (the decoders of Tab. 4 and 5), `incremental.py` (generation with cached keys and
+values) and `cost.py` (`nextvid inspect RECIPE`).
 """

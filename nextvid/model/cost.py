@@ -1,5 +1,7 @@
 """What a recipe costs: parameters, tokens, FLOPs and memory of every part, before anything is allocated.
 
+`nextvid inspect RECIPE` prints it as text: `summary`.
+
 FLOPs are the formulas of docs/method.md 12 (a multiply-add is 2; backward is twice forward) with T-1 tubelets in the
 online encoder; tests compare them with torch's counter. Memory of activations follows one rule, `_kept`. Parameters are
 counted on the meta device. `flat` and `bucket` draw their counts; their strategies' budgets are used here.
@@ -28,6 +30,7 @@ MODULATED = 2  # normalised and gated inputs that AdaLN multiplies
 # Bytes per kept number, with norm statistics, rotary tables, fp32 norm inputs; test_cost.py: 4.34-4.46, 2.22-2.37
 KEPT_BYTES = {"fp32": 4.4, "bf16": 2.3}
 BF16 = 2  # bytes
+GIB, TERA = 2**30, 1e12  # units of the summary: GiB, TFLOP
 
 
 @dataclass(frozen=True)
@@ -221,3 +224,46 @@ def _kept(width: int, hidden: int, cross: bool = False) -> int:
     """Numbers a block keeps for backward, per token."""
     attention = CROSS_ATTENTION if cross else ATTENTION
     return (attention + FEED_FORWARD) * width + 2 * hidden
+
+
+def summary(recipe: RecipeConfig, found: Cost) -> str:
+    """Parameters, then each stage pass by pass, then memory, for a terminal; lines of at most 100 characters."""
+    model, memory = recipe.model, found.memory
+    grid = f"{model.grid_height} x {model.grid_width} cells, {model.tubelet} frames a tubelet"
+    held = {
+        "weights, fp32": memory.weights,
+        "gradients, fp32": memory.gradients,
+        "moments, fp32": memory.moments,
+        "average (reference), fp32": memory.average,
+        "copies of weights, bf16": memory.copies,
+    }
+    lines = [
+        f"{recipe.name}  {recipe.digest()}",
+        f"input {model.encoder.input}, target {recipe.losses.target}, {grid}, {recipe.precision}",
+        "",
+        "parameters",
+        *(f"  {name:12}{count / 1e6:10.2f} M" for name, count in found.parameters.items()),
+        f"  {'trained':12}{sum(found.parameters.values()) / 1e6:10.2f} M",
+        f"  {'reference':12}{found.parameters['encoder'] / 1e6:10.2f} M, not trained",
+        "",
+        *(line for stage in found.stages for line in _stage_lines(stage)),
+        "memory of a rank",
+        *(f"  {name:32}{size / GIB:10.3f} GiB" for name, size in held.items() if size),
+        f"  {'activations, a clip':32}{memory.activations_a_clip / GIB:10.3f} GiB, the largest pass, none recomputed",
+        f"  {'all but activations':32}{sum(held.values()) / GIB:10.3f} GiB",
+    ]
+    return "\n".join(lines)
+
+
+def _stage_lines(stage: StageCost) -> list[str]:
+    """One clip of a stage: tokens and forward FLOPs by part, then the totals."""
+    lines = [f"stage {stage.name}: {stage.clips} clips of {stage.frames} frames"]
+    if stage.reference:
+        lines.append(f"  {'reference encoder':32}{'':>9}       {stage.reference / TERA:8.3f} TFLOP forward")
+    for each in stage.passes:
+        for name, part in (("encoder", each.encoder), ("predictor", each.predictor), ("decoder", each.decoder)):
+            if part.tokens:
+                title = f"{each.name} ({each.visible} cells), {name}"
+                lines.append(f"  {title:32}{part.tokens:>9} tokens{part.flops / TERA:8.3f} TFLOP forward")
+    lines.append(f"  {'a clip, forward and backward':48}{stage.clip_flops / TERA:8.3f} TFLOP")
+    return [*lines, f"  {'a step':48}{stage.step_flops / TERA:8.0f} TFLOP", ""]

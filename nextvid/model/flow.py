@@ -1,5 +1,7 @@
 """Flow matching: draws of time and noise, the straight path, its loss, and Euler sampling (docs/method.md 4.2, 11).
 
+The decoder reads z k times (docs/method.md 4.2): k graphs in memory, if run at once. `folded_mean` holds one at a time.
+
 tau = 0 is noise and tau = 1 is data, in training and in sampling. Draws are keyed by seed, step, clip, strategy and
 copy, never by rank or position in the batch, so ranks, micro-batches and resumption change nothing.
 
@@ -7,17 +9,20 @@ Axes: k copies, B clips, F predicted tubelets, n tokens per tubelet, C target ch
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from nextvid.config.recipe import LossConfig
 
 ODE_STEPS = 50  # docs/method.md 11
+
+LossOf = Callable[[Tensor, int], Tensor]  # (condition, copy) -> that copy's loss
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,48 @@ def euler(
     for index in range(steps):
         h = h + velocity(h, index / steps) / steps
     return h
+
+
+def folded_mean(
+    loss_of: LossOf, copies: int, condition: Float[Tensor, "*shape"], parameters: Sequence[nn.Parameter]
+) -> Float[Tensor, ""]:
+    """Mean of `loss_of(condition, copy)` over the copies, with one copy's graph in memory at a time.
+
+    Each copy's backward follows its forward, and the gradients of the condition and of `parameters` (all other tensors
+    that get one) are kept for the ordinary backward; nothing is computed twice. From outside it is one differentiable
+    function, so DDP and gradient accumulation need not know.
+    """
+    if not torch.is_grad_enabled():
+        return torch.stack([loss_of(condition, copy) for copy in range(copies)]).mean()
+    mean: Tensor = _FoldedMean.apply(loss_of, copies, condition, *parameters)
+    return mean
+
+
+class _FoldedMean(torch.autograd.Function):
+    """Computes gradients in `forward`, scales them in `backward`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, loss_of: LossOf, copies: int, condition: Tensor, *parameters: nn.Parameter) -> Tensor:
+        leaf = condition.detach().requires_grad_()
+        inputs = [leaf, *parameters]
+        total, sums = condition.new_zeros((), dtype=torch.float32), [torch.zeros_like(each) for each in inputs]
+        device = condition.device.type
+        # No cache of cast weights: a cached cast belongs to a copy's graph, which is freed before the next copy.
+        uncached = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
+        )
+        for copy in range(copies):
+            with torch.enable_grad(), uncached:
+                loss = loss_of(leaf, copy) / copies
+            gradients = torch.autograd.grad(loss, inputs)
+            torch._foreach_add_(sums, gradients)
+            total += loss.detach()
+        ctx.save_for_backward(*sums)
+        return total
+
+    @staticmethod
+    def backward(ctx: BackwardCFunction, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(ctx.saved_tensors, grads[0])
 
 
 def _hash(*parts: int) -> int:

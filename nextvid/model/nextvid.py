@@ -21,8 +21,7 @@ from nextvid.model.attention import flash_kernel
 from nextvid.model.cross_decoder import CrossFlowDecoder
 from nextvid.model.decoder import FlowDecoder, Positions
 from nextvid.model.encoder import Encoder, all_ids
-from nextvid.model.flow import ODE_STEPS, NoiseKey, draw_flow, euler, flow_loss, interpolate
-from nextvid.model.folding import folded_mean
+from nextvid.model.flow import ODE_STEPS, NoiseKey, draw_flow, euler, flow_loss, folded_mean, interpolate
 from nextvid.model.predictor import Predicted, Predictor
 from nextvid.model.tokens import gather_tokens, tube_ids
 
@@ -87,7 +86,7 @@ class NExTVid(nn.Module):
         `tokens`: the encoder's input for every cell. `targets`: normalised latents (None if the flow loss is off).
         `features`: from `reference_features` (None if alignment is off). `visible`: for each strategy the sorted
         visible ids over all T tubelets. `only`: run one strategy; totals of single strategies add up to the total of
-        all, so each can have its own backward. `fold`: decode the copies one after the other (folding.py).
+        all, so each can have its own backward. `fold`: decode the copies one after the other (`folded_mean`).
         """
         weights, names = self.recipe.losses, strategy_names(self.recipe.masks)
         assert len(visible) == len(names), f"{len(visible)} sets of visible ids for strategies {names}"

@@ -8,7 +8,7 @@ A kind of row (`Rows`) is a class in a module of its own: latent_rows.py fills `
 `Batch.pixels`. All kinds of rows of a trainset are aligned, so `Drawn.rows` finds each. The same threads fill all that
 the recipe reads, each kind in memory of its own.
 
-Axes: B clips, L visible tokens.
+Axes: B clips, F frames, C channels of one frame, h and w cells of the model's grid, H and W pixels, L visible tokens.
 """
 
 import time
@@ -21,11 +21,10 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
-from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import HostLatents, StagedLatents
 from nextvid.train.pixel_rows import HostPixels, StagedPixels
@@ -34,7 +33,7 @@ from nextvid.trainset.mask_plan import OpenedPlan
 from nextvid.trainset.order import Drawn, Masks, Order, fold
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
-from storage.errors import RefusedError
+from storage.errors import ConfigError, RefusedError
 from storage.pixel_reader import PixelReader
 from storage.pixels import PixelStore
 from storage.reader import RowReader, open_reader
@@ -47,6 +46,37 @@ RowKind = Literal["latents", "pixels"]  # fields of Batch
 P = TypeVar("P")
 T = TypeVar("T")
 A = ParamSpec("A")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's clips of a global batch on their device, images repeated over frames.
+
+    `latents`, of any target encoder, or `pixels` is None if the recipe reads none. Pixels stay bytes until the step,
+    which takes a quarter of the memory.
+    """
+
+    step: int
+    draws: tuple[int, ...]
+    latents: Float[Tensor, "B F C h w"] | None  # normalised, on the model's grid
+    visible: list[Int[Tensor, "B L"]]  # ids for each mask strategy
+    pixels: UInt8[Tensor, "B F H W 3"] | None = None  # of the same view as the latents
+    waited_s: float = 0.0
+
+    def split(self, clips: int) -> list["Batch"]:
+        """Micro-batches of `clips` each. Raises ConfigError unless they divide the batch: means need equal weight."""
+        if len(self.draws) % clips:
+            raise ConfigError(f"micro_batch {clips} does not divide the {len(self.draws)} clips of a rank")
+        return [
+            Batch(
+                self.step,
+                self.draws[first : first + clips],
+                None if self.latents is None else self.latents[first : first + clips],
+                [ids[first : first + clips] for ids in self.visible],
+                None if self.pixels is None else self.pixels[first : first + clips],
+            )
+            for first in range(0, len(self.draws), clips)
+        ]
 
 
 class Rows(Protocol[P]):

@@ -23,15 +23,14 @@ from nextvid.model.encoder import Encoder
 from nextvid.train import checkpoint
 from nextvid.train import step as steps
 from nextvid.train.async_checkpoint import AsyncCheckpoints
-from nextvid.train.batch import Batch, encoder_tokens
 from nextvid.train.checkpoint import Progress
 from nextvid.train.diagnose import CLIPS, collapsed, diagnose
 from nextvid.train.distributed import Ranks, whole
 from nextvid.train.events import Reporter
 from nextvid.train.export import export_encoder
-from nextvid.train.loader import Loader, open_loader
+from nextvid.train.loader import Batch, Loader, open_loader
 from nextvid.train.run import Run, run_lock
-from nextvid.train.step import Stepped, Trained, build, means
+from nextvid.train.step import Stepped, Trained, build, encoder_tokens, means
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
 from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset

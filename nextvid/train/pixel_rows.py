@@ -2,7 +2,7 @@
 
 The loader's threads decode JPEGs straight into host memory that is used again and again. They run in parallel because
 the decoder releases Python's interpreter lock (docs/decisions/0010, 0011). Bytes stay bytes until the step, a quarter
-of the memory, and are normalised on the device (nextvid/train/batch.py).
+of the memory, and are normalised on the device (nextvid/train/step.py).
 
 Axes: B clips, F frames, H W pixels.
 """

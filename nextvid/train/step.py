@@ -4,6 +4,8 @@ Rates and copies follow from the step number, noise from draw numbers. A step wh
 nothing. Blocks can be compiled one by one and recomputed in backward (ExecutionConfig): neither changes results or
 parameter names, so checkpoints, average and optimiser need not know. Recomputing goes around the compiled block, since
 torch.compile does not look inside a checkpoint.
+
+Axes: B clips, N = T*S tokens, T tubelets, S cells, i numbers in a token, C target channels.
 """
 
 import math
@@ -12,17 +14,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from nextvid.config.recipe import ExecutionConfig, RecipeConfig, stage_at
+from nextvid.config.recipe import ExecutionConfig, ModelConfig, RecipeConfig, stage_at
 from nextvid.model.encoder import Encoder
 from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import Losses, NExTVid
 from nextvid.model.reference import ema_update, reference_encoder, reference_features
-from nextvid.train.batch import Batch, encoder_tokens, flow_targets
+from nextvid.model.tokens import latent_tokens, pixel_tokens, pixel_values, space_to_depth, stack_target
 from nextvid.train.distributed import Ranks, apply_fsdp
+from nextvid.train.loader import Batch
 from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, trained_modules
 
 PLAIN = ExecutionConfig()  # nothing recomputed, compiled or folded
@@ -83,6 +87,29 @@ def autocast(recipe: RecipeConfig, device: torch.device) -> AbstractContextManag
     if recipe.precision == "bf16" and device.type == "cuda":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def encoder_tokens(batch: Batch, model: ModelConfig) -> Float[Tensor, "B N i"]:
+    """Encoder input of every cell: latent cells, or patches of pixels in [-1, 1] (docs/method.md 1)."""
+    match model.encoder.input:
+        case "latents":
+            assert batch.latents is not None, "a recipe that reads latents got a batch without"
+            return latent_tokens(batch.latents, model.tubelet)
+        case "pixels":
+            assert batch.pixels is not None, "a recipe that reads pixels got a batch without"
+            return pixel_tokens(pixel_values(batch.pixels), model.patch, model.tubelet)
+
+
+def flow_targets(batch: Batch, recipe: RecipeConfig) -> Float[Tensor, "B T S C"] | None:
+    """The decoder's targets, None without flow loss: latents, or pixels in [-1, 1] folded into channels of a cell."""
+    model = recipe.model
+    if recipe.losses.flow <= 0:
+        return None
+    if recipe.losses.target == "pixels":
+        assert batch.pixels is not None, "a recipe that predicts pixels got a batch without"
+        return stack_target(space_to_depth(pixel_values(batch.pixels), model.patch), model.tubelet)
+    assert batch.latents is not None, f"a recipe that predicts {recipe.losses.target} got a batch without latents"
+    return stack_target(batch.latents, model.tubelet)
 
 
 def take_step(trained: Trained, batch: Batch, step: int, micro_batch: int) -> Stepped:

@@ -10,7 +10,7 @@ from nextvid.config.recipes import recipe
 from nextvid.config.reference import BASE, ROWS, differences
 from nextvid.model.nextvid import strategy_names
 from nextvid.model.tokens import tube_ids
-from nextvid.train.batch import Batch
+from nextvid.train.loader import Batch
 from nextvid.train.optim import trained_modules
 from nextvid.train.step import build, take_step
 from tests.nextvid.train.tiny import ALONE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nextvid.model.folding import folded_mean
+from nextvid.model.flow import folded_mean
 from tests.nextvid.model.tiny import clip, features, key, s_model, tiny_model, tiny_recipe, visible
 
 COPIES = 4

@@ -9,8 +9,7 @@ import pytest
 
 from nextvid.__main__ import inspect
 from nextvid.config.recipes import recipe
-from nextvid.model.cost import cost
-from nextvid.model.summary import GIB, summary
+from nextvid.model.cost import GIB, cost, summary
 
 
 def test_every_part_stage_and_byte_is_named() -> None:

@@ -8,8 +8,8 @@ import torch
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.recipe import RecipeConfig
 from nextvid.model.tokens import latent_tokens, stack_target
-from nextvid.train.batch import Batch, encoder_tokens, flow_targets
-from nextvid.train.step import build, take_step
+from nextvid.train.loader import Batch
+from nextvid.train.step import build, encoder_tokens, flow_targets, take_step
 from storage.errors import ConfigError
 from tests.nextvid.train.tiny import ALONE, CHANNELS, GRID, latents_of, tiny_recipe
 

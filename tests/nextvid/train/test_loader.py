@@ -10,10 +10,9 @@ import torch
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
 from nextvid.model.tokens import space_to_depth, tube_ids
-from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
 from nextvid.train.latent_rows import StagedLatents
-from nextvid.train.loader import READ_AHEAD, Loader
+from nextvid.train.loader import READ_AHEAD, Batch, Loader
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
 from nextvid.trainset.order import Drawn, Masks, Order, in_every_tubelet
 from nextvid.trainset.trainset import Trainset

@@ -12,9 +12,8 @@ import torch
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig, stage_at
-from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
-from nextvid.train.loader import Loader, open_loader
+from nextvid.train.loader import Batch, Loader, open_loader
 from nextvid.train.pixel_rows import StagedPixels
 from nextvid.trainset.mask_plan import make_plan, open_mask_plan
 from nextvid.trainset.order import Order

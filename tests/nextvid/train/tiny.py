@@ -16,8 +16,8 @@ from nextvid.config.recipe import (
     RecipeConfig,
     StageConfig,
 )
-from nextvid.train.batch import Batch
 from nextvid.train.distributed import Ranks
+from nextvid.train.loader import Batch
 from nextvid.train.step import Trained
 from nextvid.trainset.order import in_every_tubelet
 
