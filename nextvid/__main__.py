@@ -4,6 +4,7 @@ Results go to stdout; progress, notes and errors go to stderr.
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -272,7 +273,13 @@ def left_out(outcome: Outcome) -> str:
 def main() -> None:
     """Entry point: an error becomes one message on stderr and an exit code."""
     try:
-        app.cli(prog="nextvid", description=ABOUT)
+        try:
+            app.cli(prog="nextvid", description=ABOUT)
+        finally:
+            sys.stdout.flush()  # here, so that a closed pipe is noticed below and not at the interpreter's exit
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except NExTVidError as error:
         print(f"{error.kind}: {error}", file=sys.stderr)
         sys.exit(exit_code(error))

@@ -108,6 +108,15 @@ class TestExitCodes:
         assert "none.yaml: there is no corpus.yaml" in done.stderr
         assert len(done.stderr.splitlines()) == 1
 
+    def test_a_reader_that_closes_early_is_no_error(self) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)  # as `nextvid --help | head -0` does
+        done = subprocess.run(
+            [sys.executable, "-m", "nextvid", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "")
+
     @pytest.mark.parametrize(
         "wrong", [["plann"], ["make", "nothing"], ["make", "media", "--batches", "x"], ["withdraw"]]
     )
