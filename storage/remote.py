@@ -48,7 +48,13 @@ def is_local(path: str) -> bool:
 
 def refuse_credentials(url: str, where: str) -> None:
     """ConfigError where a URL carries credentials, which end in logs; `where` says which key of which file."""
-    if not is_local(url) and ("@" in urlsplit(url).netloc or urlsplit(url).query):
+    if is_local(url):
+        return
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not a URL: {error}") from None
+    if "@" in parts.netloc or parts.query:
         raise ConfigError(f"{where}: the URL carries credentials or a query. Write it without them, and {_SET}")
 
 

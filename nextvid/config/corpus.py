@@ -3,16 +3,15 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from nextvid.config.curation import CurationConfig
 from nextvid.config.datasets import BenchmarkConfig, DatasetConfig
 from nextvid.config.strict import AtLeastZero, Count, Share, Strict, parse
+from nextvid.config.yaml_file import read_yaml
 from storage.digest import digest_config
 from storage.errors import ConfigError
 from storage.remote import refuse_credentials
@@ -141,18 +140,7 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
     file = corpus_path(str(path) if path else None)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no corpus.yaml; name it with --corpus or the variable NEXTVID_CORPUS")
-    try:
-        text = file.read_text(encoding="utf-8")
-        twice = list(_keys_given_twice(yaml.compose(text, Loader=yaml.SafeLoader)))
-        values = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: byte {error.start} is no UTF-8: save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not readable as YAML: {error}") from None
-    if twice:
-        raise ConfigError("\n".join(f"{file}: {line}" for line in twice))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected keys such as 'root' and 'datasets', found {type(values).__name__}")
+    values = read_yaml(file)
     encoding = values.get("encoding")
     moved = [key for key in MachineConfig.model_fields if isinstance(encoding, dict) and key in encoding]
     if moved:
@@ -179,25 +167,6 @@ def _refuse_shared_files(corpus: CorpusConfig, file: Path) -> None:
                 f"{file}: datasets '{one}' and '{other}' list {where} ({inner}), so that a file would belong to both: "
                 "keep one of them, or give each a folder of its own"
             )
-
-
-def _keys_given_twice(node: yaml.Node | None, where: str = "", seen: set[int] | None = None) -> Iterator[str]:
-    """A line for each key that a mapping has twice: YAML takes the last, and what the first said would be lost."""
-    seen = seen if seen is not None else set()
-    if node is None or id(node) in seen:  # an anchor is looked at once, however often it is used
-        return
-    seen.add(id(node))
-    lines: dict[str, int] = {}
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    for key, value in pairs:
-        name = str(key.value)
-        line = key.start_mark.line + 1
-        if name in lines:
-            yield f"'{where}{name}' is given twice, in lines {lines[name]} and {line}: keep one of them"
-        lines[name] = line
-        yield from _keys_given_twice(value, f"{where}{name}.", seen)
-    for value in node.value if isinstance(node, yaml.SequenceNode) else []:
-        yield from _keys_given_twice(value, where, seen)
 
 
 def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:

@@ -1,6 +1,8 @@
 """The strict base of every configuration, and `parse`, which explains what a file got wrong."""
 
 import difflib
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +20,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+SHOWN_PROBLEMS = 10
+CREDENTIALS = re.compile(r"://[^/\s]*@")  # of a URL: messages end in logs
 
 
 class Strict(BaseModel):
@@ -38,7 +43,10 @@ def parse(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(model, problem)}" for problem in error.errors()]
+        problems = error.errors(include_url=False)
+        lines = [f"{where}: {_explain(model, problem)}" for problem in problems[:SHOWN_PROBLEMS]]
+        if more := len(problems) - len(lines):
+            lines.append(f"{where}: and {more} problems more")
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -49,7 +57,8 @@ def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{path}'; {remedy}"
-    return f"'{path}': {problem['msg']}" + (f" (got {problem['input']!r})" if path else "")
+    got = CREDENTIALS.sub("://***@", reprlib.repr(problem["input"]))
+    return f"'{path}': {problem['msg']}" + (f" (got {got})" if path else "")
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:

@@ -87,7 +87,11 @@ def test_paths_resolve_against_the_file_and_urls_stay(tmp_path: Path) -> None:
         (changed("curation", value={"shots": {"sample_hz": 0}}), "greater than 0"),
         (changed("curation", value={"filters": {"motion_min": float("nan")}}), "finite"),
         (changed("curation", value={"duplicates": {"distance": 32}}), "less than or equal to 31"),
-        ([1], "expected keys such as 'root'"),
+        ([1], "expected keys such as 'root"),
+        (changed("root", value="http://[::1"), "root: not a URL"),
+        (changed("root", value=["s3://me:password@bucket/a"]), r"valid string \(got \['s3://\*\*\*@bucket/a'\]\)"),
+        ({1: 2} | GOOD, "Keys should be strings"),
+        (GOOD | {f"k{n}": n for n in range(1000)}, "and 990 problems more"),
     ],
 )
 def test_what_is_refused_is_named(tmp_path: Path, values: Any, message: str) -> None:
@@ -101,36 +105,6 @@ def test_no_file_and_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "corpus.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not readable as YAML"):
         load_corpus(tmp_path / "corpus.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("root: a\nroot: b\n", "'root' is given twice, in lines 1 and 2"),
-        ("datasets:\n  x: {uri: a}\n  y: {uri: b}\n  x: {uri: c}\n", "'datasets.x' is given twice, in lines 2 and 4"),
-        ("datasets: {x: {clips: [{fps: 1, fps: 2}]}}\n", "'datasets.x.clips.fps' is given twice"),
-    ],
-)
-def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "corpus.yaml").write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        load_corpus(tmp_path / "corpus.yaml")
-    assert message in str(caught.value)
-
-
-def test_an_anchor_may_be_used_often(tmp_path: Path) -> None:
-    text = yaml.safe_dump(GOOD)
-    (tmp_path / "corpus.yaml").write_text(text)
-    assert "&" in text
-    assert load_corpus(tmp_path / "corpus.yaml").benchmarks["acts"].target == "action"
-
-
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_file_that_is_no_utf8_is_one_line(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "corpus.yaml").write_bytes("root: données\n".encode(encoding))
-    with pytest.raises(ConfigError, match="save the file as UTF-8") as caught:
-        load_corpus(tmp_path / "corpus.yaml")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

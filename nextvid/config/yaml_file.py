@@ -1,0 +1,72 @@
+"""YAML files that users write: read safely; one line where a value would be lost or could not be used."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from storage.errors import ConfigError
+
+# Ours: the paper's corpus.yaml has 4 kB and 170 values, and pydantic takes a second for 100,000.
+LARGEST_BYTES = 1_000_000
+LARGEST_VALUES = 100_000
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError, naming the file, for anything else and for a key given twice."""
+    if (size := file.stat().st_size) > LARGEST_BYTES:
+        raise ConfigError(f"{file}: {size} bytes, more than the {LARGEST_BYTES} that are read: is it the right file?")
+    try:
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if twice := list(_keys_given_twice(node, "", set())):
+            raise ConfigError("\n".join(f"{file}: {line}" for line in twice))
+        if node is not None and _count(node, {}) > LARGEST_VALUES:
+            raise ConfigError(f"{file}: more than {LARGEST_VALUES} values with its aliases written out: use fewer")
+        values = None if node is None else loader.construct_document(node)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: byte {error.start} is no UTF-8: save the file as UTF-8") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: lists or mappings are nested too deeply, or one contains itself") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that does not exist
+        raise ConfigError(f"{file}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected keys such as 'root: data', found {type(values).__name__}")
+    return values
+
+
+def _keys_given_twice(node: yaml.Node | None, where: str, seen: set[int]) -> Iterator[str]:
+    """A line for each key that a mapping has twice: YAML takes the last, and the first one's value would be lost."""
+    if id(node) in seen:  # an anchor is looked at once, however often it is used
+        return
+    seen.add(id(node))
+    lines: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        name = str(key.value)
+        line = key.start_mark.line + 1
+        if name in lines:
+            yield f"'{where}{name}' is given twice, in lines {lines[name]} and {line}: keep one of them"
+        lines[name] = line
+        yield from _keys_given_twice(value, f"{where}{name}.", seen)
+    for value in node.value if isinstance(node, yaml.SequenceNode) else []:
+        yield from _keys_given_twice(value, where, seen)
+
+
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Values in a node, those of an alias at each place where it is used. RecursionError where a node contains itself.
+
+    Raises ValueError for a NUL character, which no path can have.
+    """
+    if id(node) not in counts:
+        match node:
+            case yaml.MappingNode():
+                inside = [one for pair in node.value for one in pair]
+            case yaml.SequenceNode():
+                inside = node.value
+            case _:
+                inside = []
+                if "\0" in node.value:
+                    raise ValueError(f"a NUL character in line {node.start_mark.line + 1}")
+        counts[id(node)] = 1 + sum(_count(one, counts) for one in inside)
+    return counts[id(node)]
