@@ -27,11 +27,12 @@ from nextvid.trainset.order import Drawn, Masks, Order
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.digest import digest
-from storage.latents import EncodingSpec, LatentStore
 from storage.pixel_reader import PixelReader
 from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.schemas import Commits
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 
 FRAMES, CHANNELS, SIDE = 16, 32, 16  # VA-VAE f16d32 at 256 pixels, the paper's clip length
 STRIDE = 16  # pixels a cell of it

@@ -40,8 +40,8 @@ from nextvid.encode.plan import plan_encode, wanted_clips
 from nextvid.encode.vavae import CONFIG
 from nextvid.making.outcome import Outcome
 from storage.digest import digest, digest_file
-from storage.latents import LatentStore
 from storage.schemas import Clips
+from storage.store import LatentStore
 from storage.tables import publish_checks, write_table
 
 TARGET = 0.95  # of the autoencoder's own rate, our aim

@@ -28,11 +28,11 @@ from benchmarks.measure import Took, machine, show, timed, write
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.jpeg import encode_clip
-from storage.latents import LatentStore
 from storage.pixel_reader import PixelReader, pixel_addresses
-from storage.pixels import PixelSpec, PixelStore
 from storage.root import DataRoot
 from storage.schemas import PixelCommits
+from storage.spec import PixelSpec
+from storage.store import LatentStore, PixelStore
 
 QUICK_CLIPS, CLIPS = 64, 512  # stored; 64 of them are 13 MB of JPEGs
 QUICK_TURNS, TURNS = 2, 5

@@ -27,8 +27,9 @@ from nextvid.planning.acceptance import ensure_accepted
 from nextvid.trainset.trainset import Trainset, make_trainset
 from storage import atomic
 from storage.digest import digest_bytes
-from storage.latents import ROWS_PER_SHARD, LatentStore
 from storage.schemas import Clips, Commits, Duplicates
+from storage.shard import ROWS_PER_SHARD
+from storage.store import LatentStore
 from storage.tables import publish_checks, write_table
 
 PEAK_MB = 2048  # our bound at ten million rows

@@ -16,8 +16,9 @@ from nextvid.corpus.sources import batch_fingerprint, update_sources
 from nextvid.encode.plan import accepted_spec
 from nextvid.planning.acceptance import ensure_accepted
 from storage.digest import digest
-from storage.latents import EncodingSpec, LatentStore
 from storage.schemas import Clips, Commits, Media, Shots, Sources
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 from storage.tables import publish_checks, read_table, write_table
 
 SIDE = 64  # pixels; the demo's

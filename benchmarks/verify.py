@@ -15,8 +15,8 @@ import tyro
 
 from benchmarks.clips import CLIP_BYTES, random_clips, write_store
 from benchmarks.measure import evict, machine, median_ratio, show, timed, write
-from storage.latents import LatentStore
 from storage.root import DataRoot
+from storage.store import LatentStore
 
 CLIPS, QUICK_CLIPS = 8192, 1024  # 2.1 GB in 32 shards; 268 MB in 4
 TURNS, QUICK_TURNS = 5, 3

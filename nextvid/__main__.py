@@ -151,7 +151,7 @@ def verify(batch: Batch = None, corpus: Corpus = None) -> None:
     """Read every committed byte of latents, pixels and trainsets, and list what is damaged."""
     from nextvid.corpus.sources import refuse_unknown
     from nextvid.lineage.trace import damaged_trainsets
-    from storage.pixels import every_store
+    from storage.store import every_store
 
     project = open_project(corpus)
     if batch is not None:

@@ -18,7 +18,7 @@ The data root, as `root.py` builds it (every path of the project comes from ther
            probes/ samples/ report/<recipe>/<run>/
 
 Every path is a string that fsspec understands. atomic.py publishes files, locks.py locks, listing.py lists, remote.py
-speaks to object stores, commit.py orders a shard and its commit, cache.py keeps local copies of a bucket's files.
+speaks to object stores, cache.py keeps local copies of a bucket's files.
 
 `latest.json` in latent_stats/, duplicates/, trainset/ and pretrain/<recipe>/ points to the newest complete one.
 """

@@ -1,38 +1,32 @@
 """Part: one planned encode of a batch at one clip length. Its plan never changes, its shards are written once.
 
 A part appears whole (Zarr metadata and plan in one rename). On object stores the plan makes it, created exclusively,
-and the next writer adds metadata that a dead planner left out. A shard exists for readers once its commit does
-(commit.py). What differs between latents and pixels is the part's format: latents.py, pixels.py.
+and the next writer adds metadata that a dead planner left out. A shard exists for readers once its commit does. What
+differs between latents and pixels is the part's format: shard.py.
 """
 
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import dataframely as dy
-import numpy as np
 import polars as pl
-from jaxtyping import UInt8
 
 from storage import atomic, listing, shard, tables
-from storage.commit import publish_shard
 from storage.errors import ConflictError, DamagedError, StoreError, TableError, UpstreamError
 from storage.locks import is_locked, locked
-from storage.pixel_spec import PixelSpec
 from storage.remote import is_local
 from storage.schemas import Plan
-from storage.spec import EncodingSpec
+from storage.spec import EncodingSpec, PixelSpec
 
-COMMIT = r"([0-9]{6,})\.parquet"  # the shard's number
+COMMIT = r"[0-9]{6,}\.parquet"  # the shard's number
 SWEPT = "swept"  # reason in the commit of a shard whose bytes a sweep has freed
 OTHER_BYTES = "holds other bytes than were committed (or a withdrawn row)"  # what readers say of a row
 
 S = TypeVar("S", bound=EncodingSpec | PixelSpec)
-S_co = TypeVar("S_co", bound=EncodingSpec | PixelSpec, covariant=True)
 
 
 class StoredRow(NamedTuple):
@@ -46,41 +40,13 @@ class StoredRow(NamedTuple):
     crc32c: int | None  # None for a failed row
 
 
-class Format(Protocol[S_co]):
-    """How the rows of one kind of store, at one clip length, become the bytes of a shard."""
-
-    array: ClassVar[str]  # name of the Zarr array in the part's group
-    schema: ClassVar[type[dy.Schema]]  # of its commits
-    freed: ClassVar[Mapping[str, Any]]  # what the commit's columns hold once the shard's bytes are gone
-
-    @property
-    def spec(self) -> S_co:
-        """How frames become bytes."""
-
-    @property
-    def axes(self) -> int:
-        """Axes of the Zarr array after `row`."""
-
-    def encode(self, rows: Any, commits: pl.DataFrame) -> tuple[Sequence[bytes | memoryview], pl.DataFrame]:  # noqa: ANN401
-        """The bytes of the rows in pieces, and the commits completed by what is measured on them."""
-
-    def extents(self, commits: pl.DataFrame) -> list[tuple[int, int]]:
-        """(offset, size) in bytes of each committed row in its file, by slot; size 0 where it has none."""
-
-    def is_blank(self, row: UInt8[np.ndarray, " bytes"]) -> bool:
-        """Whether these are the bytes of a failed row."""
-
-    def create_array(self, group: Any, rows: int) -> None:  # noqa: ANN401 - a zarr.Group, which is not imported here
-        """Write the Zarr metadata of the array for so many rows into its group."""
-
-
 class Part(Generic[S]):
     """A part that exists. `path` is its folder; slots number its rows from 0, shard = slot // 256."""
 
-    def __init__(self, path: str, row_format: Format[S], batch: str, frames: int, number: int) -> None:
+    def __init__(self, path: str, spec: S, batch: str, frames: int, number: int) -> None:
         self.path = path
-        self.format = row_format
-        self.spec = row_format.spec
+        self.spec = spec
+        self.format = shard.row_format(spec, frames)
         self.batch = batch
         self.frames = frames
         self.number = number
@@ -107,7 +73,7 @@ class Part(Generic[S]):
 
     def shard_path(self, number: int) -> str:
         """The file of a shard's rows, named as Zarr names its chunk."""
-        return f"{self.array_path}/c/{number}{'/0' * self.format.axes}"
+        return f"{self.array_path}/c/{number}{'/0' * len(self.format.shape)}"
 
     def commit_path(self, number: int) -> str:
         """The file of a shard's commit."""
@@ -138,7 +104,8 @@ class Part(Generic[S]):
 
     def table_paths(self) -> list[str]:
         """The plan and every commit, those beyond the plan too."""
-        return [self.plan_path, *(self.commit_path(number) for number in self._commits_found())]
+        commits = listing.files(f"{self.path}/commits", COMMIT)
+        return [self.plan_path, *(f"{self.path}/commits/{name}" for name in commits)]
 
     def committed(self, number: int) -> bool:
         """Whether a shard has a commit."""
@@ -146,7 +113,8 @@ class Part(Generic[S]):
 
     def committed_shards(self) -> list[int]:
         """Numbers of all committed shards, sorted, by one listing."""
-        return [number for number in self._commits_found() if number < self.shards]
+        found = sorted(int(name.removesuffix(".parquet")) for name in listing.files(f"{self.path}/commits", COMMIT))
+        return [number for number in found if number < self.shards]
 
     def is_stored(self, number: int) -> bool:
         """Whether a shard is committed and its file is there; a swept one has none."""
@@ -181,7 +149,7 @@ class Part(Generic[S]):
         """Write one shard, then its commit; ConflictError if another writer committed it first.
 
         `rows` are in slot order, one for each planned row: of latents an array [n, F, C, h, w], of pixels a list of
-        chunks (LatentFormat, PixelFormat). `commits` has the columns of the format's schema; checksums and whatever
+        chunks, None for a failed row. `commits` has the columns of the format's schema; checksums and whatever
         else is measured on the stored bytes may be null or empty. StoreError where rows do not fit the plan.
         """
         ordered, planned = commits.sort("slot"), self.rows_of(number)
@@ -196,13 +164,40 @@ class Part(Generic[S]):
             if self.committed(number):
                 raise ConflictError(f"shard {number} of {self.path} is committed already: another writer was first")
             self.complete()
-            publish_shard(
-                self.shard_path(number),
-                self.commit_path(number),
-                pieces,
-                sealed,
-                lambda: self.commit(number)["crc32c"].equals(complete["crc32c"], null_equal=True),
-            )
+            self._publish(number, pieces, sealed, complete)
+
+    def _publish(self, number: int, pieces: Sequence[bytes | memoryview], sealed: bytes, commits: pl.DataFrame) -> None:
+        """Write a shard's file, then the bytes of its commit, each under a name that must be new.
+
+        On a file system the lock is held, so that a file without a commit is a dead writer's and is removed. On object
+        stores such an object may also be of a writer who is about to commit. Equal bytes are taken as they are, since a
+        shard encoded again has the same ones; others are replaced, and put back by the one who replaced them if the
+        commit then goes to somebody else. Whatever slips through this (two that replace at once, one of them killed)
+        is found by the commit's checksums, and the shard is encoded again.
+        """
+        shard_path, commit_path = self.shard_path(number), self.commit_path(number)
+        if is_local(shard_path):
+            atomic.remove_tree(shard_path)  # left by a writer that died before its commit
+            with atomic.staged_file(shard_path, exclusive=True) as temporary, temporary.open("xb") as file:
+                for piece in pieces:
+                    file.write(piece)
+            atomic.create_exclusively(commit_path, sealed)
+            return
+        data, found = b"".join(pieces), None
+        try:
+            atomic.create_exclusively(shard_path, data)
+        except ConflictError:
+            found = atomic.read_bytes(shard_path)
+            if found != data:
+                atomic.publish_bytes(shard_path, data)
+        try:
+            atomic.create_exclusively(commit_path, sealed)
+        except ConflictError:
+            if found not in (None, data) and not self.commit(number)["crc32c"].equals(
+                commits["crc32c"], null_equal=True
+            ):
+                atomic.publish_bytes(shard_path, found)
+            raise
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -284,8 +279,17 @@ class Part(Generic[S]):
         import zarr  # here, since readers do without it and it takes half a second to import
 
         about = {"encoding": self.spec.digest(), "batch": self.batch, "frames": self.frames, "part": self.number}
-        self.format.create_array(zarr.create_group(store=str(folder), zarr_format=3, attributes=about), rows)
+        shape = self.format.shape
+        zarr.create_group(store=str(folder), zarr_format=3, attributes=about).create_array(
+            self.format.array,
+            shape=(rows, *shape),
+            chunks=(1, *shape),
+            shards={"shape": (shard.ROWS_PER_SHARD, *shape), "index_location": "end"},
+            compressors=None,
+            filters=None,
+            **self.format.array_options(),
+        )
 
-    def _commits_found(self) -> list[int]:
-        """Numbers of the commits that a listing shows, sorted."""
-        return sorted(int(name.removesuffix(".parquet")) for name in listing.files(f"{self.path}/commits", COMMIT))
+
+LatentPart = Part[EncodingSpec]
+PixelPart = Part[PixelSpec]

@@ -17,12 +17,12 @@ from storage.cache import fits_beside
 from storage.digest import crc32c
 from storage.errors import DamagedError
 from storage.jpeg import decode_clip
-from storage.part import OTHER_BYTES
-from storage.pixel_spec import PixelSpec
-from storage.pixels import PixelPart, PixelStore
+from storage.part import OTHER_BYTES, PixelPart
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.shard_files import OPEN_MAPS, Key, MappedShard, Maps, ShardFiles, cited_shards
+from storage.spec import PixelSpec
+from storage.store import PixelStore
 
 # Where one row's chunk is; which row it is, the trainset says, whose rows these addresses follow. Little-endian.
 PIXEL_ADDRESS = np.dtype(

@@ -20,12 +20,12 @@ from jaxtyping import Float16, UInt8
 from storage import shard
 from storage.cache import fits
 from storage.digest import crc32c
-from storage.latents import LatentPart, LatentStore
-from storage.part import OTHER_BYTES
+from storage.part import OTHER_BYTES, LatentPart
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.shard_files import ADDRESSES_CHANGED, OPEN_MAPS, Key, MappedShard, Maps, ShardFiles, cited_shards
 from storage.spec import EncodingSpec
+from storage.store import LatentStore
 
 # One row of a store; `slot` counts within the shard. Little-endian on disk.
 ADDRESS = np.dtype(

@@ -1,14 +1,20 @@
-"""The bytes of one shard: dense rows, then the index that any Zarr reader expects. Pure functions, no files.
+"""How rows become the bytes of one shard: LatentFormat, PixelFormat, and the index that any Zarr reader expects.
 
 Zarr v3 `sharding_indexed`, inner chunk = one row, no compressor, index at the end: per inner chunk offset and size as
-little-endian u64, absent ones 2^64-1, then the crc32c of the index. Rows are in slot order without gaps, so that the
-offset of slot s is s * row_bytes and a reader needs no index. The storage options (float16, keepbits7, int8) are here.
+little-endian u64, absent ones 2^64-1, then the crc32c of the index. Rows are in slot order without gaps.
+
+Rows of latents have one size, so that row n begins at n * row_bytes and a reader needs no index; failed ones hold NaN.
+Rows of pixels are chunks of JPEGs (jpeg.py); they differ in size, so each commit says where they are, and so does a
+trainset; failed ones have no chunk.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, ClassVar
 
+import dataframely as dy
 import numpy as np
 import polars as pl
 from jaxtyping import Float, Float16, Float32, UInt8
@@ -16,6 +22,9 @@ from numcodecs.bitround import BitRound
 
 from storage.digest import crc32c
 from storage.errors import StoreError
+from storage.jpeg import frame_places
+from storage.schemas import Commits, PixelCommits
+from storage.spec import EncodingSpec, PixelSpec
 
 ROWS_PER_SHARD = 256  # 67 MB at 16 frames of 32x16x16; size does not change read speed (measured)
 INDEX_BYTES = 16 * ROWS_PER_SHARD + 4  # offset and size a row, crc32c of both
@@ -106,28 +115,126 @@ def _quantised(exact: Float32[np.ndarray, "n F C h w"], ok: np.ndarray) -> UInt8
     return np.concatenate([values.reshape(len(exact), -1).view(np.uint8), scales.view(np.uint8)], axis=1)
 
 
-def measured(
-    raw: UInt8[np.ndarray, "n bytes"], stored: Float16[np.ndarray, "n F C h w"], commits: pl.DataFrame
-) -> pl.DataFrame:
-    """The commits with crc32c of the stored bytes, sums and sums of squares per channel of their values.
+@dataclass(frozen=True)
+class LatentFormat:
+    """Latents of one spec and clip length as the bytes of a shard."""
 
-    None of them for failed rows.
-    """
-    crcs: list[int | None] = []
-    sums: list[list[float]] = []
-    squares: list[list[float]] = []
-    for data, row, status in zip(raw, stored, commits["status"], strict=True):
-        if status != "ok":
-            crcs.append(None)
-            sums.append([])
-            squares.append([])
-            continue
-        exact = row.astype(np.float64)
-        crcs.append(crc32c(data))
-        sums.append(np.einsum("fchw->c", exact).tolist())
-        squares.append(np.einsum("fchw,fchw->c", exact, exact).tolist())
-    return commits.with_columns(
-        pl.Series("crc32c", crcs, dtype=pl.UInt32),
-        pl.Series("sums", sums, dtype=pl.List(pl.Float64)),
-        pl.Series("sums_squared", squares, dtype=pl.List(pl.Float64)),
-    )
+    array: ClassVar[str] = "latent"
+    schema: ClassVar[type[dy.Schema]] = Commits
+    freed: ClassVar[Mapping[str, Any]] = {
+        "crc32c": None,
+        "sums": pl.lit([], pl.List(pl.Float64)),
+        "sums_squared": pl.lit([], pl.List(pl.Float64)),
+    }
+
+    spec: EncodingSpec
+    frames: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of every row."""
+        return self.spec.row_bytes(self.frames)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a row in the Zarr array: that of its values; its bytes where a row holds more than values."""
+        return (self.row_bytes,) if self.spec.storage == "int8" else self.spec.row_shape(self.frames)
+
+    def encode(
+        self, rows: Float[np.ndarray, "n F C h w"], commits: pl.DataFrame
+    ) -> tuple[Sequence[bytes | memoryview], pl.DataFrame]:
+        """The bytes of a shard in pieces, and its commits with crc32c, sums and sums_squared of the stored values.
+
+        A failed row has none of these, and NaN in its slot. StoreError where the shape is another or a row is not
+        finite.
+        """
+        wanted = (commits.height, *self.spec.row_shape(self.frames))
+        if rows.shape != wanted:
+            raise StoreError(f"latents have shape {rows.shape}, not {wanted}")
+        raw = packed(rows, (commits["status"] == "ok").to_numpy(), self.spec.storage)
+        stored = unpacked(raw, self.spec.storage, self.spec.row_shape(self.frames))
+        measured: list[tuple[int | None, list[float], list[float]]] = []
+        for data, row, status in zip(raw, stored, commits["status"], strict=True):
+            exact = row.astype(np.float64)
+            sums = np.einsum("fchw->c", exact).tolist(), np.einsum("fchw,fchw->c", exact, exact).tolist()
+            measured.append((crc32c(data), *sums) if status == "ok" else (None, [], []))
+        columns = {"crc32c": pl.UInt32(), "sums": pl.List(pl.Float64), "sums_squared": pl.List(pl.Float64)}
+        complete = commits.with_columns(pl.DataFrame(measured, columns, orient="row").get_columns())
+        return (raw.data, index(commits.height, self.row_bytes)), complete
+
+    def extents(self, commits: pl.DataFrame) -> list[tuple[int, int]]:
+        """(offset, size) in bytes of every row, failed ones too."""
+        return [(row * self.row_bytes, self.row_bytes) for row in range(commits.height)]
+
+    def is_blank(self, row: UInt8[np.ndarray, " bytes"]) -> bool:
+        """Whether all values are NaN."""
+        return bool(np.isnan(unpacked(row, self.spec.storage, self.spec.row_shape(self.frames))).all())
+
+    def array_options(self) -> dict[str, Any]:
+        """What describes the Zarr array; where it holds bytes, an attribute says what they are."""
+        if self.spec.storage != "int8":
+            axes = ("row", "frame", "channel", "y", "x")
+            return {"dtype": "float16", "fill_value": float("nan"), "dimension_names": axes}
+        values = self.spec.row_shape(self.frames)
+        about = f"int8 {list(values)}, then float32 [{values[1]}], little-endian; value = int8 * float32 of its channel"
+        options = {"dtype": "int8", "fill_value": 0, "dimension_names": ("row", "byte")}
+        return options | {"attributes": {"row": about}}
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """Clips of JPEG frames of one spec and clip length as the bytes of a shard."""
+
+    array: ClassVar[str] = "pixels"
+    schema: ClassVar[type[dy.Schema]] = PixelCommits
+    freed: ClassVar[Mapping[str, Any]] = {"offset": None, "size_bytes": None, "crc32c": None}
+
+    spec: PixelSpec
+    frames: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(F, H, W, 3) of a row in the Zarr array."""
+        return self.spec.row_shape(self.frames)
+
+    def encode(
+        self, rows: Sequence[bytes | None], commits: pl.DataFrame
+    ) -> tuple[Sequence[bytes | memoryview], pl.DataFrame]:
+        """The chunks (None for a failed row) and their index, and the commits with each row's place and checksum.
+
+        StoreError where not exactly the rows with status ok have chunks, DamagedError where one is no chunk of a clip.
+        """
+        if [chunk is not None for chunk in rows] != (commits["status"] == "ok").to_list():
+            raise StoreError("exactly the rows with status ok have chunks")
+        extents, end = [], 0
+        for chunk in rows:
+            if chunk is not None:
+                frame_places(chunk, self.frames)
+            extents.append((end, len(chunk or b"")))
+            end += len(chunk or b"")
+        measured = commits.with_columns(
+            pl.Series("offset", [at if size else None for at, size in extents], pl.UInt64),
+            pl.Series("size_bytes", [size or None for _, size in extents], pl.UInt32),
+            pl.Series("crc32c", [None if chunk is None else crc32c(chunk) for chunk in rows], pl.UInt32),
+        )
+        return (*(chunk for chunk in rows if chunk is not None), index_of(extents)), measured
+
+    def extents(self, commits: pl.DataFrame) -> list[tuple[int, int]]:
+        """(offset, size) in bytes of every row; (0, 0) for a failed one."""
+        return commits.select(pl.col("offset", "size_bytes").fill_null(0)).rows()
+
+    def is_blank(self, row: UInt8[np.ndarray, " bytes"]) -> bool:
+        """Whether a failed row has no bytes."""
+        return row.size == 0
+
+    def array_options(self) -> dict[str, Any]:
+        """What describes the Zarr array: RGB frames under the codec of zarr_jpeg.py."""
+        from storage.zarr_jpeg import JpegFrames  # here, since readers do without zarr
+
+        codec, axes = JpegFrames(self.spec.quality, self.spec.subsampling), ("row", "frame", "y", "x", "channel")
+        return {"dtype": "uint8", "serializer": codec, "fill_value": 0, "dimension_names": axes}
+
+
+def row_format(spec: EncodingSpec | PixelSpec, frames: int) -> LatentFormat | PixelFormat:
+    """The format of rows of a spec and clip length."""
+    return LatentFormat(spec, frames) if isinstance(spec, EncodingSpec) else PixelFormat(spec, frames)

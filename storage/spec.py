@@ -1,6 +1,6 @@
-"""EncodingSpec: how given frames become the bytes of a latent store. Frames and rates belong to clips, not here.
+"""EncodingSpec, PixelSpec: how given frames become the bytes of a store. Frames and rates belong to clips, not here.
 
-Its digest names the store's folder, so two specs never share a row; `spec.json` in it holds the fields.
+A spec's digest names the store's folder, so two specs never share a row; `spec.json` in it holds the fields.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ STORED = ("float16", "keepbits7", "int8")  # keepbits7: float16 whose mantissa i
 # What axis 1 is: source frames, or the latent frames of a causal encoder over time, of which the first covers the first
 # source frame and each later one the next 4 or 8; clips that do not come out even are filled up with their last frame.
 TIME_MAPS = ("frame", "causal4", "causal8")
+SUBSAMPLINGS = ("4:2:0", "4:2:2", "4:4:4")  # of PixelSpec: what libjpeg-turbo writes of YCbCr
 
 
 def checked_fields(spec: type[Any], value: Mapping[str, Any], noun: str, where: str) -> Mapping[str, Any]:
@@ -80,6 +81,44 @@ class EncodingSpec:
         """Bytes of one row: two a value; with `int8` one, and four a channel for its scale."""
         values = self.latent_frames(frames) * self.channels * self.height * self.width
         return values + 4 * self.channels if self.storage == "int8" else 2 * values
+
+
+@dataclass(frozen=True)
+class PixelSpec:
+    """Square RGB frames of `resolution` pixels, resized by `resize`, each a JPEG of this quality and subsampling."""
+
+    resolution: int  # pixels
+    resize: str
+    quality: int  # 1 to 100, libjpeg's scale
+    subsampling: str  # of chroma
+    codec: str = "jpeg"
+
+    def __post_init__(self) -> None:
+        if self.codec != "jpeg":
+            raise ConfigError(f"encoding.pixels.codec: '{self.codec}' is not 'jpeg'")
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"encoding.pixels.quality: {self.quality} is not within 1 to 100")
+        if self.subsampling not in SUBSAMPLINGS:
+            raise ConfigError(f"encoding.pixels.subsampling: '{self.subsampling}' is none of {', '.join(SUBSAMPLINGS)}")
+        if self.resolution < 1:
+            raise ConfigError("encoding.pixels: resolution must be at least 1")
+
+    def digest(self) -> str:
+        """32 hex digits that name the store."""
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, str | int]:
+        """Its fields, as in spec.json."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "PixelSpec":
+        """Spec of what `to_json` gave; ConfigError where a key is missing, unknown or of another type."""
+        return PixelSpec(**checked_fields(PixelSpec, value, "a pixel spec", "encoding.pixels"))
+
+    def row_shape(self, frames: int) -> tuple[int, int, int, int]:
+        """(F, H, W, 3) of one row, uint8."""
+        return (frames, self.resolution, self.resolution, 3)
 
 
 def latent_frames(time_map: str, frames: int) -> int:

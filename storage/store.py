@@ -1,4 +1,4 @@
-"""Store: the rows of one spec, as batches, clip lengths, parts and committed shards; of latents or of pixels.
+"""LatentStore, PixelStore: the rows of one spec, as batches, clip lengths, parts and committed shards.
 
 Any number of processes write at once, each shard once; readers see committed rows only, and a missing or short shard is
 an error, never zeros or NaN. A store is on a file system or an object store. Reading rows fast: reader.py and
@@ -16,6 +16,8 @@ from storage import atomic, listing
 from storage.errors import ConfigError, ConflictError, DamagedError, UpstreamError, is_damage
 from storage.part import Part, S
 from storage.root import DataRoot, Stored
+from storage.shard import row_format
+from storage.spec import EncodingSpec, PixelSpec
 from storage.verify import Problem, verify_part
 from storage.withdrawn import withdrawn_rows
 
@@ -27,7 +29,6 @@ class Store(Generic[S]):
 
     noun: ClassVar[Stored]  # names the folder, and the store in messages
     spec_type: ClassVar[Any]  # S
-    format: ClassVar[Any]  # (S, frames) -> Format[S]
 
     def __init__(self, root: DataRoot, spec: S) -> None:
         self.root = root
@@ -78,8 +79,7 @@ class Store(Generic[S]):
 
     def part(self, batch: str, frames: int, number: int) -> Part[S]:
         """A part by its number, whether or not it exists."""
-        path = self.root.part(self.digest, batch, frames, number, self.noun)
-        return Part(path, self.format(self.spec, frames), batch, frames, number)
+        return Part(self.root.part(self.digest, batch, frames, number, self.noun), self.spec, batch, frames, number)
 
     def parts_of(self, batch: str, frames: int | None = None) -> Iterator[Part[S]]:
         """Every part of a batch, or those of one clip length, in order."""
@@ -102,7 +102,7 @@ class Store(Generic[S]):
 
         A row id found twice counts once: ok before failed, then in the lowest (part, shard). `slot` numbers the part.
         """
-        empty = self.format.schema.create_empty()
+        empty = row_format(self.spec, 1).schema.create_empty()
         found = [empty.with_columns(pl.lit(None, dtype).alias(name) for name, dtype in _WHERE.items())]
         for part in self.parts_of(batch, frames):
             for number in part.committed_shards():
@@ -145,3 +145,22 @@ class Store(Generic[S]):
             for part in self.parts_of(name):
                 problems += verify_part(part, withdrawn)
         return problems
+
+
+class LatentStore(Store[EncodingSpec]):
+    """The latents of one encoding spec."""
+
+    noun = "latents"
+    spec_type = EncodingSpec
+
+
+class PixelStore(Store[PixelSpec]):
+    """The clips of one pixel spec: JPEG frames under the row ids of the latents, for recipes that read pixels."""
+
+    noun = "pixels"
+    spec_type = PixelSpec
+
+
+def every_store(root: DataRoot) -> list[LatentStore | PixelStore]:
+    """All stores that the root holds."""
+    return [*LatentStore.every(root), *PixelStore.every(root)]

@@ -15,7 +15,7 @@ from zarr.registry import register_codec
 
 from storage.errors import ConfigError
 from storage.jpeg import decode_clip, encode_clip
-from storage.pixel_spec import SUBSAMPLINGS
+from storage.spec import SUBSAMPLINGS
 
 NAME = "nextvid.jpeg_frames"
 

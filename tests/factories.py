@@ -25,9 +25,9 @@ from nextvid.making.publishing import publish_latest, read_latest
 from nextvid.trainset.files import write_trainset
 from storage import atomic
 from storage.digest import digest, digest_bytes, digest_config, digest_file
-from storage.latents import LatentStore
 from storage.reader import addresses
 from storage.schemas import Clips, Commits, Duplicates, Lineage
+from storage.store import LatentStore
 from storage.tables import publish_checks, write_table
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo"

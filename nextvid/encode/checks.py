@@ -22,8 +22,8 @@ from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_verdict
 from storage.atomic import exists
 from storage.digest import digest
-from storage.latents import EncodingSpec, LatentStore
-from storage.pixels import PixelSpec
+from storage.spec import EncodingSpec, PixelSpec
+from storage.store import LatentStore
 from storage.tables import read_checks
 
 ASSET = "latents"

@@ -24,7 +24,8 @@ from nextvid.making.publishing import addressed, publish_latest
 from storage.atomic import publish_json
 from storage.digest import digest_config
 from storage.errors import UpstreamError
-from storage.latents import EncodingSpec, LatentStore
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 
 # Our choice: a deviation of so many independent values is known to 2 %. Of all datasets together, because training
 # normalises by the deviation of their mixture, where a small dataset has the share of its weight (docs/decisions/0021).

@@ -34,7 +34,9 @@ from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.video.sandbox import Spawn
 from storage.atomic import publish_bytes
 from storage.errors import ConfigError, StoreError
-from storage.latents import EncodingSpec, LatentPart, LatentStore
+from storage.part import LatentPart
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 from storage.tables import require_checks
 
 Encode = Callable[[LatentPart], Report]

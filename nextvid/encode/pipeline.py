@@ -27,7 +27,8 @@ from nextvid.encode.roundtrip import Trip, round_trip, sampled
 from nextvid.encode.shard import NOT_WANTED, EncodedShard, RoundTripError, commit_table, encode_rows
 from nextvid.machine import available_cores
 from storage.errors import ConflictError, RefusedError
-from storage.latents import EncodingSpec, LatentPart
+from storage.part import LatentPart
+from storage.spec import EncodingSpec
 
 AHEAD = 32  # rows encoded before the shard before them is committed, an eighth of one (docs/decisions/0027)
 

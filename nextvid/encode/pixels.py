@@ -24,9 +24,10 @@ from nextvid.encode.shard import NOT_WANTED, status
 from nextvid.making.outcome import Check, Number
 from storage.errors import ConflictError
 from storage.jpeg import decode_clip, encode_clip
-from storage.latents import LatentPart
-from storage.pixels import PixelPart, PixelSpec, PixelStore
+from storage.part import LatentPart, PixelPart
 from storage.schemas import PixelCommits
+from storage.spec import PixelSpec
+from storage.store import PixelStore
 
 MEASURED = 4  # rows of a shard whose JPEGs are compared with their frames: as many as make the round trip of latents
 WAITING = 64  # clips that wait for a thread, 200 MB at 16 frames of 256 pixels; a faster decoder waits

@@ -15,11 +15,10 @@ from nextvid.config.accepted import accepted
 from nextvid.config.project import Project
 from nextvid.encode.weights import autoencoder_digest, facts
 from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError
-from storage.latents import EncodingSpec, LatentStore
 from storage.part import Part, S
-from storage.pixels import PixelSpec
 from storage.schemas import Clips
-from storage.store import Store
+from storage.spec import EncodingSpec, PixelSpec
+from storage.store import LatentStore, Store
 from storage.tables import read_table
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Float32
 from nextvid.encode.autoencoders import Autoencoder, Running
 from nextvid.encode.frames import DecodedRow
 from storage.errors import StoreError
-from storage.latents import EncodingSpec
 from storage.schemas import Commits
+from storage.spec import EncodingSpec
 
 NOT_WANTED = "not_wanted"  # planned, but the clips table changed before the row was encoded
 

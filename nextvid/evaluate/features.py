@@ -41,9 +41,10 @@ from nextvid.train.run import Run
 from nextvid.train.step import autocast, build_model
 from nextvid.trainset.trainset import Trainset
 from storage.pixel_reader import PixelReader, pixel_addresses
-from storage.pixels import PixelSpec, PixelStore
 from storage.reader import RowReader, addresses, open_reader
 from storage.root import DataRoot
+from storage.spec import PixelSpec
+from storage.store import PixelStore
 
 EncoderName = Literal["ema", "online", "random"]
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)

@@ -44,9 +44,9 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
 from storage.digest import digest_config
 from storage.errors import UpstreamError
-from storage.latents import LatentStore
-from storage.pixels import PixelSpec, PixelStore
 from storage.schemas import Clips, Duplicates, Labels, ProbeRows
+from storage.spec import PixelSpec
+from storage.store import LatentStore, PixelStore
 
 SMALL_LIMITS = {"train": 1000, "test": 1000}  # clips; 1000 test clips resolve 3 points (docs/demo.md)
 FEATURE_BYTES = 16 << 30  # our bound on features in memory; larger encoders are probed on as many clips as fit

@@ -27,8 +27,8 @@ from nextvid.train.run import Run
 from nextvid.trainset.trainset import Trainset
 from storage import tables
 from storage.errors import RefusedError, UpstreamError
-from storage.latents import LatentStore
 from storage.schemas import Clips
+from storage.store import LatentStore
 
 CLIPS = 16  # clips that numbers are taken over: our choice
 

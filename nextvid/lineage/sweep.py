@@ -22,14 +22,13 @@ from nextvid.making.batches import batch_state
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset
 from storage.atomic import leftovers, remove_tree
-from storage.latents import LatentStore
 from storage.listing import size_bytes
 from storage.part import Part
-from storage.pixels import every_store
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.schemas import ProbeRows
 from storage.shard_files import shards_of
+from storage.store import LatentStore, every_store
 from storage.tables import read_table
 
 LEFTOVER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name

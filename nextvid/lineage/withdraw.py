@@ -16,11 +16,11 @@ from nextvid.config.project import Project
 from nextvid.lineage.trace import Trace, scores_of, trace, trainsets_of
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError
-from storage.latents import ROWS_PER_SHARD, LatentStore
 from storage.part import Part
-from storage.pixels import every_store
 from storage.root import DataRoot
 from storage.schemas import Clips, Media, ProbeRows
+from storage.shard import ROWS_PER_SHARD
+from storage.store import LatentStore, every_store
 from storage.tables import read_table, read_tables
 from storage.withdrawn import record_withdrawal
 

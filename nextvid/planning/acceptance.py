@@ -3,7 +3,7 @@
 from nextvid.config.accepted import Accepted, accept, accepted, as_accepted, keep_new
 from nextvid.config.project import Project
 from nextvid.encode.plan import encoding_spec
-from storage.latents import LatentStore
+from storage.store import LatentStore
 
 
 def ensure_accepted(project: Project) -> Accepted:

@@ -15,8 +15,8 @@ from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch
 from nextvid.making.batches import dataset_of
 from nextvid.planning.acceptance import outdated
 from nextvid.planning.waiting import curation_of
-from storage.latents import EncodingSpec, LatentStore
-from storage.pixels import PixelStore
+from storage.spec import EncodingSpec
+from storage.store import LatentStore, PixelStore
 
 RATE_BATCHES = 3  # the latest of each dataset: a plan must not read the whole store
 

@@ -15,11 +15,10 @@ from nextvid.corpus.labels import label_digests
 from nextvid.corpus.sources import batch_fingerprint, known_sources
 from nextvid.encode.plan import encoding_spec, pixel_spec, plan_batch
 from nextvid.making.batches import batch_state, dataset_of
-from storage.latents import EncodingSpec, LatentStore
-from storage.pixels import PixelSpec, PixelStore
 from storage.remote import at_once
 from storage.schemas import Media, Shots
-from storage.store import Store
+from storage.spec import EncodingSpec, PixelSpec
+from storage.store import LatentStore, PixelStore, Store
 from storage.tables import read_table, seal
 
 T = TypeVar("T")

@@ -35,9 +35,9 @@ from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, RefusedError
 from storage.pixel_reader import PixelReader
-from storage.pixels import PixelStore
 from storage.reader import RowReader, open_reader
 from storage.root import DataRoot
+from storage.store import PixelStore
 
 READ_AHEAD = 4  # batches drawn and hinted before they are filled: our choice, 33 MB at 32 clips
 FILLED_AHEAD = 2  # or as many as threads: filled before their step; more would push ready ones out of the CPU's cache

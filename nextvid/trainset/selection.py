@@ -23,10 +23,12 @@ from storage import reader
 from storage.atomic import read_bytes, read_json
 from storage.digest import digest_bytes
 from storage.errors import UpstreamError
-from storage.latents import ROWS_PER_SHARD, EncodingSpec, LatentStore
 from storage.reader import ADDRESS
 from storage.root import DataRoot
 from storage.schemas import Clips, Duplicates
+from storage.shard import ROWS_PER_SHARD
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 from storage.tables import read_table, require_checks
 from storage.withdrawn import withdrawn_rows
 

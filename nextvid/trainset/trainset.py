@@ -24,11 +24,12 @@ from storage import listing
 from storage.atomic import exists, remove_tree
 from storage.digest import ID_BYTES, digest_bytes, digest_config
 from storage.errors import ConflictError, DamagedError, RefusedError, TableError, UpstreamError
-from storage.latents import EncodingSpec, LatentStore
 from storage.locks import locked
 from storage.reader import ADDRESS
 from storage.root import DataRoot
 from storage.schemas import Duplicates, Lineage
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 from storage.tables import read_table
 
 ASSET = "trainset"

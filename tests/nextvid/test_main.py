@@ -33,8 +33,8 @@ from storage.errors import (
     UpstreamError,
     exit_code,
 )
-from storage.latents import LatentStore
 from storage.schemas import Media
+from storage.store import LatentStore
 from storage.tables import read_table
 from tests.factories import Corpus, flip, write_autoencoder, write_settings
 from tests.nextvid.corpus.small_media import write_picture

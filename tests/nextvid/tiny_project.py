@@ -22,8 +22,8 @@ from nextvid.train.pretrain import finish_run, prepare_run
 from nextvid.train.run import open_run
 from storage import atomic, tables
 from storage.digest import digest
-from storage.latents import LatentStore
 from storage.schemas import Clips, Labels, Lineage, Media
+from storage.store import LatentStore
 from tests.factories import (
     passed,
     publish_clips,

@@ -19,8 +19,8 @@ from nextvid.encode.plan import accepted_spec
 from orchestration.schedules import NIGHT, nightly_at
 from orchestration.sensors import apply_partitions
 from storage.errors import CorpusError
-from storage.latents import LatentStore
 from storage.schemas import Sources
+from storage.store import LatentStore
 from storage.tables import read_table
 from tests.orchestration.conftest import load_defs
 from tests.orchestration.ticks import committed, edit, look, made, run, tick

@@ -12,9 +12,8 @@ from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec
 from nextvid.planning.acceptance import accept_asked, outdated
 from nextvid.planning.waiting import curation_of
-from storage.latents import LatentStore
-from storage.pixels import PixelStore
 from storage.schemas import Clips
+from storage.store import LatentStore, PixelStore
 from storage.tables import read_table
 from tests.orchestration.ticks import committed, edit, look, made, run, tick
 

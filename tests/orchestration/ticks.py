@@ -9,7 +9,7 @@ from assets.resources import ProjectResource
 from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import accepted_spec
 from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
-from storage.latents import LatentStore
+from storage.store import LatentStore
 from tests.orchestration.conftest import load_defs
 
 

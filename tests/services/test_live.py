@@ -14,8 +14,8 @@ from nextvid.encode.plan import accepted_spec
 from nextvid.making.publishing import read_latest
 from storage.atomic import read_json
 from storage.digest import digest_file
-from storage.latents import LatentStore
 from storage.schemas import Clips, Media
+from storage.store import LatentStore
 from storage.tables import read_table
 from tests.services.conftest import Live, wait_for
 

@@ -21,7 +21,7 @@ from nextvid.planning.acceptance import ensure_accepted
 from nextvid.train.pretrain import prepare_run
 from orchestration.definitions import build_defs
 from storage import atomic, remote
-from storage.latents import LatentStore
+from storage.store import LatentStore
 from tests.factories import DEMO
 from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
 from tests.services.postgres import binaries, postgres

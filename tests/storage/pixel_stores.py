@@ -7,9 +7,11 @@ import polars as pl
 from einops import repeat
 
 from storage.jpeg import encode_clip
-from storage.pixels import PixelPart, PixelSpec, PixelStore
+from storage.part import PixelPart
 from storage.root import DataRoot
 from storage.schemas import PixelCommits
+from storage.spec import PixelSpec
+from storage.store import PixelStore
 from tests.storage.stores import BATCH, FRAMES, ids
 
 SIDE = 32

@@ -9,10 +9,12 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from storage.latents import EncodingSpec, LatentPart, LatentStore
+from storage.part import LatentPart
 from storage.reader import RowReader
 from storage.root import DataRoot
 from storage.schemas import Commits
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 
 BATCH = "demo.000000"
 FRAMES = 4

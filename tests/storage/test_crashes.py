@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from storage import atomic
-from storage.latents import LatentPart, LatentStore
+from storage.part import LatentPart
 from storage.reader import RowReader, addresses, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
+from storage.store import LatentStore
 from tests.forked import Forks, parent_of
 from tests.storage.stores import BATCH, FRAMES, ids, new_store, spec, values, write
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from storage.errors import ConfigError, DamagedError
 from storage.jpeg import LENGTH_BYTES, decode_clip, encode_clip, frame_places
-from storage.pixel_spec import SUBSAMPLINGS
+from storage.spec import SUBSAMPLINGS
 from storage.zarr_jpeg import NAME, JpegFrames
 from tests.storage.pixel_stores import SIDE, clip, pixel_spec
 

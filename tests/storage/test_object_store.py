@@ -11,11 +11,11 @@ import pytest
 
 from storage import atomic, listing
 from storage.errors import ConflictError
-from storage.latents import LatentStore
 from storage.part import SWEPT
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
+from storage.store import LatentStore
 from storage.withdrawn import record_withdrawal, withdrawn_rows
 from tests.storage.stores import BATCH, FRAMES, commit_of, full_store, ids, new_store, spec, values, write
 

@@ -11,9 +11,9 @@ import pytest
 import tensorstore
 import zarr
 
-from storage.latents import ROWS_PER_SHARD
 from storage.reader import RowReader, addresses
 from storage.root import DataRoot
+from storage.shard import ROWS_PER_SHARD
 from tests.storage.stores import BATCH, FRAMES, commit_of, full_store, ids, new_store, spec, values, write
 
 Read = Callable[[str, slice], np.ndarray]

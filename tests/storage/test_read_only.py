@@ -11,8 +11,8 @@ import pytest
 
 from storage import atomic
 from storage.errors import UnwritableError
-from storage.latents import LatentStore
 from storage.root import DataRoot
+from storage.store import LatentStore
 from tests.storage.pixel_stores import pixel_store, write_pixels
 from tests.storage.read_only import read_only, tree
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, new_store, spec, write

@@ -14,11 +14,12 @@ from hypothesis.extra import numpy as arrays
 from storage import shard_files
 from storage.digest import crc32c
 from storage.errors import DamagedError
-from storage.latents import LatentPart, LatentStore
+from storage.part import LatentPart
 from storage.reader import ADDRESS, RowReader, _fields, addresses, read_row, row_id
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
 from storage.shard_files import MappedShard, _in_memory
+from storage.store import LatentStore
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, mapped_files, new_store, values, write
 
 ROW_BYTES = FRAMES * 2 * 2 * 3 * 2

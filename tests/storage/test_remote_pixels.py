@@ -19,9 +19,9 @@ from storage.digest import crc32c
 from storage.errors import DamagedError
 from storage.jpeg import decode_clip
 from storage.pixel_reader import PixelReader, pixel_addresses
-from storage.pixels import PixelStore
 from storage.reader import addresses, open_reader
 from storage.root import DataRoot
+from storage.store import PixelStore
 from tests.storage.pixel_stores import SIDE, chunks, pixel_spec, write_pixels
 from tests.storage.stores import BATCH, FRAMES, Way, copies, full_store, ids
 from tests.storage.test_remote_reader import lying

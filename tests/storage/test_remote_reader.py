@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from storage import atomic, remote
 from storage.cache import Cache, fits, open_rows
 from storage.errors import ConfigError, DamagedError, StoreError
-from storage.latents import LatentStore
 from storage.reader import RowReader, addresses, open_reader, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD, shard_bytes
+from storage.store import LatentStore
 from tests.storage.stores import BATCH, FRAMES, Way, copies, ids, in_threads, new_store, read_each, values, write
 
 ROW_BYTES = FRAMES * 2 * 2 * 3 * 2
@@ -253,7 +253,7 @@ def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, way: Way) -> None:
 
 def test_what_is_announced_and_never_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, stored = filled(tmp_path)
-    monkeypatch.setattr("storage.ranges.AHEAD_BYTES", 20 * ROW_BYTES)
+    monkeypatch.setattr("storage.shard_files.AHEAD_BYTES", 20 * ROW_BYTES)
     reader = RowReader(store.root, store.spec, BATCHES)
     ranges = reader._files.ranges
     assert ranges is not None

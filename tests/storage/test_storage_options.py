@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from storage.errors import StoreError
-from storage.latents import LatentPart, LatentStore
+from storage.part import LatentPart
 from storage.reader import RowReader, addresses, read_row
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD, packed, stored_values, unpacked
+from storage.store import LatentStore
 from tests.storage.stores import BATCH, FRAMES, commit_of, ids, new_store, spec, values, write
 
 FINITE = st.floats(-65504, 65504, width=32)

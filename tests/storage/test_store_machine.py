@@ -12,10 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from storage.digest import digest
 from storage.errors import ConflictError, DamagedError
-from storage.latents import LatentPart, LatentStore
+from storage.part import LatentPart
 from storage.reader import RowReader, addresses, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
+from storage.store import LatentStore
 from storage.withdrawn import record_withdrawal
 from tests.storage.stores import commit_of, full_store, ids, new_store, spec, values, write
 

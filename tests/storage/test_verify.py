@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from storage import atomic
 from storage.errors import DamagedError, StoreError
-from storage.latents import LatentPart, LatentStore
+from storage.part import LatentPart
 from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES
+from storage.store import LatentStore
 from storage.verify import LEFTOVER_AGE_S
 from storage.withdrawn import record_withdrawal, withdrawn_media, withdrawn_rows
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, spec, write

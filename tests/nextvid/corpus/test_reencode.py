@@ -24,7 +24,8 @@ from nextvid.config.project import Project, open_project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.shots import make_shots
 from nextvid.encode.plan import BatchPlan, encoding_spec, plan_encode, wanted_clips
-from storage.latents import EncodingSpec, LatentStore
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 from tests.factories import edit_project, put_latents, write_autoencoder
 from tests.nextvid.corpus.conftest import Made
 

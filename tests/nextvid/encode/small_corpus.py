@@ -10,8 +10,8 @@ from PIL import Image
 from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec
-from storage.latents import LatentStore
 from storage.reader import read_row
+from storage.store import LatentStore
 from tests import factories
 from tests.factories import SIDE, clip_row, publish_clips, write_project
 from tests.nextvid.video import film

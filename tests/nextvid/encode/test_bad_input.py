@@ -16,7 +16,7 @@ from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec, plan_encode
 from storage import atomic
 from storage.errors import ConfigError, DamagedError
-from storage.latents import LatentStore
+from storage.store import LatentStore
 from tests.factories import clip_row, publish_clips
 from tests.nextvid.encode.small_corpus import films, write_corpus
 

@@ -10,7 +10,7 @@ from typing import Any
 from nextvid.config.corpus import CorpusConfig
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.encode.weights import autoencoder_digest
-from storage.latents import EncodingSpec
+from storage.spec import EncodingSpec
 
 PINNED = Path(__file__).parents[2] / "golden" / "encoding_digests.json"
 KL = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 128, 256, 256, 512], "latent_channels": 32}

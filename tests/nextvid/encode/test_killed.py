@@ -14,7 +14,7 @@ import pytest
 from nextvid.config.project import Project, open_project
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec
-from storage.latents import LatentStore
+from storage.store import LatentStore
 from tests.nextvid.encode.conftest import shards_of_four
 from tests.nextvid.encode.small_corpus import FILMS, F, begin, stored
 

@@ -19,8 +19,7 @@ from nextvid.config.project import Project, open_project
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec
 from storage import atomic
-from storage.latents import LatentStore
-from storage.pixels import every_store
+from storage.store import LatentStore, every_store
 from tests.forked import Forks, parent_of
 from tests.nextvid.encode.conftest import shards_of_four
 from tests.nextvid.encode.small_corpus import FILMS, F, begin

@@ -20,7 +20,8 @@ from nextvid.encode.plan import accepted_spec, plan_encode
 from nextvid.making.outcome import Outcome
 from nextvid.making.progress import Progress
 from storage.errors import UpstreamError
-from storage.latents import LatentPart, LatentStore
+from storage.part import LatentPart
+from storage.store import LatentStore
 from storage.tables import require_checks
 from tests.factories import clip_row, publish_clips, unchanged
 from tests.nextvid.encode.small_corpus import (

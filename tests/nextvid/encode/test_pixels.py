@@ -19,10 +19,11 @@ from nextvid.making.outcome import Check, Outcome
 from nextvid.planning.costs import forecast
 from nextvid.planning.waiting import standard, unfinished
 from storage.errors import ConfigError, ConflictError
-from storage.latents import LatentStore
+from storage.part import PixelPart
 from storage.pixel_reader import read_clip
-from storage.pixels import PixelFormat, PixelPart, PixelSpec, PixelStore
-from storage.shard import ROWS_PER_SHARD
+from storage.shard import ROWS_PER_SHARD, PixelFormat
+from storage.spec import PixelSpec
+from storage.store import LatentStore, PixelStore
 from tests.factories import clip_row, publish_clips
 from tests.nextvid.encode.small_corpus import FILMS, STILLS, begin, films, write_corpus
 from tests.nextvid.video.film import frames_at

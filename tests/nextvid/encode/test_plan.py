@@ -9,7 +9,7 @@ from nextvid.config.accepted import accept
 from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec, encoding_spec, plan_encode, wanted_clips
 from storage.errors import ConfigError, RefusedError, UpstreamError
-from storage.latents import LatentStore
+from storage.store import LatentStore
 from tests.factories import clip_row, publish_clips, put_latents
 from tests.nextvid.encode.small_corpus import F, write_corpus
 

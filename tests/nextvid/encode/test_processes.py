@@ -12,7 +12,7 @@ from nextvid.encode.pipeline import shares
 from nextvid.encode.plan import plan_encode
 from nextvid.making.progress import Progress
 from storage.errors import ConfigError
-from storage.latents import ROWS_PER_SHARD
+from storage.shard import ROWS_PER_SHARD
 from tests.factories import clip_row, publish_clips
 from tests.nextvid.encode.small_corpus import STILLS, stills, stored, write_corpus
 

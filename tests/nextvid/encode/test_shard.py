@@ -12,8 +12,8 @@ from nextvid.encode.autoencoders import Autoencoder, Running
 from nextvid.encode.frames import DecodedRow
 from nextvid.encode.shard import NOT_WANTED, EncodedShard, commit_table, encode_rows
 from nextvid.encode.weights import Facts
-from storage.latents import EncodingSpec
 from storage.schemas import Commits
+from storage.spec import EncodingSpec
 from tests.nextvid.encode.small_corpus import texture
 
 F, SIDE = 2, 32

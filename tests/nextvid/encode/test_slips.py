@@ -20,7 +20,7 @@ from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec, plan_encode
 from nextvid.planning.acceptance import ensure_accepted
 from storage.errors import RefusedError, StoreError
-from storage.latents import LatentStore
+from storage.store import LatentStore
 from storage.tables import read_checks
 from tests.factories import clip_row, flip, publish_clips
 from tests.nextvid.encode.small_corpus import FILMS, STILLS, begin, stored, texture, write_video

@@ -19,7 +19,7 @@ from nextvid.train.run import find_run
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.pixel_reader import read_clip
-from storage.pixels import PixelStore
+from storage.store import PixelStore
 from tests.nextvid.tiny_project import FRAMES, RECIPE, clip_rows, write_pixel_project
 
 

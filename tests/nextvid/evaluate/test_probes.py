@@ -19,9 +19,9 @@ from nextvid.model.tokens import latent_tokens
 from nextvid.train.run import find_run
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, UpstreamError
-from storage.latents import LatentStore
 from storage.reader import read_row
 from storage.schemas import Labels, ProbeRows
+from storage.store import LatentStore
 from storage.tables import read_table, write_table
 from tests.nextvid.tiny_project import FRAMES, RECIPE
 

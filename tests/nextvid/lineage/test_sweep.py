@@ -12,8 +12,8 @@ from nextvid.encode.plan import encoding_spec, plan_encode
 from nextvid.lineage.sweep import sweep
 from nextvid.planning.acceptance import accept_asked
 from nextvid.trainset.trainset import Trainset, make_trainset
-from storage.latents import LatentStore
 from storage.reader import RowReader
+from storage.store import LatentStore
 from tests.factories import FRAMES, Corpus, passed
 
 FILMS, STILLS = "films.000000", "stills.000000"

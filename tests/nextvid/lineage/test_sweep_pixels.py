@@ -11,7 +11,7 @@ from nextvid.lineage.sweep import sweep
 from nextvid.planning.acceptance import accept_asked
 from nextvid.trainset.pixels import freeze_pixels
 from nextvid.trainset.trainset import Trainset, make_trainset
-from storage.pixels import PixelStore
+from storage.store import PixelStore
 from tests.factories import FRAMES, Corpus
 from tests.nextvid.train.pixel_corpus import write_shard
 from tests.nextvid.train.tiny import tiny_recipe

@@ -16,10 +16,10 @@ from nextvid.trainset.mask_plan import open_mask_plan
 from nextvid.trainset.trainset import Trainset
 from storage.atomic import read_json
 from storage.errors import ConfigError, RefusedError
-from storage.latents import LatentStore
 from storage.pixel_reader import read_clip
 from storage.reader import read_row
 from storage.schemas import Clips, Media
+from storage.store import LatentStore
 from storage.tables import read_table, write_table
 from storage.withdrawn import withdrawn_media, withdrawn_rows
 from tests.nextvid.tiny_project import CLIPS_A_VIDEO, FRAMES, RECIPE, clip_rows, uri_of

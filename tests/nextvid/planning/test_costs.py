@@ -8,7 +8,7 @@ from nextvid.encode.plan import accepted_spec, encoding_spec
 from nextvid.planning.acceptance import accept_asked, ensure_accepted, outdated
 from nextvid.planning.costs import Rate, forecast, rates
 from storage.errors import UpstreamError
-from storage.latents import LatentStore
+from storage.store import LatentStore
 from tests.factories import FRAMES, Corpus
 
 FILMS, STILLS = "films.000000", "stills.000000"

@@ -14,8 +14,8 @@ from nextvid.encode.plan import accepted_spec
 from nextvid.planning import waiting as module
 from nextvid.planning.waiting import standard, waiting
 from storage.errors import TableError
-from storage.latents import LatentStore
 from storage.schemas import Clips
+from storage.store import LatentStore
 from storage.tables import read_table, write_table
 from tests.factories import flip
 

@@ -15,9 +15,10 @@ from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan, plan_
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.digest import digest
-from storage.latents import EncodingSpec, LatentStore
 from storage.root import DataRoot
 from storage.schemas import Lineage
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 from tests.factories import publish_trainset, put_latents, table, write_project
 from tests.nextvid.train.tiny import ALONE, CHANNELS, GRID, HOW, tiny_recipe
 

@@ -8,9 +8,10 @@ from nextvid.config.project import Project
 from nextvid.encode.plan import pixel_spec
 from nextvid.trainset.trainset import Trainset
 from storage.jpeg import encode_clip
-from storage.latents import LatentStore
-from storage.pixels import PixelPart, PixelSpec, PixelStore
+from storage.part import PixelPart
 from storage.schemas import PixelCommits
+from storage.spec import PixelSpec
+from storage.store import LatentStore, PixelStore
 from tests.factories import commits, edit_project
 from tests.storage.pixel_stores import clip
 

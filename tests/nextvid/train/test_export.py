@@ -21,7 +21,7 @@ from nextvid.train.run import Run, plan_run
 from nextvid.train.step import build_model
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError, UpstreamError
-from storage.latents import EncodingSpec
+from storage.spec import EncodingSpec
 from tests.nextvid.train.corpus import MEAN, STD, make_project
 from tests.nextvid.train.tiny import CHANNELS, GRID, HOW, tiny_recipe
 

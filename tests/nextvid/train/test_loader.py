@@ -19,8 +19,8 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.draws import Draws, mask_entry
 from storage.errors import ConfigError, DamagedError, RefusedError
-from storage.latents import LatentStore
 from storage.reader import RowReader, read_row, row_id
+from storage.store import LatentStore
 from storage.withdrawn import record_withdrawal
 from tests.nextvid.train.corpus import BATCHES, WEIGHTS, loading, make_project, tiny_spec
 from tests.nextvid.train.tiny import Keep, latents_of, tiny_recipe

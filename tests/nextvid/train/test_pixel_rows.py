@@ -21,8 +21,8 @@ from nextvid.trainset.pixels import TrainsetPixels, freeze_pixels
 from nextvid.trainset.trainset import Trainset
 from storage.errors import DamagedError
 from storage.pixel_reader import PixelReader, read_clip
-from storage.pixels import PixelStore
 from storage.reader import row_id
+from storage.store import PixelStore
 from tests.nextvid.train.corpus import BATCHES, loading, make_project
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
 from tests.nextvid.train.tiny import ALONE, latents_of, tiny_recipe

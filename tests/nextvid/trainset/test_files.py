@@ -22,10 +22,11 @@ from nextvid.trainset.files import new_array, write_array
 from nextvid.trainset.trainset import Trainset, make_trainset
 from storage import atomic
 from storage.errors import ConfigError, DamagedError, UpstreamError
-from storage.latents import LatentStore, Problem
 from storage.reader import ADDRESS, RowReader, row_id
 from storage.shard_files import shards_of
+from storage.store import LatentStore
 from storage.tables import write_tables
+from storage.verify import Problem
 from tests.factories import FRAMES, Corpus, flip
 from tests.nextvid.train.corpus import make_project
 from tests.storage.stores import in_threads

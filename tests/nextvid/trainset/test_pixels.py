@@ -17,9 +17,9 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.pixel_reader import PIXEL_ADDRESS, PixelReader
-from storage.pixels import PixelStore
 from storage.reader import row_id
 from storage.root import DataRoot
+from storage.store import PixelStore
 from tests.factories import flip, unchanged
 from tests.nextvid.train.corpus import ROWS, make_project
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, spec_of, write_pixels

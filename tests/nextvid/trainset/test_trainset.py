@@ -20,8 +20,9 @@ from nextvid.trainset import selection, trainset
 from nextvid.trainset.trainset import Trainset, make_trainset
 from storage import atomic
 from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
-from storage.latents import EncodingSpec, LatentStore
 from storage.reader import RowReader, row_id
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 from storage.withdrawn import record_withdrawal
 from tests.factories import FRAMES, Corpus, doubled, passed, put_latents, unchanged, write_autoencoder
 

@@ -19,8 +19,7 @@ from nextvid.make import Request, make
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing, remote
 from storage.errors import CorpusError, NExTVidError, RefusedError
-from storage.latents import LatentStore
-from storage.pixels import PixelStore, every_store
+from storage.store import LatentStore, PixelStore, every_store
 from tests.factories import SIDE, write_project
 from tests.nextvid.encode.small_corpus import texture, write_video
 from tests.nextvid.tiny_project import FRAMES, OVERRIDES, train_steps

@@ -15,11 +15,11 @@ import pytest
 from storage import atomic, listing, remote
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
 from storage.jpeg import decode_clip
-from storage.latents import LatentStore
 from storage.pixel_reader import PIXEL_ADDRESS, PixelReader, pixel_addresses
 from storage.reader import ADDRESS, RowReader, addresses, open_reader, read_row, row_id
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
+from storage.store import LatentStore
 from tests.services.s3.proxy import Asked, Fault, Proxy
 from tests.storage.pixel_stores import SIDE, chunks, pixel_spec, pixel_store
 from tests.storage.stores import (

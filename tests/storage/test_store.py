@@ -1,4 +1,4 @@
-"""storage/latents.py, part.py, spec.py: planned parts, write-once shards, and what readers may see."""
+"""storage/store.py, part.py, spec.py: planned parts, write-once shards, and what readers may see."""
 
 import json
 import threading
@@ -14,8 +14,10 @@ from polars.testing import assert_frame_equal
 
 from storage import atomic
 from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UpstreamError
-from storage.latents import ROWS_PER_SHARD, EncodingSpec, LatentStore
 from storage.root import DataRoot
+from storage.shard import ROWS_PER_SHARD
+from storage.spec import EncodingSpec
+from storage.store import LatentStore
 from tests.storage.stores import BATCH, FRAMES, commit_of, full_store, ids, new_store, spec, values, write
 
 

@@ -1,4 +1,4 @@
-"""storage/pixels.py and pixel_reader.py: the same rules as for latents, rows that differ in size, damage by name."""
+"""storage/pixel_reader.py, PixelFormat: the same rules as for latents, rows that differ in size, damage by name."""
 
 import threading
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from storage.errors import ConflictError, DamagedError, StoreError
 from storage.jpeg import decode_clip
-from storage.latents import LatentStore
+from storage.part import PixelPart
 from storage.pixel_reader import PixelReader, pixel_addresses, read_clip
-from storage.pixels import PixelPart, PixelStore
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
+from storage.store import LatentStore, PixelStore
 from storage.withdrawn import record_withdrawal
 from tests.storage.pixel_stores import (
     SIDE,
