@@ -59,15 +59,20 @@ def refuse_credentials(url: str, where: str) -> None:
 
 
 def connect(path: str) -> tuple[AbstractFileSystem, str]:
-    """Client and key of a path. ConfigError where the package of its protocol is missing."""
-    protocol = path.partition("://")[0]
+    """Client and key of a path. ConfigError where the package of its protocol is missing.
+
+    `::` is a part of the name, not a chain of file systems, as it is for fsspec's own functions.
+    """
+    protocol = "file" if is_local(path) else path.partition("://")[0]
     refuse_credentials(path, f"a path of protocol '{protocol}'")
     options: dict[str, Any] = {} if is_local(path) else {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):  # we repeat, and know then that an answer may have been lost
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {**configured, "retries": {"total_max_attempts": 1}}
     try:
-        fs, key = fsspec.core.url_to_fs(path, **options)
+        client = fsspec.get_filesystem_class(protocol)
+        fs = client(**client._get_kwargs_from_urls(path), **options)
+        key = client._strip_protocol(path)
     except (ImportError, ValueError) as error:
         extra = "pip install 'nextvid[s3]'" if protocol in ("s3", "s3a") else "install the package that it names"
         raise ConfigError(f"{path}: {error}; {extra}") from error

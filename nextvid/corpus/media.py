@@ -8,7 +8,7 @@ is rejected for as long as the cause lasts.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from nextvid.making.batches import config_of, dataset_of
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
-from nextvid.video.fetch import fetch, release
-from nextvid.video.inspection import Inspection, identify, inspect_file
+from nextvid.video.fetch import by_uri, map_files
+from nextvid.video.probe import Inspection, identify, inspect_file
 from nextvid.video.sandbox import Sandbox
 from storage import tables
 from storage.errors import MediaError
@@ -125,50 +125,34 @@ def _never_read(sources: pl.DataFrame, before: pl.DataFrame, licence: str) -> li
 
 def _inspect(unread: pl.DataFrame, licence: str, on_count: Callable[[int], None]) -> list[MediaRow]:
     """One row per file, read in the sandbox."""
-    if unread.is_empty():
-        return []
-    files = {row["uri"]: row for row in unread.iter_rows(named=True)}
-    sizes_bytes = unread["size_bytes"].to_list()
+    rows: list[MediaRow] = []
+    files: dict[str, MediaRow] = {}
+    for source in unread.iter_rows(named=True):
+        if source["fingerprint"] == NOT_UTF8:
+            error = "its name is not UTF-8 and shown with escapes; rename the file"
+            rows.append(_row(source, licence, reason="bad_name", error=error, rejected=True))
+        elif (target := _outside(source)) is not None:
+            error = f"a link to {target}, outside of the dataset's folder; name that folder as a dataset"
+            rows.append(_row(source, licence, reason="outside", error=error, rejected=True))
+        else:
+            files[source["uri"]] = source
+    if not files:
+        return rows
+    sizes_bytes = [source["size_bytes"] for source in files.values()]
     timeout_s = TIMEOUT_S + max(sizes_bytes) / READ_BYTES_PER_S
     worth = max(len(files) // FILES_A_WORKER, sum(sizes_bytes) // BYTES_A_WORKER)
     workers = max(1, min(WORKERS, available_cores(), worth))
-    rows: list[MediaRow] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="nextvid-") as folder,
-        Sandbox(workers) as sandbox,
-    ):
-        paths: dict[Path, str] = {}
-        items = _fetched(files, Path(folder), paths, rows, licence)
-        for path, result in sandbox.map_unordered(inspect_file, items, timeout_s):
-            uri = paths[path]
-            if isinstance(result, MediaError):
+    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
+        tasks = ((uri, ()) for uri in files)
+        for uri, path, result in map_files(sandbox, inspect_file, tasks, Path(folder), timeout_s):
+            if isinstance(result, MediaError) and path is not None:
                 result = _identity_of(sandbox, path, result, timeout_s)
-            release(uri, path)
-            rows.append(_inspected(files[uri], licence, result))
+            row = _inspected(files[uri], licence, result)
+            if path is not None and row["error"] is not None:
+                row["error"] = by_uri(row["error"], path, uri)
+            rows.append(row)
             on_count(len(rows))
     return rows
-
-
-def _fetched(
-    files: dict[str, MediaRow], folder: Path, paths: dict[Path, str], failed: list[MediaRow], licence: str
-) -> Iterator[Path]:
-    """Local paths, each copied when it is asked for; files that cannot be copied are added to `failed`."""
-    for uri, source in files.items():
-        if source["fingerprint"] == NOT_UTF8:
-            error = "its name is not UTF-8 and shown with escapes; rename the file"
-            failed.append(_row(source, licence, reason="bad_name", error=error, rejected=True))
-            continue
-        if (target := _outside(source)) is not None:
-            error = f"a link to {target}, outside of the dataset's folder; name that folder as a dataset"
-            failed.append(_row(source, licence, reason="outside", error=error, rejected=True))
-            continue
-        try:
-            path = fetch(uri, folder)
-        except MediaError as failure:
-            failed.append(_row(source, licence, reason=failure.reason, error=str(failure)))
-            continue
-        paths[path] = uri
-        yield path
 
 
 def _outside(source: MediaRow) -> str | None:

@@ -24,11 +24,10 @@ from nextvid.making.batches import batch_state, config_of
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
-from nextvid.video.fetch import fetch, release
-from nextvid.video.inspection import Viewing, view_file
+from nextvid.video.fetch import map_files
 from nextvid.video.probe import MediaFacts
 from nextvid.video.sandbox import Sandbox
-from nextvid.video.shots import ShotFacts
+from nextvid.video.shots import ShotFacts, first_pass
 from storage import atomic, tables
 from storage.errors import MediaError
 from storage.schemas import Media, Shots, Sources
@@ -152,25 +151,11 @@ def _first_passes(new: Sequence[ShotRow], config: ShotConfig) -> Iterator[_Seen]
     seconds = sum(row["duration_us"] for row in new) / 1e6
     worth = max(len(new) // FILES_A_WORKER, int(seconds / SECONDS_A_WORKER))
     workers = max(1, min(WORKERS, available_cores(), worth))
+    rows = {row["uri"]: row for row in new}
+    tasks = ((uri, (facts_of(row), config)) for uri, row in rows.items())
     with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
-        rows: dict[Path, ShotRow] = {}
-        failed: list[_Seen] = []
-
-        def viewings() -> Iterator[Viewing]:
-            for row in new:
-                try:
-                    path = fetch(row["uri"], Path(folder))
-                except MediaError as error:
-                    failed.append(_Seen(row, error))
-                    continue
-                rows[path] = row
-                yield Viewing(path, facts_of(row), config)
-
-        for viewing, result in sandbox.map_unordered(view_file, viewings(), timeout_s):
-            row = rows.pop(viewing.path)
-            release(row["uri"], viewing.path)
-            yield _Seen(row, result)
-        yield from failed
+        for uri, _, result in map_files(sandbox, first_pass, tasks, Path(folder), timeout_s):
+            yield _Seen(rows[uri], result)
 
 
 def facts_of(media: ShotRow) -> MediaFacts:

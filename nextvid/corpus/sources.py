@@ -201,8 +201,16 @@ def _walk(uri: str, top: str, empty: list[str]) -> Iterator[Mapping[str, Any]]:
         for info in found:
             if info["type"] != "directory":
                 yield info
-            elif info["name"].rstrip("/") != folder.rstrip("/"):  # object stores list a folder's marker within it
+            elif info["name"].rstrip("/") != folder.rstrip("/"):
                 folders.append(info["name"])
+            else:
+                yield from _behind_empty_name(uri, folder)
+
+
+def _behind_empty_name(uri: str, folder: str) -> Iterator[Mapping[str, Any]]:
+    """Keys such as `folder//b.mp4`, which no client lists as a folder; none where it was the folder's own marker."""
+    found = remote.ask(uri, lambda fs, _: fs.find(folder, prefix="/", detail=True))
+    yield from (info for key, info in found.items() if key.startswith(folder.rstrip("/") + "//"))
 
 
 def _entries(uri: str, folder: str, *, is_top: bool) -> list[Mapping[str, Any]]:
@@ -230,7 +238,7 @@ def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, in
         raise CorpusError(f"{name} is a link to a folder, which listings do not follow; name that folder as a dataset")
     kind = kind_of(name)
     path = name.removeprefix(top.rstrip("/") + "/")
-    if kind is None or any(part.startswith(".") for part in path.split("/")):
+    if kind is None or name.endswith("/") or any(part.startswith(".") for part in path.split("/")):
         return None
     size, fingerprint = int(info.get("size") or 0), _fingerprint(info)
     if is_local(uri):

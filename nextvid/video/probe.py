@@ -20,6 +20,7 @@ from nextvid.video.decode import decord_reader
 from nextvid.video.display import Display
 from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
 from nextvid.video.images import MAX_PIXELS, animation_times, open_image, upright_image_size
+from storage.digest import digest_file
 from storage.errors import MediaError
 
 Decoder = Literal["decord", "pyav", "pillow"]
@@ -75,6 +76,17 @@ class MediaFacts:
 
 
 @dataclass(frozen=True)
+class Inspection:
+    """A file's id in hex, its size, and its facts or the reason why there are none."""
+
+    media: str
+    size_bytes: int
+    facts: MediaFacts | None
+    reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class Packets:
     """Every video packet in decode order: arrays of length n, times in `time_base`."""
 
@@ -98,6 +110,25 @@ def kind_of(uri: str) -> Literal["video", "image"] | None:
     if suffix in VIDEO_EXTENSIONS:
         return "video"
     return "image" if suffix in IMAGE_EXTENSIONS else None
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Digest and probe a local file. Raises MediaError only where not even its bytes can be read."""
+    media, size_bytes = identify(path)
+    try:
+        return Inspection(media, size_bytes, probe(path))
+    except MediaError as error:
+        return Inspection(media, size_bytes, None, error.reason, str(error))
+
+
+def identify(path: Path) -> tuple[str, int]:
+    """A file's id in hex and its size in bytes. Raises MediaError."""
+    try:
+        return digest_file(path), path.stat().st_size
+    except FileNotFoundError:
+        raise MediaError("missing", f"{path}: no such file; list the dataset again") from None
+    except OSError as error:
+        raise MediaError("unreadable", f"{path}: {error}") from None
 
 
 def probe(path: Path) -> MediaFacts:

@@ -23,7 +23,7 @@ from nextvid.video import worker
 from storage.errors import MediaError
 
 T = TypeVar("T")
-Item = TypeVar("Item")
+Arguments = TypeVar("Arguments", bound=tuple[object, ...])
 
 MEMORY_BYTES = 4 << 30  # 16 frames of 8192 x 4320 as RGB are 1.7 GB; twice that and the decoder's own
 OUTPUT_BYTES = 2 << 30  # what one task may return
@@ -64,23 +64,23 @@ class Sandbox:
         return self._threads.submit(self._run, function, args, timeout_s)
 
     def map_unordered(
-        self, function: Callable[[Item], T], items: Iterable[Item], timeout_s: float
-    ) -> Iterator[tuple[Item, T | MediaError]]:
-        """(item, result or error) as they finish; reads `items` only as fast as tasks finish."""
-        running: dict[Future[T], Item] = {}
-        source = iter(items)
+        self, function: Callable[..., T], tasks: Iterable[Arguments], timeout_s: float
+    ) -> Iterator[tuple[Arguments, T | MediaError]]:
+        """(arguments, result or error) of each task as they finish; reads `tasks` only as fast as they do."""
+        running: dict[Future[T], Arguments] = {}
+        source = iter(tasks)
         try:
             while True:
-                while len(running) < self.workers * IN_FLIGHT and (pair := next(((i,) for i in source), None)):
-                    running[self.submit(function, pair[0], timeout_s=timeout_s)] = pair[0]
+                while len(running) < self.workers * IN_FLIGHT and (task := next(source, None)) is not None:
+                    running[self.submit(function, *task, timeout_s=timeout_s)] = task
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    item = running.pop(future)
+                    task = running.pop(future)
                     try:
-                        yield item, future.result()
+                        yield task, future.result()
                     except MediaError as error:
-                        yield item, error
+                        yield task, error
         finally:
             for future in running:
                 future.cancel()

@@ -48,6 +48,7 @@ def test_names_with_newlines_and_odd_unicode_reach_the_clips(tmp_path: Path) -> 
         "-rf.mp4",
         " lead.mp4",
         "a,b;c.mp4",
+        "zip::c.mp4",
     ]
     lines = "path,class\n"
     for number, name in enumerate(names):

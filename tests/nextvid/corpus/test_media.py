@@ -19,7 +19,7 @@ from storage.errors import UpstreamError
 from storage.schemas import Labels, Media
 from tests.factories import unchanged, write_project
 from tests.nextvid.corpus.conftest import Made, films_of
-from tests.nextvid.corpus.small_media import write_picture
+from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture
 
 FILMS = "films.000000"
 
@@ -195,6 +195,31 @@ def test_files_of_object_stores_are_read_through_a_copy(tmp_path: Path) -> None:
         assert (rows["q.jpg"]["status"], rows["q.jpg"]["reason"]) == ("quarantined", "unreachable")
     finally:
         fs.rm("/media", recursive=True)
+
+
+def test_files_with_odd_keys_are_read_and_errors_name_the_uri(tmp_path: Path) -> None:
+    write_picture(tmp_path / "p.jpg", "remote")
+    write_film(tmp_path / "f.mp4", [scene("dunes", FPS)])
+    picture, video = (tmp_path / "p.jpg").read_bytes(), (tmp_path / "f.mp4").read_bytes()
+    fs = fsspec.filesystem("memory")
+    fs.pipe({"/odd/a//p.jpg": picture, "/odd/a/no.mp4": b"no film" * 50, "/odd/cut.mp4": video[:-999]})
+    try:
+        project = write_project(tmp_path, {"d": {"uri": "memory://odd", "quarantine_budget": 1.0}})
+        update_sources(project)
+        rows: dict[str, Any] = {}
+        for batch in project.root.batches():
+            make_media(project, batch)
+            rows |= media_of(project, batch)
+        assert {path: row["status"] for path, row in rows.items()} == {
+            "a//p.jpg": "ok",
+            "a/no.mp4": "quarantined",
+            "cut.mp4": "quarantined",
+        }
+        for path in ("a/no.mp4", "cut.mp4"):
+            assert f"memory://odd/{path}" in rows[path]["error"]
+            assert "nextvid-" not in rows[path]["error"], "the temporary copy is nothing that a person can look at"
+    finally:
+        fs.rm("/odd", recursive=True)
 
 
 def test_an_unknown_batch_is_an_upstream_error(small_corpus: Made) -> None:

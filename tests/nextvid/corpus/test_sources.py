@@ -178,6 +178,21 @@ def test_object_stores_are_listed_by_url(tmp_path: Path) -> None:
         fs.rm("/shelf", recursive=True)
 
 
+def test_keys_that_no_path_has_are_listed_as_they_are(tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    keys = ["a//b.mp4", "a///c.mp4", "a/n.mp4", "/top.mp4", "a::b.mp4", "zip::d/e.mp4"]
+    fs.pipe({f"/odd/{key}": b"1" for key in keys})
+    try:
+        project = write_project(tmp_path, {"d": {"uri": "memory://odd"}})
+        update_sources(project)
+        rows = known_sources(project, "d")
+        assert set(rows["path"]) == set(keys)
+        assert set(rows["uri"]) == {f"memory://odd/{key}" for key in keys}
+        assert update_sources(project) == []
+    finally:
+        fs.rm("/odd", recursive=True)
+
+
 def test_of_two_writers_the_loser_lists_again(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,8 @@ def test_open_files_are_limited(sandbox: Sandbox) -> None:
 def test_map_gives_every_item_its_result_or_error(tmp_path: Path) -> None:
     paths = [write_barcodes(tmp_path / f"{n}.mp4", 6) for n in range(3)] + [tmp_path / "nothing.mp4"]
     with Sandbox(2) as sandbox:
-        results = dict(sandbox.map_unordered(probe, paths, timeout_s=30))
+        tasks = ((path,) for path in paths)
+        results = {path: result for (path,), result in sandbox.map_unordered(probe, tasks, timeout_s=30)}
     assert set(results) == set(paths)
     assert isinstance(results.pop(paths[3]), MediaError)
     assert all(not isinstance(facts, MediaError) and facts.frames == 6 for facts in results.values())
@@ -113,10 +114,10 @@ def test_map_gives_every_item_its_result_or_error(tmp_path: Path) -> None:
 def test_map_reads_items_only_as_fast_as_they_finish(sandbox: Sandbox) -> None:
     read: list[int] = []
 
-    def items() -> Iterator[int]:
+    def items() -> Iterator[tuple[int]]:
         for n in range(100):
             read.append(n)
-            yield n
+            yield (n,)
 
     results = sandbox.map_unordered(abs, items(), timeout_s=30)
     next(results)

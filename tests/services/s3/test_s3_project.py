@@ -1,6 +1,7 @@
 """A project on S3 from sources to a few training steps, equal row for row to the same project on a file system."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -166,6 +167,20 @@ def test_files_on_s3_are_found_and_followed(found: Project, bucket: str) -> None
     atomic.remove_tree(f"{bucket}/files/films/0.mp4")
     (change,) = update_sources(found)
     assert (change.batch, change.added, change.changed, change.gone) == ("films.000000", 1, 1, 1)
+
+
+def test_keys_that_no_path_has_are_listed_as_they_are(found: Project, bucket: str) -> None:
+    keys = ("a//b.mp4", "a///c.mp4", "/top.mp4", "a::b.mp4", "zip::d/e.mp4")
+    fs, _ = remote.connect(bucket)
+    for key in (*keys, "marker.mp4/"):
+        fs.pipe_file(f"{bucket.removeprefix('s3://')}/files/films/{key}", b"film")
+    update_sources(found)
+    known = listed(found)
+    assert set(keys) < set(known["path"])
+    assert "marker.mp4/" not in known["path"].to_list()
+    for key in keys:
+        remote.get_file(f"{bucket}/files/films/{key}", os.devnull)
+    assert update_sources(found) == []
 
 
 def test_a_file_joins_when_it_held_still(found: Project, bucket: str) -> None:
