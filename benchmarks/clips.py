@@ -18,9 +18,8 @@ from nextvid.config.overrides import apply_overrides
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe
 from nextvid.train.distributed import Ranks
-from nextvid.train.latent_rows import StagedLatents
-from nextvid.train.loader import READ_AHEAD, Loader, latent_rows, pixel_rows
-from nextvid.train.ring import Buffer
+from nextvid.train.loader import READ_AHEAD, Loader, placed
+from nextvid.train.rows import Buffer, Latents, Pixels, Rows, Staged
 from nextvid.trainset.files import write_trainset
 from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.trainset.order import Drawn, Masks, Order
@@ -110,10 +109,10 @@ class Store:
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         order = Order(self._trainset, config)
         ranks = Ranks(0, 1, torch.device("cpu"))
-        if latents is None:
-            rows = latent_rows(self.reader, self._trainset, config, ranks)
-        else:
-            rows = latents(self.reader, self._trainset, 1, BATCH * FRAMES, READ_AHEAD + 1, ranks.device)
+        kind = Latents(self.reader, self._trainset, 1, ranks.device)
+        rows: Rows = placed(kind, config, ranks)
+        if latents is not None:
+            rows = latents(kind, BATCH * FRAMES, READ_AHEAD + 1, ranks.device)
         return Loader(config, order, Masks(config, plan), {"latents": rows}, ranks)
 
     def pixel_loader(self, steps: int, pixels: TrainsetPixels) -> Loader:
@@ -122,7 +121,8 @@ class Store:
         make_plan(self._root, config)
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         ranks = Ranks(0, 1, torch.device("cpu"))
-        rows = pixel_rows(PixelReader(self._root, pixels.spec, self._trainset.batches), pixels, config, ranks)
+        kind = Pixels(PixelReader(self._root, pixels.spec, self._trainset.batches), pixels)
+        rows = placed(kind, config, ranks)
         return Loader(config, Order(self._trainset, config), Masks(config, plan), {"pixels": rows}, ranks)
 
     def order(self, steps: int) -> list[int]:
@@ -132,7 +132,7 @@ class Store:
         return found
 
 
-class InHostMemory(StagedLatents):
+class InHostMemory(Staged):
     """The way to a device up to the copy: its batches are the float16 buffers of the ring."""
 
     _held: Buffer | None = None  # what the consumer has

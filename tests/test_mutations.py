@@ -134,7 +134,7 @@ MUTATIONS = {
         f"{MODEL}/nextvid.py", "target = targets[:, 1:]", "target = targets[:, :-1]", "16"
     ),
     "17 latents as they are stored": Mutation(
-        f"{TRAIN}/latent_rows.py", "out.sub_(self._means).div_(self._stds)", "pass", "17"
+        f"{TRAIN}/rows.py", "out.sub_(self._means).div_(self._stds)", "pass", "17"
     ),
     "18 a partial checkpoint": Mutation(
         "nextvid/encode/autoencoders.py", "if missing or unknown:", "if False:", "18"
@@ -180,7 +180,7 @@ MUTATIONS = {
         f"{MODEL}/flow.py", "draws.noise)).square().mean()", "draws.noise)).square().sum(-1).mean()", "29"
     ),
     "30 an image is mirrored from its second frame on": Mutation(
-        f"{TRAIN}/pixel_rows.py", "memory[drawn.of_frames(IMAGE)] = memory[drawn.of_frames(IMAGE), :1]",
+        f"{TRAIN}/rows.py", "memory[drawn.of_frames(IMAGE)] = memory[drawn.of_frames(IMAGE), :1]",
         "memory[drawn.of_frames(IMAGE), 1:] = memory[drawn.of_frames(IMAGE), :1].flip(3)", "30",
     ),
     "31 segments are averaged": Mutation(

@@ -1,12 +1,11 @@
 """The loader: from the store to a step's batch, read ahead by threads of the trainer's process.
 
 For each step threads draw rows and masks (nextvid/trainset/order.py), ask the kernel to read the rows, and fill host
-memory that is used again and again (ring.py); then the trainer's thread delivers the batch to its device. Batches from
+memory that is used again and again (rows.py); then the trainer's thread delivers the batch to its device. Batches from
 any step on are the same, whatever the ranks and threads.
 
-A kind of row (`Rows`) is a class in a module of its own: latent_rows.py fills `Batch.latents`, pixel_rows.py
-`Batch.pixels`. All kinds of rows of a trainset are aligned, so `Drawn.rows` finds each. The same threads fill all that
-the recipe reads, each kind in memory of its own.
+Latents and pixels of a trainset are aligned, so `Drawn.rows` finds both. The same threads fill all that the recipe
+reads, each kind in memory of its own.
 
 Axes: B clips, F frames, C channels of one frame, h and w cells of the model's grid, H and W pixels, L visible tokens.
 """
@@ -16,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -26,16 +25,14 @@ from torch import Tensor
 
 from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
 from nextvid.train.distributed import Ranks
-from nextvid.train.latent_rows import HostLatents, StagedLatents
-from nextvid.train.pixel_rows import HostPixels, StagedPixels
-from nextvid.train.ring import sent
+from nextvid.train.rows import Hosted, Kind, Latents, Pixels, Rows, Staged, sent
 from nextvid.trainset.mask_plan import OpenedPlan
 from nextvid.trainset.order import Drawn, Masks, Order, fold
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, RefusedError
 from storage.pixel_reader import PixelReader
-from storage.reader import RowReader, open_reader
+from storage.reader import open_reader
 from storage.root import DataRoot
 from storage.store import PixelStore
 
@@ -43,7 +40,6 @@ READ_AHEAD = 4  # batches drawn and hinted before they are filled: our choice, 3
 FILLED_AHEAD = 2  # or as many as threads: filled before their step; more would push ready ones out of the CPU's cache
 
 RowKind = Literal["latents", "pixels"]  # fields of Batch
-P = TypeVar("P")
 T = TypeVar("T")
 A = ParamSpec("A")
 
@@ -79,22 +75,6 @@ class Batch:
         ]
 
 
-class Rows(Protocol[P]):
-    """How one kind of row gets from its store into a batch. P is the host memory of one batch."""
-
-    def will_need(self, drawn: Drawn) -> None:
-        """Ask the kernel to read the rows ahead. Runs in a thread."""
-
-    def memory(self, clips: int, frames: int) -> P:
-        """Host memory for a batch; never waits."""
-
-    def fill(self, drawn: Drawn, memory: P) -> None:
-        """Read rows into the memory. Runs in a thread, several batches at once."""
-
-    def deliver(self, drawn: Drawn, memory: P) -> Tensor:
-        """The batch's tensor on its device; the memory may be used again. Runs in the trainer's thread, in order."""
-
-
 @dataclass(frozen=True)
 class Filled:
     """A batch in host memory, before it is delivered to the device."""
@@ -102,14 +82,14 @@ class Filled:
     step: int
     drawn: Drawn
     visible: list[Int[np.ndarray, "B L"]]
-    memory: dict[RowKind, Any]  # for each kind the P of its Rows
+    memory: dict[RowKind, Any]  # of `Rows.memory`
 
 
 class Loader:
     """Batches of one rank. `open_loader` opens and closes it."""
 
     def __init__(
-        self, recipe: RecipeConfig, order: Order, masks: Masks, rows: Mapping[RowKind, Rows[Any]], ranks: Ranks
+        self, recipe: RecipeConfig, order: Order, masks: Masks, rows: Mapping[RowKind, Rows], ranks: Ranks
     ) -> None:
         self._recipe, self._order, self._masks, self._rows, self._ranks = recipe, order, masks, rows, ranks
         for stage in recipe.stages:
@@ -127,8 +107,11 @@ class Loader:
             ready = next(filled, None)
             if ready is None:
                 return
-            batch = self._delivered(ready)
-            yield replace(batch, waited_s=time.perf_counter() - began)
+            found = {kind: rows.deliver(ready.drawn, ready.memory[kind]) for kind, rows in self._rows.items()}
+            ids = [sent(ids, self._ranks.device) for ids in ready.visible]
+            waited_s = time.perf_counter() - began
+            draws = tuple(ready.drawn.draws)
+            yield Batch(ready.step, draws, found.get("latents"), ids, found.get("pixels"), waited_s)
 
     def filled(self, first_step: int, threads: int) -> Iterator[Filled]:
         """The same before delivery: the caller delivers each before it requests the next."""
@@ -147,7 +130,7 @@ class Loader:
         for first in draws[::at_once]:
             drawn = self._order.drawn(frames, first, min(at_once, draws.stop - first))
             for kind, rows in self._rows.items():
-                memory = rows.memory(len(drawn), frames)
+                memory: Any = rows.memory(len(drawn), frames)
                 rows.fill(drawn, memory)
                 parts[kind].append(rows.deliver(drawn, memory))
         found = {kind: torch.cat(some) for kind, some in parts.items()}
@@ -169,7 +152,7 @@ class Loader:
 
     def _filling(self, pool: Executor, step: int, drawn: Future[Drawn]) -> Future[Filled]:
         """Take memory, in the order of steps, and have a thread fill it."""
-        memory = {kind: rows.memory(*self._share(step)) for kind, rows in self._rows.items()}
+        memory: dict[RowKind, Any] = {kind: rows.memory(*self._share(step)) for kind, rows in self._rows.items()}
         return pool.submit(self._fill, step, drawn, memory)
 
     def _fill(self, step: int, asked: Future[Drawn], memory: dict[RowKind, Any]) -> Filled:
@@ -177,12 +160,6 @@ class Loader:
         for kind, rows in self._rows.items():
             rows.fill(drawn, memory[kind])
         return Filled(step, drawn, self._masks.visible(step, drawn.draws), memory)
-
-    def _delivered(self, filled: Filled) -> Batch:
-        found = {kind: rows.deliver(filled.drawn, filled.memory[kind]) for kind, rows in self._rows.items()}
-        ids = [sent(ids, self._ranks.device) for ids in filled.visible]
-        draws = tuple(filled.drawn.draws)
-        return Batch(filled.step, draws, found.get("latents"), ids, found.get("pixels"))
 
 
 class _Here(Executor):
@@ -234,37 +211,25 @@ def open_loader(
     order = Order(trainset, recipe)
     order.refuse_withdrawn(root, trainset)
     with ExitStack() as stack:
-        rows: dict[RowKind, Rows[Any]] = {}
+        rows: dict[RowKind, Rows] = {}
         if recipe.reads_latents:
             stored = {frames: trainset.rows(frames) for frames in trainset.lengths}
             reader = open_reader(root, trainset.spec, trainset.batches, stored)
             stack.callback(reader.close)
-            rows["latents"] = latent_rows(reader, trainset, recipe, ranks)
+            rows["latents"] = placed(Latents(reader, trainset, fold(trainset, recipe), ranks.device), recipe, ranks)
         if recipe.reads_pixels:
             assert pixels is not None, "a recipe that reads pixels was given none"
             PixelStore(root, pixels.spec).refuse_gone()
             stored = {frames: pixels.rows(frames) for frames in trainset.lengths}
             jpegs = PixelReader(root, pixels.spec, trainset.batches, stored)
             stack.callback(jpegs.close)
-            rows["pixels"] = pixel_rows(jpegs, pixels, recipe, ranks)
+            rows["pixels"] = placed(Pixels(jpegs, pixels), recipe, ranks)
         yield Loader(recipe, order, Masks(recipe, plan), rows, ranks)
 
 
-def latent_rows(reader: RowReader, trainset: Trainset, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
-    """How latents get to the device of a rank. Raises RefusedError if they do not fit the recipe."""
-    folded, largest = fold(trainset, recipe), _largest(recipe, ranks)
+def placed(kind: Kind, recipe: RecipeConfig, ranks: Ranks) -> Rows:
+    """How rows of this kind get to the device of a rank."""
+    largest = max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
     if ranks.device.type == "cpu":
-        return HostLatents(reader, trainset, folded, largest)
-    return StagedLatents(reader, trainset, folded, largest, READ_AHEAD + 1, ranks.device)
-
-
-def pixel_rows(reader: PixelReader, pixels: TrainsetPixels, recipe: RecipeConfig, ranks: Ranks) -> Rows[Any]:
-    """How pixels get to the device of a rank."""
-    if ranks.device.type == "cpu":
-        return HostPixels(reader, pixels, _largest(recipe, ranks))
-    return StagedPixels(reader, pixels, _largest(recipe, ranks), READ_AHEAD + 1, ranks.device)
-
-
-def _largest(recipe: RecipeConfig, ranks: Ranks) -> int:
-    """Frames of a rank's largest batch."""
-    return max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
+        return Hosted(kind, largest)
+    return Staged(kind, largest, READ_AHEAD + 1, ranks.device)

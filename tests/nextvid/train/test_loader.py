@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
 from nextvid.model.tokens import space_to_depth, tube_ids
 from nextvid.train.distributed import Ranks
-from nextvid.train.latent_rows import StagedLatents
 from nextvid.train.loader import READ_AHEAD, Batch, Loader
+from nextvid.train.rows import Latents, Rows, Staged
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
 from nextvid.trainset.order import Drawn, Masks, Order, in_every_tubelet
 from nextvid.trainset.trainset import Trainset
@@ -169,7 +170,7 @@ def test_rows_are_hinted_four_batches_before_they_are_filled(project: Project, t
     recipe, rows = tiny_recipe(steps=(12, 1, 1, 1)), _Noted()
     plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
     order = Order(Trainset.open(project.root), recipe)
-    loader = Loader(recipe, order, Masks(recipe, plan), {"latents": rows}, Ranks(0, 1, CPU))
+    loader = Loader(recipe, order, Masks(recipe, plan), {"latents": cast("Rows", rows)}, Ranks(0, 1, CPU))
     assert len(list(loader.batches(0, threads))) == 15
     for step in range(8):
         filled = rows.notes.index(("fill", step))
@@ -218,7 +219,7 @@ def test_what_a_device_makes_is_what_the_threads_make(tmp_path: Path, fold: int)
     wanted = _batches(project, recipe)
     plan = open_mask_plan(project.root, recipe.masks, grid_of(recipe.model))
     reader = RowReader(project.root, trainset.spec, trainset.batches)
-    staged = StagedLatents(reader, trainset, fold, 16, READ_AHEAD + 1, CPU)
+    staged = Staged(Latents(reader, trainset, fold, CPU), 16, READ_AHEAD + 1, CPU)
     loader = Loader(recipe, Order(trainset, recipe), Masks(recipe, plan), {"latents": staged}, Ranks(0, 1, CPU))
     for threads in (0, 1, 3):
         found = list(loader.batches(0, threads))

@@ -14,7 +14,7 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig, stage_at
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import Batch, Loader, open_loader
-from nextvid.train.pixel_rows import StagedPixels
+from nextvid.train.rows import Pixels, Staged
 from nextvid.trainset.mask_plan import make_plan, open_mask_plan
 from nextvid.trainset.order import Order
 from nextvid.trainset.pixels import TrainsetPixels, freeze_pixels
@@ -159,7 +159,7 @@ def test_the_way_for_a_device_gives_the_same(project: Project, frames: int) -> N
     recipe, trainset = pixel_recipe(), Trainset.open(project.root)
     pixels = frozen(project, recipe)
     reader = PixelReader(project.root, pixels.spec, trainset.batches)
-    staged = StagedPixels(reader, pixels, 4 * 8, 2, CPU)
+    staged = Staged(Pixels(reader, pixels), 4 * 8, 2, CPU)
     order, stored, images = Order(trainset, recipe), oracle(project), 0
     for first in range(0, 40, 4):
         drawn = order.drawn(frames, first, 4)

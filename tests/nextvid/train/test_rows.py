@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.config.project import Project
-from nextvid.train.latent_rows import StagedLatents
-from nextvid.train.ring import Buffer, Leased, Ring
+from nextvid.train.rows import Buffer, Latents, Leased, Ring, Staged
 from nextvid.trainset.order import Order
 from nextvid.trainset.trainset import Trainset
 from storage.reader import RowReader
@@ -42,7 +41,7 @@ def test_a_buffer_is_written_again_only_after_its_copy(project: Project) -> None
     """Fills three batches through two buffers while the `device` has not finished to read the first."""
     trainset, recipe = Trainset.open(project.root), tiny_recipe()
     reader = RowReader(project.root, trainset.spec, trainset.batches)
-    rows = StagedLatents(reader, trainset, 1, 4 * 4, 2, ALONE.device)
+    rows = Staged(Latents(reader, trainset, 1, ALONE.device), 4 * 4, 2, ALONE.device)
     order = Order(trainset, recipe)
     shares = [order.drawn(4, first, 4) for first in (0, 4, 8)]
     first = rows.memory(4, 4)
