@@ -79,7 +79,7 @@ class Latents:
 
         If the store has latent frames, each frame of a clip takes the one that covers it (docs/method.md 14, row 32).
         """
-        found = {}
+        found: dict[int, Tensor] = {}
         for frames in np.unique(drawn.frames).tolist():
             numbers = drawn.of_frames(frames)
             rows = [torch.from_numpy(row) for row in self._reader.rows(frames, drawn.addresses[numbers])]
