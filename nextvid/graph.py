@@ -82,6 +82,7 @@ GRAPH: dict[Asset, Node] = {
             "finite": "No stored value is NaN or infinite, no row is constant",
             "counts": "Every row that the clips need is committed, or failed with a reason, within the budget",
             "round_trip": "Sampled rows, decoded and encoded again, equal the stored ones",
+            "same_frames": "Sampled rows, decoded again, have the same frames; a file that has not gives no rows",
             "no_orphan": "Every committed row belongs to a current clip",
             "pixels": "Every row has its pixels too, where corpus.yaml asks for them",
         },
@@ -149,7 +150,7 @@ GRAPH: dict[Asset, Node] = {
 
 # A failed check stops whatever reads the asset, except for these: the sweep frees orphans, recipes that read latents
 # need no pixels, and a span outside its video labels nothing.
-NON_BLOCKING = frozenset({"no_orphan", "pixels", "spans_inside_video"})
+NON_BLOCKING = frozenset({"same_frames", "no_orphan", "pixels", "spans_inside_video"})
 
 
 def assets(*partitions: Partition) -> list[Asset]:

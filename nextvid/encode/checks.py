@@ -27,6 +27,7 @@ from storage.store import LatentStore
 from storage.tables import read_checks
 
 ASSET = "latents"
+NAMED = 5  # files that a check names; our choice
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def publish_outcome(
         _finite(now.good, spec),
         _counts(project, now),
         _round_trip(now, report, read_checks(path)),
+        _same_frames(now),
         _no_orphan(now),
         pixel_check(pixels),
     )
@@ -94,9 +96,9 @@ def publish_outcome(
         rows=now.kept,
         size_bytes=sum(spec.row_bytes(frames) for frames in now.good["frames"].to_list()),
         seconds=seconds,
-        quarantined=now.commits.height - now.kept,
+        quarantined=now.commits.height - now.kept - now.unstable.height,
         digest=digest([spec.digest(), [[row.hex(), crc] for row, crc in stored]]),  # in whatever part a row is
-        numbers=_numbers(plan, now.good, report),
+        numbers=_numbers(plan, now, report),
         pictures={"source, reconstruction, difference, channels": picture} if exists(picture) else {},
         checks=checks,
     )
@@ -126,20 +128,21 @@ def _finite(good: pl.DataFrame, spec: EncodingSpec) -> Check:
 
 
 def _counts(project: Project, plan: BatchPlan[EncodingSpec]) -> Check:
-    wanted = plan.rows.height + plan.kept
-    failed = plan.commits.height - plan.kept
+    rejected = plan.unstable.height
+    wanted = plan.rows.height + plan.kept + rejected
+    failed = plan.commits.height - plan.kept - rejected
     budget = project.corpus.datasets[dataset_of(plan.batch)].quarantine_budget
     share = failed / wanted if wanted else 0.0
     numbers: dict[str, Number] = {
         "wanted": wanted,
         "committed": plan.kept,
         "failed": failed,
+        "rejected": rejected,
         "missing": wanted - plan.commits.height,
         "failed_share": share,
         "budget": budget,
     }
-    by_reason = plan.commits.filter(pl.col("reason").is_not_null()).group_by("reason").len().sort("reason")
-    numbers |= {f"reason_{reason}": int(count) for reason, count in by_reason.iter_rows()}
+    numbers |= _by_reason(plan)
     return Check("counts", plan.commits.height == wanted and share <= budget, numbers)
 
 
@@ -161,13 +164,34 @@ def _round_trip(plan: BatchPlan[EncodingSpec], report: Report, before: Mapping[s
     return Check("round_trip", unchecked == 0, numbers)
 
 
+def _same_frames(plan: BatchPlan[EncodingSpec]) -> Check:
+    """Files that were decoded twice with different results are named: their rows are no training data."""
+    named = plan.unstable["reason"].unique().sort().to_list()
+    description = f"decoded twice, these files gave different frames, and so give no rows: {'; '.join(named[:NAMED])}"
+    return Check(
+        "same_frames",
+        not named,
+        {"rows": plan.unstable.height, "files": len(named)},
+        blocking=False,
+        description=description if named else "",
+    )
+
+
+def _by_reason(plan: BatchPlan[EncodingSpec]) -> dict[str, Number]:
+    words = plan.commits.select(pl.col("reason").str.split(":").list.first()).drop_nulls()
+    return {f"reason_{word}": int(count) for word, count in words.group_by("reason").len().sort("reason").iter_rows()}
+
+
 def _no_orphan(plan: BatchPlan[EncodingSpec]) -> Check:
     """Orphans follow from a changed curation and are freed by the sweep: reported, never deleted here."""
     return Check("no_orphan", not plan.orphaned, {"orphaned": len(plan.orphaned)}, blocking=False)
 
 
-def _numbers(plan: BatchPlan[EncodingSpec], good: pl.DataFrame, report: Report) -> Mapping[str, Number]:
+def _numbers(plan: BatchPlan[EncodingSpec], now: BatchPlan[EncodingSpec], report: Report) -> Mapping[str, Number]:
+    good = now.good
     numbers: dict[str, Number] = {"encoded": report.rows, "kept": plan.kept, "spec": plan.spec.digest()}
+    statuses = now.commits.filter(pl.col("status") != "ok").group_by(pl.col("status").cast(pl.String)).len()
+    numbers |= {str(status): int(count) for status, count in statuses.sort("status").iter_rows()} | _by_reason(now)
     numbers |= {f"encoded because {why}": count for why, count in plan.reasons.items()}
     if good.height:
         spent = shard_costs(good, plan.spec)

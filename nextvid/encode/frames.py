@@ -1,7 +1,8 @@
 """Rows of the clips table to frames: one pass over each file, in killable processes, a bounded number of bytes ahead.
 
-What runs inside the sandbox is decode_task.py. Rows that fail are tried once more with PyAV, never with decord: decord
-reads some damaged files wrongly and without an error.
+What runs inside the sandbox is decode_task.py. A row's frames are a function of its file and times, whatever is decoded
+with it: where a pass fails, each of its rows is decoded alone, and what decord cannot read, PyAV tries. Never the other
+way round: decord reads some damaged files wrongly and without an error.
 
 Axes: F frames, R pixels a side.
 """
@@ -21,13 +22,13 @@ import polars as pl
 
 from nextvid.encode.decode_task import CropBox, Frames, Task, View, decode
 from nextvid.video.fetch import local_file
-from nextvid.video.probe import Decoder
 from nextvid.video.sandbox import START_S, Sandbox
 from storage.errors import MediaError
 
 TASK_BYTES = 1 << 27  # of frames that one task may return: 42 clips of 16 frames at 256 pixels
 TASKS_AHEAD = 2  # of TASK_BYTES a process: one is decoded while another waits to be taken
 OF_THE_FILE = frozenset({"missing", "changed", "unreachable"})  # reasons for which another decoder is no help
+OF_THE_MACHINE = frozenset({"timeout", "memory", "crashed"})  # reasons that another day may not have
 
 Decoded = tuple[list[Frames], float]  # the frames of each view of a task, and the seconds they took
 
@@ -166,7 +167,7 @@ class PendingRows:
         self._decoding.release(sum(job.row_bytes(view) for job, view in left if job.future is not None))
 
     def _settled(self, job: Job) -> dict[bytes, DecodedRow]:
-        """All rows of a job. Those of a failed one are tried once more, each alone, so that one spoils no other."""
+        """All rows of a job. Those of a failed one are tried again, each alone, so that one changes no other."""
         self._decoding.begin(job)
         assert job.future is not None, "begin starts every job up to this one"
         try:
@@ -174,15 +175,19 @@ class PendingRows:
         except MediaError as error:
             if error.reason in OF_THE_FILE:
                 return {view.row_id: DecodedRow(None, 0.0, error.reason) for view in job.task.views}
+        first, decord = job.task.decoder, job.task.decoder == "decord"
+        decoders = dict.fromkeys(
+            [first, "pyav"] if decord and len(job.task.views) > 1 else ["pyav" if decord else first]
+        )
         seen: dict[bytes, DecodedRow] = {}
-        decoder: Decoder = "pillow" if job.task.decoder == "pillow" else "pyav"
-        jobs = [Job(job.uri, replace(job.task, decoder=decoder, views=(view,))) for view in job.task.views]
-        again = [(alone, self._decoding.submit(alone)) for alone in jobs]
-        for alone, future in again:
-            try:
-                seen |= _shares(alone.task, *future.result())
-            except MediaError as error:
-                seen |= {view.row_id: DecodedRow(None, 0.0, error.reason) for view in alone.task.views}
+        for decoder in decoders:
+            left = [view for view in job.task.views if view.row_id not in seen or seen[view.row_id].frames is None]
+            alone = [Job(job.uri, replace(job.task, decoder=decoder, views=(view,))) for view in left]
+            for one, future in [(one, self._decoding.submit(one)) for one in alone]:
+                try:
+                    seen |= _shares(one.task, *future.result())
+                except MediaError as error:
+                    seen |= {view.row_id: DecodedRow(None, 0.0, error.reason) for view in one.task.views}
         return seen
 
 

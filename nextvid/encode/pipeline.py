@@ -9,7 +9,7 @@ however slow the disk is (docs/decisions/0027).
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from nextvid.encode.frames import DecodedRow, Decoding, PendingRows
 from nextvid.encode.pixels import PixelShard, PixelWriter
 from nextvid.encode.plan import pixel_spec, wanted_clips
 from nextvid.encode.preview import Shown
-from nextvid.encode.roundtrip import Trip, round_trip, sampled
+from nextvid.encode.roundtrip import Difference, Trip, checksums, round_trip, sampled, unlike
 from nextvid.encode.shard import NOT_WANTED, EncodedShard, RoundTripError, commit_table, encode_rows
 from nextvid.machine import available_cores
 from storage.errors import ConflictError, RefusedError
@@ -42,6 +42,7 @@ class Advance(NamedTuple):
 
 
 Tell = Callable[[Advance], None]
+Verdict = tuple[Trip, Shown] | Difference
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class OpenShard:
     rows: pl.DataFrame  # of the part's plan: row_id, slot
     frames: PendingRows
     again: PendingRows  # sampled rows decoded a second time, for the round trip
+    checksums: dict[bytes, list[int]] = field(default_factory=dict)  # crc32c of each frame, by row that was decoded
 
 
 class Pipeline:
@@ -68,6 +70,7 @@ class Pipeline:
     ) -> None:
         self._model, self._clips, self._decoding = model, clips, decoding
         self._pixels, self._writer, self._tell = pixels, writer, tell
+        self._unstable: dict[bytes, str] = {}  # why files give no rows, by media id
 
     def encode(self, part: LatentPart, numbers: Iterable[int]) -> Report:
         """Encode those of the shards that are not committed.
@@ -78,13 +81,13 @@ class Pipeline:
         for shard in self._open_shards(part, numbers):
             jpegs = self._pixels.beside(part, shard.number)
             encoded = EncodedShard.empty(part.spec, part.frames, shard.rows["row_id"].to_list())
-            judged: dict[bytes, Future[tuple[Trip, Shown]]] = {}
+            judged: dict[bytes, Future[Verdict]] = {}
             for rows in encode_rows(self._model, part.spec, part.frames, self._frames(part, shard, jpegs, commit)):
                 encoded.add(rows)
                 self._tell(Advance(len(rows.row_ids), rows.encode_s))
                 for row in rows.good:
                     if row in shard.again:
-                        judged[row] = self._writer.submit(self._judge, part, encoded, row, shard.again)
+                        judged[row] = self._writer.submit(self._judge, part, shard, encoded, row, shard.again)
                 for judging in judged.values():
                     if judging.done():
                         judging.result()  # raises where the row did not come back
@@ -127,17 +130,22 @@ class Pipeline:
             asked = ids[first : first + at_once]
             found = shard.frames.take(asked)
             seen = {row: found.get(row, DecodedRow(None, 0.0, NOT_WANTED)) for row in asked}
+            shard.checksums.update((row, checksums(one.frames)) for row, one in seen.items() if one.frames is not None)
             if jpegs is not None:
                 jpegs.add(seen)
             yield seen
 
-    def _judge(self, part: LatentPart, encoded: EncodedShard, row: bytes, again: PendingRows) -> tuple[Trip, Shown]:
-        """The round trip of a row; RoundTripError where it fails."""
+    def _judge(
+        self, part: LatentPart, shard: OpenShard, encoded: EncodedShard, row: bytes, again: PendingRows
+    ) -> Verdict:
+        """The round trip of a row, or how its frames differ when they are decoded again.
+
+        Raises RoundTripError where the frames are the same and their latents do not come back: no fault of the file.
+        """
         truth = again.take([row])[row]
-        if truth.frames is None:
-            raise RoundTripError(
-                f"row {row.hex()} was decoded once and not again ({truth.reason}): make 'latents' again"
-            )
+        if difference := unlike(shard.checksums[row], truth):
+            return difference
+        assert truth.frames is not None, "a row without frames differs"
         trip, shown = round_trip(self._model, part.spec, row, encoded.of(row), truth.frames)
         if trip.faults:
             raise RoundTripError(
@@ -150,15 +158,19 @@ class Pipeline:
         part: LatentPart,
         shard: OpenShard,
         encoded: EncodedShard,
-        judged: Mapping[bytes, "Future[tuple[Trip, Shown]]"],
+        judged: Mapping[bytes, "Future[Verdict]"],
         jpegs: PixelShard | None,
     ) -> Report:
-        """Write a shard whose sampled rows came back, then its pixels. Runs on the writer thread."""
-        found = {row: judging.result() for row, judging in judged.items()}
+        """Write a shard whose sampled rows came back, then its pixels. Runs on the writer thread.
+
+        A file whose frames differ when they are decoded again gives no rows, the others are committed.
+        """
+        found = self._of_sound_files({row: judging.result() for row, judging in judged.items()}, encoded, jpegs)
         shard.again.drop()  # sampled rows that could not be decoded
-        if not found and (others := sampled(encoded.good, part.frames)):
+        while not found and (others := sampled(encoded.good, part.frames)):
             again = self._decode(part, others)
-            found = {row: self._judge(part, encoded, row, again) for row in others}
+            verdicts = {row: self._judge(part, shard, encoded, row, again) for row in others}
+            found = self._of_sound_files(verdicts, encoded, jpegs)
         psnr_db = {row: trip.psnr_db for row, (trip, _) in found.items()}
         try:
             part.write_shard(
@@ -168,6 +180,28 @@ class Pipeline:
         except ConflictError:  # another writer committed it first
             report = Report()
         return report + Report(pixels=0 if jpegs is None else jpegs.publish())
+
+    def _of_sound_files(
+        self, verdicts: Mapping[bytes, Verdict], encoded: EncodedShard, jpegs: PixelShard | None
+    ) -> dict[bytes, tuple[Trip, Shown]]:
+        """The round trips of files that decode alike twice; all rows of the other files get a reason instead.
+
+        So do their rows in later shards, where perhaps none of them is sampled.
+        """
+        here = self._clips.filter(pl.col("row_id").is_in(encoded.row_ids)).select("row_id", "media_id", "uri")
+        for row, verdict in verdicts.items():
+            if isinstance(verdict, Difference):
+                ((media, uri),) = here.filter(pl.col("row_id") == row).select("media_id", "uri").iter_rows()
+                self._unstable.setdefault(media, f"{verdict.reason}: {uri}: {verdict.what}")
+        for media, reason in self._unstable.items():
+            rows = set(here.filter(pl.col("media_id") == media)["row_id"].to_list())
+            encoded.reject(rows, reason)
+            if jpegs is not None:
+                jpegs.reject(rows, reason)
+        good = set(encoded.good)
+        return {
+            row: verdict for row, verdict in verdicts.items() if row in good and not isinstance(verdict, Difference)
+        }
 
 
 @contextmanager

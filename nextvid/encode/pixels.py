@@ -129,6 +129,12 @@ class PixelShard:
         for future in waiting[:-WAITING]:
             future.result()
 
+    def reject(self, rows: Collection[bytes], reason: str) -> None:
+        """Give rows that were added a reason in place of their pixels."""
+        for row in rows:
+            if row in self._coming:
+                self._coming[row] = self._threads.submit(_Compressed, None, reason, None, 0.0)
+
     def publish(self) -> int:
         """Write the shard, all of whose rows were added; the rows written, none where another writer was first."""
         rows = [self._coming[row].result() for row in self._rows["row_id"].to_list()]
@@ -154,7 +160,7 @@ def pixel_check(plan: BatchPlan[PixelSpec] | None) -> Check:
     """Whether every wanted row has pixels where corpus.yaml asks for them. Latents are read without them."""
     if plan is None:
         return Check("pixels", True, {}, blocking=False, description="corpus.yaml asks for no pixels")
-    failed = plan.commits.height - plan.kept
+    failed = plan.commits.height - plan.kept - plan.unstable.height
     missing = plan.rows.height - failed
     numbers: dict[str, Number] = {"spec": plan.spec.digest(), "rows": plan.kept, "failed": failed, "missing": missing}
     numbers["size_bytes"] = int(plan.good["size_bytes"].sum())

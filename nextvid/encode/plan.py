@@ -21,6 +21,8 @@ from storage.spec import EncodingSpec, PixelSpec
 from storage.store import LatentStore, Store
 from storage.tables import read_table
 
+UNSTABLE = "unstable"  # first word of the reason of a row whose file gave other frames when it was decoded again
+
 
 @dataclass(frozen=True)
 class BatchPlan(Generic[S]):
@@ -56,6 +58,11 @@ class BatchPlan(Generic[S]):
     def kept(self) -> int:
         """How many wanted rows are stored."""
         return self.good.height
+
+    @property
+    def unstable(self) -> pl.DataFrame:
+        """Commits of wanted rows whose file gave other frames when it was decoded again; nothing tries them again."""
+        return self.commits.filter(_unstable())
 
     @property
     def orphaned(self) -> tuple[bytes, ...]:
@@ -121,11 +128,11 @@ def plan_encode(project: Project, batch: str, spec: EncodingSpec | None = None) 
 
 
 def plan_batch(project: Project, batch: str, store: Store[S]) -> BatchPlan[S]:
-    """Rows of a batch that a store lacks, and why. Raises UpstreamError without clips."""
+    """Rows of a batch that a store lacks, and why; not those of unstable files. Raises UpstreamError without clips."""
     clips, every = wanted_clips(project, batch), store.commits(batch)
     commits = every.join(clips, on="row_id", how="semi")
     good = every.filter(pl.col("status") == "ok")
-    missing = clips.join(good, on="row_id", how="anti")
+    missing = clips.join(commits.filter((pl.col("status") == "ok") | _unstable()), on="row_id", how="anti")
     known_media = clips.join(good, on="row_id", how="semi")["media_id"].unique()
     why = (
         pl.when(pl.col("row_id").is_in(commits["row_id"].implode()))
@@ -143,6 +150,10 @@ def wanted_clips(project: Project, batch: str) -> pl.DataFrame:
     """Rows of the clips table that the stores should hold."""
     clips = read_table(project.root.table("clips", batch), Clips)
     return clips.filter((pl.col("status") == "ok") & (pl.col("uses").list.len() > 0))
+
+
+def _unstable() -> pl.Expr:
+    return (pl.col("status") == "rejected") & pl.col("reason").str.starts_with(UNSTABLE)
 
 
 def open_parts(project: Project, batch: str, store: Store[S], failed: Collection[bytes]) -> Iterator[Part[S]]:

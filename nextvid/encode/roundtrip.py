@@ -1,23 +1,28 @@
 """The round trip: sampled rows, decoded again from their files, must agree with what is about to be committed.
 
-Two rules. Encoded again, the frames give the stored latents: swapped rows, permuted channels and wrong times fail here,
-also for targets without a decoder. Decoded to pixels, the latents resemble the true frames at least as much as frames
-of another time, a flip or another crop. Where such an alternative resembles the truth too much to tell (a still, a
-symmetric frame), the row is undecidable for it.
+The frames must be the same, byte for byte; where they are not, the file gives no rows. Of the same frames, two rules
+judge the encoder. Encoded again, the frames give the stored latents: swapped rows, permuted channels and wrong times
+fail here, also for targets without a decoder. Decoded to pixels, the latents resemble the true frames at least as much
+as frames of another time, a flip or another crop. Where such an alternative resembles the truth too much to tell (a
+still, a symmetric frame), the row is undecidable for it.
 
 Axes: F frames, R pixels a side, C channels, h w cells.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.decode_task import Frames
+from nextvid.encode.frames import OF_THE_FILE, OF_THE_MACHINE, DecodedRow
+from nextvid.encode.plan import UNSTABLE
 from nextvid.encode.preview import Shown
 from nextvid.encode.shard import row_noise
+from storage.digest import crc32c
 from storage.shard import stored_values
 from storage.spec import EncodingSpec
 
@@ -43,6 +48,35 @@ class Trip:
     error: float
     faults: tuple[str, ...]
     undecidable: tuple[str, ...]
+
+
+class Difference(NamedTuple):
+    """Why a row was not the same twice: the first word of its reason, and what differs."""
+
+    reason: str
+    what: str
+
+
+def checksums(frames: Frames) -> list[int]:
+    """The crc32c of each frame."""
+    return [crc32c(frame) for frame in frames]
+
+
+def unlike(first: Sequence[int], again: DecodedRow) -> Difference | None:
+    """How a row that was decoded again differs from the frames of these checksums; None where it does not.
+
+    `unstable` rows are not tried again. Where the file is gone or the machine was at its limit, the reason is that.
+    """
+    if again.frames is None:
+        assert again.reason is not None, "a row without frames has a reason"
+        passing = again.reason in OF_THE_FILE | OF_THE_MACHINE
+        return Difference(again.reason if passing else UNSTABLE, f"decoded once and not again ({again.reason})")
+    other = [
+        number for number, pair in enumerate(zip(first, checksums(again.frames), strict=True)) if pair[0] != pair[1]
+    ]
+    if not other:
+        return None
+    return Difference(UNSTABLE, f"decoded again, {len(other)} of {len(first)} frames differ, the first is {other[0]}")
 
 
 def round_trip(

@@ -6,7 +6,7 @@ forward computes follows from the part's plan alone, and a shard that is encoded
 Axes: n rows, F frames, R pixels a side, C channels, h w cells.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -16,6 +16,7 @@ from jaxtyping import Float32
 
 from nextvid.encode.autoencoders import Autoencoder, Running
 from nextvid.encode.frames import DecodedRow
+from nextvid.encode.plan import UNSTABLE
 from storage.errors import StoreError
 from storage.schemas import Commits
 from storage.spec import EncodingSpec
@@ -71,6 +72,12 @@ class EncodedShard:
     def good(self) -> list[bytes]:
         """Ids of the rows that did not fail."""
         return [row for row, reason in zip(self.row_ids, self.reasons, strict=True) if reason is None]
+
+    def reject(self, rows: Collection[bytes], reason: str) -> None:
+        """Give rows that did not fail a reason in place of their latents."""
+        for place in (place for place, row in enumerate(self.row_ids) if row in rows and self.reasons[place] is None):
+            self.reasons[place], self.posterior_std[place] = reason, None
+            self.latents[place] = np.nan
 
     def of(self, row: bytes) -> Float32[np.ndarray, "F C h w"]:
         """The latents of one row."""
@@ -170,5 +177,7 @@ def commit_table(shard: EncodedShard, slots: list[int], psnr_db: Mapping[bytes, 
 
 
 def status(reason: str | None) -> str:
-    """Status of a committed row by its reason. A rejected row is in order, and nothing tries it again."""
-    return {None: "ok", NOT_WANTED: "rejected"}.get(reason, "quarantined")
+    """Status of a committed row by the first word of its reason. Quarantined rows are tried again by the next call."""
+    if reason is None:
+        return "ok"
+    return "rejected" if reason.split(":")[0] in (NOT_WANTED, UNSTABLE) else "quarantined"

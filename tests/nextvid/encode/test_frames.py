@@ -141,14 +141,14 @@ def test_dropped_rows_free_their_bytes_and_never_begin(monkeypatch: pytest.Monke
     assert len(asked.tasks) < 6
 
 
-def test_a_failed_job_is_tried_row_by_row_with_the_other_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_job_is_tried_row_by_row_and_then_with_the_other_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     table = rows(2).with_columns(decoder=pl.lit("decord", pl.Enum(["decord", "pyav", "pillow"])))
     asked = Asked(monkeypatch, {"/nowhere/0000.mp4": "corrupt"})
     with Decoding(1) as decoding:
         seen = decoding.start(table, SIDE).collect()
     assert [seen[row].reason for row in ids(table)] == ["corrupt", "corrupt", None, None]
     tried = [(task.decoder, len(task.views)) for uri, task in asked.tasks if uri.endswith("0000.mp4")]
-    assert tried == [("decord", 2), ("pyav", 1), ("pyav", 1)]
+    assert tried == [("decord", 2), ("decord", 1), ("decord", 1), ("pyav", 1), ("pyav", 1)]
 
 
 @pytest.mark.parametrize("reason", ["missing", "changed", "unreachable"])
