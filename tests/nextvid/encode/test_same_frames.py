@@ -17,9 +17,8 @@ from nextvid.encode.frames import Decoding
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec, plan_encode
 from nextvid.video.probe import probe
-from storage.latents import LatentStore
-from storage.pixels import PixelStore
 from storage.schemas import Clips
+from storage.store import LatentStore, PixelStore
 from storage.tables import require_checks
 from tests.factories import clip_row, publish_clips
 from tests.nextvid.encode.lying import Lie, decode_lying
