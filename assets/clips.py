@@ -8,7 +8,7 @@ from assets.resources import ProjectResource
 from storage import schemas
 
 
-@asset("clips", schema=schemas.Clips, kinds={"polars", "parquet"}, code_version="2")
+@asset("clips", schema=schemas.Clips, kinds={"polars", "parquet"})
 def clips(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the table of one batch."""
     from nextvid.corpus.clips import make_clips

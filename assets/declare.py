@@ -27,7 +27,6 @@ def asset(
     name: Asset,
     *,
     kinds: set[str],
-    code_version: str,
     schema: type[dy.Schema] | None = None,
     pool: str | None = None,
     automation_condition: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
@@ -40,7 +39,7 @@ def asset(
         owners=OWNERS,
         retry_policy=CRASHES,
         kinds=kinds,
-        code_version=code_version,
+        code_version=str(GRAPH[name].version),
         pool=pool,
         automation_condition=automation_condition,
     )

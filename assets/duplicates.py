@@ -12,7 +12,6 @@ from storage import schemas
     "duplicates",
     schema=schemas.Duplicates,
     kinds={"polars", "parquet"},
-    code_version="1",
     automation_condition=follows(),
 )
 def duplicates(project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]

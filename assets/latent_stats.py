@@ -7,7 +7,7 @@ from assets.reporting import readable_errors, result
 from assets.resources import ProjectResource
 
 
-@asset("latent_stats", kinds={"json"}, code_version="1", automation_condition=follows())
+@asset("latent_stats", kinds={"json"}, automation_condition=follows())
 def latent_stats(project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Add up the sums of all commits."""
     from nextvid.encode.latent_stats import make_latent_stats

@@ -7,7 +7,7 @@ from assets.reporting import readable_errors, result
 from assets.resources import ProjectResource
 
 
-@asset("mask_plan", kinds={"numpy"}, code_version="1")
+@asset("mask_plan", kinds={"numpy"})
 def mask_plan(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Draw the recipe's plan, unless it exists."""
     from nextvid.trainset.mask_plan import make_mask_plan

@@ -8,7 +8,7 @@ from assets.resources import ProjectResource
 from storage import schemas
 
 
-@asset("media", schema=schemas.Media, kinds={"polars", "parquet"}, code_version="3", pool="decode")
+@asset("media", schema=schemas.Media, kinds={"polars", "parquet"}, pool="decode")
 def media(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the table of one batch."""
     from nextvid.corpus.media import make_media

@@ -27,7 +27,7 @@ class PretrainConfig(dg.Config):
     )
 
 
-@asset("pretrain", kinds={"pytorch", "torchrun"}, code_version="1", pool="gpu")
+@asset("pretrain", kinds={"pytorch", "torchrun"}, pool="gpu")
 def pretrain(
     context: dg.AssetExecutionContext, config: PretrainConfig, project: ProjectResource, trainer: TrainerResource
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]

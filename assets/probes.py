@@ -7,7 +7,7 @@ from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource, WhichRun
 
 
-@asset("probes", kinds={"pytorch", "scikitlearn"}, code_version="1", pool="gpu")
+@asset("probes", kinds={"pytorch", "scikitlearn"}, pool="gpu")
 def probes(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Probe one run on one benchmark."""
     from nextvid.evaluate.probes import make_probes

@@ -7,7 +7,7 @@ from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource, WhichRun
 
 
-@asset("report", kinds={"html"}, code_version="2", pool="gpu")
+@asset("report", kinds={"html"}, pool="gpu")
 def report(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Write the report of one run."""
     from nextvid.report.report import make_report

@@ -7,7 +7,7 @@ from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource, WhichRun
 
 
-@asset("samples", kinds={"pytorch"}, code_version="1", pool="gpu")
+@asset("samples", kinds={"pytorch"}, pool="gpu")
 def samples(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Generate the samples of one run."""
     from nextvid.evaluate.samples import make_samples

@@ -8,7 +8,7 @@ from assets.resources import ProjectResource
 from storage import schemas
 
 
-@asset("shots", schema=schemas.Shots, kinds={"polars", "parquet"}, code_version="3", pool="decode")
+@asset("shots", schema=schemas.Shots, kinds={"polars", "parquet"}, pool="decode")
 def shots(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make the table of one batch."""
     from nextvid.corpus.shots import make_shots

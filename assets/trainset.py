@@ -8,6 +8,7 @@ import dagster as dg
 from assets.declare import CRASHES, OWNERS, check_specs, described, follows
 from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource
+from nextvid.graph import GRAPH
 from storage import schemas
 from storage.errors import UpstreamError
 
@@ -26,7 +27,7 @@ LATE, STALE = timedelta(hours=26), timedelta(hours=50)
             **described("trainset", schemas.Lineage),
             kinds={"numpy", "parquet"},
             owners=OWNERS,
-            code_version="1",
+            code_version=str(GRAPH["trainset"].version),
             automation_condition=follows(AFTER_NIGHT),
             freshness_policy=dg.FreshnessPolicy.time_window(fail_window=STALE, warn_window=LATE),
             skippable=True,

@@ -14,6 +14,8 @@ import polars as pl
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import batch_fingerprint, update_sources
 from nextvid.encode.plan import accepted_spec
+from nextvid.graph import GRAPH
+from nextvid.making.batches import VERSIONED
 from nextvid.planning.acceptance import ensure_accepted
 from storage.digest import digest
 from storage.schemas import Clips, Commits, Media, Shots, Sources
@@ -74,7 +76,9 @@ def make_batch(project: Project, batch: str) -> None:
     )
     write_table(root.table("clips", batch), _columns(clips, Clips), Clips)
     made_from = {"listing": batch_fingerprint(project, batch), "curation": project.corpus.curation_digest("pictures")}
-    for noun in ("media", "shots", "clips"):
+    made_from["media"] = str(GRAPH["media"].version)
+    for noun in VERSIONED:
+        made_from["version"] = str(GRAPH[noun].version)
         publish_checks(root.checks(noun, batch), noun, [{"name": "written", "passed": True}], made_from)
     _store(LatentStore(root, spec), batch, ids["row"])
     publish_checks(root.latents_checks(spec.digest(), batch), "latents", [{"name": "written", "passed": True}])

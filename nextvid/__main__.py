@@ -60,7 +60,7 @@ def make_command(
     json_: Json = False,
 ) -> None:
     """Make an asset and whatever it lacks upstream."""
-    from nextvid.planning.acceptance import outdated
+    from nextvid.planning.acceptance import difference, outdated
 
     project = open_project(corpus)
     with shown() as on_progress:
@@ -69,7 +69,7 @@ def make_command(
             print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
     if project.corpus.reencode == "ask" and (names := outdated(project)):
         print(
-            f"{project.path} differs from the accepted {' and '.join(names)}; the accepted one was used. "
+            f"{difference(names)}; the accepted one was used. "
             "'nextvid plan' shows what the change would cost, 'nextvid plan --accept' accepts it",
             file=sys.stderr,
         )

@@ -16,6 +16,7 @@ STORED = ("float16", "keepbits7", "int8")  # keepbits7: float16 whose mantissa i
 # source frame and each later one the next 4 or 8; clips that do not come out even are filled up with their last frame.
 TIME_MAPS = ("frame", "causal4", "causal8")
 SUBSAMPLINGS = ("4:2:0", "4:2:2", "4:4:4")  # of PixelSpec: what libjpeg-turbo writes of YCbCr
+UNRECORDED = 2  # specs did not name their maker's version up to this one, which keeps their digests
 
 
 def checked_fields(spec: type[Any], value: Mapping[str, Any], noun: str, where: str) -> Mapping[str, Any]:
@@ -44,6 +45,7 @@ class EncodingSpec:
     height: int
     width: int
     time_map: str = "frame"
+    version: int = UNRECORDED  # of the maker of `latents` (nextvid/graph.py)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -61,13 +63,14 @@ class EncodingSpec:
         return digest(self.to_json())
 
     def to_json(self) -> dict[str, str | int]:
-        """Its fields, as in spec.json."""
-        return asdict(self)
+        """Its fields, as in spec.json; the maker's version only where it is later than UNRECORDED."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("version", UNRECORDED)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "EncodingSpec":
         """Spec of what `to_json` gave; ConfigError where a key is missing, unknown or of another type."""
-        return EncodingSpec(**checked_fields(EncodingSpec, value, "an encoding spec", "encoding"))
+        known = {"version": UNRECORDED, **value} if isinstance(value, Mapping) else value
+        return EncodingSpec(**checked_fields(EncodingSpec, known, "an encoding spec", "encoding"))
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip of `frames` frames."""

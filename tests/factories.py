@@ -20,6 +20,8 @@ from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots
 from nextvid.corpus.sources import update_sources
 from nextvid.encode.plan import encoding_spec
+from nextvid.graph import GRAPH
+from nextvid.making.batches import VERSIONED
 from nextvid.making.outcome import Outcome
 from nextvid.making.publishing import publish_latest, read_latest
 from nextvid.trainset.files import write_trainset
@@ -174,9 +176,15 @@ def clip_row(uri: Path, index: int, view: int = 0, **changes: Any) -> dict[str, 
     return row | changes
 
 
+def current_versions(asset: str) -> dict[str, str]:
+    """What a maker of today records as versions."""
+    found = {"version": str(GRAPH[asset].version)} if asset in VERSIONED else {}
+    return found | ({"media": str(GRAPH["media"].version)} if asset == "shots" else {})
+
+
 def passed(path: str, asset: str, passed: bool = True) -> None:
     """The checks of an asset with one verdict."""
-    publish_checks(path, asset, [{"name": "by hand", "passed": passed}])
+    publish_checks(path, asset, [{"name": "by hand", "passed": passed}], current_versions(asset))
 
 
 def publish_clips(project: Project, batch: str, rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:

@@ -1,12 +1,13 @@
-"""The accepted configuration: accepted.json keeps it, and corpus.yaml changes it only when a person accepts the change.
+"""The accepted configuration: accepted.json keeps it, and it changes only when a person accepts the change.
 
-A changed encoding, curation or pixels in corpus.yaml would rebuild what was made under the old ones. So with `reencode:
-ask` a project works by the accepted configuration until 'nextvid plan --accept'; with `reencode: auto` corpus.yaml is
-accepted at once. nextvid/planning/acceptance.py decides when; `open_project` applies the result.
+A changed encoding, curation or pixels in corpus.yaml would rebuild what was made under the old ones, and so would a
+newer version of a maker. So with `reencode: ask` a project works by the accepted configuration, and keeps the tables of
+accepted versions, until 'nextvid plan --accept'; with `reencode: auto` both are accepted at once.
+nextvid/planning/acceptance.py decides when; `open_project` applies the result.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nextvid.config.corpus import CorpusConfig, PixelConfig
@@ -28,6 +29,7 @@ class Accepted:
     curation: str  # CorpusConfig.curation_digest of the rules
     pixels: Rules | None
     rules: Rules  # `curation`, and what decides rows of each of `datasets` and `benchmarks`
+    versions: Mapping[str, int]  # by asset: the oldest version of its maker whose tables are kept
 
     @property
     def digests(self) -> tuple[str, str, str]:
@@ -59,7 +61,8 @@ def accepted(root: DataRoot) -> Accepted | None:
         return None
     value = atomic.read_json(path)
     try:
-        return Accepted(str(value["encoding"]), str(value["curation"]), value["pixels"], value["rules"])
+        encoding, curation, versions = str(value["encoding"]), str(value["curation"]), value.get("versions", {})
+        return Accepted(encoding, curation, value["pixels"], value["rules"], versions)
     except (AttributeError, KeyError, TypeError):
         raise CorpusError(
             f"{path}: expected the keys 'encoding', 'curation', 'pixels' and 'rules': the file is damaged or from an "
@@ -67,10 +70,10 @@ def accepted(root: DataRoot) -> Accepted | None:
         ) from None
 
 
-def accept(root: DataRoot, asked: CorpusConfig, encoding: str) -> Accepted:
-    """Accept the curation and pixels that corpus.yaml asks for, and the encoding spec with this digest."""
+def accept(root: DataRoot, asked: CorpusConfig, encoding: str, versions: Mapping[str, int]) -> Accepted:
+    """Accept the curation and pixels that corpus.yaml asks for, the encoding spec with this digest, these versions."""
     pixels = asked.encoding.pixels
-    return _publish(root, encoding, asked, pixels.model_dump(mode="json") if pixels else None)
+    return _publish(root, encoding, asked, pixels.model_dump(mode="json") if pixels else None, versions)
 
 
 def keep_new(root: DataRoot, asked: CorpusConfig, known: Accepted) -> Accepted:
@@ -78,7 +81,7 @@ def keep_new(root: DataRoot, asked: CorpusConfig, known: Accepted) -> Accepted:
     corpus = as_accepted(asked, known, root.accepted())
     if _rules(known.rules, corpus) == known.rules:
         return known
-    return _publish(root, known.encoding, corpus, known.pixels)
+    return _publish(root, known.encoding, corpus, known.pixels, known.versions)
 
 
 def as_accepted(asked: CorpusConfig, known: Accepted, where: str) -> CorpusConfig:
@@ -107,12 +110,13 @@ def pixels_digest(pixels: PixelConfig | Rules | None) -> str:
     return config.digest() if config else ""
 
 
-def _publish(root: DataRoot, encoding: str, corpus: CorpusConfig, pixels: Rules | None) -> Accepted:
+def _publish(
+    root: DataRoot, encoding: str, corpus: CorpusConfig, pixels: Rules | None, versions: Mapping[str, int]
+) -> Accepted:
     before = accepted(root)
     rules = _rules(before.rules if before else {"datasets": {}, "benchmarks": {}}, corpus)
-    value = Accepted(encoding, corpus.curation_digest(), pixels, rules)
-    content = {"encoding": encoding, "curation": value.curation, "pixels": pixels, "rules": rules}
-    atomic.publish_json(root.accepted(), content)
+    value = Accepted(encoding, corpus.curation_digest(), pixels, rules, dict(versions))
+    atomic.publish_json(root.accepted(), asdict(value))
     return value
 
 

@@ -1,5 +1,6 @@
 """A project: the data root that corpus.yaml names, and the accepted configuration, by which everything is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,10 +23,11 @@ class Project:
     root: DataRoot
     path: Path  # of corpus.yaml
     asked: CorpusConfig  # the content of corpus.yaml
+    versions: Mapping[str, int] | None = None  # accepted versions of makers by asset; None for the current ones
 
     def as_asked(self) -> "Project":
-        """The project as it would be with corpus.yaml accepted: for plans of what that would cost."""
-        return replace(self, corpus=self.asked)
+        """The project as it would be with corpus.yaml and makers accepted: for plans of what that would cost."""
+        return replace(self, corpus=self.asked, versions=None)
 
     def benchmark(self, name: str) -> BenchmarkConfig:
         """An accepted benchmark. Raises ConfigError for one that is unknown or not accepted yet."""
@@ -50,4 +52,5 @@ def open_project(path: str | Path | None = None) -> Project:
     cache = asked.cache
     root = DataRoot.open(asked.root, asked.runs_root, cache.folder, round(cache.size_gb * 1e9))
     known = accepted(root) if asked.reencode == "ask" else None
-    return Project(as_accepted(asked, known, root.accepted()) if known else asked, root, file, asked)
+    corpus = as_accepted(asked, known, root.accepted()) if known else asked
+    return Project(corpus, root, file, asked, known.versions if known else None)

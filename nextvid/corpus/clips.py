@@ -17,6 +17,7 @@ from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.gallery import Histogram, histograms_png, read_pictures, rejected_sheet
 from nextvid.corpus.manifest import ClipRow, Label, MediaNow, hold_quota, rows_of, split_of
+from nextvid.graph import GRAPH
 from nextvid.making.batches import config_of, dataset_of
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
@@ -49,7 +50,8 @@ def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -
         hold_quota(rows, config.clips_per_media)
     clips = pl.DataFrame(rows, Clips.create_empty().schema, orient="row")
     clips = clips.sort("media_id", "shot_id", "frames", "row_id", "reason")
-    checks, made_from = _checks(clips, shots), {"curation": project.corpus.curation_digest(dataset_of(batch))}
+    curation, version = project.corpus.curation_digest(dataset_of(batch)), str(GRAPH["clips"].version)
+    checks, made_from = _checks(clips, shots), {"curation": curation, "version": version}
     written = publish_table(root, "clips", batch, clips, Clips)
     written |= publish_verdict(root.checks("clips", batch), "clips", checks, made_from)
     if written or not atomic.exists(root.preview("clips", batch, "scores")):

@@ -19,7 +19,7 @@ from nextvid.corpus.assignment import latest
 from nextvid.corpus.labels import contradictions, doubled, read_labels
 from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, known_sources
 from nextvid.machine import available_cores
-from nextvid.making.batches import config_of, dataset_of
+from nextvid.making.batches import batch_state, config_of, dataset_of, made_by_older
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
@@ -51,10 +51,12 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     started_s = time.perf_counter()
     root, config = project.root, config_of(project, batch)
     # before the tables are read: a file that is listed later asks for a new run
-    made_from = {"listing": batch_fingerprint(project, batch)}
+    listing, state = batch_fingerprint(project, batch), batch_state(root, batch, "media")
     sources = tables.read_table(root.table("sources", batch), Sources).sort("uri", "revision")
     before = existing(root, "media", batch, Media)
-    kept, unread = _kept(before, sources), _unread(before, sources)
+    unread = _unread(before.clear() if made_by_older(project, state) else before, sources)
+    kept = _kept(before, unread)
+    made_from = {"listing": listing, "version": state.version_now("media", kept=kept.height > 0)}
     rows = _never_read(sources, before, config.licence) + _inspect(
         unread, config.licence, lambda n: on_progress(Progress(f"media {batch}", n, unread.height))
     )
@@ -87,8 +89,8 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     )
 
 
-def _kept(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
-    """Rows that need no reading: read without error, or rejected for good. Reasons that may have ended are removed."""
+def _kept(before: pl.DataFrame, unread: pl.DataFrame) -> pl.DataFrame:
+    """Rows of files that are not read again. Reasons for rejection that may have ended are removed."""
     lift = pl.col("reason").is_in(LIFTABLE) & pl.col("decoder").is_not_null()
     status = pl.when(lift).then(pl.lit("ok")).otherwise(pl.col("status").cast(pl.String))
     empty = pl.lit(None, pl.String)
@@ -97,7 +99,7 @@ def _kept(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
         pl.when(lift).then(empty).otherwise(pl.col("reason")).alias("reason"),
         pl.when(lift).then(empty).otherwise(pl.col("error")).alias("error"),
     )
-    return tables.missing_rows(rows, _unread(before, sources), ["uri", "revision"])
+    return tables.missing_rows(rows, unread, ["uri", "revision"])
 
 
 def _unread(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:

@@ -1,8 +1,8 @@
 """The asset `shots`: decode each media file once, cut it into shots, score them; and a contact sheet.
 
 A file that is in a batch twice is decoded once. A file that fails is one row without a shot id, which the next call
-tries again. Everything is made again when the configuration of this first pass changes. Thresholds do not belong to it:
-`clips` applies them, so that changing one decodes nothing.
+tries again. Everything is made again when the configuration of this first pass changes, and when its code does.
+Thresholds do not belong to it: `clips` applies them, so that changing one decodes nothing.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import shot_id
 from nextvid.corpus.gallery import KeptPictures, SheetRow, Tile, contact_sheet, publish_pictures
 from nextvid.machine import available_cores
-from nextvid.making.batches import batch_state, config_of
+from nextvid.making.batches import batch_state, config_of, made_by_older
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
@@ -64,7 +64,8 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
     tables.require_checks(root.checks("media", batch), "media")
     media = tables.read_table(root.table("media", batch), Media)
     sources = tables.read_table(root.table("sources", batch), Sources)
-    same = batch_state(root, batch, "shots").made_from("shots", "first_pass") == config.digest()
+    state = batch_state(root, batch, "media", "shots")
+    same = state.made_from("shots", "first_pass") == config.digest() and "shots" not in made_by_older(project, state)
     before = existing(root, "shots", batch, Shots) if same else Shots.create_empty()
     new, lost = _without_shots(media, sources, before)
     rows = [_failed(row, "gone", "the file was removed before it was decoded", "rejected") for row in lost]
@@ -82,7 +83,9 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
         [before.filter(~pl.col("media_id").is_in(redone.implode())), pl.DataFrame(rows, before.schema, orient="row")]
     )
     shots = shots.sort("media_id", "shot_index")
-    checks, made_from = _checks(shots, media), {"first_pass": config.digest()}
+    version = state.version_now("shots", kept=before.height > 0)
+    made_from = {"first_pass": config.digest(), "version": version, "media": str(state.version("media"))}
+    checks = _checks(shots, media)
     written = publish_table(root, "shots", batch, shots, Shots)
     if pictured.rows:
         atomic.publish_bytes(root.preview("shots", batch), pictured.png())

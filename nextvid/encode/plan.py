@@ -14,6 +14,7 @@ import polars as pl
 from nextvid.config.accepted import accepted
 from nextvid.config.project import Project
 from nextvid.encode.weights import autoencoder_digest, facts
+from nextvid.graph import GRAPH
 from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError
 from storage.part import Part, S
 from storage.schemas import Clips
@@ -94,6 +95,7 @@ def encoding_spec(project: Project) -> EncodingSpec:
         height=side,
         width=side,
         time_map=about.time_map,
+        version=GRAPH["latents"].version,
     )
 
 

@@ -12,9 +12,10 @@ import polars as pl
 from nextvid.config.accepted import Accepted, accepted
 from nextvid.config.project import Project
 from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch, plan_encode
-from nextvid.making.batches import dataset_of
-from nextvid.planning.acceptance import outdated
-from nextvid.planning.waiting import curation_of
+from nextvid.making.batches import VERSIONED, batch_state, dataset_of, made_by_older
+from nextvid.making.publishing import existing
+from nextvid.planning.acceptance import difference, outdated
+from storage.schemas import Media
 from storage.spec import EncodingSpec
 from storage.store import LatentStore, PixelStore
 
@@ -44,6 +45,8 @@ class Cost:
     decode_s: float | None
     unmeasured: tuple[int, ...]  # clip lengths in frames without a rate
     curation_changed: bool  # its clips were cut by another curation
+    rebuilt: tuple[str, ...]  # reasons, where an older version of a maker made its tables
+    first_passes: int  # files that are read and decoded again for that
     without_pixels: int  # rows, where pixels are kept
     pixels_decode_s: float | None  # of rows that lack pixels and not latents
 
@@ -56,6 +59,9 @@ class Cost:
         if self.unmeasured:
             seconds += f" (none measured at {', '.join(map(str, self.unmeasured))} frames)"
         changed = "; its clips are of another curation" if self.curation_changed else ""
+        if self.rebuilt:
+            changed += f"; {' and '.join(self.rebuilt)}"
+            changed += f": {self.first_passes} files need a new first pass" if self.first_passes else ""
         pixels = f"; {self.without_pixels} rows have no pixels yet" if self.without_pixels else ""
         if pixels and self.pixels_decode_s:
             pixels += f" ({self.pixels_decode_s:.1f} decode-s more)"
@@ -70,7 +76,7 @@ class Forecast:
     """Costs of `make latents` now, and once what corpus.yaml asks for is accepted, where that differs."""
 
     accepted: Accepted | None
-    outdated: tuple[str, ...]  # `encoding`, `curation`, `pixels`
+    outdated: tuple[str, ...]  # of acceptance.py
     without_clips: tuple[str, ...]  # batches whose clips were never made, so that their rows are unknown
     now: tuple[Cost, ...]
     if_accepted: tuple[Cost, ...]
@@ -83,10 +89,12 @@ class Forecast:
             lines.append("nothing can be encoded: corpus.yaml names another autoencoder than the accepted one")
         if self.outdated:
             lines.append(
-                f"corpus.yaml differs from the accepted {' and '.join(self.outdated)}: {len(self._changed)} batches "
-                "are outdated; 'nextvid plan --accept' accepts corpus.yaml, at these costs:"
+                f"{difference(self.outdated)}: {len(self._changed)} batches are outdated; 'nextvid plan --accept' "
+                "accepts it, at these costs:"
             )
             lines += ["  " + cost.line() for cost in self.if_accepted]
+        if any(cost.first_passes for cost in self.now + self.if_accepted):
+            lines.append("after a new first pass, only files whose clips come out different are encoded again")
         return "\n".join(lines) or "there is no batch yet: 'nextvid make clips' lists, reads and cuts the files"
 
     def summary(self) -> str | None:
@@ -98,21 +106,25 @@ class Forecast:
         seconds = (
             f"{sum(known):.1f} device-s at rates measured in its store" if len(known) == len(costs) else "no rate yet"
         )
+        passes = sum(cost.first_passes for cost in costs)
+        passed = f", {passes} files need a new first pass" if passes else ""
         bare = sum(cost.without_pixels for cost in costs)
         decoded = [cost.pixels_decode_s for cost in costs if cost.pixels_decode_s is not None]
         pixels = f", {bare} rows without pixels" if bare else ""
         pixels += f" ({sum(decoded):.1f} decode-s)" if bare and len(decoded) == len(costs) else ""
         return (
-            f"corpus.yaml differs from the accepted {' and '.join(self.outdated)}: {len(costs)} batches are "
-            f"outdated, {sum(cost.rows for cost in costs)} rows, {sum(cost.size_bytes for cost in costs):,} bytes, "
-            f"{seconds}{pixels}; 'nextvid plan' lists them, 'nextvid plan --accept' accepts corpus.yaml"
+            f"{difference(self.outdated)}: {len(costs)} batches are outdated, {sum(cost.rows for cost in costs)} rows, "
+            f"{sum(cost.size_bytes for cost in costs):,} bytes, {seconds}{pixels}{passed}; 'nextvid plan' lists them, "
+            "'nextvid plan --accept' accepts it"
         )
 
     @property
     def _changed(self) -> list[Cost]:
         """Costs of the batches that accepting corpus.yaml changes."""
         pixels = "pixels" in self.outdated
-        return [c for c in self.if_accepted if c.rows or c.curation_changed or (pixels and c.without_pixels)]
+        return [
+            c for c in self.if_accepted if c.rows or c.curation_changed or c.rebuilt or (pixels and c.without_pixels)
+        ]
 
 
 def forecast(project: Project, batch: str | None = None) -> Forecast:
@@ -121,7 +133,8 @@ def forecast(project: Project, batch: str | None = None) -> Forecast:
     listed = sorted({*project.root.batches(), *made})
     ready = [batch] if batch else [key for key in listed if key in made]
     known, asked, changed = accepted(project.root), encoding_spec(project), outdated(project)
-    current = LatentStore.open(project.root, known.encoding).spec if known and "encoding" in changed else asked
+    other = known is not None and known.encoding != asked.digest()
+    current = LatentStore.open(project.root, known.encoding).spec if known and other else asked
     return Forecast(
         accepted=known,
         outdated=changed,
@@ -158,6 +171,9 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
     alone = bare.join(plan.rows, on="row_id", how="anti").group_by("frames").len()
     encode_s = {frames: rate.encode_s for frames, rate in known.items()}
     decode_s = {frames: rate.decode_s for frames, rate in known.items()}
+    state = batch_state(project.root, plan.batch, *VERSIONED)
+    media = existing(project.root, "media", plan.batch, Media).filter(pl.col("status") == "ok")
+    older = made_by_older(project, state)
     return Cost(
         batch=plan.batch,
         rows=plan.rows.height,
@@ -168,7 +184,9 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
         encode_s=_seconds(rows, encode_s),
         decode_s=_seconds(rows, decode_s),
         unmeasured=tuple(frames for frames in rows if frames not in known),
-        curation_changed=curation_of(project, plan.batch) != project.corpus.curation_digest(dataset_of(plan.batch)),
+        curation_changed=state.made_from("clips", "curation") != project.corpus.curation_digest(dataset_of(plan.batch)),
+        rebuilt=tuple(older.values()),
+        first_passes=media["media_id"].n_unique() if "shots" in older else 0,
         without_pixels=bare.height,
         pixels_decode_s=_seconds(dict(alone.rows()), decode_s),
     )

@@ -4,7 +4,7 @@ The sensor and the nightly schedule ask. Everything is read from tables and chec
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import polars as pl
@@ -14,10 +14,11 @@ from nextvid.config.project import Project
 from nextvid.corpus.labels import label_digests
 from nextvid.corpus.sources import batch_fingerprint, known_sources
 from nextvid.encode.plan import encoding_spec, pixel_spec, plan_batch
-from nextvid.making.batches import batch_state, dataset_of
+from nextvid.graph import GRAPH
+from nextvid.making.batches import VERSIONED, batch_state, dataset_of, made_by_older
 from storage.remote import at_once
 from storage.schemas import Media, Shots
-from storage.spec import EncodingSpec, PixelSpec
+from storage.spec import UNRECORDED, EncodingSpec, PixelSpec
 from storage.store import LatentStore, PixelStore, Store
 from storage.tables import read_table, seal
 
@@ -54,12 +55,21 @@ class Standard:
             tables, (store.noun, store.digest), lambda: plan_batch(self.project, batch, store).rows.height
         )
 
+    def latents_before(self, batch: str) -> str | None:
+        """Which older version of the maker of `latents` made the batch in this encoding, if one did."""
+        for version in range(self.spec.version - 1, UNRECORDED - 1, -1):
+            older = replace(self.spec, version=version).digest()
+            if batch_state(self.project.root, batch, "latents", encoding=older).checks["latents"] is not None:
+                return f"made by latents version {version}"
+        return None
+
     def key(self, batch: str) -> str:
         """The run key: the same for the same batch, listing, curation, encoding and pixels."""
         made_by = (
             self.curation[dataset_of(batch)],
             self.spec.digest(),
             pixels_digest(self.project.corpus.encoding.pixels),
+            ".".join(str(GRAPH[asset].version) for asset in VERSIONED),
         )
         return ":".join(filter(None, [batch, self.listing(batch), *made_by]))
 
@@ -113,12 +123,14 @@ def unfinished(against: Standard, batch: str) -> tuple[str, ...]:
     root, encoding = against.project.root, against.spec.digest()
     state = batch_state(root, batch, "media", "shots", "clips", "latents", encoding=encoding)
     if state.not_made:
-        return tuple(f"{asset} was never made" for asset in state.not_made)
+        older = against.latents_before(batch) if state.not_made == ("latents",) else None
+        return (older,) if older else tuple(f"{asset} was never made" for asset in state.not_made)
     reasons = [f"{asset} failed its checks" for asset in state.failed]
     if state.made_from("media", "listing") != against.listing(batch):
         reasons.append("the listing or a label file changed")
     if state.made_from("clips", "curation") != against.curation[dataset_of(batch)]:
         reasons.append("the curation changed")
+    reasons += made_by_older(against.project, state).values()
     if not reasons and (missing := against.not_encoded(batch)):
         reasons.append(f"{missing} rows are not encoded")
     if not reasons and (missing := against.without_pixels(batch)):
@@ -142,11 +154,6 @@ def _remembered(tables: list[str], what: tuple[str, ...], compute: Callable[[], 
         known = _KNOWN[about] = (seals, compute())
     found: T = known[1]
     return found
-
-
-def curation_of(project: Project, batch: str) -> str | None:
-    """Digest of the curation that the batch's clips were cut by; None if they were not made."""
-    return batch_state(project.root, batch, "clips").made_from("clips", "curation")
 
 
 def quarantined(project: Project, batch: str) -> tuple[str, ...]:

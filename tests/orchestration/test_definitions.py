@@ -26,6 +26,7 @@ def snapshot(defs: dg.Definitions) -> dict[str, object]:
         node = graph.get(key)
         assets[key.to_user_string()] = {
             "group": node.group_name,
+            "version": node.code_version,
             "upstream": sorted(parent.to_user_string() for parent in node.parent_keys),
             "partitions": type(node.partitions_def).__name__ if node.partitions_def else None,
             "checks": sorted(check.name for check in node.check_keys),

@@ -10,8 +10,8 @@ import pytest
 from nextvid.config.accepted import accepted
 from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec
+from nextvid.making.batches import batch_state
 from nextvid.planning.acceptance import accept_asked, outdated
-from nextvid.planning.waiting import curation_of
 from storage.schemas import Clips
 from storage.store import LatentStore, PixelStore
 from storage.tables import read_table
@@ -86,7 +86,9 @@ def test_a_new_file_keeps_the_accepted_curation(project: Project, instance: dg.D
     assert [request.partition_key for request in asked] == [VIDEOS]
     assert run(other, instance, asked) == [True]
     assert accepted(other.root) == stands
-    assert curation_of(other, VIDEOS) == project.corpus.curation_digest("demo_videos")
+    assert batch_state(other.root, VIDEOS, "clips").made_from("clips", "curation") == project.corpus.curation_digest(
+        "demo_videos"
+    )
     clips = read_table(other.root.table("clips", VIDEOS), Clips)
     new = committed(other).join(before, on="row_id", how="anti")
     assert set(clips.filter(pl.col("row_id").is_in(new["row_id"].implode()))["uri"]) == {uri}

@@ -30,7 +30,7 @@ def begun(tmp_path: Path, **more: Any) -> Project:
 
 def accept_asked(project: Project) -> Project:
     """The project after its corpus.yaml was accepted."""
-    accept(project.root, project.asked, ENCODING)
+    accept(project.root, project.asked, ENCODING, {})
     return open_project(project.path)
 
 

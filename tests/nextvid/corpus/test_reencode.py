@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from nextvid.config.curation import CurationConfig, DuplicateConfig, FilterConfi
 from nextvid.config.datasets import ClipPolicy
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.clips import make_clips
+from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots
 from nextvid.encode.plan import BatchPlan, encoding_spec, plan_encode, wanted_clips
+from nextvid.graph import GRAPH, Asset
+from nextvid.making.batches import VERSIONED, batch_state
+from storage.schemas import Shots
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
+from storage.tables import read_table, write_table
 from tests.factories import edit_project, put_latents, write_autoencoder
 from tests.nextvid.corpus.conftest import Made
 
@@ -301,3 +307,68 @@ def test_moved_folders_and_comments(encoded: Path, tmp_path: Path) -> None:
     for batch in (FILMS, STILLS):
         make_clips(project, batch)
         refuse_others(project, batch, NONE)
+
+
+@pytest.fixture
+def raised(monkeypatch: pytest.MonkeyPatch) -> Callable[[Asset], None]:
+    """A function that raises the version of an asset's maker."""
+    return lambda asset: monkeypatch.setitem(GRAPH, asset, replace(GRAPH[asset], version=GRAPH[asset].version + 1))
+
+
+def state(project: Project) -> dict[str, int]:
+    found = batch_state(project.root, FILMS, *VERSIONED)
+    return {asset: found.version(asset) for asset in VERSIONED}
+
+
+def test_a_new_maker_of_shots_decodes_again_and_encodes_what_comes_out_different(
+    encoded: Path, tmp_path: Path, raised: Callable[[Asset], None]
+) -> None:
+    """Here the old maker found another first shot in one film."""
+    shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
+    project = open_project(tmp_path / "corpus.yaml")
+    path = project.root.table("shots", FILMS)
+    shots = read_table(path, Shots)
+    other = pl.col("uri").str.ends_with("/two.mp4") & (pl.col("shot_index") == 0)
+    write_table(path, shots.with_columns(end_us=pl.when(other).then(1_000_000).otherwise("end_us")), Shots)
+    old = make_clips(project, FILMS)
+    assert (make_shots(project, FILMS).numbers["viewed"], make_media(project, FILMS).numbers["read"]) == (0, 1), (
+        "nothing but the broken film is tried again while no version is raised"
+    )
+    raised("shots")
+    assert make_media(project, FILMS).numbers["read"] == 1, "nor for a raised version of what reads it"
+    assert make_shots(project, FILMS).numbers["viewed"] == read_table(path, Shots)["media_id"].n_unique()
+    assert read_table(path, Shots).equals(shots)
+    assert make_clips(project, FILMS).digest != old.digest
+    assert state(project) == {asset: GRAPH[asset].version for asset in VERSIONED}
+    refuse_others(project, FILMS, NONE)
+    assert make_shots(project, FILMS).numbers["viewed"] == 0, "once"
+
+
+def test_a_new_maker_of_media_reads_and_decodes_every_file_again(
+    encoded: Path, tmp_path: Path, raised: Callable[[Asset], None]
+) -> None:
+    shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
+    project = open_project(tmp_path / "corpus.yaml")
+    before = {noun: Path(project.root.table(noun, FILMS)).read_bytes() for noun in VERSIONED}
+    raised("media")
+    media = make_media(project, FILMS)
+    assert media.numbers["read"] == media.rows
+    assert make_shots(project, FILMS).numbers["viewed"] != 0
+    make_clips(project, FILMS)
+    assert {noun: Path(project.root.table(noun, FILMS)).read_bytes() for noun in VERSIONED} == before
+    assert state(project) == {asset: GRAPH[asset].version for asset in VERSIONED}
+    refuse_others(project, FILMS, NONE)
+
+
+def test_what_nobody_accepted_is_kept_with_its_version(
+    encoded: Path, tmp_path: Path, raised: Callable[[Asset], None]
+) -> None:
+    """A batch that runs for another reason, such as a new file, keeps its old rows and so its old version."""
+    shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
+    project = open_project(tmp_path / "corpus.yaml")
+    project = replace(project, versions={asset: GRAPH[asset].version for asset in VERSIONED})
+    before = state(project)
+    raised("media")
+    raised("shots")
+    assert (make_media(project, FILMS).numbers["read"], make_shots(project, FILMS).numbers["viewed"]) == (1, 0)
+    assert state(project) == before

@@ -281,7 +281,7 @@ def test_a_fingerprint_changes_with_the_listing_and_the_label_file(tmp_path: Pat
 def test_acceptance_is_kept_beside_the_data(own_copy: Callable[..., Project]) -> None:
     project = own_copy()
     assert accepted(project.root) is None
-    given = accept(project.root, project.asked, "ab" * 16)
+    given = accept(project.root, project.asked, "ab" * 16, {})
     assert accepted(project.root) == given
     assert (given.encoding, given.curation) == ("ab" * 16, project.corpus.curation_digest())
     Path(project.root.accepted()).write_text('{"encoding": 1}')

@@ -61,7 +61,7 @@ class TestSpec:
     ) -> None:
         old = encoding_spec(project)
         LatentStore(project.root, old).create()
-        accept(project.root, project.asked, old.digest())
+        accept(project.root, project.asked, old.digest(), {})
         asked = write_corpus(tmp_path, random_autoencoder, resolution=128)
         assert encoding_spec(asked) != old
         assert accepted_spec(asked) == old
@@ -71,7 +71,7 @@ class TestSpec:
     ) -> None:
         old = encoding_spec(project)
         LatentStore(project.root, old).create()
-        accept(project.root, project.asked, old.digest())
+        accept(project.root, project.asked, old.digest(), {})
         with pytest.raises(RefusedError, match="put the old weights back, or accept"):
             accepted_spec(write_corpus(tmp_path, cosine_autoencoder))
 

@@ -138,7 +138,7 @@ def test_other_settings_are_another_score(evaluated: Project) -> None:
 
 def test_a_benchmark_edited_and_not_accepted_is_scored_under_the_accepted_policy(own_copy: Project) -> None:
     accepted = plan_task(own_copy, RECIPE, "species")
-    accept(own_copy.root, own_copy.asked, accepted.trainset.spec.digest())
+    accept(own_copy.root, own_copy.asked, accepted.trainset.spec.digest(), {})
     content = yaml.safe_load(own_copy.path.read_text())
     content["benchmarks"]["species"]["policy"] |= {"frames": FRAMES // 2, "crop": "centre"}
     content["benchmarks"]["sizes"] = content["benchmarks"]["species"]
