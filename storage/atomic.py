@@ -112,7 +112,7 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
             temporary = Path(folder) / "staged"
             yield temporary
-            remote.put_file(str(temporary), path, exclusive=exclusive)
+            remote.put(path, temporary, exclusive=exclusive)
         return
     target = _local(path)
     with writing(path):
@@ -162,7 +162,12 @@ def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> 
                 assert last is not None, "the file that says that all others are there"
                 _replace_files(temporary, target, last)
             else:
-                _take_name(temporary, target)
+                try:
+                    os.rename(temporary, target)
+                except OSError as error:
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise ConflictError(f"{target} was created by somebody else in the meantime") from error
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         _sync(target.parent)
@@ -188,7 +193,8 @@ def writing(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why, folder = _FORBIDDEN.get(error.errno or 0), _nearest(_local(path).parent)
+        why, target = _FORBIDDEN.get(error.errno or 0), _local(path)
+        folder = next(above for above in target.parents if above.exists() or above == above.parent)
         if why is None or not (error.filename is None or Path(error.filename).is_relative_to(folder)):
             raise
         raise UnwritableError(
@@ -228,7 +234,11 @@ def leftovers(folder: str, older_than_s: float) -> list[str]:
     for place, folders, names in os.walk(_local(folder)):
         temporary = [name for name in [*folders, *names] if is_temporary(name)]
         folders[:] = [name for name in folders if name not in temporary]
-        found += [str(path) for path in (Path(place, name) for name in temporary) if _last_touched(path) <= newest_kept]
+        for path in (Path(place, name) for name in temporary):
+            last_touched_s = 0.0  # where it vanished meanwhile
+            with suppress(FileNotFoundError):
+                last_touched_s = max(inside.lstat().st_mtime for inside in [path, *path.rglob("*")])
+            found += [str(path)] if last_touched_s <= newest_kept else []
     return sorted(found)
 
 
@@ -252,13 +262,6 @@ def remove_tree(path: str) -> None:
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-
-
-def _last_touched(path: Path) -> float:
-    """Newest modification time at or under `path`; 0 where it vanished meanwhile."""
-    with suppress(FileNotFoundError):
-        return max(found.lstat().st_mtime for found in [path, *path.rglob("*")])
-    return 0.0
 
 
 def _local(path: str) -> Path:
@@ -300,20 +303,6 @@ def make_folder(folder: Path) -> None:
     _sync(folder.parent)
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or the first one above it that exists."""
-    return next(place for place in (folder, *folder.parents) if place.exists() or place == place.parent)
-
-
-def _take_name(temporary: Path, target: Path) -> None:
-    try:
-        os.rename(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise ConflictError(f"{target} was created by somebody else in the meantime") from error
-        raise
-
-
 def _replace_files(temporary: Path, target: Path, last: str) -> None:
     """Every file of one folder into the other, the one named `last` once the others are safely on disk."""
     for name in _names(temporary, last):
@@ -342,7 +331,7 @@ def _upload(folder: Path, path: str, last: str, *, over: bool) -> None:
     if not over and exists(f"{path}/{last}"):
         raise ConflictError(f"{path} exists already")
     for name in names:
-        remote.put_file(str(folder / name), f"{path}/{name}", exclusive=name == last and not over)
+        remote.put(f"{path}/{name}", folder / name, exclusive=name == last and not over)
 
 
 def _names(folder: Path, last: str) -> list[str]:

@@ -74,7 +74,7 @@ def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
     object is missing, OSError or ValueError where a file is or is no array.
     """
     if is_local(path):
-        return _array(Path(path))
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     size_bytes = listing.size_bytes(path)
     if size_bytes is None:
         raise UpstreamError(f"{path} does not exist")
@@ -87,10 +87,8 @@ def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
         place = cache.local(path, size_bytes, fault)
         while crc is not None and not _as_copied(place, crc) and cache.distrust(path, place.stat().st_ino):
             place = cache.local(path, size_bytes, fault)
-        return _array(place)
-    data = remote.read_exactly(path, size_bytes, fault=fault)
-    loaded: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    return loaded
+        return np.load(place, mmap_mode="r", allow_pickle=False)
+    return np.load(io.BytesIO(remote.read_exactly(path, size_bytes, fault=fault)), allow_pickle=False)
 
 
 def place_of(root: DataRoot, path: str) -> Path:
@@ -266,8 +264,3 @@ def _as_copied(place: Path, crc: int) -> bool:
         if key not in _compared and crc32c(np.memmap(file, np.uint8, "r")) == crc:
             _compared.add(key)
         return key in _compared
-
-
-def _array(path: Path) -> np.ndarray:
-    loaded: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return loaded

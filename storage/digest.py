@@ -8,7 +8,7 @@ Checksums (crc32c) find bit rot; they identify nothing.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,8 +20,11 @@ ID_BYTES = 16  # blake2b-128: collisions at 2^64 items, far beyond the paper's 3
 
 def canonical(value: object) -> str:
     """Canonical JSON of `value`; the same value gives the same text on every machine and version."""
-    _refuse_floats(value)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    def refuse(_: float) -> object:
+        raise TypeError("ids are made of integers and strings; use digest_config for configurations with floats")
+
+    return json.dumps(_with_floats(value, refuse), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def digest(value: object) -> str:
@@ -31,7 +34,7 @@ def digest(value: object) -> str:
 
 def digest_config(value: object) -> str:
     """Id of a configuration: as `digest`, with each float written by `repr`, which round-trips exactly."""
-    return digest(_floats_as_text(value))
+    return digest(_with_floats(value, repr))
 
 
 def digest_file(path: str | Path) -> str:
@@ -61,32 +64,15 @@ def crc32c(data: "bytes | memoryview | np.ndarray[Any, Any]") -> int:
     return _hardware(data.data if isinstance(data, np.ndarray) else data)
 
 
-def _refuse_floats(value: object) -> None:
+def _with_floats(value: object, written: Callable[[float], object]) -> object:
+    """A JSON value with each of its floats as `written` has it; keys are strings."""
     match value:
         case float():
-            raise TypeError("ids are made of integers and strings; use digest_config for configurations with floats")
+            return written(value)
         case Mapping():
-            for key, item in value.items():
-                assert isinstance(key, str), f"key {key!r} of an id is not a string"
-                _refuse_floats(item)
-        case str() | bytes():
-            pass
-        case Sequence():
-            for item in value:
-                _refuse_floats(item)
-        case _:
-            pass
-
-
-def _floats_as_text(value: object) -> object:
-    match value:
-        case float():
-            return repr(value)
-        case Mapping():
-            return {key: _floats_as_text(item) for key, item in value.items()}
-        case str() | bytes():
-            return value
-        case Sequence():
-            return [_floats_as_text(item) for item in value]
+            assert all(isinstance(key, str) for key in value), f"a key of {list(value)} is not a string"
+            return {key: _with_floats(item, written) for key, item in value.items()}
+        case Sequence() if not isinstance(value, str | bytes):
+            return [_with_floats(item, written) for item in value]
         case _:
             return value

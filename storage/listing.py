@@ -6,7 +6,6 @@ A folder that does not exist is an empty one; one that cannot be listed is an er
 import os
 import re
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,7 +26,13 @@ def files(folder: str, pattern: str = ".*") -> list[str]:
 def files_below(folder: str) -> dict[str, int]:
     """Path and size in bytes of every file below a folder; what is removed while it is listed may be there or not."""
     if is_local(folder):
-        return dict(sorted(_local_files(folder)))
+        found: dict[str, int] = {}
+        for place, _, names in os.walk(folder, onerror=_refuse_unlisted):
+            for path in (f"{place}/{name}" for name in names):
+                with suppress(FileNotFoundError):  # a writer gave it another name meanwhile
+                    status = Path(path).stat()
+                    found |= {path: status.st_size} if stat.S_ISREG(status.st_mode) else {}
+        return dict(sorted(found.items()))
     protocol = folder.partition("://")[0]
     try:
         entries = remote.ask(folder, lambda fs, key: fs.find(key, detail=True))
@@ -46,15 +51,6 @@ def size_bytes(path: str) -> int | None:
         return int(remote.ask(path, lambda fs, key: fs.info(key))["size"])
     except FileNotFoundError:
         return None
-
-
-def _local_files(folder: str) -> Iterator[tuple[str, int]]:
-    for place, _, names in os.walk(folder, onerror=_refuse_unlisted):
-        for path in (f"{place}/{name}" for name in names):
-            with suppress(FileNotFoundError):  # a writer gave it another name meanwhile
-                found = Path(path).stat()
-                if stat.S_ISREG(found.st_mode):
-                    yield path, found.st_size
 
 
 def _refuse_unlisted(error: OSError) -> None:

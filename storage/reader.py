@@ -20,7 +20,7 @@ from jaxtyping import Float16, UInt8
 from storage import shard
 from storage.cache import fits
 from storage.digest import crc32c
-from storage.part import OTHER_BYTES, LatentPart
+from storage.part import OTHER_BYTES
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.shard_files import ADDRESSES_CHANGED, OPEN_MAPS, Key, MappedShard, Maps, ShardFiles, cited_shards
@@ -69,7 +69,7 @@ class RowReader:
             if rows_bytes <= root.cache_bytes or root.cache_bytes < shard.shard_bytes(shard.ROWS_PER_SHARD, largest):
                 cited = cited_shards(store, batches, stored)
                 copied = cited if fits(root, cited) else None
-        self._files = ShardFiles(store, batches, _row_of, copied)
+        self._files = ShardFiles(store, batches, lambda _, address: row_id(address).hex(), copied)
         self._maps: Maps[_Rows] = Maps(open_maps)
 
     def rows(self, frames: int, addresses: np.ndarray) -> list[Float16[np.ndarray, "F C h w"]]:
@@ -183,10 +183,6 @@ def _fields(addresses: np.ndarray) -> list[Fields]:
 
 def _key(frames: int, fields: Fields) -> Key:
     return (frames, *fields[:3])
-
-
-def _row_of(part: LatentPart, address: np.void) -> str:
-    return row_id(address).hex()
 
 
 def addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:

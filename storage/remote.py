@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -106,35 +107,43 @@ def ask(path: str, question: Callable[[AbstractFileSystem, str], Answer]) -> Ans
     raise AssertionError("the last try returns or raises")
 
 
-def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
-    """Put bytes under `path` in one request; with `exclusive` only under a new name, else ConflictError.
+def put(path: str, source: bytes | Path, *, exclusive: bool = False) -> None:
+    """Put bytes, or those of a local file of any size, under `path` in one request; with `exclusive` under a new name.
 
-    A client below us that repeats a request whose answer was lost may take our own bytes for somebody else's. All who
-    create exclusively can live with that: they go on with what is there.
+    ConflictError where the name is taken. A client below us that repeats a request whose answer was lost may take our
+    own bytes for somebody else's. All who create exclusively can live with that: they go on with what is there.
     """
-    _put(
-        path, lambda fs, key, mode: fs.pipe_file(key, data, mode=mode, **_whole(fs)), lambda: data, exclusive=exclusive
-    )
+    lost_answers = 0
 
+    def question(fs: AbstractFileSystem, key: str) -> None:
+        nonlocal lost_answers
+        # one request each: who dies in the midst of several leaves parts, unlisted
+        options: dict[str, Any] = {"chunksize": _ONE_PUT_BYTES // 2} if "s3" in fs.protocol else {}
+        options["mode"] = "create" if exclusive else "overwrite"
+        try:
+            if isinstance(source, bytes):
+                fs.pipe_file(key, source, **options)
+            else:
+                fs.put_file(str(source), key, **options)
+        except FileExistsError:
+            raise
+        except Exception as error:
+            code = None
+            with suppress(AttributeError, KeyError, TypeError):
+                code = error.__cause__.response["Error"]["Code"]  # type: ignore[union-attr]
+            if exclusive and code == "PreconditionFailed":  # s3fs knows Amazon's wording only
+                raise FileExistsError(path) from error
+            lost_answers += 1
+            raise
 
-def put_file(local: str, path: str, *, exclusive: bool = False) -> None:
-    """As `put`, from a local file of any size."""
-
-    def read() -> bytes:
-        with open(local, "rb") as file:  # noqa: PTH123 - fsspec's paths are strings
-            return file.read()
-
-    _put(path, lambda fs, key, mode: fs.put_file(local, key, mode=mode, **_whole(fs)), read, exclusive=exclusive)
-
-
-def _whole(fs: AbstractFileSystem) -> dict[str, int]:
-    """What makes a client put an object in one request: who dies in the midst of several leaves parts, unlisted."""
-    return {"chunksize": _ONE_PUT_BYTES // 2} if "s3" in fs.protocol else {}
-
-
-def get_file(path: str, local: str) -> None:
-    """Copy an object to a local file. FileNotFoundError where there is none."""
-    ask(path, lambda fs, key: fs.get_file(key, local))
+    try:
+        ask(path, question)
+    except FileExistsError as error:
+        if lost_answers and read(path) == (source if isinstance(source, bytes) else source.read_bytes()):
+            return  # an earlier try arrived, and its answer did not
+        raise ConflictError(f"{path} exists already: somebody else was first") from error
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} cannot be written ({error})") from error
 
 
 def read(path: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -161,12 +170,16 @@ def read_exactly(
     raise DamagedError(f"{path}: {wrong}, in {len(WAITS_S) + 1} tries")
 
 
-def read_ranges(paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> list[bytes | Exception]:
-    """Ranges of objects of one store, each requested once, all at once; where one failed, its exception."""
-    fs, _ = connect(paths[0])
-    keys = [fs._strip_protocol(path) for path in paths]
-    found = fs.cat_ranges(keys, list(starts), list(ends), on_error="return")
-    return [piece if isinstance(piece, Exception) else bytes(piece) for piece in found]
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+    """Ranges (path, start, size in bytes) of objects of one store, each requested once, all at once; None if it failed.
+
+    An answer may still be short.
+    """
+    fs, _ = connect(ranges[0][0])
+    keys, starts = [fs._strip_protocol(path) for path, _, _ in ranges], [start for _, start, _ in ranges]
+    ends = [start + size_bytes for _, start, size_bytes in ranges]
+    found = fs.cat_ranges(keys, starts, ends, on_error="return")
+    return [None if isinstance(piece, Exception) else bytes(piece) for piece in found]
 
 
 def refuse_missing_bucket(path: str) -> None:
@@ -185,37 +198,6 @@ def refuse_missing_bucket(path: str) -> None:
         raise _explained(path, error) from error
 
 
-def _put(
-    path: str,
-    send: Callable[[AbstractFileSystem, str, str], object],
-    sent: Callable[[], bytes],
-    *,
-    exclusive: bool,
-) -> None:
-    lost_answers = 0
-
-    def question(fs: AbstractFileSystem, key: str) -> None:
-        nonlocal lost_answers
-        try:
-            send(fs, key, "create" if exclusive else "overwrite")
-        except FileExistsError:
-            raise
-        except Exception as error:
-            if exclusive and _code(error) == "PreconditionFailed":  # s3fs knows Amazon's wording only
-                raise FileExistsError(path) from error
-            lost_answers += 1
-            raise
-
-    try:
-        ask(path, question)
-    except FileExistsError as error:
-        if lost_answers and read(path) == sent():
-            return  # an earlier try arrived, and its answer did not
-        raise ConflictError(f"{path} exists already: somebody else was first") from error
-    except FileNotFoundError as error:
-        raise StoreError(f"{path} cannot be written ({error})") from error
-
-
 def _passing(error: Exception) -> bool:
     """Whether the same question may have an answer a moment later."""
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
@@ -231,13 +213,6 @@ def _explained(path: str, error: Exception) -> NExTVidError:
     if isinstance(error, PermissionError):
         return ConfigError(f"{path}: access was denied ({error}). Check the credentials and the bucket's policy")
     return StoreError(f"{path}: the object store refused the request ({_message(error)})")
-
-
-def _code(error: Exception) -> str | None:
-    """Error code of an S3 answer, where one was given."""
-    with suppress(AttributeError, KeyError, TypeError):
-        return str(error.__cause__.response["Error"]["Code"])  # type: ignore[union-attr]
-    return None
 
 
 def _message(error: Exception) -> str:

@@ -69,7 +69,7 @@ class DataRoot:
 
     def table(self, noun: Table, batch: str) -> str:
         """The table of a batch (parquet)."""
-        return f"{self.url}/{noun}/{_name(batch)}.parquet"
+        return f"{self.folder(noun)}/{_name(batch)}.parquet"
 
     def checks(self, noun: Table, batch: str) -> str:
         """The outcome of the checks of a batch's table (JSON)."""
@@ -141,7 +141,7 @@ class DataRoot:
 
     def probe(self, recipe: str, run: str, benchmark: str, digest: str) -> str:
         """One score: of a run on a benchmark, by the digest of rows, labels, protocol and seed."""
-        return f"{self.runs_url}/probes/{_name(recipe)}/{_hex(run)}/{_name(benchmark)}/{_hex(digest)}"
+        return f"{self.probes(recipe, run)}/{_name(benchmark)}/{_hex(digest)}"
 
     def probes(self, recipe: str, run: str) -> str:
         """All scores of a run."""

@@ -10,13 +10,13 @@ descriptions.
 import dataframely as dy
 import polars as pl
 
+from storage.digest import ID_BYTES
+
 STATUSES = ["ok", "rejected", "quarantined"]
 KINDS = ["video", "image"]
 SPLITS = ["train", "val", "test"]
 CUTS = ["edge", "hard", "dissolve", "fade"]
 DECODERS = ["decord", "pyav", "pillow"]
-
-ID_BYTES = 16
 
 
 def _id(*, nullable: bool = False, primary_key: bool = False, description: str | None = None) -> dy.Binary:

@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -117,7 +118,7 @@ class Ranges:
     """Reads ranges of objects; `announce` only saves time, and what is never read is dropped. Threads may share it."""
 
     def __init__(self) -> None:
-        self._ahead: OrderedDict[Range, Future[bytes | None]] = OrderedDict()
+        self._ahead: OrderedDict[Range, tuple[Future[list[bytes | None]], int]] = OrderedDict()  # group, place in it
         self._ahead_bytes = 0
         self._guard = threading.Lock()
         self._pool = ThreadPoolExecutor(AT_ONCE, "ranges")
@@ -128,10 +129,9 @@ class Ranges:
             new = [place for place in dict.fromkeys(ranges) if place not in self._ahead]
             if not new:
                 return
-            asked = self._pool.submit(_ask, new)
-            for number, place in enumerate(new):
-                self._ahead[place] = _item(asked, number)
-                self._ahead_bytes += place[2]
+            asked = self._pool.submit(remote.read_ranges, new)
+            self._ahead |= {place: (asked, number) for number, place in enumerate(new)}
+            self._ahead_bytes += sum(size_bytes for _, _, size_bytes in new)
             while self._ahead_bytes > AHEAD_BYTES and len(self._ahead) > len(new):
                 dropped, _ = self._ahead.popitem(last=False)
                 self._ahead_bytes -= dropped[2]
@@ -145,13 +145,17 @@ class Ranges:
         def fault(data: bytes) -> str | None:
             return None if crc32c(data) == crc else OTHER_BYTES
 
+        path, start, size_bytes = wanted
         with self._guard:
             asked = self._ahead.pop(wanted, None)
-            self._ahead_bytes -= 0 if asked is None else wanted[2]
-        data = None if asked is None else asked.result()
-        if data is not None and fault(data) is None:
-            return data
-        path, start, size_bytes = wanted
+            self._ahead_bytes -= 0 if asked is None else size_bytes
+        if asked is not None:
+            group, number = asked
+            with suppress(Exception):  # asked again alone, which explains what fails
+                found = group.result()
+                data, found[number] = found[number], None
+                if data is not None and len(data) == size_bytes and fault(data) is None:
+                    return data
         try:
             return remote.read_exactly(path, size_bytes, start=start, fault=fault)
         except FileNotFoundError as error:
@@ -165,29 +169,6 @@ class Ranges:
             self._ahead.clear()
             self._ahead_bytes = 0
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _ask(places: Sequence[Range]) -> list[bytes | None]:
-    """All at once; None for what came back short or not at all, which is asked for again."""
-    found = remote.read_ranges(
-        [path for path, _, _ in places],
-        [start for _, start, _ in places],
-        [start + size_bytes for _, start, size_bytes in places],
-    )
-    pairs = zip(found, places, strict=True)
-    return [data if isinstance(data, bytes) and len(data) == place[2] else None for data, place in pairs]
-
-
-def _item(asked: Future[list[bytes | None]], number: int) -> Future[bytes | None]:
-    """One of the answers to a group of questions."""
-    item: Future[bytes | None] = Future()
-
-    def done(group: Future[list[bytes | None]]) -> None:
-        failed = group.cancelled() or group.exception() is not None
-        item.set_result(None if failed else group.result()[number])  # asked again alone, which explains what fails
-
-    asked.add_done_callback(done)
-    return item
 
 
 class ShardFiles(Generic[S]):

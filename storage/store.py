@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Generic, Self
 import polars as pl
 
 from storage import atomic, listing
-from storage.errors import ConfigError, ConflictError, DamagedError, UpstreamError, is_damage
+from storage.errors import ConfigError, ConflictError, DamagedError, UpstreamError
 from storage.part import Part, S
 from storage.root import DataRoot, Stored
 from storage.shard import row_format
 from storage.spec import EncodingSpec, PixelSpec
-from storage.verify import Problem, verify_part
+from storage.verify import Problem, reported, verify_part
 from storage.withdrawn import withdrawn_rows
 
 _WHERE = {"batch": pl.String, "frames": pl.Int32, "part": pl.UInt16, "shard": pl.UInt32}
@@ -130,17 +130,12 @@ class Store(Generic[S]):
     def verify(self, batch: str | None = None) -> list[Problem]:
         """Read every byte of one batch or of all; what is missing, changed or left over. Sound: an empty list."""
         problems: list[Problem] = []
-        try:
+        with reported(problems, f"{self._folder}/spec.json", "restore it"):
             self.open(self.root, self.digest)
-        except (OSError, ValueError) as error:
-            if not is_damage(error):
-                raise
-            problems.append(Problem(f"{self._folder}/spec.json", None, str(error), "restore it"))
-        try:
+        withdrawn: frozenset[bytes] = frozenset()
+        # where a record is damaged, its rows are reported too: that they may be zeros is not known
+        with reported(problems, self.root.withdrawn(), "as it says"):
             withdrawn = withdrawn_rows(self.root)
-        except DamagedError as error:  # rows of that file are reported too: that they may be zeros is not known
-            problems.append(Problem(self.root.withdrawn(), None, str(error), "as it says"))
-            withdrawn = frozenset()
         for name in self.batches() if batch is None else [batch]:
             for part in self.parts_of(name):
                 problems += verify_part(part, withdrawn)

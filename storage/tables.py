@@ -13,8 +13,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,13 @@ def write_tables(path: str, frames: Iterable[pl.DataFrame], schema: type[dy.Sche
             parts.append(f"{folder}/{number}.parquet")
             write_table(parts[-1], frame, schema)
         with atomic.staged_file(path) as temporary:
-            with _system_errors(temporary):
+            try:
                 pl.scan_parquet(parts).sink_parquet(temporary, metadata={_KEY: _BLANK.decode()})
+            except PolarsError as error:
+                if refused := _REFUSED.search(str(error)):  # as it was before polars made a text of it
+                    code = int(refused.group(1))
+                    raise OSError(code, os.strerror(code), str(temporary)) from error
+                raise
             found = crc32c(np.memmap(temporary, np.uint8, "r"))
             with atomic.naming(temporary), temporary.open("r+b") as file:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
@@ -164,40 +168,20 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
             return value
 
 
-@contextmanager
-def _system_errors(path: Path) -> Iterator[None]:
-    """What the system refused, as the OSError that it was before polars made a text of it."""
-    try:
-        yield
-    except PolarsError as error:
-        refused = _REFUSED.search(str(error))
-        if refused is None:
-            raise
-        code = int(refused.group(1))
-        raise OSError(code, os.strerror(code), str(path)) from error
-
-
 def _check_seal(data: bytes, path: str) -> int:
-    found = list(_FIELD.finditer(data, max(0, len(data) - _footer_size(data))))
-    for field in found[::-1]:
+    # the footer, which ends with its length (4 bytes, little-endian) and the magic
+    footer_bytes = int.from_bytes(data[-8:-4], "little") + 8 if data[-4:] == b"PAR1" and len(data) >= 12 else 0
+    for field in list(_FIELD.finditer(data, max(0, len(data) - footer_bytes)))[::-1]:
         blank = data[: field.start()] + _BLANK + data[field.end() :]
         if field.group() == b"crc32c=%08x" % (found_crc := crc32c(blank)):
             return found_crc
     raise TableError(f"{path} is damaged: its bytes differ from their checksum. Remove it and make it again")
 
 
-def _footer_size(data: bytes) -> int:
-    """Bytes of a parquet file's footer: it ends with its length (4 bytes, little-endian) and the magic."""
-    if len(data) < 12 or data[-4:] != b"PAR1":
-        return 0
-    return int.from_bytes(data[-8:-4], "little") + 8
-
-
 def _checked(frame: pl.DataFrame, schema: type[dy.Schema], path: str, remedy: str) -> pl.DataFrame:
     """The frame in the schema's dtypes, if it keeps its rules; `remedy` ends the message of the TableError."""
-    widened = _widened(frame, schema, path, remedy)
     try:
-        return schema.validate(widened)
+        return schema.validate(_widened(frame, schema, path, remedy))
     except (dy.exc.ValidationError, dy.exc.SchemaError) as error:
         raise TableError(f"{path} breaks the rules of {schema.__name__}: {error}. {remedy}") from error
 

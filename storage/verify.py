@@ -7,8 +7,9 @@ Shards are read by a few threads (one waits while another computes), each row in
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,26 @@ class Problem:
         return f"{self.file}{row}: {self.what}. Remedy: {self.remedy}"
 
 
-def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
-    """Problems of one part; rows in `withdrawn` must be zeros."""
+@contextmanager
+def reported(problems: list[Problem], file: str, remedy: str, what: str = "") -> Iterator[None]:
+    """Damage that ends the block is one more problem, of `file`."""
     try:
-        shards = part.shards
+        yield
     except (OSError, ValueError) as error:
         if not is_damage(error):
             raise
-        return [Problem(part.plan_path, None, str(error), f"remove {part.path} and make the latents again")]
+        problems.append(Problem(file, None, f"{what}{error}", remedy))
+
+
+def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
+    """Problems of one part; rows in `withdrawn` must be zeros."""
+    problems: list[Problem] = []
+    with reported(problems, part.plan_path, f"remove {part.path} and make the latents again"):
+        shards = part.shards
+    if problems:
+        return problems
     files = listing.files_below(part.path)
-    problems = [*_metadata(part), *_leftovers(part, shards, files)]
+    problems += [*_metadata(part), *_leftovers(part, shards, files)]
     with ThreadPoolExecutor(AT_ONCE, "verify") as pool:
         for found in pool.map(lambda number: _shard(part, number, files, withdrawn), range(shards)):
             problems += found
@@ -58,7 +69,7 @@ def _metadata(part: Part[Any]) -> list[Problem]:
     """What zarr-python reads from the part's zarr.json files against what it writes for the spec and the plan."""
     import zarr
 
-    problems = []
+    problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
         part.describe(Path(folder, "wanted"), part.plan.height)
         for path in part.metadata_paths:
@@ -66,14 +77,11 @@ def _metadata(part: Part[Any]) -> list[Problem]:
             found, wanted = Path(folder, "found", name), Path(folder, "wanted", name)
             remedy = f"restore it from another part of this length (shape {part.plan.height} rows)"
             found.parent.mkdir(parents=True)
-            try:
-                data = atomic.read_bytes(path)
-            except (OSError, ValueError) as error:
-                if not is_damage(error):
-                    raise
-                problems.append(Problem(path, None, f"cannot be read: {error}", remedy))
+            before = len(problems)
+            with reported(problems, path, remedy, "cannot be read: "):
+                found.write_bytes(data := atomic.read_bytes(path))
+            if len(problems) > before:
                 continue
-            found.write_bytes(data)
             try:
                 stored, known = (zarr.open(file.parent, mode="r").metadata.to_dict() for file in (found, wanted))
                 strange = sorted(_keys(json.loads(data)) - _keys(json.loads(wanted.read_bytes())))
@@ -99,9 +107,7 @@ def _keys(value: Any, above: str = "") -> set[str]:  # noqa: ANN401 - JSON is An
 
 def _leftovers(part: Part[Any], shards: int, files: Iterable[str]) -> list[Problem]:
     """Files that the plan does not know: temporary ones of dead writers, and shards or commits beyond the last."""
-    known = {part.shard_path(number) for number in range(shards)} | {
-        part.commit_path(number) for number in range(shards)
-    }
+    known = {path for number in range(shards) for path in (part.shard_path(number), part.commit_path(number))}
     known |= {*part.metadata_paths, part.plan_path, f"{part.path}/lock"}
     dead = atomic.leftovers(part.path, LEFTOVER_AGE_S)
     strange = sorted(path for path in set(files) - known if path in dead or not atomic.is_temporary(path))
@@ -117,26 +123,20 @@ def _shard(part: Part[Any], number: int, files: Mapping[str, int], withdrawn: fr
         if not part.committed(number):  # nor since the files were listed
             what = "a shard without its commit, left by a writer that died"
             return [Problem(path, None, what, "make the latents of the batch again")]
-    try:
+    problems: list[Problem] = []
+    remedy = part.remedy(number)
+    with reported(problems, part.commit_path(number), remedy):
         rows = part.rows(number)
-    except (OSError, ValueError) as error:
-        if not is_damage(error):
-            raise
-        return [Problem(part.commit_path(number), None, str(error), part.remedy(number))]
-    if all(row.reason == SWEPT for row in rows):
-        swept = "a sweep was killed before it removed this file"
-        return [Problem(path, None, swept, "sweep again, or remove it")] if atomic.exists(path) else []
-    try:
-        return _rows(part, number, rows, withdrawn)
-    except (OSError, ValueError) as error:
-        if not is_damage(error):
-            raise
-        return [Problem(path, None, f"committed, but cannot be read: {error}", part.remedy(number))]
+        if all(row.reason == SWEPT for row in rows):
+            swept = "a sweep was killed before it removed this file"
+            return [Problem(path, None, swept, "sweep again, or remove it")] if atomic.exists(path) else []
+        with reported(problems, path, remedy, "committed, but cannot be read: "):
+            return _rows(part, path, rows, withdrawn, remedy)
+    return problems
 
 
-def _rows(part: Part[Any], number: int, rows: list[StoredRow], withdrawn: frozenset[bytes]) -> list[Problem]:
-    """Problems of the bytes of a committed shard."""
-    path, remedy = part.shard_path(number), part.remedy(number)
+def _rows(part: Part[Any], path: str, rows: list[StoredRow], withdrawn: frozenset[bytes], remedy: str) -> list[Problem]:
+    """Problems of the bytes of a committed shard, whose file is `path`."""
     committed_bytes = max(row.offset + row.size_bytes for row in rows) + shard.INDEX_BYTES
     memory = np.empty(max(row.size_bytes for row in rows), np.uint8)
     problems = []

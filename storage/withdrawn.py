@@ -11,12 +11,12 @@ from storage import atomic, listing
 from storage.errors import DamagedError
 from storage.root import DataRoot
 
-_MEDIA = re.compile(r"[0-9a-f]{32}")
+_ID = re.compile(r"[0-9a-f]{32}")  # of a media file or a row
 
 
 def record_withdrawal(root: DataRoot, media_id: str, row_ids: Iterable[bytes]) -> None:
     """Record the rows of a withdrawn media file (its id: 32 hex digits); rows named before stay named."""
-    assert _MEDIA.fullmatch(media_id), media_id
+    assert _ID.fullmatch(media_id), media_id
     path = f"{root.withdrawn()}/{media_id}.json"
     known = _rows(path) if atomic.exists(path) else set()
     names = sorted(row_id.hex() for row_id in known | set(row_ids))
@@ -26,7 +26,7 @@ def record_withdrawal(root: DataRoot, media_id: str, row_ids: Iterable[bytes]) -
 def withdrawn_media(root: DataRoot) -> frozenset[bytes]:
     """Ids (16 bytes) of withdrawn media files: the names of their records; other files there are ignored."""
     names = (name.removesuffix(".json") for name in listing.files(root.withdrawn()) if name.endswith(".json"))
-    return frozenset(bytes.fromhex(name) for name in names if _MEDIA.fullmatch(name))
+    return frozenset(bytes.fromhex(name) for name in names if _ID.fullmatch(name))
 
 
 def withdrawn_rows(root: DataRoot) -> frozenset[bytes]:
@@ -38,13 +38,10 @@ def withdrawn_rows(root: DataRoot) -> frozenset[bytes]:
 def _rows(path: str) -> set[bytes]:
     record = atomic.read_json(path)
     try:
-        return {_row_id(name) for name in record["row_ids"]}
+        strange = [name for name in record["row_ids"] if not _ID.fullmatch(name)]
+        if strange:
+            raise ValueError(f"'{strange[0]:.50}' is no row id")
+        return {bytes.fromhex(name) for name in record["row_ids"]}
     except (KeyError, TypeError, ValueError) as error:
         what = f"{path} is no record of a withdrawal ({type(error).__name__}: {error})"
         raise DamagedError(f"{what}: restore it, or withdraw the file again") from error
-
-
-def _row_id(name: str) -> bytes:
-    if not _MEDIA.fullmatch(name):
-        raise ValueError(f"'{name:.50}' is no row id")
-    return bytes.fromhex(name)

@@ -83,16 +83,16 @@ def test_an_upload_that_stops_leaves_no_data_and_the_next_one_sends_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int
 ) -> None:
     root = DataRoot.open(f"memory://{tmp_path.name}", str(tmp_path))
-    count, put = [0], remote.put_file
+    count, put = [0], remote.put
 
-    def stopping(source: str, path: str, *, exclusive: bool) -> None:
+    def stopping(path: str, source: bytes | Path, *, exclusive: bool) -> None:
         if count[0] == sent:
             raise KeyboardInterrupt
         count[0] += 1
-        put(source, path, exclusive=exclusive)
+        put(path, source, exclusive=exclusive)
 
     with monkeypatch.context() as patched:
-        patched.setattr(remote, "put_file", stopping)
+        patched.setattr(remote, "put", stopping)
         with pytest.raises(KeyboardInterrupt):
             fill(root)
     assert not ready(root)

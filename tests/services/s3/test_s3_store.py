@@ -272,10 +272,7 @@ def test_a_large_shard_is_one_put(root: DataRoot, proxy: Proxy, tmp_path: Path, 
     local.write_bytes(data)
 
     def put() -> None:
-        if from_file:
-            remote.put_file(str(local), path, exclusive=True)
-        else:
-            remote.put(path, data, exclusive=True)
+        remote.put(path, local if from_file else data, exclusive=True)
 
     proxy.faults.append(Fault(puts, 1, status=500, after=True))  # it arrived, and the answer did not
     put()
