@@ -146,6 +146,11 @@ def put(path: str, source: bytes | Path, *, exclusive: bool = False) -> None:
         raise StoreError(f"{path} cannot be written ({error})") from error
 
 
+def get_file(path: str, local: str) -> None:
+    """Copy an object to a local file. FileNotFoundError where there is none."""
+    ask(path, lambda fs, key: fs.get_file(key, local))
+
+
 def read(path: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes of an object, or those from `start` to before `end`; an answer may still be short."""
     return bytes(ask(path, lambda fs, key: fs.cat_file(key, start=start, end=end)))
