@@ -26,8 +26,7 @@ from nextvid.trainset.order import Drawn, Masks, Order
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.digest import digest
-from storage.pixel_reader import PixelReader
-from storage.reader import RowReader, addresses
+from storage.reader import PixelReader, RowReader, addresses
 from storage.root import DataRoot
 from storage.schemas import Commits
 from storage.spec import EncodingSpec

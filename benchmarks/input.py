@@ -28,7 +28,7 @@ from benchmarks.measure import Took, machine, show, timed, write
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.jpeg import encode_clip
-from storage.pixel_reader import PixelReader, pixel_addresses
+from storage.reader import PixelReader, pixel_addresses
 from storage.root import DataRoot
 from storage.schemas import PixelCommits
 from storage.spec import PixelSpec

@@ -1,10 +1,16 @@
-"""RowReader: rows of a latent store by address, through memory maps and arithmetic. The read path of training.
+"""RowReader, PixelReader: rows of a store by address. The read path of training.
 
-The offset of a row is slot * row_bytes, so a row is a view of a mapped file (int8: unpacked from one), and the caller
-copies it once. A file is checked when it is mapped (its commit exists, its size and index are right) and each row's
-crc32c the first time it is asked for through that map, before anybody sees it. Of an object store rows come from local
-copies or by ranged requests (shard_files.py). Threads may share a reader. `read_row` is the slow reference through
-zarr-python.
+A row of latents is a view of a mapped file, at slot * row_bytes (int8: unpacked from one), and the caller copies it
+once. A file is checked when it is mapped (its commit exists, its size and index are right) and each row's crc32c the
+first time it is asked for through that map, before anybody sees it.
+
+A row of pixels is the chunk that its address names: a read is that chunk, its checksum (10 us of a decode of
+milliseconds, so each time) and the decoding of its JPEGs into the caller's buffer.
+
+Of an object store rows come from local copies or by ranged requests (shard_files.py). Threads may share a reader.
+`read_row` is the slow reference through zarr-python.
+
+Axes: F frames or latent frames, C channels, h w cells, H W pixels.
 """
 
 import itertools
@@ -18,21 +24,28 @@ import polars as pl
 from jaxtyping import Float16, UInt8
 
 from storage import shard
-from storage.cache import fits
+from storage.cache import fits, fits_beside
 from storage.digest import crc32c
-from storage.part import OTHER_BYTES
+from storage.errors import DamagedError
+from storage.jpeg import decode_clip
+from storage.part import OTHER_BYTES, PixelPart
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.shard_files import ADDRESSES_CHANGED, OPEN_MAPS, Key, MappedShard, Maps, ShardFiles, cited_shards
-from storage.spec import EncodingSpec
-from storage.store import LatentStore
+from storage.spec import EncodingSpec, PixelSpec
+from storage.store import LatentStore, PixelStore
 
 # One row of a store; `slot` counts within the shard. Little-endian on disk.
 ADDRESS = np.dtype(
     [("row_id", "<u8", 2), ("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("slot", "<u2"), ("crc", "<u4")]
 )
+# Where one row's chunk is; which row it is, the trainset says, whose rows these addresses follow. Little-endian.
+PIXEL_ADDRESS = np.dtype(
+    [("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
+)
+_SUMMED = 1 << 20  # pixel addresses whose sizes are added at a time, 28 MB of them
 _FIELDS = struct.Struct("<16xIHIHI")  # an ADDRESS but for its row id: a sixth of the time of numpy's own conversion
-Fields = tuple[Any, ...]  # batch, part, shard, slot, crc as Python numbers
+Fields = tuple[Any, ...]  # of an address as Python numbers, from `batch` on
 
 
 @dataclass(frozen=True)
@@ -168,6 +181,77 @@ class RowReader:
         return _Rows(file, stored, values, np.zeros(rows, dtype=bool))
 
 
+class PixelReader:
+    """Reads rows of one spec; `batches` are the keys that the addresses' `batch` counts.
+
+    `stored`, PIXEL_ADDRESS [n] by frames, are all rows that are read again and again: of an object store their shards
+    are copied here if all of them fit the cache.
+    """
+
+    def __init__(
+        self,
+        root: DataRoot,
+        spec: PixelSpec,
+        batches: Sequence[str],
+        stored: Mapping[int, np.ndarray] | None = None,
+        open_maps: int = OPEN_MAPS,
+    ) -> None:
+        self._spec = spec
+        store, copied = PixelStore(root, spec), None
+        if stored is not None and not is_local(root.url) and not _exceed(stored, root.cache_bytes):
+            cited = cited_shards(store, batches, stored)
+            # not `fits`: a bound that holds shards of latents and none of pixels is no mistake
+            copied = cited if fits_beside(root, cited) else None
+        self._files = ShardFiles(store, batches, _row_at, copied)
+        self._maps: Maps[MappedShard] = Maps(open_maps)
+
+    def read_into(self, frames: int, address: np.void, out: UInt8[np.ndarray, "F H W 3"]) -> None:
+        """Decode one row into `out`; DamagedError where its file or its bytes are not as committed."""
+        assert out.shape == self._spec.row_shape(frames), f"out has shape {out.shape}"
+        chunk = self._chunk(frames, address)
+        try:
+            decode_clip(chunk, out)
+        except DamagedError as error:
+            raise self._files.damaged(_key(frames, tuple(address.item())), address, str(error)) from error
+
+    def will_need(self, frames: int, addresses: np.ndarray) -> None:
+        """Announce that these rows (PIXEL_ADDRESS [n]) are read soon, to the kernel or the object store.
+
+        Changes nothing but time. Waits at most for shards not mapped or copied yet.
+        """
+        rows = [(_key(frames, fields), fields[3], fields[4]) for fields in addresses.tolist()]
+        if self._files.ranges is not None:
+            self._files.announce(rows)
+            return
+        if self._files.cache is not None:
+            self._maps.add_all([key for key, _, _ in rows], addresses, self._files.map)
+        for (key, offset, size_bytes), address in zip(rows, addresses, strict=True):
+            file = self._maps.get(key) or self._maps.add(key, self._files.map(key, address))
+            if offset + size_bytes <= len(file.memory):  # else the read reports it
+                file.will_need(offset, offset + size_bytes)
+
+    def close(self) -> None:
+        """Drop all maps, copies and requests. A reader of maps stays usable and maps again."""
+        self._files.close()
+        self._maps.clear()
+
+    def _chunk(self, frames: int, address: np.void) -> bytes | memoryview:
+        """The bytes of one row, checked; those of a map are valid as long as they are held."""
+        fields = tuple(address.item())
+        key, (offset, size_bytes, crc) = _key(frames, fields), fields[3:]
+        if self._files.ranges is not None:
+            return self._files.read(key, address, offset, size_bytes)
+        file = self._maps.get(key) or self._maps.add(key, self._files.map(key, address))
+        found = memoryview(file.memory)[offset : offset + size_bytes]
+        if len(found) == size_bytes and crc32c(found) == crc:
+            return found
+        if self._files.is_stale(key, file.inode):
+            self._maps.forget(key, file)
+            return self._chunk(frames, address)
+        what = OTHER_BYTES if len(found) == size_bytes else f"is short ({len(file.memory)} bytes)"
+        raise self._files.damaged(key, address, what)
+
+
 def open_reader(
     root: DataRoot, spec: EncodingSpec, batches: Sequence[str], stored: Mapping[int, np.ndarray] | None = None
 ) -> RowReader:
@@ -185,6 +269,27 @@ def _key(frames: int, fields: Fields) -> Key:
     return (frames, *fields[:3])
 
 
+def _exceed(stored: Mapping[int, np.ndarray], bound_bytes: int) -> bool:
+    """Whether these rows take so many bytes or more; looks at no more addresses than it takes to know."""
+    total = 0
+    for rows in stored.values():
+        for first in range(0, len(rows), _SUMMED):
+            total += int(rows["size"][first : first + _SUMMED].sum(dtype=np.int64))
+            if total > bound_bytes:
+                return True
+    return bound_bytes == 0
+
+
+def _row_at(part: PixelPart, address: np.void) -> str:
+    """The row whose chunk is at an address, by the commit; for messages, so it never fails."""
+    try:
+        rows = part.rows(int(address["shard"]))
+    except (ValueError, pl.exceptions.PolarsError):
+        rows = []
+    offset = int(address["offset"])
+    return next((row.row_id.hex() for row in rows if row.size_bytes and row.offset == offset), f"at byte {offset}")
+
+
 def addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:
     """ADDRESS of each ok row of `LatentStore.commits`, in its order; `batches` are the keys to count."""
     ok = commits.filter(pl.col("status") == "ok")
@@ -192,8 +297,16 @@ def addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:
     found["row_id"] = np.frombuffer(b"".join(ok["row_id"].to_list()), dtype=">u8").reshape(-1, 2)
     found["batch"] = ok["batch"].replace_strict({key: n for n, key in enumerate(batches)}, return_dtype=pl.UInt32)
     found["slot"] = ok["slot"] % shard.ROWS_PER_SHARD
-    for name, column in (("part", "part"), ("shard", "shard"), ("crc", "crc32c")):
-        found[name] = ok[column]
+    found["part"], found["shard"], found["crc"] = ok["part"], ok["shard"], ok["crc32c"]
+    return found
+
+
+def pixel_addresses(commits: pl.DataFrame, batches: Sequence[str]) -> np.ndarray:
+    """PIXEL_ADDRESS of each row of `PixelStore.commits`, in its order, all ok; `batches` are the keys to count."""
+    found = np.zeros(commits.height, dtype=PIXEL_ADDRESS)
+    found["batch"] = commits["batch"].replace_strict({key: n for n, key in enumerate(batches)}, return_dtype=pl.UInt32)
+    found["part"], found["shard"], found["crc"] = commits["part"], commits["shard"], commits["crc32c"]
+    found["offset"], found["size"] = commits["offset"], commits["size_bytes"]
     return found
 
 
@@ -202,9 +315,12 @@ def row_id(address: np.void) -> bytes:
     return bytes(address["row_id"].astype(">u8"))
 
 
-def read_row(store: LatentStore, batch: str, frames: int, part: int, slot: int) -> Float16[np.ndarray, "F C h w"]:
+def read_row(store: LatentStore | PixelStore, batch: str, frames: int, part: int, slot: int) -> np.ndarray:
     """One row through zarr-python; `slot` counts within the part. Unchecked and slow: the reference of the tests."""
     import zarr
 
     row = np.asarray(zarr.open_array(store.part(batch, frames, part).array_path, mode="r")[slot])
-    return row if row.ndim > 1 else shard.unpacked(row.view(np.uint8), store.spec.storage, store.spec.row_shape(frames))
+    if row.ndim > 1:
+        return row
+    assert isinstance(store, LatentStore), "rows of bytes hold latents"
+    return shard.unpacked(row.view(np.uint8), store.spec.storage, store.spec.row_shape(frames))

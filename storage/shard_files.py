@@ -2,7 +2,7 @@
 
 Of a store on an object store, the shards that rows read again and again are in are copied, each when its first row is
 announced, if all of them fit the cache beside what else is held there; else each row is one ranged request. Nothing in
-between. The readers (reader.py, pixel_reader.py) say where in a shard a row is and compare it with its checksum.
+between. The readers (reader.py) say where in a shard a row is and compare it with its checksum.
 
 Ranges are requested ahead of their use, a group at once; a reader of one waits for its answer, and asks again, alone
 and a bounded number of times, where none came or its bytes are wrong.

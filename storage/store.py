@@ -1,8 +1,7 @@
 """LatentStore, PixelStore: the rows of one spec, as batches, clip lengths, parts and committed shards.
 
 Any number of processes write at once, each shard once; readers see committed rows only, and a missing or short shard is
-an error, never zeros or NaN. A store is on a file system or an object store. Reading rows fast: reader.py and
-pixel_reader.py.
+an error, never zeros or NaN. A store is on a file system or an object store. Reading rows fast: reader.py.
 """
 
 import json

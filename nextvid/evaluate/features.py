@@ -40,8 +40,7 @@ from nextvid.train import checkpoint
 from nextvid.train.run import Run
 from nextvid.train.step import autocast, build_model
 from nextvid.trainset.trainset import Trainset
-from storage.pixel_reader import PixelReader, pixel_addresses
-from storage.reader import RowReader, addresses, open_reader
+from storage.reader import PixelReader, RowReader, addresses, open_reader, pixel_addresses
 from storage.root import DataRoot
 from storage.spec import PixelSpec
 from storage.store import PixelStore

@@ -31,8 +31,7 @@ from nextvid.trainset.order import Drawn, Masks, Order, fold
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, RefusedError
-from storage.pixel_reader import PixelReader
-from storage.reader import open_reader
+from storage.reader import PixelReader, open_reader
 from storage.root import DataRoot
 from storage.store import PixelStore
 

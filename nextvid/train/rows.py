@@ -26,8 +26,7 @@ from nextvid.model.tokens import normalise, space_to_depth
 from nextvid.trainset.order import IMAGE, Drawn
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
-from storage.pixel_reader import PixelReader
-from storage.reader import RowReader
+from storage.reader import PixelReader, RowReader
 from storage.spec import latent_of_frames
 
 

@@ -21,8 +21,7 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing
 from storage.digest import crc32c, digest_bytes, digest_config
 from storage.errors import DamagedError, RefusedError, UpstreamError
-from storage.pixel_reader import PIXEL_ADDRESS, pixel_addresses
-from storage.reader import row_id
+from storage.reader import PIXEL_ADDRESS, pixel_addresses, row_id
 from storage.root import DataRoot
 from storage.spec import PixelSpec
 from storage.store import PixelStore

@@ -18,8 +18,7 @@ from storage.cache import Cache, fits, open_rows
 from storage.digest import crc32c
 from storage.errors import DamagedError
 from storage.jpeg import decode_clip
-from storage.pixel_reader import PixelReader, pixel_addresses
-from storage.reader import addresses, open_reader
+from storage.reader import PixelReader, addresses, open_reader, pixel_addresses
 from storage.root import DataRoot
 from storage.store import PixelStore
 from tests.storage.pixel_stores import SIDE, chunks, pixel_spec, write_pixels

@@ -20,7 +20,7 @@ from nextvid.planning.costs import forecast
 from nextvid.planning.waiting import standard, unfinished
 from storage.errors import ConfigError, ConflictError
 from storage.part import PixelPart
-from storage.pixel_reader import read_clip
+from storage.reader import read_row
 from storage.shard import ROWS_PER_SHARD, PixelFormat
 from storage.spec import PixelSpec
 from storage.store import LatentStore, PixelStore
@@ -64,7 +64,7 @@ def stored(project: Project, batch: str = FILMS) -> dict[bytes, np.ndarray]:
     store = store_of(project)
     good = store.commits(batch).filter(pl.col("status") == "ok")
     return {
-        row["row_id"]: read_clip(store, batch, row["frames"], row["part"], row["slot"])
+        row["row_id"]: read_row(store, batch, row["frames"], row["part"], row["slot"])
         for row in good.iter_rows(named=True)
     }
 

@@ -18,7 +18,7 @@ from nextvid.report.data import lineage_section, read_facts
 from nextvid.train.run import find_run
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
-from storage.pixel_reader import read_clip
+from storage.reader import read_row
 from storage.store import PixelStore
 from tests.nextvid.tiny_project import FRAMES, RECIPE, clip_rows, write_pixel_project
 
@@ -39,13 +39,13 @@ def test_tokens_are_the_stored_frames(evaluated: Project) -> None:
     store = PixelStore(evaluated.root, task.pixels)
     rows = task.rows.part("test").head(5)
     places = rows.select("row_id").join(store.commits("pets.000000"), on="row_id", maintain_order="left")
-    plain = [read_clip(store, "pets.000000", FRAMES, r["part"], r["slot"]) for r in places.iter_rows(named=True)]
+    plain = [read_row(store, "pets.000000", FRAMES, r["part"], r["slot"]) for r in places.iter_rows(named=True)]
     wanted = pixel_tokens(pixel_values(torch.from_numpy(np.stack(plain))), model.patch, model.tubelet)
     assert torch.equal(source.tokens(rows), wanted)
     stills = source.pixels(store.commits("stills.000000").head(2))
     assert stills.shape == (2, FRAMES, 64, 64, 3)
     assert (stills == stills[:, :1]).all()
-    assert (stills[:, 0] == np.stack([read_clip(store, "stills.000000", 1, 0, n)[0] for n in range(2)])).all()
+    assert (stills[:, 0] == np.stack([read_row(store, "stills.000000", 1, 0, n)[0] for n in range(2)])).all()
     found = features(load_trained(task.run).ema, task.run.recipe, source, rows)
     assert found.shape == (5, FRAMES // model.tubelet * model.cells, 32)
     source.close()

@@ -16,7 +16,6 @@ from nextvid.trainset.mask_plan import open_mask_plan
 from nextvid.trainset.trainset import Trainset
 from storage.atomic import read_json
 from storage.errors import ConfigError, RefusedError
-from storage.pixel_reader import read_clip
 from storage.reader import read_row
 from storage.schemas import Clips, Media
 from storage.store import LatentStore
@@ -169,4 +168,4 @@ def test_pixels_of_a_withdrawn_file_are_zeroed_too(own_copy: Project) -> None:
     assert found.size_bytes == sum(latents + before[row]["size_bytes"] for row in gone)
     assert store.verify() == []
     for row, at in before.items():
-        assert read_clip(store, PETS, FRAMES, at["part"], at["slot"]).any() == (row not in gone)
+        assert read_row(store, PETS, FRAMES, at["part"], at["slot"]).any() == (row not in gone)

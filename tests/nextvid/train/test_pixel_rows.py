@@ -20,8 +20,7 @@ from nextvid.trainset.order import Order
 from nextvid.trainset.pixels import TrainsetPixels, freeze_pixels
 from nextvid.trainset.trainset import Trainset
 from storage.errors import DamagedError
-from storage.pixel_reader import PixelReader, read_clip
-from storage.reader import row_id
+from storage.reader import PixelReader, read_row, row_id
 from storage.store import PixelStore
 from tests.nextvid.train.corpus import BATCHES, loading, make_project
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
@@ -74,7 +73,7 @@ def oracle(project: Project) -> dict[bytes, np.ndarray]:
     store, found = PixelStore(project.root, pixels.spec), {}
     for batch in BATCHES:
         for row in store.commits(batch).filter(pl.col("status") == "ok").iter_rows(named=True):
-            found[row["row_id"]] = read_clip(store, batch, row["frames"], row["part"], row["slot"])
+            found[row["row_id"]] = read_row(store, batch, row["frames"], row["part"], row["slot"])
     return found
 
 

@@ -16,8 +16,7 @@ from nextvid.trainset.pixels import TrainsetPixels, freeze_pixels, frozen_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.errors import DamagedError, RefusedError, UpstreamError
-from storage.pixel_reader import PIXEL_ADDRESS, PixelReader
-from storage.reader import row_id
+from storage.reader import PIXEL_ADDRESS, PixelReader, row_id
 from storage.root import DataRoot
 from storage.store import PixelStore
 from tests.factories import flip, unchanged

@@ -15,8 +15,17 @@ import pytest
 from storage import atomic, listing, remote
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
 from storage.jpeg import decode_clip
-from storage.pixel_reader import PIXEL_ADDRESS, PixelReader, pixel_addresses
-from storage.reader import ADDRESS, RowReader, addresses, open_reader, read_row, row_id
+from storage.reader import (
+    ADDRESS,
+    PIXEL_ADDRESS,
+    PixelReader,
+    RowReader,
+    addresses,
+    open_reader,
+    pixel_addresses,
+    read_row,
+    row_id,
+)
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
 from storage.store import LatentStore

@@ -1,4 +1,4 @@
-"""storage/pixel_reader.py, PixelFormat: the same rules as for latents, rows that differ in size, damage by name."""
+"""PixelStore, PixelReader, PixelFormat: the same rules as for latents, rows that differ in size, damage by name."""
 
 import threading
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from storage.errors import ConflictError, DamagedError, StoreError
 from storage.jpeg import decode_clip
 from storage.part import PixelPart
-from storage.pixel_reader import PixelReader, pixel_addresses, read_clip
+from storage.reader import PixelReader, pixel_addresses, read_row
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
 from storage.store import LatentStore, PixelStore
@@ -54,9 +54,9 @@ def test_what_was_written_is_read_by_zarr_and_by_us(data_root: DataRoot) -> None
     for slot, address in list(zip(slots, addresses(store), strict=True))[:: ROWS_PER_SHARD // 16]:
         reader.will_need(FRAMES, address[None])
         reader.read_into(FRAMES, address, out)
-        np.testing.assert_array_equal(out, read_clip(store, BATCH, FRAMES, 0, slot))
+        np.testing.assert_array_equal(out, read_row(store, BATCH, FRAMES, 0, slot))
         assert np.abs(out.astype(int) - clip(ids(slot + 1)[-1])).mean() < 3  # its own frames, not a neighbour's
-    assert not read_clip(store, BATCH, FRAMES, 0, FAILED).any()
+    assert not read_row(store, BATCH, FRAMES, 0, FAILED).any()
 
 
 def test_commits_say_where_rows_stand(data_root: DataRoot) -> None:
@@ -129,7 +129,7 @@ def test_a_shard_in_which_every_row_failed(data_root: DataRoot) -> None:
     assert store.verify() == []
     assert store.unfinished(BATCH, FRAMES) is None
     assert Path(part.shard_path(0)).stat().st_size == INDEX_BYTES
-    assert not read_clip(store, BATCH, FRAMES, 0, 1).any()
+    assert not read_row(store, BATCH, FRAMES, 0, 1).any()
 
 
 DAMAGE: list[tuple[str, Callable[[PixelPart], object], str, str, int | None]] = [
@@ -219,11 +219,11 @@ def test_withdrawn_rows_are_zeros_and_the_rest_stands(data_root: DataRoot) -> No
     record_withdrawal(data_root, "ab" * 16, [ids(5)[1]])
     (problem,) = store.verify()
     assert (problem.row, "withdraw the file again" in problem.what) == (ids(5)[1].hex(), True)
-    before = read_clip(store, BATCH, FRAMES, 0, 2)
+    before = read_row(store, BATCH, FRAMES, 0, 2)
     part.erase([1])
     assert store.verify() == []
-    assert not read_clip(store, BATCH, FRAMES, 0, 1).any()
-    np.testing.assert_array_equal(read_clip(store, BATCH, FRAMES, 0, 2), before)
+    assert not read_row(store, BATCH, FRAMES, 0, 1).any()
+    np.testing.assert_array_equal(read_row(store, BATCH, FRAMES, 0, 2), before)
 
 
 def test_a_discarded_shard_is_free_and_sound(data_root: DataRoot) -> None:
@@ -296,4 +296,4 @@ def test_the_store_is_a_dictionary_of_clips(
         decode_clip(known[row["row_id"]], wanted)
         reader.read_into(row["frames"], address, out)
         np.testing.assert_array_equal(out, wanted)
-        np.testing.assert_array_equal(read_clip(store, BATCH, row["frames"], row["part"], row["slot"]), wanted)
+        np.testing.assert_array_equal(read_row(store, BATCH, row["frames"], row["part"], row["slot"]), wanted)
