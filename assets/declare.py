@@ -17,8 +17,6 @@ TABLES: tuple[type[dy.Schema], ...] = (
 )  # fmt: skip
 BATCHES = dg.DynamicPartitionsDefinition(name="batch")  # kept equal to the batches of sources/
 RECIPE = dg.StaticPartitionsDefinition(list(RECIPES))
-BENCHMARK = dg.DynamicPartitionsDefinition(name="benchmark")  # kept equal to those of corpus.yaml
-RECIPE_BENCHMARK = dg.MultiPartitionsDefinition({"recipe": RECIPE, "benchmark": BENCHMARK})
 OWNERS = ["team:nextvid"]
 CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
 
@@ -72,8 +70,6 @@ def _partitions(name: Asset) -> dg.PartitionsDefinition[Any] | None:
             return BATCHES
         case "recipe":
             return RECIPE
-        case "recipe x benchmark":
-            return RECIPE_BENCHMARK
 
 
 def _dependency(name: Asset, upstream: Asset) -> dg.AssetDep:

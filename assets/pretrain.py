@@ -6,6 +6,7 @@ from pydantic import Field
 from assets.declare import asset
 from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource, TrainerResource
+from assets.training_run import launch_of, made_from, tag_run
 
 
 class PretrainConfig(dg.Config):
@@ -20,6 +21,11 @@ class PretrainConfig(dg.Config):
         default=[],
         description="How the run is executed, as `key=value`, such as `ranks=8`, `device=cpu` or "
         "`checkpoint_every_steps=100`; the run and its id stay the same",
+    )
+    trainset: str = Field(
+        default="",
+        description="Digest of the trainset to train on; empty: the newest. Name that of a failed run to resume it "
+        "though the trainset has changed since",
     )
     repeat: int = Field(
         default=0,
@@ -38,10 +44,19 @@ def pretrain(
 
     opened, recipe = project.open(), context.partition_key
     with readable_errors():
-        launch = context.run.root_run_id or context.run.run_id
-        how = apply_how(ExecutionConfig(), config.how)
-        run = prepare_run(opened, recipe, config.overrides, how, launch=launch, repeat=config.repeat)
+        run = prepare_run(
+            opened,
+            recipe,
+            config.overrides,
+            apply_how(ExecutionConfig(), config.how),
+            launch=launch_of(context),
+            repeat=config.repeat,
+            trainset=config.trainset or None,
+        )
         context.log.info(f"run {run.run_id} in {run.folder}")
+        tag_run(context, run.run_id)
         if not run.complete:
             trainer.train(context, run)
-        return traced(opened, finish_run(opened, recipe, run.run_id, made=not run.complete))
+        outcome = finish_run(opened, recipe, run.run_id, made=not run.complete)
+        read = {name: str(outcome.numbers[name]) for name in ("trainset", "mask_plan")}
+        return made_from(traced(opened, outcome), read)

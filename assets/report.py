@@ -3,8 +3,8 @@
 import dagster as dg
 
 from assets.declare import asset
-from assets.reporting import readable_errors, traced
-from assets.resources import ProjectResource, WhichRun
+from assets.resources import ProjectResource
+from assets.training_run import WhichRun, evaluate
 
 
 @asset("report", kinds={"html"}, pool="gpu")
@@ -12,6 +12,4 @@ def report(context: dg.AssetExecutionContext, config: WhichRun, project: Project
     """Write the report of one run."""
     from nextvid.report.report import make_report
 
-    with readable_errors():
-        opened = project.open()
-        return traced(opened, make_report(opened, context.partition_key, run=config.run_id or None))
+    return evaluate(context, config, project, make_report)

@@ -1,4 +1,4 @@
-"""What a step is given beside its partition: the project, where to train, and which run.
+"""What a step is given beside its partition: the project, and where to train.
 
 Each step reads corpus.yaml itself, so that an edit takes effect without reloading the definitions.
 """
@@ -6,7 +6,6 @@ Each step reads corpus.yaml itself, so that an edit takes effect without reloadi
 from typing import TYPE_CHECKING
 
 import dagster as dg
-from pydantic import Field
 
 from nextvid.config.project import Project, open_project
 
@@ -39,9 +38,3 @@ class TrainerResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             from assets.launcher import run_group
 
             run_group(context, run)
-
-
-class WhichRun(dg.Config):
-    """Options in the launchpad of an asset that evaluates a run."""
-
-    run_id: str = Field(default="", description="Id of a run; empty: the recipe's last complete run without overrides")

@@ -3,8 +3,8 @@
 import dagster as dg
 
 from assets.declare import asset
-from assets.reporting import readable_errors, traced
-from assets.resources import ProjectResource, WhichRun
+from assets.resources import ProjectResource
+from assets.training_run import WhichRun, evaluate
 
 
 @asset("samples", kinds={"pytorch"}, pool="gpu")
@@ -12,6 +12,4 @@ def samples(context: dg.AssetExecutionContext, config: WhichRun, project: Projec
     """Generate the samples of one run."""
     from nextvid.evaluate.samples import make_samples
 
-    with readable_errors():
-        opened = project.open()
-        return traced(opened, make_samples(opened, context.partition_key, run=config.run_id or None))
+    return evaluate(context, config, project, make_samples)

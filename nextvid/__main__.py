@@ -56,7 +56,11 @@ def make_command(
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="for mask_plan and all after it")] = None,
     benchmark: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="probe only on this benchmark")] = None,
     set_: Overrides = (),
-    ranks: Annotated[int, tyro.conf.arg(help="training processes, one for each GPU")] = 1,
+    how: Annotated[tuple[str, ...], tyro.conf.arg(help="how to train, such as device=cpu; the run is the same")] = (),
+    ranks: Annotated[int | None, tyro.conf.arg(help="training processes, one for each GPU; by default 1")] = None,
+    repeat: Annotated[int, tyro.conf.arg(help="train the same again, as a run of its own: 1, 2, ...")] = 0,
+    trainset: Annotated[str | None, tyro.conf.arg(metavar="DIGEST", help="train on this one, not the newest")] = None,
+    run: Annotated[str | None, tyro.conf.arg(metavar="RUN", help="probe, sample or report this run")] = None,
     json_: Json = False,
 ) -> None:
     """Make an asset and whatever it lacks upstream."""
@@ -64,7 +68,7 @@ def make_command(
 
     project = open_project(corpus)
     with shown() as on_progress:
-        request = Request(asset, batch, recipe, benchmark, set_, ranks, on_progress=on_progress)
+        request = Request(asset, batch, recipe, benchmark, set_, how, ranks, repeat, trainset, run, on_progress)
         for outcome in make(project, request):
             print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
     if project.corpus.reencode == "ask" and (names := outdated(project)):

@@ -16,7 +16,7 @@ Asset = Literal[
     "trainset", "pretrain", "probes", "samples", "report",
 ]  # fmt: skip
 Group = Literal["corpus", "latents", "trainset", "training", "evaluation"]
-Partition = Literal["none", "batch", "recipe", "recipe x benchmark"]
+Partition = Literal["none", "batch", "recipe"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ GRAPH: dict[Asset, Node] = {
         "training", "train", "recipe", ("trainset", "mask_plan"),
         "a run: checkpoints of four stages, events, curves",
         "Trains a recipe on the newest trainset, by torchrun. Asking again resumes the run, or does nothing when it is "
-        "complete. The metadata name the digests of trainset and mask plan.",
+        "complete. The data version is the run's id; the metadata name the digests of recipe, trainset and mask plan.",
         {
             "checkpoint_loads": "The last checkpoint opens and is complete",
             "losses_finite": "Every logged loss is finite",
@@ -140,9 +140,9 @@ GRAPH: dict[Asset, Node] = {
         },
     ),
     "probes": Node(
-        "evaluation", "evaluate", "recipe x benchmark", ("pretrain", "latents"),
+        "evaluation", "evaluate", "recipe", ("pretrain", "latents"),
         "attentive probe and k-NN beside a random-init encoder",
-        "Accuracies on frozen features; the random-init encoder has the same shape and input.",
+        "Accuracies on frozen features, on every benchmark; the random-init encoder has the same shape and input.",
     ),
     "samples": Node(
         "evaluation", "evaluate", "recipe", ("pretrain",),
@@ -150,7 +150,7 @@ GRAPH: dict[Asset, Node] = {
         "As pictures, beside the autoencoder's reconstruction and a copy of the last frame.",
     ),
     "report": Node(
-        "evaluation", "report", "recipe", ("probes", "samples"),
+        "evaluation", "report", "recipe", ("probes", "samples", "pretrain"),
         "the model card: scores, curves, t-SNE, samples, lineage",
         "Scores are beside those of random initialisation; lineage goes down to the datasets.",
         version=2,

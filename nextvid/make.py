@@ -3,7 +3,9 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from nextvid.config.overrides import apply_how
 from nextvid.config.project import Project
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.graph import BY_BATCH, GRAPH, Asset, chain, maker
 from nextvid.making.outcome import Outcome
@@ -13,14 +15,17 @@ from storage.errors import ConfigError, CorpusError, UpstreamError
 
 @dataclass(frozen=True)
 class Request:
-    """What to make. Without a batch or benchmark: all of them; without a run: the recipe's latest."""
+    """What to make. Without a batch or benchmark: all of them. A named trainset or run is taken as it is."""
 
     asset: Asset
     batch: str | None = None
     recipe: str | None = None
     benchmark: str | None = None
     overrides: tuple[str, ...] = ()
-    ranks: int = 1
+    how: tuple[str, ...] = ()
+    ranks: int | None = None
+    repeat: int = 0
+    trainset: str | None = None
     run: str | None = None
     on_progress: OnProgress = field(default=silent, compare=False)
 
@@ -34,7 +39,7 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
     """
     _refuse_names(project, request)
     stopped: dict[str, str] = {}  # batch -> why
-    for name in chain(request.asset):
+    for name in steps(request):
         for partition in partitions(project, name, request):
             if partition in stopped:
                 continue
@@ -45,13 +50,19 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
                     raise
                 stopped[str(partition)] = str(error)
                 continue
-            if name == "pretrain":  # with overrides it is not the recipe's latest run
+            if name == "pretrain":  # what follows looks at this run
                 request = replace(request, run=outcome.run)
         if name == "sources" and request.asset != "sources":
             _refuse_nothing(project, request)
         if stopped and name in BY_BATCH and (name == request.asset or request.batch is not None):
             listed = "; ".join(f"{batch}: {why}" for batch, why in sorted(stopped.items()))
             raise UpstreamError(f"{request.asset} was not made for {len(stopped)} batches: {listed}")
+
+
+def steps(request: Request) -> list[Asset]:
+    """The assets to make, in the order of the graph: nothing that leads to a trainset or run that is named."""
+    given = chain("pretrain") if request.run else chain("trainset") if request.trainset else []
+    return [asset for asset in chain(request.asset) if asset not in given]
 
 
 def _make_and_judge(
@@ -71,8 +82,14 @@ def _refuse_names(project: Project, request: Request) -> None:
     """Refuse names and options that would otherwise fail only after hours of encoding."""
     if "mask_plan" in chain(request.asset):
         recipe_by_name(_recipe(request))
-    if "pretrain" not in chain(request.asset) and (request.overrides or request.ranks != 1):
-        raise ConfigError(f"--set and --ranks are for training, and {request.asset} needs none: leave them out")
+    if request.run and "pretrain" not in chain(request.asset)[:-1]:
+        raise ConfigError(f"--run is for probes, samples and report, and {request.asset} looks at no run: leave it out")
+    training = request.overrides or request.how or request.ranks is not None or request.repeat or request.trainset
+    if training and "pretrain" not in steps(request):
+        raise ConfigError(
+            "--set, --how, --ranks, --repeat and --trainset are for training, and nothing is trained here: leave them "
+            "out"
+        )
     if request.benchmark is not None:
         project.benchmark(request.benchmark)
 
@@ -95,8 +112,6 @@ def partitions(project: Project, asset: Asset, request: Request) -> Sequence[str
             return [request.batch] if request.batch else project.root.batches()
         case "recipe":
             return [_recipe(request)]
-        case "recipe x benchmark":
-            return [request.benchmark] if request.benchmark else sorted(project.corpus.benchmarks)
         case _:
             return [None]
 
@@ -119,9 +134,12 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
         case "mask_plan":
             return make_it(project, partition)
         case "pretrain":
-            return make_it(project, partition, request.overrides, ranks=request.ranks)
+            how = apply_how(ExecutionConfig(), request.how)
+            chosen = {"ranks": request.ranks, "repeat": request.repeat, "trainset": request.trainset}
+            return make_it(project, partition, request.overrides, how, **chosen)
         case "probes":
-            return make_it(project, request.recipe, partition, request.run)
+            names = [request.benchmark] if request.benchmark else []
+            return make_it(project, partition, request.run, names, request.on_progress)
         case "samples" | "report":
             return make_it(project, partition, request.run)
 

@@ -22,8 +22,8 @@ freeze = dg.define_asset_job(
 experiment = dg.define_asset_job(
     "experiment",
     selection=dg.AssetSelection.assets(*assets("recipe")),
-    description="Mask plan, training run, samples and report of one recipe. Probes are partitioned by recipe "
-    "and benchmark: run them by hand.",
+    description="Mask plan, training run, probes on every benchmark, samples and report of one recipe. All of them "
+    "are about the run that `pretrain` makes.",
 )
 
 JOBS = [ingest, freeze, experiment]

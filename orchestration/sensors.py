@@ -8,7 +8,7 @@ import json
 
 import dagster as dg
 
-from assets.declare import BATCHES, BENCHMARK
+from assets.declare import BATCHES
 from assets.resources import ProjectResource
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import BatchChange
@@ -100,15 +100,14 @@ def observation(project: Project, batch: str) -> dg.AssetObservation:
 def partition_requests(
     instance: dg.DagsterInstance, project: Project
 ) -> list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest]:
-    """Requests that make Dagster's partitions the batches of sources/ and the benchmarks of corpus.yaml."""
+    """Requests that make Dagster's partitions the batches of sources/."""
     requests: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
-    for definition, keys in ((BATCHES, project.root.batches()), (BENCHMARK, sorted(project.corpus.benchmarks))):
-        assert definition.name
-        known = instance.get_dynamic_partitions(definition.name)
-        if new := [key for key in keys if key not in known]:
-            requests.append(definition.build_add_request(new))
-        if gone := [key for key in known if key not in keys]:
-            requests.append(definition.build_delete_request(gone))
+    assert BATCHES.name
+    keys, known = project.root.batches(), instance.get_dynamic_partitions(BATCHES.name)
+    if new := [key for key in keys if key not in known]:
+        requests.append(BATCHES.build_add_request(new))
+    if gone := [key for key in known if key not in keys]:
+        requests.append(BATCHES.build_delete_request(gone))
     return requests
 
 

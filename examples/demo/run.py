@@ -47,7 +47,7 @@ class Totals:
         """Print one materialisation as a line and add its numbers."""
         values: Mapping[str, Any] = {name: value.value for name, value in event.metadata.items()}
         asset = event.asset_key.to_user_string()
-        partition = str(event.partition or "").replace("|", " ")
+        partition = str(event.partition or "")
         self.seconds[asset] = self.seconds.get(asset, 0.0) + float(values["seconds"])
         self.rows[asset] = self.rows.get(asset, 0) + int(values["dagster/row_count"])
         self.numbers.setdefault(asset, {})[partition] = {
@@ -104,12 +104,8 @@ def runs(project: Project) -> Iterator[tuple[str, str | None]]:
         yield "ingest", batch
     yield "freeze", None
     for asset, node in GRAPH.items():
-        match node.partition:
-            case "recipe":
-                yield asset, RECIPE
-            case "recipe x benchmark":
-                for benchmark in sorted(project.corpus.benchmarks):
-                    yield asset, f"{benchmark}|{RECIPE}"
+        if node.partition == "recipe":
+            yield asset, RECIPE
 
 
 def execute(
@@ -140,7 +136,7 @@ def execute(
 def collect(project: Project, totals: Totals, seconds: float) -> dict[str, Any]:
     """The numbers of demo.json, from the assets' files and their materialisations."""
     run = str(totals.numbers["pretrain"][RECIPE]["run"])
-    events = read_events(Path(project.root.run(RECIPE, run)))
+    events, scores = read_events(Path(project.root.run(RECIPE, run))), totals.numbers["probes"][RECIPE]
     return {
         "files": by_status(read_tables(project.root, "media", None, Media)),
         "shots": by_status(read_tables(project.root, "shots", None, Shots)),
@@ -152,10 +148,7 @@ def collect(project: Project, totals: Totals, seconds: float) -> dict[str, Any]:
         "run": run,
         "first": curve_point(events, 0),
         "last": curve_point(events, -1),
-        "probes": {
-            name: read_json(f"{project.root.probe(RECIPE, run, name, str(numbers['digest']))}/score.json")
-            for name, numbers in ((key.split()[0], value) for key, value in totals.numbers["probes"].items())
-        },
+        "probes": {name: read_json(scores[f"{name}_score"]) for name in sorted(project.corpus.benchmarks)},
         "report": totals.numbers["report"][RECIPE]["page"],
     }
 

@@ -1,8 +1,8 @@
-"""The asset `probes`: accuracies of a run's frozen encoders on one benchmark, beside its own random initialisation.
+"""The asset `probes`: accuracies of a run's frozen encoders on each benchmark, beside its own random initialisation.
 
-Written are rows.parquet (the clips that were scored), features.npz (mean-pooled test features, for pictures) and, last,
-score.json. The digest in the path is of rows, labels, settings and seeds; where score.json exists, nothing is computed
-again.
+Written for each are rows.parquet (the clips that were scored), features.npz (mean-pooled test features, for pictures)
+and, last, score.json. The digest in the path is of rows, labels, settings and seeds; where score.json exists, nothing
+is computed again.
 
 Axes: N samples, L tokens, D width, Y classes.
 """
@@ -10,7 +10,7 @@ Axes: N samples, L tokens, D width, Y classes.
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,8 @@ from nextvid.evaluate.features import (
 from nextvid.evaluate.fitting import NEIGHBOURS, accuracies, fit, nearest_labels, normalise
 from nextvid.machine import device_of
 from nextvid.making.batches import dataset_of
-from nextvid.making.outcome import Outcome
+from nextvid.making.outcome import Number, Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import read_latest
 from nextvid.model.encoder import Encoder
 from nextvid.train.run import Run, find_run
@@ -84,42 +85,52 @@ class Task:
 def make_probes(
     project: Project,
     recipe: str,
-    benchmark: str,
     run: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    benchmarks: Sequence[str] = (),
+    on_progress: OnProgress = silent,
 ) -> Outcome:
-    """Score a run's EMA, online and random-init encoders on a benchmark, unless score.json exists.
+    """Score a run's EMA, online and random-init encoders on these benchmarks (all, unless named).
 
+    Where score.json exists, nothing is computed. The data version is of the run and of all that the scores depend on.
     Raises ConfigError for an unknown benchmark, UpstreamError where run, rows or labels are missing.
     """
     started = time.perf_counter()
-    task = plan_task(project, recipe, benchmark, run)
-    folder = project.root.probe(recipe, task.run.id, benchmark, task.digest())
-    path = f"{folder}/score.json"
-    made = not atomic.exists(path)
-    if made:
-        _score(project, task, folder, progress, started)
-    score = atomic.read_json(path)
-    numbers: dict[str, float | str] = {"trainset": task.run.trainset}
-    for name, found in score["encoders"].items():
-        numbers |= {f"{name}_accuracy": found["accuracy"], f"{name}_knn": found["knn"]}
+    found = find_run(project, recipe, run)
+    made, rows, size_bytes, scores = False, 0, 0, {}
+    numbers: dict[str, Number] = {"trainset": found.trainset}
+    names = sorted(benchmarks or project.corpus.benchmarks)
+    for done, benchmark in enumerate(names):
+        on_progress(Progress(f"probes {recipe}", done, len(names)))
+        task = plan_task(project, benchmark, found)
+        scores[benchmark] = task.digest()
+        folder = project.root.probe(recipe, found.id, benchmark, scores[benchmark])
+        path = f"{folder}/score.json"
+        if not atomic.exists(path):
+            _score(project, task, folder)
+            made = True
+        score = atomic.read_json(path)
+        rows += score["clips"]["test"]
+        size_bytes += len(atomic.read_bytes(path))
+        numbers[f"{benchmark}_score"] = path
+        for name, values in score["encoders"].items():
+            numbers |= {f"{benchmark}_{name}_{what}": values[what] for what in ("accuracy", "knn")}
+    on_progress(Progress(f"probes {recipe}", len(names), len(names)))
     return Outcome(
         asset="probes",
-        partition=f"{recipe}|{benchmark}",
+        partition=recipe,
         made=made,
-        rows=score["clips"]["test"],
-        size_bytes=len(atomic.read_bytes(path)),
+        rows=rows,
+        size_bytes=size_bytes,
         seconds=time.perf_counter() - started,
-        digest=task.digest(),
-        run=task.run.id,
+        digest=digest_config({"run": found.id, "scores": scores}),
+        run=found.id,
         numbers=numbers,
     )
 
 
-def plan_task(project: Project, recipe: str, benchmark: str, run: str | None = None) -> Task:
-    """Rows, labels, settings and seeds of one score, from tables alone."""
+def plan_task(project: Project, benchmark: str, found: Run) -> Task:
+    """Rows, labels, settings and seeds of one score of a run, from tables alone."""
     config = project.benchmark(benchmark)
-    found = find_run(project, recipe, run)
     trainset = Trainset.open(project.root, found.trainset)
     settings = probe_settings(found.recipe, config.epochs, config.batch, images=config.policy.frames == 1)
     pixels = None
@@ -173,10 +184,9 @@ def _limits(recipe: RecipeConfig, config: BenchmarkConfig, settings: ProbeSettin
     return {"train": fitting * 3 // 4, "test": fitting // 4}
 
 
-def _score(
-    project: Project, task: Task, folder: str, progress: Callable[[int, int], None] | None, started: float
-) -> None:
+def _score(project: Project, task: Task, folder: str) -> None:
     """Compute and publish rows, pooled test features and, last, score.json."""
+    started = time.perf_counter()
     device = device_of(project.corpus.execution.device)
     trained = load_trained(task.run, device)
     policy, recipe = task.config.policy, task.run.recipe
@@ -190,7 +200,7 @@ def _score(
     scores: dict[str, Any] = {}
     pooled: dict[str, np.ndarray] = {}
     with closing(source):
-        for number, name in enumerate(ENCODERS):
+        for name in ENCODERS:
             parts = {
                 split: features(
                     trained.encoder(name), recipe, source, task.rows.part(split), task.rows.segments, device
@@ -200,8 +210,6 @@ def _score(
             varied = _varied(trained.encoder(name), task, source, device)
             scores[name] = score_encoder(parts["train"], parts["test"], task, device, varied)
             pooled[name] = parts["test"].mean(axis=1)
-            if progress is not None:
-                progress(number + 1, len(ENCODERS))
     tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
     buffer = io.BytesIO()
     np.savez(buffer, labels=per_sample(task.rows.part("test"), "label"), **pooled)  # type: ignore[arg-type]

@@ -23,13 +23,14 @@ from nextvid.evaluate.features import load_trained
 from nextvid.evaluate.generate import generate_masked, generate_onward, random_tube, reads_latents, reads_pixels
 from nextvid.evaluate.scene import Generated, Scene, compared, open_scene
 from nextvid.machine import device_of
-from nextvid.making.outcome import Outcome
+from nextvid.making.outcome import Number, Outcome
 from nextvid.model.flow import ODE_STEPS
 from nextvid.model.nextvid import NExTVid
 from nextvid.train.run import Run, find_run
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
+from storage.digest import digest, digest_bytes
 from storage.errors import RefusedError
 from storage.schemas import Clips
 
@@ -61,12 +62,14 @@ class Strip:
 def make_samples(project: Project, recipe: str, run: str | None = None) -> Outcome:
     """Generate next frames of test clips (of any, where none is encoded), unless samples.json exists.
 
-    Raises UpstreamError where no clip is encoded, RefusedError for another autoencoder or a recipe without a decoder.
+    A recipe that trains no decoder has no samples. The data version is of samples.json, which names its run.
+    Raises UpstreamError where no clip is encoded, RefusedError for another autoencoder.
     """
     started = time.perf_counter()
     found = find_run(project, recipe, run)
     if found.recipe.losses.flow <= 0:
-        raise RefusedError(f"recipe {recipe} trains no decoder (flow weight 0): it cannot generate")
+        why: dict[str, Number] = {"none because": "the recipe trains no decoder (flow weight 0)"}
+        return Outcome("samples", recipe, False, 0, 0, 0.0, digest=digest({"run": found.id}), run=found.id, numbers=why)
     folder = project.root.samples(recipe, found.id)
     made = not atomic.exists(f"{folder}/samples.json")
     if made:
@@ -85,6 +88,7 @@ def make_samples(project: Project, recipe: str, run: str | None = None) -> Outco
         rows=len(record["clips"]),
         size_bytes=sum(len(atomic.read_bytes(path)) for path in pictures.values()),
         seconds=time.perf_counter() - started,
+        digest=digest_bytes(atomic.read_bytes(f"{folder}/samples.json")),
         run=found.id,
         numbers=numbers,
         pictures=pictures,

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -26,11 +25,11 @@ from nextvid.train import checkpoint
 from nextvid.train.events import Event, mean_speeds, read_events
 from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
-from nextvid.trainset.order import refuse_unfit
+from nextvid.trainset.order import Order, refuse_unfit
 from nextvid.trainset.pixels import freeze_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
-from storage.errors import ConflictError, DamagedError, RefusedError, UpstreamError
+from storage.errors import ConfigError, DamagedError, RefusedError, UpstreamError
 
 GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
 LOG = "trainer.log"
@@ -72,19 +71,21 @@ def prepare_run(
     ranks: int | None = None,
     launch: str | None = None,
     repeat: int = 0,
+    trainset: str | None = None,
 ) -> PreparedRun:
     """Decide what a run reads and write its config.json. The same inputs give the same run.
 
-    `launch` is the id of a Dagster run: its retries take the trainset of the first attempt, not a newer one.
+    `trainset` is a digest; without one it is the newest. `launch` is the id of a Dagster run: its retries take the
+    trainset of the first attempt, not a newer one.
     Raises ConfigError for wrong overrides, UpstreamError if trainset or mask plan are missing or failed their checks,
     DamagedError if files of the trainset changed or shards of its rows are missing, RefusedError if the recipe does not
-    fit the trainset or reads pixels that its rows do not have.
+    fit the trainset, reads pixels that its rows do not have, or would train on withdrawn rows.
     """
     config = apply_overrides(recipe_by_name(recipe), overrides)
     carried_out = how or ExecutionConfig()
     if ranks is not None:
         carried_out = carried_out.model_copy(update={"ranks": ranks})
-    trainset = _trainset(project, recipe, launch)
+    trainset = _trainset(project, recipe, launch, trainset)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
     opened = Trainset.open(project.root, trainset)
     opened.check()
@@ -98,11 +99,12 @@ def prepare_run(
     tables.require_checks(f"{project.root.pointed('mask_plan', plan)}/checks.json", "mask_plan")
     pixels = freeze_pixels(project, opened, config).digest if config.reads_pixels else None
     run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides, pixels)
+    if not run.complete:
+        Order(opened, config).refuse_withdrawn(project.root, opened)
     write_run(run)
     if launch is not None:
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
-        with contextlib.suppress(ConflictError):  # an earlier attempt of this launch wrote it
-            atomic.create_exclusively(project.root.launch(run.recipe.name, launch), json.dumps(pointer).encode())
+        atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
     return PreparedRun(
         run.id,
         str(run.folder),
@@ -122,9 +124,10 @@ def make_pretrain(
     *,
     ranks: int | None = None,
     repeat: int = 0,
+    trainset: str | None = None,
 ) -> Outcome:
     """Train a recipe to its last step in child processes; resumes an interrupted run, leaves a complete one alone."""
-    prepared = prepare_run(project, recipe, overrides, how, ranks=ranks, repeat=repeat)
+    prepared = prepare_run(project, recipe, overrides, how, ranks=ranks, repeat=repeat, trainset=trainset)
     if not prepared.complete:
         code = _run_group(prepared)
         if code:
@@ -161,15 +164,19 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
         rows=_last(events, "step").get("draws", 0),
         size_bytes=sum(path.stat().st_size for path in opened.folder.rglob("*") if path.is_file()),
         seconds=_seconds(events),
-        digest=opened.identity.recipe,
+        digest=run,
         run=run,
         numbers=_numbers(opened, events),
         checks=checks,
     )
 
 
-def _trainset(project: Project, recipe: str, launch: str | None) -> str:
-    """Digest of the trainset of the launch's first attempt, else of the newest."""
+def _trainset(project: Project, recipe: str, launch: str | None, named: str | None) -> str:
+    """Digest of the trainset that is named, else of the launch's first attempt, else of the newest."""
+    if named is not None:
+        if not atomic.exists(project.root.pointed("trainset", named)):
+            raise ConfigError(f"there is no trainset '{named}': correct the digest, or leave it out for the newest")
+        return named
     if launch is not None and atomic.exists(path := project.root.launch(recipe, launch)):
         first: str = atomic.read_json(path)["trainset"]
         return first
@@ -271,7 +278,10 @@ def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
 
 def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
     step, look = _last(events, "step"), _last(events, "diagnostics")
-    found: dict[str, Number] = {"trainset": run.trainset, "mask_plan": run.mask_plan}
+    identity = run.identity
+    found: dict[str, Number] = {
+        "recipe": identity.recipe, "trainset": identity.trainset, "mask_plan": identity.mask_plan
+    }  # fmt: skip
     found |= {"steps": run.recipe.steps, "clips": step.get("draws", 0), "ranks": run.how.ranks}
     found |= {name: step[name] for name in ("align", "flow") if name in step}
     found |= {name: look[name] for name in ("effective_rank", "online_effective_rank", "feature_std") if name in look}

@@ -19,7 +19,7 @@ from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity
 from storage import atomic
 from storage.digest import digest
-from storage.errors import ConflictError, RefusedError, UpstreamError
+from storage.errors import ConfigError, ConflictError, RefusedError, UpstreamError
 from storage.locks import locked_or_holder
 from storage.root import DataRoot
 
@@ -148,9 +148,21 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def find_run(project: Project, recipe: str, run: str | None = None) -> Run:
-    """The run named, else the recipe's newest complete one without overrides. Raises UpstreamError."""
-    name = run or atomic.read_json(project.root.latest_run(recipe))["run"]
-    found = open_run(Path(project.root.run(recipe, name)))
+    """The run named, else the recipe's newest complete one without overrides.
+
+    Raises UpstreamError where there is none or it is not complete, ConfigError for a run of another recipe.
+    """
+    latest = project.root.latest_run(recipe)
+    if run is None and not atomic.exists(latest):
+        raise UpstreamError(
+            f"recipe {recipe} has no complete run without overrides: make 'pretrain' first, or name a run of it"
+        )
+    name = run or str(atomic.read_json(latest)["run"])
+    folder = Path(project.root.run(recipe, name))
+    others = [path.parent.name for path in folder.parent.parent.glob(f"*/{name}")]
+    if others and recipe not in others:
+        raise ConfigError(f"run {name} is of recipe {others[0]}, not of {recipe}: choose that recipe, or another run")
+    found = open_run(folder)
     if found.newest_step() != found.recipe.steps:
         raise UpstreamError(
             f"run {name} has {found.newest_step() or 0} of {found.recipe.steps} steps: finish it first with "

@@ -203,7 +203,7 @@ def test_a_changed_encoding_waits_for_a_person_unless_told_otherwise(
 def test_what_reads_a_run_takes_the_one_that_was_trained(
     project: Project, calls: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With overrides it is not the recipe's latest."""
+    """Whichever run is the recipe's latest."""
     before: Maker = module.make_one
     seen: list[tuple[str, str | None]] = []
 
@@ -213,13 +213,35 @@ def test_what_reads_a_run_takes_the_one_that_was_trained(
 
     monkeypatch.setattr(module, "make_one", trained)
     list(make(project, Request("report", recipe="demo", overrides=("seed=1",))))
-    assert {asset: run for asset, run in seen if run is not None} == {"samples": "r" * 32, "report": "r" * 32}
+    assert {asset: run for asset, run in seen if run} == dict.fromkeys(("probes", "samples", "report"), "r" * 32)
     assert ("pretrain", None) in seen
 
 
 @pytest.mark.parametrize(
-    "asked", [Request("trainset", overrides=("seed=1",)), Request("latents", ranks=2)], ids=["--set", "--ranks"]
+    ("asked", "made"),
+    [
+        (Request("report", recipe="demo", run="r" * 12), ["probes", "samples", "report"]),
+        (Request("samples", recipe="demo", trainset="f" * 32), ["mask_plan", "pretrain", "samples"]),
+    ],
+    ids=["--run", "--trainset"],
 )
-def test_overrides_where_nothing_is_trained_are_refused(project: Project, asked: Request) -> None:
-    with pytest.raises(ConfigError, match="--set and --ranks are for training"):
+def test_nothing_is_made_of_what_leads_to_a_named_run_or_trainset(
+    project: Project, calls: list[tuple[str, str | None]], asked: Request, made: list[str]
+) -> None:
+    list(make(project, asked))
+    assert calls == [(asset, "demo") for asset in made]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Request("trainset", overrides=("seed=1",)), "are for training, and nothing is trained here"),
+        (Request("latents", ranks=2), "are for training, and nothing is trained here"),
+        (Request("report", recipe="demo", run="r" * 12, how=("device=cpu",)), "are for training"),
+        (Request("pretrain", recipe="demo", run="r" * 12), "--run is for probes, samples and report"),
+    ],
+    ids=["--set", "--ranks", "--how", "--run"],
+)
+def test_options_that_nothing_reads_are_refused(project: Project, asked: Request, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         list(make(project, asked))

@@ -41,7 +41,6 @@ def test_a_dropped_file_is_found_encoded_and_nothing_else_is(project: Project, i
     first = tick(project, instance)
     assert sorted(str(request.partition_key) for request in first) == ["demo_images.000000", "demo_videos.000000"]
     assert instance.get_dynamic_partitions("batch") == ["demo_images.000000", "demo_videos.000000"]
-    assert instance.get_dynamic_partitions("benchmark") == ["motion", "shape"]
     assert run(project, instance, first) == [True, True]
     before = committed(project)
     assert before.height > 20

@@ -106,10 +106,8 @@ def test_every_file_is_a_row_and_the_graph_ends_in_a_report(
     run(real, instance, "freeze", None)
     run(real, instance, "mask_plan", "demo")
     trained = run(real, instance, "pretrain", "demo", {"overrides": STEPS})
-    chosen = {"run_id": trained["run"]}
-    run(real, instance, "probes", "action|demo", chosen)
-    run(real, instance, "samples", "demo", chosen)
-    report = run(real, instance, "report", "demo", chosen)
+    for asset in ("probes", "samples", "report"):
+        report = run(real, instance, asset, "demo")
     (score,) = Path(real.root.probes("demo", trained["run"])).rglob("score.json")
     assert read_json(str(score))["trainset"] == trained["trainset"]
     assert trained["trainset"] in Path(report["page"]).read_text()

@@ -32,7 +32,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def test_tokens_are_the_stored_frames(evaluated: Project) -> None:
     """Read by zarr, and images repeated."""
-    task = plan_task(evaluated, RECIPE, "species")
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     assert task.pixels is not None
     model = task.run.recipe.model
     source = PixelSource(evaluated.root, task.pixels, task.run.recipe, ["pets.000000", "stills.000000"], FRAMES)
@@ -52,7 +52,7 @@ def test_tokens_are_the_stored_frames(evaluated: Project) -> None:
 
 
 def test_a_clip_without_pixels_is_left_out_and_counted(evaluated: Project) -> None:
-    task = plan_task(evaluated, RECIPE, "species")
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     assert task.rows.left_out["not_encoded"] == 1
     assert task.rows.part("test").height == 29
 
@@ -61,7 +61,7 @@ def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
     evaluated: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every epoch sees each training clip once for each encoder; held-out and test clips are never varied."""
-    task = plan_task(evaluated, RECIPE, "species")
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     assert task.settings.augment == "video"
     assert task.pixels is not None
     source = PixelSource(evaluated.root, task.pixels, task.run.recipe, ["pets.000000"], FRAMES)
@@ -80,7 +80,7 @@ def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
         return frames
 
     monkeypatch.setattr(features_module, "augmented", noted)
-    make_probes(evaluated, RECIPE, "species")
+    make_probes(evaluated, RECIPE)
     learnt = task.rows.part("train").filter(~pl.col("held_out"))["row_id"].to_list()
     assert Counter(seen) == Counter({(0, epoch, row): 3 for epoch in range(task.settings.epochs) for row in learnt})
     shutil.rmtree(evaluated.root.probe(RECIPE, task.run.id, "species", task.digest()))
@@ -90,15 +90,15 @@ def test_a_score_from_stored_pixels(evaluated: Project) -> None:
     """The whole asset, without a video: latents are not asked for."""
     for path in Path(evaluated.root.stores()).rglob("latent/c/0/0/0/0/0"):
         path.unlink()
-    outcome = make_probes(evaluated, RECIPE, "species")
+    outcome = make_probes(evaluated, RECIPE)
     assert outcome.made
-    assert {"ema_accuracy", "online_accuracy", "random_accuracy"} <= outcome.numbers.keys()
-    task = plan_task(evaluated, RECIPE, "species")
+    assert {f"species_{name}_accuracy" for name in ("ema", "online", "random")} <= outcome.numbers.keys()
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     score = atomic.read_json(f"{evaluated.root.probe(RECIPE, task.run.id, 'species', task.digest())}/score.json")
     assert task.pixels is not None
     assert score["pixel_spec"] == task.pixels.digest()
     assert score["encoding_spec"] == Trainset.open(evaluated.root).spec.digest()
-    assert not make_probes(evaluated, RECIPE, "species").made
+    assert not make_probes(evaluated, RECIPE).made
 
 
 def test_the_report_says_which_pixels_and_how_close_they_are(evaluated: Project) -> None:

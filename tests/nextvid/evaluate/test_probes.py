@@ -27,14 +27,15 @@ from tests.nextvid.tiny_project import FRAMES, RECIPE
 
 
 def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
-    first = make_probes(own_copy, RECIPE, "species")
+    first = make_probes(own_copy, RECIPE)
     assert first.made
-    again = make_probes(own_copy, RECIPE, "species")
+    again = make_probes(own_copy, RECIPE)
     assert not again.made
     assert again.numbers == first.numbers
     run = find_run(own_copy, RECIPE)
-    assert first.digest is not None
-    folder = Path(own_copy.root.probe(RECIPE, run.id, "species", first.digest))
+    assert (first.run, first.rows) == (run.id, 30)
+    folder = Path(own_copy.root.probe(RECIPE, run.id, "species", plan_task(own_copy, "species", run).digest()))
+    assert first.numbers["species_score"] == str(folder / "score.json")
     score = json.loads((folder / "score.json").read_text())
     assert (score["run"], score["trainset"], score["mask_plan"]) == (run.id, run.trainset, run.mask_plan)
     assert score["clips"] == {"train": 60, "held_out": score["clips"]["held_out"], "test": 30}
@@ -54,7 +55,7 @@ def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
 
 def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: Project) -> None:
     """Trap 31 of docs/method.md 13: final norm, frame-causal, every cell, one token after the other."""
-    task = plan_task(evaluated, RECIPE, "species")
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     trained = load_trained(task.run)
     rows = task.rows.part("test").head(5)
     source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
@@ -69,7 +70,7 @@ def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(eva
 
 
 def test_trap_31_segments_stand_one_after_the_other(evaluated: Project) -> None:
-    task = plan_task(evaluated, RECIPE, "species")
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     encoder = load_trained(task.run).ema
     source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
     rows = task.rows.part("test").head(4)
@@ -80,7 +81,7 @@ def test_trap_31_segments_stand_one_after_the_other(evaluated: Project) -> None:
 
 
 def test_trap_31_features_do_not_see_the_future(evaluated: Project) -> None:
-    task = plan_task(evaluated, RECIPE, "species")
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     trained = load_trained(task.run)
     source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
     inputs = source.inputs(task.rows.part("test").head(2))
@@ -120,7 +121,7 @@ def test_the_three_encoders_are_what_they_are_called(evaluated: Project) -> None
 
 def test_chosen_rate_follows_the_held_out_clips(evaluated: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Test clips must not choose: the rate that is best on held-out clips stands, whatever test says."""
-    task = plan_task(evaluated, RECIPE, "species")
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     answers = iter([np.array([[0.2, 0.9], [0.4, 0.5]]), np.array([[1.0, 0.1], [1.0, 0.3]])])
     monkeypatch.setattr(probes, "accuracies", lambda *_: next(answers))
     rng = np.random.default_rng(0)
@@ -131,38 +132,42 @@ def test_chosen_rate_follows_the_held_out_clips(evaluated: Project, monkeypatch:
 
 
 def test_other_settings_are_another_score(evaluated: Project) -> None:
-    task = plan_task(evaluated, RECIPE, "species")
+    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     config = task.config.model_copy(update={"seeds": 3})
     assert probes.Task(task.run, task.trainset, config, task.settings, task.rows).digest() != task.digest()
 
 
 def test_a_benchmark_edited_and_not_accepted_is_scored_under_the_accepted_policy(own_copy: Project) -> None:
-    accepted = plan_task(own_copy, RECIPE, "species")
+    accepted = plan_task(own_copy, "species", find_run(own_copy, RECIPE))
     accept(own_copy.root, own_copy.asked, accepted.trainset.spec.digest(), {})
     content = yaml.safe_load(own_copy.path.read_text())
     content["benchmarks"]["species"]["policy"] |= {"frames": FRAMES // 2, "crop": "centre"}
     content["benchmarks"]["sizes"] = content["benchmarks"]["species"]
     own_copy.path.write_text(yaml.safe_dump(content))
     edited = open_project(own_copy.path)
-    assert plan_task(edited, RECIPE, "species").digest() == accepted.digest()
+    assert plan_task(edited, "species", find_run(edited, RECIPE)).digest() == accepted.digest()
     with pytest.raises(ConfigError, match="'sizes' is not accepted yet"):
-        make_probes(edited, RECIPE, "sizes")
-    assert plan_task(edited.as_asked(), RECIPE, "species").digest() != accepted.digest()
+        make_probes(edited, RECIPE, benchmarks=["sizes"])
+    assert plan_task(edited.as_asked(), "species", find_run(edited.as_asked(), RECIPE)).digest() != accepted.digest()
 
 
 def test_unknown_benchmark_and_unfinished_run(own_copy: Project) -> None:
     with pytest.raises(ConfigError, match="known: species"):
-        make_probes(own_copy, RECIPE, "colours")
+        make_probes(own_copy, RECIPE, benchmarks=["colours"])
     with pytest.raises(UpstreamError, match="no such run"):
-        make_probes(own_copy, RECIPE, "species", run="0123456789ab")
+        make_probes(own_copy, RECIPE, run="0123456789ab")
     run = find_run(own_copy, RECIPE)
     for checkpoint in run.checkpoints.iterdir():
         (checkpoint / "state.json").unlink()
+    with pytest.raises(ConfigError, match=f"run {run.id} is of recipe {RECIPE}, not of nextvid_l"):
+        make_probes(own_copy, "nextvid_l", run=run.id)
+    with pytest.raises(UpstreamError, match="recipe nextvid_l has no complete run without overrides"):
+        make_probes(own_copy, "nextvid_l")
     with pytest.raises(UpstreamError, match="0 of 5 steps"):
-        make_probes(own_copy, RECIPE, "species")
+        make_probes(own_copy, RECIPE)
 
 
 def test_a_benchmark_without_labels_says_what_was_left_out(own_copy: Project) -> None:
     write_table(own_copy.root.table("labels", "pets.000000"), Labels.create_empty(), Labels)
     with pytest.raises(UpstreamError, match="'unlabelled': 90"):
-        make_probes(own_copy, RECIPE, "species")
+        make_probes(own_copy, RECIPE)

@@ -35,10 +35,9 @@ def test_folders_of_a_run_are_the_run(evaluated: Project, inside: str) -> None:
 
 
 def test_a_score_leads_to_run_and_trainset(evaluated: Project) -> None:
-    outcome = make_probes(evaluated, RECIPE, "species")
+    outcome = make_probes(evaluated, RECIPE)
     run = find_run(evaluated, RECIPE)
-    assert outcome.digest is not None
-    path = Path(evaluated.root.probe(RECIPE, run.id, "species", outcome.digest), "score.json")
+    path = Path(str(outcome.numbers["species_score"]))
     found = trace(evaluated, str(path))
     assert found.kind == "score"
     assert found.scores[0].benchmark == "species"
@@ -47,7 +46,7 @@ def test_a_score_leads_to_run_and_trainset(evaluated: Project) -> None:
 
 
 def test_a_training_file_leads_to_every_use_of_it(evaluated: Project) -> None:
-    make_probes(evaluated, RECIPE, "species")
+    make_probes(evaluated, RECIPE)
     run = find_run(evaluated, RECIPE)
     found = trace(evaluated, uri_of(3))
     assert found.kind == "file"
@@ -60,7 +59,7 @@ def test_a_training_file_leads_to_every_use_of_it(evaluated: Project) -> None:
 
 
 def test_a_test_file_was_seen_by_scores_only(evaluated: Project) -> None:
-    make_probes(evaluated, RECIPE, "species")
+    make_probes(evaluated, RECIPE)
     found = trace(evaluated, uri_of(21))
     assert (len(found.trainsets), len(found.runs)) == (0, 0)
     assert [score.clips for score in found.scores] == [{"test": 3}]
@@ -74,7 +73,7 @@ def test_a_trainset_by_its_digest(evaluated: Project) -> None:
 
 
 def test_upwards_a_trainset_leads_to_its_runs_and_a_run_to_its_scores(evaluated: Project) -> None:
-    make_probes(evaluated, RECIPE, "species")
+    make_probes(evaluated, RECIPE)
     run = find_run(evaluated, RECIPE)
     (score,) = trace(evaluated, run.id).scores
     assert (score.run, score.benchmark) == (run.id, "species")

@@ -20,7 +20,7 @@ from tests.nextvid.tiny_project import RECIPE
 
 @pytest.fixture(scope="module")
 def scored(evaluated: Project) -> Project:
-    make_probes(evaluated, RECIPE, "species")
+    make_probes(evaluated, RECIPE)
     make_samples(evaluated, RECIPE)
     return evaluated
 
@@ -72,13 +72,13 @@ def test_numbers_are_those_of_the_files(scored: Project) -> None:
 def test_missing_scores_and_samples_are_named(own_copy: Project) -> None:
     with pytest.raises(UpstreamError, match="no scores on species: make 'probes' first"):
         make_report(own_copy, RECIPE)
-    make_probes(own_copy, RECIPE, "species")
+    make_probes(own_copy, RECIPE)
     with pytest.raises(UpstreamError, match=r"samples\.json"):
         make_report(own_copy, RECIPE)
 
 
 def test_a_changed_score_makes_another_report(scored: Project, own_copy: Project) -> None:
-    make_probes(own_copy, RECIPE, "species")
+    make_probes(own_copy, RECIPE)
     make_samples(own_copy, RECIPE)
     first = make_report(own_copy, RECIPE)
     path = Path(gather(own_copy, find_run(own_copy, RECIPE)).scores[0].path)
