@@ -26,6 +26,7 @@ from storage.errors import UpstreamError
 from storage.schemas import Clips, Duplicates, Shots
 
 LARGEST_GROUP = 1000  # files, our choice: in a larger group a threshold is wrong or a title card joins unlike videos
+FILE = pl.struct("batch", "media_id")
 VERSION = 1  # of the rules below: raise it when they change, so that the digest changes
 
 
@@ -54,10 +55,15 @@ def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outco
             facts = {"batches": batches, "inputs": inputs, "shots": shots.height}
             facts["contamination"] = contamination(shots, found)
             atomic.publish_json(f"{made.path}/duplicates.json", facts)
-            made.checks = _checks(table)
+            largest = max(table.group_by("group").agg(FILE.n_unique().alias("files"))["files"], default=0)
+            sizes = {"largest_files": largest, "limit_files": LARGEST_GROUP}
+            made.checks = (Check("groups_are_small", largest <= LARGEST_GROUP, sizes),)
     if made.passed:
         publish_latest(root, "duplicates", key)
     table = tables.read_table(f"{root.pointed('duplicates', key)}/duplicates.parquet", Duplicates)
+    dropped = table.explode("dropped_from").group_by("dropped_from", "reason").len().drop_nulls()
+    numbers = {"batches": len(batches), "groups": table["group"].n_unique(), "files": _files(table)}
+    numbers |= {f"dropped_from_{use}_{reason}": int(n) for use, reason, n in sorted(dropped.iter_rows())}
     return Outcome(
         asset="duplicates",
         partition=None,
@@ -66,7 +72,7 @@ def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outco
         size_bytes=int(table.estimated_size()),
         seconds=time.perf_counter() - started_s,
         digest=key,
-        numbers=_numbers(table, len(batches)),
+        numbers=numbers,
         checks=made.checks,
     )
 
@@ -77,50 +83,35 @@ def _members(project: Project, batches: Sequence[str], on_progress: OnProgress) 
     for number, batch in enumerate(batches, 1):
         shots = tables.read_table(project.root.table("shots", batch), Shots).filter(pl.col("status") == "ok")
         clips = tables.read_table(project.root.table("clips", batch), Clips)
-        frames.append(shots.select(_SHOT_COLUMNS).join(_uses(clips), on="shot_id", how="inner"))
+        used = pl.col("uses").filter(pl.col("status") == "ok").list.explode(keep_nulls=False, empty_as_null=False)
+        uses = clips.group_by("shot_id").agg(
+            pl.col("split").first(),
+            (used == "pretrain").any().alias("pretrain"),
+            used.filter(used != "pretrain").unique().sort().alias("benchmarks"),
+        )
+        frames.append(shots.select(_SHOT_COLUMNS).join(uses, on="shot_id", how="inner"))
         on_progress(Progress("duplicates", number, len(batches)))
     shots = pl.concat(frames).sort("batch", "shot_id").with_row_index("member")
     return shots.with_columns(pl.col("member").cast(pl.Int64))
 
 
 _SHOT_COLUMNS = (
-    "shot_id",
-    "media_id",
-    "dataset",
-    "batch",
-    "hashes",
-    "hash_quality",
-    "start_us",
-    "end_us",
-    "crop_w",
-    "crop_h",
+    *("shot_id", "media_id", "dataset", "batch", "hashes", "hash_quality"),
+    *("start_us", "end_us", "crop_w", "crop_h"),
 )
 
 
-def _uses(clips: pl.DataFrame) -> pl.DataFrame:
-    """By shot: its split, whether pretraining uses it, and the benchmarks that do."""
-    good = pl.col("status") == "ok"
-    used = pl.col("uses").filter(good).list.explode(keep_nulls=False, empty_as_null=False)
-    return clips.group_by("shot_id").agg(
-        pl.col("split").first(),
-        (used == "pretrain").any().alias("pretrain"),
-        used.filter(used != "pretrain").unique().sort().alias("benchmarks"),
-    )
-
-
 def _grouped(shots: pl.DataFrame, distance: int, quality_min: int) -> pl.DataFrame:
-    """Members that share their group with another file's: columns member, group (from 0, by first member)."""
-    joined = groups(shots.height, np.concatenate([_copies(shots), _look_alikes(shots, distance, quality_min)]))
-    grouped = shots.select("member", "batch", "media_id").with_columns(group=pl.Series(joined, dtype=pl.Int64))
-    files = grouped.group_by("group").agg(pl.struct("batch", "media_id").n_unique().alias("files"))
-    several = grouped.join(files.filter(pl.col("files") > 1), on="group")
-    return several.select("member", (pl.col("group").rank("dense") - 1).cast(pl.Int64).alias("group"))
+    """Members that share their group with another file's: columns member, group (from 0, by first member).
 
-
-def _copies(shots: pl.DataFrame) -> np.ndarray:
-    """Pairs (first, other) of members with one shot id: the same file in several batches."""
+    Members with one shot id are of the same file in several batches.
+    """
     pairs = shots.select(pl.col("member").min().over("shot_id").alias("first"), "member")
-    return pairs.filter(pl.col("first") != pl.col("member")).to_numpy().astype(np.int64).reshape(-1, 2)
+    copies = pairs.filter(pl.col("first") != pl.col("member")).to_numpy().astype(np.int64).reshape(-1, 2)
+    joined = groups(shots.height, np.concatenate([copies, _look_alikes(shots, distance, quality_min)]))
+    grouped = shots.select("member", "batch", "media_id").with_columns(group=pl.Series(joined, dtype=pl.Int64))
+    several = grouped.filter(FILE.n_unique().over("group") > 1)
+    return several.select("member", (pl.col("group").rank("dense") - 1).cast(pl.Int64).alias("group"))
 
 
 def _look_alikes(shots: pl.DataFrame, distance: int, quality_min: int) -> np.ndarray:
@@ -157,43 +148,11 @@ def _kept(candidates: pl.DataFrame) -> pl.DataFrame:
         (pl.col("crop_w").cast(pl.Int64) * pl.col("crop_h")).max().alias("pixels"),
         (pl.col("end_us") - pl.col("start_us")).sum().alias("length_us"),
     )
-    ranked = files.sort(
-        "group",
-        "dataset",
-        "pixels",
-        "length_us",
-        "batch",
-        "media_id",
-        descending=[False, False, True, True, False, False],
-    )
+    order = ["group", "dataset", "pixels", "length_us", "batch", "media_id"]
+    ranked = files.sort(order, descending=[name in ("pixels", "length_us") for name in order])
     best = ranked.unique(["group", "dataset"], keep="first", maintain_order=True)
     kept = candidates.join(best.select("group", "batch", "media_id"), on=["group", "batch", "media_id"], how="semi")
     return kept.select("member", kept=pl.lit(True))
-
-
-def _checks(table: pl.DataFrame) -> tuple[Check, ...]:
-    files = table.group_by("group").agg(pl.struct("batch", "media_id").n_unique().alias("files"))
-    largest = int(files["files"].max() or 0)  # type: ignore[arg-type]  # a count
-    return (
-        Check(
-            "groups_are_small",
-            largest <= LARGEST_GROUP,
-            {"largest_files": largest, "limit_files": LARGEST_GROUP},
-        ),
-    )
-
-
-def _numbers(table: pl.DataFrame, batches: int) -> dict[str, Any]:
-    dropped = table.explode("dropped_from").group_by("dropped_from", "reason").len().drop_nulls()
-    return {
-        "batches": batches,
-        "groups": table["group"].n_unique(),
-        "files": table.select(pl.struct("batch", "media_id").n_unique()).item() if table.height else 0,
-        **{f"dropped_from_{use}_{reason}": int(n) for use, reason, n in sorted(dropped.iter_rows())},
-    }
-
-
-FILE = pl.struct("batch", "media_id")
 
 
 def contamination(shots: pl.DataFrame, found: pl.DataFrame) -> list[dict[str, Any]]:

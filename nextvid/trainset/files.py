@@ -113,20 +113,16 @@ def read_sealed(path: str, remedy: str) -> dict[str, Any]:
 
 
 def write_array(path: Path, rows: np.ndarray) -> int:
-    """Write a new .npy file of an array [n] in C order; returns its crc32c.
-
-    Not with np.save, whose error on a full disk names neither the file nor the reason.
-    """
-    with atomic.naming(path), path.open("xb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
-        file.write(rows.view(np.uint8).data)
+    """Write a new .npy file of an array [n]; returns its crc32c."""
+    new_array(path, rows.dtype, len(rows))[:] = rows
     return crc32c(np.memmap(path, np.uint8, "r"))
 
 
 def new_array(path: Path, dtype: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
     """A memory map of a new .npy file of `count` rows, to be filled.
 
-    All its bytes are allocated here: writing a mapped page for which a full disk has no room kills the process.
+    All its bytes are allocated here: writing a mapped page for which a full disk has no room kills the process. The
+    error names the file and the reason, as np.save's would not.
     """
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     with atomic.naming(path), path.open("xb") as file:

@@ -7,6 +7,7 @@ Axes: B clips, n visible cells, L visible tokens.
 """
 
 import bisect
+import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,14 +61,13 @@ class Order:
         lengths = {*recipe.clip_lengths, *([IMAGE] if IMAGE in trainset.lengths else [])}
         self._rows = {frames: trainset.rows(frames) for frames in sorted(lengths)}
         for rows in self._rows.values():
-            if isinstance(
-                rows.base, mmap.mmap
-            ):  # rows of draws are far apart: a cold read takes 0.08 ms, 0.5 with read-ahead
+            if isinstance(rows.base, mmap.mmap):
+                # rows of draws are far apart: a cold read takes 0.08 ms, 0.5 with read-ahead
                 rows.base.madvise(mmap.MADV_RANDOM)
         self._offsets = {frames: trainset.offsets(frames) for frames in self._rows}
         self._draws: dict[int, Draws] = {}
         for frames in recipe.clip_lengths:
-            sizes = {name: self._images(name) + self._clips(name, frames) for name in trainset.weights}
+            sizes = {name: sum(self._count(length, name) for length in {IMAGE, frames}) for name in trainset.weights}
             lacking = sorted(name for name, size in sizes.items() if size == 0)
             if lacking:
                 raise RefusedError(
@@ -81,7 +81,7 @@ class Order:
         """Draws first..first+count-1 of a stage whose clips have `frames` frames."""
         draws = self._draws[frames]
         datasets, rows = draws.range(first, count)
-        images = np.array([self._images(name) for name in draws.datasets])[datasets]
+        images = np.array([self._count(IMAGE, name) for name in draws.datasets])[datasets]
         stored = np.where(rows < images, IMAGE, frames)
         places, addresses = np.empty(count, np.int64), np.empty(count, ADDRESS)
         for length in np.unique(stored).tolist():
@@ -105,11 +105,8 @@ class Order:
                             "trainset again and train on the new one"
                         )
 
-    def _images(self, dataset: str) -> int:
-        return self._offsets.get(IMAGE, {}).get(dataset, (0, 0))[1]
-
-    def _clips(self, dataset: str, frames: int) -> int:
-        return self._offsets.get(frames, {}).get(dataset, (0, 0))[1] if frames != IMAGE else 0
+    def _count(self, frames: int, dataset: str) -> int:
+        return self._offsets.get(frames, {}).get(dataset, (0, 0))[1]
 
 
 class Masks:
@@ -186,25 +183,42 @@ def listed_draws(project: Project, recipe: str, draws: range) -> Iterator[dict[s
 def shared_with_parent(project: Project, recipe: str, count: int) -> str | None:
     """A line that says how many of a recipe's first draws take the same rows on the newest trainset as on its parent.
 
-    None where the trainset has no parent.
+    Where they differ it says why. None where the trainset has no parent.
     """
     now, config = Trainset.open(project.root), recipe_by_name(recipe)
     if now.parent is None or now.parent == now.digest:
         return None
-    asked = min(count, draws_before(config.stages, config.steps))
+    before, asked = Trainset.open(project.root, now.parent), min(count, draws_before(config.stages, config.steps))
+    why = "; ".join(_differences(before, now)) or "datasets have other rows"
     try:
-        orders = Order(Trainset.open(project.root, now.parent), config), Order(now, config)
+        orders = Order(before, config), Order(now, config)
     except RefusedError:  # the parent lacks a length or a dataset's rows
-        return f"the recipe cannot draw from the parent trainset {now.parent}"
+        return f"the recipe cannot draw from the parent trainset {now.parent}: {why}"
     for frames, piece in pieces(config, range(asked)):
         old, new = (order.drawn(frames, piece.start, len(piece)) for order in orders)
         same = (np.array(old.names)[old.datasets] == np.array(new.names)[new.datasets]) & (old.frames == new.frames)
         same &= (old.addresses["row_id"] == new.addresses["row_id"]).all(axis=1)
         if not same.all():
-            return (
-                f"from draw {piece.start + int(np.argmin(same))} on they differ from those of the parent {now.parent}"
-            )
+            first = piece.start + int(np.argmin(same))
+            return f"from draw {first} on they differ from those of the parent {now.parent}: {why}"
     return f"the first {asked} draws are those of the parent trainset {now.parent}"
+
+
+def _differences(before: Trainset, now: Trainset) -> Iterator[str]:
+    """What differs between two trainsets of what draws follow from; of weights, their proportions."""
+    common = before.weights.keys() & now.weights.keys()
+    scale = sum(before.weights[name] for name in common) / (sum(now.weights[name] for name in common) or 1.0)
+    for name in sorted(before.weights.keys() | now.weights.keys()):
+        if name not in common:
+            yield f"dataset '{name}' is {'gone' if name in before.weights else 'new'}"
+            continue
+        if not math.isclose(before.weights[name], scale * now.weights[name]):
+            yield f"dataset '{name}' has weight {now.weights[name]:.6g}, {before.weights[name]:.6g} before"
+        for frames in sorted({*before.lengths, *now.lengths}):
+            held = (trainset.offsets(frames) if frames in trainset.lengths else {} for trainset in (before, now))
+            old, new = (offsets.get(name, (0, 0))[1] for offsets in held)
+            if old != new:
+                yield f"dataset '{name}' has {new} rows of {frames} frames, {old} before"
 
 
 def refuse_unfit(trainset: Trainset, recipe: RecipeConfig) -> None:

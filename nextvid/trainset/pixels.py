@@ -58,8 +58,7 @@ class TrainsetPixels:
 
         Raises DamagedError where the file is not what was frozen.
         """
-        name = _addresses_path(self.folder, self.spec, frames).rpartition("/")[2]
-        return self._frozen.open(name, PIXEL_ADDRESS, len(self.trainset.rows(frames)))
+        return self._frozen.open(_addresses_name(self.spec, frames), PIXEL_ADDRESS, len(self.trainset.rows(frames)))
 
     def check(self) -> None:
         """Read every file of addresses; DamagedError where one is not what was frozen."""
@@ -132,11 +131,11 @@ def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> 
     """Write the addresses of every clip length, then the record."""
     contents, files, psnr_db = {}, {}, []
     for frames in trainset.lengths:
-        path = _addresses_path(folder, store.spec, frames)
-        with atomic.staged_file(path) as temporary:
+        name = _addresses_name(store.spec, frames)
+        with atomic.staged_file(f"{folder}/{name}") as temporary:
             found = _write_addresses(temporary, store, trainset, frames, recipe)
             contents[f"f{frames}"] = digest_bytes(found["crc"].tobytes())
-            files[path.rpartition("/")[2]] = crc32c(np.memmap(temporary, np.uint8, "r"))
+            files[name] = crc32c(np.memmap(temporary, np.uint8, "r"))
         for batch in np.unique(trainset.rows(frames)["batch"]).tolist():
             psnr_db.append(store.commits(trainset.batches[batch], frames)["psnr_db"])
     measured = pl.concat(psnr_db).drop_nulls()
@@ -160,7 +159,11 @@ def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: 
     lacking: list[str] = []
     for places in np.split(order, ends) if len(order) else ():
         batch = trainset.batches[int(rows["batch"][places[0]])]
-        joined = _joined(rows[places], store.commits(batch, frames))
+        good, own = store.commits(batch, frames).filter(pl.col("status") == "ok"), rows[places]["row_id"]
+        halves = np.frombuffer(b"".join(good["row_id"].to_list()), ">u8").reshape(-1, 2).astype("<u8")
+        known = good.with_columns(high=pl.Series(halves[:, 0]), low=pl.Series(halves[:, 1]))
+        asked = pl.DataFrame({"high": own[:, 0], "low": own[:, 1], "at": np.arange(len(own))})
+        joined = asked.join(known, on=["high", "low"], how="left", maintain_order="left")
         without = joined.filter(pl.col("crc32c").is_null())["at"]
         lacking += [f"{row_id(rows[places[at]]).hex()} of {batch}" for at in without]
         if not lacking:
@@ -174,15 +177,6 @@ def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: 
         )
     found.flush()
     return found
-
-
-def _joined(rows: np.ndarray, commits: pl.DataFrame) -> pl.DataFrame:
-    """The commits of these rows, in their order, with null columns where there is none; `at` is the row's number."""
-    good = commits.filter(pl.col("status") == "ok")
-    halves = np.frombuffer(b"".join(good["row_id"].to_list()), ">u8").reshape(-1, 2).astype("<u8")
-    known = good.with_columns(high=pl.Series(halves[:, 0]), low=pl.Series(halves[:, 1]))
-    columns = {"high": rows["row_id"][:, 0], "low": rows["row_id"][:, 1], "at": np.arange(len(rows))}
-    return pl.DataFrame(columns).join(known, on=["high", "low"], how="left", maintain_order="left")
 
 
 def _opened(root: DataRoot, trainset: Trainset, folder: str, path: str) -> TrainsetPixels:
@@ -208,8 +202,8 @@ def _record_path(folder: str, spec: PixelSpec) -> str:
     return f"{folder}/pixels.{spec.digest()}.json"
 
 
-def _addresses_path(folder: str, spec: PixelSpec, frames: int) -> str:
-    return f"{folder}/pixels.{spec.digest()}.f{frames}.npy"
+def _addresses_name(spec: PixelSpec, frames: int) -> str:
+    return f"pixels.{spec.digest()}.f{frames}.npy"
 
 
 def _remedy(path: str) -> str:

@@ -25,7 +25,7 @@ from storage.digest import digest_bytes
 from storage.errors import UpstreamError
 from storage.reader import ADDRESS
 from storage.root import DataRoot
-from storage.schemas import Clips, Duplicates
+from storage.schemas import Clips, Duplicates, Lineage
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
@@ -183,21 +183,8 @@ def rows_of(
     posterior_std.
     """
     asked = wanted_clips(project, batch).filter(pl.col("uses").list.contains("pretrain"))
-    commits = (
-        LatentStore(project.root, spec)
-        .commits(batch)
-        .select(
-            "row_id",
-            "part",
-            "shard",
-            (pl.col("slot") % ROWS_PER_SHARD).alias("slot"),
-            "crc32c",
-            "sums",
-            "sums_squared",
-            "posterior_std",
-            pl.col("status").alias("committed"),
-        )
-    )
+    stored = LatentStore(project.root, spec).commits(batch).rename({"status": "committed"})
+    commits = stored.select("row_id", "committed", *_STORED).with_columns(pl.col("slot") % ROWS_PER_SHARD)
     given_way = duplicates.filter((pl.col("batch") == batch) & pl.col("dropped_from").list.contains("pretrain"))
     gone = pl.Series(sorted(withdrawn_rows(project.root)), dtype=pl.Binary)
     why = (
@@ -214,14 +201,11 @@ def rows_of(
         .join(given_way.select("shot_id", why=pl.col("reason")), on="shot_id", how="left")
         .with_columns(why=why)
     )
-    kept = judged.filter(pl.col("why").is_null()).select(_COLUMNS)
+    kept = judged.filter(pl.col("why").is_null()).select(*Lineage.column_names(), *_STORED)
     return kept, judged.filter(pl.col("why").is_not_null()).select("row_id", "why")
 
 
-_COLUMNS = (
-    *("row_id", "clip_id", "shot_id", "media_id", "dataset", "batch", "uri", "frames"),
-    *("part", "shard", "slot", "crc32c", "sums", "sums_squared", "posterior_std"),
-)
+_STORED = ("part", "shard", "slot", "crc32c", "sums", "sums_squared", "posterior_std")
 
 
 def _test_shots(project: Project, duplicates: pl.DataFrame) -> pl.Series:

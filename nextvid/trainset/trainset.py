@@ -46,30 +46,33 @@ def make_trainset(project: Project) -> Outcome:
     """
     began = time.perf_counter()
     chosen = select(project)
-    weights = _weights(project, chosen)
+    positive = {name: weight for name, weight in sorted(project.corpus.weights().items()) if weight > 0}
+    written = {name: weight for name, weight in positive.items() if name in chosen.datasets}
+    weights = {name: weight / sum(written.values()) for name, weight in written.items()}  # they sum to one
     digest = _digest(chosen, weights)
     folder = project.root.pointed("trainset", digest)
     lacking = _stored(project, chosen, weights, digest, folder)
-    checks = _checks(chosen, weights)
+    total = sum(weights.values())
+    checks = (
+        Check("no_test_duplicate", chosen.leaked == 0, {"rows": chosen.height, "leaked": chosen.leaked}),
+        Check("weights_sum_to_one", abs(total - 1) < 1e-9, {"sum": total}),
+    )
     publish_verdict(f"{folder}/checks.json", ASSET, checks)
     if all(check.passed for check in checks):
         publish_latest(project.root, "trainset", digest)
     numbers: dict[str, Number] = {f"rows_f{frames}": len(rows) for frames, rows in chosen.addresses.items()}
     numbers |= {f"weight_{name}": weight for name, weight in weights.items()}
     numbers |= {"batches": len(chosen.batches), "batches_left_out": len(chosen.left_out), "spec": chosen.spec.digest()}
-    numbers |= {"left_out": _named(chosen.left_out)} if chosen.left_out else {}
+    if chosen.left_out:  # trainset.json has all of them
+        named = [f"{batch}: {reason}" for batch, reason in itertools.islice(sorted(chosen.left_out.items()), NAMED)]
+        more = [f"and {len(chosen.left_out) - NAMED} more"] if len(chosen.left_out) > NAMED else []
+        numbers["left_out"] = "; ".join(named + more)
     numbers |= {f"dropped_{reason}": count for reason, count in chosen.dropped.items()}
     numbers |= {"written because": lacking} if lacking else {}
     size_bytes = sum(rows.nbytes for rows in chosen.addresses.values())
     seconds = time.perf_counter() - began
     made = lacking is not None
     return Outcome(ASSET, None, made, chosen.height, size_bytes, seconds, digest=digest, numbers=numbers, checks=checks)
-
-
-def _named(left_out: Mapping[str, str]) -> str:
-    """The first batches that were left out and why; trainset.json has all of them."""
-    first = "; ".join(f"{batch}: {reason}" for batch, reason in itertools.islice(sorted(left_out.items()), NAMED))
-    return first + (f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else "")
 
 
 class Trainset:
@@ -196,14 +199,6 @@ def _same(trainset: Trainset, frozen: np.ndarray, chosen: Selection, rows: np.nd
     )
 
 
-def _weights(project: Project, chosen: Selection) -> dict[str, float]:
-    """Mixture weights over the datasets that have rows; they sum to one."""
-    held = chosen.datasets
-    written = {name: weight for name, weight in sorted(project.corpus.weights().items()) if name in held and weight > 0}
-    total = sum(written.values())
-    return {name: weight / total for name, weight in written.items()}
-
-
 def _digest(chosen: Selection, weights: Mapping[str, float]) -> str:
     """Digest of the spec, the weights and (dataset, row id, crc) in order: a row that moved is the same row."""
     rows: dict[str, dict[str, str]] = {}
@@ -275,11 +270,3 @@ def _lineage(project: Project, chosen: Selection) -> Iterator[pl.DataFrame]:
         if lines["row_id"].to_list() != sorted(ids):
             raise ConflictError(f"batch {batch} changed while its rows were frozen: make 'trainset' again")
         yield lines.select(Lineage.column_names())
-
-
-def _checks(chosen: Selection, weights: Mapping[str, float]) -> tuple[Check, ...]:
-    total = sum(weights.values())
-    return (
-        Check("no_test_duplicate", chosen.leaked == 0, {"rows": chosen.height, "leaked": chosen.leaked}),
-        Check("weights_sum_to_one", abs(total - 1) < 1e-9, {"sum": total}),
-    )

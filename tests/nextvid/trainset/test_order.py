@@ -114,6 +114,7 @@ MORE: Rows = {
     8: {"films": range(5), "extra": [0]},
 }
 FEWER: Rows = {1: {"pictures": range(7)}, 4: {"films": range(8)}, 8: {"films": range(5)}}
+OTHER: Rows = {1: {"pictures": range(7)}, 4: {"films": [1, 0, *range(2, 9)]}, 8: {"films": range(5)}}
 
 
 def _line(project: Project, asked: int = ASKED) -> str:
@@ -155,23 +156,28 @@ def test_training_ends_before_what_is_asked(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "rows"),
+    ("weights", "rows", "why"),
     [
-        ({"films": 0.5, "pictures": 0.25, "extra": 0.25}, MORE),
-        ({"films": 0.75, "pictures": 0.25, "extra": 3e-4}, MORE),
-        ({"films": 0.5, "pictures": 0.5}, OLD),
-        ({"films": 0.75, "pictures": 0.25}, FEWER),
-        ({"films": 1.0}, {4: OLD[4], 8: OLD[8]}),
+        ({"films": 0.6, "pictures": 0.2, "extra": 0.2}, MORE, "dataset 'extra' is new"),
+        ({"films": 0.75, "pictures": 0.25, "extra": 3e-4}, MORE, "dataset 'extra' is new"),
+        (
+            {"films": 0.5, "pictures": 0.5},
+            OLD,
+            "dataset 'films' has weight 0.5, 0.75 before; dataset 'pictures' has weight 0.5, 0.25 before",
+        ),
+        ({"films": 0.75, "pictures": 0.25}, FEWER, "dataset 'films' has 8 rows of 4 frames, 9 before"),
+        ({"films": 1.0}, {4: OLD[4], 8: OLD[8]}, "dataset 'pictures' is gone"),
+        ({"films": 0.75, "pictures": 0.25}, OTHER, "datasets have other rows"),
     ],
 )
 def test_where_draws_part_agrees_with_a_comparison_draw_by_draw(
-    project: Project, weights: dict[str, float], rows: Rows
+    project: Project, weights: dict[str, float], rows: Rows, why: str
 ) -> None:
     parent = Trainset.open(project.root).digest
     child = _grown(project, weights, rows)
     parts = _by_hand(project, parent, child)
     assert parts < ASKED
-    assert _line(project) == f"from draw {parts} on they differ from those of the parent {parent}"
+    assert _line(project) == f"from draw {parts} on they differ from those of the parent {parent}: {why}"
 
 
 def test_a_parent_without_the_length_is_another_order(project: Project) -> None:
@@ -183,4 +189,5 @@ def test_a_parent_without_the_length_is_another_order(project: Project) -> None:
     changed = {"digest": "e" * 32, "parent": parent, "offsets": offsets}
     write_trainset(project.root.pointed("trainset", "e" * 32), said | changed, rows, [])
     publish_latest(project.root, "trainset", "e" * 32)
-    assert _line(project) == f"the recipe cannot draw from the parent trainset {parent}"
+    why = "dataset 'films' has 9 rows of 4 frames, 0 before"
+    assert _line(project) == f"the recipe cannot draw from the parent trainset {parent}: {why}"
