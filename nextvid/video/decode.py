@@ -14,7 +14,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from jaxtyping import Float64, Int64, UInt8
 
-from nextvid.video.container import MICROSECONDS, Scaler, decoded, family, micros, opened
+from nextvid.video.container import MICROSECONDS, Scaler, decoded, micros, opened, seekable
 from nextvid.video.display import Display
 from nextvid.video.images import animation, animation_times
 from storage.errors import MediaError
@@ -79,7 +79,7 @@ def _by_pyav(path: Path, times_us: Sequence[int]) -> Iterator[Placed]:
         rate = video.average_rate
         nominal_us = round(MICROSECONDS / rate) if rate else 0
         frames = decoded(container, video, times_us[0])
-        jumps = family(container) != "avi"  # its times are counted from the start
+        jumps = seekable(container)
         stored = (video.codec_context.width, video.codec_context.height)  # the file's, wherever decoding begins
         scale: Scaler | None = None
         waiting = list(reversed(times_us))

@@ -4,7 +4,8 @@ FFmpeg flags a packet as key when the container says so, and for H.264 also when
 with periodic intra refresh (OBS, NVENC, RTSP cameras, drones) that is a picture of the old scene, which becomes whole
 only some pictures later. Decoding that begins there gives late, half-old or green pictures. So for H.264 a key packet
 counts only if it holds an IDR picture, or a recovery point of 0 frames (the I pictures of open groups, exact from
-there on); for HEVC only if it holds an IRAP picture. Other codecs' key pictures are whole by their definition.
+there on); for HEVC only if it holds an IRAP picture. In MP4 and Matroska the flag is whatever the writer put there, so
+that for the other codecs of video files, too, the picture itself says whether it is intra coded.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ H264_IDR, H264_SEI = 5, 6  # ITU-T H.264, table 7-1
 HEVC_IRAP = range(16, 24)  # ITU-T H.265, table 7-1: BLA, IDR, CRA and their reserved numbers
 START_CODE = b"\0\0\1"  # ITU-T H.264, annex B
 RECOVERY_POINT = 6  # payload type of the SEI message, ITU-T H.264, D.1.8
+MPEG_PICTURE, MPEG4_VOP = START_CODE + b"\0", START_CODE + b"\xb6"  # ISO 13818-2, table 6-1; ISO 14496-2, table 6-3
+AV1_FRAME_HEADER, AV1_FRAME = 3, 6  # types of open bitstream units, AV1 specification 6.2.2
 
 
 def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
@@ -23,13 +26,26 @@ def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
     if not packet.is_keyframe:
         return False
     codec, extradata = stream.codec_context.codec.canonical_name, stream.codec_context.extradata or b""
+    data = bytes(packet)
     match codec:
         case "h264":
             length_bytes = (extradata[4] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > 4 else 0
-            return any(_is_whole_h264(unit) for unit in _units(bytes(packet), length_bytes))
+            return any(_is_whole_h264(unit) for unit in _units(data, length_bytes))
         case "hevc":
             length_bytes = (extradata[21] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > 21 else 0
-            return any(unit[0] >> 1 & 63 in HEVC_IRAP for unit in _units(bytes(packet), length_bytes))
+            return any(unit[0] >> 1 & 63 in HEVC_IRAP for unit in _units(data, length_bytes))
+        case "mpeg1video" | "mpeg2video":  # picture_coding_type, after 10 bits of temporal_reference
+            header = data.partition(MPEG_PICTURE)[2]
+            return len(header) > 1 and header[1] >> 3 & 7 == 1
+        case "mpeg4":  # vop_coding_type
+            header = data.partition(MPEG4_VOP)[2]
+            return len(header) > 0 and header[0] >> 6 == 0
+        case "vp8":  # RFC 6386, 9.1
+            return data[0] & 1 == 0
+        case "vp9":  # show_existing_frame and frame_type, VP9 bitstream specification 6.2; profile 3 has a bit before
+            return data[0] << (data[0] >> 4 & 3 == 3) & 0b1100 == 0
+        case "av1":
+            return _is_key_av1(data)
         case _:
             return True
 
@@ -77,4 +93,21 @@ def _is_whole_h264(unit: bytes) -> bool:
                 payload[at] & 128
             )  # recovery_frame_cnt, an Exp-Golomb code: its first bit is 1 for the number 0
         at += size
+    return False
+
+
+def _is_key_av1(data: bytes) -> bool:
+    """Whether the first frame of a temporal unit is a key frame (AV1 specification 5.3 and 5.9.2)."""
+    at = 0
+    while at < len(data):
+        header = data[at]
+        at += 2 if header & 4 else 1  # with an extension byte
+        size = shift = 0
+        while header & 2 and at < len(data):  # leb128, where the unit has a size of its own
+            size, shift, at = size | (data[at] & 127) << shift, shift + 7, at + 1
+            if data[at - 1] < 128:
+                break
+        if header >> 3 & 15 in (AV1_FRAME_HEADER, AV1_FRAME):
+            return at < len(data) and data[at] >> 5 == 0  # show_existing_frame, then two bits of frame_type
+        at += size if header & 2 else len(data)
     return False
