@@ -1,6 +1,6 @@
 """Make an asset and what it lacks upstream, without Dagster: the same makers write the same files."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nextvid.config.overrides import apply_how
@@ -8,9 +8,10 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.graph import BY_BATCH, GRAPH, Asset, chain, maker
+from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
-from nextvid.making.progress import OnProgress, silent
-from storage.errors import ConfigError, CorpusError, UpstreamError
+from nextvid.making.progress import OnProgress, Progress, silent
+from storage.errors import ConfigError, CorpusError, UnlistedError, UpstreamError
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,18 @@ class Request:
 def make(project: Project, request: Request) -> Iterator[Outcome]:
     """Make the asset and whatever it lacks upstream; yields each outcome as soon as it is known.
 
-    A batch that fails does not stop the other batches; what reads all batches decides which of them it can use. Raises
-    UpstreamError where a blocking check of anything else failed, or, at the end, where a batch did not get as far as
-    the asset; CorpusError where no dataset holds a file; ConfigError for an unknown batch, recipe or benchmark.
+    A batch that fails does not stop the other batches; what reads all batches decides which of them it can use. What is
+    not made batch by batch needs no media files: where a dataset's folder cannot be listed, its batches are used as the
+    root holds them, so a machine with tables and stores alone can train and probe. Raises UpstreamError where a
+    blocking check of anything else failed, or, at the end, where a batch did not get as far as the asset; CorpusError where no dataset holds a file, or one that the root holds nothing of cannot be listed;
+    ConfigError for an unknown batch, recipe or benchmark.
     """
     _refuse_names(project, request)
     stopped: dict[str, str] = {}  # batch -> why
+    unlisted: Mapping[str, str] = {}  # dataset -> why
     for name in steps(request):
         for partition in partitions(project, name, request):
-            if partition in stopped:
+            if partition in stopped or (name in BY_BATCH and dataset_of(str(partition)) in unlisted):
                 continue
             try:
                 outcome = yield from _make_and_judge(project, name, partition, request)
@@ -49,6 +53,14 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
                 if name not in BY_BATCH:
                     raise
                 stopped[str(partition)] = str(error)
+                continue
+            except UnlistedError as error:
+                unlisted = error.reasons
+                held = {dataset_of(batch) for batch in project.root.batches()}
+                if GRAPH[request.asset].partition == "batch" or not held.issuperset(unlisted):
+                    raise
+                note = f"{error}. Going on with what {project.corpus.root} holds of {', '.join(unlisted)}"
+                request.on_progress(Progress("sources", 0, 0, note=note))
                 continue
             if name == "pretrain":  # what follows looks at this run
                 request = replace(request, run=outcome.run)

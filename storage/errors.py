@@ -17,6 +17,7 @@ damage, whose remedy removes files, is decided here alone (`is_damage`).
 """
 
 import errno
+from collections.abc import Mapping
 
 
 class NExTVidError(ValueError):
@@ -35,6 +36,14 @@ class CorpusError(NExTVidError):
     """A dataset's folder, listing or label file cannot be read, or contradicts itself."""
 
     kind = "corpus"
+
+
+class UnlistedError(CorpusError):
+    """The folders of some datasets cannot be listed, such as unmounted ones. `reasons` says why, by dataset."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.reasons = reasons
 
 
 class MediaError(NExTVidError):

@@ -26,7 +26,7 @@ from nextvid.making.outcome import Outcome
 from nextvid.video.probe import kind_of
 from storage import atomic, remote, tables
 from storage.digest import digest
-from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError
+from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError, UnlistedError
 from storage.remote import is_local
 from storage.schemas import KINDS, Sources
 
@@ -87,20 +87,20 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
 
     With `settle`, a new or changed file is taken only once two such listings in a row saw the same size and
     fingerprint, since it may still be written. A dataset that cannot be listed stays as it was and does not stop the
-    others: CorpusError names it after they are written.
+    others: UnlistedError names it after they are written.
     """
     names = sorted(datasets if datasets is not None else project.corpus.datasets)
     for _ in range(TRIES):
         read = journal.catch_up(project.root)
         listings, tables_after, changes = [], [], []
-        failed: list[CorpusError] = []
+        failed: dict[str, str] = {}
         for name in names:
             known = known_sources(project, name)
             try:
                 listing = list_dataset(project, name, _listed_before(project, name, known) if settle else None)
                 _refuse_vanished(project, listing, known)
             except CorpusError as error:
-                failed.append(error)
+                failed[name] = str(error)
                 continue
             config = project.corpus.datasets[name]
             now = datetime.now(UTC)
@@ -116,7 +116,7 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
         if settle:
             _remember(project, listings)
         if failed:
-            raise CorpusError("; ".join(str(error) for error in failed)) from failed[0]
+            raise UnlistedError(failed)
         return sorted(changes, key=lambda change: change.batch)
     raise CorpusError(f"{project.root.folder('sources')}: {TRIES} other writers were faster; list again later")
 

@@ -14,8 +14,9 @@ from nextvid.make import Request, make
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import Progress
 from storage.errors import ConfigError, CorpusError, UpstreamError
-from tests.factories import write_autoencoder, write_project
-from tests.nextvid.corpus.small_media import write_picture
+from tests.factories import save_autoencoder, write_autoencoder, write_project
+from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture
+from tests.nextvid.tiny_project import CHANNELS, FRAMES, OVERRIDES, RECIPE, SIDE
 
 Maker = Callable[[Project, Asset, str | None, Request], Outcome]
 FIRST, SECOND = "stills.000000", "stills.000001"
@@ -245,3 +246,49 @@ def test_nothing_is_made_of_what_leads_to_a_named_run_or_trainset(
 def test_options_that_nothing_reads_are_refused(project: Project, asked: Request, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         list(make(project, asked))
+
+
+def test_training_and_evaluation_need_no_media_files(tmp_path: Path) -> None:
+    """On a machine that has the root and not the files, a whole chain is made of what the root holds."""
+    for number in range(16):
+        write_film(tmp_path / "films" / f"{number % 2}" / f"{number}.mp4", [scene(f"{number}", 3 * FPS)])
+    save_autoencoder(tmp_path / "autoencoder", CHANNELS)
+    policy = {"frames": FRAMES, "fps": 4, "crop": "whole"}
+    films = {"uri": "films", "weight": 1.0, "clips": [policy], "labels": {"layout": "folders"}, "split": {"test": 0.4}}
+    kinds = {"datasets": ["films"], "target": "class", "policy": policy, "epochs": 1, "batch": 4, "seeds": 1}
+    encoding = {"autoencoder": str(tmp_path / "autoencoder"), "resolution": 8 * SIDE}
+    settings = {"encoding": encoding, "execution": {"device": "cpu"}, "benchmarks": {"kinds": kinds}}
+    project = write_project(tmp_path, {"films": films}, **settings)
+    held = list(make(project, Request("trainset")))[-1].digest
+    shutil.rmtree(tmp_path / "films")
+    told: list[Progress] = []
+    asked = Request("report", recipe=RECIPE, overrides=OVERRIDES, on_progress=told.append)
+    outcomes = {one.asset: one for one in make(project, asked)}
+    assert list(outcomes) == [
+        "latent_stats",
+        "duplicates",
+        "mask_plan",
+        "trainset",
+        "pretrain",
+        "probes",
+        "samples",
+        "report",
+    ]
+    assert (outcomes["trainset"].digest, outcomes["trainset"].made) == (held, False)
+    (note,) = (one.note for one in told if one.name == "sources")
+    assert note.startswith(f"dataset films: {tmp_path}/films is not a folder; correct its 'uri' or mount it. Going on")
+
+
+def test_what_is_made_of_media_files_needs_them(project: Project, calls: list[tuple[str, str | None]]) -> None:
+    """And so does everything, of a dataset that the root holds nothing of."""
+    shutil.rmtree(project.path.parent / "stills")
+    with pytest.raises(CorpusError, match="stills is not a folder"):
+        list(make(project, Request("trainset")))
+    write_picture(project.path.parent / "stills" / "0.jpg", "0")
+    list(make(project, Request("clips")))
+    shutil.rmtree(project.path.parent / "stills")
+    with pytest.raises(CorpusError, match="stills is not a folder"):
+        list(make(project, Request("latents")))
+    list(make(project, Request("trainset")))
+    assert calls[-1] == ("trainset", None)
+    assert ("latents", FIRST) not in calls
