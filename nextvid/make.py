@@ -38,7 +38,8 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
     not made batch by batch needs no media files: where a dataset's folder cannot be listed, its batches are used as the
     root holds them, so a machine with tables and stores alone can train and probe. Raises UpstreamError where a
     blocking check of anything else failed, or, at the end, where a batch did not get as far as the asset; CorpusError
-    where no dataset holds a file, or one that the root holds nothing of cannot be listed; ConfigError for an unknown batch, recipe or benchmark.
+    where no dataset holds a file, or one that the root holds nothing of cannot be listed; ConfigError for an unknown
+    batch, recipe or benchmark.
     """
     _refuse_names(project, request)
     stopped: dict[str, str] = {}  # batch -> why
