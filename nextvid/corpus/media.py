@@ -286,5 +286,4 @@ def _spans_inside(media: pl.DataFrame, labels: pl.DataFrame) -> Check:
         "spans_inside_video",
         outside.is_empty(),
         numbers,
-        blocking=False,
     )

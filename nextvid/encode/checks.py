@@ -172,7 +172,6 @@ def _same_frames(plan: BatchPlan[EncodingSpec]) -> Check:
         "same_frames",
         not named,
         {"rows": plan.unstable.height, "files": len(named)},
-        blocking=False,
         description=description if named else "",
     )
 
@@ -184,7 +183,7 @@ def _by_reason(plan: BatchPlan[EncodingSpec]) -> dict[str, Number]:
 
 def _no_orphan(plan: BatchPlan[EncodingSpec]) -> Check:
     """Orphans follow from a changed curation and are freed by the sweep: reported, never deleted here."""
-    return Check("no_orphan", not plan.orphaned, {"orphaned": len(plan.orphaned)}, blocking=False)
+    return Check("no_orphan", not plan.orphaned, {"orphaned": len(plan.orphaned)})
 
 
 def _numbers(plan: BatchPlan[EncodingSpec], now: BatchPlan[EncodingSpec], report: Report) -> Mapping[str, Number]:

@@ -159,7 +159,7 @@ class PixelShard:
 def pixel_check(plan: BatchPlan[PixelSpec] | None) -> Check:
     """Whether every wanted row has pixels where corpus.yaml asks for them. Latents are read without them."""
     if plan is None:
-        return Check("pixels", True, {}, blocking=False, description="corpus.yaml asks for no pixels")
+        return Check("pixels", True, {}, description="corpus.yaml asks for no pixels")
     failed = plan.commits.height - plan.kept - plan.unstable.height
     missing = plan.rows.height - failed
     numbers: dict[str, Number] = {"spec": plan.spec.digest(), "rows": plan.kept, "failed": failed, "missing": missing}
@@ -168,7 +168,7 @@ def pixel_check(plan: BatchPlan[PixelSpec] | None) -> Check:
     if len(measured):
         numbers |= {"psnr_mean_db": float(measured.mean()), "psnr_min_db": float(measured.min())}
         numbers["psnr_rows"] = len(measured)
-    return Check("pixels", missing == 0, numbers, blocking=False)
+    return Check("pixels", missing == 0, numbers)
 
 
 def _compress(seen: DecodedRow, spec: PixelSpec, measure: bool) -> _Compressed:

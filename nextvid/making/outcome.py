@@ -3,18 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nextvid.graph import NON_BLOCKING
+
 Number = int | float | str
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check and its numbers; a failed blocking check stops what reads this asset."""
+    """The result of one check and its numbers; a blocking one that failed stops what reads this asset."""
 
     name: str
     passed: bool
     numbers: Mapping[str, Number] = field(default_factory=dict)
-    blocking: bool = True
+    blocking: bool = field(init=False)  # whether its failure does: graph.py says it of each name
     description: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocking", self.name not in NON_BLOCKING)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def addressed(root: DataRoot, noun: Pointed, digest: str) -> Iterator[Addressed]
     folder = root.pointed(noun, digest)
     found = tables.read_checks(f"{folder}/{CHECKS}")
     if found is not None:
-        yield Addressed(folder, False, tuple(Check(**check) for check in found["checks"]))
+        known = [{name: value for name, value in check.items() if name != "blocking"} for check in found["checks"]]
+        yield Addressed(folder, False, tuple(Check(**check) for check in known))
         return
     try:
         with atomic.staged_folder(folder, last=CHECKS, over=True) as temporary:

@@ -41,7 +41,7 @@ def test_the_digest_is_the_data_version() -> None:
 
 
 def test_checks_carry_their_numbers_and_severity() -> None:
-    checks = (Check("one", True, {"rows": 4}), Check("two", False, {"share": 0.5}, blocking=False))
+    checks = (Check("one", True, {"rows": 4}), Check("pixels", False, {"share": 0.5}))
     one, two = reporting.result(outcome(checks=checks)).check_results or ()
     assert (one.passed, one.severity, one.metadata["rows"].value) == (True, dg.AssetCheckSeverity.ERROR, 4)
     assert (two.passed, two.severity, two.metadata["share"].value) == (False, dg.AssetCheckSeverity.WARN, 0.5)

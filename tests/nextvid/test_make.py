@@ -58,8 +58,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, where: tuple[str, str | None], how
             return outcome
         if how == "raises":
             raise UpstreamError("it failed before")
-        blocking = how == "blocking"
-        checks = (Check("budget", False, {"share": 0.5}, blocking=blocking),)
+        checks = (Check("budget" if how == "blocking" else "pixels", False, {"share": 0.5}),)
         return Outcome(asset, partition, made=True, rows=1, size_bytes=1, seconds=0.0, checks=checks)
 
     monkeypatch.setattr(module, "make_one", broken)

@@ -11,7 +11,7 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.definitions.freshness import TimeWindowFreshnessPolicy
 
-from nextvid.graph import GRAPH, NON_BLOCKING
+from nextvid.graph import GRAPH
 from orchestration.definitions import build_defs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -79,14 +79,13 @@ def test_definitions_load_in_under_two_seconds() -> None:
 
 def test_makers_report_the_checks_of_the_graph() -> None:
     """A check that Dagster waits for and no maker reports would fail every step of its asset."""
-    reported: dict[str, set[bool]] = {}  # name -> whether it blocks
+    reported = set()
     for path in (REPOSITORY / "nextvid").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             match call:
-                case ast.Call(func=ast.Name("Check"), args=[ast.Constant(str(name)), *_], keywords=keywords):
-                    soft = any(keyword.arg == "blocking" for keyword in keywords)
-                    reported.setdefault(name, set()).add(not soft)
-    assert reported == {name: {name not in NON_BLOCKING} for node in GRAPH.values() for name in node.checks}
+                case ast.Call(func=ast.Name("Check"), args=[ast.Constant(str(name)), *_]):
+                    reported.add(name)
+    assert reported == {name for node in GRAPH.values() for name in node.checks}
 
 
 def test_every_step_that_computes_waits_in_a_pool() -> None:

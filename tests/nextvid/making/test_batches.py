@@ -14,7 +14,7 @@ from tests.nextvid.tiny_project import write_evaluated
 
 BATCH, ENCODING = "films.000000", "0" * 32
 GOOD, BAD = Check("rows", True), Check("rows", False)
-WARNING = Check("slow", False, blocking=False)
+WARNING = Check("pixels", False)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def fill(root: DataRoot, *, passed: bool = True, killed_after: int | None = None
                 atomic.publish_bytes(f"{made.path}/{name}", b"content")
             if killed_after == len(NAMES):
                 os.kill(os.getpid(), signal.SIGKILL)
-            made.checks = (Check("rows", passed, {"rows": 2}), Check("slow", False, blocking=False))
+            made.checks = (Check("rows", passed, {"rows": 2}), Check("pixels", False))
     assert made.passed == passed
     return made.new
 
@@ -57,7 +57,7 @@ def test_a_folder_is_filled_once_and_comes_back_with_its_checks(root: DataRoot) 
     assert not fill(root)
     with addressed(root, "duplicates", DIGEST) as made:
         assert (made.path, made.new, made.passed) == (folder, False, True)
-        assert made.checks == (Check("rows", True, {"rows": 2}), Check("slow", False, blocking=False))
+        assert made.checks == (Check("rows", True, {"rows": 2}), Check("pixels", False))
 
 
 def test_what_failed_its_checks_is_kept_and_read_by_nobody(root: DataRoot) -> None:
