@@ -43,8 +43,8 @@ class CropBox(NamedTuple):
 
 
 @dataclass(frozen=True)
-class View:
-    """What one row shows of its file."""
+class RequestedRow:
+    """What one row shows of its file: a view of a clip."""
 
     row_id: bytes
     times_us: tuple[int, ...]
@@ -60,18 +60,18 @@ class Task:
     media_id: bytes
     decoder: Decoder
     resolution: int
-    views: tuple[View, ...]
+    rows: tuple[RequestedRow, ...]
 
     def timeout_s(self, size_bytes: int) -> float:
         """Deadline: all bytes are read for their digest, and about the span of the times is decoded."""
-        times = [time for view in self.views for time in view.times_us]
+        times = [time for row in self.rows for time in row.times_us]
         return START_S + size_bytes / READ_BYTES_PER_S + PER_VIDEO_SECOND_S * (max(times) - min(times)) / 1e6
 
 
 def decode(task: Task) -> tuple[list[Frames], float]:
-    """The frames of each view of a task, and the seconds they took. Runs inside the sandbox.
+    """The frames of each row of a task, and the seconds they took. Runs inside the sandbox.
 
-    Each source frame is decoded once and resized for every view that shows it; native frames are not kept. Raises
+    Each source frame is decoded once and resized for every row that shows it; native frames are not kept. Raises
     MediaError; its reason is `changed` where the file is not the listed one any more.
     """
     began = time.perf_counter()
@@ -84,7 +84,7 @@ def decode(task: Task) -> tuple[list[Frames], float]:
         raise MediaError("changed", f"{path}: its bytes changed since it was listed; list the dataset again")
     if task.decoder == "pillow" and not animation_times(path):
         image = load_image(path)[None]
-        out = [cropped(image, v.crop, v.flip, task.resolution).repeat(len(v.times_us), axis=0) for v in task.views]
+        out = [cropped(image, r.crop, r.flip, task.resolution).repeat(len(r.times_us), axis=0) for r in task.rows]
     else:
         out = _decode_video(task)
     return out, time.perf_counter() - began
@@ -92,17 +92,17 @@ def decode(task: Task) -> tuple[list[Frames], float]:
 
 def _decode_video(task: Task) -> list[Frames]:
     side = task.resolution
-    out = [np.empty((len(view.times_us), side, side, 3), np.uint8) for view in task.views]
+    out = [np.empty((len(row.times_us), side, side, 3), np.uint8) for row in task.rows]
     places: dict[int, list[tuple[int, int]]] = {}
-    for index, view in enumerate(task.views):
-        for frame, time_us in enumerate(view.times_us):
+    for index, row in enumerate(task.rows):
+        for frame, time_us in enumerate(row.times_us):
             places.setdefault(time_us, []).append((index, frame))
     for time_us, _, picture in placed(task.path, sorted(places), task.decoder):
         shown: dict[int, Frames] = {}
         for index, frame in places[time_us]:
             if index not in shown:  # a clip stretched over few frames may ask for one time twice
-                view = task.views[index]
-                shown[index] = cropped(picture[None], view.crop, view.flip, side)
+                row = task.rows[index]
+                shown[index] = cropped(picture[None], row.crop, row.flip, side)
             out[index][frame] = shown[index][0]
     return out
 

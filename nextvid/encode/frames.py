@@ -20,7 +20,7 @@ from typing import Self
 
 import polars as pl
 
-from nextvid.encode.decode_task import CropBox, Frames, Task, View, decode
+from nextvid.encode.decode_task import CropBox, Frames, RequestedRow, Task, decode
 from nextvid.video.fetch import local_file
 from nextvid.video.sandbox import START_S, Sandbox
 from storage.errors import MediaError
@@ -30,7 +30,7 @@ TASKS_AHEAD = 2  # of TASK_BYTES a process: one is decoded while another waits t
 OF_THE_FILE = frozenset({"missing", "changed", "unreachable"})  # reasons for which another decoder is no help
 OF_THE_MACHINE = frozenset({"timeout", "memory", "crashed"})  # reasons that another day may not have
 
-Decoded = tuple[list[Frames], float]  # the frames of each view of a task, and the seconds they took
+Decoded = tuple[list[Frames], float]  # the frames of each row of a task, and the seconds they took
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Job:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the frames of all views."""
-        return sum(self.row_bytes(view) for view in self.task.views)
+        """Bytes of the frames of all rows."""
+        return sum(self.row_bytes(row) for row in self.task.rows)
 
-    def row_bytes(self, view: View) -> int:
-        """Bytes of the frames of one view."""
-        return len(view.times_us) * self.task.resolution**2 * 3
+    def row_bytes(self, row: RequestedRow) -> int:
+        """Bytes of the frames of one row."""
+        return len(row.times_us) * self.task.resolution**2 * 3
 
 
 class Decoding:
@@ -136,7 +136,7 @@ class PendingRows:
 
     def __init__(self, decoding: Decoding, jobs: Sequence[Job]) -> None:
         self._decoding = decoding
-        self._jobs = {view.row_id: (job, view) for job in jobs for view in job.task.views}
+        self._jobs = {row.row_id: (job, row) for job in jobs for row in job.task.rows}
         self._seen: dict[bytes, DecodedRow] = {}
 
     def __contains__(self, row: bytes) -> bool:
@@ -149,11 +149,11 @@ class PendingRows:
         for row in row_ids:
             if row not in self._jobs:
                 continue
-            job, view = self._jobs.pop(row)
+            job, requested = self._jobs.pop(row)
             if row not in self._seen:
                 self._seen |= self._settled(job)
             taken[row] = self._seen.pop(row)
-            self._decoding.release(job.row_bytes(view))
+            self._decoding.release(job.row_bytes(requested))
         return taken
 
     def collect(self) -> dict[bytes, DecodedRow]:
@@ -164,7 +164,7 @@ class PendingRows:
         """No row of these will be taken any more."""
         left = [self._jobs.pop(row) for row in list(self._jobs)]
         self._decoding.forget(job for job, _ in left)
-        self._decoding.release(sum(job.row_bytes(view) for job, view in left if job.future is not None))
+        self._decoding.release(sum(job.row_bytes(row) for job, row in left if job.future is not None))
 
     def _settled(self, job: Job) -> dict[bytes, DecodedRow]:
         """All rows of a job. Those of a failed one are tried again, each alone, so that one changes no other."""
@@ -174,20 +174,20 @@ class PendingRows:
             return _shares(job.task, *job.future.result())
         except MediaError as error:
             if error.reason in OF_THE_FILE:
-                return {view.row_id: DecodedRow(None, 0.0, error.reason) for view in job.task.views}
+                return {row.row_id: DecodedRow(None, 0.0, error.reason) for row in job.task.rows}
         first, decord = job.task.decoder, job.task.decoder == "decord"
         decoders = dict.fromkeys(
-            [first, "pyav"] if decord and len(job.task.views) > 1 else ["pyav" if decord else first]
+            [first, "pyav"] if decord and len(job.task.rows) > 1 else ["pyav" if decord else first]
         )
         seen: dict[bytes, DecodedRow] = {}
         for decoder in decoders:
-            left = [view for view in job.task.views if view.row_id not in seen or seen[view.row_id].frames is None]
-            alone = [Job(job.uri, replace(job.task, decoder=decoder, views=(view,))) for view in left]
+            left = [row for row in job.task.rows if row.row_id not in seen or seen[row.row_id].frames is None]
+            alone = [Job(job.uri, replace(job.task, decoder=decoder, rows=(row,))) for row in left]
             for one, future in [(one, self._decoding.submit(one)) for one in alone]:
                 try:
                     seen |= _shares(one.task, *future.result())
                 except MediaError as error:
-                    seen |= {view.row_id: DecodedRow(None, 0.0, error.reason) for view in one.task.views}
+                    seen |= {row.row_id: DecodedRow(None, 0.0, error.reason) for row in one.task.rows}
         return seen
 
 
@@ -195,19 +195,21 @@ def jobs_by_file(rows: pl.DataFrame, resolution: int) -> list[Job]:
     """Rows of schema Clips grouped by file, each group cut so that a task returns at most TASK_BYTES."""
     found = []
     for group in rows.partition_by("uri", "media_id", "decoder", maintain_order=True):
-        views = [
-            View(row["row_id"], tuple(row["times_us"]), CropBox(*(row[f"crop_{e}"] for e in "xywh")), row["flip"])
+        asked = [
+            RequestedRow(
+                row["row_id"], tuple(row["times_us"]), CropBox(*(row[f"crop_{e}"] for e in "xywh")), row["flip"]
+            )
             for row in group.iter_rows(named=True)
         ]
         first = group.row(0, named=True)
-        most = max(1, TASK_BYTES // (max(len(view.times_us) for view in views) * resolution**2 * 3))
-        for at in range(0, len(views), most):
-            some = tuple(views[at : at + most])
+        most = max(1, TASK_BYTES // (max(len(row.times_us) for row in asked) * resolution**2 * 3))
+        for at in range(0, len(asked), most):
+            some = tuple(asked[at : at + most])
             task = Task(Path(), first["media_id"], first["decoder"], resolution, some)  # the path comes with the copy
             found.append(Job(first["uri"], task))
     return found
 
 
 def _shares(task: Task, frames: Sequence[Frames], seconds: float) -> dict[bytes, DecodedRow]:
-    share = seconds / len(task.views)
-    return {view.row_id: DecodedRow(one, share) for view, one in zip(task.views, frames, strict=True)}
+    share = seconds / len(task.rows)
+    return {row.row_id: DecodedRow(one, share) for row, one in zip(task.rows, frames, strict=True)}

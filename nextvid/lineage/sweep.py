@@ -32,7 +32,7 @@ from storage.store import LatentStore, every_store
 from storage.tables import read_table
 
 LEFTOVER_AGE_S = 86_400  # a day: our choice, longer than any writer holds a temporary name
-Place = tuple[str, str, int, int, int]  # spec digest, batch, frames, part, shard
+ShardKey = tuple[str, str, int, int, int]  # spec digest, batch, frames, part, shard
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
             for part in store.parts_of(batch):
                 for number in (number for number in range(part.shards) if part.is_stored(number)):
                     ids = part.rows_of(number)["row_id"]
-                    place = (store.digest, batch, part.frames, part.number, number)
+                    key = (store.digest, batch, part.frames, part.number, number)
                     yield (
                         part,
                         number,
@@ -126,7 +126,7 @@ def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
                             path=part.shard_path(number),
                             rows=len(ids),
                             size_bytes=size_bytes(part.shard_path(number)) or 0,
-                            trainsets=tuple(sorted(cited.get(place, ()))),
+                            trainsets=tuple(sorted(cited.get(key, ()))),
                             needed=len(ids) if needed is None else int(ids.is_in(needed.implode()).sum()),
                             scored=int(ids.is_in(scored.implode()).sum()),
                         ),
@@ -154,9 +154,9 @@ def _specs(project: Project) -> set[str]:
     return {spec.digest() for spec in (*encodings, *read, *asked) if spec is not None}
 
 
-def _cited(root: DataRoot) -> dict[Place, set[str]]:
-    """Digests of the trainsets that cite a shard, by its place."""
-    found: dict[Place, set[str]] = {}
+def _cited(root: DataRoot) -> dict[ShardKey, set[str]]:
+    """Digests of the trainsets that cite a shard."""
+    found: dict[ShardKey, set[str]] = {}
     for digest in trainsets_of(root):
         trainset = Trainset.open(root, digest)
         addressed = [(trainset.spec.digest(), trainset.rows)]

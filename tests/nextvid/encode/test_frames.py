@@ -48,7 +48,7 @@ class Asked:
             self.tasks.append((uri, task))
         if (reason := self.fail.get(uri)) is not None:
             raise MediaError(reason, "by the test")
-        frames = [np.full((F, SIDE, SIDE, 3), int.from_bytes(view.row_id) % 256, np.uint8) for view in task.views]
+        frames = [np.full((F, SIDE, SIDE, 3), int.from_bytes(row.row_id) % 256, np.uint8) for row in task.rows]
         return frames, 0.5 * len(frames)
 
 
@@ -147,7 +147,7 @@ def test_a_failed_job_is_tried_row_by_row_and_then_with_the_other_decoder(monkey
     with Decoding(1) as decoding:
         seen = decoding.start(table, SIDE).collect()
     assert [seen[row].reason for row in ids(table)] == ["corrupt", "corrupt", None, None]
-    tried = [(task.decoder, len(task.views)) for uri, task in asked.tasks if uri.endswith("0000.mp4")]
+    tried = [(task.decoder, len(task.rows)) for uri, task in asked.tasks if uri.endswith("0000.mp4")]
     assert tried == [("decord", 2), ("decord", 1), ("decord", 1), ("pyav", 1), ("pyav", 1)]
 
 
@@ -164,8 +164,8 @@ def test_a_file_that_is_gone_is_not_asked_again(monkeypatch: pytest.MonkeyPatch,
 def test_a_file_of_many_rows_is_cut_into_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TASK_BYTES", 3 * ROW_BYTES)
     jobs = module.jobs_by_file(rows(2, each=7), SIDE)
-    assert [len(job.task.views) for job in jobs] == [3, 3, 1, 3, 3, 1]
-    assert all(job.size_bytes == len(job.task.views) * ROW_BYTES for job in jobs)
+    assert [len(job.task.rows) for job in jobs] == [3, 3, 1, 3, 3, 1]
+    assert all(job.size_bytes == len(job.task.rows) * ROW_BYTES for job in jobs)
 
 
 def test_shares_of_the_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

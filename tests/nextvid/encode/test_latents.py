@@ -349,8 +349,8 @@ def test_one_time_asked_twice_gives_two_equal_frames(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, texture(0))
     row = clip_row(path, 0)
-    view = decode_task.View(row["row_id"], (0, 0, 250_000), CropBox(0, 0, 64, 64), False)
-    (frames,), seconds = decode_task.decode(decode_task.Task(path, row["media_id"], "pyav", 32, (view,)))
+    asked = decode_task.RequestedRow(row["row_id"], (0, 0, 250_000), CropBox(0, 0, 64, 64), False)
+    (frames,), seconds = decode_task.decode(decode_task.Task(path, row["media_id"], "pyav", 32, (asked,)))
     np.testing.assert_array_equal(frames[0], frames[1])
     assert (frames[2] != frames[1]).any()
     assert frames.shape == (3, 32, 32, 3)
