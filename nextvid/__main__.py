@@ -16,7 +16,7 @@ from tyro.extras import SubcommandApp
 from nextvid.config.project import open_project
 from nextvid.graph import Asset
 from nextvid.make import Request, make
-from nextvid.making.outcome import Outcome
+from nextvid.making.outcome import Outcome, line, to_look_at
 from nextvid.making.progress import shown
 from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
 
@@ -67,10 +67,16 @@ def make_command(
     from nextvid.planning.acceptance import difference, outdated
 
     project = open_project(corpus)
-    with shown() as on_progress:
-        request = Request(asset, batch, recipe, benchmark, set_, how, ranks, repeat, trainset, run, on_progress)
-        for outcome in make(project, request):
-            print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
+    made: list[Outcome] = []
+    try:
+        with shown() as on_progress:
+            request = Request(asset, batch, recipe, benchmark, set_, how, ranks, repeat, trainset, run, on_progress)
+            for outcome in make(project, request):
+                made.append(outcome)
+                print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)
+    finally:
+        if made and not json_:
+            print(to_look_at(made), flush=True)
     if project.corpus.reencode == "ask" and (names := outdated(project)):
         print(
             f"{difference(names)}; the accepted one was used. "
@@ -251,27 +257,6 @@ class Result(Protocol):
 def show(found: Result, json_: bool) -> None:
     """Print a result for people or as JSON."""
     print(json.dumps(asdict(found), default=str, indent=2) if json_ else found.text())
-
-
-def line(outcome: Outcome) -> str:
-    """One outcome on one line."""
-    name = outcome.asset if outcome.partition is None else f"{outcome.asset} {outcome.partition}"
-    state = "made" if outcome.made else "up to date"
-    bad = f", {outcome.quarantined} quarantined" if outcome.quarantined else ""
-    failed = [check.name for check in outcome.checks if not check.passed]
-    verdict = f", failed: {', '.join(failed)}" if failed else ""
-    return f"{name:38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}{left_out(outcome)}"
-
-
-def left_out(outcome: Outcome) -> str:
-    """A second line with what was left out and why, if anything was: rows by reason, labels that no file has."""
-    numbers = outcome.numbers
-    reasons = [f"{name.removeprefix('reason_')} {n}" for name, n in numbers.items() if name.startswith("reason_")]
-    rows = [f"{numbers[status]} {status}" for status in ("rejected", "quarantined") if numbers.get(status)]
-    parts = [f"{' and '.join(rows)} ({', '.join(reasons)})"] if rows else []
-    if unused := numbers.get("labels_without_file"):
-        parts.append(f"{unused} labels without a file, such as {numbers['labels_without_file_such_as']}")
-    return f"\n    left out: {'; '.join(parts)}" if parts else ""
 
 
 def main() -> None:

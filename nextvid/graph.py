@@ -57,6 +57,8 @@ GRAPH: dict[Asset, Node] = {
             "rows_are_files_listed": "There is one row for every file of the listing, whatever its status",
             "quarantined_within_budget": "The share of files that could not be read is within the dataset's "
             "`quarantine_budget`; raise it if they are as expected",
+            "labels_name_files": "Every label file names at least one file of its dataset",
+            "labels_meet_files": "Of the names in label files, and of the files, no more than half lack the other",
             "spans_inside_video": "Every labelled span overlaps its video; one that does not labels nothing",
         },
         version=3,
@@ -159,7 +161,7 @@ GRAPH: dict[Asset, Node] = {
 
 # A failed check stops whatever reads the asset, except for these: the sweep frees orphans, recipes that read latents
 # need no pixels, and a span outside its video labels nothing.
-NON_BLOCKING = frozenset({"same_frames", "no_orphan", "pixels", "spans_inside_video"})
+NON_BLOCKING = frozenset({"same_frames", "no_orphan", "pixels", "spans_inside_video", "labels_meet_files"})
 
 
 def assets(*partitions: Partition) -> list[Asset]:

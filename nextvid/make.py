@@ -9,7 +9,7 @@ from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.graph import BY_BATCH, GRAPH, Asset, chain, maker
 from nextvid.making.batches import dataset_of
-from nextvid.making.outcome import Outcome
+from nextvid.making.outcome import Outcome, detail
 from nextvid.making.progress import OnProgress, Progress, silent
 from storage.errors import ConfigError, CorpusError, UnlistedError, UpstreamError
 
@@ -86,7 +86,7 @@ def _make_and_judge(
     yield outcome
     if not outcome.passed:
         failed = [check for check in outcome.checks if check.blocking and not check.passed]
-        listed = (f"{c.name} ({', '.join(f'{name}={value}' for name, value in c.numbers.items())})" for c in failed)
+        listed = (f"{check.name} ({detail(check)})" for check in failed)
         raise UpstreamError(f"{asset}: blocking checks failed: {', '.join(listed)}")
     return outcome
 

@@ -76,7 +76,8 @@ class LabelConfig(Strict):
     )
     split_names: dict[str, Literal["train", "val", "test"]] = Field(
         default_factory=dict,
-        description="other words for splits, in columns and ImageNet's folders, as {val: test} where val is tested on",
+        description="other words for splits, in columns and ImageNet's folders, as {val: test} where val is tested on; "
+        "with it, layout `folders` takes the split from the folders above the last",
     )
     path_column: str = Field("path", description="csv: column of paths")
     path_base: str | None = Field(

@@ -184,6 +184,7 @@ def _outcome(
             "clips": good["clip_id"].n_unique(),
             **{f"for_{name}": int(number) for name, number in sorted(by_use.iter_rows())},
             **{f"split_{name}": int(number) for name, number in sorted(by_split.iter_rows())},
+            "unlabelled": sum(unlabelled.values()),
             **{f"unlabelled_{name}": number for name, number in sorted(unlabelled.items())},
         },
         made_from=made_from,

@@ -6,7 +6,8 @@ and line.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from unicodedata import normalize
 
@@ -14,19 +15,15 @@ import fsspec
 import polars as pl
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.layouts import read_lines
+from nextvid.corpus.layouts import read_lines, split_words
+from nextvid.making.outcome import Check, Number
 from storage import atomic
 from storage.digest import digest_stream
 from storage.errors import CorpusError, UpstreamError
 from storage.schemas import SPLITS
 
+NAMED = 3  # names without a file that a message shows; our choice
 SCHEMA = {"path": pl.String, "start_us": pl.Int64, "end_us": pl.Int64, "target": pl.String, "value": pl.String}
-# Names of official splits in public data sets (ImageNet, Kinetics, SSv2, Diving48) besides train, val and test.
-# fmt: off
-SPLIT_NAMES = {
-    "training": "train", "validation": "val", "validate": "val", "valid": "val", "dev": "val", "testing": "test",
-}
-# fmt: on
 
 
 def label_bytes(file: str) -> bytes:
@@ -62,13 +59,22 @@ def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
         case "none":
             return pl.DataFrame(schema=SCHEMA)
         case "folders":
-            target = config.labels.target
-            rows = [(path, None, None, target, PurePosixPath(path).parent.name) for path in sorted(set(paths))]
-            return pl.DataFrame([row for row in rows if row[4]], SCHEMA, orient="row")  # at the top there is no class
+            rows = [row for path in sorted(set(paths)) for row in _from_folders(path, config.labels)]
+            return pl.DataFrame(rows, SCHEMA, orient="row")
         case "csv":
             return _from_csv(config, paths)
         case _:
             return _by_name(config.labels, paths)
+
+
+def _from_folders(path: str, labels: LabelConfig) -> Iterator[tuple[str, None, None, str, str]]:
+    """The class of a file, which is its last folder, and with `split_names` the split that another folder names."""
+    *above, last = ("", *PurePosixPath(path).parts[:-1])
+    if last:  # at the top there is no class
+        yield path, None, None, labels.target, last
+    words = split_words(labels)
+    if labels.split_names and (splits := [words[folder.lower()] for folder in above if folder.lower() in words]):
+        yield path, None, None, "split", splits[-1]
 
 
 def doubled(config: DatasetConfig, paths: Sequence[str]) -> dict[str, str]:
@@ -81,21 +87,81 @@ def doubled(config: DatasetConfig, paths: Sequence[str]) -> dict[str, str]:
     return {path: next(p for p in same if p != path) for same in found.values() if len(same) > 1 for path in same}
 
 
-def without_file(config: DatasetConfig, paths: Sequence[str]) -> list[str]:
-    """Names in the label files that no path has, sorted: files that are missing, or labels of another data set.
+@dataclass(frozen=True)
+class LabelFile:
+    """One label file: the names that have a listed file, and those, sorted, that have none."""
+
+    file: str
+    with_file: frozenset[str]
+    without: tuple[str, ...]
+
+
+def label_files(config: DatasetConfig, paths: Sequence[str]) -> list[LabelFile]:
+    """What the label files of a dataset name, where `paths` are all of its files.
 
     Of a csv file paths outside of the dataset count only where no line names a file of it.
     """
     labels = config.labels
     if labels.layout == "csv":
-        table = _table(labels)
-        named = set(_relative(table[labels.path_column], labels, config.uri).drop_nulls())
+        assert labels.file is not None, "LabelConfig refuses csv without a file"
+        given = _table(labels)[labels.path_column].drop_nulls()
+        named = set(_relative(given, labels, config.uri).drop_nulls())
         listed = {normalize("NFC", path) for path in paths}
-        return sorted(set(table[labels.path_column]) if named.isdisjoint(listed) else named - listed)
-    if not labels.by_name:
-        return []
-    stems = {PurePosixPath(path).stem for path in paths}
-    return sorted({line.names[0] for line in read_lines(labels, (), None) if stems.isdisjoint(line.names)})
+        without = set(given) if named.isdisjoint(listed) else named - listed
+        return [LabelFile(labels.file, frozenset(named & listed), tuple(sorted(without)))]
+    stems, found = {PurePosixPath(path).stem for path in paths}, []
+    for role, file in sorted(labels.files.items()):
+        if role != "classes":
+            alone = labels.model_copy(
+                update={"files": {r: f for r, f in labels.files.items() if r in (role, "classes")}}
+            )
+            names = {line.names[0]: not stems.isdisjoint(line.names) for line in read_lines(alone, (), None)}
+            without = {name for name, has_file in names.items() if not has_file}
+            found.append(LabelFile(file, frozenset(names.keys() - without), tuple(sorted(without))))
+    return found
+
+
+def label_checks(
+    dataset: str, config: DatasetConfig, listed: Sequence[str], files: Sequence[str], unlabelled: Sequence[str]
+) -> tuple[Check, Check]:
+    """Whether each label file names a file of the dataset, and whether names and files have few of each other.
+
+    `listed` are all paths of the dataset, `files` the usable ones of a batch, of which `unlabelled` have no label.
+    """
+    found = label_files(config, listed)
+    vain = [file for file in found if file.without and not file.with_file]
+    named, without = sum(len(file.with_file) for file in found), [name for file in found for name in file.without]
+    numbers: dict[str, Number] = {
+        "label_files": len(found),
+        "names": named + len(without),
+        "without_file": len(without),
+    }
+    if vain:
+        numbers |= {"dataset": dataset, "file": vain[0].file, "such_as": _quoted(vain[0].without)}
+    told = [
+        f"no file of dataset {dataset} has a name that {file.file} lists, such as {_quoted(file.without)}: correct "
+        "'uri' or 'labels' in corpus.yaml"
+        for file in vain
+    ]
+    few = []
+    if named < len(without):
+        total = named + len(without)
+        few.append(f"{len(without)} of {total} names in its label files have no file, such as {_quoted(without)}")
+    if config.labels.layout != "none" and len(files) - len(unlabelled) < len(unlabelled):
+        few.append(f"{len(unlabelled)} of {len(files)} files have no label, such as {_quoted(unlabelled)}")
+    return (
+        Check("labels_name_files", not vain, numbers, description="; ".join(told)),
+        Check(
+            "labels_meet_files",
+            not few,
+            {"files": len(files), "unlabelled": len(unlabelled)},
+            description=f"dataset {dataset}: {'; '.join(few)}" if few else "",
+        ),
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:NAMED]))
 
 
 def contradictions(labels: pl.DataFrame, key: str) -> pl.DataFrame:
@@ -131,7 +197,7 @@ def _by_name(labels: LabelConfig, paths: Sequence[str]) -> pl.DataFrame:
     table = pl.DataFrame(rows, SCHEMA, orient="row")
     split = pl.col("target") == "split"
     where = " and ".join(labels.every_file()) or "folders"
-    table = pl.concat([table.filter(~split), _splits(table.filter(split), where, labels.split_names)])
+    table = pl.concat([table.filter(~split), _splits(table.filter(split), where, labels)])
     return table.unique().sort("path", "target", "start_us", "end_us", "value")
 
 
@@ -154,7 +220,7 @@ def _from_csv(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
     if labels.group_column:
         parts.append(_column(whole, labels.group_column, "group"))
     if labels.split_column:
-        parts.append(_splits(_column(whole, labels.split_column, "split"), labels.file, labels.split_names))
+        parts.append(_splits(_column(whole, labels.split_column, "split"), labels.file, labels))
     rows = pl.concat([pl.DataFrame(schema=SCHEMA), *parts])
     rows = rows.filter(pl.col("value").is_not_null() & (pl.col("value") != ""))
     return rows.unique().sort("path", "target", "start_us", "end_us", "value")
@@ -219,14 +285,14 @@ def _check_spans(table: pl.DataFrame, file: str) -> None:
         )
 
 
-def _splits(rows: pl.DataFrame, file: str, names: Mapping[str, str]) -> pl.DataFrame:
-    """Official splits as train, val or test; `names` are the dataset's own names of them."""
-    value = pl.col("value").str.to_lowercase().replace(SPLIT_NAMES).replace(dict(names))
+def _splits(rows: pl.DataFrame, file: str, labels: LabelConfig) -> pl.DataFrame:
+    """Official splits as train, val or test."""
+    value = pl.col("value").str.to_lowercase().replace(split_words(labels))
     named = rows.with_columns(value.alias("value"))
     wrong = named.filter(pl.col("value").is_not_null() & ~pl.col("value").is_in([*SPLITS, ""]))
     if wrong.height:
         raise CorpusError(
             f"{file}: {wrong['path'][0]} has the split {wrong['value'][0]!r}; expected one of {', '.join(SPLITS)} or "
-            f"{', '.join(sorted(SPLIT_NAMES))}"
+            f"{', '.join(sorted(split_words(labels)))}"
         )
     return named

@@ -17,9 +17,24 @@ import fsspec
 
 from nextvid.config.datasets import LabelConfig
 from storage.errors import CorpusError
+from storage.schemas import SPLITS
 
 WNID = re.compile(r"n\d{8}")  # WordNet's synset ids, ImageNet's class folders
 CLOCK = re.compile(r"(\d+):([0-5]\d):([0-5]\d)(?:\.(\d{1,6}))?")  # InternVid: 00:03:10.567
+
+# Names of official splits in public data sets (ImageNet, Kinetics, SSv2, Diving48) besides train, val and test.
+# fmt: off
+SPLIT_NAMES = {
+    "training": "train", "validation": "val", "validate": "val", "valid": "val", "dev": "val", "testing": "test",
+}
+# fmt: on
+
+
+def split_words(labels: LabelConfig) -> dict[str, str]:
+    """Words for splits in lower case, with the dataset's own, and the split that each means."""
+    own = {word.lower(): split for word, split in labels.split_names.items()}
+    usual = {split: split for split in SPLITS} | SPLIT_NAMES
+    return {word: own.get(split, split) for word, split in usual.items()} | own
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,7 @@ def read_lines(labels: LabelConfig, paths: Sequence[str], stems: Set[str] | None
     """
     match labels.layout:
         case "imagenet":
-            yield from _image_folders(paths)
+            yield from _image_folders(paths, split_words(labels).keys())
             lines = _each(labels, _imagenet)
         case "kinetics400":
             lines = _each(labels, _kinetics)
@@ -81,12 +96,12 @@ def _each(labels: LabelConfig, parse: Parser) -> Iterator[Line]:
             yield from parse(opened, file, None if role == "all" else role)
 
 
-def _image_folders(paths: Sequence[str]) -> Iterator[Line]:
+def _image_folders(paths: Sequence[str], splits_named: Set[str]) -> Iterator[Line]:
     """`[...]/train/n01440764/n01440764_10026.JPEG`: folders name the class and the split."""
     for path in sorted(set(paths)):
         *folders, name = PurePosixPath(path).parts
         classes = [folder for folder in folders if WNID.fullmatch(folder)]
-        splits = [folder for folder in folders if folder in ("train", "val", "test")]
+        splits = [folder for folder in folders if folder.lower() in splits_named]
         if classes or splits:
             value, split = (found[-1] if found else None for found in (classes, splits))
             yield Line((PurePosixPath(name).stem,), value, split)

@@ -15,6 +15,7 @@ import polars as pl
 from nextvid.config.curation import FilterConfig
 from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, SplitConfig
 from nextvid.corpus.cutting import ROUNDING_US, ShotScores, clip_id, clips_of, filter_reason, row_id, views
+from nextvid.making.publishing import HELD_OUT
 from nextvid.video.quality import Box
 from storage.digest import digest
 from storage.schemas import SPLITS, Clips
@@ -193,7 +194,7 @@ def _not_pretrained(dataset: DatasetConfig, media: MediaNow, scores: ShotScores,
     if dataset.weight is None:
         return "unused"
     if media.split != "train":
-        return "held_out"
+        return HELD_OUT
     return filter_reason(scores, filters)
 
 

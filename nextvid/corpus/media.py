@@ -16,7 +16,7 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
-from nextvid.corpus.labels import contradictions, doubled, read_labels
+from nextvid.corpus.labels import contradictions, doubled, label_checks, read_labels
 from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, known_sources
 from nextvid.machine import available_cores
 from nextvid.making.batches import batch_state, config_of, dataset_of, made_by_older
@@ -63,7 +63,14 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     media = pl.concat([kept, pl.DataFrame(rows, before.schema, orient="row")]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()))
     media = _judge(media, labels, withdrawn_media(root), _doubled(project, batch))
-    checks = (*_checks(sources, media, config.quarantine_budget), _spans_inside(media, labels))
+    good = media.filter(pl.col("status") == "ok")
+    bare = good.filter(~pl.col("media_id").is_in(labels["media_id"].implode()))["path"].to_list()
+    listed = known_sources(project, dataset_of(batch))["path"].to_list()
+    checks = (
+        *_checks(sources, media, config.quarantine_budget),
+        *label_checks(dataset_of(batch), config, listed, good["path"].to_list(), bare),
+        _spans_inside(media, labels),
+    )
     written = publish_table(root, "media", batch, media, Media)
     written |= publish_table(root, "labels", batch, labels, Labels)
     written |= publish_verdict(root.checks("media", batch), "media", checks, made_from)

@@ -8,10 +8,11 @@ import errno
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -20,7 +21,7 @@ import polars as pl
 from nextvid.config.project import Project
 from nextvid.corpus import journal
 from nextvid.corpus.assignment import BatchChange, latest, merge
-from nextvid.corpus.labels import label_digests, without_file
+from nextvid.corpus.labels import label_digests, label_files
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
 from nextvid.video.probe import kind_of
@@ -46,7 +47,7 @@ class Listing:
     dataset: str
     files: pl.DataFrame
     waiting: pl.DataFrame  # not yet seen twice with the same size and fingerprint
-    ignored: int  # files that have no extension of a media file
+    ignored: Counter[str]  # files that are none of ours, by extension
     empty: tuple[str, ...]  # empty sub-folders
 
 
@@ -58,13 +59,16 @@ def list_dataset(project: Project, name: str, known: Known | None = None) -> Lis
     uri = project.corpus.datasets[name].uri
     rows: list[tuple[str, str, str, int, str]] = []
     empty: list[str] = []
-    ignored = 0
+    ignored: Counter[str] = Counter()
     try:
         _, top = remote.connect(uri)
         for info in _walk(uri, top, empty):
             row = _row(top, uri, info)
-            ignored += row is None
-            if row is not None:
+            if row is None:
+                path = PurePosixPath(str(info["name"]).removeprefix(top).strip("/"))
+                hidden = any(part.startswith(".") for part in path.parts)
+                ignored["hidden" if hidden else path.suffix.lower() or "no extension"] += 1
+            else:
                 rows.append(row)
     except CorpusError:
         raise
@@ -83,7 +87,14 @@ def list_dataset(project: Project, name: str, known: Known | None = None) -> Lis
 
 
 def update_sources(project: Project, settle: bool = False, datasets: Sequence[str] | None = None) -> list[BatchChange]:
-    """List the datasets (all unless named) and write `sources/`; returns what changed, by batch.
+    """As `list_datasets`; returns what changed, by batch."""
+    return list_datasets(project, settle, datasets)[0]
+
+
+def list_datasets(
+    project: Project, settle: bool = False, datasets: Sequence[str] | None = None
+) -> tuple[list[BatchChange], list[Listing]]:
+    """List the datasets (all unless named) and write `sources/`; returns what changed, by batch, and the listings.
 
     With `settle`, a new or changed file is taken only once two such listings in a row saw the same size and
     fingerprint, since it may still be written. A dataset that cannot be listed stays as it was and does not stop the
@@ -117,14 +128,15 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
             _remember(project, listings)
         if failed:
             raise UnlistedError(failed)
-        return sorted(changes, key=lambda change: change.batch)
+        return sorted(changes, key=lambda change: change.batch), listings
     raise CorpusError(f"{project.root.folder('sources')}: {TRIES} other writers were faster; list again later")
 
 
 def make_sources(project: Project) -> Outcome:
     """List all datasets without waiting for files to settle. Raises CorpusError."""
     started_s = time.perf_counter()
-    changes = update_sources(project)
+    changes, listings = list_datasets(project)
+    ignored = sum((listing.ignored for listing in listings), Counter[str]())
     rows = tables.read_tables(project.root, "sources", None, Sources)
     return Outcome(
         asset="sources",
@@ -138,6 +150,8 @@ def make_sources(project: Project) -> Outcome:
             "added": sum(change.added for change in changes),
             "changed": sum(change.changed for change in changes),
             "gone": sum(change.gone for change in changes),
+            "ignored": ignored.total(),
+            **{f"ignored_{extension}": count for extension, count in ignored.most_common()},
             **_labels_without_file(project),
         },
     )
@@ -145,15 +159,13 @@ def make_sources(project: Project) -> Outcome:
 
 def _labels_without_file(project: Project) -> dict[str, int | float | str]:
     """How many names in the datasets' label files no listed file has, and the first of each dataset."""
-    found = {
-        name: names
-        for name, config in sorted(project.corpus.datasets.items())
-        if (names := without_file(config, known_sources(project, name)["path"].to_list()))
-    }
-    if not found:
-        return {}
-    examples = ", ".join(f"{name}: {names[0]!r}" for name, names in found.items())
-    return {"labels_without_file": sum(map(len, found.values())), "labels_without_file_such_as": examples}
+    examples, count = [], 0
+    for dataset, config in sorted(project.corpus.datasets.items()):
+        files = label_files(config, known_sources(project, dataset)["path"].to_list())
+        if without := sorted({name for file in files for name in file.without}):
+            count += len(without)
+            examples.append(f"{dataset}: {without[0]!r}")
+    return {"labels_without_file": count, "labels_without_file_such_as": ", ".join(examples)} if count else {}
 
 
 def known_sources(project: Project, name: str) -> pl.DataFrame:

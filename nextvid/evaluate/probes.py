@@ -10,6 +10,7 @@ Axes: N samples, L tokens, D width, Y classes.
 import io
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def make_probes(
     found = find_run(project, recipe, run)
     made, rows, size_bytes, scores = False, 0, 0, {}
     numbers: dict[str, Number] = {"trainset": found.trainset}
+    left_out: Counter[str] = Counter()
     names = sorted(benchmarks or project.corpus.benchmarks)
     for done, benchmark in enumerate(names):
         on_progress(Progress(f"probes {recipe}", done, len(names)))
@@ -112,9 +114,11 @@ def make_probes(
         rows += score["clips"]["test"]
         size_bytes += len(atomic.read_bytes(path))
         numbers[f"{benchmark}_score"] = path
+        left_out.update(score["left_out"])
         for name, values in score["encoders"].items():
             numbers |= {f"{benchmark}_{name}_{what}": values[what] for what in ("accuracy", "knn")}
     on_progress(Progress(f"probes {recipe}", len(names), len(names)))
+    numbers |= {"dropped": left_out.total()} | {f"dropped_{why}": count for why, count in left_out.items() if count}
     return Outcome(
         asset="probes",
         partition=recipe,

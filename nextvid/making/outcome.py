@@ -1,7 +1,13 @@
-"""What a maker returns: counts, digests and checks, as Dagster's metadata, the command line and demo.json show them."""
+"""What a maker returns: counts, digests and checks, as Dagster's metadata, the command line and demo.json show them.
 
-from collections.abc import Mapping
+Here too is how the command line words it: a line an outcome, below it what was left out and why, and at the end what a
+person should look at.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from nextvid.graph import NON_BLOCKING
 
@@ -20,6 +26,11 @@ class Check:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocking", self.name not in NON_BLOCKING)
+
+    @property
+    def warns(self) -> bool:
+        """Whether it failed and stops nothing."""
+        return not self.passed and not self.blocking
 
 
 @dataclass(frozen=True)
@@ -44,3 +55,66 @@ class Outcome:
     def passed(self) -> bool:
         """Whether no blocking check failed."""
         return all(check.passed for check in self.checks if check.blocking)
+
+
+# Numbers of an outcome that count what it left out; what that is; the prefix of the numbers that say why.
+LEFT_OUT = {
+    "rejected": ("rejected", "reason_"),
+    "quarantined": ("quarantined", "reason_"),
+    "held_out": ("held out of training by their split", None),
+    "unlabelled": ("clips without a benchmark's label", "unlabelled_"),
+    "ignored": ("files ignored by extension", "ignored_"),
+    "labels_without_file": ("labels without a file", "labels_without_file_"),
+    "batches_left_out": ("batches", "left_out"),
+    "dropped": ("rows dropped", "dropped_"),
+}
+NAMED = 5  # checks that the last line names; our choice
+
+
+def line(outcome: Outcome) -> str:
+    """One outcome on one line, with lines below it for warnings and for what was left out and why."""
+    state = "made" if outcome.made else "up to date"
+    bad = f", {outcome.quarantined} quarantined" if outcome.quarantined else ""
+    failed = [check.name for check in outcome.checks if check.blocking and not check.passed]
+    verdict = f", failed: {', '.join(failed)}" if failed else ""
+    lines = [f"{_name(outcome):38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}"]
+    lines += [f"warning: {check.name}: {detail(check)}" for check in outcome.checks if check.warns]
+    if parts := list(_left_out(outcome.numbers)):
+        lines.append(f"left out: {'; '.join(parts)}")
+    return "\n    ".join(lines)
+
+
+def to_look_at(outcomes: Sequence[Outcome]) -> str:
+    """One line with what a person should look at once these were made."""
+    checks = [(f"{_name(outcome)}: {check.name}", check) for outcome in outcomes for check in outcome.checks]
+    parts = []
+    for what, names in (
+        ("failed checks", [name for name, check in checks if check.blocking and not check.passed]),
+        ("warnings", [name for name, check in checks if check.warns]),
+    ):
+        if names:
+            more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+            parts.append(f"{len(names)} {what} ({', '.join([*names[:NAMED], *more])})")
+    counts: Counter[str] = Counter()
+    for outcome in outcomes:
+        counts.update({f"{LEFT_OUT[n][0]} ({outcome.asset})": int(outcome.numbers.get(n, 0)) for n in LEFT_OUT})
+    parts += [f"{count} {what}" for what, count in counts.items() if count]
+    return f"to look at: {'; '.join(parts)}" if parts else "nothing to look at: all checks passed, nothing was left out"
+
+
+def detail(check: Check) -> str:
+    """What a check found."""
+    return check.description or ", ".join(f"{name}={value}" for name, value in check.numbers.items())
+
+
+def _name(outcome: Outcome) -> str:
+    return outcome.asset if outcome.partition is None else f"{outcome.asset} {outcome.partition}"
+
+
+def _left_out(numbers: Mapping[str, Number]) -> Iterator[str]:
+    """What was left out and why, a phrase for each kind of reason."""
+    found = [(f"{numbers[name]} {what}", prefix) for name, (what, prefix) in LEFT_OUT.items() if numbers.get(name)]
+    for prefix, group in groupby(found, lambda pair: pair[1]):
+        named = {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)} if prefix else {}
+        why = [f"{name} {value}".replace("such_as", "such as").strip() for name, value in named.items()]
+        yield " and ".join(what for what, _ in group) + (f" ({', '.join(why)})" if why else "")

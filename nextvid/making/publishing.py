@@ -18,6 +18,7 @@ from storage.errors import ConflictError, TableError
 from storage.root import DataRoot, Pointed, Table
 
 CHECKS = "checks.json"
+HELD_OUT = "held_out"  # reason of a clip that its split keeps from training, where no benchmark reads it
 
 
 def existing(root: DataRoot, noun: Table, batch: str, schema: type[dy.Schema]) -> pl.DataFrame:
@@ -56,9 +57,11 @@ def publish_verdict(path: str, asset: str, checks: Sequence[Check], made_from: M
 
 
 def counts(frame: pl.DataFrame) -> Mapping[str, int]:
-    """Rows by status, and by reason where they are not ok."""
-    by_status = frame.group_by(pl.col("status").cast(pl.String)).len()
-    by_reason = frame.filter(pl.col("reason").is_not_null()).group_by("reason").len()
+    """Rows by status, and by reason where they are not ok. Rows of another split than train are no rejected ones."""
+    held_out = (pl.col("reason") == HELD_OUT).fill_null(False)
+    status = pl.when(held_out).then(pl.lit(HELD_OUT)).otherwise(pl.col("status").cast(pl.String)).alias("status")
+    by_status = frame.group_by(status).len()
+    by_reason = frame.filter(pl.col("reason").is_not_null() & ~held_out).group_by("reason").len()
     found = {str(name): int(number) for name, number in by_status.iter_rows()}
     return found | {f"reason_{name}": int(number) for name, number in sorted(by_reason.iter_rows())}
 

@@ -67,6 +67,7 @@ def make_trainset(project: Project) -> Outcome:
         named = [f"{batch}: {reason}" for batch, reason in itertools.islice(sorted(chosen.left_out.items()), NAMED)]
         more = [f"and {len(chosen.left_out) - NAMED} more"] if len(chosen.left_out) > NAMED else []
         numbers["left_out"] = "; ".join(named + more)
+    numbers |= {"dropped": sum(chosen.dropped.values())}
     numbers |= {f"dropped_{reason}": count for reason, count in chosen.dropped.items()}
     numbers |= {"written because": lacking} if lacking else {}
     size_bytes = sum(rows.nbytes for rows in chosen.addresses.values())

@@ -1,11 +1,33 @@
-"""Fixtures shared by the tests of evaluation."""
+"""Fixtures shared by the tests of evaluation, and the command line as a function."""
 
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nextvid.__main__ import main
 from nextvid.config.project import Project, open_project
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def nextvid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `nextvid ...` here: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nextvid", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nextvid.__main__ import line, main
 from nextvid.config.project import Project
-from nextvid.making.outcome import Check, Outcome
 from nextvid.train.run import find_run
 from nextvid.trainset.order import listed_draws
 from storage.errors import (
@@ -37,30 +34,13 @@ from storage.schemas import Media
 from storage.store import LatentStore
 from storage.tables import read_table
 from tests.factories import Corpus, flip, write_autoencoder, write_settings
+from tests.nextvid.conftest import Command
 from tests.nextvid.corpus.small_media import write_picture
 from tests.nextvid.tiny_project import RECIPE, uri_of
 from tests.nextvid.train.corpus import make_project
 from tests.nextvid.train.tiny import tiny_recipe
 
 FILMS = "films.000000"
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def nextvid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `nextvid ...` here: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nextvid", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture
@@ -122,37 +102,6 @@ class TestExitCodes:
     )
     def test_a_wrong_command_is_2(self, nextvid: Command, wrong: list[str]) -> None:
         assert nextvid(*wrong)[0] == 2
-
-
-class TestLine:
-    def test_an_outcome_is_one_line(self) -> None:
-        failed = (Check("budget", False), Check("finite", True))
-        said = line(Outcome("media", FILMS, True, rows=7, size_bytes=1, seconds=1.25, quarantined=2, checks=failed))
-        assert said.split() == [
-            "media",
-            FILMS,
-            "made",
-            "7",
-            "rows,",
-            "2",
-            "quarantined",
-            "1.2",
-            "s,",
-            "failed:",
-            "budget",
-        ]
-
-    def test_what_was_left_out_is_a_second_line(self) -> None:
-        numbers = {"ok": 4, "rejected": 3, "quarantined": 1, "reason_frozen": 3, "reason_corrupt": 1}
-        clips = Outcome("clips", FILMS, True, rows=8, size_bytes=1, seconds=1.0, numbers=numbers)
-        assert line(clips).splitlines()[1:] == ["    left out: 3 rejected and 1 quarantined (frozen 3, corrupt 1)"]
-        labels: dict[str, int | str] = {"labels_without_file": 2, "labels_without_file_such_as": "d: 'gone.mp4'"}
-        sources = Outcome("sources", None, True, rows=8, size_bytes=1, seconds=1.0, numbers=labels)
-        assert line(sources).endswith("left out: 2 labels without a file, such as d: 'gone.mp4'")
-        assert "\n" not in line(Outcome("clips", FILMS, True, rows=8, size_bytes=1, seconds=1.0, numbers={"ok": 8}))
-
-    def test_what_stood_there_is_up_to_date(self) -> None:
-        assert "up to date" in line(Outcome("sources", None, False, rows=7, size_bytes=1, seconds=0.0))
 
 
 class TestPlan:

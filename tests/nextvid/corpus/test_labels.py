@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.labels import contradictions, label_bytes, read_labels, without_file
+from nextvid.corpus.labels import contradictions, label_bytes, label_checks, label_files, read_labels
 from storage.errors import CorpusError
 
 
@@ -24,6 +24,10 @@ def rows(config: DatasetConfig, *paths: str) -> list[tuple[Any, ...]]:
     return list(read_labels(config, paths).iter_rows())
 
 
+def without_file(config: DatasetConfig, paths: list[str]) -> list[str]:
+    return sorted(name for file in label_files(config, paths) for name in file.without)
+
+
 def test_without_labels_there_are_none() -> None:
     assert rows(DatasetConfig(uri="/d"), "a.mp4") == []
 
@@ -36,6 +40,17 @@ def test_folders_name_the_class() -> None:
     ]
     renamed = DatasetConfig(uri="/d", labels=LabelConfig(layout="folders", targets={"animal": ""}))
     assert rows(renamed, "dog/2.jpg") == [("dog/2.jpg", None, None, "animal", "dog")]
+
+
+def test_folders_above_the_class_name_the_split_where_split_names_are_given() -> None:
+    labels = LabelConfig(layout="folders", split_names={"Held out": "test"})
+    config = DatasetConfig(uri="/d", labels=labels)
+    found = rows(config, "train/cat/1.jpg", "validation/cat/2.jpg", "held out/cat/3.jpg", "cat/4.jpg", "x/train/5.jpg")
+    assert [row[0::4] for row in found if row[3] == "split"] == [
+        ("held out/cat/3.jpg", "test"),
+        ("train/cat/1.jpg", "train"),
+        ("validation/cat/2.jpg", "val"),
+    ]
 
 
 def test_columns_become_targets_and_empty_cells_no_label(tmp_path: Path) -> None:
@@ -148,3 +163,28 @@ def test_names_are_compared_in_one_form(tmp_path: Path, listed: Any, labelled: A
     path = normalize(listed, name)
     assert rows(config, path) == [(path, None, None, "action", "run")]
     assert without_file(config, [path]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "listed", "passed"),
+    [
+        ("path,label\nx.mp4,run\ny.mp4,run\n", ["a.mp4"], (False, False)),
+        ("path,label\na.mp4,run\ny.mp4,run\n", ["a.mp4"], (True, True)),
+        ("path,label\na.mp4,run\ny.mp4,run\nz.mp4,run\n", ["a.mp4"], (True, False)),
+        ("path,label\na.mp4,run\n", ["a.mp4", "b.mp4"], (True, True)),
+        ("path,label\na.mp4,run\n", ["a.mp4", "b.mp4", "c.mp4"], (True, False)),
+        ("path,label\n", ["a.mp4"], (True, False)),
+    ],
+)
+def test_names_and_files_are_compared(tmp_path: Path, text: str, listed: list[str], passed: tuple[bool, bool]) -> None:
+    config = dataset(tmp_path, text)
+    labelled = {row[0] for row in rows(config, *listed)}
+    bare = [path for path in listed if path not in labelled]
+    checks = label_checks("d", config, listed, listed, bare)
+    assert tuple(check.passed for check in checks) == passed
+    assert [check.blocking for check in checks] == [True, False]
+    assert all(bool(check.description) is not check.passed for check in checks)
+    if not passed[0]:
+        assert f"no file of dataset d has a name that {tmp_path}/labels.csv lists, such as 'x.mp4', 'y.mp4'" in (
+            checks[0].description
+        )

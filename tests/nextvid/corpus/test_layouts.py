@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.labels import contradictions, doubled, label_digests, read_labels, without_file
+from nextvid.corpus.labels import contradictions, doubled, label_digests, label_files, read_labels
 from storage.errors import ConfigError, CorpusError
 from tests.factories import write_project
 
@@ -17,6 +17,10 @@ Rows = list[tuple[Any, ...]]
 
 def rows(config: DatasetConfig, *paths: str) -> Rows:
     return list(read_labels(config, paths).iter_rows())
+
+
+def without_file(config: DatasetConfig, paths: list[str]) -> list[str]:
+    return sorted(name for file in label_files(config, paths) for name in file.without)
 
 
 @pytest.fixture
@@ -57,6 +61,13 @@ def test_imagenet(dataset: Callable[..., DatasetConfig]) -> None:
         ("ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00048981.JPEG", None, None, "split", "test"),
         ("val/n01443537/ILSVRC2012_val_00000236.JPEG", None, None, "class", "n01443537"),
         ("val/n01443537/ILSVRC2012_val_00000236.JPEG", None, None, "split", "test"),
+    ]
+    renamed = dataset("imagenet", split_names={"Held": "test", "val": "test"})
+    paths = [f"{folder}/n01440764/{folder}.JPEG" for folder in ("Training", "validation", "held", "other")]
+    assert [row[0::4] for row in rows(renamed, *paths) if row[3] == "split"] == [
+        ("Training/n01440764/Training.JPEG", "train"),
+        ("held/n01440764/held.JPEG", "test"),
+        ("validation/n01440764/validation.JPEG", "test"),
     ]
     assert rows(dataset("imagenet"), "n01440764/n01440764_1.JPEG") == [
         ("n01440764/n01440764_1.JPEG", None, None, "class", "n01440764")

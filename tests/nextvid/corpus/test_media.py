@@ -243,5 +243,7 @@ def test_checks_are_files(small_corpus: Made) -> None:
     assert {check["name"]: check["passed"] for check in said["checks"]} == {
         "rows_are_files_listed": True,
         "quarantined_within_budget": True,
+        "labels_name_files": True,
+        "labels_meet_files": True,
         "spans_inside_video": True,
     }

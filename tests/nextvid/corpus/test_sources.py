@@ -46,7 +46,7 @@ def test_a_listing_holds_media_only(project: Project, tmp_path: Path) -> None:
     assert listing.files["kind"].to_list() == ["video", "video", "image"]
     assert listing.files["uri"].to_list() == [str(tmp_path / "d" / name) for name in listing.files["path"]]
     assert listing.files["size_bytes"].to_list() == [1, 1, 1]
-    assert listing.ignored == 3
+    assert listing.ignored == {".txt": 1, "hidden": 2}
 
 
 def test_new_changed_gone_and_returned_files(project: Project, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextvid.__main__ import line
 from nextvid.config.project import Project
 from nextvid.encode import frames as decoding_frames
 from nextvid.encode.frames import Decoding
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec, plan_encode
+from nextvid.making.outcome import line
 from nextvid.video.probe import probe
 from storage.schemas import Clips
 from storage.store import LatentStore, PixelStore
