@@ -54,11 +54,16 @@ def test_held_out_is_its_own_word_and_a_warning_its_own_line() -> None:
 
 
 def test_each_kind_of_number_is_said_with_its_reasons() -> None:
-    sources = {"ignored": 3, "ignored_.txt": 2, "ignored_no extension": 1}
+    sources: dict[str, Any] = {"ignored": 3, "ignored_.txt": 2, "ignored_no extension": 1}
     assert line(outcome("sources", **sources)).endswith(
         "left out: 3 files ignored by extension (.txt 2, no extension 1)"
     )
-    trainset = {"batches_left_out": 1, "left_out": "d.000001: no latents", "dropped": 3, "dropped_copy": 3}
+    trainset: dict[str, Any] = {
+        "batches_left_out": 1,
+        "left_out": "d.000001: no latents",
+        "dropped": 3,
+        "dropped_copy": 3,
+    }
     assert line(outcome("trainset", **trainset)).endswith(
         "left out: 1 batches (d.000001: no latents); 3 rows dropped (copy 3)"
     )
