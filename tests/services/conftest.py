@@ -59,14 +59,15 @@ class Live:
         found: dict[str, Any] = answer.json()["data"]
         return found
 
-    def launch(self, asset: str, partition: str | None, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Launch one asset as the launchpad does; what the webserver says of it."""
+    def launch(
+        self, asset: str, partition: str | None, config: Mapping[str, Any] | None = None, job: str = "__ASSET_JOB"
+    ) -> dict[str, Any]:
+        """Launch one asset as the launchpad does, or a job whose `asset` is configured; what the webserver says."""
         selector = {
             "repositoryLocationName": DEFINITIONS,
             "repositoryName": "__repository__",
-            "jobName": "__ASSET_JOB",
-            "assetSelection": [{"path": [asset]}],
-        }
+            "jobName": job,
+        } | ({"assetSelection": [{"path": [asset]}]} if job == "__ASSET_JOB" else {})
         params = {
             "selector": selector,
             "runConfigData": {"ops": {asset: {"config": config}}} if config else {},

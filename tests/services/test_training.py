@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from nextvid.train.events import NAME, read_events
+from nextvid.trainset.trainset import Trainset
 from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
+from tests.nextvid.train.corpus import tiny_spec, write_trainset
 
 pytestmark = [
     pytest.mark.services,
@@ -54,7 +56,11 @@ def said(live: Live, run_id: str) -> str:
 
 def failure(live: Live, config: dict[str, Any]) -> str:
     """Launch, wait for the failure, and what it says."""
-    run_id = launched(live, config)
+    return failed(live, launched(live, config))
+
+
+def failed(live: Live, run_id: str) -> str:
+    """What the one step that failed says, once its run has ended."""
     assert live.ended(run_id, 300) == "FAILURE"
     answer = live.ask(
         """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
@@ -115,6 +121,30 @@ def test_what_the_launchpad_refuses_is_one_clear_line(trained: Live) -> None:
     assert "stages.0.steps" in failure(trained, {"overrides": ["stages.warmup.steps=many"]})
     assert "did you mean 'device'" in failure(trained, {"how": ["devise=cpu"]})
     assert not (Path(trained.project.root.runs_url) / "pretrain").exists(), "nothing was begun"
+
+
+def test_an_experiment_on_no_recipe_is_one_clear_line(trained: Live) -> None:
+    answer = trained.launch("pretrain", "no_such_recipe", job="experiment")
+    assert failed(trained, answer["run"]["runId"]).startswith("config: unknown recipe 'no_such_recipe'; known recipes:")
+
+
+def test_a_cancelled_run_resumes_on_its_trainset_though_that_changed(trained: Live) -> None:
+    root = trained.project.root
+    before = Trainset.open(root).digest
+    first = launched(trained, ENDLESS)
+    folder = folder_of(trained, first)
+    wait_for(lambda: "step 4/" in said(trained, first), 300)
+    trained.cancel(first)
+    assert trained.ended(first, 300) == "CANCELED"
+    write_trainset(root, tiny_spec(height=8, channels=16), seed=1)
+    assert Trainset.open(root).digest != before
+    again = launched(trained, ENDLESS | {"trainset": before})
+    assert folder_of(trained, again) == folder
+    wait_for(lambda: len(starts(folder)) == 2, 300, every_s=0.2)
+    assert starts(folder)[1]["step"] >= 3
+    assert ("training_run", folder.name) in {(tag["key"], tag["value"]) for tag in trained.run(again)["tags"]}
+    trained.cancel(again)
+    assert trained.ended(again, 300) == "CANCELED"
 
 
 def test_a_run_is_watched_killed_resumed_and_cancelled(trained: Live) -> None:
