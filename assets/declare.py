@@ -1,5 +1,6 @@
 """Declare an asset to Dagster: nextvid/graph.py says what it is, storage/schemas.py what its columns are."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -55,11 +56,18 @@ def described(name: Asset, schema: type[dy.Schema] | None = None) -> dict[str, A
 
 
 def check_specs(name: Asset) -> list[dg.AssetCheckSpec]:
-    """The checks of an asset, which its maker reports by these names."""
-    return [
-        dg.AssetCheckSpec(name=check, asset=name, description=text, blocking=check not in NON_BLOCKING)
-        for check, text in GRAPH[name].checks.items()
-    ]
+    """The checks of an asset, which its maker reports by these names; each partition has a status of its own."""
+    with warnings.catch_warnings(action="ignore", category=dg.PreviewWarning):  # of partitions_def (dagster 1.13.27)
+        return [
+            dg.AssetCheckSpec(
+                name=check,
+                asset=name,
+                description=text,
+                blocking=check not in NON_BLOCKING,
+                partitions_def=_partitions(name),
+            )
+            for check, text in GRAPH[name].checks.items()
+        ]
 
 
 def _partitions(name: Asset) -> dg.PartitionsDefinition[Any] | None:

@@ -5,13 +5,13 @@ observation of the asset, from which the UI draws curves of an unfinished run. T
 step with its run.
 """
 
+import contextlib
 import os
 import re
 import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,19 +48,25 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
             start_new_session=True,
         )
         try:
-            code = wait(context, Path(run.folder), process.poll, POLL_S)
+            code = wait(context, run, process.poll, POLL_S)
         finally:
             end_group(process)
     if code != 0:
         output = _tail(log_path, began)
-        raise dg.Failure(
-            description=f"the trainer ended with exit code {code}; the end of {log_path}:\n{output}",
-            # a process that a signal ended crashed: a retry resumes its run
-            allow_retries=code < 0 or SIGNALLED.search(output) is not None,
-        )
+        # a process that a signal ended crashed: a retry resumes its run
+        crashed = code < 0 or SIGNALLED.search(output) is not None
+        raise failure(run, f"the trainer ended with exit code {code}; the end of {log_path}:\n{output}", crashed)
 
 
-@contextmanager
+def failure(run: PreparedRun, why: str, crashed: bool = False) -> dg.Failure:
+    """A failed training, with its run, its last logged step and its log; only a crash is retried."""
+    metadata: dict[str, Any] = {"run": run.run_id, "log": dg.MetadataValue.path(str(Path(run.folder) / LOG))}
+    with contextlib.suppress(UpstreamError):  # none was logged
+        metadata["step"] = max((event["step"] for event in read_events(Path(run.folder))), default=0)
+    return dg.Failure(description=why, metadata=metadata, allow_retries=crashed)
+
+
+@contextlib.contextmanager
 def pipes(
     context: dg.AssetExecutionContext, injector: dg.PipesContextInjector, reader: dg.PipesMessageReader
 ) -> Iterator[dg.PipesSession]:
@@ -72,7 +78,9 @@ def pipes(
         yield session
 
 
-def wait(context: dg.AssetExecutionContext, folder: Path, ended: Callable[[], Ended | None], poll_s: float) -> Ended:
+def wait(
+    context: dg.AssetExecutionContext, run: PreparedRun, ended: Callable[[], Ended | None], poll_s: float
+) -> Ended:
     """Wait until `ended` returns the result of training; every OBSERVE_S, report the newest logged step.
 
     Raises dg.Failure where the process of the Dagster run is gone.
@@ -80,9 +88,9 @@ def wait(context: dg.AssetExecutionContext, folder: Path, ended: Callable[[], En
     observed_s, step = time.monotonic(), -1
     while (result := ended()) is None:
         if orphaned():
-            raise dg.Failure("the process of this Dagster run is gone; a retry of the run resumes", allow_retries=False)
+            raise failure(run, "the process of this Dagster run is gone; a retry of the run resumes")
         if time.monotonic() - observed_s >= OBSERVE_S:
-            observed_s, step = time.monotonic(), observe(context, folder, step)
+            observed_s, step = time.monotonic(), observe(context, Path(run.folder), step)
         time.sleep(poll_s)
     return result
 

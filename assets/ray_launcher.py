@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.launcher import SIGNALLED, pipes, wait
+from assets.launcher import SIGNALLED, failure, pipes, wait
 from nextvid.train.pretrain import PreparedRun
 from storage.errors import ConflictError
 from storage.remote import S3_PLACE
@@ -55,14 +55,14 @@ def run_job(context: dg.AssetExecutionContext, run: PreparedRun, address: str) -
             return status if status.is_terminal() else None
 
         try:
-            status = wait(context, Path(run.folder), ended, POLL_S)
+            status = wait(context, run, ended, POLL_S)
         except BaseException:  # cancelled, or the process of the Dagster run is gone
             client.stop_job(job)
             raise
     if status != JobStatus.SUCCEEDED:
         message = client.get_job_info(job).message or ""
         raised = ENDED.search(message) is not None and SIGNALLED.search(message) is None
-        raise dg.Failure(description=f"the trainer's Ray job ended as {status}: {message}", allow_retries=not raised)
+        raise failure(run, f"the trainer's Ray job ended as {status}: {message}", crashed=not raised)
 
 
 def _stop_leftovers(context: dg.AssetExecutionContext, client: "JobSubmissionClient", run: PreparedRun) -> None:

@@ -6,6 +6,7 @@ Each step reads corpus.yaml itself, so that an edit takes effect without reloadi
 from typing import TYPE_CHECKING
 
 import dagster as dg
+from pydantic import Field
 
 from nextvid.config.project import Project, open_project
 
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class ProjectResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """A project by the path of its corpus.yaml; empty means NEXTVID_CORPUS, else ./corpus.yaml."""
+    """A project by its corpus.yaml, whose path the UI shows; empty means NEXTVID_CORPUS, else ./corpus.yaml."""
 
-    corpus: str = ""
+    corpus: str = Field(default="", description="Path of the corpus.yaml that every step and tick reads")
 
     def open(self) -> Project:
         """Read and check corpus.yaml. Raises ConfigError."""

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 
 from assets.resources import ProjectResource, TrainerResource
+from nextvid.config.corpus import corpus_path
 from nextvid.graph import GRAPH
 from orchestration.executors import TRAIN_ON, executor
 from orchestration.jobs import JOBS
@@ -42,7 +43,7 @@ def build_defs(
         sensors=[new_sources_every(tick_s), follow],
         executor=executor(steps),
         resources={
-            "project": ProjectResource(corpus=corpus),
+            "project": ProjectResource(corpus=str(corpus_path(corpus))),
             "trainer": TrainerResource(ray_address=os.environ.get(TRAIN_ON, "")),
             **(resources or {}),
         },

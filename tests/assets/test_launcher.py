@@ -65,6 +65,8 @@ def test_a_failed_trainer_fails_the_step_and_says_why(tmp_path: Path) -> None:
     said = failure.step_failure_data.user_failure_data
     assert said is not None
     assert "exit code 1" in str(said.description)
+    about = {name: value.value for name, value in said.metadata.items()}
+    assert about == {"run": "0" * 12, "log": str(tmp_path / "trainer.log")}
     assert "no trainset" in str(said.description)
 
 

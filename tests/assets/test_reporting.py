@@ -16,8 +16,13 @@ from assets.media import media
 from assets.resources import ProjectResource
 from assets.shots import shots
 from benchmarks.registered import register
+from nextvid.corpus.sources import update_sources
 from nextvid.making.outcome import Check, Outcome
+from orchestration.sensors import apply_partitions
 from storage.errors import UpstreamError
+from tests.factories import write_project
+from tests.nextvid.corpus.small_media import write_picture
+from tests.orchestration.conftest import load_defs
 
 
 def outcome(**changes: object) -> Outcome:
@@ -102,3 +107,24 @@ def test_a_batch_that_is_not_there_is_one_clear_line(asset: dg.AssetsDefinition,
     with context_of("pictures.000009") as context, pytest.raises(dg.Failure) as caught:
         asset(context, project=ProjectResource(corpus=str(project.path)))
     assert caught.value.description == ("config: there is no batch 'pictures.000009'; did you mean 'pictures.000000'?")
+
+
+def test_the_red_check_of_a_stopped_batch_stays_red_when_another_passes(tmp_path: Path) -> None:
+    write_picture(tmp_path / "good" / "0.jpg", "0")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.jpg").write_bytes(b"no picture")
+    datasets = {name: {"uri": str(tmp_path / name), "clips": [{"frames": 1}]} for name in ("bad", "good")}
+    project = write_project(tmp_path, datasets, benchmarks={})
+    update_sources(project)
+    with dg.instance_for_test() as instance:
+        apply_partitions(instance, project)
+        job = load_defs(project).resolve_implicit_global_asset_job_def()
+        for batch in ("bad.000000", "good.000000"):
+            job.execute_in_process(
+                instance=instance, partition_key=batch, asset_selection=[dg.AssetKey("media")], raise_on_error=False
+            )
+        key = dg.AssetCheckKey(dg.AssetKey("media"), "quarantined_within_budget")
+        found = instance.event_log_storage.get_asset_check_partition_info([key])
+    assert {one.partition_key: one.latest_execution_status.name for one in found if one.latest_execution_status} == {
+        "bad.000000": "FAILED", "good.000000": "SUCCEEDED"
+    }  # fmt: skip

@@ -66,6 +66,7 @@ def test_the_corpus_follows_its_folders(live: Live) -> None:
     assert EXTRA_BATCH not in first["batches"], "its batch stops, all others go on"
     assert "quarantined_within_budget" in Path(root.checks("media", EXTRA_BATCH)).read_text()
     assert not Path(root.checks("shots", EXTRA_BATCH)).exists()
+    assert failed_partitions(live, "media", "quarantined_within_budget") == [EXTRA_BATCH], "though others passed later"
 
     # dropped in: its latents appear
     drop(live, scenes[0], folder / "added.mp4")
@@ -92,6 +93,19 @@ def test_the_corpus_follows_its_folders(live: Live) -> None:
     wait_for(lambda: {EXTRA_BATCH, VIDEOS} <= requested(live, "nightly").keys(), 150)
     others = [run for run in live.runs() if tags(run).get("dagster/partition") != EXTRA_BATCH]
     assert not UNWANTED & {run["status"] for run in others}
+
+
+def failed_partitions(live: Live, asset: str, check: str) -> list[str]:
+    """The partitions whose check is red in the UI."""
+    answer = live.ask(
+        """query($key: AssetKeyInput!, $name: String!) { assetNodes(assetKeys: [$key]) {
+           assetCheckOrError(checkName: $name) { ... on AssetCheck { partitionStatuses {
+             ... on AssetCheckDefaultPartitionStatuses { failedPartitions } } } } } }""",
+        key={"path": [asset]},
+        name=check,
+    )
+    failed: list[str] = answer["assetNodes"][0]["assetCheckOrError"]["partitionStatuses"]["failedPartitions"]
+    return failed
 
 
 def tags(run: dict[str, Any]) -> dict[str, str]:

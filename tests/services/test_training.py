@@ -17,8 +17,8 @@ import pytest
 
 from nextvid.train.events import NAME, read_events
 from nextvid.trainset.trainset import Trainset
-from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
 from tests.nextvid.train.corpus import tiny_spec, write_trainset
+from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
 
 pytestmark = [
     pytest.mark.services,
