@@ -143,7 +143,10 @@ def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> 
             raise ConfigError(f"{path} is on an object store: this folder must be on a file system")
         with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
             yield Path(folder)
-            _upload(Path(folder), path, last, over=over)
+            if not over and exists(f"{path}/{last}"):
+                raise ConflictError(f"{path} exists already")
+            for name in _names(Path(folder), last):
+                remote.put(f"{path}/{name}", Path(folder, name), exclusive=name == last and not over)
         return
     target = _local(path)
     if target.exists() and not over:
@@ -323,15 +326,6 @@ def _link(temporary: Path, target: Path) -> None:
             message = f"{target.parent} is on a file system without hard links: choose another folder as root"
             raise StoreError(message) from error
         raise
-
-
-def _upload(folder: Path, path: str, last: str, *, over: bool) -> None:
-    """Put every file of a folder under `path`, `last` at the end and, but for `over`, only if its name is new."""
-    names = _names(folder, last)
-    if not over and exists(f"{path}/{last}"):
-        raise ConflictError(f"{path} exists already")
-    for name in names:
-        remote.put(f"{path}/{name}", folder / name, exclusive=name == last and not over)
 
 
 def _names(folder: Path, last: str) -> list[str]:

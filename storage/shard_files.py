@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -260,17 +260,27 @@ def shards_of(rows: np.ndarray) -> dict[tuple[int, int], list[int]]:
     return found
 
 
-def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> dict[str, int]:
-    """Path and size in bytes of every shard that rows (addresses [n] by frames) are in, by one listing a part."""
-    cited = {(frames, *where): shards for frames, rows in stored.items() for where, shards in shards_of(rows).items()}
-    parts = [store.part(batches[batch], frames, number) for frames, batch, number in cited]
+def cited_parts(
+    store: Store[S], batches: Sequence[str], stored: Mapping[int, np.ndarray]
+) -> Iterator[tuple[Part[S], list[int], dict[str, int]]]:
+    """Each part that rows (addresses [n] by frames) are in: the numbers of their shards, and size in bytes by path.
+
+    Sizes are of every file of the part, by one listing.
+    """
+    cited = [
+        (store.part(batches[batch], frames, number), shards)
+        for frames, rows in stored.items()
+        for (batch, number), shards in shards_of(rows).items()
+    ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        listings = pool.map(lambda part: listing.files_below(f"{part.array_path}/c"), parts)
-    found: dict[str, int] = {}
-    for part, numbers, files in zip(parts, cited.values(), listings, strict=True):
-        paths = [part.shard_path(number) for number in numbers]
-        found |= {path: files[path] for path in paths if path in files}
-    return found
+        yield from pool.map(lambda one: (*one, listing.files_below(one[0].path)), cited)
+
+
+def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> dict[str, int]:
+    """Path and size in bytes of every shard that rows (addresses [n] by frames) are in, if it is there."""
+    cited = cited_parts(store, batches, stored)
+    paths = ((part.shard_path(number), files) for part, numbers, files in cited for number in numbers)
+    return {path: files[path] for path, files in paths if path in files}
 
 
 def _fault(part: Part[S], number: int, data: bytes) -> str | None:

@@ -7,7 +7,6 @@ those errors pass through.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from storage import atomic, listing
+from storage import atomic
 from storage.cache import open_rows
 from storage.digest import crc32c, digest_config
 from storage.errors import DamagedError, NExTVidError, UpstreamError
-from storage.part import Part
 from storage.root import DataRoot
 from storage.schemas import Lineage
-from storage.shard_files import AT_ONCE, shards_of
+from storage.shard_files import cited_parts
 from storage.store import Store
 from storage.tables import write_tables
 
@@ -140,25 +138,14 @@ def gone_shards(
 
     Lists files only; `verify` reads them. `whose` names the rows; `then` is what to do once the shards are back.
     """
-    cited = [
-        (store.part(batches[batch], frames, part), shards)
-        for frames, addresses in rows.items()
-        for (batch, part), shards in shards_of(addresses).items()
-    ]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        lines = pool.map(lambda one: _gone(one[0], one[1], whose, then), cited)
-    return [line for line in lines if line]
-
-
-def _gone(part: Part[Any], shards: Sequence[int], whose: str, then: str) -> str:
-    files = listing.files_below(part.path)
-    gone = [number for number in shards if not {part.shard_path(number), part.commit_path(number)} <= files.keys()]
-    if not gone:
-        return ""
-    torn = [part.commit_path(number) for number in gone if part.commit_path(number) in files]
-    first = f"remove {', '.join(torn)}, " if torn else ""
-    numbers = ", ".join(map(str, gone))
-    return (
-        f"{part.path}: {whose} cites its shards {numbers}, which are not there. Remedy: put them back, or {first}make "
-        f"the latents of batch {part.batch} again, then {then}"
-    )
+    lines = []
+    for part, shards, files in cited_parts(store, batches, rows):
+        gone = [number for number in shards if not {part.shard_path(number), part.commit_path(number)} <= files.keys()]
+        if gone:
+            torn = [part.commit_path(number) for number in gone if part.commit_path(number) in files]
+            first = f"remove {', '.join(torn)}, " if torn else ""
+            lines.append(
+                f"{part.path}: {whose} cites its shards {', '.join(map(str, gone))}, which are not there. Remedy: put "
+                f"them back, or {first}make the latents of batch {part.batch} again, then {then}"
+            )
+    return lines

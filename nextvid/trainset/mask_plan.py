@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int
 from PIL import Image, ImageDraw
 
 from nextvid.config.project import Project
@@ -250,14 +250,10 @@ def gallery(raw: Mapping[str, Bits], kept: Mapping[str, Bits], grid: tuple[int, 
             f"{name}: {bits.sum(axis=1).mean():.1f} of {height * width} cells visible, {shown[0].sum()} kept in entry 0"
         )
         ink.text((GAP, top + 1), text, fill=INK)
-        for column, picture in enumerate(_pictures(bits[:SHOWN], shown[:SHOWN], grid)):
+        colours = np.array([MASKED, THINNED, KEPT], dtype=np.uint8)[bits[:SHOWN].astype(int) + (bits & shown)[:SHOWN]]
+        cells = rearrange(colours, "e (h w) c -> e h w c", h=height)
+        for column, picture in enumerate(cells.repeat(CELL, axis=1).repeat(CELL, axis=2)):
             sheet.paste(Image.fromarray(picture), (GAP + column * (width * CELL + GAP), top + CAPTION + GAP))
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _pictures(raw: Bits, kept: Bits, grid: tuple[int, int]) -> UInt8[np.ndarray, "E H W 3"]:
-    colours = np.array([MASKED, THINNED, KEPT], dtype=np.uint8)[raw.astype(int) + (raw & kept)]
-    cells = rearrange(colours, "e (h w) c -> e h w c", h=grid[0])
-    return cells.repeat(CELL, axis=1).repeat(CELL, axis=2)
