@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
-from nextvid.machine import leased_gpus, orphaned
+from nextvid.machine import orphaned
 from nextvid.train.events import read_events
-from nextvid.train.pretrain import LOG, PreparedRun, end_group
+from nextvid.train.pretrain import LOG, PreparedRun, trainers
 from storage.errors import UpstreamError
 
 Ended = TypeVar("Ended")
@@ -36,21 +36,11 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     log_path = Path(run.folder) / LOG
     began = log_path.stat().st_size if log_path.exists() else 0
     with (
-        leased_gpus(run.ranks, run.device) as devices,
         log_path.open("ab") as log,
         pipes(context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()) as session,
+        trainers(run, log, subprocess.STDOUT, session.get_bootstrap_env_vars()) as process,
     ):
-        process = subprocess.Popen(
-            run.child,
-            env={**os.environ, **run.env, **devices, **session.get_bootstrap_env_vars()},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = wait(context, run, process.poll, POLL_S)
-        finally:
-            end_group(process)
+        code = wait(context, run, process.poll, POLL_S)
     if code != 0:
         output = _tail(log_path, began)
         # a process that a signal ended crashed: a retry resumes its run

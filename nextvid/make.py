@@ -147,9 +147,9 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
         case "mask_plan":
             return make_it(project, partition)
         case "pretrain":
-            how = apply_how(ExecutionConfig(), request.how)
-            chosen = {"ranks": request.ranks, "repeat": request.repeat, "trainset": request.trainset}
-            return make_it(project, partition, request.overrides, how, **chosen)
+            ranks = () if request.ranks is None else (f"ranks={request.ranks}",)
+            how = apply_how(ExecutionConfig(), (*request.how, *ranks))
+            return make_it(project, partition, request.overrides, how, repeat=request.repeat, trainset=request.trainset)
         case "probes":
             names = [request.benchmark] if request.benchmark else []
             return make_it(project, partition, request.run, names, request.on_progress)

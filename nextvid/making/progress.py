@@ -87,7 +87,7 @@ def shown(console: Console | None = None) -> Iterator[OnProgress]:
                 tasks[name] = bars.add_task(name, rate="")
             bars.update(tasks[name], completed=progress.done, total=progress.total, rate=progress.rate)
             if progress.note:
-                bars.console.print(progress.line(), highlight=False)
+                bars.console.print(progress.line(), highlight=False, markup=False)
             if progress.done >= progress.total:
                 bars.remove_task(tasks.pop(name))  # the line of the outcome follows
 

@@ -180,10 +180,8 @@ def _load_parts(
             tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized()
         )
     if optimizer is not None:
-        fused = bool(optimizer.defaults.get("fused"))
         for parameter, state in states.items():
-            step = {"step": state["step"].to(parameter.device)} if fused and "step" in state else {}
-            optimizer.state[parameter] = state | step
+            _set_moments(optimizer, parameter, state)
 
 
 def fill(module: nn.Module, path: Path) -> None:
@@ -297,10 +295,13 @@ def _restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
     unknown = {name.split("/", 1)[1] for name in tensors} - set(parameters)
     assert not unknown, f"moments of parameters that the model does not have: {sorted(unknown)}"
     for name, parameter in parameters.items():
-        state = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
-        # AdamW keeps the step counter on the host, unless its kernel is fused
-        fused = bool(optimizer.defaults.get("fused"))
-        for moment, value in state.items():
-            if moment != "step":
-                value = like(value, parameter.detach())
-            optimizer.state[parameter][moment] = value.to(parameter.device) if fused else value
+        held = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
+        state = {moment: v if moment == "step" else like(v, parameter.detach()) for moment, v in held.items()}
+        _set_moments(optimizer, parameter, state)
+
+
+def _set_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+    """AdamW keeps the step counter on the host, unless its kernel is fused."""
+    if "step" in state and optimizer.defaults.get("fused"):
+        state["step"] = state["step"].to(parameter.device)
+    optimizer.state[parameter] = state

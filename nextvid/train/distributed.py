@@ -7,7 +7,7 @@ follows from its draw number, so ranks change speed alone.
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +46,16 @@ class Ranks:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=partial)
 
-    def without_averaging(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+    def without_averaging(self, wrapped: nn.Module) -> AbstractContextManager[object]:
         """A block for all backward passes of a step but the last: gradients add up locally and are averaged once."""
         match wrapped:
             case DistributedDataParallel():
                 return wrapped.no_sync()
-            case FSDPModule():
-                return _unsynced(wrapped)
+            case FSDPModule():  # until the block ends every rank keeps whole gradients
+                averaging = ExitStack()
+                wrapped.set_requires_gradient_sync(False)
+                averaging.callback(wrapped.set_requires_gradient_sync, True)
+                return averaging
             case _:
                 return nullcontext()
 
@@ -77,21 +80,20 @@ class Ranks:
 
 
 @contextmanager
-def _unsynced(model: FSDPModule) -> Iterator[None]:
-    """Until the block ends every rank keeps whole gradients."""
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-@contextmanager
 def join(how: ExecutionConfig) -> Iterator[Ranks]:
     """Join the process group that torchrun's variables describe; without them this process is the whole run."""
-    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    device = _device(how, int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda":
+    count, rank, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    )
+    device = torch.device("cpu")
+    if device_of(how.device) != "cpu":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
+                "start fewer ranks, or choose device 'cpu'"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if count > 1:
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)  # NCCL binds its device early
@@ -101,17 +103,6 @@ def join(how: ExecutionConfig) -> Iterator[Ranks]:
     finally:
         if count > 1:
             dist.destroy_process_group()
-
-
-def _device(how: ExecutionConfig, local_rank: int) -> torch.device:
-    if device_of(how.device) == "cpu":
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"rank {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
-            "start fewer ranks, or choose device 'cpu'"
-        )
-    return torch.device("cuda", local_rank)
 
 
 def apply_fsdp(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, *, trained: bool) -> None:

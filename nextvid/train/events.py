@@ -1,28 +1,25 @@
-"""Events of a run: written to events.jsonl, TensorBoard and a display, and read back.
+"""Events of a run: written to events.jsonl and TensorBoard, shown, and read back.
 
 events.jsonl has one JSON object per line, with `kind` (start, step, diagnostics, stage, checkpoint, skipped, alarm, end
 or error), `step` (steps taken so far) and `time_s`. A run that was killed and resumed has written some steps twice;
-the reader keeps those of the last attempt, and skips a line that a kill cut short. The display is Dagster Pipes inside
-Dagster, a bar at a terminal, else plain lines. Rank 0 alone writes events. dagster_pipes, a small package without
-dagster, is imported by this module alone, and only in a Pipes session.
+the reader keeps those of the last attempt, and skips a line that a kill cut short. Shown are events by Dagster Pipes
+inside Dagster, else as lines, at a terminal with a bar. Rank 0 alone writes events. dagster_pipes, a small package
+without dagster, is imported by this module alone, and only in a Pipes session.
 """
 
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Self
 
+from rich.console import Console
+
+from nextvid.making.progress import Progress, shown
 from storage.errors import DamagedError, UpstreamError
-
-if TYPE_CHECKING:
-    from dagster_pipes import PipesContext
-    from rich.progress import Progress
 
 Event = dict[str, Any]
 
@@ -50,9 +47,7 @@ class EventLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -93,14 +88,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
             return value
 
 
-class Display(Protocol):
-    """Shows events to a person or to Dagster while the run goes on."""
-
-    def show(self, event: Event) -> None: ...
-
-
 class Reporter:
-    """Writes each event to events.jsonl, to TensorBoard and to the display."""
+    """Writes each event to events.jsonl and to TensorBoard, and shows it."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         self._stack = ExitStack()
@@ -109,7 +98,7 @@ class Reporter:
 
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._stack.callback(self._board.close)
-        self._display = self._stack.enter_context(_display(steps))
+        self._show = self._stack.enter_context(_shown(steps))
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record one event; numbers of steps and diagnostics become TensorBoard curves."""
@@ -117,53 +106,13 @@ class Reporter:
         if kind in ("step", "diagnostics"):
             for name, value in _numbers(event):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
-        self._display.show(event)
+        self._show(event)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-
-class Lines:
-    """One plain line per event, for logs."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    def show(self, event: Event) -> None:
-        sys.stdout.write(describe(event, self._steps) + "\n")
-        sys.stdout.flush()
-
-
-class Pipes:
-    """Events as Pipes messages, which the asset reads while the run goes on, and as log lines in the UI."""
-
-    def __init__(self, context: "PipesContext", steps: int) -> None:
-        self._context = context
-        self._steps = steps
-
-    def show(self, event: Event) -> None:
-        self._context.report_custom_message(event)
-        self._context.log.info(describe(event, self._steps))
-
-
-class Bar:
-    """A progress bar at a terminal; events other than steps are printed above it."""
-
-    def __init__(self, progress: "Progress", steps: int) -> None:
-        self._progress = progress
-        self._steps = steps
-        self._task = progress.add_task("training", total=steps)
-
-    def show(self, event: Event) -> None:
-        if event["kind"] == "step":
-            self._progress.update(self._task, completed=event["step"], description=describe(event, self._steps))
-        else:
-            self._progress.console.print(describe(event, self._steps))
 
 
 def describe(event: Event, steps: int) -> str:
@@ -184,19 +133,21 @@ def describe(event: Event, steps: int) -> str:
 
 
 @contextmanager
-def _display(steps: int) -> Iterator[Display]:
+def _shown(steps: int) -> Iterator[Callable[[Event], None]]:
+    """Shows events while the block runs: as Pipes messages, which the asset reads, and log lines, or as progress."""
     if PIPES_VARIABLE in os.environ:
         from dagster_pipes import open_dagster_pipes
 
         with open_dagster_pipes() as context:
-            yield Pipes(context, steps)
-    elif sys.stdout.isatty():
-        from rich.progress import Progress
 
-        with Progress() as progress:
-            yield Bar(progress, steps)
-    else:
-        yield Lines(steps)
+            def show(event: Event) -> None:
+                context.report_custom_message(event)
+                context.log.info(describe(event, steps))
+
+            yield show
+        return
+    with shown(Console()) as on_progress:
+        yield lambda event: on_progress(Progress("training", event["step"], steps, note=describe(event, steps)))
 
 
 def _numbers(event: Event) -> list[tuple[str, float]]:

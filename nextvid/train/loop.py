@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import ExecutionConfig, RecipeConfig, StageConfig, draws_before, stage_at
+from nextvid.config.recipe import RecipeConfig, StageConfig, draws_before, stage_at
 from nextvid.model.cost import stage_cost
 from nextvid.model.encoder import Encoder
 from nextvid.train import checkpoint
@@ -112,26 +112,22 @@ class _Meter:
         return dict(zip(names, values, strict=True)), rates
 
 
+@dataclass
 class _Session:
     """One attempt at a run, from its start to its end."""
 
-    def __init__(
-        self,
-        run: Run,
-        trained: Trained,
-        loader: Loader,
-        reporter: Reporter | None,
-        background: AsyncCheckpoints | None,
-        progress: Progress,
-    ) -> None:
-        self.background = background
-        self.run, self.trained, self.loader, self.reporter, self.progress = run, trained, loader, reporter, progress
-        self.recipe: RecipeConfig = run.recipe
-        self.how: ExecutionConfig = run.how
-        self.ranks: Ranks = trained.ranks
-        self.meter = _Meter()
-        self.stage_ends = set(itertools.accumulate(stage.steps for stage in run.recipe.stages))
-        self.fixed: torch.Tensor | None = None
+    run: Run
+    trained: Trained
+    loader: Loader
+    reporter: Reporter | None  # rank 0's
+    background: AsyncCheckpoints | None
+    progress: Progress
+    meter: _Meter = field(default_factory=_Meter)
+    fixed: torch.Tensor | None = None  # what the encoders read of the clips that are diagnosed
+
+    def __post_init__(self) -> None:
+        self.recipe, self.how, self.ranks = self.run.recipe, self.run.how, self.trained.ranks
+        self.stage_ends = set(itertools.accumulate(stage.steps for stage in self.recipe.stages))
 
     def go(self) -> None:
         """Take all steps that are left; an error of ours is also written as an event."""
@@ -217,14 +213,10 @@ class _Session:
         batch = max(1, self.recipe.stages[0].batch // self.ranks.count)
         found, online = (diagnose(encoder, self.fixed, batch) for encoder in encoders)
         step, rank = self.progress.step, found["effective_rank"]
-        first = self.progress.first_rank
-        if first is None:
-            first = rank
-            self.progress = Progress(step, self.progress.draws, self.progress.skipped, first)
-        self._event(
-            "diagnostics",
-            {**found, **{f"online_{name}": value for name, value in online.items()}, "rank_over_first": rank / first},
-        )
+        first = rank if self.progress.first_rank is None else self.progress.first_rank
+        self.progress = replace(self.progress, first_rank=first)
+        found |= {f"online_{name}": value for name, value in online.items()}
+        self._event("diagnostics", {**found, "rank_over_first": rank / first})
         if collapsed(rank, first, step, self.recipe.steps):
             self._event("alarm", {"effective_rank": rank, "first_rank": first})
 
@@ -233,16 +225,9 @@ class _Session:
             self._checkpoint_written(self.background.begin(self.run.checkpoints, self.progress, self.trained))
             return
         if self.ranks.first:
-            trained = self.trained
-            path = checkpoint.save(
-                self.run.checkpoints,
-                self.run.identity,
-                self.progress,
-                trained.model,
-                trained.reference,
-                trained.optimizer,
-            )
-            self._checkpoint_written(path)
+            run, trained = self.run, self.trained
+            parts = trained.model, trained.reference, trained.optimizer
+            self._checkpoint_written(checkpoint.save(run.checkpoints, run.identity, self.progress, *parts))
         self.ranks.wait()
 
     def _checkpoint_written(self, path: Path | None) -> None:

@@ -26,22 +26,19 @@ class Rates:
 
 
 def rates(stages: Sequence[StageConfig], shape: str, step: int) -> Rates:
-    """Learning rates at `step`, linear inside each stage, or one cosine from warm-up's end to cool-down's start."""
+    """Learning rates at `step`, linear inside each stage, or one cosine from warm-up's end to cool-down's start.
+
+    The cosine is half a period over all stages between (docs/method.md 7.2: 4.37e-4 at step 40,000 of the paper's).
+    """
     index, inside = stage_at(stages, step)
-    stage = stages[index]
-    inner = 0 < index < len(stages) - 1
-    if shape == "cosine" and inner:
-        main = _cosine(stages[1:-1], step - stages[0].steps)
+    stage, inner = stages[index], stages[1:-1]
+    if shape == "cosine" and 0 < index <= len(inner):
+        high, low = inner[0].lr_start, inner[-1].lr_end
+        share = (step - stages[0].steps) / sum(each.steps for each in inner)
+        main = low + (high - low) * (1 + math.cos(math.pi * share)) / 2
     else:
         main = stage.lr_start + (stage.lr_end - stage.lr_start) * inside / stage.steps
     return Rates(main, main if stage.decoder_lr is None else stage.decoder_lr)
-
-
-def _cosine(stages: Sequence[StageConfig], step: int) -> float:
-    """One half cosine over `stages` together (docs/method.md 7.2: 4.37e-4 at step 40,000 of the paper's)."""
-    high, low = stages[0].lr_start, stages[-1].lr_end
-    share = step / sum(stage.steps for stage in stages)
-    return low + (high - low) * (1 + math.cos(math.pi * share)) / 2
 
 
 def trained_modules(model: nn.Module) -> dict[str, nn.Module]:

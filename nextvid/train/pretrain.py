@@ -4,15 +4,16 @@
 """
 
 import contextlib
+import itertools
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
@@ -22,6 +23,7 @@ from nextvid.machine import available_cores, launcher_id, leased_gpus
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import read_latest
 from nextvid.train import checkpoint
+from nextvid.train.diagnose import ALARM_RATIO, collapsed
 from nextvid.train.events import Event, mean_speeds, read_events
 from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
@@ -68,7 +70,6 @@ def prepare_run(
     overrides: Sequence[str] = (),
     how: ExecutionConfig | None = None,
     *,
-    ranks: int | None = None,
     launch: str | None = None,
     repeat: int = 0,
     trainset: str | None = None,
@@ -82,9 +83,7 @@ def prepare_run(
     fit the trainset, reads pixels that its rows do not have, or would train on withdrawn rows.
     """
     config = apply_overrides(recipe_by_name(recipe), overrides)
-    carried_out = how or ExecutionConfig()
-    if ranks is not None:
-        carried_out = carried_out.model_copy(update={"ranks": ranks})
+    how = how or ExecutionConfig()
     trainset = _trainset(project, recipe, launch, trainset)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
     opened = Trainset.open(project.root, trainset)
@@ -98,22 +97,21 @@ def prepare_run(
     plan = plan_digest(config.masks, grid_of(config.model))
     tables.require_checks(f"{project.root.pointed('mask_plan', plan)}/checks.json", "mask_plan")
     pixels = freeze_pixels(project, opened, config).digest if config.reads_pixels else None
-    run = plan_run(project.root, config, carried_out, trainset, plan, repeat, overrides, pixels)
+    run = plan_run(project.root, config, how, trainset, plan, repeat, overrides, pixels)
     if not run.complete:
         Order(opened, config).refuse_withdrawn(project.root, opened)
     write_run(run)
     if launch is not None:
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
         atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
-    return PreparedRun(
-        run.id,
-        str(run.folder),
-        _command(project, run),
-        run.complete,
-        _environment(carried_out),
-        carried_out.ranks,
-        carried_out.device,
-    )
+    command = [
+        sys.executable,
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(how.ranks)),
+        # `--` ends torchrun's own options: it would read our --run as its --run-path
+        *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
+        *("--run", run.id),
+    ]
+    return PreparedRun(run.id, str(run.folder), command, run.complete, _environment(how), how.ranks, how.device)
 
 
 def make_pretrain(
@@ -122,14 +120,14 @@ def make_pretrain(
     overrides: Sequence[str] = (),
     how: ExecutionConfig | None = None,
     *,
-    ranks: int | None = None,
     repeat: int = 0,
     trainset: str | None = None,
 ) -> Outcome:
     """Train a recipe to its last step in child processes; resumes an interrupted run, leaves a complete one alone."""
-    prepared = prepare_run(project, recipe, overrides, how, ranks=ranks, repeat=repeat, trainset=trainset)
+    prepared = prepare_run(project, recipe, overrides, how, repeat=repeat, trainset=trainset)
     if not prepared.complete:
-        code = _run_group(prepared)
+        with (Path(prepared.folder) / LOG).open("ab") as log, trainers(prepared, STDERR, log) as process:
+            code = process.wait()
         if code:
             reason = _reason(Path(prepared.folder))
             raise RefusedError(f"run {prepared.run_id} ended with exit code {code}{reason}; asking again resumes it")
@@ -186,17 +184,6 @@ def _trainset(project: Project, recipe: str, launch: str | None, named: str | No
     return newest
 
 
-def _command(project: Project, run: Run) -> list[str]:
-    """The torchrun command of a run on this machine."""
-    return [
-        sys.executable,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.how.ranks)),
-        # `--` ends torchrun's own options: it would read our --run as its --run-path
-        *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
-        *("--run", run.id),
-    ]
-
-
 def _environment(how: ExecutionConfig) -> dict[str, str]:
     """Variables for the trainers: threads, and for CPU runs what makes them faster."""
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // how.ranks)))}
@@ -205,18 +192,16 @@ def _environment(how: ExecutionConfig) -> dict[str, str]:
     return threads | {name: os.environ.get(name, value) for name, value in CPU_VARIABLES.items()}
 
 
-def _run_group(prepared: PreparedRun) -> int:
-    """Run the command in its own process group, with its stderr in trainer.log; the group ends with this call."""
-    with leased_gpus(prepared.ranks, prepared.device) as devices, (Path(prepared.folder) / LOG).open("ab") as log:
-        process = subprocess.Popen(
-            prepared.child,
-            env={**os.environ, **prepared.env, **devices},
-            stdout=STDERR,
-            stderr=log,
-            start_new_session=True,
-        )
+@contextlib.contextmanager
+def trainers(
+    run: PreparedRun, stdout: int | IO[bytes], stderr: int | IO[bytes], env: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The run's command in a process group of its own, which ends with the block, on GPUs that are leased meanwhile."""
+    with leased_gpus(run.ranks, run.device) as devices:
+        child_env = {**os.environ, **run.env, **devices, **(env or {})}
+        process = subprocess.Popen(run.child, env=child_env, stdout=stdout, stderr=stderr, start_new_session=True)
         try:
-            return process.wait()
+            yield process
         finally:
             end_group(process)
 
@@ -257,16 +242,12 @@ def _losses_finite(events: Sequence[Event]) -> Check:
     """Every logged loss is finite; counts skipped steps."""
     values = [value for event in events if event["kind"] == "step" for value in event["loss"].values()]
     wrong = sum(not math.isfinite(float(value)) for value in values)
-    skipped = sum(event["kind"] == "skipped" for event in events)
-    return Check(
-        "losses_finite", bool(values) and not wrong, {"logged": len(values), "wrong": wrong, "skipped": skipped}
-    )
+    numbers = {"logged": len(values), "wrong": wrong, "skipped": sum(e["kind"] == "skipped" for e in events)}
+    return Check("losses_finite", bool(values) and not wrong, numbers)
 
 
 def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
     """The effective rank of the reference features at the end is above the alarm."""
-    from nextvid.train.diagnose import ALARM_RATIO, collapsed
-
     looked = [event for event in events if event["kind"] == "diagnostics"]
     numbers: dict[str, Number] = {"alarm_below": ALARM_RATIO, "alarms": sum(e["kind"] == "alarm" for e in events)}
     if not looked:
@@ -294,9 +275,5 @@ def _last(events: Sequence[Event], kind: str) -> dict[str, Any]:
 
 def _seconds(events: Sequence[Event]) -> float:
     """Seconds from the first to the last event of each attempt, added up."""
-    total, began, last = 0.0, None, 0.0
-    for event in events:
-        if event["kind"] == "start":
-            total, began = total + (last - began if began is not None else 0.0), event["time_s"]
-        last = event["time_s"]
-    return total + (last - began if began is not None else 0.0)
+    pairs = itertools.pairwise(events)
+    return sum((after["time_s"] - before["time_s"] for before, after in pairs if after["kind"] != "start"), 0.0)

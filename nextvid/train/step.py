@@ -72,14 +72,13 @@ def build(recipe: RecipeConfig, ranks: Ranks, how: ExecutionConfig = PLAIN) -> T
     model = build_model(recipe).to(ranks.device)
     reference = reference_encoder(model.encoder)
     carry_out(model, how)
+    wrapped: nn.Module = model
     if how.shard and ranks.count > 1:
         apply_fsdp(model, blocks_of(model), ranks.device, trained=True)
         apply_fsdp(reference, reference.blocks.children(), ranks.device, trained=False)
-        return Trained(recipe, how, ranks, model, model, reference, build_optimizer(model, recipe.optim))
-    partial = min(recipe.losses.align, recipe.losses.flow) <= 0  # ablations leave a part without gradients
-    return Trained(
-        recipe, how, ranks, model, ranks.wrap(model, partial), reference, build_optimizer(model, recipe.optim)
-    )
+    else:  # ablations leave a part without gradients
+        wrapped = ranks.wrap(model, partial=min(recipe.losses.align, recipe.losses.flow) <= 0)
+    return Trained(recipe, how, ranks, model, wrapped, reference, build_optimizer(model, recipe.optim))
 
 
 def autocast(recipe: RecipeConfig, device: torch.device) -> AbstractContextManager[None]:

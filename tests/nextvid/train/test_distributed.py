@@ -39,7 +39,7 @@ def trained(folder: Path, how: ExecutionConfig) -> tuple[Project, Run]:
     folder.mkdir()
     project = make_project(folder)
     make_plan(project.root, tiny_recipe())
-    outcome = make_pretrain(project, "tiny", how=how, ranks=how.ranks)
+    outcome = make_pretrain(project, "tiny", how=how)
     assert outcome.passed
     return project, open_run(Path(project.root.run("tiny", str(outcome.run))))
 
@@ -51,7 +51,7 @@ def resumed(project: Project, run: Run, how: ExecutionConfig) -> Run:
             shutil.rmtree(path)
     for name in ("encoder", "encoder_online"):
         shutil.rmtree(run.folder / name)
-    outcome = make_pretrain(project, "tiny", how=how, ranks=how.ranks)
+    outcome = make_pretrain(project, "tiny", how=how)
     assert outcome.made
     assert outcome.run == run.id
     return open_run(run.folder)

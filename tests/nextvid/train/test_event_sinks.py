@@ -25,8 +25,8 @@ def test_without_dagster_plain_lines_and_curves(tmp_path: Path, capsys: pytest.C
         reporter.event("step", 2, STEP)
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
-        "step 0/10 start run=abc",
-        "step 2/10 warmup align 1.0000 flow 2.0000 lr 1.00e-04 40.0 clips/s wait 1.0%",
+        "training: step 0/10 start run=abc",
+        "training: step 2/10 warmup align 1.0000 flow 2.0000 lr 1.00e-04 40.0 clips/s wait 1.0%",
     ]
     assert [event["kind"] for event in read_events(tmp_path)] == ["start", "step"]
     curves = EventAccumulator(str(tmp_path / "tensorboard"))

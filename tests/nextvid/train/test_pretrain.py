@@ -43,7 +43,10 @@ def _train_here(project: Project, prepared: PreparedRun) -> None:
 
 
 def test_prepared_once_is_prepared_the_same_again(project: Project) -> None:
-    one, two = prepare_run(project, "tiny", how=HOW), prepare_run(project, "tiny", how=HOW, ranks=2)
+    one, two = (
+        prepare_run(project, "tiny", how=HOW),
+        prepare_run(project, "tiny", how=HOW.model_copy(update={"ranks": 2})),
+    )
     assert one.run_id == two.run_id
     assert not one.complete
     assert open_run(Path(one.folder)).how == HOW.model_copy(update={"ranks": 2})
@@ -52,7 +55,7 @@ def test_prepared_once_is_prepared_the_same_again(project: Project) -> None:
 
 
 def test_the_command_stands_for_itself(project: Project) -> None:
-    prepared = prepare_run(project, "tiny", ranks=3)
+    prepared = prepare_run(project, "tiny", how=ExecutionConfig(ranks=3))
     command = prepared.command
     assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     assert command[command.index("--nproc-per-node") + 1] == "3"
@@ -246,12 +249,13 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         (tmp_path / str(ranks)).mkdir()
         project = make_project(tmp_path / str(ranks))
         make_plan(project.root, recipe)
-        outcome = make_pretrain(project, "tiny", how=HOW, ranks=ranks)
+        how = HOW.model_copy(update={"ranks": ranks})
+        outcome = make_pretrain(project, "tiny", how=how)
         assert outcome.made
         assert outcome.passed
         runs.append(Path(project.root.run("tiny", str(outcome.run))))
         stamps = {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")}
-        assert not make_pretrain(project, "tiny", how=HOW, ranks=ranks).made
+        assert not make_pretrain(project, "tiny", how=how).made
         assert {path: path.stat().st_mtime_ns for path in runs[-1].rglob("*.safetensors")} == stamps
     one, two = ([e for e in read_events(folder) if e["kind"] == "step"] for folder in runs)
     assert read_events(runs[1])[0]["ranks"] == 2
