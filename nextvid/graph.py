@@ -61,7 +61,7 @@ GRAPH: dict[Asset, Node] = {
             "labels_meet_files": "Of the names in label files, and of the files, no more than half lack the other",
             "spans_inside_video": "Every labelled span overlaps its video; one that does not labels nothing",
         },
-        version=3,
+        version=4,
     ),
     "shots": Node(
         "corpus", "corpus", "batch", ("media",),
@@ -71,7 +71,7 @@ GRAPH: dict[Asset, Node] = {
             "intervals_inside_file": "Every shot begins and ends inside its file",
             "no_overlap": "No two shots of a file overlap",
         },
-        version=3,
+        version=4,
     ),
     "clips": Node(
         "corpus", "corpus", "batch", ("shots",),

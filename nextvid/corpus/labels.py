@@ -5,6 +5,7 @@ reserved targets and always about the whole file. Empty cells are no labels; wro
 and line.
 """
 
+import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -234,12 +235,20 @@ def _column(table: pl.DataFrame, column: str, target: str) -> pl.DataFrame:
 def _table(labels: LabelConfig) -> pl.DataFrame:
     """The csv file, all cells as text, with a column `_line`. CorpusError where a configured column is missing."""
     assert labels.file is not None
+    data = label_bytes(labels.file)
+    lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "replace", newline=""))
+    header = next(lines, [])
     try:
-        table = pl.read_csv(io.BytesIO(label_bytes(labels.file)), infer_schema=False)
+        table = pl.read_csv(io.BytesIO(data), infer_schema=False)
     except pl.exceptions.PolarsError as error:
-        raise CorpusError(f"label file {labels.file} is no csv table with a header: {error}") from None
-    named = [labels.path_column, *labels.targets.values(), labels.split_column, labels.group_column]
-    missing = sorted({name for name in named if name is not None} - set(table.columns))
+        longer = next((f"line {lines.line_num} has {len(line)} cells" for line in lines if len(line) > len(header)), "")
+        fault = f"{longer}, its header {len(header)}" if longer else str(error).splitlines()[0]
+        raise CorpusError(f"label file {labels.file} is no csv table with a header: {fault}") from None
+    columns = [labels.path_column, *labels.targets.values(), labels.split_column, labels.group_column]
+    named = {name for name in columns if name is not None}
+    if twice := sorted(name for name in {*named, labels.start_column, labels.end_column} if header.count(name) > 1):
+        raise CorpusError(f"label file {labels.file} has the column {', '.join(twice)} twice; rename one")
+    missing = sorted(named - set(table.columns))
     if missing:
         raise CorpusError(
             f"label file {labels.file} has no column {', '.join(missing)}; it has {', '.join(table.columns)}"

@@ -1,24 +1,30 @@
-"""An opened video file: allowed containers, packets, frames with true times, scaling to what is shown.
+"""An opened video file: allowed containers, its one stream, frames with true times.
 
 All of PyAV's demuxing and decoding is here. Containers are an allow-list, so that playlists and network protocols never
 reach FFmpeg. Error detection caught 7 of 9 silently damaged files and flagged none of 5 clean ones (our measurement).
 Times are the file's own timestamps in integer microseconds; a file covers start_us to start_us + duration_us.
+
+Of several video streams the first is read, in every container; covers and thumbnails are none. FFmpeg's own choice goes
+by flags, frames and rates, which containers have or lack.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
-from nextvid.video.display import DISPLAYED_AS_STORED, Display
+from nextvid.video.display import DISPLAYED_AS_STORED, Display, over_black
 from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
 from storage.errors import MediaError
 
@@ -27,7 +33,41 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif
 ERROR_DETECTION = "crccheck+bitstream+buffer"  # our measurement: module docstring
 STRICT = "+explode"  # every flaw is an error; after a seek into an open GOP missing references are no flaw of the file
 MICROSECONDS = 1_000_000
+# FFmpeg's own decoders of VP8 and VP9 leave out the transparency that WebM has beside the pictures.
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # streams that are no video
 BACK_OFF_US = 1_000_000  # first step of an earlier seek, doubled each time; keyframes are at most some seconds apart
+
+
+@dataclass(frozen=True)
+class Video:
+    """An opened file, the stream of it that is read, and that stream's decoder."""
+
+    container: InputContainer
+    stream: VideoStream
+    decoder: VideoCodecContext
+    time_base: Fraction  # seconds a tick of the stream's timestamps
+    codec: str
+
+    @property
+    def family(self) -> str:
+        """Short name of the container: mp4, matroska, avi, mpegts, ... ."""
+        name = self.container.format.name
+        return {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "matroska"}.get(name, name.split(",")[0])
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(width, height) of stored frames by the header, wherever decoding begins."""
+        return self.stream.codec_context.width, self.stream.codec_context.height
+
+    @property
+    def seekable(self) -> bool:
+        """Whether frames have the same times wherever decoding begins.
+
+        In AVI they are counted from the start, and an MPEG program stream has times for some pictures only: those of
+        the first ones after a seek are guesses (7 of 100 seeks into such files gave a time twice, our measurement).
+        """
+        return self.family not in {"avi", "mpeg"}
 
 
 def micros(value: int, time_base: Fraction) -> int:
@@ -36,8 +76,8 @@ def micros(value: int, time_base: Fraction) -> int:
 
 
 @contextmanager
-def opened(path: Path, *, strict: bool) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its best video stream, single-threaded, without network; every FFmpeg error as MediaError.
+def opened(path: Path, *, strict: bool) -> Iterator[Video]:
+    """The file with its video stream, single-threaded, without network; every FFmpeg error as MediaError.
 
     `strict` is for passes from the start, which decide whether a file is sound; seeking needs it off.
     """
@@ -51,13 +91,19 @@ def opened(path: Path, *, strict: bool) -> Iterator[tuple[InputContainer, VideoS
     except (av.FFmpegError, ValueError, OverflowError, UnicodeError) as error:
         raise MediaError("unknown_format", f"{path}: not a video container we read: {error}") from None
     try:
-        stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream) or stream.time_base is None or stream.codec_context is None:
+        stream = next((s for s in container.streams.video if s.codec_context and not s.disposition & PICTURES), None)
+        if stream is None or stream.time_base is None:
             raise MediaError("no_video", f"{path}: holds no video stream that can be decoded")
-        stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1  # a worker has one core
-        stream.codec_context.options = {"err_detect": ERROR_DETECTION + (STRICT if strict else "")}
-        yield container, stream
+        decoder, codec = stream.codec_context, stream.codec_context.codec.canonical_name
+        if codec in WITH_ALPHA and stream.metadata.get("alpha_mode") == "1":
+            other = VideoCodecContext.create(WITH_ALPHA[codec], "r")
+            assert isinstance(other, VideoCodecContext)
+            decoder = other
+            decoder.extradata = stream.codec_context.extradata
+        decoder.thread_type = "NONE"
+        decoder.thread_count = 1  # a worker has one core
+        decoder.options = {"err_detect": ERROR_DETECTION + (STRICT if strict else "")}
+        yield Video(container, stream, decoder, stream.time_base, codec)
     except MemoryError:
         raise
     except (av.FFmpegError, OverflowError, UnicodeError) as error:
@@ -66,24 +112,7 @@ def opened(path: Path, *, strict: bool) -> Iterator[tuple[InputContainer, VideoS
         container.close()
 
 
-def family(container: InputContainer) -> str:
-    """Short name of the container: mp4, matroska, avi, mpegts, ... ."""
-    name = container.format.name
-    return {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "matroska"}.get(name, name.split(",")[0])
-
-
-def seekable(container: InputContainer) -> bool:
-    """Whether frames have the same times wherever decoding begins.
-
-    In AVI they are counted from the start, and an MPEG program stream has times for some pictures only: those of the
-    first ones after a seek are guesses (7 of 100 seeks into such files gave a time twice, our measurement).
-    """
-    return family(container) not in {"avi", "mpeg"}
-
-
-def decoded(
-    container: InputContainer, stream: VideoStream, from_us: int | None = None
-) -> Iterator[tuple[int, VideoFrame]]:
+def decoded(video: Video, from_us: int | None = None) -> Iterator[tuple[int, VideoFrame]]:
     """Frames in presentation order with their times, from the start or from an entry point at or before `from_us`.
 
     A naive seek may land behind the requested time (1 of 192 did) or where decoding cannot begin, hence the back-off.
@@ -91,26 +120,26 @@ def decoded(
     key picture cannot be decoded after a seek and are dropped. AVI stores no presentation times: its frames get the
     packets' times in order. Raises MediaError `corrupt` or `bad_times`.
     """
-    if family(container) == "avi":
-        yield from _checked(_avi_frames(container, stream))
+    if video.family == "avi":
+        yield from _checked(_avi_frames(video))
         return
     if from_us is None:
-        yield from _checked(_frames(container, stream, None))
+        yield from _checked(_frames(video, None))
         return
-    base = stream.time_base
-    assert base is not None, "opened() refuses streams without a time base"
-    first_us = micros(stream.start_time or 0, base)
+    first_us = micros(video.stream.start_time or 0, video.time_base)
     target_us, step_us = from_us, BACK_OFF_US
-    while seekable(container) and target_us > first_us:
-        container.seek(int(Fraction(target_us, MICROSECONDS) / base), stream=stream, backward=True)
-        frames = _frames(container, stream, from_us)
+    while video.seekable and target_us > first_us:
+        ticks = int(Fraction(target_us, MICROSECONDS) / video.time_base)
+        video.container.seek(ticks, stream=video.stream, backward=True)
+        video.decoder.flush_buffers()
+        frames = _frames(video, from_us)
         if first := next(frames, None):
             yield first
             yield from _checked(frames, first[0])
             return
         target_us, step_us = target_us - step_us, step_us * 2
-    with opened(Path(container.name.removeprefix("file:")), strict=False) as (again, video):
-        yield from _checked(_frames(again, video, None))
+    with opened(Path(video.container.name.removeprefix("file:")), strict=False) as again:
+        yield from _checked(_frames(again, None))
 
 
 class Scaler:
@@ -129,59 +158,64 @@ class Scaler:
     def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "..."]:
         width, height = (self.height, self.width) if self.display.turns % 2 else (self.width, self.height)
         scaled = self._scaler.reformat(
-            frame, width=width, height=height, format=self.pixel_format, interpolation=self.filter_name, threads=1
+            over_black(frame),
+            width=width,
+            height=height,
+            format=self.pixel_format,
+            interpolation=self.filter_name,
+            threads=1,
         )
         return self.display.upright(scaled.to_ndarray())
 
 
-def _frames(container: InputContainer, stream: VideoStream, wanted_us: int | None) -> Iterator[tuple[int, VideoFrame]]:
+def _frames(video: Video, wanted_us: int | None) -> Iterator[tuple[int, VideoFrame]]:
     """Frames from the container's position on; nothing where the first that can be shown lies behind `wanted_us`.
 
     Packets decide that, before anything is decoded: the first entry point, and the first packet from there on that is
     not hidden by an edit list (after a seek towards the end of one edit that may be the beginning of the next).
     """
-    base = stream.time_base
-    assert base is not None, "opened() refuses streams without a time base"
     anchor: int | None = None
     judged = wanted_us is None
-    for packet in container.demux(stream):
+    for packet in video.container.demux(video.stream):
         if anchor is None and packet.pts is not None:
-            if (wanted_us is not None or must_begin_at_entry(stream)) and not is_entry_point(packet, stream):
+            if (wanted_us is not None or must_begin_at_entry(video.stream)) and not is_entry_point(
+                packet, video.stream
+            ):
                 continue
             anchor = packet.pts
         if not judged and packet.pts is not None and not packet.is_discard:
             judged = True
-            if wanted_us is not None and micros(packet.pts, base) > wanted_us:
+            if wanted_us is not None and micros(packet.pts, video.time_base) > wanted_us:
                 return
         try:
-            frames = stream.decode(packet)
+            frames = video.decoder.decode(packet)
         except (av.InvalidDataError, av.PatchWelcomeError) as error:
             if packet.pts is not None and anchor is not None and packet.pts < anchor:
                 continue  # leads its keyframe: refers to pictures before the seek point
-            raise MediaError("corrupt", f"{container.name}: damaged near {packet.pts} x {base} s: {error}") from None
+            raise MediaError(
+                "corrupt", f"{video.container.name}: damaged near {packet.pts} x {video.time_base} s: {error}"
+            ) from None
         for frame in frames:
             if frame.pts is None:
-                raise MediaError("bad_times", f"{container.name}: a frame has no timestamp")
+                raise MediaError("bad_times", f"{video.container.name}: a frame has no timestamp")
             if anchor is None or frame.pts >= anchor:
-                yield micros(frame.pts, base), frame
+                yield micros(frame.pts, video.time_base), frame
 
 
-def _avi_frames(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
-    base = stream.time_base
-    assert base is not None, "opened() refuses streams without a time base"
+def _avi_frames(video: Video) -> Iterator[tuple[int, VideoFrame]]:
     waiting: list[int] = []
-    for packet in container.demux(stream):
+    for packet in video.container.demux(video.stream):
         if packet.dts is not None and packet.size:
             waiting.append(packet.dts)
         try:
-            frames = stream.decode(packet)
+            frames = video.decoder.decode(packet)
         except (av.InvalidDataError, av.PatchWelcomeError) as error:
-            raise MediaError("corrupt", f"{container.name}: damaged near packet {packet.dts}: {error}") from None
+            raise MediaError("corrupt", f"{video.container.name}: damaged near packet {packet.dts}: {error}") from None
         for frame in frames:
             if not waiting:
-                raise MediaError("bad_times", f"{container.name}: more frames than packets; remux the file")
+                raise MediaError("bad_times", f"{video.container.name}: more frames than packets; remux the file")
             frame.pts = waiting.pop(0)
-            yield micros(frame.pts, base), frame
+            yield micros(frame.pts, video.time_base), frame
 
 
 def _checked(frames: Iterator[tuple[int, VideoFrame]], last_us: int | None = None) -> Iterator[tuple[int, VideoFrame]]:

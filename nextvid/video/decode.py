@@ -14,7 +14,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from jaxtyping import Float64, Int64, UInt8
 
-from nextvid.video.container import MICROSECONDS, Scaler, decoded, micros, opened, seekable
+from nextvid.video.container import MICROSECONDS, Scaler, decoded, micros, opened
 from nextvid.video.display import Display
 from nextvid.video.images import animation, animation_times
 from storage.errors import MediaError
@@ -50,15 +50,15 @@ def placed(
 def stream(path: Path) -> Iterator[tuple[int, VideoFrame]]:
     """Every frame of a file in order with its time, through PyAV; not yet upright (see `container.Scaler`).
 
-    Animated WebP and PNG come through Pillow. Raises MediaError `corrupt` or `bad_times` where the file stops being
-    trustworthy.
+    Animated WebP, PNG and AVIF come through Pillow. Raises MediaError `corrupt` or `bad_times` where the file stops
+    being trustworthy.
     """
     if animation_times(path):
         for time_us, image in animation(path):
             yield time_us, VideoFrame.from_ndarray(image, format="rgb24")
         return
-    with opened(path, strict=True) as (container, video):
-        yield from decoded(container, video)
+    with opened(path, strict=True) as video:
+        yield from decoded(video)
 
 
 def nearest(pts_us: Int64[np.ndarray, "n"], times_us: Int64[np.ndarray, "T"]) -> Int64[np.ndarray, "T"]:
@@ -75,12 +75,10 @@ def nearest(pts_us: Int64[np.ndarray, "n"], times_us: Int64[np.ndarray, "T"]) ->
 
 
 def _by_pyav(path: Path, times_us: Sequence[int]) -> Iterator[Placed]:
-    with opened(path, strict=False) as (container, video):
-        rate = video.average_rate
+    with opened(path, strict=False) as video:
+        rate = video.stream.average_rate
         nominal_us = round(MICROSECONDS / rate) if rate else 0
-        frames = decoded(container, video, times_us[0])
-        jumps = seekable(container)
-        stored = (video.codec_context.width, video.codec_context.height)  # the file's, wherever decoding begins
+        frames = decoded(video, times_us[0])
         scale: Scaler | None = None
         waiting = list(reversed(times_us))
         before: tuple[int, VideoFrame] | None = None
@@ -94,16 +92,16 @@ def _by_pyav(path: Path, times_us: Sequence[int]) -> Iterator[Placed]:
                 near = [pair for pair in (before, current) if pair is not None]
                 pts_us, frame = _chosen(path, near, waiting[-1], nominal_us)
                 if scale is None:
-                    display = Display.of(frame, video)
-                    scale = Scaler(*display.size(*stored), "rgb24", "BICUBIC", display)
+                    display = Display.of(frame, video.stream)
+                    scale = Scaler(*display.size(*video.stored_size), "rgb24", "BICUBIC", display)
                 if image is None or image[0] is not frame:
                     image = (frame, scale(frame))
                 yield waiting.pop(), pts_us, image[1]
             before = current
-            far = jumps and waiting and current is not None and waiting[-1] - current[0] > JUMP_US
+            far = video.seekable and waiting and current is not None and waiting[-1] - current[0] > JUMP_US
             if far and sought != waiting[-1]:
                 sought, before = waiting[-1], None
-                frames = decoded(container, video, sought)
+                frames = decoded(video, sought)
 
 
 def _chosen(

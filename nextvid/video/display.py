@@ -1,10 +1,12 @@
-"""How a stored frame becomes what a player shows: turned, mirrored, and with square pixels.
+"""How a stored frame becomes what a player shows: turned, mirrored, with square pixels, transparency over black.
 
 Everything behind the decoder works in display pixels: sizes, crops, views, previews and hashes. A file has a display
 matrix, which turns and may mirror (phones, editors), and the shape of a pixel (DVDs, DV and HDV cameras store pictures
-of 16:9 with fewer, wider pixels).
+of 16:9 with fewer, wider pixels). Transparency is laid over black, the colour of letterbox bars, so that a cut-out adds
+no pattern of its own: in images and in videos alike.
 """
 
+import functools
 import math
 import struct
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 from av.sidedata.sidedata import SideData
+from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
@@ -24,6 +27,7 @@ Picture = UInt8[np.ndarray, "H W ..."]
 TURNS = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 1, (-1, 0, 0, -1): 2, (0, 1, -1, 0): 3}
 SLANT = 0.01  # ours: half a degree, below which a matrix is one of those
 SQUARE = Fraction(1, 100)  # ours: pixels within 1 % of square are square (359:360 makes 1278 lines of 1280)
+OPAQUE = 255  # alpha of a pixel that hides all behind it
 WIDEST = 4  # ours: the widest in use are 2:1 (anamorphic film)
 
 
@@ -71,3 +75,20 @@ class Display:
 
 
 DISPLAYED_AS_STORED = Display()
+
+
+def over_black(frame: VideoFrame) -> VideoFrame:
+    """The frame with its transparency laid over black, as RGB; a frame without any as it is."""
+    if not _has_alpha(frame.format.name):
+        return frame
+    rgba = frame.to_ndarray(format="rgba")
+    alpha = rgba[..., 3:]
+    if alpha.min() == OPAQUE:
+        return frame
+    return VideoFrame.from_ndarray((rgba[..., :3] * (alpha / OPAQUE)).round().astype(np.uint8), format="rgb24")
+
+
+@functools.cache
+def _has_alpha(pixel_format: str) -> bool:
+    found = VideoFormat(pixel_format)
+    return found.has_palette or any(component.is_alpha for component in found.components)

@@ -1,16 +1,18 @@
-"""Image files to upright RGB arrays, and animated WebP and PNG to frames with times.
+"""Image files to upright RGB arrays, and animated WebP, PNG and AVIF to frames with times.
 
-Pillow reads them, with rules for EXIF rotation, palettes, alpha, CMYK, deep greys, bombs and truncation. Alpha is laid
-over black, the colour of letterbox bars, so that a cut-out adds no pattern of its own.
+Pillow reads them, with rules for EXIF rotation, palettes, CMYK, deep greys, bombs and truncation; transparency is laid
+over black (display.py). HEIC needs pillow-heif, the optional dependency `nextvid[heif]`. The content of a file decides
+what it is, not its name.
 """
 
+import importlib.util
 import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
+import av
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -20,6 +22,9 @@ from storage.errors import MediaError
 MAX_PIXELS = 1 << 26  # 8192 x 8192: 200 MB as RGB; larger is refused unread
 # What Pillow may open: no vector, document or sequence formats, whose decoders call other programs or run scripts.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
+# Brands of ISO/IEC 23008-12 (HEIF) with pictures coded as HEVC, as phones write them.
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
+HEAD_BYTES = 64  # the brands of every HEIF file that we met
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF 2.3: orientations that swap width and height
 TWELVE_BITS = (1 << 12) - 1  # sensors' values in a 16-bit file, which are black if taken for 16 bits
 SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
@@ -31,14 +36,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bombs are refused by size below; odd EXIF tags do not matter
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=_formats(path)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise _too_large(path, f"{image.width} x {image.height} pixels")
                 yield image
-    except FileNotFoundError:
-        raise MediaError("missing", f"{path}: no such file; list the dataset again") from None
-    except PermissionError:
-        raise MediaError("forbidden", f"{path}: no permission to read it; check its mode and owner") from None
     except UnidentifiedImageError:
         raise MediaError("unknown_format", f"{path}: not an image we read") from None
     except Image.DecompressionBombError as error:
@@ -49,6 +50,34 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         raise MediaError("corrupt", f"{path}: {error}") from None
 
 
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file, which say what it is. Raises MediaError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except FileNotFoundError:
+        raise MediaError("missing", f"{path}: no such file; list the dataset again") from None
+    except PermissionError:
+        raise MediaError("forbidden", f"{path}: no permission to read it; check its mode and owner") from None
+    except OSError as error:
+        raise MediaError("unreadable", f"{path}: {error}") from None
+
+
+def _formats(path: Path) -> tuple[str, ...]:
+    """What Pillow may take the file for. Raises MediaError `needs_heif` for HEIC without the package that reads it."""
+    head = head_of(path)
+    brands = {head[at : at + 4] for at in range(8, min(len(head), int.from_bytes(head[:4], "big")), 4)}
+    if head[4:8] != b"ftyp" or b"avif" in brands or brands.isdisjoint(HEIC_BRANDS):
+        return FORMATS
+    if importlib.util.find_spec("pillow_heif") is None:
+        raise MediaError("needs_heif", f"{path}: HEIC is read with pillow-heif: pip install 'nextvid[heif]'")
+    import pillow_heif
+
+    pillow_heif.options.DECODE_THREADS = 1  # a worker has one core
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
+
+
 def load_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     """The first frame as upright RGB, uint8 [H, W, 3]. Raises MediaError."""
     with open_image(path) as image:
@@ -57,22 +86,24 @@ def load_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def animation_times(path: Path) -> list[int]:
-    """When the frames of an animated WebP or PNG begin, and when the last ends, in us; empty for anything else.
+    """When the frames of an animated WebP, PNG or AVIF begin, and when the last ends, in us; empty for anything else.
 
-    The content decides, not the name. Read from the headers of the file's chunks, nothing is decoded (WebP:
-    developers.google.com/speed/webp/docs/riff_container; PNG: w3.org/TR/png-3, fcTL). Raises MediaError for frames
-    that last no time.
+    The content decides, not the name. Read from headers, nothing is decoded (WebP:
+    developers.google.com/speed/webp/docs/riff_container; PNG: w3.org/TR/png-3, fcTL; AVIF: brand `avis`). Raises
+    MediaError for frames that last no time.
     """
+    head = head_of(path)
     try:
-        with path.open("rb") as file:
-            head = file.read(12)
-            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
-                lasts_us = list(_webp_delays(file))
-            elif head[:8] == b"\x89PNG\r\n\x1a\n":
-                file.seek(8)
-                lasts_us = list(_png_delays(file))
-            else:
-                return []
+        if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+            lasts_us = list(_webp_delays(path))
+        elif head[:8] == b"\x89PNG\r\n\x1a\n":
+            lasts_us = list(_png_delays(path))
+        elif head[4:12] == b"ftypavis":
+            lasts_us = list(_avif_delays(path))
+        else:
+            return []
+    except av.FFmpegError as error:  # before OSError: some are both
+        raise MediaError("corrupt", f"{path}: {error}") from None
     except OSError as error:
         raise MediaError("unreadable", f"{path}: {error}") from None
     if len(lasts_us) < 2:
@@ -82,27 +113,40 @@ def animation_times(path: Path) -> list[int]:
     return [0, *itertools.accumulate(lasts_us)]
 
 
-def _webp_delays(file: BinaryIO) -> Iterator[int]:
-    while len(chunk := file.read(8)) == 8:
-        size = int.from_bytes(chunk[4:], "little")
-        body = file.read(16) if chunk[:4] == b"ANMF" else b""
-        if chunk[:4] == b"ANMF":
-            yield 1000 * int.from_bytes(body[12:15], "little") if len(body) == 16 else 0
-        file.seek(size + size % 2 - len(body), 1)
+def _webp_delays(path: Path) -> Iterator[int]:
+    with path.open("rb") as file:
+        file.seek(12)
+        while len(chunk := file.read(8)) == 8:
+            size = int.from_bytes(chunk[4:], "little")
+            body = file.read(16) if chunk[:4] == b"ANMF" else b""
+            if chunk[:4] == b"ANMF":
+                yield 1000 * int.from_bytes(body[12:15], "little") if len(body) == 16 else 0
+            file.seek(size + size % 2 - len(body), 1)
 
 
-def _png_delays(file: BinaryIO) -> Iterator[int]:
-    while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IEND":
-        size = int.from_bytes(chunk[:4], "big")
-        body = file.read(26) if chunk[4:] == b"fcTL" else b""
-        if len(body) == 26:
-            numerator, denominator = int.from_bytes(body[20:22], "big"), int.from_bytes(body[22:24], "big")
-            yield round(1e6 * numerator / (denominator or 100))  # 0 means hundredths
-        file.seek(size + 4 - len(body), 1)
+def _png_delays(path: Path) -> Iterator[int]:
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IEND":
+            size = int.from_bytes(chunk[:4], "big")
+            body = file.read(26) if chunk[4:] == b"fcTL" else b""
+            if len(body) == 26:
+                numerator, denominator = int.from_bytes(body[20:22], "big"), int.from_bytes(body[22:24], "big")
+                yield round(1e6 * numerator / (denominator or 100))  # 0 means hundredths
+            file.seek(size + 4 - len(body), 1)
+
+
+def _avif_delays(path: Path) -> Iterator[int]:
+    """Of its track of pictures; beside it are a first picture alone, and transparency in a track of its own."""
+    with av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file", "format_whitelist": "mov"}) as file:
+        track = next((stream for stream in file.streams.video if stream.frames > 1), None)
+        for packet in file.demux(track) if track is not None else ():
+            if packet.size:
+                yield round(1e6 * (packet.duration or 0) * float(packet.time_base or 0))
 
 
 def animation(path: Path) -> Iterator[tuple[int, UInt8[np.ndarray, "H W 3"]]]:
-    """Frames of an animated WebP or PNG as (time_us, RGB), one in memory at a time. Raises MediaError."""
+    """Frames of an animated WebP, PNG or AVIF as (time_us, RGB), one in memory at a time. Raises MediaError."""
     times = animation_times(path)
     with open_image(path) as image:
         apart = int(bool(image.info.get("default_image")))  # PNG: a picture for programs that show no animations

@@ -14,6 +14,8 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 
+from nextvid.video.display import over_black
+
 # Eight bits, one plane a channel: 4:2:0, 4:2:2 and 4:4:4, in video and in full range.
 PLANAR = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
 FULL_RANGE = 2  # AVCOL_RANGE_JPEG of libavutil
@@ -59,6 +61,7 @@ class PlaneReader:
 
     def __call__(self, frame: VideoFrame) -> Planes:
         if frame.format.name not in PLANAR:
+            frame = over_black(frame)
             shrink = min(1.0, self.side / min(frame.width, frame.height))
             width, height = (max(2, round(side * shrink)) for side in (frame.width, frame.height))
             frame = self._scaler.reformat(

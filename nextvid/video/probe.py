@@ -15,11 +15,11 @@ import av
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from nextvid.video.container import family, micros, opened
+from nextvid.video.container import Video, micros, opened
 from nextvid.video.decode import decord_reader
 from nextvid.video.display import Display
 from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
-from nextvid.video.images import MAX_PIXELS, animation_times, open_image, upright_image_size
+from nextvid.video.images import MAX_PIXELS, animation_times, head_of, open_image, upright_image_size
 from storage.digest import digest_file
 from storage.errors import MediaError
 
@@ -30,8 +30,10 @@ VIDEO_EXTENSIONS = frozenset({
     ".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".ps",
     ".vob", ".flv", ".f4v", ".wmv", ".asf", ".ogv", ".gif", ".ivf", ".h264", ".264", ".hevc", ".h265",
 })
+IMAGE_EXTENSIONS = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif",
+})
 # fmt: on
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 
 # What decord may read when no hazard is set: 0 wrong frames with closed groups (tests/nextvid/video/test_decode.py).
 DECORD_READS = frozenset({("mp4", "h264"), ("matroska", "h264"), ("matroska", "vp9")})
@@ -132,8 +134,13 @@ def identify(path: Path) -> tuple[str, int]:
 
 
 def probe(path: Path) -> MediaFacts:
-    """Facts of the file at `path`; a file whose content is not of its extension's kind raises. Raises MediaError."""
-    return _probe_image(path) if kind_of(path.name) == "image" else _probe_video(path)
+    """Facts of the file at `path`. Raises MediaError, also where its content is not of its extension's kind.
+
+    What may move is a video by its content, whatever its name: GIF, animated WebP, PNG and AVIF.
+    """
+    if head_of(path).startswith(b"GIF8"):
+        return _probe_video(path)
+    return _probe_image(path) if kind_of(path.name) == "image" or animation_times(path) else _probe_video(path)
 
 
 def decord_installed() -> bool:
@@ -159,7 +166,7 @@ def _refuse_lost_end(path: Path, declared_us: int, end_us: int) -> None:
 
 
 def _animated(name: str, size: tuple[int, int], times_us: list[int]) -> MediaFacts:
-    """Facts of an animated WebP or PNG: a video, whatever its extension suggests."""
+    """Facts of an animated WebP, PNG or AVIF: a video, whatever its extension suggests."""
     gaps = np.diff(np.array(times_us))
     hazards = ("vfr",) if gaps.max() > VFR_RATIO * np.median(gaps) else ()
     rate = 1e6 * len(gaps) / times_us[-1]
@@ -169,19 +176,17 @@ def _animated(name: str, size: tuple[int, int], times_us: list[int]) -> MediaFac
 
 
 def _probe_video(path: Path) -> MediaFacts:
-    with opened(path, strict=True) as (container, stream):
-        name, codec, base = family(container), stream.codec_context.codec.canonical_name, stream.time_base
-        assert base is not None, "opened() refuses streams without a time base"
-        stored = (stream.codec_context.width, stream.codec_context.height)
-        frame, packets = _demux(path, container, stream, by_dts=name == "avi")
-        display = Display.of(frame, stream)
-        hazards = _hazards(name, codec, packets, stream.frames, display)
+    with opened(path, strict=True) as video:
+        container, name, codec, base = video.container, video.family, video.codec, video.time_base
+        frame, packets = _demux(path, video)
+        display = Display.of(frame, video.stream)
+        hazards = _hazards(video, packets, display)
         shown = packets.shown
-        rate = _rate(shown, base, stream.average_rate)
+        rate = _rate(shown, base, video.stream.average_rate)
         start_us, last_us = micros(int(shown[0]), base), micros(int(shown[-1]), base)
         if name == "matroska" and len(container.streams) == 1 and container.duration:
             _refuse_lost_end(path, container.duration, last_us + round(1e6 / rate))
-        width, height = display.size(*stored)
+        width, height = display.size(*video.stored_size)
         pix_fmt = frame.format.name
         plain = (name, codec) in DECORD_READS and not hazards and decord_installed()
         if plain and not _decord_agrees(path, packets, base):
@@ -207,24 +212,22 @@ def _probe_video(path: Path) -> MediaFacts:
     )
 
 
-def _demux(
-    path: Path, container: av.container.InputContainer, stream: av.VideoStream, *, by_dts: bool
-) -> tuple[av.VideoFrame, Packets]:
+def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
     frame: av.VideoFrame | None = None
     pts: list[int] = []
     key: list[bool] = []
     entry: list[bool] = []
     discard: list[bool] = []
     late = untimed = 0
-    waiting = must_begin_at_entry(stream)
-    for packet in container.demux(stream):
-        begins = packet.size > 0 and is_entry_point(packet, stream)
+    waiting, by_dts = must_begin_at_entry(video.stream), video.family == "avi"
+    for packet in video.container.demux(video.stream):
+        begins = packet.size > 0 and is_entry_point(packet, video.stream)
         if waiting and not begins:
             late += packet.size > 0
             continue
         waiting = False
         if frame is None:
-            frame = next(iter(stream.decode(packet)), None)
+            frame = next(iter(video.decoder.decode(packet)), None)
         time = packet.dts if by_dts else packet.pts
         if time is None or packet.size == 0:
             untimed += packet.size > 0
@@ -232,7 +235,7 @@ def _demux(
         if packet.is_corrupt:
             raise MediaError(
                 "truncated",
-                f"{path}: a packet near {time} x {stream.time_base} s is incomplete: cut off, joined or lost",
+                f"{path}: a packet near {time} x {video.time_base} s is incomplete: cut off, joined or lost",
             )
         pts.append(time)
         key.append(packet.is_keyframe)
@@ -247,19 +250,23 @@ def _demux(
     return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard), late)
 
 
-def _hazards(container: str, codec: str, packets: Packets, declared: int, display: Display) -> tuple[str, ...]:
+def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...]:
     """Names of what decord is known to get wrong in this file, sorted."""
     found = set()
-    if container in HAZARD_CONTAINERS:
-        found.add(f"container_{container}")
-    if codec in HAZARD_CODECS:
-        found.add(f"codec_{codec}")
-    pts = packets.pts
+    if video.family in HAZARD_CONTAINERS:
+        found.add(f"container_{video.family}")
+    if video.codec in HAZARD_CODECS:
+        found.add(f"codec_{video.codec}")
+    if len(video.container.streams.video) > 1:
+        found.add("several_streams")  # decord may choose another
+    if video.decoder is not video.stream.codec_context:
+        found.add("alpha")
+    pts, declared = packets.pts, video.stream.frames
     if _open_gop(packets):
         found.add("open_gop")
     if (packets.key & ~packets.entry).any():
         found.add("no_idr")
-    if codec == "mpeg4" and bool((np.diff(pts) < 0).any()):
+    if video.codec == "mpeg4" and bool((np.diff(pts) < 0).any()):
         found.add("mpeg4_bframes")
     if packets.discard.any() or pts.min() < 0 or (declared > 0 and declared != len(pts)):
         found.add("edit_list")

@@ -105,7 +105,12 @@ def test_lines_that_repeat_are_one_label(tmp_path: Path) -> None:
         ("path,label,start_s,end_s\na.mp4,sit,1,2\na.mp4,run,nan,2\n", "line 3: start_s is 'nan'"),
         ("path,label,start_s,end_s\na.mp4,run,2,2\n", "line 2: a span needs a start and a later end"),
         ("path,label,start_s,end_s\na.mp4,run,2,\n", "line 2: a span needs"),
-        ("path,label\na.mp4,run,and,more\n", "no csv table"),
+        (
+            "path,label\na.mp4,run\na.mp4,run,and,more\n",
+            "no csv table with a header: line 3 has 4 cells, its header 2$",
+        ),
+        ("path,label,path\na.mp4,run,b.mp4\n", "has the column path twice; rename one"),
+        ("path,label,end_s,start_s,end_s\na.mp4,run,1,0,2\n", "has the column end_s twice"),
         ("", "no csv table"),
     ],
 )

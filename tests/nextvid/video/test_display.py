@@ -2,15 +2,18 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
 import numpy as np
 import pytest
 from av.video.stream import VideoStream
+from PIL import Image
 
 from nextvid.config.curation import ShotConfig
 from nextvid.video.display import TURNS, Display
+from nextvid.video.images import load_image
 from nextvid.video.probe import probe
 from nextvid.video.shots import first_pass
 from storage.errors import MediaError
@@ -159,3 +162,49 @@ def test_frames_of_another_shape_have_a_reason(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="cut it there") as caught:
         first_pass(path, probe(path), ShotConfig())
     assert caught.value.reason == "changing_shape"
+
+
+TRANSPARENT = {
+    "vp9.webm": ("libvpx-vp9", "yuva420p", {"auto-alt-ref": "0", "crf": "5", "b": "0"}),
+    "vp8.webm": ("libvpx", "yuva420p", {"auto-alt-ref": "0", "crf": "5", "b": "2M"}),
+    "prores.mov": ("prores_ks", "yuva444p10le", {"profile": "4444"}),
+    "animation.mov": ("qtrle", "argb", {}),
+    "lossless.mkv": ("ffv1", "bgra", {}),
+}
+BY_PILLOW = ["gif", "webp", "png", "avif", "still.webp", "still.png", "still.avif", "still.tif"]
+
+
+def half_transparent(number: int) -> np.ndarray:
+    """A barcode in RGBA whose right half is hidden."""
+    image = np.dstack([barcode(number, 192, 128), np.full((128, 192), 255, np.uint8)])
+    image[:, 96:, 3] = 0
+    return image
+
+
+@pytest.mark.parametrize("name", [*TRANSPARENT, *BY_PILLOW])
+def test_transparency_is_over_black_in_images_and_videos(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"a.{name}"
+    images = [half_transparent(15 + 16 * n) for n in range(10)]  # the visible half is white above
+    if name in TRANSPARENT:
+        codec, pixel_format, options = TRANSPARENT[name]
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=10, options=options)
+            assert isinstance(stream, VideoStream)
+            stream.width, stream.height, stream.pix_fmt = 192, 128, pixel_format
+            for number, image in enumerate(images):
+                frame = av.VideoFrame.from_ndarray(image, format="rgba").reformat(format=pixel_format)
+                frame.pts, frame.time_base = number, Fraction(1, 10)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    else:
+        first, *rest = [Image.fromarray(image) for image in images[: 1 if "still" in name else None]]
+        more: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": 100} if rest else {}
+        first.save(path, **more | ({"disposal": 2} if name == "gif" else {}))
+    facts = probe(path)
+    assert facts.kind == ("image" if "still" in name else "video")
+    pictures = [load_image(path)] if facts.kind == "image" else [*frames_at(path, [0, 500_000], facts.decoder)[0]]
+    pictures += [shot.preview for shot in first_pass(path, facts, ShotConfig())]
+    for picture in pictures:
+        height, width = picture.shape[:2]
+        assert picture[height // 8, width // 16].min() > 200
+        assert picture[:, 9 * width // 16 :].max() < 20

@@ -6,8 +6,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.video.stream import VideoStream
 
+from nextvid.video.container import opened
 from nextvid.video.entry_points import _is_whole_h264, _units, is_entry_point
 from nextvid.video.probe import decord_installed, probe
 from storage.errors import MediaError
@@ -107,11 +107,9 @@ def test_such_a_file_is_not_given_to_decord(films: dict[str, Path], name: str) -
 
 @pytest.mark.parametrize("name", FILMS)
 def test_only_whole_pictures_are_entry_points(films: dict[str, Path], name: str) -> None:
-    with av.open(str(films[name])) as container:
-        stream = container.streams.video[0]
-        assert isinstance(stream, VideoStream)
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        found = [number for number, packet in enumerate(packets) if is_entry_point(packet, stream)]
+    with opened(films[name], strict=True) as video:
+        packets = [packet for packet in video.container.demux(video.stream) if packet.size]
+        found = [number for number, packet in enumerate(packets) if is_entry_point(packet, video.stream)]
     assert found == ([0] if name.startswith("refresh") else [0, 30, 60, 90])
 
 

@@ -88,7 +88,7 @@ def animated(path: Path, lasts_ms: list[int], alpha: bool = False) -> Path:
     return saved(images[0], path, save_all=True, append_images=images[1:], duration=lasts_ms, **how)
 
 
-@pytest.mark.parametrize("extension", ["webp", "gif"])
+@pytest.mark.parametrize("extension", ["webp", "gif", "avif"])
 def test_animations_are_videos(tmp_path: Path, extension: str) -> None:
     path = animated(tmp_path / f"a.{extension}", [100] * 30)
     facts = probe(path)
@@ -236,3 +236,52 @@ def test_an_animated_png_is_a_video_whatever_its_name(tmp_path: Path, default_im
     assert numbers(frames_at(path, [0, 500_000, 1_100_000], facts.decoder)[0]) == [0, 5, 11]
     (shot,) = first_pass(path, facts, ShotConfig())
     assert (shot.start_us, shot.end_us) == (0, 1_200_000)
+
+
+@pytest.mark.parametrize("name", ["gif.png", "webp.gif", "avif.jpg", "webp.mp4", "png.webm", "gif.avif"])
+def test_animations_are_videos_under_any_name(tmp_path: Path, name: str) -> None:
+    content, other = name.split(".")
+    path = animated(tmp_path / f"a.{content}", [100] * 12)
+    facts = probe(path)
+    misnamed = path.rename(tmp_path / f"b.{other}")
+    assert probe(misnamed) == facts
+    assert facts.kind == "video"
+    assert numbers(frames_at(misnamed, [0, 500_000, 1_100_000], facts.decoder)[0]) == [0, 5, 11]
+    assert len(first_pass(misnamed, facts, ShotConfig())) == 1
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPEG"])
+def test_every_name_of_jpeg_is_read(tmp_path: Path, suffix: str) -> None:
+    path = saved(Image.fromarray(barcode(5)), tmp_path / "a.jpg", quality=95).rename(tmp_path / f"a.{suffix}")
+    assert probe(path).kind == "image"
+    assert numbers(load_image(path)[None]) == [5]
+
+
+def heic(path: Path, brand: bytes = b"heic") -> Path:
+    """The beginning of a HEIC file."""
+    path.write_bytes(b"\0\0\0\x1cftyp" + brand + b"\0\0\0\0mif1heicmiaf")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "brand"), [("heic", b"heic"), ("HEIF", b"mif1"), ("hif", b"heix"), ("jpg", b"heic")]
+)
+def test_heic_without_its_package_has_a_reason_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, brand: bytes
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MediaError, match=r"pip install 'nextvid\[heif\]'") as caught:
+        probe(heic(tmp_path / f"a.{suffix}", brand))
+    assert caught.value.reason == "needs_heif"
+
+
+def test_heic_is_read_with_its_package(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    path = saved(Image.fromarray(barcode(9)), tmp_path / "a.heic", quality=95)
+    facts = probe(path)
+    assert (facts.kind, facts.codec, facts.width, facts.height) == ("image", "heif", 96, 64)
+    assert numbers(load_image(path)[None]) == [9]
+    with pytest.raises(MediaError) as caught:
+        load_image(heic(tmp_path / "cut.heic"))
+    assert caught.value.reason in ("unknown_format", "corrupt")

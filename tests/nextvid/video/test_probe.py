@@ -1,14 +1,19 @@
 """Facts and refusals: kinds by extension, wrong extensions, playlists, damaged and empty files."""
 
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
+from av.stream import Disposition
+from av.video.stream import VideoStream
 from PIL import Image
 
 from nextvid.video import probe as module
+from nextvid.video.decode import stream as frames_of
 from nextvid.video.probe import kind_of, probe
 from storage.errors import MediaError
-from tests.nextvid.video.film import write_barcodes
+from tests.nextvid.video.film import X264_VERYFAST, barcode, frames_at, numbers, write_barcodes
 
 
 @pytest.mark.parametrize(
@@ -118,3 +123,39 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         with pytest.raises(MediaError):
             probe(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "avi", "ts"])
+def test_of_two_video_streams_the_first_is_read(tmp_path: Path, suffix: str) -> None:
+    """The second is larger, longer, faster and flagged as the default: what FFmpeg's own choice goes by."""
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for (width, height), rate, flag in (((96, 64), 10, Disposition(0)), ((192, 128), 20, Disposition.default)):
+            stream = container.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "10"})
+            assert isinstance(stream, VideoStream)
+            stream.width, stream.height, stream.pix_fmt, stream.disposition = width, height, "yuv420p", flag
+            streams.append((stream, rate))
+        for number in range(60):
+            for index, (stream, rate) in enumerate(streams):
+                if number < 30 * (index + 1):
+                    image = barcode(number + 100 * index, stream.width, stream.height)
+                    frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                    frame.pts, frame.time_base = number, Fraction(1, rate)
+                    container.mux(stream.encode(frame))
+        for stream, _ in streams:
+            container.mux(stream.encode(None))
+    facts = probe(path)
+    assert (facts.width, facts.height, facts.frames, facts.decoder) == (96, 64, 30, "pyav")
+    assert "several_streams" in facts.hazards
+    assert numbers(frames_at(path, [facts.start_us, facts.start_us + 2_000_000], "pyav")[0]) == [0, 20]
+    assert sum(1 for _ in frames_of(path)) == 30
+
+
+@pytest.mark.parametrize("suffix", ["ivf", "m4v", "mov", "f4v"])
+def test_seldom_names_of_videos_are_read(tmp_path: Path, suffix: str) -> None:
+    codec, options = ("libvpx", {"b": "2M"}) if suffix == "ivf" else ("libx264", X264_VERYFAST)
+    path = write_barcodes(tmp_path / f"a.{suffix}", 24, codec=codec, options=options)
+    facts = probe(path)
+    assert (facts.kind, facts.width, facts.height) == ("video", 96, 64)
+    assert numbers(frames_at(path, [facts.start_us + 500_000], facts.decoder)[0]) == [12]
