@@ -25,10 +25,8 @@ CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died
 def asset(
     name: Asset,
     *,
-    kinds: set[str],
     schema: type[dy.Schema] | None = None,
-    pool: str | None = None,
-    automation_condition: dg.AutomationCondition | None = None,  # type: ignore[type-arg]
+    **for_dagster: Any,  # noqa: ANN401 - what dg.asset takes
 ) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
     """`dg.asset` for an asset of the graph: what its file adds is for Dagster alone."""
     return dg.asset(
@@ -37,10 +35,8 @@ def asset(
         check_specs=check_specs(name),
         owners=OWNERS,
         retry_policy=CRASHES,
-        kinds=kinds,
         code_version=str(GRAPH[name].version),
-        pool=pool,
-        automation_condition=automation_condition,
+        **for_dagster,
     )
 
 

@@ -1,6 +1,7 @@
 """One training run from mask plan to report, and what Dagster calls stale once another run was trained."""
 
 import contextvars
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 
+from assets.launchpad import overrides
 from assets.resources import TrainerResource
 from nextvid.config.project import Project
 from nextvid.train.distributed import join
@@ -24,7 +26,7 @@ from storage.withdrawn import record_withdrawal
 from tests.factories import publish_trainset
 from tests.nextvid.tiny_project import OVERRIDES, RECIPE, write_evaluated
 
-HOW = ["device=cpu", "log_every_steps=1", "diagnose_every_steps=2", "checkpoint_every_steps=100"]
+HOW = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 2, "checkpoint_every_steps": 100}
 LOOKING = "probes", "samples", "report"
 
 
@@ -104,7 +106,16 @@ def graph(tmp_path: Path) -> Iterator[Graph]:
 
 
 def training(**changes: Any) -> dict[str, Any]:
-    return {"overrides": [*OVERRIDES, "seed=1"], "how": HOW} | changes
+    """The launchpad's configuration of `pretrain`."""
+    overrides: dict[str, Any] = {"seed": 1}
+    for override in OVERRIDES:
+        path, value = override.split("=")
+        *folders, last = path.split(".")
+        inside = overrides
+        for name in folders:
+            inside = inside.setdefault(name, {})
+        inside[last] = json.loads(value)
+    return {"overrides": overrides, "how": HOW} | changes
 
 
 def runs_of(result: dg.ExecuteInProcessResult) -> dict[str, str]:
@@ -184,3 +195,31 @@ def test_what_does_not_fit_is_one_line(graph: Graph) -> None:
     assert refused.startswith(f"refused: trainset {trainset.digest} holds row {lineage['row_id'][0].hex()}, which was")
     with pytest.raises(dg.DagsterUnknownPartitionError, match="no_such_recipe"):
         graph.run(recipe="no_such_recipe")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"overrides": {"sed": 1}}, 'unexpected config entry "sed" at path root:ops:pretrain:config:overrides'),
+        ({"overrides": ["seed=1"]}, "overrides must be dict"),
+        (
+            {"overrides": {"stages": {"warmup": {"steps": "many"}}}},
+            r"stages:'warmup':value:steps. Value \"many\" of type .* is not valid for expected type \"Int\"",
+        ),
+        ({"overrides": {"losses": {"target": "pixel"}}}, "target not in enum type recipe_losses_target"),
+        ({"how": {"devise": "cpu"}}, 'unexpected config entry "devise"'),
+        ({"how": {"ranks": "four"}}, "ranks"),
+    ],
+)
+def test_the_launchpad_refuses_names_and_types(config: dict[str, Any], message: str) -> None:
+    job = contextvars.Context().run(lambda: build_defs().resolve_job_def("experiment"))
+    with pytest.raises(dg.DagsterInvalidConfigError, match=message):
+        dg.validate_run_config(job, {"ops": {"pretrain": {"config": config}}})
+
+
+def test_what_the_launchpad_takes_is_what_the_command_line_takes() -> None:
+    given = training()["overrides"] | {"model": {"encoder": {"input": "pixels"}}, "losses": {"target_norm": False}}
+    assert overrides(given | {"stages": {"warmup": {"decoder_lr": None}}}) == [
+        "seed=1", "stages.warmup.decoder_lr=null", "model.encoder.input=pixels", "masks.entries=256",
+        "losses.target_norm=false",
+    ]  # fmt: skip

@@ -47,7 +47,7 @@ benchmarks:
   action: {{datasets: [weizmann4], target: action, policy: {{frames: 8, fps: 4, crop: centre}}, epochs: 2, seeds: 1}}
 """
 
-STEPS = [f"stages.{stage}.steps=2" for stage in range(4)]
+STEPS = {"stages": {str(stage): {"steps": 2} for stage in range(4)}}
 
 
 @pytest.fixture

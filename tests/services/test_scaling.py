@@ -11,6 +11,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from assets.launchpad import overrides
 from assets.ray_launcher import RUN
 from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
@@ -161,9 +162,9 @@ def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(clust
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     project = trainset_project(tmp_path)
-    overrides = [f"stages.{stage}.steps=1" for stage in range(4)]
-    how = ["device=cpu", "log_every_steps=1", "diagnose_every_steps=1"]
-    prepared = prepare_run(project, "demo", overrides)
+    chosen = {"stages": {str(stage): {"steps": 1} for stage in range(4)}}
+    how = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 1}
+    prepared = prepare_run(project, "demo", overrides(chosen))
     client = JobSubmissionClient(cluster.address)
     leftover = client.submit_job(entrypoint="sleep 600", metadata={RUN: prepared.run_id}, entrypoint_num_cpus=1)
     defs = build_defs(
@@ -174,7 +175,7 @@ def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(clust
             instance=instance,
             partition_key="demo",
             asset_selection=[dg.AssetKey("pretrain")],
-            run_config={"ops": {"pretrain": {"config": {"overrides": overrides, "how": how}}}},
+            run_config={"ops": {"pretrain": {"config": {"overrides": chosen, "how": how}}}},
         )
         assert result.success
         logged = {record.user_message: record.timestamp for record in instance.all_logs(result.run_id)}

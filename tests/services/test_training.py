@@ -26,10 +26,10 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads process states from /proc"),
 ]
 
-HOW = ["device=cpu", "log_every_steps=1", "diagnose_every_steps=1000000", "checkpoint_every_steps=3"]
-ENDLESS = {"overrides": ["stages.warmup.steps=1000000"], "how": HOW}
-STAGES = [f"stages.{stage}.steps=1" for stage in range(4)]
-SHORT = {"overrides": [*STAGES, "seed=1"], "how": [*HOW, "diagnose_every_steps=1"]}
+HOW = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 1000000, "checkpoint_every_steps": 3}
+ENDLESS = {"overrides": {"stages": {"warmup": {"steps": 1000000}}}, "how": HOW}
+STAGES = {str(stage): {"steps": 1} for stage in range(4)}
+SHORT = {"overrides": {"stages": STAGES, "seed": 1}, "how": HOW | {"diagnose_every_steps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +111,21 @@ def above(process: int, levels: int) -> list[int]:
 
 
 def test_what_the_launchpad_refuses_is_one_clear_line(trained: Live) -> None:
-    wrong_type = trained.launch("pretrain", "demo", {"overrides": "seed=1"})
-    assert wrong_type["__typename"] == "RunConfigValidationInvalid"
-    (problem,) = wrong_type["errors"]
-    assert "root:ops:pretrain:config:overrides" in problem["message"]
-    assert failure(trained, {"overrides": ["sed=1"]}) == (
-        "config: override 'sed=1': there is no 'sed'; did you mean 'seed'?"
+    for wrong, place in (
+        ({"overrides": "seed=1"}, "overrides"),
+        ({"overrides": {"sed": 1}}, 'config entry "sed" at path root:ops:pretrain:config:overrides'),
+        ({"overrides": {"stages": {"warmup": {"steps": "many"}}}}, "stages:'warmup':value:steps"),
+        ({"how": {"device": "tpu"}}, "device"),
+    ):
+        refused = trained.launch("pretrain", "demo", wrong)
+        assert refused["__typename"] == "RunConfigValidationInvalid"
+        (problem,) = refused["errors"]
+        assert place in problem["message"]
+    assert trained.runs() == [], "nothing was queued"
+    assert failure(trained, {"overrides": {"stages": {"warmpu": {"steps": 1}}}}) == (
+        "config: override 'stages.warmpu.steps=1': there is no 'warmpu'; did you mean 'warmup'?"
     )
-    assert "stages.0.steps" in failure(trained, {"overrides": ["stages.warmup.steps=many"]})
-    assert "did you mean 'device'" in failure(trained, {"how": ["devise=cpu"]})
+    assert "stages.0.steps" in failure(trained, {"overrides": {"stages": {"warmup": {"steps": -1}}}})
     assert not (Path(trained.project.root.runs_url) / "pretrain").exists(), "nothing was begun"
 
 

@@ -1,0 +1,44 @@
+"""Fields of the launchpad for a configuration, typed as its models are: Dagster refuses what is wrong at launch."""
+
+import json
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import dagster as dg
+from pydantic import BaseModel
+
+from nextvid.config.overrides import flat
+from nextvid.config.strict import inner_model
+
+
+def fields(model: type[BaseModel], path: str) -> dict[str, dg.Field]:
+    """An optional field for each of the model's, with its description. Members of lists are addressed by their names.
+
+    Ranges, and what must agree with other values, are checked when the run begins: a type knows nothing of them.
+    """
+    return {
+        name: dg.Field(_typed(field.annotation, f"{path}_{name}"), is_required=False, description=field.description)
+        for name, field in model.model_fields.items()
+        if name != "name"
+    }
+
+
+def overrides(values: Mapping[str, Any]) -> list[str]:
+    """What was filled in, as the command line's `key.path=value`."""
+    return [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in flat(values)]
+
+
+def _typed(annotation: Any, path: str) -> Any:  # noqa: ANN401 - an annotation, and a type of Dagster's configuration
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if inner := inner_model(annotation):
+        shape = dg.Shape(fields(inner, path))
+        return dg.Map(str, shape, key_label_name="name") if origin in (tuple, list) else shape
+    if origin is Annotated:
+        return _typed(arguments[0], path)
+    if origin in (Union, types.UnionType):
+        (given,) = (argument for argument in arguments if argument is not types.NoneType)
+        return dg.Noneable(_typed(given, path))
+    if origin is Literal:
+        return dg.Enum(path, [dg.EnumValue(value) for value in arguments])
+    return annotation
