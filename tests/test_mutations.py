@@ -83,7 +83,8 @@ MUTATIONS = {
         "attend(rotate(q, query_table), k, v)", "04",
     ),
     "05 a rotation that is no rotation": Mutation(
-        f"{MODEL}/rope.py", "torch.polar(torch.ones_like(angles), angles)", "torch.polar(angles.cos(), angles)", "05"
+        f"{MODEL}/attention.py", "torch.polar(torch.ones_like(angles), angles)", "torch.polar(angles.cos(), angles)",
+        "05",
     ),
     "06 timesteps embedded in bf16": Mutation(
         f"{MODEL}/decoder.py", "torch.autocast(tau.device.type, enabled=False)",
@@ -131,7 +132,7 @@ MUTATIONS = {
         f"{MODEL}/tokens.py", "b (t u) c h w -> b t (h w) (u c)", "b (t u) c h w -> b t (w h) (u c)", "15"
     ),
     "16 predictions paired with the tubelet before": Mutation(
-        f"{MODEL}/nextvid.py", "target = targets[:, 1:]", "target = targets[:, :-1]", "16"
+        f"{MODEL}/nextvid.py", "channels), targets[:, 1:], None", "channels), targets[:, :-1], None", "16"
     ),
     "17 latents as they are stored": Mutation(
         f"{TRAIN}/rows.py", "out.sub_(self._means).div_(self._stds)", "pass", "17"

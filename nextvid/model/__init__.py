@@ -4,7 +4,7 @@
 |---|---|
 | image or video clip -> patches; VA-VAE latents -> targets | `tokens.py` |
 | mask | `masks.py` |
-| context encoder (frame-causal ViT) | `encoder.py`, with `attention.py` and `rope.py` |
+| context encoder (frame-causal ViT) | `encoder.py`, with `attention.py` |
 | reference encoder (moving average) | `reference.py` |
 | context-isolated autoregressive predictor | `predictor.py` |
 | noise, flow path and flow loss | `flow.py` |

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from nextvid.config.recipe import ModelConfig
-from nextvid.model.attention import Attend, CrossAttention, Mlp, SelfAttention
+from nextvid.model.attention import Attend, CrossAttention, Mlp, SelfAttention, rotary
 from nextvid.model.decoder import MLP_RATIO, Head, Positions, TimeEmbedding, initialise_dit, modulate
 from nextvid.model.encoder import NORM_EPS, causal
-from nextvid.model.rope import rotary
 
 
 class CrossBlock(nn.Module):

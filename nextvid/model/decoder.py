@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from nextvid.config.recipe import ModelConfig
-from nextvid.model.attention import Mlp, SelfAttention
+from nextvid.model.attention import Mlp, SelfAttention, rotary
 from nextvid.model.encoder import NORM_EPS
-from nextvid.model.rope import rotary
 
 MLP_RATIO = 4  # DiT, docs/method.md 6.1
 SINUSOID = 256  # width of the timestep's sinusoid, DiT
@@ -118,7 +117,10 @@ class FlowDecoder(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads) for _ in range(config.depth))
         self.head = Head(config.width, model.target_channels)
         initialise_dit(self)
-        _as_one_layer(self.embed_condition.weight, self.embed_noisy.weight)
+        # together the two are one linear layer on concatenated channels, with its Xavier initialisation
+        bound = math.sqrt(6.0 / (condition_width(model) + model.target_channels + config.width))
+        for embed in (self.embed_condition, self.embed_noisy):
+            nn.init.uniform_(embed.weight, -bound, bound)
 
     def forward(
         self,
@@ -157,11 +159,3 @@ def initialise_dit(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-
-
-def _as_one_layer(*weights: Tensor) -> None:
-    """Xavier initialisation of weights that together are one linear layer on concatenated channels."""
-    fan_in = sum(weight.shape[1] for weight in weights)
-    bound = math.sqrt(6.0 / (fan_in + weights[0].shape[0]))
-    for weight in weights:
-        nn.init.uniform_(weight, -bound, bound)

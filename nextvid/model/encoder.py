@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextvid.config.recipe import ModelConfig
-from nextvid.model.attention import Attend, Mlp, SelfAttention, allow_by_id, frame_attention, masked_attention
-from nextvid.model.rope import rotary
+from nextvid.model.attention import Attend, Mlp, SelfAttention, allow_by_id, frame_attention, masked_attention, rotary
 
 NORM_EPS = 1e-6  # docs/method.md 6.1
 WIDE = 512  # from this width on std 0.02, below it 1/sqrt(fan_in): docs/method.md 6.1

@@ -157,22 +157,16 @@ def flat_ids(
     shape = np.random.default_rng([*key, ATTEMPTS + 3, step]).random((1, 1))
 
     def entry(purpose: int, number: int, least: int) -> np.ndarray:
-        return _flat_entry(strategy, height, width, shape, [*key, ATTEMPTS + purpose, step, number], least)
+        rng = np.random.default_rng([*key, ATTEMPTS + purpose, step, number])
+        while True:
+            uniform = np.concatenate([shape, rng.random((1, 2 * strategy.blocks))], axis=1)
+            found: np.ndarray = _blocks(strategy, height, width, uniform)[0]
+            if found.sum() >= least:
+                return found
 
     least = min(int(entry(4, number, 1).sum()) for number in range(FLAT_BATCH))
     tubes = [np.flatnonzero(np.tile(entry(5, draw, least), tubelets)) for draw in draws]
     return np.stack([tube[: least * tubelets] for tube in tubes])
-
-
-def _flat_entry(
-    strategy: MaskStrategy, height: int, width: int, shape: np.ndarray, key: list[int], least: int
-) -> np.ndarray:
-    rng = np.random.default_rng(key)
-    while True:
-        uniform = np.concatenate([shape, rng.random((1, 2 * strategy.blocks))], axis=1)
-        entry: np.ndarray = _blocks(strategy, height, width, uniform)[0]
-        if entry.sum() >= least:
-            return entry
 
 
 def _blocks(strategy: MaskStrategy, height: int, width: int, uniform: Float[np.ndarray, "E u"]) -> Bits:

@@ -186,28 +186,24 @@ class NExTVid(nn.Module):
     ) -> Tensor:
         """Flow loss over all copies, at once or folded; the draws are the same, since each copy has its own seed."""
         assert self.decoder is not None, "the flow loss needs a decoder"
+        clips, tubelets, cells, channels = targets.shape
+        shape, target, index = (tubelets - 1, cells, channels), targets[:, 1:], None
+        if self.recipe.model.predictor.support == "masked":
+            chosen = rearrange(query_ids, "b (f n) -> b f n", f=tubelets - 1)[:, 0] % cells
+            index = chosen[:, None, :, None].expand(clips, tubelets - 1, -1, channels)
+            target = target.gather(2, index)
 
         def loss_of(condition: Tensor, some: range) -> Tensor:
-            return self._flow_of(replace(seen, condition=condition), targets, query_ids, key, strategy, some)
+            draws = draw_flow(key, strategy, some, shape, self.recipe.losses, targets.device)
+            if index is not None:
+                draws = draws._replace(noise=draws.noise.gather(3, index.expand(len(some), *index.shape)))
+            velocity = self.velocity(replace(seen, condition=condition), interpolate(draws, target), draws.tau)
+            return flow_loss(velocity, draws, target)
 
         if not fold or copies == 1:
             return loss_of(seen.condition, range(copies))
         parameters = [p for p in self.decoder.parameters() if p.requires_grad]
         return folded_mean(lambda z, copy: loss_of(z, range(copy, copy + 1)), copies, seen.condition, parameters)
-
-    def _flow_of(
-        self, seen: Conditioned, targets: Tensor, query_ids: Tensor, key: NoiseKey, strategy: int, copies: range
-    ) -> Tensor:
-        clips, tubelets, cells, channels = targets.shape
-        shape = (tubelets - 1, cells, channels)
-        draws = draw_flow(key, strategy, copies, shape, self.recipe.losses, targets.device)
-        target = targets[:, 1:]
-        if self.recipe.model.predictor.support == "masked":
-            chosen = rearrange(query_ids, "b (f n) -> b f n", f=tubelets - 1)[:, 0] % cells
-            index = chosen[:, None, :, None].expand(clips, tubelets - 1, -1, channels)
-            target = target.gather(2, index)
-            draws = draws._replace(noise=draws.noise.gather(3, index.expand(len(copies), *index.shape)))
-        return flow_loss(self.velocity(seen, interpolate(draws, target), draws.tau), draws, target)
 
 
 def hidden_cells(visible: Int[Tensor, "B n"], cells: int) -> Int[Tensor, "B m"]:

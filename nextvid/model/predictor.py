@@ -17,9 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nextvid.config.recipe import ModelConfig
-from nextvid.model.attention import Attend, CrossAttention, Mlp, allow_by_id, masked_attention
+from nextvid.model.attention import Attend, CrossAttention, Mlp, allow_by_id, masked_attention, rotary
 from nextvid.model.encoder import NORM_EPS, EncoderBlock, causal, initialise
-from nextvid.model.rope import rotary
 
 MLP_RATIO = 4  # docs/method.md 6.1
 

@@ -13,8 +13,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nextvid.config.recipe import ConfigError
-from nextvid.model.attention import Backend, allow_by_id, flash_kernel, frame_attention, masked_attention
-from nextvid.model.rope import rotary, rotate
+from nextvid.model.attention import (
+    Backend,
+    allow_by_id,
+    flash_kernel,
+    frame_attention,
+    masked_attention,
+    rotary,
+    rotate,
+)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, allow: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.model.rope import axis_width, rotary, rotate, rotate_by_parts
+from nextvid.model.attention import axis_width, rotary, rotate, rotate_by_parts
 
 HEIGHT, WIDTH = 5, 7
 
