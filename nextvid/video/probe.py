@@ -189,7 +189,7 @@ def _probe_video(path: Path) -> MediaFacts:
         width, height = display.size(*video.stored_size)
         pix_fmt = frame.format.name
         plain = (name, codec) in DECORD_READS and not hazards and decord_installed()
-        if plain and not _decord_agrees(path, packets, base):
+        if plain and not _decord_agrees(path, video, packets):
             hazards, plain = ("decord_index",), False
     if width * height > MAX_PIXELS:
         raise MediaError("too_large", f"{path}: {width} x {height} pixels a frame; at most {MAX_PIXELS} are decoded")
@@ -285,18 +285,22 @@ def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...
     return tuple(sorted(found))
 
 
-def _decord_agrees(path: Path, packets: Packets, base: Fraction) -> bool:
+def _decord_agrees(path: Path, video: Video, packets: Packets) -> bool:
     """Whether decord, whose FFmpeg is of 2018, sees the same pictures at the same times and seeks to entry points only.
 
     It takes the container's word for where decoding may begin: a table of sync samples that is missing or wrong, or
-    fragments that call every sample one, make it hand out foreign pictures without an error.
+    fragments that call every sample one, make it hand out foreign pictures without an error. Matroska's cues, by which
+    it seeks, may name other packets than those flagged as key.
     """
+    cues = [entry.timestamp for entry in video.stream.index_entries if entry.is_keyframe]
+    if video.family == "matroska" and not np.isin(cues, packets.pts[packets.entry]).all():
+        return False
     try:
         reader, starts_s = decord_reader(path)
     except MediaError:
         return False
     keys = np.array(reader.get_key_indices(), np.int64)
-    times_s = np.sort(packets.pts) * float(base)
+    times_s = np.sort(packets.pts) * float(video.time_base)
     if len(times_s) != len(starts_s) or not np.allclose(starts_s, times_s, rtol=1e-6, atol=TIE_S):
         return False
     entries = np.flatnonzero(np.isin(np.sort(packets.pts), packets.pts[packets.entry]))

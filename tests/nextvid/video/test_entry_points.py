@@ -156,6 +156,15 @@ def test_flags_of_other_codecs_are_not_believed(tmp_path: Path, name: str, keys:
         assert np.array_equal(frames_at(path, [times[n]], facts.decoder)[0][0], together[n]), n
 
 
+def test_cues_that_name_other_packets_are_not_believed(tmp_path: Path) -> None:
+    path = flagged(written(tmp_path, "vp9"), tmp_path / "cues.mkv", wrong)
+    facts = probe(path)
+    assert (facts.decoder, facts.hazards) == ("pyav", ("decord_index",))
+    times = [40_000 * n for n in range(COUNT)]
+    assert numbers(frames_at(path, times, "pyav")[0]) == list(range(COUNT))
+    assert [numbers(frames_at(path, [time], "pyav")[0]) for time in times[::9]] == [[n] for n in range(0, COUNT, 9)]
+
+
 def test_a_program_stream_gives_the_same_frames_wherever_reading_begins(tmp_path: Path) -> None:
     """Only some of its pictures have times: behind a seek the decoder would guess the others, and not always right."""
     path = write_barcodes(tmp_path / "a.mpg", COUNT, codec="mpeg2video", fps=25, options={"g": "15", "bf": "2"})
