@@ -130,7 +130,7 @@ def trained(project: Project, recipe: RecipeConfig, repeat: int, cold: bool) -> 
     plan = plan_digest(recipe.masks, grid_of(recipe.model))
     run = plan_run(project.root, recipe, how, TRAINSET, plan, repeat, ())
     write_run(run)
-    cached = evict(Path(project.root.stores())) if cold else 1.0
+    cached = evict(Path(project.root.folder("latents"))) if cold else 1.0
     with join(how) as ranks, redirect_stdout(StringIO()):  # the run's own lines
         train(project, run, ranks)
     lines = [event for event in read_events(run.folder) if event["kind"] == "step"]

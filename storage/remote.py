@@ -111,13 +111,13 @@ def put(path: str, source: bytes | Path, *, exclusive: bool = False) -> None:
     """Put bytes, or those of a local file of any size, under `path` in one request; with `exclusive` under a new name.
 
     ConflictError where the name is taken. A client below us that repeats a request whose answer was lost may take our
-    own bytes for somebody else's. All who create exclusively can live with that: they go on with what is there.
+    own bytes for another writer's: whoever creates exclusively goes on with what is there.
     """
     lost_answers = 0
 
     def question(fs: AbstractFileSystem, key: str) -> None:
         nonlocal lost_answers
-        # one request each: who dies in the midst of several leaves parts, unlisted
+        # in one request: a writer killed between several leaves parts that no listing shows
         options: dict[str, Any] = {"chunksize": _ONE_PUT_BYTES // 2} if "s3" in fs.protocol else {}
         options["mode"] = "create" if exclusive else "overwrite"
         try:

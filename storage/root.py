@@ -63,8 +63,8 @@ class DataRoot:
         """The accepted encoding, curation and pixels (JSON)."""
         return f"{self.url}/accepted.json"
 
-    def folder(self, noun: Table) -> str:
-        """The folder of one kind of table."""
+    def folder(self, noun: Table | Stored) -> str:
+        """The folder of one kind of table, or of all stores of latents or pixels."""
         return f"{self.url}/{noun}"
 
     def table(self, noun: Table, batch: str) -> str:
@@ -84,13 +84,9 @@ class DataRoot:
         return f"{self.url}/shots/pictures/{_name(batch)}.parquet"
 
     # latent and pixel stores
-    def stores(self, noun: Stored = "latents") -> str:
-        """The folder of all stores of latents or pixels."""
-        return f"{self.url}/{noun}"
-
     def spec_folder(self, spec: str, noun: Stored = "latents") -> str:
         """The store of a spec, by the spec's digest."""
-        return f"{self.stores(noun)}/{_hex(spec)}"
+        return f"{self.folder(noun)}/{_hex(spec)}"
 
     def latents_checks(self, spec: str, batch: str) -> str:
         """The outcome of the checks of a batch's latents (JSON)."""

@@ -51,7 +51,7 @@ class MappedShard:
 
     memory: mmap.mmap
     start: int  # address of the first byte, which begins a page
-    pages_known: bool  # whether the kernel says which pages are in memory: to a file's owner and who may write it
+    pages_known: bool  # whether the kernel says which pages are in memory: it does to a user who may write the file
     inode: int  # of the file that is mapped
 
     def will_need(self, start: int, stop: int) -> None:

@@ -50,7 +50,7 @@ class Store(Generic[S]):
     @classmethod
     def every(cls, root: DataRoot) -> list[Self]:
         """Every store that the root holds, by digest; DamagedError where a spec is not its own."""
-        return [cls.open(root, digest) for digest in listing.folders(root.stores(cls.noun), r"[0-9a-f]{32}")]
+        return [cls.open(root, digest) for digest in listing.folders(root.folder(cls.noun), r"[0-9a-f]{32}")]
 
     def create(self) -> None:
         """Write the spec as JSON; nothing to do where it exists already."""

@@ -53,7 +53,7 @@ def encode_table(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> byt
 def write_tables(path: str, frames: Iterable[pl.DataFrame], schema: type[dy.Schema]) -> None:
     """`write_table` of frames one under the other, with one of them in memory at a time; `path` is local.
 
-    Each is checked for itself, so that a key may come twice in two frames: who calls this knows better.
+    Each is checked alone: that no key is in two frames is for the caller to know.
     """
     with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix="parts-") as folder:
         parts = [f"{folder}/empty.parquet"]

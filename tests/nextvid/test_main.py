@@ -146,7 +146,7 @@ class TestStores:
         code, said, _ = nextvid("verify", *where)
         assert code == 4
         assert f"{path}, row " in said
-        for found in Path(corpus.project.root.stores()).iterdir():
+        for found in Path(corpus.project.root.folder("latents")).iterdir():
             (found / "spec.json").write_text("{}")
         assert nextvid("verify", *where)[0] == 4
 

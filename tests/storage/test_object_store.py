@@ -27,7 +27,7 @@ def bucket(tmp_path: Path) -> DataRoot:
 
 def below(root: DataRoot) -> dict[str, bytes]:
     """Every file of a store by its path under the root."""
-    found = listing.files_below(root.stores())
+    found = listing.files_below(root.folder("latents"))
     return {path.removeprefix(root.url): atomic.read_bytes(path) for path in found if not path.endswith("/lock")}
 
 

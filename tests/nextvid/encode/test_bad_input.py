@@ -31,7 +31,7 @@ def begin(folder: Path, autoencoder: Path, **encoding: Any) -> Project:
 
 
 def parts(project: Project) -> list[Path]:
-    return list(Path(project.root.stores()).rglob("plan.parquet"))
+    return list(Path(project.root.folder("latents")).rglob("plan.parquet"))
 
 
 def _without(folder: Path, name: str) -> None:

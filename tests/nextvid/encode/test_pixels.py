@@ -166,8 +166,8 @@ class TestLater:
     def test_pixels_are_added_without_touching_latents(self, plain: Project) -> None:
         outcome = make_latents(plain, FILMS)
         assert check_of(outcome).passed
-        assert not Path(plain.root.stores("pixels")).exists()
-        before = all_files(plain.root.stores())
+        assert not Path(plain.root.folder("pixels")).exists()
+        before = all_files(plain.root.folder("latents"))
         project = with_pixels(plain)
         assert unfinished(standard(project), FILMS)[-1:] != (
             "12 rows have no pixels",
@@ -179,7 +179,7 @@ class TestLater:
         assert outcome.made
         assert set(stored(project)) == set(pl.read_parquet(project.root.table("clips", FILMS))["row_id"])
         checks = Path(project.root.latents_checks(accepted_spec(project).digest(), FILMS))
-        assert {p: t for p, t in all_files(plain.root.stores()).items() if p != checks} == {
+        assert {p: t for p, t in all_files(plain.root.folder("latents")).items() if p != checks} == {
             p: t for p, t in before.items() if p != checks
         }
         assert forecast(project, FILMS).now[0].without_pixels == 0
@@ -210,11 +210,11 @@ class TestLater:
     ) -> None:
         """Another autoencoder at the same resolution: its rows have their pixels already."""
         make_latents(project, FILMS)
-        before = all_files(project.root.stores("pixels"))
+        before = all_files(project.root.folder("pixels"))
         text = project.path.read_text().replace(str(project.corpus.encoding.autoencoder), str(random_autoencoder))
         project.path.write_text(text)
         make_latents(open_project(project.path), FILMS)
-        assert all_files(project.root.stores("pixels")) == before
+        assert all_files(project.root.folder("pixels")) == before
 
 
 class TestCrashes:

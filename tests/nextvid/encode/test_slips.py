@@ -158,7 +158,7 @@ class TestRoundTrip:
         monkeypatch.setattr(maker, "plan_encode", exchanging)
         with pytest.raises(RefusedError, match="changed since this was planned"):
             make_latents(project, FILMS)
-        assert not list(Path(project.root.stores()).rglob("commits/*.parquet"))
+        assert not list(Path(project.root.folder("latents")).rglob("commits/*.parquet"))
 
     def test_symmetric_and_one_frame_clips_pass(self, project: Project, tmp_path: Path) -> None:
         path = tmp_path / "films" / "mirror.mp4"

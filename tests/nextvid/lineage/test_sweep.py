@@ -39,7 +39,7 @@ def store_of(corpus: Corpus) -> LatentStore:
 
 
 def shard_files(corpus: Corpus) -> dict[str, bytes]:
-    folder = Path(corpus.project.root.stores())
+    folder = Path(corpus.project.root.folder("latents"))
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("0")) if path.is_file()}
 
 

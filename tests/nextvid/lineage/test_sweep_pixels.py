@@ -88,7 +88,7 @@ def test_pixels_that_nobody_asks_for_any_more_go_and_latents_stay(corpus: Corpus
     assert sweep(plain, yes=True).deleted == (), "they are accepted until another corpus.yaml is accepted"
     plain = accept_asked(plain)
     found = sweep(plain, yes=True)
-    assert [Path(shard.path).is_relative_to(corpus.project.root.stores("pixels")) for shard in found.deleted] == [
+    assert [Path(shard.path).is_relative_to(corpus.project.root.folder("pixels")) for shard in found.deleted] == [
         True,
         True,
     ]
