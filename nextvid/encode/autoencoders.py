@@ -9,6 +9,7 @@ Axes: n clips, F frames of one, N = n F, f latent frames of one, M = n f, R H W 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -144,8 +145,14 @@ class Autoencoder:
         frames = frames or frames_shown(self.about.time_map, len(values))
 
         def decoded() -> Frames:
-            parts = self._cut(values, 1) if self.about.time_map == "frame" else [values]
-            return np.concatenate([self._pixels(part, frames) for part in parts])
+            parts = []
+            for part in self._cut(values, 1) if self.about.time_map == "frame" else [values]:
+                pixels = rebuilt(self._model, self.about, part.to(self._like), frames)
+                if self.about.patch > 1:
+                    pixels = torch.nn.functional.pixel_shuffle(pixels, self.about.patch)
+                bytes_ = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+                parts.append(rearrange(bytes_, "N C H W -> N H W C").cpu().numpy())
+            return np.concatenate(parts)
 
         return self._in_memory(self._unit(frames), decoded)
 
@@ -153,19 +160,16 @@ class Autoencoder:
         """Frames that one forward cannot be cut below: those of a clip where the encoder sees several at once."""
         return 1 if self.about.time_map == "frame" else frames
 
-    def _pixels(self, latents: Tensor, frames: int) -> Frames:
-        pixels = rebuilt(self._model, self.about, latents.to(self._like), frames)
-        if self.about.patch > 1:
-            pixels = torch.nn.functional.pixel_shuffle(pixels, self.about.patch)
-        bytes_ = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-        return np.asarray(rearrange(bytes_, "N C H W -> N H W C").cpu().numpy())
-
     @torch.inference_mode()
-    def _queue(self, frames: Tensor, noise: Tensor | None, clips: int, length: int) -> Running:
+    def _queue(self, frames: UInt8[Tensor, "N H W 3"], noise: Tensor | None, clips: int, length: int) -> Running:
         running = Running(clips, _now(self._like.is_cuda))
         pieces = self._cut(frames, self._unit(length))
         for piece, drawn in zip(pieces, [None] * len(pieces) if noise is None else self._cut(noise, 1), strict=True):
-            mean, std = posterior(self._model, self.about, self._to_input(piece), length)
+            pixels = rearrange(piece.to(self._like.device, non_blocking=True), "N H W C -> N C H W")
+            pixels = (pixels.float() / 127.5 - 1).to(self._like.dtype)
+            if self.about.patch > 1:
+                pixels = torch.nn.functional.pixel_unshuffle(pixels, self.about.patch)
+            mean, std = posterior(self._model, self.about, pixels, length)
             if drawn is not None:
                 if std is None:
                     raise ConfigError("this autoencoder has no posterior to sample: set encoding.posterior to 'mean'")
@@ -191,12 +195,6 @@ class Autoencoder:
             if self._like.is_cuda:
                 torch.cuda.empty_cache()
             self.when_halved(self.frames_at_once)
-
-    def _to_input(self, frames: UInt8[Tensor, "N H W 3"]) -> Tensor:
-        """Bytes to [-1, 1] in the model's dtype, space folded to depth where the wrapper says so."""
-        pixels = rearrange(frames.to(self._like.device, non_blocking=True), "N H W C -> N C H W")
-        pixels = (pixels.float() / 127.5 - 1).to(self._like.dtype)
-        return torch.nn.functional.pixel_unshuffle(pixels, self.about.patch) if self.about.patch > 1 else pixels
 
 
 def _now(on_gpu: bool) -> torch.cuda.Event | float:
@@ -226,13 +224,43 @@ class Identity(torch.nn.Module):
 
 def load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a folder with safetensors, strictly: ConfigError where a tensor is missing or left over."""
+    name, given = "diffusers", {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     match facts(folder).family:
         case "pixels":
             return Identity().to(dtype)
         case "siglip":
-            return _siglip(folder, dtype)
-        case _:
-            return _diffusers(folder, dtype)
+            name, given = "transformers", {"dtype": dtype}
+    try:
+        library: Any = import_module(name)  # 2.7 s, so only where a model is loaded
+    except ImportError as error:
+        raise ConfigError(f"{folder} holds SigLIP features: pip install 'nextvid[targets]' ({error})") from error
+    kind = (
+        library.SiglipVisionModel if name == "transformers" else getattr(library, read_folder(folder)[0]["_class_name"])
+    )
+    logging = library.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # diffusers warns of "float32 modules: []", which concerns nobody
+    logging.disable_progress_bar()
+    model: torch.nn.Module
+    try:
+        model, told = kind.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{folder}: {name} cannot load this encoder: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    # loaders only warn, and leave missing tensors at random values (docs/method.md 13, trap 18)
+    missing = {*told["missing_keys"], *(found[0] for found in told["mismatched_keys"])}
+    known = OF_THE_TEXT if name == "transformers" else ()
+    unknown = {key for key in told["unexpected_keys"] if not key.startswith(known)}
+    if missing or unknown:
+        raise ConfigError(
+            f"{folder}: the weights do not fit config.json: {len(missing)} tensors missing {sorted(missing)[:3]}, "
+            f"{len(unknown)} unknown {sorted(unknown)[:3]}; put the whole checkpoint there"
+        )
+    return model
 
 
 def posterior(model: Any, about: Facts, pixels: Pixels, frames: int) -> tuple[Latents, Latents | None]:  # noqa: ANN401
@@ -273,60 +301,3 @@ def rebuilt(model: Any, about: Facts, latents: Latents, frames: int) -> Pixels: 
         case _:
             pixels: Pixels = model.decode(latents).sample
             return pixels
-
-
-def _diffusers(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    import diffusers  # 2.7 s to import, so only where a model is loaded
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of "float32 modules: []", which concerns nobody
-    model: torch.nn.Module
-    try:
-        model, told = getattr(diffusers, read_folder(folder)[0]["_class_name"]).from_pretrained(
-            str(folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{folder}: diffusers cannot load this autoencoder: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    _refuse_other_tensors(folder, told["missing_keys"], told["unexpected_keys"])
-    return model
-
-
-def _siglip(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    try:
-        from transformers import SiglipVisionModel
-        from transformers.utils import logging
-    except ImportError as error:
-        raise ConfigError(f"{folder} holds SigLIP features: pip install 'nextvid[targets]' ({error})") from error
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model: torch.nn.Module
-    try:
-        model, told = SiglipVisionModel.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load this encoder: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
-    left = {name for name in told["unexpected_keys"] if not name.startswith(OF_THE_TEXT)}
-    _refuse_other_tensors(folder, {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}, left)
-    return model
-
-
-def _refuse_other_tensors(folder: Path, missing: set[str], unknown: set[str]) -> None:
-    """Loaders only warn, and leave missing tensors at random values (docs/method.md 13, trap 18)."""
-    if missing or unknown:
-        raise ConfigError(
-            f"{folder}: the weights do not fit config.json: {len(missing)} tensors missing {sorted(missing)[:3]}, "
-            f"{len(unknown)} unknown {sorted(unknown)[:3]}; put the whole checkpoint there"
-        )

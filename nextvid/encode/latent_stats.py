@@ -50,6 +50,11 @@ class Moments:
         """Standard deviation by channel."""
         return np.asarray(np.sqrt(self.variance))
 
+    def to_json(self) -> dict[str, Any]:
+        """As stats.json has it."""
+        plain = {"mean": self.mean.tolist(), "std": self.std.tolist(), "posterior_std": self.posterior_std}
+        return {"rows": self.rows, "values": self.values} | plain
+
 
 def moments(commits: pl.DataFrame, spec: EncodingSpec) -> Moments:
     """Moments of committed rows (columns sums, sums_squared, frames, posterior_std), at least one.
@@ -112,12 +117,20 @@ def make_latent_stats(project: Project) -> Outcome:
             f"no row of {', '.join(taken)} is encoded: no clip was cut, or every one failed; the column 'reason' of "
             "the media, shots and clips tables says why"
         )
-    stats = {"spec": encoding, "batches": taken, "datasets": {name: _plain(parts) for name, parts in found.items()}}
+    datasets = {name: {f"f{frames}": part.to_json() for frames, part in parts.items()} for name, parts in found.items()}
+    stats = {"spec": encoding, "batches": taken, "datasets": datasets}
     digest = digest_config(stats)
     with addressed(root, "latent_stats", digest) as made:
         if made.new:
             publish_json(f"{made.path}/stats.json", stats)
-            made.checks = _checks([part for parts in found.values() for part in parts.values()])
+            every = [part for parts in found.values() for part in parts.values()]
+            lowest, values = min(float(part.std.min()) for part in every), sum(part.values for part in every)
+            fewest = min(part.values for part in every)
+            enough = {"values": values, "fewest_of_a_dataset": fewest, "needed": ENOUGH_VALUES}
+            made.checks = (
+                Check("std_positive", lowest > 0, {"lowest_std": lowest}),
+                Check("enough_rows", values >= ENOUGH_VALUES, enough),
+            )
     if made.passed:
         publish_latest(root, "latent_stats", digest)
     numbers: dict[str, Number] = {}
@@ -127,18 +140,8 @@ def make_latent_stats(project: Project) -> Outcome:
             if part.posterior_std is not None:  # beside the deviation: what `posterior: sample` would add
                 numbers[f"{name}_f{length}_posterior_std"] = part.posterior_std
                 numbers[f"{name}_f{length}_std"] = float(part.std.mean())
-    rows = sum(part.rows for parts in found.values() for part in parts.values())
-    return Outcome(
-        "latent_stats",
-        None,
-        made.new,
-        rows,
-        0,
-        time.perf_counter() - began,
-        digest=digest,
-        numbers=numbers,
-        checks=made.checks,
-    )
+    rows, seconds = sum(part.rows for parts in found.values() for part in parts.values()), time.perf_counter() - began
+    return Outcome("latent_stats", None, made.new, rows, 0, seconds, digest=digest, numbers=numbers, checks=made.checks)
 
 
 def _by_dataset(store: LatentStore, batches: Sequence[str]) -> dict[str, dict[int, Moments]]:
@@ -154,26 +157,3 @@ def _by_dataset(store: LatentStore, batches: Sequence[str]) -> dict[str, dict[in
     for dataset, frames in sorted(found):
         by_dataset.setdefault(dataset, {})[frames] = found[dataset, frames]
     return by_dataset
-
-
-def _plain(parts: dict[int, Moments]) -> dict[str, Any]:
-    return {
-        f"f{frames}": {
-            "rows": part.rows,
-            "values": part.values,
-            "mean": part.mean.tolist(),
-            "std": part.std.tolist(),
-            "posterior_std": part.posterior_std,
-        }
-        for frames, part in parts.items()
-    }
-
-
-def _checks(parts: list[Moments]) -> tuple[Check, ...]:
-    lowest = min(float(part.std.min()) for part in parts)
-    values, fewest = sum(part.values for part in parts), min(part.values for part in parts)
-    enough = {"values": values, "fewest_of_a_dataset": fewest, "needed": ENOUGH_VALUES}
-    return (
-        Check("std_positive", lowest > 0, {"lowest_std": lowest}),
-        Check("enough_rows", values >= ENOUGH_VALUES, enough),
-    )

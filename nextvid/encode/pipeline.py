@@ -8,7 +8,7 @@ however slow the disk is (docs/decisions/0027).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import NamedTuple
@@ -210,19 +210,22 @@ def pipeline(
 ) -> Iterator[Pipeline]:
     """A pipeline on one device, on one of `sharers` equal shares of this machine's cores.
 
-    Raises RefusedError where the autoencoder's folder does not hold what the spec names.
+    torch's threads are bounded while decode processes share the cores: threads that outnumber cores spin. Raises
+    RefusedError where the autoencoder's folder does not hold what the spec names.
     """
-    encoding = project.corpus.encoding
+    encoding, clips = project.corpus.encoding, wanted_clips(project, batch)
     workers, threads = shares(device, sharers)
-    with Decoding(workers) as decoding, _torch_threads(threads):
+    with Decoding(workers) as decoding, ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads)
         model = Autoencoder.load(encoding.autoencoder, device, spec.precision, project.corpus.execution.batch_frames)
         if model.digest != spec.autoencoder:
             raise RefusedError(f"{encoding.autoencoder}: its weights changed since this was planned; ask again")
         model.when_halved = lambda frames: tell(
             Advance(note=f"the device's memory is full: from now on {frames} frames a batch")
         )
-        with PixelWriter(project, batch, pixel_spec(project, spec), workers) as pixels, _writer(workers) as writer:
-            yield Pipeline(model, wanted_clips(project, batch), decoding, pixels, writer, tell)
+        pixels = stack.enter_context(PixelWriter(project, batch, pixel_spec(project, spec), workers))
+        yield Pipeline(model, clips, decoding, pixels, stack.enter_context(_writer(workers)), tell)
 
 
 def shares(device: str, sharers: int) -> tuple[int, int]:
@@ -246,14 +249,3 @@ def _writer(threads: int) -> Iterator[ThreadPoolExecutor]:
         writer.shutdown(cancel_futures=not isinstance(error, Exception))
         raise
     writer.shutdown()
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    """Bound torch's threads while decode processes share the cores: threads that outnumber cores spin."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,6 +19,16 @@ Family = Literal[
     "siglip", "pixels",
 ]  # fmt: skip
 
+# By `_class_name` of diffusers' config.json or `model_type` of transformers'.
+FAMILIES: dict[str, Family] = {
+    "AutoencoderKL": "autoencoder_kl",
+    "AutoencoderKLFlux2": "autoencoder_kl_flux2",
+    "AutoencoderTiny": "autoencoder_tiny",
+    "AutoencoderDC": "autoencoder_dc",
+    "AutoencoderKLCosmos": "autoencoder_kl_cosmos",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+}
 # The names of diffusers and transformers for their files; each may come in several, with an `.index.json`.
 _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 
@@ -56,7 +66,10 @@ def autoencoder_digest(folder: str | Path) -> str:
     config, wrapper = read_folder(folder)
     family = facts(folder).family
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
-    weights = [_remembered(path) for path in _weight_files(folder, family)]
+    weights = []
+    for path in _weight_files(folder, family):
+        at = path.stat()  # of which the time of the last change cannot be set back
+        weights.append(_file_digest(str(path), at.st_ino, at.st_ctime_ns, at.st_size))
     name = config.get("_class_name", wrapper.kind or family)
     return digest_config({"class": name, "config": kept, "patch": wrapper.patch, "weights": sorted(weights)})
 
@@ -114,28 +127,14 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _family(config: dict[str, Any], wrapper: Wrapper, folder: Path) -> Family:
-    family: Family
-    match config.get("_class_name", config.get("model_type")):
-        case "AutoencoderKL":
-            family = "autoencoder_kl"
-        case "AutoencoderKLFlux2":
-            family = "autoencoder_kl_flux2"
-        case "AutoencoderTiny":
-            family = "autoencoder_tiny"
-        case "AutoencoderDC":
-            family = "autoencoder_dc"
-        case "AutoencoderKLCosmos":
-            family = "autoencoder_kl_cosmos"
-        case "siglip" | "siglip_vision_model":
-            family = "siglip"
-        case None if not config and wrapper.kind == "pixels":
-            family = "pixels"
-        case name:
-            raise ConfigError(
-                f"{folder}: {name} is not supported: use AutoencoderKL (also VA-VAE, SD, FLUX), AutoencoderKLFlux2, "
-                "AutoencoderTiny, AutoencoderDC, AutoencoderKLCosmos, a SigLIP with fixed resolution, or raw pixels "
-                '(a nextvid.json that says {"kind": "pixels"})'
-            )
+    name = config.get("_class_name", config.get("model_type"))
+    family = "pixels" if not config and wrapper.kind == "pixels" else FAMILIES.get(str(name))
+    if family is None:
+        raise ConfigError(
+            f"{folder}: {name} is not supported: use AutoencoderKL (also VA-VAE, SD, FLUX), AutoencoderKLFlux2, "
+            "AutoencoderTiny, AutoencoderDC, AutoencoderKLCosmos, a SigLIP with fixed resolution, or raw pixels "
+            '(a nextvid.json that says {"kind": "pixels"})'
+        )
     if wrapper.kind not in (None, family):
         raise ConfigError(f"{folder}/nextvid.json: kind {wrapper.kind}, patch {wrapper.patch} do not fit {family}")
     return family
@@ -170,12 +169,6 @@ def _weight_files(folder: Path, family: Family) -> list[Path]:
     return files
 
 
-def _remembered(path: Path) -> str:
-    """Digest of a file, computed once while it stays the same: the time of its last change cannot be set back."""
-    at = path.stat()
-    return _file_digest(str(path), at.st_ino, at.st_ctime_ns, at.st_size)
-
-
 @functools.lru_cache(maxsize=16)
-def _file_digest(path: str, inode: int, ctime_ns: int, size_bytes: int) -> str:  # these only invalidate the memory
+def _file_digest(path: str, inode: int, ctime_ns: int, size_bytes: int) -> str:  # computed again where one changes
     return digest_file(path)

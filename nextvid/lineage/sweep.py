@@ -114,7 +114,10 @@ def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
     specs = _specs(project)
     for store in every_store(root):
         for batch in store.batches():
-            needed = _needed(project, batch) if store.digest in specs else _NOTHING
+            needed: pl.Series | None = _NOTHING
+            if store.digest in specs:
+                usable = batch_state(root, batch, "clips").usable
+                needed = wanted_clips(project, batch)["row_id"] if usable else None  # None: not known
             for part in store.parts_of(batch):
                 for number in (number for number in range(part.shards) if part.is_stored(number)):
                     ids = part.rows_of(number)["row_id"]
@@ -134,12 +137,6 @@ def _shards(project: Project) -> Iterator[tuple[Part[Any], int, Shard]]:
 
 
 _NOTHING = pl.Series("row_id", [], dtype=pl.Binary)
-
-
-def _needed(project: Project, batch: str) -> pl.Series | None:
-    """Row ids that the batch's clips need; None where that is unknown."""
-    usable = batch_state(project.root, batch, "clips").usable
-    return wanted_clips(project, batch)["row_id"] if usable else None
 
 
 def _specs(project: Project) -> set[str]:

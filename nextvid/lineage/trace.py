@@ -242,14 +242,22 @@ def _of_file(project: Project, what: str) -> Trace:
         )
     ids = found["media_id"].drop_nulls().unique()
     clips = read_tables(root, "clips", None, Clips).filter(pl.col("media_id").is_in(ids.implode()))
-    holding = list(_trainsets_with(root, ids))
-    digests = {facts.digest for facts in holding}
+    holding, scores = {}, []
+    for digest in trainsets_of(root):
+        trainset = Trainset.open(root, digest)
+        if rows := trainset.lineage().filter(pl.col("media_id").is_in(ids.implode())).height:
+            holding[digest] = TrainsetFacts(digest, trainset.spec.digest(), rows)
+    for path in scores_of(root):
+        scored = read_table(str(path.with_name("rows.parquet")), ProbeRows)
+        own = scored.filter(pl.col("media_id").is_in(ids.implode())).unique("sample")
+        if own.height:
+            scores.append(_score_facts(path, dict(own.group_by("split").len().sort("split").rows())))
     return Trace(
         what,
         "file",
-        runs=tuple(run for run in runs_of(root) if run.trainset in digests),
-        scores=tuple(_scores_with(root, ids)),
-        trainsets=tuple(holding),
+        runs=tuple(run for run in runs_of(root) if run.trainset in holding),
+        scores=tuple(scores),
+        trainsets=tuple(holding.values()),
         media=tuple(_media_facts(row, clips) for row in found.iter_rows(named=True)),
     )
 
@@ -257,23 +265,6 @@ def _of_file(project: Project, what: str) -> Trace:
 def _scores_of_runs(root: DataRoot, runs: set[str]) -> tuple[ScoreFacts, ...]:
     found = (_score_facts(path) for path in scores_of(root))
     return tuple(facts for facts in found if facts.run in runs)
-
-
-def _trainsets_with(root: DataRoot, media: pl.Series) -> Iterator[TrainsetFacts]:
-    for digest in trainsets_of(root):
-        trainset = Trainset.open(root, digest)
-        rows = trainset.lineage().filter(pl.col("media_id").is_in(media.implode())).height
-        if rows:
-            yield TrainsetFacts(digest, trainset.spec.digest(), rows)
-
-
-def _scores_with(root: DataRoot, media: pl.Series) -> Iterator[ScoreFacts]:
-    for path in scores_of(root):
-        rows = read_table(str(path.with_name("rows.parquet")), ProbeRows)
-        found = rows.filter(pl.col("media_id").is_in(media.implode())).unique("sample")
-        if found.height:
-            counts = found.group_by("split").len().sort("split").rows()
-            yield _score_facts(path, dict(counts))
 
 
 def _media_facts(row: dict[str, Any], clips: pl.DataFrame) -> MediaFacts:

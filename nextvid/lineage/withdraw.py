@@ -6,9 +6,7 @@ score; a row that none of them names any more cannot be assigned to a file, henc
 tables and runs are left as they are.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
@@ -16,7 +14,6 @@ from nextvid.config.project import Project
 from nextvid.lineage.trace import Trace, scores_of, trace, trainsets_of
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError
-from storage.part import Part
 from storage.root import DataRoot
 from storage.schemas import Clips, Media, ProbeRows
 from storage.shard import ROWS_PER_SHARD
@@ -69,62 +66,48 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
     media = sorted({facts.media_id for facts in affected.media if facts.media_id is not None})
     if not media:
         raise ConfigError(f"'{what}' could not be read and has no id, so nothing was made of it: remove the file")
-    rows = _rows_of(root, media)
-    row_ids = pl.Series(sorted(set().union(*rows.values())), dtype=pl.Binary)
+    ids = pl.Series([bytes.fromhex(media_id) for media_id in media], dtype=pl.Binary)
+    named = _named_rows(root)
+    rows = named.filter(pl.col("media_id").is_in(ids.implode())).select("media_id", "row_id").unique()
     if yes:
-        for media_id, ids in rows.items():
-            record_withdrawal(root, media_id, ids)
-    places = list(_places(root, row_ids))
+        for media_id in media:  # one without rows is recorded too
+            own = rows.filter(pl.col("media_id") == bytes.fromhex(media_id))["row_id"]
+            record_withdrawal(root, media_id, set(own.to_list()))
+    places = []
+    for part in (part for store in every_store(root) for batch in store.batches() for part in store.parts_of(batch)):
+        planned = part.plan.filter(pl.col("row_id").is_in(rows["row_id"].implode()))["slot"].to_list()
+        if slots := [slot for slot in planned if part.is_stored(slot // ROWS_PER_SHARD)]:
+            places.append((part, slots))
     if yes:
         for part, slots in places:
             part.erase(slots)
     return Withdrawal(
         done=yes,
         media=tuple(media),
-        rows=len(row_ids),
+        rows=rows["row_id"].n_unique(),
         stored=sum(len(slots) for _, slots in places),
         size_bytes=sum(
             size for part, slots in places for extents in part.extents(slots).values() for _, size in extents
         ),
-        unexplained=_unexplained(root, media),
+        unexplained=_unexplained(root, ids, named),
         affected=affected,
     )
 
 
-def _named_rows(root: DataRoot) -> Iterator[pl.DataFrame]:
-    """Columns media_id, row_id, batch of everything that names rows of files: clips, trainsets, scores."""
-    columns = "media_id", "row_id", "batch"
-    yield read_tables(root, "clips", None, Clips).select(columns).drop_nulls("row_id")
-    for digest in trainsets_of(root):
-        yield Trainset.open(root, digest).lineage().select(columns)
-    for path in scores_of(root):
-        yield read_table(str(path.with_name("rows.parquet")), ProbeRows).select(columns)
+def _named_rows(root: DataRoot) -> pl.DataFrame:
+    """Columns media_id, row_id of everything that names rows of files: clips, trainsets, scores."""
+    return pl.concat(
+        table.select("media_id", "row_id").drop_nulls("row_id")
+        for table in (
+            read_tables(root, "clips", None, Clips),
+            *(Trainset.open(root, digest).lineage() for digest in trainsets_of(root)),
+            *(read_table(str(path.with_name("rows.parquet")), ProbeRows) for path in scores_of(root)),
+        )
+    ).unique()
 
 
-def _rows_of(root: DataRoot, media: list[str]) -> dict[str, set[bytes]]:
-    """Row ids by media id in hex; a media file without rows has an empty set, and is recorded too."""
-    found: dict[str, set[bytes]] = {media_id: set() for media_id in media}
-    ids = pl.Series([bytes.fromhex(media_id) for media_id in media], dtype=pl.Binary)
-    for named in _named_rows(root):
-        for media_id, row_id, _ in named.filter(pl.col("media_id").is_in(ids.implode())).iter_rows():
-            found[media_id.hex()].add(row_id)
-    return found
-
-
-def _places(root: DataRoot, rows: pl.Series) -> Iterator[tuple[Part[Any], list[int]]]:
-    """Parts of every store whose plans have such rows, and the rows' slots in shards that are still stored."""
-    parts = (part for store in every_store(root) for batch in store.batches() for part in store.parts_of(batch))
-    for part in parts:
-        planned = part.plan.filter(pl.col("row_id").is_in(rows.implode()))["slot"].to_list()
-        slots = [slot for slot in planned if part.is_stored(slot // ROWS_PER_SHARD)]
-        if slots:
-            yield part, slots
-
-
-def _unexplained(root: DataRoot, media: list[str]) -> int:
+def _unexplained(root: DataRoot, ids: pl.Series, named: pl.DataFrame) -> int:
     """Committed rows, in batches with one of these media files, that no table names any more."""
-    ids = pl.Series([bytes.fromhex(media_id) for media_id in media], dtype=pl.Binary)
-    named = pl.concat(list(_named_rows(root)))
     files = read_tables(root, "media", None, Media).filter(pl.col("media_id").is_in(ids.implode()))
     count = 0
     for store in LatentStore.every(root):

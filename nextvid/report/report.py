@@ -118,7 +118,8 @@ def build_card(gathered: Gathered) -> Card:
 
 
 def _facts(gathered: Gathered) -> tuple[tuple[str, str], ...]:
-    run, model = gathered.run, gathered.run.recipe.model
+    run, model, masks = gathered.run, gathered.run.recipe.model, gathered.run.recipe.masks
+    visible = " and ".join(str(strategy.budget) for strategy in masks.strategies)
     steps = [event for event in gathered.events if event["kind"] == "step"]
     ended = max((event["time_s"] for event in gathered.events), default=0.0)
     facts = [
@@ -128,7 +129,7 @@ def _facts(gathered: Gathered) -> tuple[tuple[str, str], ...]:
         ("clips drawn", f"{steps[-1]['draws']:,}" if steps else "unknown"),
         ("encoder", f"{model.encoder.depth} blocks, width {model.encoder.width}, reads {model.encoder.input}"),
         ("tokens per clip", f"{run.recipe.clip_lengths[0] // model.tubelet} × {model.cells}"),
-        ("masks", _masks(run)),
+        ("masks", {"all": "none", "fixed": f"{visible} of {model.cells} cells visible"}.get(masks.keep, masks.keep)),
         ("seed", str(run.recipe.seed)),
     ]
     speeds = mean_speeds(gathered.events)
@@ -138,14 +139,6 @@ def _facts(gathered: Gathered) -> tuple[tuple[str, str], ...]:
     if "mfu" in speeds:
         facts.append(("MFU", f"{100 * speeds['mfu']:.0f} %"))
     return tuple(facts)
-
-
-def _masks(run: Run) -> str:
-    masks, cells = run.recipe.masks, run.recipe.model.cells
-    if masks.keep == "all":
-        return "none"
-    visible = " and ".join(str(strategy.budget) for strategy in masks.strategies)
-    return f"{visible} of {cells} cells visible" if masks.keep == "fixed" else masks.keep
 
 
 def _digest(gathered: Gathered) -> str:

@@ -112,14 +112,7 @@ def table(score: Score) -> Table:
     record = score.record
     clips, augment, classes = record["clips"], record["settings"].get("augment", "none"), len(record["classes"])
     return Table(
-        head=(
-            "",
-            "attentive probe",
-            "points over random",
-            f"{len(record['seeds'])} seeds",
-            "k-NN",
-            "chosen rate",
-        ),
+        head=("", "attentive probe", "points over random", f"{len(record['seeds'])} seeds", "k-NN", "chosen rate"),
         rows=tuple(rows),
         align="lrrrrr",
         caption=(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,14 +142,14 @@ class TestMemory:
         frames = texture(0, 4, SIDE)
         latents = model.encode(frames).latents
         wanted = model.decode(latents)
-        pixels = Autoencoder._pixels
+        rebuilt = autoencoders.rebuilt
 
-        def limited(self: Autoencoder, values: torch.Tensor, frames: int) -> np.ndarray:
+        def limited(network: Any, about: Facts, values: torch.Tensor, frames: int) -> torch.Tensor:
             if len(values) > 2:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return pixels(self, values, frames)
+            return rebuilt(network, about, values, frames)
 
-        monkeypatch.setattr(Autoencoder, "_pixels", limited)
+        monkeypatch.setattr(autoencoders, "rebuilt", limited)
         assert np.abs(model.decode(latents).astype(int) - wanted).max() <= 1
         assert model.frames_at_once == 2
 
