@@ -1,5 +1,6 @@
 """Declare an asset to Dagster: nextvid/graph.py says what it is, storage/schemas.py what its columns are."""
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,9 @@ TABLES: tuple[type[dy.Schema], ...] = (
     schemas.Sources, schemas.Media, schemas.Labels, schemas.Shots, schemas.Clips, schemas.Plan, schemas.Commits,
     schemas.Duplicates, schemas.Lineage,
 )  # fmt: skip
-BATCHES = dg.DynamicPartitionsDefinition(name="batch")  # kept equal to the batches of sources/
+# Two projects that share a Dagster instance each set NEXTVID_PROJECT; it begins names of partitions and keys of runs.
+PREFIX = f"{os.environ['NEXTVID_PROJECT']}_" if os.environ.get("NEXTVID_PROJECT") else ""
+BATCHES = dg.DynamicPartitionsDefinition(name=f"{PREFIX}batch")  # kept equal to the batches of sources/
 RECIPE = dg.StaticPartitionsDefinition(list(RECIPES))
 OWNERS = ["team:nextvid"]
 CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)

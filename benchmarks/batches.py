@@ -30,6 +30,7 @@ from nextvid.encode.latent_stats import make_latent_stats
 from nextvid.planning.costs import forecast
 from nextvid.trainset.duplicates import make_duplicates
 from nextvid.trainset.trainset import make_trainset
+from orchestration.jobs import forecast_of
 from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
 
 BATCHES, FILES = 1000, 10  # our scale: 1,000 batches; ten files each, so that it is batches that cost
@@ -52,7 +53,9 @@ def measured(project: Project, instance: dg.DagsterInstance, batches: int, regis
     resources = {"project": ProjectResource(corpus=str(project.path))}
 
     def tick() -> None:
-        new_sources_every(TICK_S)(dg.build_sensor_context(instance=instance, resources=resources))
+        new_sources_every(TICK_S, forecast_of(resources["project"]))(
+            dg.build_sensor_context(instance=instance, resources=resources)
+        )
 
     work: tuple[tuple[str, Callable[[], object]], ...] = (
         ("listing", lambda: update_sources(project)),

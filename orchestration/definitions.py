@@ -14,7 +14,7 @@ from assets.resources import ProjectResource, TrainerResource
 from nextvid.config.corpus import corpus_path
 from nextvid.graph import GRAPH
 from orchestration.executors import TRAIN_ON, executor
-from orchestration.jobs import JOBS
+from orchestration.jobs import JOBS, forecast_of
 from orchestration.schedules import NIGHT, nightly_at
 from orchestration.sensors import TICK_S, follow, new_sources_every
 
@@ -36,17 +36,19 @@ def build_defs(
         steps: where steps run (orchestration/executors.py); None reads NEXTVID_STEPS.
         resources: replace `project` or `trainer`, or add resources.
     """
+    resources = {
+        "project": ProjectResource(corpus=str(corpus_path(corpus))),
+        "trainer": TrainerResource(ray_address=os.environ.get(TRAIN_ON, "")),
+        **(resources or {}),
+    }
+    forecast = forecast_of(resources["project"])
     return dg.Definitions(
         assets=dg.load_assets_from_modules([import_module(f"assets.{asset}") for asset in GRAPH]),
-        jobs=JOBS,
+        jobs=[*JOBS, forecast],
         schedules=[nightly_at(night)],
-        sensors=[new_sources_every(tick_s), follow],
+        sensors=[new_sources_every(tick_s, forecast), follow],
         executor=executor(steps),
-        resources={
-            "project": ProjectResource(corpus=str(corpus_path(corpus))),
-            "trainer": TrainerResource(ray_address=os.environ.get(TRAIN_ON, "")),
-            **(resources or {}),
-        },
+        resources=resources,
     )
 
 

@@ -17,7 +17,7 @@ WHERE = "NEXTVID_STEPS"  # multiprocess | ray | kubernetes
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own variable: http://<head>:8265
 TRAIN_ON = "NEXTVID_TRAIN_ON"  # empty: train beside the step; else the address of a Ray cluster's job server
 # With these variables a step on another machine finds project and instance (deploy/README.md).
-PASSED_ON = ("DAGSTER_HOME", "NEXTVID_CORPUS", "PYTHONPATH", "DAGSTER_POSTGRES_URL", *S3_PLACE)
+PASSED_ON = ("DAGSTER_HOME", "NEXTVID_CORPUS", "NEXTVID_PROJECT", "PYTHONPATH", "DAGSTER_POSTGRES_URL", *S3_PLACE)
 
 
 def executor(where: str | None = None) -> dg.ExecutorDefinition:

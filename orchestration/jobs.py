@@ -5,6 +5,7 @@ One run per batch makes all four assets up to the latents: assets that share a r
 
 import dagster as dg
 
+from assets.resources import ProjectResource
 from nextvid.graph import BY_BATCH, assets
 
 ingest = dg.define_asset_job(
@@ -25,5 +26,32 @@ experiment = dg.define_asset_job(
     description="Mask plan, training run, probes on every benchmark, samples and report of one recipe. All of them "
     "are about the run that `pretrain` makes.",
 )
+
+
+@dg.op
+def compute_forecast(context: dg.OpExecutionContext, project: ProjectResource) -> None:
+    """Write forecast.json and log it; 11 ms a batch (docs/performance.md) are too long for a tick of the sensor."""
+    from assets.reporting import readable_errors
+    from nextvid.planning.costs import publish_forecast
+
+    with readable_errors():
+        context.log.info(publish_forecast(project.open()))
+
+
+def forecast_of(project: ProjectResource) -> dg.JobDefinition:
+    """The job `forecast`, which the sensor `new_sources` requests whenever corpus.yaml differs from what is accepted.
+
+    The resource is bound here, since Dagster would otherwise bind it to a copy of the job and of that sensor.
+    """
+
+    @dg.job(
+        resource_defs={"project": project},
+        description="What accepting corpus.yaml and the makers' versions would cost; `nextvid plan` lists it by batch.",
+    )
+    def forecast() -> None:
+        compute_forecast()
+
+    return forecast
+
 
 JOBS = [ingest, freeze, experiment]

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 import dagster as dg
 
+from assets.declare import PREFIX
 from assets.resources import ProjectResource
 from orchestration.jobs import ingest
-from orchestration.sensors import apply_partitions
+from orchestration.sensors import apply_partitions, list_datasets, show_errors
 
 NIGHT = "0 3 * * *"  # our choice: a retry opens every quarantined file, so once a day, at night
+JUDGE_S = 40.0  # our choice: Dagster aborts the evaluation of a schedule after 60 s
 
 
 def nightly_at(cron: str) -> dg.ScheduleDefinition:
@@ -22,20 +24,21 @@ def nightly_at(cron: str) -> dg.ScheduleDefinition:
     def nightly(
         context: dg.ScheduleEvaluationContext, project: ProjectResource
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-        """One run for each batch that needs one. The run key has the date: yesterday's failures are retried."""
-        from nextvid.corpus.sources import update_sources
-        from nextvid.planning.acceptance import ensure_accepted
+        """One run for each batch that needs one. The run key has the time: what failed before is retried."""
         from nextvid.planning.waiting import waiting
 
         opened = project.open()
-        update_sources(opened)
-        ensure_accepted(opened)  # for `reencode: auto`, which must not depend on the sensor
-        apply_partitions(context.instance, opened)
-        day = context.scheduled_execution_time.strftime("%Y-%m-%d")
-        batches = waiting(opened, retry=True)
-        if not batches:
+        listed = list_datasets(context.instance, opened, settle=False)
+        found = waiting(listed.standard, retry=True, within_s=JUDGE_S)
+        for line in apply_partitions(context.instance, opened):
+            context.log.info(line)
+        if found.last:
+            context.log.warning(f"batches after {found.last} were not judged within {JUDGE_S:g} s")
+        show_errors(context, [*listed.errors, *found.errors], alone=not found.keys)
+        if not found.keys:
             yield dg.SkipReason("every batch is complete and nothing is quarantined")
-        for batch, key in batches.items():
-            yield dg.RunRequest(run_key=f"{day}:{key}", partition_key=batch)
+        moment = context.scheduled_execution_time.strftime("%Y-%m-%dT%H:%M")
+        for batch, key in found.keys.items():
+            yield dg.RunRequest(run_key=f"{PREFIX}{moment}:{key}", partition_key=batch)
 
     return nightly

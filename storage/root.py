@@ -63,6 +63,10 @@ class DataRoot:
         """The accepted encoding, curation and pixels (JSON)."""
         return f"{self.url}/accepted.json"
 
+    def forecast(self) -> str:
+        """What accepting corpus.yaml would cost, as the job `forecast` computed it (JSON)."""
+        return f"{self.url}/forecast.json"
+
     def folder(self, noun: Table | Stored) -> str:
         """The folder of one kind of table, or of all stores of latents or pixels."""
         return f"{self.url}/{noun}"

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
-from nextvid.corpus.sources import update_sources
+from nextvid.corpus.sources import batch_fingerprint, update_sources
 from nextvid.graph import GRAPH
 from nextvid.planning.acceptance import ensure_accepted
-from nextvid.planning.waiting import waiting
+from nextvid.planning.waiting import standard, waiting
 from nextvid.train.events import read_events
 from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions, observation
@@ -95,12 +95,12 @@ def list_sources(project: Project, instance: dg.DagsterInstance) -> None:
     ensure_accepted(project)
     apply_partitions(instance, project)
     for change in changes:
-        instance.report_runless_asset_event(observation(project, change.batch))
+        instance.report_runless_asset_event(observation(change.batch, batch_fingerprint(project, change.batch)))
 
 
 def runs(project: Project) -> Iterator[tuple[str, str | None]]:
     """Jobs and single assets with their partitions, in the order of the graph; complete batches are left out."""
-    for batch in waiting(project):
+    for batch in waiting(standard(project)).keys:
         yield "ingest", batch
     yield "freeze", None
     for asset, node in GRAPH.items():

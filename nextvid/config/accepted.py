@@ -7,7 +7,7 @@ nextvid/planning/acceptance.py decides when; `open_project` applies the result.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nextvid.config.corpus import CorpusConfig, PixelConfig
@@ -30,6 +30,7 @@ class Accepted:
     pixels: Rules | None
     rules: Rules  # `curation`, and what decides rows of each of `datasets` and `benchmarks`
     versions: Mapping[str, int]  # by asset: the oldest version of its maker whose tables are kept
+    count: int  # how often something was accepted, so that accepting what was accepted before asks for new runs
 
     @property
     def digests(self) -> tuple[str, str, str]:
@@ -61,8 +62,9 @@ def accepted(root: DataRoot) -> Accepted | None:
         return None
     value = atomic.read_json(path)
     try:
-        encoding, curation, versions = str(value["encoding"]), str(value["curation"]), value.get("versions", {})
-        return Accepted(encoding, curation, value["pixels"], value["rules"], versions)
+        encoding, curation = str(value["encoding"]), str(value["curation"])
+        versions, count = value.get("versions", {}), int(value.get("count", 0))
+        return Accepted(encoding, curation, value["pixels"], value["rules"], versions, count)
     except (AttributeError, KeyError, TypeError):
         raise CorpusError(
             f"{path}: expected the keys 'encoding', 'curation', 'pixels' and 'rules': the file is damaged or from an "
@@ -73,7 +75,11 @@ def accepted(root: DataRoot) -> Accepted | None:
 def accept(root: DataRoot, asked: CorpusConfig, encoding: str, versions: Mapping[str, int]) -> Accepted:
     """Accept the curation and pixels that corpus.yaml asks for, the encoding spec with this digest, these versions."""
     pixels = asked.encoding.pixels
-    return _publish(root, encoding, asked, pixels.model_dump(mode="json") if pixels else None, versions)
+    before = accepted(root)
+    rules = before.rules if before else {"datasets": {}, "benchmarks": {}}
+    count = before.count + 1 if before else 1
+    kept = pixels.model_dump(mode="json") if pixels else None
+    return _publish(root, Accepted(encoding, "", kept, rules, dict(versions), count), asked)
 
 
 def keep_new(root: DataRoot, asked: CorpusConfig, known: Accepted) -> Accepted:
@@ -81,7 +87,7 @@ def keep_new(root: DataRoot, asked: CorpusConfig, known: Accepted) -> Accepted:
     corpus = as_accepted(asked, known, root.accepted())
     if _rules(known.rules, corpus) == known.rules:
         return known
-    return _publish(root, known.encoding, corpus, known.pixels, known.versions)
+    return _publish(root, known, corpus)
 
 
 def as_accepted(asked: CorpusConfig, known: Accepted, where: str) -> CorpusConfig:
@@ -110,12 +116,9 @@ def pixels_digest(pixels: PixelConfig | Rules | None) -> str:
     return config.digest() if config else ""
 
 
-def _publish(
-    root: DataRoot, encoding: str, corpus: CorpusConfig, pixels: Rules | None, versions: Mapping[str, int]
-) -> Accepted:
-    before = accepted(root)
-    rules = _rules(before.rules if before else {"datasets": {}, "benchmarks": {}}, corpus)
-    value = Accepted(encoding, corpus.curation_digest(), pixels, rules, dict(versions))
+def _publish(root: DataRoot, known: Accepted, corpus: CorpusConfig) -> Accepted:
+    """Accept the curation and rules of `corpus`, and what else is `known`."""
+    value = replace(known, curation=corpus.curation_digest(), rules=_rules(known.rules, corpus))
     atomic.publish_json(root.accepted(), asdict(value))
     return value
 

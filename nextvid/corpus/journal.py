@@ -46,10 +46,12 @@ def publish(root: DataRoot, read: int, changed: pl.DataFrame) -> None:
 
 
 def _apply(root: DataRoot, changed: pl.DataFrame) -> None:
-    for (batch,), rows in changed.group_by("batch", maintain_order=True):
-        path, table = root.table("sources", str(batch)), rows.sort("uri", "revision")
-        if not (atomic.exists(path) and tables.read_table(path, Sources).equals(table)):
-            tables.write_table(path, table, Sources)
+    after = changed.sort("uri", "revision").partition_by("batch", as_dict=True)
+    known = set(root.batches("sources")) & {str(batch) for (batch,) in after}
+    before = tables.read_tables(root, "sources", sorted(known), Sources).partition_by("batch", as_dict=True)
+    for key, table in after.items():
+        if key not in before or not before[key].equals(table):
+            tables.write_table(root.table("sources", str(key[0])), table, Sources)
 
 
 def _path(root: DataRoot, number: int) -> str:

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from nextvid.config.accepted import Accepted, accepted
+from nextvid.config.accepted import Accepted, accepted, pixels_digest
 from nextvid.config.project import Project
 from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch, plan_encode
+from nextvid.graph import GRAPH
 from nextvid.making.batches import VERSIONED, batch_state, dataset_of, made_by_older
 from nextvid.making.publishing import existing
 from nextvid.planning.acceptance import difference, outdated
+from storage import atomic
+from storage.digest import digest
 from storage.schemas import Media
 from storage.spec import EncodingSpec
 from storage.store import LatentStore, PixelStore
@@ -142,6 +145,27 @@ def forecast(project: Project, batch: str | None = None) -> Forecast:
         now=costs(project, ready, current) if current.autoencoder == asked.autoencoder else (),
         if_accepted=costs(project.as_asked(), ready, asked) if changed else (),
     )
+
+
+def publish_forecast(project: Project) -> str:
+    """Write what accepting corpus.yaml costs, for the sensor, which has no time to compute it; returns it as a line."""
+    asked, line = question(project), forecast(project).summary() or "nothing differs from what is accepted"
+    atomic.publish_json(project.root.forecast(), {"question": asked, "summary": line})
+    return line
+
+
+def published_forecast(project: Project) -> str | None:
+    """The line that `publish_forecast` wrote; None where it answers another question than corpus.yaml asks now."""
+    path = project.root.forecast()
+    found = atomic.read_json(path) if atomic.exists(path) else None
+    return str(found["summary"]) if isinstance(found, dict) and found.get("question") == question(project) else None
+
+
+def question(project: Project) -> str:
+    """Digest of what is accepted and of what corpus.yaml and the makers ask for."""
+    asked, known = project.asked, accepted(project.root)
+    wanted = [encoding_spec(project).digest(), asked.curation_digest(), pixels_digest(asked.encoding.pixels)]
+    return digest([wanted, [GRAPH[asset].version for asset in VERSIONED], known.count if known else 0])
 
 
 def costs(project: Project, batches: Sequence[str], spec: EncodingSpec) -> tuple[Cost, ...]:

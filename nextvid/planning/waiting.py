@@ -3,26 +3,32 @@
 The sensor and the nightly schedule ask. Everything is read from tables and checks; nothing is made.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import polars as pl
 
 from nextvid.config.accepted import accepted, pixels_digest
 from nextvid.config.project import Project
 from nextvid.corpus.labels import label_digests
-from nextvid.corpus.sources import batch_fingerprint, known_sources
+from nextvid.corpus.sources import batch_fingerprint
 from nextvid.encode.plan import encoding_spec, pixel_spec, plan_batch
 from nextvid.graph import GRAPH
 from nextvid.making.batches import VERSIONED, batch_state, dataset_of, made_by_older
+from storage.errors import NExTVidError
 from storage.remote import at_once
-from storage.schemas import Media, Shots
+from storage.schemas import Media, Shots, Sources
 from storage.spec import UNRECORDED, EncodingSpec, PixelSpec
 from storage.store import LatentStore, PixelStore, Store
 from storage.tables import read_table, seal
 
 T = TypeVar("T")
+JUDGED_AT_ONCE = 64  # our choice: between two looks at the clock; on an object store 16 of them at a time
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,9 @@ class Standard:
     project: Project
     spec: EncodingSpec
     pixels: PixelSpec | None
+    accepted_count: int  # how often something was accepted
     curation: Mapping[str, str]  # digest by dataset
-    labels: Mapping[str, Sequence[str]]  # digests of label files by dataset
+    labels: Mapping[str, Sequence[str]]  # digests of label files by dataset; of those that can be read
 
     def listing(self, batch: str) -> str:
         """The fingerprint of a batch's listing and label files."""
@@ -64,54 +71,110 @@ class Standard:
         return None
 
     def key(self, batch: str) -> str:
-        """The run key: the same for the same batch, listing, curation, encoding and pixels."""
+        """The run key: the same for the same batch, listing, curation, encoding, pixels, versions and acceptance."""
         made_by = (
             self.curation[dataset_of(batch)],
             self.spec.digest(),
             pixels_digest(self.project.corpus.encoding.pixels),
             ".".join(str(GRAPH[asset].version) for asset in VERSIONED),
+            str(self.accepted_count),
         )
         return ":".join(filter(None, [batch, self.listing(batch), *made_by]))
 
 
-def standard(project: Project) -> Standard:
-    """What batches are compared with now. The accepted autoencoder need not be at hand."""
+def readable_labels(project: Project) -> tuple[dict[str, Sequence[str]], dict[str, str]]:
+    """Digests of label files by dataset, and by dataset why its label files cannot be read."""
+    found: dict[str, Sequence[str]] = {}
+    errors: dict[str, str] = {}
+    for name, dataset in project.corpus.datasets.items():
+        try:
+            found[name] = label_digests(dataset.labels)
+        except NExTVidError as error:
+            errors[name] = f"dataset {name}: {error}"
+    return found, errors
+
+
+def standard(project: Project, labels: Mapping[str, Sequence[str]] | None = None) -> Standard:
+    """What batches are compared with now, with label files as `readable_labels` found them.
+
+    The accepted autoencoder need not be at hand.
+    """
     known = accepted(project.root)
     spec = LatentStore.open(project.root, known.encoding).spec if known else encoding_spec(project)
-    datasets = project.corpus.datasets
     return Standard(
         project,
         spec,
         pixel_spec(project, spec),
-        {name: project.corpus.curation_digest(name) for name in datasets},
-        {name: label_digests(dataset.labels) for name, dataset in datasets.items()},
+        known.count if known else 0,
+        {name: project.corpus.curation_digest(name) for name in project.corpus.datasets},
+        readable_labels(project)[0] if labels is None else labels,
     )
 
 
-def waiting(project: Project, *, retry: bool = False) -> dict[str, str]:
-    """Batches that need a run, each with its run key.
+@dataclass(frozen=True)
+class Waiting:
+    """What was found out about the batches that were judged."""
 
-    With `retry`, those with quarantined files too. Batches of datasets that corpus.yaml no longer names need none: see
-    `left_behind`.
+    keys: Mapping[str, str]  # by batch that needs a run, its run key
+    errors: Sequence[str]  # why batches cannot be judged, such as a damaged table
+    last: str  # the batch after which to go on; empty where all were judged
+
+
+def waiting(
+    against: Standard,
+    *,
+    retry: bool = False,
+    first: Collection[str] = (),
+    after: str = "",
+    limit: int | None = None,
+    within_s: float = math.inf,
+) -> Waiting:
+    """Judge the batches of datasets whose label files can be read: those in `first`, then the others in turn.
+
+    Ends with `limit` batches that need a run or after `within_s` seconds; the next call goes on `after` the last one.
+    With `retry`, batches with quarantined files need a run too. Batches of datasets that corpus.yaml no longer names
+    need none: see `left_behind`.
     """
-    against = standard(project)
-    named = [batch for batch in project.root.batches() if dataset_of(batch) in project.corpus.datasets]
-    found = at_once(
-        project.root.url,
-        lambda batch: bool(unfinished(against, batch) or (retry and quarantined(project, batch))),
-        named,
-    )
-    return {batch: against.key(batch) for batch, asks in zip(named, found, strict=True) if asks}
+    began_s, root = time.monotonic(), against.project.root
+    named = [batch for batch in root.batches() if dataset_of(batch) in against.labels]
+    ahead, turn = set(first), bisect_right(named, after)
+    order = [batch for batch in named if batch in ahead]
+    order += [batch for batch in named[turn:] + named[:turn] if batch not in ahead]
+    keys: dict[str, str] = {}
+    errors: list[str] = []
+
+    def judge(batch: str) -> str | NExTVidError | None:
+        try:
+            asks = unfinished(against, batch) or (retry and quarantined(against.project, batch))
+            return against.key(batch) if asks else None
+        except NExTVidError as error:
+            return error
+
+    for start in range(0, len(order), JUDGED_AT_ONCE):
+        some = order[start : start + JUDGED_AT_ONCE]
+        for batch, found in zip(some, at_once(root.url, judge, some), strict=True):
+            after = after if batch in ahead else batch
+            if isinstance(found, NExTVidError):
+                errors.append(f"{batch}: {found}")
+            elif found is not None:
+                keys[batch] = found
+            if len(keys) == limit:
+                return Waiting(keys, errors, after)
+        if time.monotonic() - began_s > within_s:
+            return Waiting(keys, errors, after)
+    return Waiting(keys, errors, "")
 
 
 def left_behind(project: Project) -> list[str]:
     """One line for each dataset that has batches and is not in corpus.yaml any more."""
-    batches = [dataset_of(batch) for batch in project.root.batches()]
+    batches = project.root.batches()
+    counts = Counter(dataset_of(batch) for batch in batches)
     lines = []
-    for name in sorted(set(batches) - set(project.corpus.datasets)):
-        line = f"dataset {name} is not in {project.path} any more: its {batches.count(name)} batches stay as they are, "
+    for name in sorted(set(counts) - set(project.corpus.datasets)):
+        line = f"dataset {name} is not in {project.path} any more: its {counts[name]} batches stay as they are, "
         line += "join no new trainset and are not listed; runs that used them can still be traced"
-        uri = known_sources(project, name)["uri"][0]
+        first = next(batch for batch in batches if dataset_of(batch) == name)
+        uri = read_table(project.root.table("sources", first), Sources)["uri"][0]
         if heirs := [new for new, d in project.corpus.datasets.items() if uri.startswith(d.uri.rstrip("/") + "/")]:
             line += f". Its files are listed as {heirs[0]} now: call that {name} again, or all of it is rebuilt"
         lines.append(line)
@@ -156,14 +219,14 @@ def _remembered(tables: list[str], what: tuple[str, ...], compute: Callable[[], 
     return found
 
 
-def quarantined(project: Project, batch: str) -> tuple[str, ...]:
-    """What could not be read when the batch was made, which the nightly schedule tries again."""
-    found = []
+def quarantined(project: Project, batch: str) -> int:
+    """How many rows of the batch's files and first passes could not be read; the nightly schedule tries them again."""
     if batch_state(project.root, batch, "shots").not_made:
-        return ()
-    media = read_table(project.root.table("media", batch), Media)
-    shots = read_table(project.root.table("shots", batch), Shots)
-    for noun, table in (("files", media), ("first passes", shots)):
-        if rows := table.filter(pl.col("status") == "quarantined").height:
-            found.append(f"{rows} {noun} are quarantined")
-    return tuple(found)
+        return 0
+
+    def count(noun: Literal["media", "shots"], schema: type[Media | Shots]) -> int:
+        path = project.root.table(noun, batch)
+        bad = pl.col("status") == "quarantined"
+        return _remembered([path], ("quarantined", noun), lambda: read_table(path, schema).filter(bad).height)
+
+    return count("media", Media) + count("shots", Shots)

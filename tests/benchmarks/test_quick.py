@@ -26,6 +26,7 @@ BENCHMARKS = (
     "attention",
     "step",
     "batches",
+    "ticks",
 )
 
 

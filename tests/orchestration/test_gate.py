@@ -20,7 +20,7 @@ from benchmarks.registered import make_batch, register
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import update_sources
 from nextvid.making.publishing import read_latest
-from nextvid.planning.waiting import left_behind, waiting
+from nextvid.planning.waiting import left_behind, standard, waiting
 from nextvid.trainset.trainset import Trainset, make_trainset
 from orchestration.sensors import apply_partitions
 from storage.atomic import read_json
@@ -120,7 +120,7 @@ def test_a_dataset_that_is_removed_leaves_whole_what_its_rows_are_in(large: Proj
     named = f"  others: {{uri: {tmp_path / 'empty'}, weight: 1.0, clips: [{{frames: 1, crop: whole}}]}}\n"
     path.write_text(re.sub(r"  pictures: .*\n", named, large.path.read_text()))
     project = open_project(path)
-    assert waiting(project) == {}
+    assert waiting(standard(project)).keys == {}
     (line,) = left_behind(project)
     assert f"dataset pictures is not in {path} any more: its {BATCHES} batches stay as they are" in line
     with pytest.raises(UpstreamError, match="0 of 0 batches are ready"):

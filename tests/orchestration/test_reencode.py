@@ -12,6 +12,7 @@ from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec
 from nextvid.making.batches import batch_state
 from nextvid.planning.acceptance import accept_asked, outdated
+from nextvid.planning.costs import publish_forecast
 from storage.schemas import Clips
 from storage.store import LatentStore, PixelStore
 from storage.tables import read_table
@@ -28,8 +29,10 @@ SHORTER = (
 PIXELS = ("  storage: float16", "  storage: float16\n  pixels: {quality: 80}")
 
 
-def said(result: dg.SensorResult) -> str:
-    """Why the sensor asked for nothing."""
+def said(project: Project, instance: dg.DagsterInstance) -> str:
+    """Why the sensor asked for nothing, once the job `forecast` has run."""
+    publish_forecast(project)
+    result = look(project, instance)
     assert result.run_requests == []
     assert result.skip_reason is not None
     return str(result.skip_reason.skip_message)
@@ -56,14 +59,10 @@ def pixels(project: Project) -> int:
 def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, instance: dg.DagsterInstance) -> None:
     made(project, instance)
     other = edit(project, ("resolution: 64", "resolution: 32"), ("reencode: auto", "reencode: ask"))
-    said = look(other, instance)
-    assert said.run_requests == []
-    assert said.skip_reason is not None
-    message = str(said.skip_reason.skip_message)
+    message = said(other, instance)
     assert "the accepted encoding: 2 batches are outdated" in message
     assert f"{committed(project).height} rows" in message
     assert "nextvid plan --accept" in message
-    assert look(other, instance, said.cursor).cursor == said.cursor
     assert tick(edit(other, ("trim_s: 0.25", "trim_s: 0.5")), instance) == [], "nor for another curation"
 
     auto = edit(other, ("reencode: ask", "reencode: auto"))
@@ -78,7 +77,7 @@ def test_a_new_file_keeps_the_accepted_curation(project: Project, instance: dg.D
     before = committed(project)
     other = edit(project, ASK, SHORTER)
     assert outdated(other) == ("curation",)
-    message = said(look(other, instance))
+    message = said(other, instance)
     assert "the accepted curation: 1 batches are outdated" in message
     uri = drop(other)
     tick(other, instance)
@@ -120,7 +119,7 @@ def test_pixels_wait_for_a_person_or_are_asked_for(project: Project, instance: d
     assert run(project, instance, first) == [True, True]
     other = edit(project, ASK, PIXELS)
     rows = committed(project).height
-    message = said(look(other, instance))
+    message = said(other, instance)
     assert "the accepted pixels: 2 batches are outdated, 0 rows, 0 bytes" in message
     assert f"{rows} rows without pixels (" in message
     assert "decode-s" in message

@@ -8,23 +8,24 @@ import polars as pl
 from assets.resources import ProjectResource
 from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import accepted_spec
+from orchestration.jobs import forecast_of
 from orchestration.sensors import TICK_S, apply_partitions, new_sources_every
 from storage.store import LatentStore
 from tests.orchestration.conftest import load_defs
 
 
 def tick(project: Project, instance: dg.DagsterInstance) -> list[dg.RunRequest]:
-    """One tick of the sensor, with its partitions applied as the daemon would; the runs that it requests."""
+    """One tick of the sensor, with its partitions applied as the daemon would; the runs of batches that it requests."""
     result = look(project, instance)
     apply_partitions(instance, project)
-    return list(result.run_requests or [])
+    return [request for request in result.run_requests or [] if request.job_name == "ingest"]
 
 
 def look(project: Project, instance: dg.DagsterInstance, cursor: str | None = None) -> dg.SensorResult:
     """One tick of the sensor, nothing applied; what it said."""
     resources = {"project": ProjectResource(corpus=str(project.path))}
     context = dg.build_sensor_context(instance=instance, cursor=cursor, resources=resources)
-    result = new_sources_every(TICK_S)(context)
+    result = new_sources_every(TICK_S, forecast_of(resources["project"]))(context)
     assert isinstance(result, dg.SensorResult)
     return result
 

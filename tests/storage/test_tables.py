@@ -1,6 +1,7 @@
 """storage/tables.py: what is read back equals what was written, and nothing else is ever read."""
 
 import io
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from storage import tables
+from storage.digest import crc32c
 from storage.errors import TableError, UpstreamError
 from storage.root import DataRoot
 from storage.schemas import Plan, Shots, Sources
@@ -136,6 +138,43 @@ def test_read_tables(data_root: DataRoot) -> None:
     some = tables.read_tables(data_root, "sources", ["demo.000002", "demo.000000"], Sources)
     assert some["path"].to_list() == ["2.mp4", "0.mp4"]
     assert tables.read_tables(data_root, "sources", [], Sources).height == 0
+
+
+@pytest.mark.parametrize(
+    "what", ["the same", "a key twice", "another width", "a column more", "a rule broken", "damaged"]
+)
+def test_tables_read_at_once_are_those_read_one_by_one(data_root: DataRoot, what: str) -> None:
+    """What is read in one go where it can be; the reference is read_table, whose errors name the file."""
+    keys = [f"demo.{number:06d}" for number in range(3)]
+    paths = [data_root.table("sources", key) for key in keys]
+    for number, path in enumerate(paths):
+        tables.write_table(path, sources(["0.mp4" if what == "a key twice" else f"{number}.mp4"]), Sources)
+    one = tables.read_table(paths[1], Sources)
+    changed = {
+        "another width": one.with_columns(pl.col("size_bytes").cast(pl.Int8)),
+        "a column more": one.with_columns(more=pl.lit(1)),
+        "a rule broken": one.with_columns(size_bytes=pl.lit(-1, one.schema["size_bytes"])),
+    }
+    if what in changed:
+        Path(paths[1]).write_bytes(sealed(changed[what]))
+    elif what == "damaged":
+        Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:-20] + bytes(20))
+    try:
+        wanted = pl.concat([tables.read_table(path, Sources) for path in paths])
+    except TableError as error:
+        with pytest.raises(TableError, match=re.escape(str(error).splitlines()[0][:80])):
+            tables.read_tables(data_root, "sources", keys, Sources)
+    else:
+        assert_frame_equal(tables.read_tables(data_root, "sources", keys, Sources), wanted)
+
+
+def sealed(frame: pl.DataFrame) -> bytes:
+    """The bytes of a table that another program wrote with our seal."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, metadata={"nextvid.crc32c": "crc32c=00000000"})
+    data, blank = buffer.getvalue(), b"crc32c=00000000"
+    start = data.rindex(blank)
+    return data[:start] + b"crc32c=%08x" % crc32c(data) + data[start + len(blank) :]
 
 
 @given(st.sets(st.integers(0, 30)), st.sets(st.integers(0, 30)))

@@ -13,8 +13,7 @@ from nextvid.corpus.sources import update_sources
 from nextvid.encode.plan import accepted_spec
 from nextvid.planning import waiting as module
 from nextvid.planning.waiting import standard, waiting
-from storage.errors import TableError
-from storage.schemas import Clips
+from storage.schemas import Clips, Shots
 from storage.store import LatentStore
 from storage.tables import read_table, write_table
 from tests.factories import flip
@@ -27,16 +26,16 @@ def project(tmp_path: Path) -> Project:
     """Three batches of four files, done, of which this process remembers that."""
     found = register(tmp_path / "data", 3, 4)
     assert found.root.batches() == BATCHES
-    assert waiting(found) == {}
+    assert waiting(standard(found)).keys == {}
     return found
 
 
 def asked(project: Project) -> list[str]:
     """As remembered, and the same reckoned anew."""
-    found = list(waiting(project))
+    found = list(waiting(standard(project)).keys)
     kept = dict(module._KNOWN)
     module._KNOWN.clear()
-    assert list(waiting(project)) == found
+    assert list(waiting(standard(project)).keys) == found
     module._KNOWN.update(kept)
     return found
 
@@ -75,7 +74,7 @@ def test_nothing_is_read_of_a_batch_that_is_as_it_was(project: Project, monkeypa
 
     monkeypatch.setattr(module, "plan_batch", never)
     monkeypatch.setattr(module, "batch_fingerprint", never)
-    assert waiting(project) == {}
+    assert waiting(standard(project)).keys == {}
 
 
 @pytest.mark.parametrize(
@@ -93,11 +92,49 @@ def test_every_change_is_seen(project: Project, change: Callable[[Project], None
 def test_the_key_of_a_batch_follows_its_listing(project: Project) -> None:
     before = standard(project).key(BATCHES[1])
     change_a_file(project)
-    assert waiting(project)[BATCHES[1]] == standard(project).key(BATCHES[1]) != before
+    assert waiting(standard(project)).keys[BATCHES[1]] == standard(project).key(BATCHES[1]) != before
 
 
 def test_a_damaged_table_is_told(project: Project) -> None:
     path = commit_of(project, BATCHES[2])
     flip(path, path.stat().st_size // 2)
-    with pytest.raises(TableError, match="damaged"):
-        waiting(project)
+    lose_a_commit(project)
+    found = waiting(standard(project))
+    assert list(found.keys) == [BATCHES[1]], "the damaged one does not stop the others"
+    (error,) = found.errors
+    assert error.startswith(f"{BATCHES[2]}: ")
+    assert "damaged" in error
+
+
+def test_judging_goes_on_where_it_stopped(project: Project) -> None:
+    change = Path(project.corpus.datasets["pictures"].uri)
+    for number in (0, 4, 8):
+        (change / f"{number:08d}.png").write_bytes(b"changed")
+    update_sources(project)
+    against = standard(project)
+    assert list(waiting(against).keys) == BATCHES
+    one = waiting(against, limit=1)
+    assert (list(one.keys), one.last) == ([BATCHES[0]], BATCHES[0])
+    two = waiting(against, limit=1, after=one.last)
+    assert (list(two.keys), two.last) == ([BATCHES[1]], BATCHES[1])
+    ahead = waiting(against, limit=2, after=two.last, first=[BATCHES[0]])
+    assert (list(ahead.keys), ahead.last) == ([BATCHES[0], BATCHES[2]], BATCHES[2])
+    assert list(waiting(against, after="pictures.999999").keys) == BATCHES, "from the start again"
+
+
+def test_judging_ends_with_its_time(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "JUDGED_AT_ONCE", 1)
+    lose_a_commit(project)
+    late = waiting(standard(project), within_s=-1.0)
+    assert (late.keys, late.last) == ({}, BATCHES[0])
+    later = waiting(standard(project), within_s=-1.0, after=late.last)
+    assert (list(later.keys), later.last) == ([BATCHES[1]], BATCHES[1])
+
+
+def test_what_could_not_be_read_is_remembered_and_seen_when_it_changes(project: Project) -> None:
+    assert list(waiting(standard(project), retry=True).keys) == []
+    path = project.root.table("shots", BATCHES[0])
+    shots = read_table(path, Shots)
+    lost = {"status": pl.lit("quarantined", shots.schema["status"]), "reason": pl.lit("timeout")}
+    write_table(path, shots.with_columns(**lost), Shots)
+    assert list(waiting(standard(project), retry=True).keys) == [BATCHES[0]]
