@@ -1,23 +1,35 @@
-"""One style for all plots: grey ink, colours, resolution, PNG bytes with a transparent background."""
+"""One style for all pictures: plots in grey ink without a background, and sheets of small pictures; as PNG bytes."""
 
 import io
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from PIL import Image
 
-INK = "#808893"  # grey: readable on white and on black
+if TYPE_CHECKING:  # half a second, and sheets need none of it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#808893"  # of plots, grey: readable on white and on black
 COLOURS = ("#3b82c4", "#d9822b", "#2f9e77", "#a866c9", "#c9504f", "#8a8f2d")
 DPI = 110
+SHEET_BACKGROUND, SHEET_INK = (255, 255, 255), (20, 20, 20)
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: "Figure") -> bytes:
     """PNG bytes of a figure, with a transparent background."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, transparent=True)
     return buffer.getvalue()
 
 
-def quiet(axes: Axes, title: str) -> None:
+def sheet_png(sheet: Image.Image) -> bytes:
+    """PNG bytes of a sheet of small pictures."""
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def quiet(axes: "Axes", title: str) -> None:
     """Grey ink, no box, title to the left."""
     axes.set_title(title, loc="left", fontsize=9.5, color=INK)
     axes.spines[["top", "right"]].set_visible(False)

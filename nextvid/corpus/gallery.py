@@ -14,6 +14,7 @@ import polars as pl
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from nextvid.pictures import SHEET_BACKGROUND, SHEET_INK, sheet_png
 from nextvid.video.shots import ShotFacts
 from storage import atomic, tables
 from storage.root import DataRoot
@@ -29,7 +30,7 @@ HEADER_HEIGHT = 18
 MARK_WIDTH = 4
 GAP = 6
 TILES_A_ROW = 8
-BACKGROUND, INK, FAINT = (250, 250, 250), (20, 20, 20), (110, 110, 110)
+FAINT = (110, 110, 110)
 FONT_SIZE = 10
 
 Mark = Literal["none", "edge", "hard", "dissolve", "fade"]
@@ -76,16 +77,14 @@ def contact_sheet(rows: Sequence[SheetRow], width: int = TILES_A_ROW) -> bytes:
     ]
     columns = max((len(tiles) for _, tiles in lines), default=1)
     step_x, step_y = TILE_WIDTH + MARK_WIDTH + GAP, TILE_HEIGHT + CAPTION_HEIGHT + HEADER_HEIGHT
-    sheet = Image.new("RGB", (GAP + columns * step_x, GAP + max(1, len(lines)) * step_y), BACKGROUND)
+    sheet = Image.new("RGB", (GAP + columns * step_x, GAP + max(1, len(lines)) * step_y), SHEET_BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     for line, (header, tiles) in enumerate(lines):
         top = GAP + line * step_y
-        draw.text((GAP, top), _ascii(header), INK, font)
+        draw.text((GAP, top), _ascii(header), SHEET_INK, font)
         for column, tile in enumerate(tiles):
             _draw_tile(sheet, draw, font, tile, GAP + column * step_x, top + HEADER_HEIGHT)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return sheet_png(sheet)
 
 
 def _draw_tile(

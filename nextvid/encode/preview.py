@@ -5,7 +5,6 @@ The clips are those whose rows made the round trip first (roundtrip.py).
 Axes: F frames, R pixels a side, f latent frames, C channels, h w cells.
 """
 
-import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from nextvid.encode.decode_task import Frames
+from nextvid.pictures import sheet_png
 
 CLIPS = 4  # our choice: with 8 frames a clip the picture can still be read at a glance
 FRAMES = 8
@@ -40,9 +40,7 @@ def preview_png(clips: Sequence[Shown]) -> bytes:
     rows: list[np.ndarray] = []
     for strip in strips:
         rows.append(np.pad(strip, ((0, GAP), (0, width - strip.shape[1]), (0, 0)), constant_values=255))
-    buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(rows)[:-GAP]).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return sheet_png(Image.fromarray(np.concatenate(rows)[:-GAP]))
 
 
 def channel_pictures(latents: Float[np.ndarray, "f C h w"]) -> UInt8[np.ndarray, "c h w 3"]:

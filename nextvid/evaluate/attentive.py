@@ -72,62 +72,48 @@ class Probes(nn.Module):
     Probes of one seed start equal, so that rates are compared from one start.
     """
 
-    query: Tensor
-    ask: Tensor
-    ask_bias: Tensor
-    key: Tensor
-    value: Tensor
-    value_bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    mlp_norm_weight: Tensor
-    mlp_norm_bias: Tensor
-    up: Tensor
-    up_bias: Tensor
-    down: Tensor
-    down_bias: Tensor
-    last: Tensor
-    last_bias: Tensor
-
     def __init__(self, width: int, classes: int, settings: ProbeSettings, seeds: Sequence[int]) -> None:
         super().__init__()
         if width % settings.heads:
             raise ValueError(f"width {width} is not a multiple of {settings.heads} probe heads")
         self.heads, self.seeds, self.rates = settings.heads, len(seeds), len(settings.rates)
         starts = [_start(width, classes, settings, seed) for seed in seeds]
+        self.parts = nn.ParameterDict()
         for name in starts[0]:
             stacked = torch.stack([start[name] for start in starts])
-            self.register_parameter(name, nn.Parameter(repeat(stacked, "g ... -> (r g) ...", r=self.rates).clone()))
+            self.parts[name] = nn.Parameter(repeat(stacked, "g ... -> (r g) ...", r=self.rates).clone())
 
     def forward(self, tokens: Float[Tensor, "G B L D"]) -> Float[Tensor, "G R B Y"]:
         """Logits of every probe; `tokens` are normalised without affine (`normalise`), one batch a seed."""
-        pooled = self._pool(tokens)  # [K, H, B, D]
-        values = einsum(pooled, self._by_head(self.value), "k h b d, k h e d -> k b h e")
-        values = rearrange(values, "k b h e -> k b (h e)") + self.value_bias[:, None]
-        hidden = self.query[:, None] + values  # [K, B, D]
+        p, pooled = self.parts, self._pool(tokens)  # pooled: [K, H, B, D]
+        values = einsum(pooled, self._by_head(p["value"]), "k h b d, k h e d -> k b h e")
+        values = rearrange(values, "k b h e -> k b (h e)") + p["value_bias"][:, None]
+        hidden = p["query"][:, None] + values  # [K, B, D]
         hidden = hidden + self._mlp(hidden)
-        logits = torch.baddbmm(self.last_bias[:, None], hidden, rearrange(self.last, "k y d -> k d y"))
+        logits = torch.baddbmm(p["last_bias"][:, None], hidden, rearrange(p["last"], "k y d -> k d y"))
         return rearrange(logits, "(r g) b y -> g r b y", r=self.rates)
 
     def _pool(self, tokens: Float[Tensor, "G B L D"]) -> Float[Tensor, "K H B D"]:
         """Tokens weighted by attention, with LN's affine part applied after the sum (the weights add up to one)."""
-        query = einsum(self.ask, self.query, "k d c, k c -> k d") + self.ask_bias
+        p = self.parts
+        query = einsum(p["ask"], p["query"], "k d c, k c -> k d") + p["ask_bias"]
         query = rearrange(query, "k (h e) -> k h e", h=self.heads)
-        key = einsum(query, self._by_head(self.key), "k h e, k h e d -> k h d")
-        key = key * self.norm_weight[:, None] / math.sqrt(query.shape[-1])
+        key = einsum(query, self._by_head(p["key"]), "k h e, k h e d -> k h d")
+        key = key * p["norm_weight"][:, None] / math.sqrt(query.shape[-1])
         key = rearrange(key, "(r g) h d -> g d (r h)", r=self.rates)
         clips = tokens.shape[1]
         logits = rearrange(tokens, "g b l d -> g (b l) d") @ key
         weights = rearrange(logits, "g (b l) q -> (g b) q l", b=clips).softmax(-1)
         pooled = weights @ rearrange(tokens, "g b l d -> (g b) l d")
         pooled = rearrange(pooled, "(g b) (r h) d -> (r g) h b d", b=clips, r=self.rates)
-        return pooled * self.norm_weight[:, None, None] + self.norm_bias[:, None, None]
+        return pooled * p["norm_weight"][:, None, None] + p["norm_bias"][:, None, None]
 
     def _mlp(self, x: Float[Tensor, "K B D"]) -> Float[Tensor, "K B D"]:
-        x = functional.layer_norm(x, x.shape[-1:], eps=LN_EPS) * self.mlp_norm_weight[:, None]
-        x = x + self.mlp_norm_bias[:, None]
-        x = torch.baddbmm(self.up_bias[:, None], x, rearrange(self.up, "k f d -> k d f"))
-        return torch.baddbmm(self.down_bias[:, None], functional.gelu(x), rearrange(self.down, "k d f -> k f d"))
+        p = self.parts
+        x = functional.layer_norm(x, x.shape[-1:], eps=LN_EPS) * p["mlp_norm_weight"][:, None]
+        x = x + p["mlp_norm_bias"][:, None]
+        x = torch.baddbmm(p["up_bias"][:, None], x, rearrange(p["up"], "k f d -> k d f"))
+        return torch.baddbmm(p["down_bias"][:, None], functional.gelu(x), rearrange(p["down"], "k d f -> k f d"))
 
     def _by_head(self, weight: Float[Tensor, "K D D"]) -> Float[Tensor, "K H E D"]:
         return rearrange(weight, "k (h e) d -> k h e d", h=self.heads)
@@ -168,7 +154,7 @@ def _start(width: int, classes: int, settings: ProbeSettings, seed: int) -> dict
 
 def reference_logits(probes: Probes, probe: int, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B Y"]:
     """Logits of one probe for raw tokens, the plain reference: project keys and values, attend, MLP, linear."""
-    p = {name: parameter[probe] for name, parameter in probes.named_parameters()}
+    p = {name: parameter[probe] for name, parameter in probes.parts.items()}
     width = tokens.shape[-1]
     x = functional.layer_norm(tokens, (width,), p["norm_weight"], p["norm_bias"], LN_EPS)
     query = rearrange(functional.linear(p["query"], p["ask"], p["ask_bias"]), "(h e) -> h 1 e", h=probes.heads)

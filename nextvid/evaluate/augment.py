@@ -31,7 +31,9 @@ ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasi
 TRIES = 10  # torchvision's and timm's, for both boxes
 GREY = (128, 128, 128)  # fills what a move uncovers
 NOISE = 127.5  # standard deviation of 1 where pixels are in [-1, 1]
-DEGREES, SHEAR, SHIFT, STRENGTH = 30.0, 0.3, 0.45, 0.9  # at magnitude 10 (timm's RandAugment)
+# at magnitude 10 (timm's RandAugment): degrees, and shares of a side
+MOVES = {"rotate": 30.0, "shear_x": 0.3, "shear_y": 0.3, "translate_x": 0.45, "translate_y": 0.45}
+STRENGTH = 0.9  # of enhancements, at magnitude 10
 ADDED, DARK = 110, 128  # what SolarizeAdd adds at magnitude 10, to values below DARK
 
 
@@ -157,18 +159,10 @@ def _auto_augment(rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
 
 
 def _argument(rng: np.random.Generator, name: str, level: float) -> float:
-    """Arguments that are the same function of magnitude in both policies."""
-    match name:
-        case "rotate":
-            return _signed(rng, DEGREES * level)
-        case "shear_x" | "shear_y":
-            return _signed(rng, SHEAR * level)
-        case "translate_x" | "translate_y":
-            return _signed(rng, SHIFT * level)
-        case "solarize_add":
-            return float(int(ADDED * level))
-        case _:
-            return 0.0  # none
+    """Arguments that are the same function of magnitude in both policies; 0 for operations without one."""
+    if name == "solarize_add":
+        return float(int(ADDED * level))
+    return _signed(rng, MOVES[name] * level) if name in MOVES else 0.0
 
 
 def _signed(rng: np.random.Generator, value: float) -> float:

@@ -76,9 +76,11 @@ def benchmark_rows(
     addresses = commits.filter(pl.col("status") == "ok").select("row_id", "batch", "part", "shard", "slot", "crc32c")
     stored = kept.join(addresses, on=["row_id", "batch"]).sort("batch").unique("row_id", keep="first")
     sampled = _into_samples(stored, config.policy.clips_per_shot)
-    limited = pl.concat(
-        _first_samples(sampled.filter(pl.col("split") == split), limit) for split, limit in limits.items()
-    )
+    pieces = []
+    for split, limit in limits.items():  # the first shots by id, so that views of a shot stay together
+        rows = sampled.filter(pl.col("split") == split)
+        pieces.append(rows.filter(pl.col("shot_id").is_in(rows["shot_id"].unique().sort().head(limit).implode())))
+    limited = pl.concat(pieces)
     classes = tuple(sorted(limited["label"].unique().to_list()))
     frame = limited.with_columns(
         label=pl.col("label").replace_strict(list(classes), range(len(classes)), return_dtype=pl.Int64),
@@ -104,12 +106,6 @@ def _into_samples(clips: pl.DataFrame, segments: int) -> pl.DataFrame:
     turns = pieces.with_columns(segment=pl.lit(list(range(segments)))).explode("segment")
     columns = [name for name in clips.columns if name not in SAMPLE]
     return turns.with_columns(pl.col(name).list.get(pl.col("segment") % pl.col("_n")) for name in columns).drop("_n")
-
-
-def _first_samples(rows: pl.DataFrame, limit: int) -> pl.DataFrame:
-    """Rows of the first `limit` shots by id, so that views of a shot stay together."""
-    shots = rows["shot_id"].unique().sort().head(limit)
-    return rows.filter(pl.col("shot_id").is_in(shots.implode()))
 
 
 def _held_out(rows: pl.DataFrame, share: float) -> pl.Series:

@@ -9,11 +9,11 @@ Axes: N samples, G segments of a sample, B clips of a batch, F frames, C channel
 H W pixels, T tubelets, S cells of the model, D width; L = T S tokens of a segment, N of a clip, i numbers in a token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -55,19 +55,8 @@ class Trained:
     """The networks of a run's last checkpoint, frozen, in evaluation mode."""
 
     model: NExTVid
-    ema: Encoder
-    random: Encoder
+    encoders: Mapping[EncoderName, Encoder]
     checkpoint: Path
-
-    def encoder(self, name: EncoderName) -> Encoder:
-        """One of the three."""
-        match name:
-            case "ema":
-                return self.ema
-            case "online":
-                return self.model.encoder
-            case "random":
-                return self.random
 
 
 def load_trained(run: Run, device: str = "cpu") -> Trained:
@@ -77,15 +66,8 @@ def load_trained(run: Run, device: str = "cpu") -> Trained:
     ema = reference_encoder(model.encoder)
     path = checkpoint.complete(run.checkpoints)[-1]
     checkpoint.load(path, run.identity, model, ema)
-    frozen = model.eval().requires_grad_(False)
-    return Trained(frozen.to(device), ema.to(device), random.to(device), path)
-
-
-class Source(Protocol):
-    """Where encoder input comes from: stored latents, stored pixels, or pixels that are varied."""
-
-    def tokens(self, rows: pl.DataFrame) -> Float[Tensor, "B N i"]:
-        """What the encoder reads of these rows, in order."""
+    frozen = model.eval().requires_grad_(False).to(device)
+    return Trained(frozen, {"ema": ema.to(device), "online": frozen.encoder, "random": random.to(device)}, path)
 
 
 class LatentSource:
@@ -184,6 +166,9 @@ class Augmented:
         return self.source.folded(np.stack(varied))
 
 
+Source = LatentSource | PixelSource | Augmented  # where encoder input comes from
+
+
 def _read_into(reader: RowReader | PixelReader, rows: pl.DataFrame, places: np.ndarray, out: np.ndarray) -> None:
     """Read rows (column `frames`) at their addresses into `out`, announced by length; images are repeated."""
     lengths = rows["frames"].to_numpy()
@@ -211,13 +196,10 @@ def features(
     rows: pl.DataFrame,
     segments: int = 1,
     device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "N G*L D"]:
     """Features of samples, in order; `rows` are sorted by (sample, segment), `segments` rows a sample."""
     pieces = []
     for first in range(0, rows.height, CLIPS_AT_ONCE):
         tokens = source.tokens(rows.slice(first, CLIPS_AT_ONCE))
         pieces.append(encode(encoder, recipe, tokens, device).cpu().numpy())
-        if progress is not None:
-            progress(min(first + CLIPS_AT_ONCE, rows.height), rows.height)
     return rearrange(np.concatenate(pieces), "(n g) l d -> n (g l) d", g=segments)

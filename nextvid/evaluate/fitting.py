@@ -41,7 +41,6 @@ def fit(
     classes: int,
     settings: ProbeSettings,
     seeds: Sequence[int],
-    progress: Callable[[int, int], None] | None = None,
 ) -> Probes:
     """Train one probe per seed and rate; each seed has its own start and clip order.
 
@@ -74,8 +73,6 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * _share_of_peak(step, steps, settings.warm_up_steps)
         optimiser.step()
-        if progress is not None:
-            progress(step + 1, steps)
     return probes
 
 

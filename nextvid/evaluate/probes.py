@@ -25,7 +25,6 @@ from nextvid.config.recipe import RecipeConfig
 from nextvid.evaluate.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
 from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, per_sample
 from nextvid.evaluate.features import (
-    ENCODERS,
     Augmented,
     LatentSource,
     PixelSource,
@@ -204,16 +203,13 @@ def _score(project: Project, task: Task, folder: str) -> None:
     scores: dict[str, Any] = {}
     pooled: dict[str, np.ndarray] = {}
     with closing(source):
-        for name in ENCODERS:
-            parts = {
-                split: features(
-                    trained.encoder(name), recipe, source, task.rows.part(split), task.rows.segments, device
-                )
+        for name, encoder in trained.encoders.items():
+            train, test = (
+                features(encoder, recipe, source, task.rows.part(split), task.rows.segments, device)
                 for split in ("train", "test")
-            }
-            varied = _varied(trained.encoder(name), task, source, device)
-            scores[name] = score_encoder(parts["train"], parts["test"], task, device, varied)
-            pooled[name] = parts["test"].mean(axis=1)
+            )
+            scores[name] = score_encoder(train, test, task, device, _varied(encoder, task, source, device))
+            pooled[name] = test.mean(axis=1)
     tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
     buffer = io.BytesIO()
     np.savez(buffer, labels=per_sample(task.rows.part("test"), "label"), **pooled)  # type: ignore[arg-type]

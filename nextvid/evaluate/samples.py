@@ -5,13 +5,11 @@ Written are masked.png, autoregressive.png and, last, samples.json; where that e
 Axes: B clips, F frames, R pixels a side, S cells, n visible cells.
 """
 
-import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 import torch
 from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -26,6 +24,7 @@ from nextvid.machine import device_of
 from nextvid.making.outcome import Number, Outcome
 from nextvid.model.flow import ODE_STEPS
 from nextvid.model.nextvid import NExTVid
+from nextvid.pictures import SHEET_BACKGROUND, SHEET_INK, sheet_png
 from nextvid.train.run import Run, find_run
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
 from nextvid.trainset.trainset import Trainset
@@ -45,7 +44,6 @@ GAP = 2
 CLIP_GAP = 18
 FONT_SIZE = 11
 MOST_FRAMES = 8
-BACKGROUND, INK = (255, 255, 255), (60, 64, 72)
 HIDDEN = (28, 30, 36)  # cells that are not visible
 
 Frames = UInt8[np.ndarray, "F R R 3"]
@@ -103,7 +101,13 @@ def _make(project: Project, run: Run, folder: str) -> None:
     visible = _visible(project, run)
     masked = {name: _masked(model, scene, bits, device) for name, bits in visible.items()}
     onward = {name: _onward(model, scene, cells, device) for name, cells in _seen(scene, visible, device).items()}
-    sources = _sources(project, trainset, scene.rows.head(SHOWN))
+    rows = scene.rows.head(SHOWN)
+    with Decoding(1) as decoding:
+        decoded = decoding.start(rows.select(Clips.column_names()), trainset.spec.resolution).collect()
+    sources = []
+    for row in rows["row_id"]:  # an empty strip with the reason where a file cannot be read
+        seen = decoded[row]
+        sources.append(Strip("source" if seen.frames is not None else f"source:\n{seen.reason}", seen.frames))
     atomic.publish_bytes(f"{folder}/masked.png", _picture(scene, sources, masked, visible, run))
     atomic.publish_bytes(f"{folder}/autoregressive.png", _picture(scene, sources, onward, {}, run))
     atomic.publish_json(
@@ -168,14 +172,6 @@ def _onward(model: NExTVid, scene: Scene, cells: Tensor, device: str) -> Generat
     return compared(scene, generated, mean, np.full(frames, config.tubelet - 1))
 
 
-def _sources(project: Project, trainset: Trainset, rows: pl.DataFrame) -> list[Strip]:
-    """Frames decoded from the source files; an empty strip with the reason where a file cannot be read."""
-    with Decoding(1) as decoding:
-        seen = decoding.start(rows.select(Clips.column_names()), trainset.spec.resolution).collect()
-    found = [seen[row] for row in rows["row_id"]]
-    return [Strip("source" if s.frames is not None else f"source:\n{s.reason}", s.frames) for s in found]
-
-
 def _picture(
     scene: Scene,
     sources: list[Strip],
@@ -210,21 +206,19 @@ def filmstrips(clips: Sequence[Sequence[Strip]]) -> bytes:
     shown = np.unique(np.linspace(0, longest - 1, min(MOST_FRAMES, longest)).round().astype(int))
     width = LABELS + len(shown) * (SIDE + GAP)
     heights = [len(strips) * (SIDE + GAP) + CLIP_GAP for strips in clips]
-    sheet = Image.new("RGB", (width, sum(heights) - CLIP_GAP), BACKGROUND)
+    sheet = Image.new("RGB", (width, sum(heights) - CLIP_GAP), SHEET_BACKGROUND)
     ink, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     top = 0
     for strips, height in zip(clips, heights, strict=True):
         for row, strip in enumerate(strips):
             y = top + row * (SIDE + GAP)
-            ink.multiline_text((4, y + SIDE // 2 - 8), strip.label, INK, font)
+            ink.multiline_text((4, y + SIDE // 2 - 8), strip.label, SHEET_INK, font)
             if strip.frames is not None:
                 for column, frame in enumerate(strip.frames[shown[shown < len(strip.frames)]]):
                     tile = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
                     sheet.paste(tile, (LABELS + column * (SIDE + GAP), y))
         top += height
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return sheet_png(sheet)
 
 
 def hide(frames: Frames, visible: Bool[np.ndarray, " S"], grid: tuple[int, int]) -> Frames:

@@ -24,6 +24,7 @@ from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.publishing import addressed
 from nextvid.model.masks import cells_of, draw_plan, draw_visible, pack, statistics, unpack
+from nextvid.pictures import SHEET_BACKGROUND, SHEET_INK, sheet_png
 from storage import atomic, tables
 from storage.digest import digest_bytes, digest_config
 from storage.errors import DamagedError
@@ -42,8 +43,6 @@ CELL = 8  # pixels
 GAP = 6  # pixels between pictures
 CAPTION = 14  # pixels
 MASKED, THINNED, KEPT = (38, 40, 48), (96, 108, 128), (250, 204, 92)
-BACKGROUND = (255, 255, 255)
-INK = (20, 20, 20)
 
 Bits = Bool[np.ndarray, "E S"]
 
@@ -239,21 +238,19 @@ def gallery(raw: Mapping[str, Bits], kept: Mapping[str, Bits], grid: tuple[int, 
     height, width = grid
     across = SHOWN * (width * CELL + GAP) + GAP
     row_height = CAPTION + height * CELL + 2 * GAP
-    sheet = Image.new("RGB", (across, max(1, len(raw)) * row_height), BACKGROUND)
+    sheet = Image.new("RGB", (across, max(1, len(raw)) * row_height), SHEET_BACKGROUND)
     ink = ImageDraw.Draw(sheet)
     if not raw:
-        ink.text((GAP, GAP), "no entries: this configuration draws none beforehand", fill=INK)
+        ink.text((GAP, GAP), "no entries: this configuration draws none beforehand", fill=SHEET_INK)
     for row, (name, bits) in enumerate(raw.items()):
         top = row * row_height
         shown = kept.get(name, bits)
         text = (
             f"{name}: {bits.sum(axis=1).mean():.1f} of {height * width} cells visible, {shown[0].sum()} kept in entry 0"
         )
-        ink.text((GAP, top + 1), text, fill=INK)
+        ink.text((GAP, top + 1), text, fill=SHEET_INK)
         colours = np.array([MASKED, THINNED, KEPT], dtype=np.uint8)[bits[:SHOWN].astype(int) + (bits & shown)[:SHOWN]]
         cells = rearrange(colours, "e (h w) c -> e h w c", h=height)
         for column, picture in enumerate(cells.repeat(CELL, axis=1).repeat(CELL, axis=2)):
             sheet.paste(Image.fromarray(picture), (GAP + column * (width * CELL + GAP), top + CAPTION + GAP))
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return sheet_png(sheet)

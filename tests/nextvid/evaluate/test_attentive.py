@@ -53,7 +53,7 @@ def test_each_seed_sees_its_own_batch() -> None:
 
 def test_seeds_differ_and_rates_start_equal() -> None:
     probes = Probes(16, 3, ProbeSettings(), seeds=[0, 1])
-    start = probes.last.detach()  # rate-major
+    start = probes.parts["last"].detach()  # rate-major
     assert torch.equal(start[0], start[2])
     assert torch.equal(start[1], start[3])
     assert not torch.equal(start[0], start[1])

@@ -46,7 +46,7 @@ def test_tokens_are_the_stored_frames(evaluated: Project) -> None:
     assert stills.shape == (2, FRAMES, 64, 64, 3)
     assert (stills == stills[:, :1]).all()
     assert (stills[:, 0] == np.stack([read_row(store, "stills.000000", 1, 0, n)[0] for n in range(2)])).all()
-    found = features(load_trained(task.run).ema, task.run.recipe, source, rows)
+    found = features(load_trained(task.run).encoders["ema"], task.run.recipe, source, rows)
     assert found.shape == (5, FRAMES // model.tubelet * model.cells, 32)
     source.close()
 

@@ -71,7 +71,7 @@ def test_each_epoch_is_asked_for_its_own_tokens() -> None:
     for name, parameter in varied.named_parameters():
         assert torch.equal(parameter, standing.get_parameter(name)), name
     other = fit(lambda epoch: normalise(tokens + (epoch == 3)), labels, 3, SMALL, seeds=[7])
-    assert not torch.equal(other.query, varied.query)
+    assert not torch.equal(other.parts["query"], varied.parts["query"])
 
 
 def test_views_are_averaged_before_the_vote() -> None:
