@@ -13,7 +13,6 @@ d width of predictor or decoder, C target channels, k copies.
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from nextvid.config.recipe import ModelConfig, RecipeConfig, StageConfig
 from nextvid.model.decoder import MLP_RATIO, SINUSOID, condition_width
@@ -129,11 +128,7 @@ def count_parameters(recipe: RecipeConfig) -> dict[str, int]:
     """Parameters of encoder, predictor and decoder; 0 for a part that the recipe does not have."""
     with torch.device("meta"):
         model = NExTVid(recipe)
-    parts: dict[str, nn.Module | None] = {
-        "encoder": model.encoder,
-        "predictor": model.predictor,
-        "decoder": model.decoder,
-    }
+    parts = {name: getattr(model, name) for name in ("encoder", "predictor", "decoder")}
     return {name: sum(p.numel() for p in part.parameters()) if part else 0 for name, part in parts.items()}
 
 

@@ -6,7 +6,6 @@ checkpoint.py's.
 """
 
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -42,6 +40,7 @@ class AsyncCheckpoints:
 
     def __init__(self, ranks: Ranks, identity: Identity) -> None:
         self._ranks, self._identity = ranks, identity
+        # for these writes alone: on the step's group, a write beside all_reduce hung (docs/decisions/0006)
         self._group = dist.new_group(backend="gloo")
         self._writing: _Writing | None = None
 
@@ -55,7 +54,11 @@ class AsyncCheckpoints:
         staged = self._ranks.from_first(staged)
         if staged is not None:
             tensors = tensors_of(trained.model, trained.reference, trained.optimizer)
-            written = _write(Path(staged), tensors, self._group)
+            writer = HuggingFaceStorageWriter(staged, save_distributed=True)
+            with warnings.catch_warnings():  # its own deprecations
+                warnings.simplefilter("ignore")
+                written = async_save(dict(tensors), storage_writer=writer, process_group=self._group)
+            assert isinstance(written, Future), "async_save returns the future of the write"
             self._writing = _Writing(path, Path(staged), progress, written, naming)
         return ended
 
@@ -82,16 +85,3 @@ class AsyncCheckpoints:
             self._writing.naming.__exit__(kind, error, trace)
         elif kind is None:
             self.finish()
-
-
-def _write(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> "Future[object]":
-    """Copy this rank's parts and write them in the background; the ranks coordinate over `group`.
-
-    `group` is used for nothing else: on the step's group, a write beside all_reduce hung (docs/decisions/0006).
-    """
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with warnings.catch_warnings():  # its own deprecations
-        warnings.simplefilter("ignore")
-        found = async_save(dict(tensors), storage_writer=writer, process_group=group)
-    assert isinstance(found, Future), "async_save returns the future of the write"
-    return found

@@ -11,7 +11,7 @@ whose bytes changed is an error.
 import dataclasses
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,13 @@ def load(
     for name, module in zip(WHOLE, (model, reference), strict=True):
         fill(module, path / name)
     if optimizer is not None:
-        _restore_moments(optimizer, load_tensors(path / "optimizer.safetensors"))
+        tensors, parameters = load_tensors(path / "optimizer.safetensors"), parameters_of(optimizer)
+        unknown = {name.split("/", 1)[1] for name in tensors} - set(parameters)
+        assert not unknown, f"moments of parameters that the model does not have: {sorted(unknown)}"
+        for name, parameter in parameters.items():
+            held = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
+            state = {moment: v if moment == "step" else like(v, parameter.detach()) for moment, v in held.items()}
+            _set_moments(optimizer, parameter, state)
     return read_progress(path)
 
 
@@ -288,16 +294,6 @@ def _state(path: Path) -> dict[str, Any] | None:
 def _facts(path: Path) -> dict[str, int]:
     data = path.read_bytes()
     return {"size_bytes": len(data), "crc32c": crc32c(data)}
-
-
-def _restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    parameters = parameters_of(optimizer)
-    unknown = {name.split("/", 1)[1] for name in tensors} - set(parameters)
-    assert not unknown, f"moments of parameters that the model does not have: {sorted(unknown)}"
-    for name, parameter in parameters.items():
-        held = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
-        state = {moment: v if moment == "step" else like(v, parameter.detach()) for moment, v in held.items()}
-        _set_moments(optimizer, parameter, state)
 
 
 def _set_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:

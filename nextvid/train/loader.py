@@ -118,8 +118,11 @@ class Loader:
         filling = min(max(FILLED_AHEAD, threads), READ_AHEAD) if threads else 0
         with _threads(threads) as pool:
             drawing = ((step, pool.submit(self._drawn, step)) for step in steps)
-            asked = _ahead(drawing, READ_AHEAD)
-            for future in _ahead((self._filling(pool, step, drawn) for step, drawn in asked), filling):
+            fills = (  # memory is taken in the order of steps
+                pool.submit(self._fill, step, drawn, self._memory(*self._share(step)))
+                for step, drawn in _ahead(drawing, READ_AHEAD)
+            )
+            for future in _ahead(fills, filling):
                 yield future.result()
 
     def clips(self, draws: range) -> Batch:
@@ -128,10 +131,10 @@ class Loader:
         parts: dict[RowKind, list[Tensor]] = {kind: [] for kind in self._rows}
         for first in draws[::at_once]:
             drawn = self._order.drawn(frames, first, min(at_once, draws.stop - first))
+            memory = self._memory(len(drawn), frames)
             for kind, rows in self._rows.items():
-                memory: Any = rows.memory(len(drawn), frames)
-                rows.fill(drawn, memory)
-                parts[kind].append(rows.deliver(drawn, memory))
+                rows.fill(drawn, memory[kind])
+                parts[kind].append(rows.deliver(drawn, memory[kind]))
         found = {kind: torch.cat(some) for kind, some in parts.items()}
         return Batch(0, tuple(draws), found.get("latents"), [], found.get("pixels"))
 
@@ -149,10 +152,8 @@ class Loader:
             rows.will_need(drawn)
         return drawn
 
-    def _filling(self, pool: Executor, step: int, drawn: Future[Drawn]) -> Future[Filled]:
-        """Take memory, in the order of steps, and have a thread fill it."""
-        memory: dict[RowKind, Any] = {kind: rows.memory(*self._share(step)) for kind, rows in self._rows.items()}
-        return pool.submit(self._fill, step, drawn, memory)
+    def _memory(self, clips: int, frames: int) -> dict[RowKind, Any]:
+        return {kind: rows.memory(clips, frames) for kind, rows in self._rows.items()}
 
     def _fill(self, step: int, asked: Future[Drawn], memory: dict[RowKind, Any]) -> Filled:
         drawn = asked.result()  # submitted earlier, so it runs or has ended: no thread waits for one that cannot start
