@@ -27,7 +27,7 @@ PartitionRequest = dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRe
 TICK_S = 30  # our choice: every tick lists all datasets, and object stores bill listings
 # Our choices. Dagster aborts a tick after 60 s; judging leaves most of that for listings. It then submits each request
 # in about 0.1 s, during which no other sensor of the daemon's thread runs.
-JUDGE_S, REQUESTS = 5.0, 100
+JUDGE_S, REQUESTS = 3.0, 100
 GONE_SHARE = 0.5  # our choice: of the batches that Dagster knows; a root loses more by a wrong mount than on purpose
 
 

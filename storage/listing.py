@@ -62,8 +62,9 @@ def _refuse_unlisted(error: OSError) -> None:
 def _entries(folder: str) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of what is directly in a folder."""
     if is_local(folder):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return [(entry.name, entry.is_dir()) for entry in Path(folder.removeprefix("file://")).iterdir()]
+        # scandir knows what is a folder without a call per entry
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder.removeprefix("file://")) as found:
+            return [(entry.name, entry.is_dir()) for entry in found]
         return []
     try:
         key, found = remote.ask(folder, lambda fs, key: (key.strip("/"), fs.ls(key, detail=True)))

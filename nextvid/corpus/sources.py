@@ -254,13 +254,13 @@ def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, in
         return None
     size, fingerprint = int(info.get("size") or 0), _fingerprint(info)
     if is_local(uri):
-        size, fingerprint, regular = _local(Path(name))
+        size, fingerprint, regular = _local(name)
         if not regular:
             return None
     return f"{uri.rstrip('/')}/{path}", path, kind, size, fingerprint
 
 
-def _local(path: Path) -> tuple[int, str, bool]:
+def _local(path: str) -> tuple[int, str, bool]:
     """Size, modification time and whether it is a file, links followed; a broken link counts as an unreadable file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - one call per file of a listing

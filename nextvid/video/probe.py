@@ -6,9 +6,10 @@ differently (docs/decisions/0035).
 """
 
 import importlib.util
+import posixpath
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import av
@@ -108,7 +109,7 @@ class Packets:
 def kind_of(uri: str) -> Literal["video", "image"] | None:
     """Kind by extension; None for anything that is not media."""
     path = uri.split("?")[0] if "://" in uri else uri  # a query is part of a URL, and of a file's name a mark like any
-    suffix = PurePosixPath(path).suffix.lower()
+    suffix = posixpath.splitext(path.rstrip("/"))[1].lower()  # a listing asks once a file
     if suffix in VIDEO_EXTENSIONS:
         return "video"
     return "image" if suffix in IMAGE_EXTENSIONS else None
