@@ -27,6 +27,7 @@ HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b
 HEAD_BYTES = 64  # the brands of every HEIF file that we met
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF 2.3: orientations that swap width and height
 TWELVE_BITS = (1 << 12) - 1  # sensors' values in a 16-bit file, which are black if taken for 16 bits
+DARKEST = 16  # the brightest float grey of 0..255, ours: below it is rather 0..1 with values beyond its end
 SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -178,10 +179,10 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         greys = np.asarray(image)
-        if not (np.isfinite(greys).all() and greys.min() >= 0 and greys.max() <= 255):
+        of_unit, of_byte = greys.max() <= 1, DARKEST <= greys.max() <= 255
+        if not (np.isfinite(greys).all() and greys.min() >= 0 and (of_unit or of_byte)):
             raise MediaError("unscaled_grey", "float greys are in neither 0..1 nor 0..255: store them in 8 or 16 bits")
-        scale = 255 if greys.max() <= 1 else 1
-        return Image.fromarray((greys * scale).round().astype(np.uint8)).convert("RGB")
+        return Image.fromarray((greys * (255 if of_unit else 1)).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer).convert("RGB")

@@ -203,10 +203,11 @@ def test_a_tiff_is_turned_once(tmp_path: Path, orientation: int) -> None:
     [
         ("a.tif", np.linspace(-3, 900, 64 * 64, dtype=np.float32)),
         ("c.tif", np.full(64 * 64, np.nan, np.float32)),
+        ("d.tif", np.linspace(0, 1.02, 64 * 64, dtype=np.float32)),
         ("a.png", np.linspace(0, 4095, 64 * 64).astype(np.uint16)),
         ("b.tif", np.linspace(0, 1 << 20, 64 * 64).astype(np.int32)),
     ],
-    ids=["floats", "no numbers", "12 bits in 16", "32 bits"],
+    ids=["floats", "no numbers", "a little over 1", "12 bits in 16", "32 bits"],
 )
 def test_greys_of_no_known_range_have_a_reason(tmp_path: Path, name: str, values: np.ndarray) -> None:
     Image.fromarray(values.reshape(64, 64)).save(tmp_path / name)
