@@ -82,8 +82,12 @@ def _formats(path: Path) -> tuple[str, ...]:
 def load_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     """The first frame as upright RGB, uint8 [H, W, 3]. Raises MediaError."""
     with open_image(path) as image:
+        sixteen_bits = ";16" in repr(getattr(image, "tile", ""))  # colours, of which Pillow keeps the upper byte alone
         image.load()
-        return np.array(_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+        pixels = np.array(_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+        if sixteen_bits and 0 < pixels.max() <= TWELVE_BITS >> 8:
+            raise MediaError("unscaled_grey", f"{path}: 12 bits in 16, which is black: store them in all of 8 or 16")
+        return pixels
 
 
 def animation_times(path: Path) -> list[int]:

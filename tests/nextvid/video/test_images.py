@@ -4,6 +4,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -214,6 +215,19 @@ def test_greys_of_no_known_range_have_a_reason(tmp_path: Path, name: str, values
     with pytest.raises(MediaError, match="8 or 16 bits") as caught:
         load_image(tmp_path / name)
     assert caught.value.reason == "unscaled_grey"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_colours_of_12_bits_in_16_have_a_reason_and_all_16_are_read(tmp_path: Path, name: str) -> None:
+    colours = np.linspace(0, 255, 32 * 32 * 3).round().astype(np.uint16).reshape(32, 32, 3)
+    cv2.imwrite(str(tmp_path / name), colours * 16)
+    with pytest.raises(MediaError) as caught:
+        load_image(tmp_path / name)
+    assert caught.value.reason == "unscaled_grey"
+    cv2.imwrite(str(tmp_path / name), colours * 257)
+    assert np.array_equal(load_image(tmp_path / name)[..., ::-1], colours)
+    cv2.imwrite(str(tmp_path / name), colours * 0)
+    assert not load_image(tmp_path / name).any()
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0])
