@@ -187,7 +187,10 @@ class Plan(dy.Schema):
 
 
 class Commits(dy.Schema):
-    """What a shard's commit says of each slot. `status` other than ok is an empty slot with its reason."""
+    """What a shard's commit says of each slot. `status` other than ok is an empty slot with its reason.
+
+    A reason is a word; behind `unstable:` follow the URI of a file that was decoded twice, and what differed.
+    """
 
     row_id = _id(primary_key=True)
     slot = dy.UInt32()

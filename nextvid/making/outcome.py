@@ -89,12 +89,12 @@ def to_look_at(outcomes: Sequence[Outcome]) -> str:
     checks = [(f"{_name(outcome)}: {check.name}", check) for outcome in outcomes for check in outcome.checks]
     parts = []
     for what, names in (
-        ("failed checks", [name for name, check in checks if check.blocking and not check.passed]),
-        ("warnings", [name for name, check in checks if check.warns]),
+        ("failed check", [name for name, check in checks if check.blocking and not check.passed]),
+        ("warning", [name for name, check in checks if check.warns]),
     ):
         if names:
             more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
-            parts.append(f"{len(names)} {what} ({', '.join([*names[:NAMED], *more])})")
+            parts.append(f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({', '.join([*names[:NAMED], *more])})")
     counts: Counter[str] = Counter()
     for outcome in outcomes:
         counts.update({f"{LEFT_OUT[n][0]} ({outcome.asset})": int(outcome.numbers.get(n, 0)) for n in LEFT_OUT})

@@ -58,7 +58,7 @@ def test_a_label_file_that_names_no_file_is_a_failed_check(nextvid: Command, fol
     assert code == 3
     assert "4 labels without a file (such as films: '/mnt/k400/a.mp4')" in out
     assert "failed: labels_name_files" in out
-    assert "to look at: 1 failed checks (media films.000000: labels_name_files)" in out.splitlines()[-1]
+    assert "to look at: 1 failed check (media films.000000: labels_name_files)" in out.splitlines()[-1]
     assert f"no file of dataset films has a name that {folder}/labels.csv lists, such as '/mnt/k400/a.mp4'" in error
     assert not list(Path(folder, "root").rglob("clips/**/*.parquet"))
 
@@ -86,7 +86,7 @@ def test_one_that_names_few_files_is_a_warning_with_the_first_names(nextvid: Com
         "warning: labels_meet_files: dataset films: 4 of 5 names in its label files have no file, such as 'w.mp4', "
         "'x.mp4', 'y.mp4'; 3 of 4 files have no label, such as 'b.mp4', 'c.mp4', 'd.mp4'" in out
     )
-    assert "1 warnings (media films.000000: labels_meet_files)" in out.splitlines()[-1]
+    assert "1 warning (media films.000000: labels_meet_files)" in out.splitlines()[-1]
 
 
 def test_one_dataset_with_wrong_labels_does_not_stop_another(nextvid: Command, folder: Path) -> None:

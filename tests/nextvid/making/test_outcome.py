@@ -80,6 +80,6 @@ def test_the_last_line_names_checks_and_counts() -> None:
     warned = outcome("latents", Check("same_frames", False), partition="d.000000", rejected=4)
     named = ", ".join(f"media d.{n:06d}: budget" for n in range(5))
     assert to_look_at([fine, *bad, warned]) == (
-        f"to look at: 7 failed checks ({named}, and 2 more); 1 warnings (latents d.000000: same_frames); "
+        f"to look at: 7 failed checks ({named}, and 2 more); 1 warning (latents d.000000: same_frames); "
         "14 quarantined (media); 4 rejected (latents)"
     )
