@@ -8,7 +8,8 @@ from typing import Any
 import dagster as dg
 import dataframely as dy
 
-from nextvid.config.recipes import RECIPES
+from nextvid.config.corpus import corpus_path
+from nextvid.config.recipes import RECIPES, own_recipes
 from nextvid.graph import GRAPH, NON_BLOCKING, Asset
 from storage import schemas
 
@@ -20,7 +21,8 @@ TABLES: tuple[type[dy.Schema], ...] = (
 # Two projects that share a Dagster instance each set NEXTVID_PROJECT; it begins names of partitions and keys of runs.
 PREFIX = f"{os.environ['NEXTVID_PROJECT']}_" if os.environ.get("NEXTVID_PROJECT") else ""
 BATCHES = dg.DynamicPartitionsDefinition(name=f"{PREFIX}batch")  # kept equal to the batches of sources/
-RECIPE = dg.StaticPartitionsDefinition(list(RECIPES))
+# A file that is added to recipes/ is a partition once the definitions are reloaded.
+RECIPE = dg.StaticPartitionsDefinition(list(dict.fromkeys((*RECIPES, *own_recipes(corpus_path())))))
 OWNERS = ["team:nextvid"]
 CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
 

@@ -1,14 +1,11 @@
 """Fields of the launchpad for a configuration, typed as its models are: Dagster refuses what is wrong at launch."""
 
-import json
 import types
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import dagster as dg
 from pydantic import BaseModel
 
-from nextvid.config.overrides import flat
 from nextvid.config.strict import inner_model
 
 
@@ -22,11 +19,6 @@ def fields(model: type[BaseModel], path: str) -> dict[str, dg.Field]:
         for name, field in model.model_fields.items()
         if name != "name"
     }
-
-
-def overrides(values: Mapping[str, Any]) -> list[str]:
-    """What was filled in, as the command line's `key.path=value`."""
-    return [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in flat(values)]
 
 
 def _typed(annotation: Any, path: str) -> Any:  # noqa: ANN401 - an annotation, and a type of Dagster's configuration

@@ -3,11 +3,11 @@
 import dagster as dg
 
 from assets.declare import asset
-from assets.launchpad import fields, overrides
+from assets.launchpad import fields
 from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource, TrainerResource
 from assets.training_run import launch_of, made_from, tag_run
-from nextvid.config.overrides import apply_how
+from nextvid.config.overrides import apply_how, as_overrides
 from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 
 OPTIONS = {
@@ -48,8 +48,8 @@ def pretrain(
         run = prepare_run(
             opened,
             recipe,
-            overrides(options["overrides"]),
-            apply_how(ExecutionConfig(), overrides(options["how"])),
+            as_overrides(options["overrides"]),
+            apply_how(ExecutionConfig(), as_overrides(options["how"])),
             launch=launch_of(context),
             repeat=options["repeat"],
             trainset=options["trainset"] or None,

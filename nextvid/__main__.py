@@ -106,14 +106,16 @@ def plan(
 def inspect(
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="name of a recipe, such as nextvid_l")],
     set_: Overrides = (),
+    corpus: Corpus = None,
     json_: Json = False,
 ) -> None:
     """Show what a recipe costs: parameters, tokens, FLOPs and memory by part. --json adds the whole recipe."""
+    from nextvid.config.corpus import corpus_path
     from nextvid.config.overrides import apply_overrides
     from nextvid.config.recipes import recipe as recipe_by_name
     from nextvid.model.cost import cost, summary
 
-    config = apply_overrides(recipe_by_name(recipe), set_)
+    config = apply_overrides(recipe_by_name(recipe, corpus_path(corpus)), set_)
     costs = cost(config)
     if json_:
         values = {"digest": config.digest(), **config.model_dump(mode="json"), "cost": asdict(costs)}
@@ -140,12 +142,12 @@ def draws(
 ) -> None:
     """List the rows and masks that training will draw from the newest trainset, in order, without data or GPU."""
     from nextvid.config.recipe import draws_before
-    from nextvid.config.recipes import recipe as recipe_by_name
     from nextvid.trainset.order import listed_draws, shared_with_parent
 
     if first < 1 or start < 0:
         raise ConfigError(f"--first {first} --start {start}: ask for one draw or more, counted from 0")
-    project, config = open_project(corpus), recipe_by_name(recipe)
+    project = open_project(corpus)
+    config = project.recipe(recipe)
     for drawn in listed_draws(project, recipe, range(start, start + first)):
         print(json.dumps(drawn) if json_ else "  ".join(f"{k}={v}" for k, v in drawn.items()))
     if (made := draws_before(config.stages, config.steps)) < start + first:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from nextvid.config.overrides import apply_how
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
-from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.graph import BY_BATCH, GRAPH, Asset, chain, maker
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome, detail
@@ -94,7 +93,7 @@ def _make_and_judge(
 def _refuse_names(project: Project, request: Request) -> None:
     """Refuse names and options that would otherwise fail only after hours of encoding."""
     if "mask_plan" in chain(request.asset):
-        recipe_by_name(_recipe(request))
+        project.recipe(_recipe(request))
     if request.run and "pretrain" not in chain(request.asset)[:-1]:
         raise ConfigError(f"--run is for probes, samples and report, and {request.asset} looks at no run: leave it out")
     training = request.overrides or request.how or request.ranks is not None or request.repeat or request.trainset

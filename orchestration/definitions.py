@@ -14,6 +14,7 @@ from assets.resources import ProjectResource, TrainerResource
 from nextvid.config.corpus import corpus_path
 from nextvid.graph import GRAPH
 from orchestration.executors import TRAIN_ON, executor
+from orchestration.failures import failures
 from orchestration.jobs import JOBS, forecast_of
 from orchestration.schedules import NIGHT, nightly_at
 from orchestration.sensors import TICK_S, follow, new_sources_every
@@ -46,7 +47,7 @@ def build_defs(
         assets=dg.load_assets_from_modules([import_module(f"assets.{asset}") for asset in GRAPH]),
         jobs=[*JOBS, forecast],
         schedules=[nightly_at(night)],
-        sensors=[new_sources_every(tick_s, forecast), follow],
+        sensors=[new_sources_every(tick_s, forecast), follow, failures],
         executor=executor(steps),
         resources=resources,
     )

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from storage.errors import ConfigError
 from storage.remote import refuse_credentials
 from storage.root import CACHE_FOLDER
 
+Command = Annotated[tuple[str, ...], Field(min_length=1)]
 NAME = re.compile(r"[a-z0-9_]+")  # names are parts of paths and partition keys
 
 
@@ -83,6 +84,11 @@ class CorpusConfig(Strict):
         "ask",
         description="whether a changed encoding, curation or benchmark waits for 'nextvid plan --accept', or is "
         "accepted at once and rebuilds what it changes",
+    )
+    on_failure: Annotated[str, Field(pattern="^https?://")] | Command | None = Field(
+        None,
+        description="a URL that a JSON message is posted to, or a command and its arguments that read it, when a run "
+        "of Dagster fails for good; variables of the environment, such as ${SLACK_PATH}, are replaced in the URL",
     )
     min_complete: Share = Field(1.0, description="share of the batches that must be complete before a trainset is made")
 

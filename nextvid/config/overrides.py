@@ -6,7 +6,7 @@ Stages and mask strategies are addressed by name or number: `stages.warmup.steps
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nextvid.config.recipe import ExecutionConfig, RecipeConfig
@@ -22,6 +22,11 @@ def apply_overrides(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeCon
 def apply_how(how: ExecutionConfig, overrides: Sequence[str]) -> ExecutionConfig:
     """The same for how a run is carried out: `device=cpu`, `checkpoint_every_steps=100`."""
     return _applied(how, overrides, f"how, with {', '.join(overrides)}")
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Values nested as in a recipe, or by paths, as `key.path=value`."""
+    return [f"{path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in flat(values)]
 
 
 def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:

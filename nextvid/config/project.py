@@ -7,6 +7,8 @@ from pathlib import Path
 from nextvid.config.accepted import accepted, as_accepted
 from nextvid.config.corpus import CorpusConfig, corpus_path, load_corpus
 from nextvid.config.datasets import BenchmarkConfig
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.recipes import recipe as recipe_by_name
 from storage.errors import ConfigError
 from storage.root import DataRoot
 
@@ -28,6 +30,10 @@ class Project:
     def as_asked(self) -> "Project":
         """The project as it would be with corpus.yaml and makers accepted: for plans of what that would cost."""
         return replace(self, corpus=self.asked, versions=None)
+
+    def recipe(self, name: str) -> RecipeConfig:
+        """A recipe, built in or one of this project's own. Raises ConfigError."""
+        return recipe_by_name(name, self.path)
 
     def benchmark(self, name: str) -> BenchmarkConfig:
         """An accepted benchmark. Raises ConfigError for one that is unknown or not accepted yet."""

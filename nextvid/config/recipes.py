@@ -1,13 +1,19 @@
 """Named, complete training configurations: functions that return recipes; every value cites its source.
 
 The paper's three models, scaled ones for one GPU and one day, each also with latents as encoder input, the demo's, and
-by name the ablations (ablations.py).
+by name the ablations (ablations.py). A project's own are YAML files beside its corpus.yaml.
 """
 
 import difflib
 import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
 
 from nextvid.config.ablations import ABLATIONS, ablation
+from nextvid.config.corpus import NAME
+from nextvid.config.overrides import apply_overrides, as_overrides
 from nextvid.config.recipe import (
     DecoderConfig,
     EncoderConfig,
@@ -19,6 +25,8 @@ from nextvid.config.recipe import (
     RecipeConfig,
     StageConfig,
 )
+from nextvid.config.strict import Strict, parse
+from nextvid.config.yaml_file import read_yaml
 from storage.errors import ConfigError
 
 PAPER_BATCH = 3072  # clips, Tab. 8
@@ -31,6 +39,7 @@ COOLDOWN_SPAN = 4  # cool-down clips are 4 times as long and a quarter as many, 
 EMA_SHARE = 0.0101  # the average's horizon over all steps: 1333 of 132K, docs/method.md 7.3
 EMA_SHORTEST = 100  # steps, docs/method.md 7.3
 
+FOLDER = "recipes"  # beside corpus.yaml: a project's own
 RECIPES: tuple[str, ...] = (
     *(f"nextvid_{size}{suffix}" for suffix in ("", "_latent") for size in "lhgbs"),
     "demo",
@@ -38,11 +47,27 @@ RECIPES: tuple[str, ...] = (
 )
 
 
-def recipe(name: str) -> RecipeConfig:
-    """The recipe of that name. Raises ConfigError with the nearest known name."""
+class OwnRecipe(Strict):
+    """A project's own recipe, recipes/<name>.yaml beside corpus.yaml: one that is built in, with changes."""
+
+    base: str
+    overrides: dict[str, Any] = Field(default_factory=dict)  # nested as in a recipe, or by paths such as `a.b: 1`
+
+
+def own_recipes(corpus: Path) -> tuple[str, ...]:
+    """Names of the recipes in the folder recipes/ beside this corpus.yaml; a file is read only when it is used."""
+    found = (path.stem for path in (corpus.parent / FOLDER).glob("*.yaml"))
+    return tuple(sorted(name for name in found if NAME.fullmatch(name)))
+
+
+def recipe(name: str, corpus: Path | None = None) -> RecipeConfig:
+    """The recipe of that name; beside `corpus`, also a project's own. Raises ConfigError with the nearest name."""
+    own = own_recipes(corpus) if corpus else ()
+    if corpus and name in own:
+        return _own(name, corpus.parent / FOLDER / f"{name}.yaml")
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        remedy = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join(RECIPES)}"
+        near = difflib.get_close_matches(name, (*RECIPES, *own), n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join((*RECIPES, *own))}"
         raise ConfigError(f"unknown recipe '{name}'; {remedy}")
     if name in ABLATIONS:
         return ablation(name, recipe("nextvid_b_latent"))
@@ -61,6 +86,17 @@ def recipe(name: str) -> RecipeConfig:
             return _one_day(name, EncoderConfig(depth=12, width=384, heads=6, mlp_hidden=1536))
         case _:
             return demo()
+
+
+def _own(name: str, file: Path) -> RecipeConfig:
+    if name in RECIPES:
+        raise ConfigError(f"{file}: there is a recipe '{name}' already: give yours another name")
+    values = parse(OwnRecipe, read_yaml(file), str(file))
+    try:
+        changed = apply_overrides(recipe(values.base), as_overrides(values.overrides))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return changed.model_copy(update={"name": name})
 
 
 def latent(base: RecipeConfig) -> RecipeConfig:

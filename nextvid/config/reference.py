@@ -35,6 +35,15 @@ A recipe is a complete training configuration, and all of it enters the digest o
 prints one in full, `nextvid make pretrain --recipe NAME --set stages.warmup.steps=100` changes a field; the
 named recipes are in `nextvid/config/recipes.py`.
 
+A project adds its own as files in a folder `recipes` beside corpus.yaml. `recipes/longer.yaml` is the recipe `longer`:
+
+```yaml
+base: nextvid_s_latent  # one of the named recipes
+overrides: {{seed: 1, stages: {{warmup: {{steps: 2000}}}}}}  # the fields that differ
+```
+
+A new file is a new partition once the definitions are reloaded (Deployment, Reload definitions).
+
 {MADE_BY}"""
 EXECUTION = """# How a run is carried out
 

@@ -18,7 +18,6 @@ from typing import IO, Any
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
-from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.machine import available_cores, launcher_id, leased_gpus
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import read_latest
@@ -82,7 +81,7 @@ def prepare_run(
     DamagedError if files of the trainset changed or shards of its rows are missing, RefusedError if the recipe does not
     fit the trainset, reads pixels that its rows do not have, or would train on withdrawn rows.
     """
-    config = apply_overrides(recipe_by_name(recipe), overrides)
+    config = apply_overrides(project.recipe(recipe), overrides)
     how = how or ExecutionConfig()
     trainset = _trainset(project, recipe, launch, trainset)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")

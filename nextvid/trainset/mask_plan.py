@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import MaskConfig, MaskStrategy, ModelConfig, RecipeConfig
-from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.publishing import addressed
 from nextvid.model.masks import cells_of, draw_plan, draw_visible, pack, statistics, unpack
@@ -74,7 +73,7 @@ def grid_of(model: ModelConfig) -> tuple[int, int]:
 
 def make_mask_plan(project: Project, recipe: str) -> Outcome:
     """Draw the plan of a recipe, unless it is there."""
-    return make_plan(project.root, recipe_by_name(recipe))
+    return make_plan(project.root, project.recipe(recipe))
 
 
 def make_plan(root: DataRoot, recipe: RecipeConfig) -> Outcome:

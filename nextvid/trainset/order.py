@@ -17,7 +17,6 @@ from jaxtyping import Int
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
-from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.model.masks import bucket_entry, flat_ids, step_bucket
 from nextvid.trainset.mask_plan import OpenedPlan
 from nextvid.trainset.trainset import Trainset
@@ -165,7 +164,7 @@ def listed_draws(project: Project, recipe: str, draws: range) -> Iterator[dict[s
 
     Mask entries of a `fixed` plan only: other masks depend on the step. Draws after the end of training are left out.
     """
-    config = recipe_by_name(recipe)
+    config = project.recipe(recipe)
     order, masks = Order(Trainset.open(project.root), config), config.masks
     strategies = masks.strategies if masks.keep == "fixed" else ()
     for frames, piece in pieces(config, draws):
@@ -185,7 +184,7 @@ def shared_with_parent(project: Project, recipe: str, count: int) -> str | None:
 
     Where they differ it says why. None where the trainset has no parent.
     """
-    now, config = Trainset.open(project.root), recipe_by_name(recipe)
+    now, config = Trainset.open(project.root), project.recipe(recipe)
     if now.parent is None or now.parent == now.digest:
         return None
     before, asked = Trainset.open(project.root, now.parent), min(count, draws_before(config.stages, config.steps))

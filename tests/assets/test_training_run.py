@@ -12,8 +12,8 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 
-from assets.launchpad import overrides
 from assets.resources import TrainerResource
+from nextvid.config.overrides import as_overrides
 from nextvid.config.project import Project
 from nextvid.train.distributed import join
 from nextvid.train.loop import train
@@ -219,7 +219,7 @@ def test_the_launchpad_refuses_names_and_types(config: dict[str, Any], message: 
 
 def test_what_the_launchpad_takes_is_what_the_command_line_takes() -> None:
     given = training()["overrides"] | {"model": {"encoder": {"input": "pixels"}}, "losses": {"target_norm": False}}
-    assert overrides(given | {"stages": {"warmup": {"decoder_lr": None}}}) == [
+    assert as_overrides(given | {"stages": {"warmup": {"decoder_lr": None}}}) == [
         "seed=1", "stages.warmup.decoder_lr=null", "model.encoder.input=pixels", "masks.entries=256",
         "losses.target_norm=false",
     ]  # fmt: skip

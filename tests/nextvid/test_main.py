@@ -199,8 +199,9 @@ class TestRuns:
 
     def test_draws(self, nextvid: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made, where = make_project(tmp_path), ("--recipe", "tiny", "--corpus", str(tmp_path / "corpus.yaml"))
-        for module in ("nextvid.config.recipes.recipe", "nextvid.trainset.order.recipe_by_name"):
-            monkeypatch.setattr(module, lambda name: tiny_recipe(name, steps=(240, 3, 3, 20)))
+        monkeypatch.setattr(
+            "nextvid.config.project.recipe_by_name", lambda name, _: tiny_recipe(name, steps=(240, 3, 3, 20))
+        )
         code, out, said = nextvid("draws", "--first", "1000", "--json", *where)
         assert (code, said) == (0, "")
         found = [json.loads(line) for line in out.splitlines()]
@@ -214,8 +215,7 @@ class TestRuns:
         self, nextvid: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         make_project(tmp_path)
-        for module in ("nextvid.config.recipes.recipe", "nextvid.trainset.order.recipe_by_name"):
-            monkeypatch.setattr(module, lambda name: tiny_recipe(name, keep="bucket"))
+        monkeypatch.setattr("nextvid.config.project.recipe_by_name", lambda name, _: tiny_recipe(name, keep="bucket"))
         code, out, said = nextvid("draws", "--recipe", "tiny", "--corpus", str(tmp_path / "corpus.yaml"))
         assert (code, "mask" in out) == (0, False)
         assert said == "masks depend on the step too (masks.keep: bucket) and are not shown\n"

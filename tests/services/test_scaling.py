@@ -11,10 +11,10 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from assets.launchpad import overrides
 from assets.ray_launcher import RUN
 from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
+from nextvid.config.overrides import as_overrides
 from nextvid.config.project import Project, open_project
 from nextvid.encode.plan import accepted_spec
 from nextvid.make import Request, make
@@ -164,7 +164,7 @@ def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(clust
     project = trainset_project(tmp_path)
     chosen = {"stages": {str(stage): {"steps": 1} for stage in range(4)}}
     how = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 1}
-    prepared = prepare_run(project, "demo", overrides(chosen))
+    prepared = prepare_run(project, "demo", as_overrides(chosen))
     client = JobSubmissionClient(cluster.address)
     leftover = client.submit_job(entrypoint="sleep 600", metadata={RUN: prepared.run_id}, entrypoint_num_cpus=1)
     defs = build_defs(

@@ -1,11 +1,13 @@
 """Recipes against the paper's tables as docs/method.md gives them, and the rules that scale them."""
 
 import math
+from pathlib import Path
 
 import pytest
 
+from nextvid.config.overrides import apply_overrides
 from nextvid.config.recipe import RecipeConfig, StageConfig
-from nextvid.config.recipes import RECIPES, recipe, scaled_ema
+from nextvid.config.recipes import RECIPES, own_recipes, recipe, scaled_ema
 from nextvid.model.cost import cost
 from storage.errors import ConfigError
 
@@ -158,3 +160,51 @@ def test_stage_is_frozen() -> None:
     assert isinstance(stage, StageConfig)
     with pytest.raises(ValueError, match="frozen"):
         stage.steps = 3  # type: ignore[misc]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """The place of a corpus.yaml with an empty folder of recipes beside it."""
+    (tmp_path / "recipes").mkdir()
+    return tmp_path / "corpus.yaml"
+
+
+def test_a_project_s_own_recipe_is_another_with_changes(corpus: Path) -> None:
+    content = "base: demo\noverrides: {seed: 1, stages: {warmup: {steps: 5}}, losses.target_norm: false}"
+    (corpus.parent / "recipes" / "longer.yaml").write_text(content)
+    changes = ("seed=1", "stages.warmup.steps=5", "losses.target_norm=false")
+    expected = apply_overrides(recipe("demo"), changes).model_copy(update={"name": "longer"})
+    assert recipe("longer", corpus) == expected
+    assert own_recipes(corpus) == ("longer",)
+    assert recipe("demo", corpus) == recipe("demo")
+    with pytest.raises(ConfigError, match="unknown recipe 'longr'; did you mean 'longer'"):
+        recipe("longr", corpus)
+    with pytest.raises(ConfigError, match="unknown recipe 'longer'"):
+        recipe("longer")
+
+
+def test_files_that_cannot_be_recipes_are_not_among_them(corpus: Path) -> None:
+    for name in ("demo.yaml", "Not-A-Name.yaml", "notes.txt"):
+        (corpus.parent / "recipes" / name).write_text("base: nextvid_s")
+    assert own_recipes(corpus) == ("demo",)
+    with pytest.raises(ConfigError, match=r"demo.yaml: there is a recipe 'demo' already: give yours another name"):
+        recipe("demo", corpus)
+    with pytest.raises(ConfigError, match="unknown recipe"):
+        recipe("../corpus", corpus)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("base: demo\noverrides: {sed: 1}", "own.yaml: override 'sed=1': there is no 'sed'; did you mean 'seed'"),
+        ("base: dem", "own.yaml: unknown recipe 'dem'; did you mean 'demo'"),
+        ("base: own", "own.yaml: unknown recipe 'own'"),
+        ("bases: demo", "own.yaml: unknown key 'bases'; did you mean 'base'"),
+        ("base: [", "own.yaml: not readable as YAML"),
+        ("base: demo\noverrides: {precision: fp8}", "own.yaml: recipe demo with precision=fp8: 'precision'"),
+    ],
+)
+def test_what_is_wrong_in_an_own_recipe_is_one_line(corpus: Path, content: str, message: str) -> None:
+    (corpus.parent / "recipes" / "own.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        recipe("own", corpus)

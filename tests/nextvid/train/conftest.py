@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from nextvid.config.recipe import RecipeConfig
-from nextvid.train import pretrain
 from tests.nextvid.train.tiny import tiny_recipe
 
 
@@ -24,10 +23,10 @@ def one_thread() -> Iterator[None]:
 def tiny_by_name(one_thread: None, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe `tiny`, one thread in children too, and a trainer that is found from anywhere."""
 
-    def by_name(name: str) -> RecipeConfig:
+    def by_name(name: str, _: Path) -> RecipeConfig:
         assert name == "tiny"
         return tiny_recipe()
 
-    monkeypatch.setattr(pretrain, "recipe_by_name", by_name)
+    monkeypatch.setattr("nextvid.config.project.recipe_by_name", by_name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(repository)

@@ -13,7 +13,7 @@ from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.model.tokens import pixel_tokens, pixel_values
-from nextvid.train import checkpoint, pretrain
+from nextvid.train import checkpoint
 from nextvid.train.events import read_events
 from nextvid.train.loop import train
 from nextvid.train.pretrain import prepare_run
@@ -134,7 +134,7 @@ class TestRun:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         project = make_pixel_project(tmp_path)
-        monkeypatch.setattr(pretrain, "recipe_by_name", lambda name: tiny_recipe(name))
+        monkeypatch.setattr("nextvid.config.project.recipe_by_name", lambda name, _: tiny_recipe(name))
         prepared = prepare_run(project, "tiny", PIXELS_IN, HOW)
         recipe = apply_overrides(tiny_recipe(), PIXELS_IN)
         assert (
@@ -151,7 +151,7 @@ class TestRun:
     ) -> None:
         project = make_project(tmp_path)
         make_plan(project.root, tiny_recipe())
-        monkeypatch.setattr(pretrain, "recipe_by_name", lambda name: tiny_recipe(name))
+        monkeypatch.setattr("nextvid.config.project.recipe_by_name", lambda name, _: tiny_recipe(name))
         with pytest.raises(RefusedError, match="asks for none: put 'pixels"):
             prepare_run(project, "tiny", PIXELS_IN, HOW)
         assert not Path(project.root.recipe_folder("tiny")).exists()

@@ -206,10 +206,11 @@ def test_a_cancelled_group_is_gone_within_ten_seconds(project: Project) -> None:
 
 LAUNCHER = """
 import subprocess, sys
+from nextvid.config import project
 from nextvid.config.project import open_project
 from nextvid.train import pretrain
 from tests.nextvid.train.tiny import HOW, tiny_recipe
-pretrain.recipe_by_name = lambda name: tiny_recipe()
+project.recipe_by_name = lambda name, _: tiny_recipe()
 pretrain.make_pretrain(open_project(sys.argv[1]), "tiny", ["stages.warmup.steps=1000000"], HOW)
 """
 

@@ -26,7 +26,7 @@ def test_the_first_thousand_draws_need_row_tables_only(tmp_path: Path, monkeypat
     project, recipe = make_project(tmp_path), tiny_recipe(steps=(240, 3, 3, 20))
     trainset = Trainset.open(project.root)
     shutil.rmtree(project.root.spec_folder(trainset.spec.digest()))
-    monkeypatch.setattr(order, "recipe_by_name", lambda name: recipe)
+    monkeypatch.setattr("nextvid.config.project.recipe_by_name", lambda name, _: recipe)
     found = list(listed_draws(project, "tiny", range(2000)))
     assert [one["draw"] for one in found] == list(range(1024)), "984 of 4 frames, 40 of the cool-down's 8, and no more"
     assert list(listed_draws(project, "tiny", range(975, 990))) == found[975:990]
@@ -82,7 +82,9 @@ ASKED = 2500  # more than two blocks
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setattr(order, "recipe_by_name", lambda name: tiny_recipe(name, steps=(700, 3, 3, 3)))
+    monkeypatch.setattr(
+        "nextvid.config.project.recipe_by_name", lambda name, _: tiny_recipe(name, steps=(700, 3, 3, 3))
+    )
     return make_project(tmp_path)
 
 
