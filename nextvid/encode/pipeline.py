@@ -83,11 +83,10 @@ class Pipeline:
             encoded = EncodedShard.empty(part.spec, part.frames, shard.rows["row_id"].to_list())
             judged: dict[bytes, Future[Verdict]] = {}
             for rows in encode_rows(self._model, part.spec, part.frames, self._frames(part, shard, jpegs, commit)):
-                encoded.add(rows)
-                self._tell(Advance(len(rows.row_ids), rows.encode_s))
-                for row in rows.good:
+                for row in encoded.add(rows):
                     if row in shard.again:
                         judged[row] = self._writer.submit(self._judge, part, shard, encoded, row, shard.again)
+                self._tell(Advance(len(rows.row_ids), rows.encode_s))
                 for judging in judged.values():
                     if judging.done():
                         judging.result()  # raises where the row did not come back

@@ -46,11 +46,6 @@ class EncodedRows(NamedTuple):
     decode_s: list[float]
     encode_s: float  # of the device, for all rows together
 
-    @property
-    def good(self) -> list[bytes]:
-        """Ids of the rows that did not fail."""
-        return [row for row, reason in zip(self.row_ids, self.reasons, strict=True) if reason is None]
-
 
 @dataclass
 class EncodedShard:
@@ -83,14 +78,15 @@ class EncodedShard:
         """The latents of one row."""
         return self.latents[self.row_ids.index(row)]
 
-    def add(self, rows: EncodedRows) -> None:
-        """Append the rows of the next forward."""
+    def add(self, rows: EncodedRows) -> list[bytes]:
+        """Append the rows of the next forward; the ids of those that did not fail."""
         count, first = len(rows.row_ids), len(self.reasons)
         self.latents[first : first + count] = rows.latents
         self.posterior_std += rows.posterior_std
         self.reasons += rows.reasons
         self.decode_s += rows.decode_s
         self.encode_s += [rows.encode_s / count] * count
+        return [row for row, reason in zip(rows.row_ids, rows.reasons, strict=True) if reason is None]
 
 
 def encode_rows(

@@ -6,6 +6,7 @@ autoencoders.py does the work.
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -79,28 +80,33 @@ def facts(folder: str | Path) -> Facts:
     folder = Path(folder)
     config, wrapper = read_folder(folder)
     patch = wrapper.patch
+
+    def value(key: str, kind: type = int, within: Mapping[str, Any] = config) -> Any:  # noqa: ANN401 - JSON is Any
+        if type(within.get(key)) is not kind:
+            what = "number" if kind is int else "list"
+            raise ConfigError(f"{folder}/config.json: '{key}' is missing or no {what}; save the model again")
+        return within[key]
+
     match family := _family(config, wrapper, folder):
         case "pixels":
             return Facts(family, 3 * patch**2, patch, patch)
         case "siglip":
             vision = config.get("vision_config", config)
-            width, side, stride = (_number(folder, vision, key) for key in ("hidden_size", "image_size", "patch_size"))
+            width, side, stride = (value(key, within=vision) for key in ("hidden_size", "image_size", "patch_size"))
             if patch > 1:
                 raise ConfigError(f"{folder}/nextvid.json: 'patch' does not fit SigLIP, which has its own")
             return Facts(family, width, stride, 1, decoder=False, side=side)
         case "autoencoder_kl_cosmos":
-            stride, over_time = (
-                _number(folder, config, f"{name}_compression_ratio") for name in ("spatial", "temporal")
-            )
+            stride, over_time = (value(f"{name}_compression_ratio") for name in ("spatial", "temporal"))
             if patch > 1:
                 raise ConfigError(f"{folder}/nextvid.json: 'patch' is for encoders of single frames")
-            return Facts(family, _number(folder, config, "latent_channels"), stride, 1, f"causal{over_time}")
+            return Facts(family, value("latent_channels"), stride, 1, f"causal{over_time}")
         case "autoencoder_kl" | "autoencoder_kl_flux2":
-            stride = patch * 2 ** (len(_listed(folder, config, "block_out_channels")) - 1)  # one halving between levels
-            return Facts(family, _number(folder, config, "latent_channels"), stride, patch, posterior=True)
+            stride = patch * 2 ** (len(value("block_out_channels", list)) - 1)  # one halving between levels
+            return Facts(family, value("latent_channels"), stride, patch, posterior=True)
         case "autoencoder_tiny" | "autoencoder_dc":
-            stride = patch * 2 ** (len(_listed(folder, config, "encoder_block_out_channels")) - 1)
-            return Facts(family, _number(folder, config, "latent_channels"), stride, patch)
+            stride = patch * 2 ** (len(value("encoder_block_out_channels", list)) - 1)
+            return Facts(family, value("latent_channels"), stride, patch)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], Wrapper]:
@@ -138,18 +144,6 @@ def _family(config: dict[str, Any], wrapper: Wrapper, folder: Path) -> Family:
     if wrapper.kind not in (None, family):
         raise ConfigError(f"{folder}/nextvid.json: kind {wrapper.kind}, patch {wrapper.patch} do not fit {family}")
     return family
-
-
-def _number(folder: Path, config: dict[str, Any], key: str) -> int:
-    if type(config.get(key)) is not int:
-        raise ConfigError(f"{folder}/config.json: '{key}' is missing or no number; save the model again")
-    return int(config[key])
-
-
-def _listed(folder: Path, config: dict[str, Any], key: str) -> list[int]:
-    if not isinstance(config.get(key), list):
-        raise ConfigError(f"{folder}/config.json: '{key}' is missing or no list; save the model again")
-    return list(config[key])
 
 
 def _weight_files(folder: Path, family: Family) -> list[Path]:

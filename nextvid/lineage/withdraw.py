@@ -81,6 +81,12 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
     if yes:
         for part, slots in places:
             part.erase(slots)
+    files = read_tables(root, "media", None, Media).filter(pl.col("media_id").is_in(ids.implode()))
+    unexplained = sum(
+        store.commits(batch).filter(pl.col("status") == "ok").join(named, on="row_id", how="anti").height
+        for store in LatentStore.every(root)
+        for batch in files["batch"].unique()
+    )
     return Withdrawal(
         done=yes,
         media=tuple(media),
@@ -89,7 +95,7 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
         size_bytes=sum(
             size for part, slots in places for extents in part.extents(slots).values() for _, size in extents
         ),
-        unexplained=_unexplained(root, ids, named),
+        unexplained=unexplained,
         affected=affected,
     )
 
@@ -104,14 +110,3 @@ def _named_rows(root: DataRoot) -> pl.DataFrame:
             *(read_table(str(path.with_name("rows.parquet")), ProbeRows) for path in scores_of(root)),
         )
     ).unique()
-
-
-def _unexplained(root: DataRoot, ids: pl.Series, named: pl.DataFrame) -> int:
-    """Committed rows, in batches with one of these media files, that no table names any more."""
-    files = read_tables(root, "media", None, Media).filter(pl.col("media_id").is_in(ids.implode()))
-    count = 0
-    for store in LatentStore.every(root):
-        for batch in files["batch"].unique().sort().to_list():
-            done = store.commits(batch).filter(pl.col("status") == "ok")
-            count += done.join(named, on="row_id", how="anti").height
-    return count

@@ -5,7 +5,7 @@ person should look at.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -79,7 +79,13 @@ def line(outcome: Outcome) -> str:
     verdict = f", failed: {', '.join(failed)}" if failed else ""
     lines = [f"{_name(outcome):38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}"]
     lines += [f"warning: {check.name}: {detail(check)}" for check in outcome.checks if check.warns]
-    if parts := list(_left_out(outcome.numbers)):
+    numbers, parts = outcome.numbers, []
+    found = [(f"{numbers[name]} {what}", prefix) for name, (what, prefix) in LEFT_OUT.items() if numbers.get(name)]
+    for prefix, group in groupby(found, lambda pair: pair[1]):  # what has the same reasons, as one phrase
+        named = {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)} if prefix else {}
+        why = [f"{name} {value}".replace("such_as", "such as").strip() for name, value in named.items()]
+        parts.append(" and ".join(what for what, _ in group) + (f" ({', '.join(why)})" if why else ""))
+    if parts:
         lines.append(f"left out: {'; '.join(parts)}")
     return "\n    ".join(lines)
 
@@ -109,12 +115,3 @@ def detail(check: Check) -> str:
 
 def _name(outcome: Outcome) -> str:
     return outcome.asset if outcome.partition is None else f"{outcome.asset} {outcome.partition}"
-
-
-def _left_out(numbers: Mapping[str, Number]) -> Iterator[str]:
-    """What was left out and why, a phrase for each kind of reason."""
-    found = [(f"{numbers[name]} {what}", prefix) for name, (what, prefix) in LEFT_OUT.items() if numbers.get(name)]
-    for prefix, group in groupby(found, lambda pair: pair[1]):
-        named = {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)} if prefix else {}
-        why = [f"{name} {value}".replace("such_as", "such as").strip() for name, value in named.items()]
-        yield " and ".join(what for what, _ in group) + (f" ({', '.join(why)})" if why else "")
