@@ -51,7 +51,7 @@ CLIPS_AT_ONCE = 16  # measured on the demo encoder, one thread: 6.8 ms a clip ag
 
 
 @dataclass(frozen=True)
-class Trained:
+class Networks:
     """The networks of a run's last checkpoint, frozen, in evaluation mode."""
 
     model: NExTVid
@@ -59,7 +59,7 @@ class Trained:
     checkpoint: Path
 
 
-def load_trained(run: Run, device: str = "cpu") -> Trained:
+def load_networks(run: Run, device: str = "cpu") -> Networks:
     """The networks of a complete run, on a device."""
     model = build_model(run.recipe)
     random = reference_encoder(model.encoder)
@@ -67,7 +67,7 @@ def load_trained(run: Run, device: str = "cpu") -> Trained:
     path = checkpoint.complete(run.checkpoints)[-1]
     checkpoint.load(path, run.identity, model, ema)
     frozen = model.eval().requires_grad_(False).to(device)
-    return Trained(frozen, {"ema": ema.to(device), "online": frozen.encoder, "random": random.to(device)}, path)
+    return Networks(frozen, {"ema": ema.to(device), "online": frozen.encoder, "random": random.to(device)}, path)
 
 
 class LatentSource:

@@ -27,10 +27,10 @@ from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmar
 from nextvid.evaluate.features import (
     Augmented,
     LatentSource,
+    Networks,
     PixelSource,
-    Trained,
     features,
-    load_trained,
+    load_networks,
 )
 from nextvid.evaluate.fitting import NEIGHBOURS, accuracies, fit, nearest_labels, normalise
 from nextvid.machine import device_of
@@ -191,7 +191,7 @@ def _score(project: Project, task: Task, folder: str) -> None:
     """Compute and publish rows, pooled test features and, last, score.json."""
     started = time.perf_counter()
     device = device_of(project.corpus.execution.device)
-    trained = load_trained(task.run, device)
+    networks = load_networks(task.run, device)
     policy, recipe = task.config.policy, task.run.recipe
     frames = policy.frames if policy.frames > 1 else recipe.clip_lengths[0]
     batches = task.rows.frame["batch"].unique().sort().to_list()
@@ -203,7 +203,7 @@ def _score(project: Project, task: Task, folder: str) -> None:
     scores: dict[str, Any] = {}
     pooled: dict[str, np.ndarray] = {}
     with closing(source):
-        for name, encoder in trained.encoders.items():
+        for name, encoder in networks.encoders.items():
             train, test = (
                 features(encoder, recipe, source, task.rows.part(split), task.rows.segments, device)
                 for split in ("train", "test")
@@ -214,7 +214,7 @@ def _score(project: Project, task: Task, folder: str) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, labels=per_sample(task.rows.part("test"), "label"), **pooled)  # type: ignore[arg-type]
     atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
-    atomic.publish_json(f"{folder}/score.json", _described(task, trained, scores, time.perf_counter() - started))
+    atomic.publish_json(f"{folder}/score.json", _described(task, networks, scores, time.perf_counter() - started))
 
 
 def _varied(
@@ -273,13 +273,13 @@ def standard_error(accuracy: float, clips: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / clips)
 
 
-def _described(task: Task, trained: Trained, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def _described(task: Task, networks: Networks, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     rows, train, test = task.rows, task.rows.part("train"), task.rows.part("test")
     answers = per_sample(test, "label")
     return {
         "recipe": task.run.recipe.name,
         "run": task.run.id,
-        "checkpoint": trained.checkpoint.name,
+        "checkpoint": networks.checkpoint.name,
         "trainset": task.run.trainset,
         "mask_plan": task.run.mask_plan,
         "encoding_spec": task.trainset.spec.digest(),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nextvid.config.project import Project
 from nextvid.encode.frames import Decoding
-from nextvid.evaluate.features import load_trained
+from nextvid.evaluate.features import load_networks
 from nextvid.evaluate.generate import generate_masked, generate_onward, random_tube, reads_latents, reads_pixels
 from nextvid.evaluate.scene import Generated, Scene, compared, open_scene
 from nextvid.machine import device_of
@@ -97,7 +97,7 @@ def _make(project: Project, run: Run, folder: str) -> None:
     trainset = Trainset.open(project.root, run.trainset)
     device = device_of(project.corpus.execution.device)
     scene = open_scene(project, run, trainset, device)
-    model = load_trained(run, device).model
+    model = load_networks(run, device).model
     visible = _visible(project, run)
     masked = {name: _masked(model, scene, bits, device) for name, bits in visible.items()}
     onward = {name: _onward(model, scene, cells, device) for name, cells in _seen(scene, visible, device).items()}

@@ -8,9 +8,8 @@
 | reference encoder (moving average) | `reference.py` |
 | context-isolated autoregressive predictor | `predictor.py` |
 | noise, flow path and flow loss | `flow.py` |
-| flow-matching decoder (DiT inside each frame) | `decoder.py` |
+| flow-matching decoder (DiT inside each frame) | `decoder.py`, with those of Tab. 4 and 5 |
 | the whole, with both losses | `nextvid.py` |
 
-Beside them: `cross_decoder.py` (the decoders of Tab. 4 and 5), `incremental.py` (generation with cached keys and
-values) and `cost.py` (`nextvid inspect RECIPE`).
+Beside them: `incremental.py` (generation with cached keys and values) and `cost.py` (`nextvid inspect RECIPE`).
 """

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from nextvid.config.recipe import MaskConfig, RecipeConfig
 from nextvid.model.attention import flash_kernel
-from nextvid.model.cross_decoder import CrossFlowDecoder
-from nextvid.model.decoder import FlowDecoder, Positions
+from nextvid.model.decoder import CrossFlowDecoder, FlowDecoder, Positions
 from nextvid.model.encoder import Encoder, all_ids
 from nextvid.model.flow import ODE_STEPS, NoiseKey, draw_flow, euler, flow_loss, folded_mean, interpolate
 from nextvid.model.predictor import Predicted, Predictor

@@ -11,7 +11,7 @@ import torch
 
 from nextvid.config.project import Project
 from nextvid.evaluate import features as features_module
-from nextvid.evaluate.features import Augmented, PixelSource, features, load_trained
+from nextvid.evaluate.features import Augmented, PixelSource, features, load_networks
 from nextvid.evaluate.probes import make_probes, plan_task
 from nextvid.model.tokens import pixel_tokens, pixel_values
 from nextvid.report.data import lineage_section, read_facts
@@ -46,7 +46,7 @@ def test_tokens_are_the_stored_frames(evaluated: Project) -> None:
     assert stills.shape == (2, FRAMES, 64, 64, 3)
     assert (stills == stills[:, :1]).all()
     assert (stills[:, 0] == np.stack([read_row(store, "stills.000000", 1, 0, n)[0] for n in range(2)])).all()
-    found = features(load_trained(task.run).encoders["ema"], task.run.recipe, source, rows)
+    found = features(load_networks(task.run).encoders["ema"], task.run.recipe, source, rows)
     assert found.shape == (5, FRAMES // model.tubelet * model.cells, 32)
     source.close()
 

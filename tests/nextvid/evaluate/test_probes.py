@@ -12,7 +12,7 @@ import yaml
 from nextvid.config.accepted import accept
 from nextvid.config.project import Project, open_project
 from nextvid.evaluate import probes
-from nextvid.evaluate.features import ENCODERS, LatentSource, encode, features, load_trained
+from nextvid.evaluate.features import ENCODERS, LatentSource, encode, features, load_networks
 from nextvid.evaluate.probes import make_probes, plan_task, standard_error
 from nextvid.model.reference import reference_features
 from nextvid.model.tokens import latent_tokens
@@ -56,22 +56,22 @@ def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
 def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: Project) -> None:
     """Trap 31 of docs/method.md 13: final norm, frame-causal, every cell, one token after the other."""
     task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    trained = load_trained(task.run)
+    networks = load_networks(task.run)
     rows = task.rows.part("test").head(5)
     source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
-    found = features(trained.encoders["ema"], task.run.recipe, source, rows)
+    found = features(networks.encoders["ema"], task.run.recipe, source, rows)
     cells, tubelet = task.run.recipe.model.cells, task.run.recipe.model.tubelet
     assert found.shape == (5, FRAMES // tubelet * cells, 32)
     store = LatentStore(evaluated.root, task.trainset.spec)
     plain = [read_row(store, r["batch"], r["frames"], r["part"], r["slot"]) for r in rows.iter_rows(named=True)]
     tokens = latent_tokens(torch.from_numpy(np.stack(plain)).float(), tubelet)
-    expected = reference_features(trained.encoders["ema"], tokens, target_norm=False)
+    expected = reference_features(networks.encoders["ema"], tokens, target_norm=False)
     torch.testing.assert_close(torch.from_numpy(found[:, cells:]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_trap_31_segments_stand_one_after_the_other(evaluated: Project) -> None:
     task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    encoder = load_trained(task.run).encoders["ema"]
+    encoder = load_networks(task.run).encoders["ema"]
     source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
     rows = task.rows.part("test").head(4)
     single = features(encoder, task.run.recipe, source, rows)
@@ -82,14 +82,14 @@ def test_trap_31_segments_stand_one_after_the_other(evaluated: Project) -> None:
 
 def test_trap_31_features_do_not_see_the_future(evaluated: Project) -> None:
     task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    trained = load_trained(task.run)
+    networks = load_networks(task.run)
     source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
     inputs = source.inputs(task.rows.part("test").head(2))
     changed = inputs.clone()
     changed[:, 4:] = 0
     tubelet = task.run.recipe.model.tubelet
     before, after = (
-        encode(trained.encoders["ema"], task.run.recipe, latent_tokens(x, tubelet)) for x in (inputs, changed)
+        encode(networks.encoders["ema"], task.run.recipe, latent_tokens(x, tubelet)) for x in (inputs, changed)
     )
     half = 2 * task.run.recipe.model.cells
     assert torch.equal(before[:, :half], after[:, :half])
@@ -112,11 +112,11 @@ def test_images_are_repeated_and_normalised(evaluated: Project) -> None:
 
 def test_the_three_encoders_are_what_they_are_called(evaluated: Project) -> None:
     run = find_run(evaluated, RECIPE)
-    trained = load_trained(run)
-    random, ema, online = (trained.encoders[name].embed.weight for name in ("random", "ema", "online"))
+    networks = load_networks(run)
+    random, ema, online = (networks.encoders[name].embed.weight for name in ("random", "ema", "online"))
     assert not torch.equal(online, random)
     assert not torch.equal(ema, online)
-    assert torch.equal(load_trained(run).encoders["random"].embed.weight, random)
+    assert torch.equal(load_networks(run).encoders["random"].embed.weight, random)
     # after 5 steps of momentum .99 the average has hardly left the start
     assert (ema - random).norm() < 0.2 * (online - random).norm()
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from nextvid.model.cross_decoder import CrossFlowDecoder
-from nextvid.model.decoder import Positions
+from nextvid.model.decoder import CrossFlowDecoder, Positions
 from nextvid.model.encoder import all_ids
 from tests.nextvid.model.tiny import CELLS, TUBELETS, s_model, tiny_model, tiny_recipe, visible
 
