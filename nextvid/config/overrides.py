@@ -52,22 +52,16 @@ def _applied(config: Model, overrides: Sequence[str], where: str) -> Model:
         path, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override '{override}': write it as key.path=value")
-        _put(values, path.strip().split("."), _value(text), override)
+        *parents, last = path.strip().split(".")
+        holder: Any = values
+        for part in parents:
+            holder = holder[_key(holder, part, override)]
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        holder[_key(holder, last, override)] = value
     return parse(type(config), values, where)
-
-
-def _value(text: str) -> Any:  # noqa: ANN401 - JSON is Any
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _put(values: Any, path: Sequence[str], value: Any, override: str) -> None:  # noqa: ANN401 - JSON is Any
-    holder = values
-    for part in path[:-1]:
-        holder = holder[_key(holder, part, override)]
-    holder[_key(holder, path[-1], override)] = value
 
 
 def _key(holder: Any, part: str, override: str) -> str | int:  # noqa: ANN401 - JSON is Any

@@ -135,8 +135,10 @@ def _sections(model: type[BaseModel], place: str) -> Iterator[str]:
     if place:
         yield f"## `{place}`"
     yield " ".join((model.__doc__ or "").split())
+    whole = model.model_json_schema()
+    values = {name: _kind(found, whole.get("$defs", {})) for name, found in whole["properties"].items()}
     rows = [
-        f"| `{name}` | {_values(model, name)} | {_default(field)} | {(field.description or '').replace('|', '/')} |"
+        f"| `{name}` | {values[name]} | {_default(field)} | {(field.description or '').replace('|', '/')} |"
         for name, field in model.model_fields.items()
     ]
     yield "\n".join(["| key | values | default | what it is |", "|---|---|---|---|", *rows])
@@ -144,12 +146,6 @@ def _sections(model: type[BaseModel], place: str) -> Iterator[str]:
         if inner := inner_model(field.annotation):
             several = {"dict": ".NAME", "tuple": "[]"}.get(getattr(field.annotation, "__name__", ""), "")
             yield from _sections(inner, f"{place}.{name}{several}".lstrip("."))
-
-
-def _values(model: type[BaseModel], name: str) -> str:
-    """The values that a field takes, from its JSON schema."""
-    whole = model.model_json_schema()
-    return _kind(whole["properties"][name], whole.get("$defs", {}))
 
 
 def _kind(found: dict[str, Any], named: dict[str, Any]) -> str:

@@ -53,21 +53,16 @@ def parse(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
 def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = sorted(_fields_at(model, problem["loc"][:-1]))
+        holder: Any = model  # the one that lacks the key
+        for part in problem["loc"][:-1]:
+            found = holder.model_fields[part].annotation if part in getattr(holder, "model_fields", {}) else holder
+            holder = inner_model(found) or holder
+        known = sorted(holder.model_fields)
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{path}'; {remedy}"
     got = CREDENTIALS.sub("://***@", reprlib.repr(problem["input"]))
     return f"'{path}': {problem['msg']}" + (f" (got {got})" if path else "")
-
-
-def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
-    """Names of the fields of the model at `path` inside `model`."""
-    current: Any = model
-    for part in path:
-        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else current
-        current = inner_model(annotation) or current
-    return set(current.model_fields)
 
 
 def inner_model(annotation: object) -> type[BaseModel] | None:
