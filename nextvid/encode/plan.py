@@ -63,7 +63,7 @@ class BatchPlan(Generic[S]):
     @property
     def unstable(self) -> pl.DataFrame:
         """Commits of wanted rows whose file gave other frames when it was decoded again; nothing tries them again."""
-        return self.commits.filter(_unstable())
+        return self.commits.filter(is_unstable())
 
     @property
     def orphaned(self) -> tuple[bytes, ...]:
@@ -134,7 +134,7 @@ def plan_batch(project: Project, batch: str, store: Store[S]) -> BatchPlan[S]:
     clips, every = wanted_clips(project, batch), store.commits(batch)
     commits = every.join(clips, on="row_id", how="semi")
     good = every.filter(pl.col("status") == "ok")
-    missing = clips.join(commits.filter((pl.col("status") == "ok") | _unstable()), on="row_id", how="anti")
+    missing = clips.join(commits.filter((pl.col("status") == "ok") | is_unstable()), on="row_id", how="anti")
     known_media = clips.join(good, on="row_id", how="semi")["media_id"].unique()
     why = (
         pl.when(pl.col("row_id").is_in(commits["row_id"].implode()))
@@ -154,7 +154,8 @@ def wanted_clips(project: Project, batch: str) -> pl.DataFrame:
     return clips.filter((pl.col("status") == "ok") & (pl.col("uses").list.len() > 0))
 
 
-def _unstable() -> pl.Expr:
+def is_unstable() -> pl.Expr:
+    """Whether a row was committed without latents because its file gave other frames when it was decoded again."""
     return (pl.col("status") == "rejected") & pl.col("reason").str.starts_with(UNSTABLE)
 
 

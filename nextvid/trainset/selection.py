@@ -16,7 +16,7 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.encode.latent_stats import Moments, moments
-from nextvid.encode.plan import accepted_spec, wanted_clips
+from nextvid.encode.plan import UNSTABLE, accepted_spec, is_unstable, wanted_clips
 from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.publishing import read_latest
 from storage import reader
@@ -183,13 +183,18 @@ def rows_of(
     posterior_std.
     """
     asked = wanted_clips(project, batch).filter(pl.col("uses").list.contains("pretrain"))
-    stored = LatentStore(project.root, spec).commits(batch).rename({"status": "committed"})
-    commits = stored.select("row_id", "committed", *_STORED).with_columns(pl.col("slot") % ROWS_PER_SHARD)
+    stored = LatentStore(project.root, spec).commits(batch)
+    unstable = asked.join(stored.filter(is_unstable()), on="row_id", how="semi")[
+        "media_id"
+    ]  # rows of earlier shards too
+    commits = stored.select("row_id", *_STORED, committed="status").with_columns(pl.col("slot") % ROWS_PER_SHARD)
     given_way = duplicates.filter((pl.col("batch") == batch) & pl.col("dropped_from").list.contains("pretrain"))
     gone = pl.Series(sorted(withdrawn_rows(project.root)), dtype=pl.Binary)
     why = (
         pl.when(pl.col("split") != "train")
         .then(pl.lit("split"))
+        .when(pl.col("media_id").is_in(unstable.implode()))
+        .then(pl.lit(UNSTABLE))
         .when(pl.col("committed") != "ok")
         .then(pl.lit("not_encoded"))
         .when(pl.col("row_id").is_in(gone.implode()))

@@ -16,8 +16,9 @@ from nextvid.encode.frames import Decoding
 from nextvid.encode.latents import make_latents
 from nextvid.encode.plan import accepted_spec, plan_encode
 from nextvid.making.outcome import line
+from nextvid.trainset.selection import rows_of
 from nextvid.video.probe import probe
-from storage.schemas import Clips
+from storage.schemas import Clips, Duplicates
 from storage.store import LatentStore, PixelStore
 from storage.tables import require_checks
 from tests.factories import clip_row, publish_clips
@@ -189,6 +190,26 @@ class TestLyingDecoder:
         monkeypatch.setattr("nextvid.encode.pipeline.sampled", lambda ids, frames: sorted(ids)[:2])
         outcome = make_latents(project, FILMS)
         assert (outcome.rows, outcome.numbers["reason_unstable"]) == (2, 6)
+
+    def test_no_row_of_it_is_trained_on(
+        self, project: Project, clips: pl.DataFrame, monkeypatch: pytest.MonkeyPatch, small_shards: None
+    ) -> None:
+        """Those of a shard that was committed before it showed stay in the store, and the trainset leaves them out."""
+        one, other, _ = films_of(Path(project.path).parent)
+        rows = [clip_row(one, index, view) for index in (0, 3, 6) for view in (0, 1)]
+        publish_clips(project, FILMS, rows[:4])
+        make_latents(project, FILMS)
+        publish_clips(project, FILMS, [*rows, clip_row(other, 0), clip_row(other, 3)])
+        monkeypatch.setattr(decoding_frames, "decode", partial(decode_lying, rows[0]["media_id"], 2, "other frames"))
+        last = max(rows[4:], key=lambda row: row["row_id"])
+        monkeypatch.setattr(
+            "nextvid.encode.pipeline.sampled", lambda ids, frames: [r for r in ids if r == last["row_id"]]
+        )
+        assert make_latents(project, FILMS).rows == 6
+        nothing = Duplicates.create_empty()
+        kept, lost = rows_of(project, accepted_spec(project), FILMS, nothing)
+        assert set(kept["uri"]) == {str(other)}
+        assert dict(lost.group_by("why").len().iter_rows()) == {"unstable": 6}
 
     def test_a_batch_of_nothing_else_is_empty_and_in_order(
         self, project: Project, clips: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
