@@ -16,7 +16,7 @@ import fsspec
 import polars as pl
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.layouts import read_lines, split_words
+from nextvid.corpus.layouts import in_class_folder, read_lines, split_words
 from nextvid.making.outcome import Check, Number
 from storage import atomic
 from storage.digest import digest_stream
@@ -84,7 +84,8 @@ def doubled(config: DatasetConfig, paths: Sequence[str]) -> dict[str, str]:
         return {}
     found: dict[str, list[str]] = {}
     for path in sorted(set(paths)):
-        found.setdefault(PurePosixPath(path).stem, []).append(path)
+        if config.labels.layout != "imagenet" or not in_class_folder(path):
+            found.setdefault(PurePosixPath(path).stem, []).append(path)
     return {path: next(p for p in same if p != path) for same in found.values() if len(same) > 1 for path in same}
 
 
@@ -177,13 +178,15 @@ def contradictions(labels: pl.DataFrame, key: str) -> pl.DataFrame:
 
 
 def _by_name(labels: LabelConfig, paths: Sequence[str]) -> pl.DataFrame:
-    """Lines of a public data set's lists, joined to paths by their stems."""
-    by_stem: dict[str, list[str]] = {}
+    """Lines of a public data set's lists, joined to paths by their stems; ImageNet's folders by whole paths."""
+    by_name: dict[str, list[str]] = {path: [path] for path in paths}
     for path in sorted(set(paths)):
-        by_stem.setdefault(PurePosixPath(path).stem, []).append(path)
+        stem = PurePosixPath(path).stem
+        if stem != path:
+            by_name.setdefault(stem, []).append(path)
     rows: list[tuple[str, int | None, int | None, str, str]] = []
-    for line in read_lines(labels, paths, by_stem.keys()):
-        name = next(name for name in line.names if name in by_stem)
+    for line in read_lines(labels, paths, by_name.keys()):
+        name = next(name for name in line.names if name in by_name)
         values = (
             (labels.target, line.value, line.start_us, line.end_us),
             ("group", line.group, None, None),
@@ -191,7 +194,7 @@ def _by_name(labels: LabelConfig, paths: Sequence[str]) -> pl.DataFrame:
         )
         rows += [
             (path, start_us, end_us, target, value)
-            for path in by_stem[name]
+            for path in by_name[name]
             for target, value, start_us, end_us in values
             if value
         ]

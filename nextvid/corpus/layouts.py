@@ -39,7 +39,7 @@ def split_words(labels: LabelConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Line:
-    """Labels of the files whose stem is one of `names`, the most specific name first. A null span is the whole file."""
+    """Labels of the files whose path or stem is one of `names`, the most specific first. A null span is the file."""
 
     names: tuple[str, ...]
     value: str | None
@@ -99,12 +99,17 @@ def _each(labels: LabelConfig, parse: Parser) -> Iterator[Line]:
 def _image_folders(paths: Sequence[str], splits_named: Set[str]) -> Iterator[Line]:
     """`[...]/train/n01440764/n01440764_10026.JPEG`: folders name the class and the split."""
     for path in sorted(set(paths)):
-        *folders, name = PurePosixPath(path).parts
+        folders = PurePosixPath(path).parts[:-1]
         classes = [folder for folder in folders if WNID.fullmatch(folder)]
         splits = [folder for folder in folders if folder.lower() in splits_named]
         if classes or splits:
             value, split = (found[-1] if found else None for found in (classes, splits))
-            yield Line((PurePosixPath(name).stem,), value, split)
+            yield Line((path,), value, split)
+
+
+def in_class_folder(path: str) -> bool:
+    """Whether a folder of ImageNet's names the class of a file, so that no list need know its name."""
+    return any(WNID.fullmatch(folder) for folder in PurePosixPath(path).parts[:-1])
 
 
 def _imagenet(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:

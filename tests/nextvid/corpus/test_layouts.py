@@ -74,6 +74,21 @@ def test_imagenet(dataset: Callable[..., DatasetConfig]) -> None:
     ]
 
 
+def test_class_folders_may_hold_files_of_one_name(dataset: Callable[..., DatasetConfig]) -> None:
+    config = dataset("imagenet", split_names={"val": "test"})
+    paths = ["train/n01440764/0.png", "train/n01443537/0.png", "val/n01440764/0.png"]
+    assert doubled(config, [*paths, "0.png"]) == {}
+    assert rows(config, *paths) == [
+        ("train/n01440764/0.png", None, None, "class", "n01440764"),
+        ("train/n01440764/0.png", None, None, "split", "train"),
+        ("train/n01443537/0.png", None, None, "class", "n01443537"),
+        ("train/n01443537/0.png", None, None, "split", "train"),
+        ("val/n01440764/0.png", None, None, "class", "n01440764"),
+        ("val/n01440764/0.png", None, None, "split", "test"),
+    ]
+    assert doubled(config, ["a/0.png", "b/0.png"]) == {"a/0.png": "b/0.png", "b/0.png": "a/0.png"}
+
+
 def test_kinetics400(dataset: Callable[..., DatasetConfig]) -> None:
     train = (
         "label,youtube_id,time_start,time_end,split,is_cc\n"
