@@ -56,18 +56,11 @@ def generate_onward(
     return torch.cat(generated, dim=1)
 
 
-def reads_latents(model: ModelConfig) -> ReadBack:
-    """The encoder reads the generated latents themselves."""
-    return partial(latent_tokens, tubelet=model.tubelet)
-
-
-def reads_pixels(model: ModelConfig, decode: Decode) -> ReadBack:
-    """The encoder reads frames that `decode` makes of the generated targets."""
-
-    def read_back(latents: Tensor) -> Tensor:
-        return pixel_tokens(pixel_values(decode(latents)), model.patch, model.tubelet)
-
-    return read_back
+def reading_back(model: ModelConfig, decode: Decode) -> ReadBack:
+    """The encoder reads the generated latents themselves, or frames that `decode` makes of the generated targets."""
+    if model.encoder.input == "latents":
+        return partial(latent_tokens, tubelet=model.tubelet)
+    return lambda latents: pixel_tokens(pixel_values(decode(latents)), model.patch, model.tubelet)
 
 
 def random_tube(cells: int, share: float, clips: int, generator: torch.Generator) -> Int[Tensor, "B n"]:

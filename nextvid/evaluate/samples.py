@@ -18,7 +18,7 @@ from torch import Tensor
 from nextvid.config.project import Project
 from nextvid.encode.frames import Decoding
 from nextvid.evaluate.features import load_networks
-from nextvid.evaluate.generate import generate_masked, generate_onward, random_tube, reads_latents, reads_pixels
+from nextvid.evaluate.generate import generate_masked, generate_onward, random_tube, reading_back
 from nextvid.evaluate.scene import Generated, Scene, compared, open_scene
 from nextvid.machine import device_of
 from nextvid.making.outcome import Number, Outcome
@@ -165,7 +165,7 @@ def _onward(model: NExTVid, scene: Scene, cells: Tensor, device: str) -> Generat
     """From the first tubelet on; copying repeats the seed's last frame to the end."""
     config, frames = model.recipe.model, scene.truth.shape[1]
     seed, count = scene.tokens()[:, : config.cells], frames // config.tubelet
-    read_back = reads_latents(config) if config.encoder.input == "latents" else reads_pixels(config, scene.decode)
+    read_back = reading_back(config, scene.decode)
     generated, mean = (
         generate_onward(model, seed, count, cells, _noise(device), read_back, steps) for steps in (ODE_STEPS, 1)
     )

@@ -40,17 +40,6 @@ class MaskPlan:
     strategies: tuple[StrategyPlan, ...]
 
 
-@dataclass(frozen=True)
-class MaskStatistics:
-    """Visible cells per tubelet over the entries, and how often each cell is visible, [H, W]."""
-
-    mean: float
-    sd: float
-    least: int
-    most: int
-    visible: Float[np.ndarray, "H W"]
-
-
 def draw_plan(masks: MaskConfig, grid_height: int, grid_width: int) -> MaskPlan:
     """Draw every entry of a mask configuration.
 
@@ -116,16 +105,11 @@ def unpack(packed: UInt8[np.ndarray, "E bytes"], cells: int) -> Bits:
     return np.unpackbits(packed, axis=1, count=cells, bitorder="little").astype(bool)
 
 
-def statistics(bits: Bits, height: int, width: int) -> MaskStatistics:
-    """Visible cells per entry, and how often each cell is visible."""
+def statistics(bits: Bits) -> dict[str, float | int]:
+    """Visible cells per tubelet over the entries."""
     counts = bits.sum(axis=1)
-    return MaskStatistics(
-        mean=float(counts.mean()),
-        sd=float(counts.std()),
-        least=int(counts.min()),
-        most=int(counts.max()),
-        visible=bits.mean(axis=0).reshape(height, width),
-    )
+    spread = {"mean": float(counts.mean()), "sd": float(counts.std())}
+    return {**spread, "least": int(counts.min()), "most": int(counts.max())}
 
 
 def step_bucket(raw: Bits, key: tuple[int, int], step: int) -> int:

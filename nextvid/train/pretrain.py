@@ -146,14 +146,10 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
         )
     events = read_events(opened.folder)
     checks = (_checkpoint_loads(opened), _losses_finite(events), _rank_above_alarm(events, opened))
-    checks_path = str(opened.folder / "checks.json")
-    tables.publish_checks(checks_path, "pretrain", [asdict(check) for check in checks])
-    passed = all(check.passed for check in checks)
-    if passed and not opened.overrides:
-        atomic.publish_json(
-            project.root.latest_run(recipe),
-            {"run": run, "trainset": opened.trainset, "mask_plan": opened.mask_plan},
-        )
+    tables.publish_checks(str(opened.folder / "checks.json"), "pretrain", [asdict(check) for check in checks])
+    if all(check.passed for check in checks) and not opened.overrides:
+        pointer = {"run": run, "trainset": opened.trainset, "mask_plan": opened.mask_plan}
+        atomic.publish_json(project.root.latest_run(recipe), pointer)
     return Outcome(
         "pretrain",
         recipe,
@@ -258,10 +254,7 @@ def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
 
 def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
     step, look = _last(events, "step"), _last(events, "diagnostics")
-    identity = run.identity
-    found: dict[str, Number] = {
-        "recipe": identity.recipe, "trainset": identity.trainset, "mask_plan": identity.mask_plan
-    }  # fmt: skip
+    found: dict[str, Number] = {name: getattr(run.identity, name) for name in ("recipe", "trainset", "mask_plan")}
     found |= {"steps": run.recipe.steps, "clips": step.get("draws", 0), "ranks": run.how.ranks}
     found |= {name: step[name] for name in ("align", "flow") if name in step}
     found |= {name: look[name] for name in ("effective_rank", "online_effective_rank", "feature_std") if name in look}

@@ -15,7 +15,6 @@ import collections
 import math
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -123,22 +122,12 @@ class Pixels:
 Kind = Latents | Pixels
 
 
-class Copied(Protocol):
-    """The end of a copy: what a torch.cuda.Event can tell."""
-
-    def synchronize(self) -> None:
-        """Wait until the copy has ended."""
-
-    def query(self) -> bool:
-        """Whether the copy has ended."""
-
-
 @dataclass(eq=False)
 class Buffer:
     """Flat memory of a ring, and the end of the last copy out of it."""
 
     memory: Tensor
-    copied: Copied | None = None
+    copied: torch.cuda.Event | None = None
 
 
 class Ring:
@@ -157,7 +146,7 @@ class Ring:
                 return buffer
         return self._free.popleft()
 
-    def give(self, buffer: Buffer, copied: Copied | None) -> None:
+    def give(self, buffer: Buffer, copied: torch.cuda.Event | None) -> None:
         """Put a buffer back; `copied` is the end of the copy out of it, None if that has ended."""
         buffer.copied = copied
         self._free.append(buffer)

@@ -123,17 +123,8 @@ def open_run(folder: Path) -> Run:
     values: dict[str, Any] = atomic.read_json(str(path))
     recipe = parse(RecipeConfig, values["recipe"], f"{path}, recipe")
     how = parse(ExecutionConfig, values["how"], f"{path}, how")
-    return Run(
-        values["run"],
-        folder,
-        recipe,
-        how,
-        values["trainset"],
-        values["mask_plan"],
-        values["repeat"],
-        tuple(values["overrides"]),
-        values["pixels"],
-    )
+    inputs = {name: values[name] for name in ("trainset", "mask_plan", "repeat", "pixels")}
+    return Run(values["run"], folder, recipe, how, overrides=tuple(values["overrides"]), **inputs)
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from nextvid.evaluate.generate import (
     generate_masked,
     generate_onward,
     random_tube,
-    reads_latents,
-    reads_pixels,
+    reading_back,
 )
 from nextvid.model.nextvid import NExTVid
 from nextvid.model.tokens import (
@@ -101,7 +100,7 @@ def anew(model: NExTVid, seed: Tensor, cells: Tensor, generator: torch.Generator
 
 
 def read_back_of(config: ModelConfig) -> ReadBack:
-    return reads_latents(config) if config.encoder.input == "latents" else reads_pixels(config, decode)
+    return reading_back(config, decode)
 
 
 @pytest.mark.parametrize("kept", [CELLS, KEPT])
@@ -161,7 +160,7 @@ def test_a_tubelet_is_generated_from_those_before_it(model: NExTVid, latents: Te
 
 
 def test_onward_from_one_tubelet_equals_masked_generation_of_the_next(model: NExTVid, latents: Tensor) -> None:
-    two, read_back = latents[:, : 2 * TUBELET], reads_latents(model.recipe.model)
+    two, read_back = latents[:, : 2 * TUBELET], reading_back(model.recipe.model, decode)
     masked = generate_masked(model, tokens_of(two), every_cell(), noise(), steps=3)
     onward = generate_onward(model, tokens_of(two[:, :TUBELET]), 2, every_cell(), noise(), read_back, steps=3)
     torch.testing.assert_close(masked, onward, rtol=1e-5, atol=1e-5)
@@ -176,8 +175,8 @@ def test_encoders_of_pixels_read_decoded_bytes(of_pixels: NExTVid, latents: Tens
         seen.append(decode(given))
         return seen[-1]
 
-    seed = reads_pixels(config, decode)(latents[:, :TUBELET])
-    generated = generate_onward(of_pixels, seed, TUBELETS, every_cell(), noise(), reads_pixels(config, noting), steps=2)
+    seed = reading_back(config, decode)(latents[:, :TUBELET])
+    generated = generate_onward(of_pixels, seed, TUBELETS, every_cell(), noise(), reading_back(config, noting), steps=2)
     assert len(seen) == TUBELETS - 2  # the last tubelet is read by nobody
     assert seen[0].dtype == torch.uint8
     assert torch.equal(seen[1], decode(generated[:, 2:4]))
@@ -193,7 +192,7 @@ def test_same_noise_same_clip_other_noise_another(model: NExTVid, latents: Tenso
 
 
 def test_a_seed_of_another_length_is_a_programmers_mistake(model: NExTVid, latents: Tensor) -> None:
-    read_back = reads_latents(model.recipe.model)
+    read_back = reading_back(model.recipe.model, decode)
     with pytest.raises(AssertionError, match="one tubelet"):
         generate_onward(model, tokens_of(latents), 4, every_cell(), noise(), read_back)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
-from nextvid.evaluate.generate import reads_pixels
+from nextvid.evaluate.generate import reading_back
 from nextvid.evaluate.samples import make_samples
 from nextvid.evaluate.scene import CLIPS, choose_clips, open_scene
 from nextvid.model.tokens import pixel_values, space_to_depth
@@ -75,7 +75,7 @@ def test_encoders_of_pixels_see_the_reconstruction(evaluated: Project) -> None:
     assert tokens.shape == (CLIPS, 4 * 64, 2 * 8 * 8 * 3)
     corner = torch.from_numpy(scene.truth[3, 2:4, 8:16, 16:24]).float() / 127.5 - 1  # cell (1, 2) of tubelet 1
     torch.testing.assert_close(tokens[3, 64 + 8 + 2], rearrange(corner, "u y x c -> (c u y x)"))
-    read_back = reads_pixels(reads.model, scene.decode)(scene.targets[:, :2])
+    read_back = reading_back(reads.model, scene.decode)(scene.targets[:, :2])
     torch.testing.assert_close(read_back, tokens[:, :64], atol=2 / 255 + 1e-6, rtol=0)  # a byte, by another batch
 
     predicts = apply_overrides(reads, ["losses.target=pixels", "model.frame_channels=192"])

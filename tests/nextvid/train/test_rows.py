@@ -4,6 +4,7 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from typing import cast
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_a_buffer_is_written_again_only_after_its_copy(project: Project) -> None
     bits = first[1].view(torch.int16)  # what an image leaves unwritten may be NaN
     before = bits.clone()
     copying = Copying()
-    rows._ring.give(first[0], copying)
+    rows._ring.give(first[0], cast("torch.cuda.Event", copying))
     second = rows.memory(4, 4)
     rows.fill(shares[1], second)  # no copy out of it yet: at once
     assert second[0] is not first[0]
@@ -121,7 +122,7 @@ def test_a_place_whose_copy_is_over_is_taken_before_one_that_waits() -> None:
     buffers = [ring.take() for _ in range(3)]
     copies = [Copying() for _ in buffers]
     for buffer, copying in zip(buffers, copies, strict=True):
-        ring.give(buffer, copying)
+        ring.give(buffer, cast("torch.cuda.Event", copying))
     copies[1].over.set()
     assert [ring.take() for _ in range(3)] == [buffers[1], buffers[0], buffers[2]]
 
