@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from benchmarks.measure import machine, show, write
-from nextvid.trainset.hash_search import HASH_BYTES, MAX_DISTANCE, groups, near_pairs
+from nextvid.trainset.duplicates import HASH_BYTES, MAX_DISTANCE, groups, near_pairs
 
 TARGET_S = 60.0  # our requirement: 100,000 hashes in under a minute
 HASHES, QUICK_HASHES = 100_000, 20_000

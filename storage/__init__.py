@@ -18,7 +18,8 @@ The data root, as `root.py` builds it (every path of the project comes from ther
            probes/ samples/ report/<recipe>/<run>/
 
 Every path is a string that fsspec understands. atomic.py publishes files, locks.py locks, listing.py lists, remote.py
-speaks to object stores, cache.py keeps local copies of a bucket's files.
+speaks to object stores, cache.py keeps local copies of a bucket's files. Of latents and pixels store.py has the stores,
+part.py their parts, shard.py the bytes of a shard; reader.py reads rows fast, verify.py reads every byte.
 
 `latest.json` in latent_stats/, duplicates/, trainset/ and pretrain/<recipe>/ points to the newest complete one.
 """

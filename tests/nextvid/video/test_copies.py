@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nextvid.config.curation import DuplicateConfig, ShotConfig
-from nextvid.trainset.hash_search import groups, near_pairs
+from nextvid.trainset.duplicates import groups, near_pairs
 from nextvid.video.decode import stream
 from nextvid.video.probe import probe
 from nextvid.video.shots import first_pass

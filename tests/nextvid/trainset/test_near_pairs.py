@@ -1,4 +1,4 @@
-"""The banded search against brute force, and union-find against its definition."""
+"""duplicates.py: the banded search against brute force, and connected components against their definition."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.trainset.hash_search import groups, near_pairs
+from nextvid.trainset.duplicates import groups, near_pairs
 from storage.errors import ConfigError
 
 
