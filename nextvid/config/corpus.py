@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from nextvid.config.curation import CurationConfig
-from nextvid.config.datasets import BenchmarkConfig, DatasetConfig
+from nextvid.config.datasets import BenchmarkConfig, DatasetConfig, LabelConfig, SplitConfig
 from nextvid.config.strict import AtLeastZero, Count, Share, Strict, parse
 from nextvid.config.yaml_file import read_yaml
 from storage.digest import digest_config
@@ -125,6 +125,8 @@ class CorpusConfig(Strict):
         for value in datasets.values():
             for place in ("file", "files", "path_base"):  # a path changes no row; its content belongs to the listing
                 value["labels"].pop(place)
+            if value["labels"]["clock"] == LabelConfig().clock:
+                value["labels"].pop("clock")  # younger than digests that are accepted
         benchmarks = {
             n: b.model_dump(mode="json", include={"target", "policy"})
             | {"datasets": [name for name in b.datasets if name in datasets]}
@@ -158,9 +160,21 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
     refuse_credentials(corpus.root, f"{file}, root")
     for name, dataset in corpus.datasets.items():
         refuse_credentials(dataset.uri, f"{file}, datasets.{name}.uri")
-    corpus = _absolute(corpus, file.parent)
+    corpus = _without_needless_tests(_absolute(corpus, file.parent))
     _refuse_shared_files(corpus, file)
     return corpus
+
+
+def _without_needless_tests(corpus: CorpusConfig) -> CorpusConfig:
+    """A dataset that no benchmark names and whose `split` is not written holds nothing out (docs/decisions/0039)."""
+    probed = {name for benchmark in corpus.benchmarks.values() for name in benchmark.datasets}
+    datasets = {
+        name: dataset
+        if name in probed or "split" in dataset.model_fields_set
+        else dataset.model_copy(update={"split": SplitConfig(val=0.0, test=0.0)})
+        for name, dataset in corpus.datasets.items()
+    }
+    return corpus.model_copy(update={"datasets": datasets})
 
 
 def _refuse_shared_files(corpus: CorpusConfig, file: Path) -> None:
@@ -185,6 +199,7 @@ def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
         name: dataset.model_copy(
             update={
                 "uri": resolve(dataset.uri),
+                "follow_links": tuple(resolve(folder) for folder in dataset.follow_links),
                 "labels": dataset.labels.model_copy(
                     update={
                         "file": resolve(dataset.labels.file) if dataset.labels.file else None,

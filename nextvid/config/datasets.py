@@ -44,7 +44,10 @@ class ClipPolicy(Strict):
 
 
 class SplitConfig(Strict):
-    """Shares of the split by hash, for files without an official split. The rest is train."""
+    """Shares of the split by hash, for files without an official split; the rest is train.
+
+    Where no benchmark names the dataset, nothing is held out unless `split` is written (docs/decisions/0039).
+    """
 
     val: Share = Field(0.0, description="share of validation")
     test: Share = Field(0.2, description="share of test")  # 80 to 20: our choice
@@ -60,7 +63,7 @@ class LabelConfig(Strict):
     """Where labels are: `none`, `folders` (the last folder's name), `csv` (columns by name), or as a public data set
     publishes them.
 
-    A csv file may have two columns more, in seconds of the file's own clock: a line with both labels that span alone.
+    A csv file may have two columns more, in seconds: a line with both labels that span alone.
     Public data sets: imagenet (folders; LOC_val_solution.csv for flat ones), kinetics400 (csv), ssv2 (json; labels.json
     as classes), diving48 (json; the vocabulary as classes), internvid (jsonl, a caption a span).
     """
@@ -92,6 +95,12 @@ class LabelConfig(Strict):
     group_column: str | None = Field(None, description="csv: column of groups; the hash split keeps a group together")
     start_column: str = Field("start_s", description="csv: column of spans' starts in seconds, where there is one")
     end_column: str = Field("end_s", description="csv: column of spans' ends in seconds, where there is one")
+
+    clock: Literal["first_frame", "file"] = Field(
+        "first_frame",
+        description="what spans count from, in a file whose first frame is not at 0: that frame, as players and "
+        "annotation tools show it, or the zero of the file's own timestamps (ffprobe)",
+    )  # docs/decisions/0039
 
     @model_validator(mode="after")
     def _fits_layout(self) -> Self:
@@ -128,6 +137,11 @@ class DatasetConfig(Strict):
     """One dataset. With a weight it is pretrained on, by its clip policies; benchmarks name it for probing."""
 
     uri: str = Field(description="folder or fsspec URL of the files, relative to corpus.yaml")
+    follow_links: tuple[str, ...] = Field(
+        (),
+        description="folders that links may lead to, beside `uri`, such as the `blobs` of a Hub cache; a link to a "
+        "file elsewhere is rejected as `outside`, one to a folder is not followed",
+    )
     weight: Positive | None = Field(
         None, description="share of training draws, relative to the other weights; without it no clip is trained on"
     )

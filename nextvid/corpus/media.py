@@ -8,16 +8,17 @@ is rejected for as long as the cause lasts.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from nextvid.config.datasets import DatasetConfig, LabelConfig
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.labels import contradictions, doubled, label_checks, read_labels
-from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, known_sources
+from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, is_below, known_sources
 from nextvid.machine import available_cores
 from nextvid.making.batches import batch_state, config_of, dataset_of, made_by_older
 from nextvid.making.outcome import Check, Outcome
@@ -40,7 +41,7 @@ WORKERS = 2  # our choice: probing waits for the disk, and two processes keep on
 FILES_A_WORKER, BYTES_A_WORKER = 500, 750_000_000
 TIMEOUT_S = 60.0  # our choice: a probe takes milliseconds; the rest is for reading the file, below
 READ_BYTES_PER_S = 10_000_000  # our choice: a slow network disk
-LIFTABLE = ("contradictory", "ambiguous_name", "withdrawn")  # reasons that end with their cause; the file was read
+LIFTABLE = ("contradictory", "ambiguous_name", "withdrawn", "outside")  # reasons that end with their cause
 
 
 def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
@@ -58,10 +59,10 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     kept = _kept(before, unread)
     made_from = {"listing": listing, "version": state.version_now("media", kept=kept.height > 0)}
     rows = _never_read(sources, before, config.licence) + _inspect(
-        unread, config.licence, lambda n: on_progress(Progress(f"media {batch}", n, unread.height))
+        unread, config, lambda n: on_progress(Progress(f"media {batch}", n, unread.height))
     )
     media = pl.concat([kept, pl.DataFrame(rows, before.schema, orient="row")]).sort("uri", "revision")
-    labels = _join(media, read_labels(config, media["path"].to_list()))
+    labels = _join(media, read_labels(config, media["path"].to_list()), config.labels)
     media = _judge(media, labels, withdrawn_media(root), _doubled(project, batch))
     good = media.filter(pl.col("status") == "ok")
     bare = good.filter(~pl.col("media_id").is_in(labels["media_id"].implode()))["path"].to_list()
@@ -132,16 +133,17 @@ def _never_read(sources: pl.DataFrame, before: pl.DataFrame, licence: str) -> li
     return rows
 
 
-def _inspect(unread: pl.DataFrame, licence: str, on_count: Callable[[int], None]) -> list[MediaRow]:
+def _inspect(unread: pl.DataFrame, config: DatasetConfig, on_count: Callable[[int], None]) -> list[MediaRow]:
     """One row per file, read in the sandbox."""
     rows: list[MediaRow] = []
+    licence = config.licence
     files: dict[str, MediaRow] = {}
     for source in unread.iter_rows(named=True):
         if source["fingerprint"] == NOT_UTF8:
             error = "its name is not UTF-8 and shown with escapes; rename the file"
             rows.append(_row(source, licence, reason="bad_name", error=error, rejected=True))
-        elif (target := _outside(source)) is not None:
-            error = f"a link to {target}, outside of the dataset's folder; name that folder as a dataset"
+        elif (target := _outside(source, config.follow_links)) is not None:
+            error = f"a link to {target}, outside of the dataset's folder; name the folder there under 'follow_links'"
             rows.append(_row(source, licence, reason="outside", error=error, rejected=True))
         else:
             files[source["uri"]] = source
@@ -164,14 +166,13 @@ def _inspect(unread: pl.DataFrame, licence: str, on_count: Callable[[int], None]
     return rows
 
 
-def _outside(source: MediaRow) -> str | None:
-    """The real path of a local file, if a link leads out of its dataset's folder."""
+def _outside(source: MediaRow, followed: Sequence[str]) -> str | None:
+    """The real path of a local file, if a link leads out of its dataset's folder and those that links may lead to."""
     if not is_local(source["uri"]):
         return None
     path = source["uri"].removeprefix("file://")
-    top = os.path.realpath(path.removesuffix(source["path"]))
     real = os.path.realpath(path)
-    return None if real.startswith(top.rstrip("/") + "/") else real
+    return None if is_below(real, (path.removesuffix(source["path"]), *followed)) else real
 
 
 def _identity_of(sandbox: Sandbox, path: Path, error: MediaError, timeout_s: float) -> Inspection | MediaError:
@@ -221,10 +222,14 @@ def _row(
     }
 
 
-def _join(media: pl.DataFrame, by_path: pl.DataFrame) -> pl.DataFrame:
-    """Labels by media id: a file has those of all its copies."""
-    newest = latest(media).filter(pl.col("media_id").is_not_null()).select("path", "media_id")
-    rows = newest.join(by_path, on="path").select(Labels.column_names())
+def _join(media: pl.DataFrame, by_path: pl.DataFrame, config: LabelConfig) -> pl.DataFrame:
+    """Labels by media id, spans on the file's own clock: a file has those of all its copies."""
+    newest = latest(media).filter(pl.col("media_id").is_not_null())
+    newest = newest.select("path", "media_id", begin=pl.col("start_us").fill_null(0))
+    rows = newest.join(by_path, on="path")
+    if config.clock == "first_frame":
+        rows = rows.with_columns(pl.col("start_us", "end_us") + pl.col("begin"))
+    rows = rows.select(Labels.column_names())
     return rows.unique().sort("media_id", "target", "start_us", "end_us", "value")
 
 

@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,7 @@ from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError
 from storage.remote import is_local
 from storage.schemas import KINDS, Sources
 
+Row = tuple[str, str, str, int, str]  # URI, path, kind, size in bytes, fingerprint
 Known = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint) in an earlier listing
 
 NOT_UTF8 = "name is not UTF-8"  # the fingerprint of a file whose name no table can hold; media.py rejects it
@@ -56,18 +57,17 @@ def list_dataset(project: Project, name: str, known: Known | None = None) -> Lis
 
     Raises CorpusError where the folder is missing or any part of it cannot be listed.
     """
-    uri = project.corpus.datasets[name].uri
-    rows: list[tuple[str, str, str, int, str]] = []
+    config = project.corpus.datasets[name]
+    uri = config.uri
+    rows: list[Row] = []
     empty: list[str] = []
     ignored: Counter[str] = Counter()
     try:
         _, top = remote.connect(uri)
-        for info in _walk(uri, top, empty):
+        for info in _walk(uri, top, empty, config.follow_links):
             row = _row(top, uri, info)
-            if row is None:
-                path = PurePosixPath(str(info["name"]).removeprefix(top).strip("/"))
-                hidden = any(part.startswith(".") for part in path.parts)
-                ignored["hidden" if hidden else path.suffix.lower() or "no extension"] += 1
+            if isinstance(row, str):
+                ignored[row] += 1
             else:
                 rows.append(row)
     except CorpusError:
@@ -198,20 +198,34 @@ def batch_fingerprint(project: Project, batch: str, labels: Sequence[str] | None
     return digest({"files": [list(row) for row in files.iter_rows()], "labels": list(labels)})
 
 
-def _walk(uri: str, top: str, empty: list[str]) -> Iterator[Mapping[str, Any]]:
-    """Every file below `top`, the key of `uri`; empty folders are added to `empty`.
+def is_below(real: str, folders: Iterable[str]) -> bool:
+    """Whether a real path is below one of these local folders, which may be links themselves."""
+    return any(real.startswith(os.path.realpath(folder).rstrip("/") + "/") for folder in folders)
 
+
+def _walk(uri: str, top: str, empty: list[str], followed: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Every file below `top`, the key of `uri`; empty folders are added to `empty`, and links to folders elsewhere.
+
+    A link to a folder below one of `followed` is that folder; any other is given like a file, so that it is counted.
     Not fsspec's own walk, which ignores errors below the first level with any setting. Raises FileNotFoundError(uri)
     where `top` is no folder.
     """
-    folders = [top]
+    folders, targets = [top], set[str]()
     while folders:
         folder = folders.pop()
         found = _entries(uri, folder, is_top=folder == top)
         if not found:
             empty.append(folder.removeprefix(top).strip("/"))
         for info in found:
-            if info["type"] != "directory":
+            if info.get("islink") and Path(info["name"]).is_dir():
+                target = os.path.realpath(info["name"])
+                if is_below(f"{target}/", followed) and target not in targets:  # a link may lead to its own folder
+                    targets.add(target)
+                    folders.append(info["name"])
+                else:
+                    empty.append(info["name"].removeprefix(top).strip("/"))
+                    yield info
+            elif info["type"] != "directory":
                 yield info
             elif info["name"].rstrip("/") != folder.rstrip("/"):
                 folders.append(info["name"])
@@ -240,23 +254,25 @@ def _entries(uri: str, folder: str, *, is_top: bool) -> list[Mapping[str, Any]]:
     return found
 
 
-def _row(top: str, uri: str, info: Mapping[str, Any]) -> tuple[str, str, str, int, str] | None:
-    """One file as (uri, path, kind, size, fingerprint); None where it is no media file."""
+def _row(top: str, uri: str, info: Mapping[str, Any]) -> Row | str:
+    """A media file, or the word under which another file is counted: its extension, `hidden`, `link to a folder`."""
     name = str(info["name"])
     if (shown := name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) != name:
         path = shown.removeprefix(top.rstrip("/") + "/")
-        return (f"{uri.rstrip('/')}/{path}", path, kind, 0, NOT_UTF8) if (kind := kind_of(shown)) else None
-    if info.get("islink") and Path(name).is_dir():
-        raise CorpusError(f"{name} is a link to a folder, which listings do not follow; name that folder as a dataset")
-    kind = kind_of(name)
+        return (f"{uri.rstrip('/')}/{path}", path, kind, 0, NOT_UTF8) if (kind := kind_of(shown)) else "no extension"
     path = name.removeprefix(top.rstrip("/") + "/")
-    if kind is None or name.endswith("/") or any(part.startswith(".") for part in path.split("/")):
-        return None
+    if any(part.startswith(".") for part in path.split("/")):
+        return "hidden"
+    if info.get("islink") and Path(name).is_dir():
+        return "link to a folder"
+    kind = kind_of(name)
+    if kind is None or name.endswith("/"):
+        return PurePosixPath(path).suffix.lower() or "no extension"
     size, fingerprint = int(info.get("size") or 0), _fingerprint(info)
     if is_local(uri):
         size, fingerprint, regular = _local(name)
         if not regular:
-            return None
+            return "no regular file"
     return f"{uri.rstrip('/')}/{path}", path, kind, size, fingerprint
 
 
@@ -278,7 +294,7 @@ def _fingerprint(info: Mapping[str, Any]) -> str:
     return "none"
 
 
-def _frame(rows: list[tuple[str, str, str, int, str]]) -> pl.DataFrame:
+def _frame(rows: list[Row]) -> pl.DataFrame:
     schema = {
         "uri": pl.String(),
         "path": pl.String(),
@@ -302,8 +318,9 @@ def _refuse_vanished(project: Project, listing: Listing, known: pl.DataFrame) ->
     for folder in filter(None, listing.empty):
         if missed := present.filter(pl.col("path").str.starts_with(f"{folder}/")).height:
             raise CorpusError(
-                f"dataset {listing.dataset}: {uri.rstrip('/')}/{folder} is empty where {missed} files were; mount it, "
-                "or, if they were deleted on purpose, remove the empty folder"
+                f"dataset {listing.dataset}: {uri.rstrip('/')}/{folder} is empty, or a link that is not followed, "
+                f"where {missed} files were; mount it, name its target in 'follow_links', or, if they were deleted on "
+                "purpose, remove it"
             )
 
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from nextvid.config.project import Project
 from nextvid.corpus.clips import make_clips
+from nextvid.corpus.manifest import with_value
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots
 from nextvid.corpus.sources import known_sources, list_dataset, make_sources, update_sources
@@ -17,6 +20,8 @@ from storage.errors import CorpusError
 from storage.schemas import Clips, Labels, Media
 from tests.factories import write_project
 from tests.nextvid.corpus.small_media import FPS, scene, write_film
+from tests.nextvid.video.film import X264_FAST
+from tests.nextvid.video.film import write_film as write_mkv
 
 POLICY = {"frames": 4, "fps": 4}
 
@@ -92,6 +97,45 @@ def test_links_out_of_the_dataset_are_rows_with_their_reason(tmp_path: Path) -> 
         "loop.mp4": ("quarantined", "unreadable"),
         "nothing.mp4": ("quarantined", "missing"),
     }
+
+
+def test_links_are_followed_to_the_folders_that_corpus_yaml_names(tmp_path: Path) -> None:
+    """As in the cache of the Hugging Face Hub: names in `snapshots`, content in `blobs`."""
+    blobs = tmp_path / "hub" / "blobs"
+    film(blobs / "a.mp4", "wall")
+    (blobs / "a.mp4").rename(blobs / "0a1b")
+    snapshot = tmp_path / "hub" / "snapshots" / "main"
+    (snapshot / "walk").mkdir(parents=True)
+    (snapshot / "walk" / "a.mp4").symlink_to("../../../blobs/0a1b")
+    dataset: dict[str, Any] = {"uri": "hub/snapshots/main", "quarantine_budget": 1.0, "clips": [POLICY], "weight": 1.0}
+    project = write_project(tmp_path, {"d": dataset})
+    update_sources(project)
+    make_media(project, "d.000000")
+    assert verdicts(project) == {"walk/a.mp4": ("rejected", "outside")}
+    project = write_project(tmp_path, {"d": dataset | {"follow_links": ["hub/blobs"]}})
+    make_media(project, "d.000000")
+    assert verdicts(project) == {"walk/a.mp4": ("ok", None)}
+    make_shots(project, "d.000000")
+    assert make_clips(project, "d.000000").numbers["clips"] == 1
+
+
+@pytest.mark.parametrize(("clock", "value"), [("first_frame", "late"), ("file", "early")])
+def test_spans_count_from_the_first_frame_or_the_files_zero(tmp_path: Path, clock: str, value: str) -> None:
+    """A recording whose first frame is at 2 s."""
+    pts_ms = [2000 + 1000 * n // FPS for n in range(2 * FPS)]
+    (tmp_path / "d").mkdir()
+    write_mkv(tmp_path / "d" / "a.mkv", scene("dunes", 2 * FPS), fps=FPS, pts_ms=pts_ms, options=X264_FAST)
+    (tmp_path / "labels.csv").write_text("path,class,start_s,end_s\na.mkv,late,0,2\na.mkv,early,2,4\n")
+    labels = {"layout": "csv", "file": "labels.csv", "targets": {"class": "class"}, "clock": clock}
+    project = made(tmp_path, labels)
+    table = tables.read_table(project.root.table("labels", "d.000000"), Labels).filter(value=value)
+    assert table.select("start_us", "end_us").row(0) == (2_000_000, 4_000_000), "on the clock of the frames' times"
+    make_shots(project, "d.000000")
+    make_clips(project, "d.000000")
+    clips = tables.read_table(project.root.table("clips", "d.000000"), Clips)
+    clips = clips.filter(status="ok").with_columns(batch=pl.lit("d.000000"))
+    labelled = with_value(clips, tables.read_table(project.root.table("labels", "d.000000"), Labels), "class")
+    assert set(labelled["label"]) == {value}
 
 
 def test_a_dataset_may_itself_lie_behind_a_link(tmp_path: Path) -> None:
@@ -189,8 +233,8 @@ def test_batches_are_bounded_and_folders_are_read_as_they_are_reached(
     reached: list[str] = []
     walk = sources._walk
 
-    def counted(uri: str, top: str, empty: list[str]) -> Any:
-        for info in walk(uri, top, empty):
+    def counted(uri: str, top: str, empty: list[str], followed: Sequence[str]) -> Any:
+        for info in walk(uri, top, empty, followed):
             reached.append(info["name"])
             yield info
 

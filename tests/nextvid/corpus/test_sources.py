@@ -115,7 +115,7 @@ def test_an_empty_mount_point_below_is_an_error_too(project: Project, tmp_path: 
     (tmp_path / "d" / "a").rename(tmp_path / "unmounted")
     (tmp_path / "d" / "a").mkdir()
     (tmp_path / "d" / "never_held_anything").mkdir()
-    with pytest.raises(CorpusError, match=r"d/a is empty where 1 files were.*remove the empty folder"):
+    with pytest.raises(CorpusError, match=r"d/a is empty, or a link that is not followed, where 1 files were"):
         update_sources(project)
     assert known_sources(project, "d").equals(before)
     (tmp_path / "d" / "a").rmdir()
@@ -143,7 +143,7 @@ def test_a_listing_that_fails_halfway_is_an_error(project: Project, monkeypatch:
     assert known_sources(project, "d").equals(before)
 
 
-def test_links_to_files_are_files_and_links_to_folders_are_refused(project: Project, tmp_path: Path) -> None:
+def test_links_to_files_are_files_and_links_to_folders_are_counted(project: Project, tmp_path: Path) -> None:
     write(tmp_path, "outside.mp4", text="far")
     (tmp_path / "d" / "link.mp4").symlink_to(tmp_path / "outside.mp4")
     (tmp_path / "d" / "nowhere.mp4").symlink_to(tmp_path / "missing.mp4")
@@ -151,8 +151,25 @@ def test_links_to_files_are_files_and_links_to_folders_are_refused(project: Proj
     assert files["link.mp4"]["size_bytes"] == 3
     assert files["nowhere.mp4"]["fingerprint"] == "broken link"
     (tmp_path / "d" / "loop").symlink_to(tmp_path / "d")
-    with pytest.raises(CorpusError, match="link to a folder"):
-        list_dataset(project, "d")
+    listing = list_dataset(project, "d")
+    assert listing.ignored["link to a folder"] == 1
+    assert listing.files["path"].to_list() == sorted(files)
+
+
+def test_links_to_folders_are_followed_where_corpus_yaml_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "disk", "one/a.mp4", "two/b.mp4")
+    (tmp_path / "disk" / "one" / "round").symlink_to(tmp_path / "disk" / "one")
+    write(tmp_path / "d", "c.mp4")
+    (tmp_path / "d" / "one").symlink_to(tmp_path / "disk" / "one")
+    project = write_project(tmp_path, {"d": {"uri": "d", "follow_links": ["disk"]}})
+    listing = list_dataset(project, "d")
+    assert listing.files["path"].to_list() == ["c.mp4", "one/a.mp4"]
+    assert listing.ignored == {"link to a folder": 1}, "a circle ends"
+    update_sources(project)
+    project = write_project(tmp_path, {"d": {"uri": "d"}})
+    with pytest.raises(CorpusError, match="name its target in 'follow_links'"):
+        update_sources(project)
+    assert known_sources(project, "d")["gone_at"].null_count() == 2, "nothing counts as gone"
 
 
 def test_an_empty_dataset_has_no_batch(tmp_path: Path) -> None:
