@@ -1,4 +1,4 @@
-"""At which packets decoding may begin: what the bitstream says, where the container's key flag is not enough.
+"""At which packets decoding may begin, and which are missing: what the bitstream says, beside the container's flags.
 
 FFmpeg flags a packet as key when the container says so, and for H.264 also when the packet carries a recovery point:
 with periodic intra refresh (OBS, NVENC, RTSP cameras, drones) that is a picture of the old scene, which becomes whole
@@ -14,6 +14,9 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 H264_IDR, H264_SEI = 5, 6  # ITU-T H.264, table 7-1
+H264_SLICES, H264_SPS = (1, 5), 7  # likewise
+H264_HIGH_PROFILES = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135})  # 7.3.2.1.1
+HEADER_BYTES = 24  # hold what is read of a slice's or sequence's header
 HEVC_IRAP = range(16, 24)  # ITU-T H.265, table 7-1: BLA, IDR, CRA and their reserved numbers
 START_CODE = b"\0\0\1"  # ITU-T H.264, annex B
 RECOVERY_POINT = 6  # payload type of the SEI message, ITU-T H.264, D.1.8
@@ -53,6 +56,76 @@ def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
 def must_begin_at_entry(stream: VideoStream) -> bool:
     """Whether a file of this codec is read from its first entry point on, and what comes before it is left out."""
     return stream.codec_context.codec.canonical_name in {"h264", "hevc"}
+
+
+class ReferencePictures:
+    """Whether an H.264 stream has every picture that others refer to: they are numbered (ITU-T H.264, 7.4.3).
+
+    FFmpeg conceals a lost one without an error: the pictures behind it are smeared up to the next entry point.
+    """
+
+    def __init__(self, stream: VideoStream) -> None:
+        extradata = stream.codec_context.extradata or b""
+        self.length_bytes = (extradata[4] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > 4 else 0
+        self.before: int | None = None  # number of the reference picture before
+        self.number_bits = 0  # unknown
+        at = 8  # of the first set, behind its size (ISO/IEC 14496-15, 5.3.3.1)
+        for unit in [extradata[at:]] if self.length_bytes else _units(extradata, 0):
+            self._read_parameters(unit)
+
+    def is_lost_before(self, packet: "Packet[VideoStream]", *, begins: bool) -> bool:
+        """Whether a reference picture is missing between the packet before and this one; `begins`: an entry point."""
+        for unit in _units(bytes(packet), self.length_bytes):
+            self._read_parameters(unit)
+            if unit[0] & 31 in H264_SLICES and self.number_bits:
+                bits = _Bits(unit[1:])
+                for _ in range(3):  # first_mb_in_slice, slice_type, pic_parameter_set_id
+                    bits.golomb()
+                number, before = bits.take(self.number_bits), self.before
+                if unit[0] >> 5 & 3:  # nal_ref_idc
+                    self.before = number
+                return not (begins or before is None or number in (before, (before + 1) % (1 << self.number_bits)))
+        return False
+
+    def _read_parameters(self, unit: bytes) -> None:
+        """The width of numbers in a sequence parameter set (7.3.2.1.1); 0, unknown, for sets that are seldom."""
+        if len(unit) < 5 or unit[0] & 31 != H264_SPS:
+            return
+        bits, self.number_bits = _Bits(unit[4:]), 0
+        bits.golomb()  # seq_parameter_set_id
+        if unit[1] in H264_HIGH_PROFILES:
+            if bits.golomb() == 3:  # 4:4:4: planes may be pictures of their own
+                return
+            bits.golomb(), bits.golomb(), bits.take(1)  # bit depths, qpprime_y_zero_transform_bypass_flag
+            if bits.take(1):  # scaling lists
+                return
+        number_bits = bits.golomb() + 4
+        match bits.golomb():  # pic_order_cnt_type
+            case 0:
+                bits.golomb()
+            case 1:
+                return
+        bits.golomb()  # max_num_ref_frames
+        self.number_bits = 0 if bits.take(1) else number_bits  # gaps_in_frame_num_value_allowed_flag
+
+
+class _Bits:
+    """The first bits of a unit's payload, without emulation prevention (7.4.1.1); zeros behind its end."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._bits = "".join(f"{byte:08b}" for byte in payload[:HEADER_BYTES].replace(b"\0\0\3", b"\0\0"))
+        self._at = 0
+
+    def take(self, count: int) -> int:
+        """An unsigned number of `count` bits."""
+        self._at += count
+        return int(self._bits[self._at - count : self._at].ljust(count, "0") or "0", 2)
+
+    def golomb(self) -> int:
+        """An unsigned Exp-Golomb code (9.1)."""
+        zeros = max(0, self._bits.find("1", self._at) - self._at)
+        self._at += zeros
+        return self.take(zeros + 1) - 1
 
 
 def _units(data: bytes, length_bytes: int) -> Iterator[bytes]:

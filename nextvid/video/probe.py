@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int64
 from nextvid.video.container import Video, micros, opened
 from nextvid.video.decode import decord_reader
 from nextvid.video.display import Display
-from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
+from nextvid.video.entry_points import ReferencePictures, is_entry_point, must_begin_at_entry
 from nextvid.video.images import MAX_PIXELS, animation_times, head_of, open_image, upright_image_size
 from storage.digest import digest_file
 from storage.errors import MediaError
@@ -220,6 +220,7 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
     entry: list[bool] = []
     discard: list[bool] = []
     late = untimed = 0
+    pictures = ReferencePictures(video.stream) if video.codec == "h264" else None
     waiting, by_dts = must_begin_at_entry(video.stream), video.family == "avi"
     for packet in video.container.demux(video.stream):
         begins = packet.size > 0 and is_entry_point(packet, video.stream)
@@ -237,6 +238,12 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
             raise MediaError(
                 "truncated",
                 f"{path}: a packet near {time} x {video.time_base} s is incomplete: cut off, joined or lost",
+            )
+        if pictures is not None and pictures.is_lost_before(packet, begins=begins):
+            raise MediaError(
+                "corrupt",
+                f"{path}: pictures are missing before {time} x {video.time_base} s, and others refer to them; fetch or "
+                "record it again, or cut it there",
             )
         pts.append(time)
         key.append(packet.is_keyframe)

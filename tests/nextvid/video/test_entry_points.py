@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nextvid.video.container import opened
+from nextvid.video.decode import stream as frames_of
 from nextvid.video.entry_points import _is_whole_h264, _units, is_entry_point
 from nextvid.video.probe import decord_installed, probe
 from storage.errors import MediaError
@@ -261,3 +262,52 @@ def test_streams_that_cannot_be_placed_in_time_or_begun_say_so(tmp_path: Path) -
     with pytest.raises(MediaError, match="without another") as caught:
         probe(path)
     assert caught.value.reason == "no_key"
+
+
+def without(whole: Path, path: Path, lost: range) -> Path:
+    """The film without some of its packets, in decode order."""
+    with av.open(str(whole)) as given, av.open(str(path), "w") as container:
+        old = given.streams.video[0]
+        new = container.add_stream_from_template(old)
+        for number, packet in enumerate(given.demux(old)):
+            if packet.size and number not in lost:
+                packet.stream = new
+                container.mux(packet)
+    return path
+
+
+def numbers_and_places(path: Path, start_us: int) -> list[tuple[int, int]]:
+    """(tenths of a second since the start, number) of every frame."""
+    frames = ((time_us, frame.to_ndarray(format="rgb24")) for time_us, frame in frames_of(path))
+    return [(round((time_us - start_us) / 100_000), numbers(image[None])[0]) for time_us, image in frames]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("lost", [range(40, 50), range(41, 43), range(55, 65), range(20, 30)])
+@pytest.mark.parametrize("bframes", [0, 2])
+def test_lost_packets_within_a_group_have_a_reason(tmp_path: Path, suffix: str, lost: range, bframes: int) -> None:
+    whole = film(tmp_path / "whole.mkv", f"{X264}:bframes={bframes}")
+    path = without(whole, tmp_path / f"a.{suffix}", lost)
+    if lost.stop == 30:  # up to the next entry point: a pause, and all that is left is whole
+        shown = numbers_and_places(path, probe(path).start_us)
+        assert len(shown) == COUNT - len(lost)
+        assert all(place == number for place, number in shown)
+        return
+    with pytest.raises(MediaError, match="pictures are missing before") as caught:
+        probe(path)
+    assert caught.value.reason == "corrupt"
+
+
+@pytest.mark.parametrize("params", ["bframes=0", "bframes=2:b-pyramid=none", "bframes=3", "bframes=0:ref=4"])
+def test_without_any_one_packet_a_film_is_refused_or_right(tmp_path: Path, params: str) -> None:
+    whole = film(tmp_path / "whole.mkv", f"{X264}:{params}")
+    refused = 0
+    for lost in range(1, 30):
+        path = without(whole, tmp_path / f"{lost}.mkv", range(lost, lost + 1))
+        try:
+            facts = probe(path)
+        except MediaError:
+            refused += 1
+            continue
+        assert all(place == number for place, number in numbers_and_places(path, facts.start_us)), lost
+    assert refused > 5
