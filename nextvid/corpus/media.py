@@ -66,7 +66,7 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     media = _judge(media, labels, withdrawn_media(root), _doubled(project, batch))
     good = media.filter(pl.col("status") == "ok")
     bare = good.filter(~pl.col("media_id").is_in(labels["media_id"].implode()))["path"].to_list()
-    listed = known_sources(project, dataset_of(batch))["path"].to_list()
+    listed = known_sources(project, dataset_of(batch))["path"].to_list() if config.labels.every_file() else []
     checks = (
         *_checks(sources, media, config.quarantine_budget),
         *label_checks(dataset_of(batch), config, listed, good["path"].to_list(), bare),

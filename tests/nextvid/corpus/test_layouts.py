@@ -123,6 +123,8 @@ def test_kinetics400(dataset: Callable[..., DatasetConfig]) -> None:
         ("val/abseiling/-3B32lodo2M_000059_000069.mkv", None, None, "split", "val"),
     ]
     assert without_file(config, paths) == ["gone0000000_000001_000011"]
+    found = [(Path(one.file).name, len(one.with_file), len(one.without)) for one in label_files(config, paths[:2])]
+    assert found == [("val.csv", 0, 1), ("test.csv", 0, 1), ("train.csv", 2, 1)]  # each file by itself
 
 
 SSV2 = [
