@@ -42,15 +42,17 @@ def readable_errors() -> Iterator[None]:
 
 def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """What every materialisation reports."""
+    rows_made = outcome.rows * outcome.made if outcome.rows_made is None else outcome.rows_made
     metadata: dict[str, Any] = {
         "dagster/row_count": outcome.rows,
         "made": outcome.made,
+        "rows_made": rows_made,
         "size_bytes": outcome.size_bytes,
         "seconds": round(outcome.seconds, 3),
         "quarantined": outcome.quarantined,
     }
-    if outcome.seconds > 0:
-        metadata["rows_per_s"] = round(outcome.rows / outcome.seconds, 2)
+    if rows_made and outcome.seconds > 0:
+        metadata["rows_per_s"] = round(rows_made / outcome.seconds, 2)
     if outcome.digest:
         metadata["digest"] = outcome.digest
     if outcome.run:

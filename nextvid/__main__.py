@@ -93,12 +93,11 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Show what `nextvid make latents` would encode, why, and at what cost."""
-    from nextvid.planning.acceptance import accept_asked
-    from nextvid.planning.costs import forecast
+    from nextvid.planning.costs import accept_and_tell, forecast
 
     project = open_project(corpus)
     if accept:
-        project = accept_asked(project)
+        project = accept_and_tell(project)
     show(forecast(project, batch), json_)
 
 

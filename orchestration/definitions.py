@@ -16,6 +16,7 @@ from nextvid.graph import GRAPH
 from orchestration.executors import TRAIN_ON, executor
 from orchestration.failures import failures
 from orchestration.jobs import JOBS, forecast_of
+from orchestration.notices import notices
 from orchestration.schedules import NIGHT, nightly_at
 from orchestration.sensors import TICK_S, follow, new_sources_every
 
@@ -47,7 +48,7 @@ def build_defs(
         assets=dg.load_assets_from_modules([import_module(f"assets.{asset}") for asset in GRAPH]),
         jobs=[*JOBS, forecast],
         schedules=[nightly_at(night)],
-        sensors=[new_sources_every(tick_s, forecast), follow, failures],
+        sensors=[new_sources_every(tick_s, forecast), follow, failures, notices],
         executor=executor(steps),
         resources=resources,
     )

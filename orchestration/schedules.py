@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from assets.declare import PREFIX
 from assets.resources import ProjectResource
 from orchestration.jobs import ingest
-from orchestration.sensors import apply_partitions, list_datasets, show_errors
+from orchestration.sensors import apply_partitions, ingest_requests, list_datasets, show_errors
 
 NIGHT = "0 3 * * *"  # our choice: a retry opens every quarantined file, so once a day, at night
 JUDGE_S = 40.0  # our choice: Dagster aborts the evaluation of a schedule after 60 s
@@ -37,8 +36,6 @@ def nightly_at(cron: str) -> dg.ScheduleDefinition:
         show_errors(context, [*listed.errors, *found.errors], alone=not found.keys)
         if not found.keys:
             yield dg.SkipReason("every batch is complete and nothing is quarantined")
-        moment = context.scheduled_execution_time.strftime("%Y-%m-%dT%H:%M")
-        for batch, key in found.keys.items():
-            yield dg.RunRequest(run_key=f"{PREFIX}{moment}:{key}", partition_key=batch)
+        yield from ingest_requests(found, context.scheduled_execution_time.strftime("%Y-%m-%dT%H:%M:"))
 
     return nightly

@@ -6,7 +6,7 @@ only says after which batch the next tick goes on.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -16,11 +16,12 @@ from assets.resources import ProjectResource
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import BatchChange
 from nextvid.graph import assets
+from nextvid.making.batches import dataset_of
 from orchestration.jobs import ingest
 from storage.errors import CorpusError, NExTVidError
 
 if TYPE_CHECKING:
-    from nextvid.planning.waiting import Standard
+    from nextvid.planning.waiting import Standard, Waiting
 
 PartitionRequest = dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest
 
@@ -47,10 +48,7 @@ def new_sources_every(tick_s: int, forecast: dg.JobDefinition) -> dg.SensorDefin
         listed = list_datasets(context.instance, opened, settle=True)
         changed = [change.batch for change in listed.changes]
         found = waiting(listed.standard, first=changed, after=_position(context), limit=REQUESTS, within_s=JUDGE_S)
-        requests = [
-            dg.RunRequest(job_name=ingest.name, run_key=PREFIX + key, partition_key=batch)
-            for batch, key in found.keys.items()
-        ]
+        requests = ingest_requests(found)
         partitions, kept = partition_requests(context.instance, opened)
         errors = [*listed.errors, *found.errors]
         try:
@@ -67,7 +65,7 @@ def new_sources_every(tick_s: int, forecast: dg.JobDefinition) -> dg.SensorDefin
             skip_reason=None if requests else "; ".join(["nothing new", *notes, *errors]),
             cursor=json.dumps({"after": found.last}),
             dynamic_partitions_requests=partitions,
-            asset_events=[observation(batch, listed.standard.listing(batch)) for batch in changed],
+            asset_events=[observation(change, listed.standard.listing(change.batch)) for change in listed.changes],
         )
 
     return new_sources
@@ -143,9 +141,24 @@ def _cost(project: Project, forecast: dg.JobDefinition) -> tuple[list[str], list
     return [note], [dg.RunRequest(job_name=forecast.name, run_key=f"{PREFIX}forecast:{question(project)}")]
 
 
-def observation(batch: str, listing: str) -> dg.AssetObservation:
-    """The current data version of `sources` for one batch: the fingerprint of its listing."""
-    return dg.AssetObservation("sources", partition=batch, tags={"dagster/data_version": listing})
+def ingest_requests(found: "Waiting", moment: str = "") -> list[dg.RunRequest]:
+    """A run for each batch that waits; its tags say which dataset is made, and why. `moment` begins the run keys."""
+    return [
+        dg.RunRequest(
+            job_name=ingest.name,
+            run_key=f"{PREFIX}{moment}{key}",
+            partition_key=batch,
+            tags={"dataset": dataset_of(batch), "reason": found.reasons[batch]},
+        )
+        for batch, key in found.keys.items()
+    ]
+
+
+def observation(change: BatchChange, listing: str) -> dg.AssetObservation:
+    """What a listing found of a batch; its data version is the fingerprint of its listing."""
+    counts = {name: count for name, count in asdict(change).items() if name != "batch"}
+    version = {"dagster/data_version": listing}
+    return dg.AssetObservation("sources", partition=change.batch, metadata=counts, tags=version)
 
 
 def known_batches(instance: dg.DagsterInstance) -> set[str]:

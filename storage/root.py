@@ -121,6 +121,10 @@ class DataRoot:
         """The records of withdrawn media files."""
         return f"{self.url}/withdrawn"
 
+    def notices(self) -> str:
+        """What people accepted or withdrew, for Dagster to report (JSON files, by time)."""
+        return f"{self.url}/notices"
+
     # what training and evaluation write
     def recipe_folder(self, recipe: str) -> str:
         """All runs of a recipe."""

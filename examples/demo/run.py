@@ -95,7 +95,7 @@ def list_sources(project: Project, instance: dg.DagsterInstance) -> None:
     ensure_accepted(project)
     apply_partitions(instance, project)
     for change in changes:
-        instance.report_runless_asset_event(observation(change.batch, batch_fingerprint(project, change.batch)))
+        instance.report_runless_asset_event(observation(change, batch_fingerprint(project, change.batch)))
 
 
 def runs(project: Project) -> Iterator[tuple[str, str | None]]:

@@ -81,6 +81,7 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
         partition=batch,
         made=written,
         rows=media.height,
+        rows_made=unread.height,
         size_bytes=int(media["size_bytes"].sum()),
         seconds=time.perf_counter() - started_s,
         quarantined=media.filter(pl.col("status") == "quarantined").height,

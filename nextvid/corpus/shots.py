@@ -92,7 +92,7 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
         written = True
     publish_pictures(root, batch, kept, shots)
     written |= publish_verdict(root.checks("shots", batch), "shots", checks, made_from)
-    return _outcome(project, batch, shots, checks, made_from, written, len(new), started_s)
+    return _outcome(project, batch, shots, checks, made_from, written, len(rows), len(new), started_s)
 
 
 def _outcome(
@@ -102,6 +102,7 @@ def _outcome(
     checks: tuple[Check, ...],
     made_from: Mapping[str, str],
     made: bool,
+    rows_made: int,
     viewed: int,
     started_s: float,
 ) -> Outcome:
@@ -112,6 +113,7 @@ def _outcome(
         partition=batch,
         made=made,
         rows=shots.height,
+        rows_made=rows_made,
         size_bytes=int(shots.estimated_size()),
         seconds=time.perf_counter() - started_s,
         quarantined=shots.filter(pl.col("status") == "quarantined").height,

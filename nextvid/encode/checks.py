@@ -94,6 +94,7 @@ def publish_outcome(
         partition=plan.batch,
         made=report.rows + report.pixels > 0,
         rows=now.kept,
+        rows_made=report.rows,
         size_bytes=sum(spec.row_bytes(frames) for frames in now.good["frames"].to_list()),
         seconds=seconds,
         quarantined=now.commits.height - now.kept - now.unstable.height,

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from nextvid.config.project import Project
+from nextvid.graph import Asset
 from nextvid.lineage.trace import Trace, scores_of, trace, trainsets_of
+from nextvid.making.publishing import publish_notice
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError
 from storage.root import DataRoot
@@ -78,9 +80,13 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
         planned = part.plan.filter(pl.col("row_id").is_in(rows["row_id"].implode()))["slot"].to_list()
         if slots := [slot for slot in planned if part.is_stored(slot // ROWS_PER_SHARD)]:
             places.append((part, slots))
+    stored = sum(len(slots) for _, slots in places)
     if yes:
         for part, slots in places:
             part.erase(slots)
+        frozen = sum(facts.rows for facts in affected.trainsets)
+        users: dict[Asset, int] = {"pretrain": len(affected.runs), "probes": len(affected.scores)}
+        publish_notice(root, f"withdrew {what}", {"media": len(media), "latents": stored, "trainset": frozen, **users})
     files = read_tables(root, "media", None, Media).filter(pl.col("media_id").is_in(ids.implode()))
     unexplained = sum(
         store.commits(batch).filter(pl.col("status") == "ok").join(named, on="row_id", how="anti").height
@@ -91,7 +97,7 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
         done=yes,
         media=tuple(media),
         rows=rows["row_id"].n_unique(),
-        stored=sum(len(slots) for _, slots in places),
+        stored=stored,
         size_bytes=sum(
             size for part, slots in places for extents in part.extents(slots).values() for _, size in extents
         ),

@@ -43,6 +43,7 @@ class Outcome:
     rows: int
     size_bytes: int
     seconds: float
+    rows_made: int | None = None  # by this call; None where it made all of them, or none if not `made`
     quarantined: int = 0
     digest: str | None = None
     run: str | None = None  # id of the run that it is, or is about

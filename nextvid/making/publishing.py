@@ -4,6 +4,7 @@ Making an asset twice writes nothing the second time, so file times say when som
 as different and is made again.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 import dataframely as dy
 import polars as pl
 
+from nextvid.graph import Asset
 from nextvid.making.outcome import Check
 from storage import atomic, tables
 from storage.digest import digest_bytes
@@ -101,6 +103,12 @@ def addressed(root: DataRoot, noun: Pointed, digest: str) -> Iterator[Addressed]
     except ConflictError:
         if not atomic.exists(f"{folder}/{CHECKS}"):
             raise  # else another maker was faster: the same digest is the same content
+
+
+def publish_notice(root: DataRoot, what: str, rows: Mapping[Asset, int]) -> None:
+    """Leave a notice of what a person did, and how many rows of which assets it affects; a sensor reports it."""
+    affected = {asset: count for asset, count in rows.items() if count}
+    atomic.publish_json(f"{root.notices()}/{time.time_ns()}.json", {"what": what, "rows": affected})
 
 
 def read_latest(root: DataRoot, noun: Pointed) -> str | None:

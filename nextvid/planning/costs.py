@@ -12,10 +12,10 @@ import polars as pl
 from nextvid.config.accepted import Accepted, accepted, pixels_digest
 from nextvid.config.project import Project
 from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch, plan_encode
-from nextvid.graph import GRAPH
+from nextvid.graph import GRAPH, Asset
 from nextvid.making.batches import VERSIONED, batch_state, dataset_of, made_by_older
-from nextvid.making.publishing import existing
-from nextvid.planning.acceptance import difference, outdated
+from nextvid.making.publishing import existing, publish_notice
+from nextvid.planning.acceptance import accept_asked, difference, outdated
 from storage import atomic
 from storage.digest import digest
 from storage.schemas import Media
@@ -145,6 +145,21 @@ def forecast(project: Project, batch: str | None = None) -> Forecast:
         now=costs(project, ready, current) if current.autoencoder == asked.autoencoder else (),
         if_accepted=costs(project.as_asked(), ready, asked) if changed else (),
     )
+
+
+def accept_and_tell(project: Project) -> Project:
+    """Accept what corpus.yaml asks for, and leave a notice of the rows that are made again for it."""
+    names = outdated(project)
+    project = accept_asked(project)
+    if names:
+        now = forecast(project).now
+        rows: dict[Asset, int] = {
+            "shots": sum(cost.first_passes for cost in now),
+            "clips": sum(cost.rows + cost.kept for cost in now if cost.curation_changed),
+            "latents": sum(max(cost.rows, cost.without_pixels) for cost in now),
+        }
+        publish_notice(project.root, f"accepted: {', '.join(names)}", rows)
+    return project
 
 
 def publish_forecast(project: Project) -> str:

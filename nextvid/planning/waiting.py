@@ -116,6 +116,7 @@ class Waiting:
     """What was found out about the batches that were judged."""
 
     keys: Mapping[str, str]  # by batch that needs a run, its run key
+    reasons: Mapping[str, str]  # and why it needs one
     errors: Sequence[str]  # why batches cannot be judged, such as a damaged table
     last: str  # the batch after which to go on; empty where all were judged
 
@@ -141,12 +142,15 @@ def waiting(
     order = [batch for batch in named if batch in ahead]
     order += [batch for batch in named[turn:] + named[:turn] if batch not in ahead]
     keys: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     errors: list[str] = []
 
-    def judge(batch: str) -> str | NExTVidError | None:
+    def judge(batch: str) -> tuple[str, str] | NExTVidError | None:
         try:
-            asks = unfinished(against, batch) or (retry and quarantined(against.project, batch))
-            return against.key(batch) if asks else None
+            asks = unfinished(against, batch)
+            if not asks and retry and (count := quarantined(against.project, batch)):
+                asks = (f"{count} quarantined rows are tried again",)
+            return (against.key(batch), "; ".join(asks)) if asks else None
         except NExTVidError as error:
             return error
 
@@ -157,12 +161,12 @@ def waiting(
             if isinstance(found, NExTVidError):
                 errors.append(f"{batch}: {found}")
             elif found is not None:
-                keys[batch] = found
+                keys[batch], reasons[batch] = found
             if len(keys) == limit:
-                return Waiting(keys, errors, after)
+                return Waiting(keys, reasons, errors, after)
         if time.monotonic() - began_s > within_s:
-            return Waiting(keys, errors, after)
-    return Waiting(keys, errors, "")
+            return Waiting(keys, reasons, errors, after)
+    return Waiting(keys, reasons, errors, "")
 
 
 def left_behind(project: Project) -> list[str]:

@@ -36,8 +36,16 @@ def test_rows_seconds_throughput_and_numbers_are_metadata() -> None:
     assert found is not None
     assert found["dagster/row_count"] == 4
     assert found["rows_per_s"] == 2.0
-    assert found["quarantined"] == 1
+    assert (found["quarantined"], found["rows_made"]) == (1, 4)
     assert found["video_s"] == 3.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "made", "rate"), [({"rows_made": 1}, 1, 0.5), ({"made": False}, 0, None), ({"rows_made": 0}, 0, None)]
+)
+def test_the_rate_is_of_the_rows_that_were_made(changes: dict[str, object], made: int, rate: float | None) -> None:
+    found = reporting.result(outcome(**changes)).metadata or {}
+    assert (found["rows_made"], found.get("rows_per_s")) == (made, rate)
 
 
 def test_the_digest_is_the_data_version() -> None:

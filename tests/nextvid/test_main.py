@@ -119,6 +119,9 @@ class TestPlan:
         assert "outdated" in nextvid("plan", *where)[1]
         found = json.loads(nextvid("plan", "--accept", "--json", *where)[1])
         assert (found["outdated"], found["now"][0]["rows"], found["now"][0]["encode_s"]) == ([], 4, None)
+        (path,) = Path(corpus.project.root.notices()).iterdir()
+        notice = json.loads(path.read_text())
+        assert (notice["what"], notice["rows"]["latents"]) == ("accepted: encoding", 4)
 
     def test_making_says_what_waits(self, nextvid: Command, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("nextvid.__main__.make", lambda project, request: iter(()))

@@ -51,9 +51,14 @@ def test_a_dropped_file_is_found_encoded_and_nothing_else_is(project: Project, i
     with added.open("ab") as file:
         file.write(b"\x00\x00\x00\x10free" + bytes(8))  # another digest, the same pictures
     tick(project, instance)
-    second = tick(project, instance)
-    asked = [request for request in second if request.run_key not in {r.run_key for r in first}]
+    second = look(project, instance)
+    asked = [request for request in second.run_requests or [] if request.run_key not in {r.run_key for r in first}]
     assert [request.partition_key for request in asked] == ["demo_videos.000000"]
+    tags = {"dataset": "demo_videos", "reason": "the listing or a label file changed"}
+    assert tags.items() <= asked[0].tags.items()
+    (seen,) = second.asset_events
+    counts = {name: value.value for name, value in seen.metadata.items()}
+    assert counts == {"added": 1, "changed": 0, "gone": 0, "returned": 0}
     assert run(project, instance, asked) == [True]
 
     after = committed(project)

@@ -13,7 +13,7 @@ from nextvid.planning.waiting import Waiting
 def test_every_asset_is_made_after_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "standard", lambda project: project)
     keys = {"films.000000": "key", "films.000001": "key"}
-    monkeypatch.setattr(run, "waiting", lambda against: Waiting(keys, (), ""))
+    monkeypatch.setattr(run, "waiting", lambda against: Waiting(keys, keys, (), ""))
     found = list(run.runs(cast("Project", None)))
     assert found[:3] == [("ingest", "films.000000"), ("ingest", "films.000001"), ("freeze", None)]
     made = set(BY_BATCH) | {"sources"} | set(assets("none"))

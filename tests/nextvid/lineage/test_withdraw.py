@@ -57,6 +57,11 @@ def test_rows_are_recorded_zeroed_and_nothing_else_moves(own_copy: Project) -> N
     others = {row: stored(own_copy, row) for row in rows_of(uri_of(4))}
     found = withdraw(own_copy, uri_of(3), yes=True)
     assert found.done
+    (notice,) = Path(own_copy.root.notices()).iterdir()
+    assert read_json(str(notice)) == {
+        "what": f"withdrew {uri_of(3)}",
+        "rows": {"media": 1, "latents": CLIPS_A_VIDEO, "trainset": CLIPS_A_VIDEO, "pretrain": 1},
+    }
     assert withdrawn_rows(own_copy.root) == frozenset(rows_of(uri_of(3)))
     assert withdrawn_media(own_copy.root) == {bytes.fromhex(found.media[0])}
     assert all(not stored(own_copy, row).any() for row in rows_of(uri_of(3)))
