@@ -249,7 +249,11 @@ class _Sheet:
         media_id = seen.media["media_id"]
         if media_id not in self.chosen or isinstance(seen.result, MediaError):
             return
-        tiles = [Tile(shot.preview, _caption(shot), shot.cut_in) for shot in seen.result[:SHEET_SHOTS]]
+        tiles = []
+        for shot in seen.result[:SHEET_SHOTS]:
+            times = f"{shot.start_us / 1e6:.2f}-{shot.end_us / 1e6:.2f} s {shot.cut_in} {shot.score:.0f}"
+            scores = f"motion {shot.motion_mean:.2f} luma {shot.luma_mean:.0f} blur {shot.blur:.0f}"
+            tiles.append(Tile(shot.preview, f"{times}\n{scores}", shot.cut_in))
         left_out = len(seen.result) - len(tiles)
         header = f"{seen.media['path']}" + (f"  (and {left_out} shots more)" if left_out > 0 else "")
         self.rows[media_id] = SheetRow(header, tiles)
@@ -258,15 +262,10 @@ class _Sheet:
         """The sheet, files sorted by media id; those of one shot share lines, their names cut to a tile's width."""
         rows = [self.rows[key] for key in sorted(self.rows)]
         single = [row for row in rows if len(row.tiles) == 1]
-        named = [replace(row.tiles[0], caption=_named(row.header, row.tiles[0].caption)) for row in single]
+        named = [
+            replace(tile, caption=f"{row.header[-NAME_LETTERS:]}\n{tile.caption.splitlines()[-1]}")
+            for row in single
+            for tile in row.tiles
+        ]
         several = [row for row in rows if len(row.tiles) > 1]
         return contact_sheet([*several, SheetRow("files of one shot", named)] if named else several)
-
-
-def _named(name: str, caption: str) -> str:
-    return f"{name[-NAME_LETTERS:]}\n{caption.splitlines()[-1]}"
-
-
-def _caption(shot: ShotFacts) -> str:
-    times = f"{shot.start_us / 1e6:.2f}-{shot.end_us / 1e6:.2f} s {shot.cut_in} {shot.score:.0f}"
-    return f"{times}\nmotion {shot.motion_mean:.2f} luma {shot.luma_mean:.0f} blur {shot.blur:.0f}"

@@ -19,7 +19,7 @@ import fsspec
 import polars as pl
 
 from nextvid.config.project import Project
-from nextvid.corpus import journal
+from nextvid.corpus import assignment
 from nextvid.corpus.assignment import BatchChange, latest, merge
 from nextvid.corpus.labels import label_digests, label_files
 from nextvid.making.batches import dataset_of
@@ -29,7 +29,7 @@ from storage import atomic, remote, tables
 from storage.digest import digest
 from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError, UnlistedError
 from storage.remote import is_local
-from storage.schemas import KINDS, Sources
+from storage.schemas import Sources
 
 Row = tuple[str, str, str, int, str]  # URI, path, kind, size in bytes, fingerprint
 Known = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint) in an earlier listing
@@ -79,7 +79,8 @@ def list_dataset(project: Project, name: str, known: Known | None = None) -> Lis
     except Exception as error:  # object stores raise their clients' own classes; any failure means an unknown listing
         reason = str(error) if isinstance(error, NExTVidError) else repr(error)
         raise CorpusError(f"dataset {name}: listing {uri} failed ({reason}); nothing was changed") from error
-    frame = _frame(rows)
+    columns = Sources.create_empty().select("uri", "path", "kind", "size_bytes", "fingerprint").schema
+    frame = pl.DataFrame(rows, columns, orient="row").sort("uri")
     if known is None:
         return Listing(name, frame, frame.clear(), ignored, tuple(empty))
     same = pl.Series([known.get(row[0]) == (row[3], row[4]) for row in frame.iter_rows()], dtype=pl.Boolean)
@@ -102,7 +103,7 @@ def list_datasets(
     """
     names = sorted(datasets if datasets is not None else project.corpus.datasets)
     for _ in range(TRIES):
-        read = journal.catch_up(project.root)
+        read = assignment.catch_up(project.root)
         listings, tables_after, changes = [], [], []
         failed: dict[str, str] = {}
         for name in names:
@@ -121,7 +122,7 @@ def list_datasets(
             changes += changed
         try:
             if changes:
-                journal.publish(project.root, read, pl.concat(tables_after).sort("batch", "uri", "revision"))
+                assignment.publish_change(project.root, read, pl.concat(tables_after).sort("batch", "uri", "revision"))
         except ConflictError:
             continue
         if settle:
@@ -268,7 +269,8 @@ def _row(top: str, uri: str, info: Mapping[str, Any]) -> Row | str:
     kind = kind_of(name)
     if kind is None or name.endswith("/"):
         return PurePosixPath(path).suffix.lower() or "no extension"
-    size, fingerprint = int(info.get("size") or 0), _fingerprint(info)
+    size = int(info.get("size") or 0)
+    fingerprint = next((f"{key} {info[key]}" for key in FINGERPRINTS if info.get(key) is not None), "none")
     if is_local(uri):
         size, fingerprint, regular = _local(name)
         if not regular:
@@ -285,24 +287,6 @@ def _local(path: str) -> tuple[int, str, bool]:
             return 0, "broken link", True
         raise
     return found.st_size, f"mtime {found.st_mtime_ns}", stat.S_ISREG(found.st_mode)
-
-
-def _fingerprint(info: Mapping[str, Any]) -> str:
-    for key in FINGERPRINTS:
-        if info.get(key) is not None:
-            return f"{key} {info[key]}"
-    return "none"
-
-
-def _frame(rows: list[Row]) -> pl.DataFrame:
-    schema = {
-        "uri": pl.String(),
-        "path": pl.String(),
-        "kind": pl.Enum(KINDS),
-        "size_bytes": pl.Int64(),
-        "fingerprint": pl.String(),
-    }
-    return pl.DataFrame(rows, schema, orient="row").sort("uri")
 
 
 def _refuse_vanished(project: Project, listing: Listing, known: pl.DataFrame) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.plane import VideoPlane
 from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 
@@ -68,7 +67,11 @@ class PlaneReader:
                 frame, width=width, height=height, format="yuv444p", interpolation="AREA", threads=1
             )
         full = frame.format.name.startswith("yuvj") or frame.color_range == FULL_RANGE
-        y, cb, cr = (_view(plane) for plane in frame.planes)
+        y, cb, cr = (
+            np.frombuffer(memoryview(plane), np.uint8)[: plane.line_size * plane.height]
+            .reshape(plane.height, plane.line_size)[:, : plane.width]
+            for plane in frame.planes
+        )
         return Planes(y, cb, cr, full)
 
 
@@ -92,8 +95,3 @@ def _reduced(plane: Plane, width: int, height: int) -> Plane:
         return plane.copy()
     twice = cv2.resize(plane, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(twice, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def _view(plane: VideoPlane) -> Plane:
-    lines = np.frombuffer(memoryview(plane), np.uint8)[: plane.line_size * plane.height]
-    return lines.reshape(plane.height, plane.line_size)[:, : plane.width]

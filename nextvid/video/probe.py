@@ -270,7 +270,8 @@ def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...
     if video.decoder is not video.stream.codec_context:
         found.add("alpha")
     pts, declared = packets.pts, video.stream.frames
-    if _open_gop(packets):
+    group = np.maximum.accumulate(np.where(packets.key, np.arange(len(pts)), -1))  # the key packet before each
+    if (pts < pts[group])[group >= 0].any():  # shown before the key packet that it follows
         found.add("open_gop")
     if (packets.key & ~packets.entry).any():
         found.add("no_idr")
@@ -313,13 +314,6 @@ def _decord_agrees(path: Path, video: Video, packets: Packets) -> bool:
         return False
     entries = np.flatnonzero(np.isin(np.sort(packets.pts), packets.pts[packets.entry]))
     return bool(np.isin(keys, entries).all())
-
-
-def _open_gop(packets: Packets) -> bool:
-    """Whether a packet that follows a keyframe in decode order is shown before it."""
-    index = np.maximum.accumulate(np.where(packets.key, np.arange(len(packets.key)), -1))
-    known = index >= 0
-    return bool((packets.pts[known] < packets.pts[index[known]]).any())
 
 
 def _rate(shown: Int64[np.ndarray, "n"], base: Fraction, declared: Fraction | None) -> Fraction:

@@ -11,7 +11,7 @@ import pytest
 
 from nextvid.config.accepted import accept, accepted
 from nextvid.config.project import Project
-from nextvid.corpus import journal
+from nextvid.corpus import assignment
 from nextvid.corpus.sources import batch_fingerprint, known_sources, list_dataset, update_sources
 from storage import tables
 from storage.errors import ConflictError, CorpusError
@@ -213,19 +213,19 @@ def test_keys_that_no_path_has_are_listed_as_they_are(tmp_path: Path) -> None:
 def test_of_two_writers_the_loser_lists_again(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = journal.publish
+    publish = assignment.publish_change
     tries: list[int] = []
 
     def overtaken(root: Any, read: int, changed: pl.DataFrame) -> None:
         tries.append(read)
         if len(tries) == 1:
-            monkeypatch.setattr(journal, "publish", publish)
+            monkeypatch.setattr(assignment, "publish_change", publish)
             update_sources(project)  # somebody else, between our reading and our writing
             write(tmp_path / "d", "later.mp4")
-            monkeypatch.setattr(journal, "publish", overtaken)
+            monkeypatch.setattr(assignment, "publish_change", overtaken)
         publish(root, read, changed)
 
-    monkeypatch.setattr(journal, "publish", overtaken)
+    monkeypatch.setattr(assignment, "publish_change", overtaken)
     update_sources(project)
     assert tries == [0, 1]
     assert set(held_by(project)) == {"a/c.MOV", "b.mp4", "p.jpg", "later.mp4"}
@@ -256,15 +256,15 @@ def test_a_writer_that_died_after_its_claim_is_finished_by_the_next(
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(journal, "_apply", dies)
+    monkeypatch.setattr(assignment, "_apply", dies)
     with pytest.raises(KeyboardInterrupt):
-        journal.publish(project.root, 1, known_sources(project, "d").with_columns(size_bytes=pl.lit(7, pl.Int64)))
+        assignment.publish_change(project.root, 1, known_sources(project, "d").with_columns(size_bytes=pl.lit(7, pl.Int64)))
     monkeypatch.undo()
     assert 7 not in known_sources(project, "d")["size_bytes"].to_list()
-    assert journal.catch_up(project.root) == 2
+    assert assignment.catch_up(project.root) == 2
     assert known_sources(project, "d")["size_bytes"].unique().to_list() == [7]
     with pytest.raises(ConflictError):
-        journal.publish(project.root, 1, known_sources(project, "d"))
+        assignment.publish_change(project.root, 1, known_sources(project, "d"))
 
 
 def test_older_changes_are_emptied_and_their_numbers_stay(project: Project, tmp_path: Path) -> None:
