@@ -134,7 +134,6 @@ def _mark(rows: pl.DataFrame, gone: pl.Series, returned: pl.Series, now: datetim
     ).sort("uri", "revision")
 
 
-
 def newest_change(root: DataRoot) -> int:
     """Number of the newest change; 0 before the first."""
     names = listing.files(f"{root.folder('sources')}/changes")

@@ -68,8 +68,9 @@ class PlaneReader:
             )
         full = frame.format.name.startswith("yuvj") or frame.color_range == FULL_RANGE
         y, cb, cr = (
-            np.frombuffer(memoryview(plane), np.uint8)[: plane.line_size * plane.height]
-            .reshape(plane.height, plane.line_size)[:, : plane.width]
+            np.frombuffer(memoryview(plane), np.uint8)[: plane.line_size * plane.height].reshape(
+                plane.height, plane.line_size
+            )[:, : plane.width]
             for plane in frame.planes
         )
         return Planes(y, cb, cr, full)

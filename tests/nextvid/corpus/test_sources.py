@@ -258,7 +258,9 @@ def test_a_writer_that_died_after_its_claim_is_finished_by_the_next(
 
     monkeypatch.setattr(assignment, "_apply", dies)
     with pytest.raises(KeyboardInterrupt):
-        assignment.publish_change(project.root, 1, known_sources(project, "d").with_columns(size_bytes=pl.lit(7, pl.Int64)))
+        assignment.publish_change(
+            project.root, 1, known_sources(project, "d").with_columns(size_bytes=pl.lit(7, pl.Int64))
+        )
     monkeypatch.undo()
     assert 7 not in known_sources(project, "d")["size_bytes"].to_list()
     assert assignment.catch_up(project.root) == 2
