@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 import dataframely as dy
 
+from assets.compute import compute_of, tags
 from nextvid.config.corpus import corpus_path
 from nextvid.config.recipes import RECIPES, own_recipes
 from nextvid.graph import GRAPH, NON_BLOCKING, Asset
@@ -41,6 +42,7 @@ def asset(
         owners=OWNERS,
         retry_policy=CRASHES,
         code_version=str(GRAPH[name].version),
+        op_tags=tags(compute_of(name)),
         **for_dagster,
     )
 

@@ -8,7 +8,7 @@ from assets.resources import ProjectResource
 from storage import schemas
 
 
-@asset("latents", schema=schemas.Commits, kinds={"zarr", "pytorch"}, pool="encode")
+@asset("latents", schema=schemas.Commits, kinds={"zarr", "pytorch"}, pool="gpu")
 def latents(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Encode the rows of one batch that are missing; the log begins with what that will cost."""
     from nextvid.corpus.sources import refuse_unknown

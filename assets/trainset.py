@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import dagster as dg
 
+from assets.compute import compute_of, tags
 from assets.declare import CRASHES, OWNERS, check_specs, described, follows
 from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource
@@ -36,6 +37,7 @@ LATE, STALE = timedelta(hours=26), timedelta(hours=50)
     check_specs=check_specs("trainset"),
     can_subset=True,
     retry_policy=CRASHES,
+    op_tags=tags(compute_of("trainset")),
 )
 def trainset(context: dg.AssetExecutionContext, project: ProjectResource) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
     """Freeze the trainset. Where it cannot be made yet, a person's run fails and automation's ends without one."""

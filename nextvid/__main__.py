@@ -88,7 +88,7 @@ def make_command(
 @app.command
 def plan(
     batch: Batch = None,
-    accept: Annotated[bool, tyro.conf.arg(help="accept encoding, curation and pixels of corpus.yaml first")] = False,
+    accept: Annotated[bool, tyro.conf.arg(help="accept corpus.yaml and newer makers first")] = False,
     corpus: Corpus = None,
     json_: Json = False,
 ) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import dagster as dg
 
+from assets.compute import TRAIN_ON
 from assets.resources import ProjectResource, TrainerResource
 from nextvid.config.corpus import corpus_path
 from nextvid.graph import GRAPH
-from orchestration.executors import TRAIN_ON, executor
+from orchestration.executors import executor
 from orchestration.failures import failures
 from orchestration.jobs import JOBS, forecast_of
 from orchestration.notices import notices

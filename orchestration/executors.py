@@ -10,14 +10,23 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets.compute import TRAIN_ON
 from storage.errors import ConfigError
 from storage.remote import S3_PLACE
 
 WHERE = "NEXTVID_STEPS"  # multiprocess | ray | kubernetes
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own variable: http://<head>:8265
-TRAIN_ON = "NEXTVID_TRAIN_ON"  # empty: train beside the step; else the address of a Ray cluster's job server
 # With these variables a step on another machine finds project and instance (deploy/README.md).
-PASSED_ON = ("DAGSTER_HOME", "NEXTVID_CORPUS", "NEXTVID_PROJECT", "PYTHONPATH", "DAGSTER_POSTGRES_URL", *S3_PLACE)
+PASSED_ON = (
+    "DAGSTER_HOME",
+    "NEXTVID_CORPUS",
+    "NEXTVID_PROJECT",
+    "NEXTVID_COMPUTE",
+    TRAIN_ON,
+    "PYTHONPATH",
+    "DAGSTER_POSTGRES_URL",
+    *S3_PLACE,
+)
 
 
 def executor(where: str | None = None) -> dg.ExecutorDefinition:
@@ -36,7 +45,7 @@ def executor(where: str | None = None) -> dg.ExecutorDefinition:
 
 
 def _ray() -> dg.ExecutorDefinition:
-    """One Ray job per step, with one CPU unless the asset's tag `dagster-ray/config` says otherwise."""
+    """One Ray job per step, for which the tags of assets/compute.py ask; CPUs given here would replace theirs."""
     from dagster_ray import ray_executor
 
     address = os.environ.get(RAY_ADDRESS)
@@ -46,6 +55,6 @@ def _ray() -> dg.ExecutorDefinition:
     # a step runs `dagster api execute_step` of this environment, which has the same path on every machine
     passed.append(f"PATH={Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     found: dg.ExecutorDefinition = ray_executor.configured(
-        {"ray": {"address": address, "num_cpus": 1.0, "env_vars": passed}, "retries": {"enabled": {}}}
+        {"ray": {"address": address, "env_vars": passed}, "retries": {"enabled": {}}}
     )
     return found

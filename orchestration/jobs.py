@@ -5,6 +5,7 @@ One run per batch makes all four assets up to the latents: assets that share a r
 
 import dagster as dg
 
+from assets.compute import Compute, tags
 from assets.resources import ProjectResource
 from nextvid.graph import BY_BATCH, assets
 
@@ -12,6 +13,8 @@ ingest = dg.define_asset_job(
     "ingest",
     selection=dg.AssetSelection.assets(*BY_BATCH),
     description="Media, shots, clips and latents of one batch of files. Makes only what is missing.",
+    # behind what people launch, in the queue and in the pools; dagster.yaml bounds how many runs have `ingest`
+    tags={"dagster/priority": "-1", "ingest": "1"},
 )
 
 freeze = dg.define_asset_job(
@@ -28,7 +31,7 @@ experiment = dg.define_asset_job(
 )
 
 
-@dg.op
+@dg.op(tags=tags(Compute()))
 def compute_forecast(context: dg.OpExecutionContext, project: ProjectResource) -> None:
     """Write forecast.json and log it; 11 ms a batch (docs/performance.md) are too long for a tick of the sensor."""
     from assets.reporting import readable_errors

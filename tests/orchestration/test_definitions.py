@@ -97,6 +97,6 @@ def test_every_step_that_computes_waits_in_a_pool() -> None:
         if definition.op
     }
     assert {name: pool for name, pool in pools.items() if pool} == {
-        "media": "decode", "shots": "decode", "latents": "encode",
+        "media": "decode", "shots": "decode", "latents": "gpu",
         "pretrain": "gpu", "probes": "gpu", "samples": "gpu", "report": "gpu",
     }  # fmt: skip

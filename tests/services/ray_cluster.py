@@ -25,9 +25,9 @@ class RayCluster:
     workers: list[Any] = field(default_factory=list)
 
     def add(self) -> None:
-        """One more worker."""
+        """One more worker. It has no GPU and says that it has one, which Ray believes."""
         worker = self.nodes.add_node(
-            num_cpus=1, object_store_memory=MEMORY_BYTES, dashboard_agent_listen_port=free_port()
+            num_cpus=1, num_gpus=1, object_store_memory=MEMORY_BYTES, dashboard_agent_listen_port=free_port()
         )
         self.workers.append(worker)
 

@@ -17,9 +17,11 @@ from dagster._core.instance.config import dagster_instance_config
 pytest.importorskip("dagster_k8s", reason="the extra 'kubernetes' is not installed")
 
 from dagster._config import process_config
-from dagster_k8s import k8s_job_executor
 from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.launcher import K8sRunLauncher
+
+from assets.compute import compute_of, tags
+from nextvid.graph import GRAPH
 
 pytestmark = pytest.mark.services
 
@@ -87,11 +89,8 @@ def test_the_run_launcher_accepts_its_part() -> None:
 
 
 def test_the_executor_accepts_what_steps_ask_for() -> None:
-    said = read("kubernetes/steps.yaml")["execution"]["config"]
-    found = process_config(k8s_job_executor.config_schema.config_type, said)
-    assert found.success, found.errors
-    for pod in [said["step_k8s_config"], *said["per_step_k8s_config"].values()]:
-        UserDefinedDagsterK8sConfig.from_dict(pod)
+    for asset in GRAPH:
+        UserDefinedDagsterK8sConfig.from_dict(tags(compute_of(asset))["dagster-k8s/config"])
     wrong: dict[str, Any] = {"container_config": {"resource": {}}}
     with pytest.raises(Exception, match="resource"):
         UserDefinedDagsterK8sConfig.from_dict(wrong)

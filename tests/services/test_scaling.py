@@ -106,7 +106,12 @@ def scaled(
 ) -> Iterator[Live]:
     """Webserver and daemon with deploy/ray/dagster.yaml: Postgres holds the history, Ray runs the steps."""
     assert POSTGRES is not None
-    variables = {"NEXTVID_STEPS": "ray", "RAY_ADDRESS": cluster.address, "NEXTVID_TRAIN_ON": cluster.address}
+    compute = tmp_path_factory.mktemp("compute") / "compute.yaml"
+    compute.write_text("latents: {cpus: 1, memory_gib: 0.1}")  # and one GPU
+    variables = {
+        "NEXTVID_STEPS": "ray", "RAY_ADDRESS": cluster.address, "NEXTVID_TRAIN_ON": cluster.address,
+        "NEXTVID_COMPUTE": str(compute),
+    }  # fmt: skip
     with (
         postgres(POSTGRES) as url,
         live_dagster(
@@ -127,6 +132,8 @@ def rows(project: Project) -> pl.DataFrame:
 def test_an_encode_over_ray_into_a_bucket_equals_the_local_one_and_survives_a_killed_worker(
     projects: tuple[Project, Project], cluster: RayCluster, scaled: Live
 ) -> None:
+    from ray.util.state import list_actors
+
     here, there = projects
     batches = there.root.batches("clips")
     assert len(batches) == BATCHES
@@ -147,6 +154,11 @@ def test_an_encode_over_ray_into_a_bucket_equals_the_local_one_and_survives_a_ki
         cluster.add()
     wait_for(lambda: {scaled.run(run)["status"] for run in launched} == {"SUCCESS"}, 600)
     assert "ExecutionStepUpForRetryEvent" in steps(), "what ran on the killed worker was tried again"
+    actors = list_actors(cluster.address, detail=True)  # a job's own actor holds what the job asks for
+    asked = [actor.required_resources for actor in actors if "dagster-step" in (actor.name or "")]
+    assert {found["GPU"] for found in asked if found} == {1.0}, (
+        "Ray has forgotten what some of the ended ones asked for"
+    )
     assert rows(there).equals(rows(here))
     assert LatentStore(there.root, accepted_spec(there)).verify() == []
 
