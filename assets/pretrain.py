@@ -13,13 +13,13 @@ from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 OPTIONS = {
     "overrides": dg.Field(
         dg.Shape(fields(RecipeConfig, "recipe")),
-        is_required=False,
+        default_value={},
         description="Changes of the recipe, such as `seed: 1` or `stages: {warmup: {steps: 100}}`; they make another "
         "run with another id. The recipe is the partition",
     ),
     "how": dg.Field(
         dg.Shape(fields(ExecutionConfig, "how")),
-        is_required=False,
+        default_value={},
         description="How the run is executed, such as `ranks: 8` or `device: cpu`; the run and its id stay the same",
     ),
     "trainset": dg.Field(

@@ -217,6 +217,12 @@ def test_the_launchpad_refuses_names_and_types(config: dict[str, Any], message: 
         dg.validate_run_config(job, {"ops": {"pretrain": {"config": config}}})
 
 
+def test_without_options_the_launchpad_changes_nothing() -> None:
+    job = contextvars.Context().run(lambda: build_defs().resolve_job_def("experiment"))
+    taken: Any = dg.validate_run_config(job, {})
+    assert taken["ops"]["pretrain"]["config"] == {"overrides": {}, "how": {}, "trainset": "", "repeat": 0}
+
+
 def test_what_the_launchpad_takes_is_what_the_command_line_takes() -> None:
     given = training()["overrides"] | {"model": {"encoder": {"input": "pixels"}}, "losses": {"target_norm": False}}
     assert as_overrides(given | {"stages": {"warmup": {"decoder_lr": None}}}) == [
