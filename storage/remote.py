@@ -148,7 +148,9 @@ def put(path: str, source: bytes | Path, *, exclusive: bool = False) -> None:
 
 def get_file(path: str, local: str) -> None:
     """Copy an object to a local file. FileNotFoundError where there is none."""
-    ask(path, lambda fs, key: fs.get_file(key, local))
+    # in a bucket's keys `?` is a letter, where elsewhere it begins a query, which is refused
+    place = path.partition("?")[0] if path.partition("://")[0] in BUCKETED else path
+    ask(place, lambda fs, _: fs.get_file(fs._strip_protocol(path), local))
 
 
 def read(path: str, start: int | None = None, end: int | None = None) -> bytes:

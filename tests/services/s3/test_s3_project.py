@@ -170,7 +170,7 @@ def test_files_on_s3_are_found_and_followed(found: Project, bucket: str) -> None
 
 
 def test_keys_that_no_path_has_are_listed_as_they_are(found: Project, bucket: str) -> None:
-    keys = ("a//b.mp4", "a///c.mp4", "/top.mp4", "a::b.mp4", "zip::d/e.mp4")
+    keys = ("a//b.mp4", "a///c.mp4", "/top.mp4", "a::b.mp4", "zip::d/e.mp4", "a?b.mp4", "50% #1 [x]*.mp4")
     fs, _ = remote.connect(bucket)
     for key in (*keys, "marker.mp4/"):
         fs.pipe_file(f"{bucket.removeprefix('s3://')}/files/films/{key}", b"film")
