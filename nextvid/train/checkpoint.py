@@ -122,11 +122,6 @@ def read_progress(path: Path) -> Progress:
     return Progress(**_require(path)["progress"])
 
 
-def read_identity(path: Path) -> Identity:
-    """Identity of the checkpoint's run. Raises UpstreamError if `path` is no complete checkpoint."""
-    return Identity(**_require(path)["identity"])
-
-
 def verify(path: Path) -> None:
     """Compare every file with its checksum; raises DamagedError."""
     for name, facts in _require(path)["files"].items():
@@ -215,8 +210,8 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_other(path: Path, identity: Identity) -> None:
-    """Raise RefusedError if the checkpoint is another run's."""
-    there = read_identity(path)
+    """Raise RefusedError if the checkpoint is another run's, UpstreamError if it is not complete."""
+    there = Identity(**_require(path)["identity"])
     differing = [
         f"{field.name} is {getattr(there, field.name)} there and {getattr(identity, field.name)} here"
         for field in dataclasses.fields(Identity)
