@@ -68,7 +68,7 @@ def _formats(path: Path) -> tuple[str, ...]:
     """What Pillow may take the file for. Raises MediaError `needs_heif` for HEIC without the package that reads it."""
     head = head_of(path)
     brands = {head[at : at + 4] for at in range(8, min(len(head), int.from_bytes(head[:4], "big")), 4)}
-    if head[4:8] != b"ftyp" or b"avif" in brands or brands.isdisjoint(HEIC_BRANDS):
+    if head[4:8] != b"ftyp" or brands & {b"avif", b"avis"} or brands.isdisjoint(HEIC_BRANDS):
         return FORMATS
     if importlib.util.find_spec("pillow_heif") is None:
         raise MediaError("needs_heif", f"{path}: HEIC is read with pillow-heif: pip install 'nextvid[heif]'")

@@ -43,6 +43,24 @@ def load(folder: Path, values: Any) -> CorpusConfig:
     return load_corpus(file)
 
 
+def test_files_are_held_out_where_a_benchmark_tests_or_corpus_yaml_says_so(tmp_path: Path) -> None:
+    films, web = (load(tmp_path, GOOD).datasets[name].split for name in ("films", "web"))
+    assert (films.test, web.test, web.val) == (0.2, 0.0, 0.0)
+    without = load(tmp_path, changed("benchmarks", value={}))
+    assert without.datasets["films"].split.test == 0.0
+    written = load(tmp_path, changed("datasets", "web", "split", value={"val": 0.1}))
+    assert (written.datasets["web"].split.test, written.datasets["web"].split.val) == (0.2, 0.1)
+    assert without.curation_digest("films") != load(tmp_path, GOOD).curation_digest("films"), "it waits for acceptance"
+
+
+def test_the_default_clock_is_in_no_digest_and_another_is(tmp_path: Path) -> None:
+    given, default, other = (
+        load(tmp_path, changed("datasets", "films", "labels", value=GOOD["datasets"]["films"]["labels"] | more))
+        for more in ({}, {"clock": "first_frame"}, {"clock": "file"})
+    )
+    assert given.curation_digest() == default.curation_digest() != other.curation_digest()
+
+
 def test_paths_resolve_against_the_file_and_urls_stay(tmp_path: Path) -> None:
     corpus = load(tmp_path, GOOD)
     films, web = corpus.datasets["films"], corpus.datasets["web"]
