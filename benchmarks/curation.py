@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from benchmarks.measure import Took, machine, median_ratio, show, timed, write
-from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ShotConfig
 from nextvid.video.decode import stream
 from nextvid.video.planes import Look, PlaneReader, Planes
 from nextvid.video.probe import MediaFacts, probe

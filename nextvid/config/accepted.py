@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nextvid.config.corpus import CorpusConfig, PixelConfig
-from nextvid.config.curation import CurationConfig
-from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, LabelConfig, SplitConfig
+from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, CurationConfig, DatasetConfig, LabelConfig, SplitConfig
 from nextvid.config.strict import Strict, parse
 from storage import atomic
 from storage.errors import ConfigError, CorpusError

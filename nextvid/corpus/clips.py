@@ -10,8 +10,7 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from nextvid.config.curation import FilterConfig
-from nextvid.config.datasets import DatasetConfig
+from nextvid.config.datasets import DatasetConfig, FilterConfig
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import View, clip_id, row_id

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from nextvid.config.curation import FilterConfig
-from nextvid.config.datasets import ClipPolicy
+from nextvid.config.datasets import ClipPolicy, FilterConfig
 from nextvid.video.quality import Box
 from storage.digest import digest
 

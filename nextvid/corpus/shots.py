@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ShotConfig
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import shot_id

@@ -13,7 +13,7 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ShotConfig
 from nextvid.video.decode import stream
 from nextvid.video.display import DISPLAYED_AS_STORED
 from nextvid.video.images import load_image

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ShotConfig
 from nextvid.video.probe import HOLE_FRAMES, HOLE_S
 
 Kind = Literal["hard", "dissolve", "fade"]

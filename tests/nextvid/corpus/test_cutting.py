@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nextvid.config.curation import FilterConfig
-from nextvid.config.datasets import ClipPolicy
+from nextvid.config.datasets import ClipPolicy, FilterConfig
 from nextvid.corpus.cutting import (
     ShotScores,
     View,

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.curation import FilterConfig
-from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, SplitConfig
+from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig, SplitConfig
 from nextvid.corpus.manifest import (
     PRETRAIN,
     Label,

@@ -19,8 +19,7 @@ import polars as pl
 import pytest
 
 from nextvid.config.corpus import EncodingConfig, MachineConfig
-from nextvid.config.curation import CurationConfig, DuplicateConfig, FilterConfig, ShotConfig
-from nextvid.config.datasets import ClipPolicy
+from nextvid.config.datasets import ClipPolicy, CurationConfig, DuplicateConfig, FilterConfig, ShotConfig
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.media import make_media

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from nextvid.config.curation import DuplicateConfig, ShotConfig
+from nextvid.config.datasets import DuplicateConfig, ShotConfig
 from nextvid.trainset.duplicates import groups, near_pairs
 from nextvid.video.decode import stream
 from nextvid.video.probe import probe

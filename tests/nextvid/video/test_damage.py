@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ShotConfig
 from nextvid.video.probe import MediaFacts, probe
 from nextvid.video.sandbox import Sandbox
 from nextvid.video.shots import first_pass

@@ -11,7 +11,7 @@ import pytest
 from av.video.stream import VideoStream
 from PIL import Image
 
-from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ShotConfig
 from nextvid.video.display import TURNS, Display
 from nextvid.video.images import load_image
 from nextvid.video.probe import probe

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextvid.config.curation import ShotConfig
-from nextvid.config.datasets import ClipPolicy
+from nextvid.config.datasets import ClipPolicy, ShotConfig
 from nextvid.corpus.cutting import ShotScores, clips_of
 from nextvid.video.decode import stream
 from nextvid.video.images import animation, animation_times, load_image

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ShotConfig
 from nextvid.video.decode import stream
 from nextvid.video.probe import MediaFacts, probe
 from nextvid.video.shots import ShotFacts, first_pass, image_shot

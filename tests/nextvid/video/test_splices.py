@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from nextvid.config.curation import ShotConfig
+from nextvid.config.datasets import ShotConfig
 from nextvid.video.decode import stream
 from nextvid.video.probe import probe
 from nextvid.video.shots import first_pass
