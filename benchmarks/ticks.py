@@ -60,16 +60,12 @@ def multiply(project: Project, copies: int) -> None:
             stamps = [f"mtime {Path(uri).stat().st_mtime_ns}" for uri in renamed["uri"]]
             write_table(root.table("sources", other), renamed.with_columns(fingerprint=pl.Series(stamps)), Sources)
             for noun in VERSIONED:
-                Path(root.table(noun, other)).hardlink_to(root.table(noun, batch))
+                shutil.copyfile(root.table(noun, batch), root.table(noun, other))
                 checks = atomic.read_json(root.checks(noun, batch))
                 checks["made_from"]["listing"] = batch_fingerprint(project, other)
                 atomic.publish_json(root.checks(noun, other), checks)
-            shutil.copytree(root.stored_batch(spec, batch), root.stored_batch(spec, other), copy_function=_link)
-            _link(root.latents_checks(spec, batch), root.latents_checks(spec, other))
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)
+            shutil.copytree(root.stored_batch(spec, batch), root.stored_batch(spec, other))
+            shutil.copyfile(root.latents_checks(spec, batch), root.latents_checks(spec, other))
 
 
 def ticks(project: Project, instance: dg.DagsterInstance) -> list[Row]:
