@@ -9,9 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nextvid.config.strict import AtLeastZero, Positive, Strict, parse
+from nextvid.config.yaml_file import read_yaml
 from nextvid.graph import GRAPH, Asset
 from storage.errors import ConfigError
 
@@ -56,10 +55,10 @@ def _overrides() -> Mapping[str, Mapping[str, Any]]:
     if not path:
         return {}
     try:
-        found = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = read_yaml(Path(path))
+    except OSError as error:
         raise ConfigError(f"{OVERRIDES}={path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+    if not all(isinstance(value, dict) for value in found.values()):
         raise ConfigError(f"{OVERRIDES}={path}: expected one line an asset, such as 'pretrain: {{gpus: 4}}'")
     if unknown := sorted(set(found) - set(GRAPH)):
         raise ConfigError(f"{OVERRIDES}={path}: {unknown[0]} is no asset; known: {', '.join(GRAPH)}")

@@ -67,8 +67,8 @@ def test_a_step_whose_training_is_a_job_of_ray_holds_no_gpu(monkeypatch: pytest.
         ("pretrian: {gpus: 4}", "pretrian is no asset"),
         ("pretrain: {gpus: -1}", "greater than or equal to 0"),
         ("pretrain: 4", "expected one line an asset"),
-        ("- 4", "expected one line an asset"),
-        ("a: [", "cannot be read"),
+        ("- 4", "expected keys such as"),
+        ("a: [", "not readable as YAML"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
