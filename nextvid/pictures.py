@@ -25,7 +25,7 @@ def png(figure: "Figure") -> bytes:
 def sheet_png(sheet: Image.Image) -> bytes:
     """PNG bytes of a sheet of small pictures."""
     buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG", optimize=True)
+    sheet.save(buffer, format="PNG")  # `optimize` takes a second for a sheet of noise, such as channels of latents
     return buffer.getvalue()
 
 
