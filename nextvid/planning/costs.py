@@ -211,8 +211,10 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
     encode_s = {frames: rate.encode_s for frames, rate in known.items()}
     decode_s = {frames: rate.decode_s for frames, rate in known.items()}
     state = batch_state(project.root, plan.batch, *VERSIONED)
-    media = existing(project.root, "media", plan.batch, Media).filter(pl.col("status") == "ok")
-    older = made_by_older(project, state)
+    older, first_passes = made_by_older(project, state), 0
+    if "shots" in older:
+        media = existing(project.root, "media", plan.batch, Media).filter(pl.col("status") == "ok")
+        first_passes = media["media_id"].n_unique()
     return Cost(
         batch=plan.batch,
         rows=plan.rows.height,
@@ -225,7 +227,7 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
         unmeasured=tuple(frames for frames in rows if frames not in known),
         curation_changed=state.made_from("clips", "curation") != project.corpus.curation_digest(dataset_of(plan.batch)),
         rebuilt=tuple(older.values()),
-        first_passes=media["media_id"].n_unique() if "shots" in older else 0,
+        first_passes=first_passes,
         without_pixels=bare.height,
         pixels_decode_s=_seconds(dict(alone.rows()), decode_s),
     )

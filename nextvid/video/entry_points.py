@@ -32,11 +32,9 @@ def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
     data = bytes(packet)
     match codec:
         case "h264":
-            length_bytes = (extradata[4] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > 4 else 0
-            return any(_is_whole_h264(unit) for unit in _units(data, length_bytes))
+            return any(_is_whole_h264(unit) for unit in _units(data, _length_bytes(extradata, 4)))
         case "hevc":
-            length_bytes = (extradata[21] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > 21 else 0
-            return any(unit[0] >> 1 & 63 in HEVC_IRAP for unit in _units(data, length_bytes))
+            return any(unit[0] >> 1 & 63 in HEVC_IRAP for unit in _units(data, _length_bytes(extradata, 21)))
         case "mpeg1video" | "mpeg2video":  # picture_coding_type, after 10 bits of temporal_reference
             header = data.partition(MPEG_PICTURE)[2]
             return len(header) > 1 and header[1] >> 3 & 7 == 1
@@ -66,7 +64,7 @@ class ReferencePictures:
 
     def __init__(self, stream: VideoStream) -> None:
         extradata = stream.codec_context.extradata or b""
-        self.length_bytes = (extradata[4] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > 4 else 0
+        self.length_bytes = _length_bytes(extradata, 4)
         self.before: int | None = None  # number of the reference picture before
         self.number_bits = 0  # unknown
         at = 8  # of the first set, behind its size (ISO/IEC 14496-15, 5.3.3.1)
@@ -126,6 +124,11 @@ class _Bits:
         zeros = max(0, self._bits.find("1", self._at) - self._at)
         self._at += zeros
         return self.take(zeros + 1) - 1
+
+
+def _length_bytes(extradata: bytes, at: int) -> int:
+    """Bytes of a unit's length, which byte `at` of the decoder's configuration says; 0 where start codes part units."""
+    return (extradata[at] & 3) + 1 if extradata[:1] == b"\x01" and len(extradata) > at else 0
 
 
 def _units(data: bytes, length_bytes: int) -> Iterator[bytes]:
