@@ -63,13 +63,16 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     )
     media = pl.concat([kept, pl.DataFrame(rows, before.schema, orient="row")]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()), config.labels)
-    media = _judge(media, labels, withdrawn_media(root), _doubled(project, batch))
+    every = (
+        known_sources(project, dataset_of(batch)) if config.labels.every_file() or config.labels.by_name else sources
+    )
+    present = latest(every).filter(pl.col("gone_at").is_null())  # labels by name need those of the whole dataset
+    media = _judge(media, labels, withdrawn_media(root), doubled(config, present["path"].to_list()))
     good = media.filter(pl.col("status") == "ok")
     bare = good.filter(~pl.col("media_id").is_in(labels["media_id"].implode()))["path"].to_list()
-    listed = known_sources(project, dataset_of(batch))["path"].to_list() if config.labels.every_file() else []
     checks = (
         *_checks(sources, media, config.quarantine_budget),
-        *label_checks(dataset_of(batch), config, listed, good["path"].to_list(), bare),
+        *label_checks(dataset_of(batch), config, every["path"].to_list(), good["path"].to_list(), bare),
         _spans_inside(media, labels),
     )
     written = publish_table(root, "media", batch, media, Media)
@@ -232,15 +235,6 @@ def _join(media: pl.DataFrame, by_path: pl.DataFrame, config: LabelConfig) -> pl
         rows = rows.with_columns(pl.col("start_us", "end_us") + pl.col("begin"))
     rows = rows.select(Labels.column_names())
     return rows.unique().sort("media_id", "target", "start_us", "end_us", "value")
-
-
-def _doubled(project: Project, batch: str) -> dict[str, str]:
-    """Paths of the dataset that share their name with another of its files, where labels go by name."""
-    config = config_of(project, batch)
-    if not config.labels.by_name:
-        return {}
-    present = latest(known_sources(project, dataset_of(batch))).filter(pl.col("gone_at").is_null())
-    return doubled(config, present["path"].to_list())
 
 
 def _judge(
