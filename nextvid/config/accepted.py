@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.corpus import CorpusConfig, PixelConfig
-from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, CurationConfig, DatasetConfig, LabelConfig, SplitConfig
+from nextvid.config.datasets import ClipPolicy, CurationConfig, DatasetConfig, LabelConfig, SplitConfig
 from nextvid.config.strict import Strict, parse
 from storage import atomic
 from storage.errors import ConfigError, CorpusError

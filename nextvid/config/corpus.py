@@ -8,7 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from nextvid.config.datasets import BenchmarkConfig, CurationConfig, DatasetConfig, LabelConfig, SplitConfig
+from nextvid.config.benchmarks import BenchmarkConfig
+from nextvid.config.datasets import CurationConfig, DatasetConfig, LabelConfig, SplitConfig
 from nextvid.config.strict import AtLeastZero, Count, Share, Strict, parse
 from nextvid.config.yaml_file import read_yaml
 from storage.digest import digest_config

@@ -1,8 +1,8 @@
-"""The blocks of corpus.yaml that decide rows: `datasets`, `benchmarks`, and `curation` of shots and near-duplicates."""
+"""The blocks of corpus.yaml that decide rows: `datasets`, and `curation` of shots and near-duplicates."""
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from nextvid.config.strict import AtLeastZero, Count, Positive, Share, Strict
 
@@ -164,25 +164,6 @@ class DatasetConfig(Strict):
         if self.weight is not None and not self.clips:
             raise ValueError("a dataset with a weight needs at least one clip policy under 'clips'")
         return self
-
-
-class BenchmarkConfig(Strict):
-    """A probe task: which datasets, which target, which clips."""
-
-    datasets: tuple[str, ...] = Field(min_length=1, description="names of the datasets whose clips are probed")
-    target: str = Field(description="the label to predict")
-    policy: ClipPolicy = Field(description="how clips are cut: `clips_per_shot` segments of `views` views each")
-    # Tab. 10
-    epochs: Count = Field(20, description="epochs that the probe's heads train")
-    batch: Count = Field(32, description="clips of a batch of that training")
-    seeds: Count = Field(3, description="heads with different seeds, whose mean is the score")
-
-    @field_validator("policy")
-    @classmethod
-    def _protocol(cls, policy: ClipPolicy) -> ClipPolicy:
-        if policy.flip:
-            raise ValueError("clips of a benchmark are never flipped: leave 'flip' out")
-        return policy if "crop" in policy.model_fields_set else policy.model_copy(update={"crop": "centre"})
 
 
 class ShotConfig(Strict):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nextvid.config.accepted import accepted, as_accepted
+from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.corpus import CorpusConfig, corpus_path, load_corpus
-from nextvid.config.datasets import BenchmarkConfig
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from storage.errors import ConfigError

@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 
 import polars as pl
 
-from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig, SplitConfig
+from nextvid.config.benchmarks import BenchmarkConfig
+from nextvid.config.datasets import ClipPolicy, DatasetConfig, FilterConfig, SplitConfig
 from nextvid.corpus.cutting import ROUNDING_US, ShotScores, clip_id, clips_of, filter_reason, row_id, views
 from nextvid.making.publishing import HELD_OUT
 from nextvid.video.quality import Box

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nextvid.config.benchmarks import Augmentation
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.strict import Strict
-from nextvid.evaluate.augment import Kind
 
 LN_EPS = 1e-6  # docs/method.md 6.1
 MLP_RATIO = 4  # docs/method.md 9
@@ -40,7 +40,7 @@ class ProbeSettings(Strict):
     init: Literal["xavier", "trunc_normal"] = "xavier"
     query_std: float = 1.0
     held_out: float = 0.2  # share of probe-train that chooses the learning rate
-    augment: Kind = "none"  # how training clips are varied; latents never are
+    augment: Augmentation = "none"  # how training clips are varied; latents never are
 
 
 def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool = False) -> ProbeSettings:
@@ -48,7 +48,7 @@ def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool =
 
     Probes of encoders that read pixels learn from varied clips: of `images` or of videos.
     """
-    augment: Kind = "none"
+    augment: Augmentation = "none"
     if recipe.model.encoder.input == "pixels":
         augment = "image" if images else "video"
     if recipe.model.encoder.width < SMALL_WIDTH:

@@ -10,15 +10,14 @@ Axes: F frames, H W pixels.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from nextvid.config.benchmarks import Augmentation
 from storage.digest import digest
 
-Kind = Literal["none", "video", "image"]
 Frames = UInt8[np.ndarray, "F H W 3"]
 Box = tuple[int, int, int, int]  # x, y, w, h
 
@@ -103,7 +102,7 @@ class Drawn:
     noise: int  # seed of what is put there
 
 
-def augmented(frames: Frames, kind: Kind, seed: int, epoch: int, row: bytes) -> Frames:
+def augmented(frames: Frames, kind: Augmentation, seed: int, epoch: int, row: bytes) -> Frames:
     """A clip as the probe learns from it in an epoch."""
     if kind == "none":
         return frames
@@ -111,7 +110,7 @@ def augmented(frames: Frames, kind: Kind, seed: int, epoch: int, row: bytes) -> 
     return np.stack([_applied(frame, drawn) for frame in frames])
 
 
-def draw(kind: Kind, seed: int, epoch: int, row: bytes, width: int, height: int) -> Drawn:
+def draw(kind: Augmentation, seed: int, epoch: int, row: bytes, width: int, height: int) -> Drawn:
     """What happens to a row in an epoch; `seed` is that of the probe heads."""
     rng = np.random.Generator(np.random.Philox(key=int(digest(["augment", kind, seed, epoch, row.hex()]), 16)))
     operations = _rand_augment(rng) if kind == "video" else _auto_augment(rng)

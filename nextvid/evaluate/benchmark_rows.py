@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from nextvid.config.datasets import BenchmarkConfig
+from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.corpus.manifest import with_value
 from storage.digest import digest_config
+from storage.errors import UpstreamError
 from storage.schemas import ProbeRows
 
 _32_BITS = 1 << 32
@@ -75,7 +76,8 @@ def benchmark_rows(
     )
     addresses = commits.filter(pl.col("status") == "ok").select("row_id", "batch", "part", "shard", "slot", "crc32c")
     stored = kept.join(addresses, on=["row_id", "batch"]).sort("batch").unique("row_id", keep="first")
-    sampled = _into_samples(stored, config.policy.clips_per_shot)
+    seen = stored if config.train_views == "all" else _one_view(stored)
+    sampled = _into_samples(seen, config.policy.clips_per_shot)
     pieces = []
     for split, limit in limits.items():  # the first shots by id, so that views of a shot stay together
         rows = sampled.filter(pl.col("split") == split)
@@ -92,11 +94,45 @@ def benchmark_rows(
         "unlabelled": asked.height - labelled.height,
         "copies_of_test_clips": labelled.height - kept.height,
         "not_encoded": kept["row_id"].n_unique() - stored.height,
+        "other_views": stored.height - seen.height,
         "over_the_limit": sampled.height - limited.height,
     }
     return BenchmarkRows(
         name, config.target, classes, config.policy.clips_per_shot, frame.sort("sample", "segment"), left_out
     )
+
+
+def refuse_unlearnable(rows: BenchmarkRows, config: BenchmarkConfig) -> None:
+    """UpstreamError where heads could not learn from the rows, or not be judged by them."""
+    where = f"benchmark '{rows.benchmark}'"
+    for split in ("train", "test"):
+        if rows.part(split).is_empty():
+            raise UpstreamError(
+                f"{where} has no encoded {split} clip with a label '{rows.target}' (left out: {dict(rows.left_out)}): "
+                f"check the labels and splits of {', '.join(config.datasets)}"
+            )
+    learnt = rows.part("train").filter(~pl.col("held_out"))
+    classes = learnt["label"].unique()
+    if len(classes) < 2:
+        known = f"only the class '{rows.classes[classes[0]]}'" if len(classes) else "no class"
+        raise UpstreamError(
+            f"{where} has {known} of '{rows.target}' in the clips that heads learn from: check the labels of "
+            f"{', '.join(config.datasets)}"
+        )
+    if (samples := learnt["sample"].n_unique()) < config.batch:
+        raise UpstreamError(
+            f"{where} has {samples} clips for heads to learn from, fewer than a batch of {config.batch}: lower "
+            f"benchmarks.{rows.benchmark}.batch in corpus.yaml, or add clips"
+        )
+
+
+def _one_view(rows: pl.DataFrame) -> pl.DataFrame:
+    """Of a train shot, the clips of one view, drawn by the last bits of its id, which is a hash; test shots whole."""
+    drawn = pl.col("shot_id").bin.encode("hex").str.slice(-8).str.to_integer(base=16)
+    views = rows.group_by("shot_id").agg(_views=pl.col("view_index").unique().sort())
+    chosen = views.select("shot_id", _view=pl.col("_views").list.get(drawn % pl.col("_views").list.len()))
+    kept = (pl.col("split") != "train") | (pl.col("view_index") == pl.col("_view"))
+    return rows.join(chosen, on="shot_id").filter(kept).drop("_view")
 
 
 def _into_samples(clips: pl.DataFrame, segments: int) -> pl.DataFrame:

@@ -22,8 +22,9 @@ from einops import rearrange
 from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
+from nextvid.config.benchmarks import Augmentation
 from nextvid.config.recipe import RecipeConfig
-from nextvid.evaluate.augment import Kind, augmented
+from nextvid.evaluate.augment import augmented
 from nextvid.model.encoder import Encoder
 from nextvid.model.nextvid import NExTVid
 from nextvid.model.reference import reference_encoder
@@ -150,7 +151,7 @@ class Augmented:
     """The rows of a source as they are varied in one epoch of training probes (augment.py)."""
 
     source: PixelSource
-    kind: Kind
+    kind: Augmentation
     seed: int
     epoch: int
 

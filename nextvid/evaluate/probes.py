@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nextvid.config.datasets import BenchmarkConfig
+from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.evaluate.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
-from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, per_sample
+from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, per_sample, refuse_unlearnable
 from nextvid.evaluate.features import (
     Augmented,
     LatentSource,
@@ -75,7 +75,7 @@ class Task:
         return digest_config(
             {
                 "rows": self.rows.digest(),
-                "benchmark": self.config.model_dump(mode="json"),
+                "benchmark": self.config.values(),
                 "settings": self.settings.model_dump(mode="json", exclude=default),
                 "neighbours": NEIGHBOURS,
             }
@@ -142,12 +142,7 @@ def plan_task(project: Project, benchmark: str, found: Run) -> Task:
         pixels = open_pixels(project.root, trainset, found.pixels).spec
     store = LatentStore(project.root, trainset.spec) if pixels is None else PixelStore(project.root, pixels)
     rows = _rows(store, benchmark, config, settings, _limits(found.recipe, config, settings))
-    for split in ("train", "test"):
-        if rows.part(split).is_empty():
-            raise UpstreamError(
-                f"benchmark '{benchmark}' has no encoded {split} clip with a label '{config.target}' "
-                f"(left out: {dict(rows.left_out)}): check the labels and splits of {', '.join(config.datasets)}"
-            )
+    refuse_unlearnable(rows, config)
     return Task(found, trainset, config, settings, rows, pixels)
 
 

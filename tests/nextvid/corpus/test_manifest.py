@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.datasets import BenchmarkConfig, ClipPolicy, DatasetConfig, FilterConfig, SplitConfig
+from nextvid.config.benchmarks import BenchmarkConfig
+from nextvid.config.datasets import ClipPolicy, DatasetConfig, FilterConfig, SplitConfig
 from nextvid.corpus.manifest import (
     PRETRAIN,
     Label,

@@ -1,13 +1,17 @@
 """Which clips a benchmark asks about: labels by span, splits, copies, segments, views, limits, and the digest."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import polars as pl
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.datasets import BenchmarkConfig, ClipPolicy
-from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, per_sample
+from nextvid.config.benchmarks import BenchmarkConfig
+from nextvid.config.datasets import ClipPolicy
+from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, per_sample, refuse_unlearnable
+from storage.errors import UpstreamError
 from storage.schemas import Clips, Duplicates, Labels
 
 LIMITS = {"train": 1000, "test": 1000}
@@ -50,9 +54,10 @@ def commits_of(clips: pl.DataFrame, **changes: pl.Expr | pl.Series) -> pl.DataFr
 def build(
     clips: pl.DataFrame, labels: pl.DataFrame, segments: int = 1, limits: Mapping[str, int] | None = None,
     dropped: Sequence[str] = (), commits: pl.DataFrame | None = None, held_out: float = 0.2,
+    train_views: Literal["all", "one"] = "all",
 ) -> BenchmarkRows:  # fmt: skip
     policy = ClipPolicy(frames=2, fps=2, clips_per_shot=segments)
-    config = BenchmarkConfig(datasets=("pets",), target="animal", policy=policy)
+    config = BenchmarkConfig(datasets=("pets",), target="animal", policy=policy, train_views=train_views)
     duplicates: pl.DataFrame = Duplicates.create_empty()
     if dropped:
         rows = [
@@ -163,3 +168,41 @@ def test_the_digest_follows_rows_bytes_and_labels_but_not_addresses() -> None:
     other = labels_table(("a", None, None, "dog"), ("b", None, None, "dog"))
     assert build(clips, other).digest() != first
     assert build(clips.head(1), labels).digest() != first
+
+
+def test_heads_may_learn_from_one_view_of_a_shot_drawn_from_its_id() -> None:
+    shots = [bytes([number]) * 16 for number in range(60)]
+    rows = [
+        clip(f"m{number}", f"s{number}", segment, view, shot_id=shot, split="test" if number < 20 else "train")
+        for number, shot in enumerate(shots)
+        for segment in range(2)
+        for view in range(3)
+    ]
+    labels = labels_table(*[(f"m{number}", None, None, "cat") for number in range(60)])
+    found = build(clips_table(rows), labels, segments=2, train_views="one")
+    train, test = found.part("train"), found.part("test")
+    assert test.height == 20 * 2 * 3, "all views of a test clip are averaged"
+    assert train.group_by("shot_id").agg(pl.col("view_index").unique()).height == 40
+    views = train.group_by("shot_id").agg(pl.col("view_index").unique())["view_index"]
+    assert views.list.len().unique().to_list() == [1], "both segments have the same view"
+    assert set(views.explode()) == {0, 1, 2}, "and shots have different ones"
+    assert found.left_out["other_views"] == 40 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "splits", "batch", "message"),
+    [
+        ("ab", ("train", "train"), 1, "benchmark 'species' has no encoded test clip with a label 'animal'"),
+        ("ab", ("test", "test"), 1, "benchmark 'species' has no encoded train clip"),
+        ("aaa", ("train", "train", "test"), 1, "has only the class 'a' of 'animal'"),
+        ("aba", ("train", "train", "test"), 3, "has 2 clips for heads to learn from, fewer than a batch of 3"),
+    ],
+)
+def test_rows_that_no_head_can_learn_from_are_refused(
+    labels: str, splits: Sequence[str], batch: int, message: str
+) -> None:
+    clips = clips_table([clip(f"m{n}", f"s{n}", split=split) for n, split in enumerate(splits)])
+    found = build(clips, labels_table(*[(f"m{n}", None, None, label) for n, label in enumerate(labels)]), held_out=0)
+    config = BenchmarkConfig(datasets=("pets",), target="animal", policy=ClipPolicy(frames=2, fps=2), batch=batch)
+    with pytest.raises(UpstreamError, match=message):
+        refuse_unlearnable(found, config)

@@ -1,0 +1,132 @@
+"""The block `benchmarks` of corpus.yaml: probe tasks, and the four protocols of the paper (Tab. 9, 10) that they name.
+
+A protocol is values of a benchmark's own fields; what is written beside its name takes their place.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from nextvid.config.datasets import ClipPolicy
+from nextvid.config.strict import AtLeastZero, Count, Positive, Strict
+
+Augmentation = Literal["none", "video", "image"]
+
+
+class SweepConfig(Strict):
+    """A grid of probe heads: one for each rate and weight decay."""
+
+    rates: tuple[Positive, ...] = Field(min_length=1, description="peak learning rates")
+    weight_decays: tuple[AtLeastZero, ...] = Field(min_length=1, description="weight decays")
+    warm_up_epochs: AtLeastZero = Field(0.0, description="epochs in which the rate rises to its peak")
+    warm_up_from: AtLeastZero = Field(0.0, description="rate at which that begins")
+
+
+# Data of Tab. 10, whose "FPS" is a stride in frames; what it leaves open is V-JEPA 2's public probe (docs/method.md 9).
+_EVERY: dict[str, Any] = {"target": "class", "epochs": 20, "seeds": 1, "attention_heads": 16, "train_views": "one"}
+_VIDEO = _EVERY | {
+    "augment": "video",
+    "sweep": ({"rates": (5e-3, 3e-3, 1e-3, 3e-4, 1e-4), "weight_decays": (0.01, 0.1, 0.4, 0.8)},),
+}
+_CLIPS: dict[str, Any] = {"frames": 16, "stride": 4, "views": 3, "crop": "centre"}
+PROTOCOLS: Mapping[str, dict[str, Any]] = {
+    "k400": _VIDEO | {"policy": _CLIPS | {"clips_per_shot": 8}, "batch": 192},
+    "ssv2": _VIDEO | {"policy": _CLIPS | {"clips_per_shot": 2}, "batch": 96},
+    "diving48": _VIDEO
+    | {
+        "policy": _CLIPS | {"frames": 32, "stride": 2, "clips_per_shot": 4},
+        "batch": 48,
+        "epochs": 100,
+        "levels": 4,
+        "sweep": ({"rates": (1e-3, 3e-4, 1e-4), "weight_decays": (0.8,)},),
+    },
+    "in1k": _EVERY
+    | {
+        "policy": {"frames": 1, "crop": "centre"},  # repeated to the length of the encoder's clips
+        "batch": 384,
+        "augment": "image",
+        "sweep": (
+            {"rates": (1e-3,), "weight_decays": (1e-3,)},
+            {
+                "rates": (5e-4, 1e-3, 1.5e-3, 2e-3),
+                "weight_decays": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+                "warm_up_epochs": 5.0,
+                "warm_up_from": 2e-4,
+            },
+        ),
+    },
+}
+
+
+def _by_protocol(schema: dict[str, Any]) -> None:
+    """A protocol has a target and a policy, so that editors ask for neither."""
+    schema["required"] = ["datasets"]
+
+
+class BenchmarkConfig(Strict):
+    """A probe task: which datasets, which target, which clips, how its heads learn.
+
+    `protocol` fills the other fields with those of the paper's Tab. 10; each may be written beside it, the fields of
+    `policy` one by one.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_by_protocol)
+
+    datasets: tuple[str, ...] = Field(min_length=1, description="names of the datasets whose clips are probed")
+    protocol: Literal["k400", "in1k", "ssv2", "diving48"] | None = Field(
+        None, description="the paper's Kinetics-400, ImageNet-1K, Something-Something-v2 or Diving48"
+    )
+    target: str = Field(description="the label to predict; `class` by a protocol")
+    policy: ClipPolicy = Field(description="how clips are cut: `clips_per_shot` segments of `views` views each")
+    # Tab. 10
+    epochs: Count = Field(20, description="epochs that the probe's heads train")
+    batch: Count = Field(32, description="clips of a batch of that training")
+    seeds: Count = Field(3, description="heads with different seeds, whose mean is the score; 1 by a protocol")
+    sweep: tuple[SweepConfig, ...] = Field(
+        (),
+        description="grids of heads that learn side by side, of which held-out clips choose one; by default the rates "
+        "that suit the encoder's width",
+    )
+    attention_heads: Count | None = Field(
+        None, description="heads of the probe's attention; by default 4, and 16 from an encoder width of 512 on"
+    )
+    augment: Augmentation | None = Field(
+        None,
+        description="how clips that heads learn from are varied in each epoch; by default as their kind is. Only where "
+        "the encoder reads pixels: latents are never varied",
+    )
+    levels: Count = Field(1, description="blocks of the encoder whose outputs the probe reads; 4 by `diving48`")
+    train_views: Literal["all", "one"] = Field(
+        "all", description="views of a shot that heads learn from: every one, or one drawn from the shot's id"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:  # noqa: ANN401 - whatever the file holds
+        name = values.get("protocol") if isinstance(values, dict) else None
+        if not isinstance(name, str):
+            return values
+        if name not in PROTOCOLS:
+            near = difflib.get_close_matches(name.lower(), PROTOCOLS, n=1, cutoff=0.4)
+            remedy = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(PROTOCOLS)}"
+            raise ValueError(f"there is no protocol '{name}'; {remedy}")
+        given, protocol = values.get("policy", {}), PROTOCOLS[name]
+        if isinstance(given, dict):
+            own = {key: value for key, value in protocol["policy"].items() if key != "stride" or "fps" not in given}
+            given = own | given
+        return {**protocol, **values, "policy": given}
+
+    @field_validator("policy")
+    @classmethod
+    def _centred(cls, policy: ClipPolicy) -> ClipPolicy:
+        if policy.flip:
+            raise ValueError("clips of a benchmark are never flipped: leave 'flip' out")
+        return policy if "crop" in policy.model_fields_set else policy.model_copy(update={"crop": "centre"})
+
+    def values(self) -> dict[str, Any]:
+        """What a score depends on, as plain values, by whatever name or protocol it was written."""
+        younger = {"sweep", "attention_heads", "augment", "levels", "train_views"}  # than scores that are kept
+        found, fields = self.model_dump(mode="json", exclude={"protocol"}), type(self).model_fields
+        return {k: v for k, v in found.items() if k not in younger or getattr(self, k) != fields[k].default}
