@@ -34,7 +34,6 @@ COMPUTE: Mapping[Asset, Compute] = {
     "pretrain": Compute(cpus=64, memory_gib=256, gpus=8),
     "probes": _DEVICE,
     "samples": _DEVICE,
-    "report": _DEVICE,
 }
 
 

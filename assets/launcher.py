@@ -38,7 +38,7 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     with (
         log_path.open("ab") as log,
         pipes(context, dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()) as session,
-        trainers(run, log, subprocess.STDOUT, session.get_bootstrap_env_vars()) as process,
+        trainers(run, log, subprocess.STDOUT, context.log.info, session.get_bootstrap_env_vars()) as process,
     ):
         code = wait(context, run, process.poll, POLL_S)
     if code != 0:

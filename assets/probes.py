@@ -7,6 +7,7 @@ import dagster as dg
 from assets.declare import asset
 from assets.resources import ProjectResource
 from assets.training_run import WhichScores, evaluate
+from nextvid.making.progress import Lines
 
 
 @asset("probes", kinds={"pytorch", "scikitlearn"}, pool="gpu")
@@ -14,4 +15,5 @@ def probes(context: dg.AssetExecutionContext, config: WhichScores, project: Proj
     """Probe one run on every benchmark."""
     from nextvid.evaluate.probes import make_probes
 
-    return evaluate(context, config, project, partial(make_probes, benchmarks=config.benchmarks))
+    make = partial(make_probes, benchmarks=config.benchmarks, on_progress=Lines(context.log.info))
+    return evaluate(context, config, project, make)

@@ -7,7 +7,7 @@ from assets.resources import ProjectResource
 from assets.training_run import WhichRun, evaluate
 
 
-@asset("report", kinds={"html"}, pool="gpu")
+@asset("report", kinds={"html"})
 def report(context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Write the report of one run."""
     from nextvid.report.report import make_report

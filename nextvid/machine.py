@@ -2,8 +2,8 @@
 
 - How many cores this process may use, and which device `auto` is.
 - `die_with`: a trainer or encoder ends when the process that started it ends, however that happened.
-- `leased_gpus`: each GPU of this machine is used by at most one run of a user at a time. A lease is a lock file per GPU
-  (flock), which the kernel releases when its holder dies.
+- `leased_gpus`: each GPU of this machine is used by at most one process of a user at a time, and its children. A lease
+  is a lock file per GPU (flock), which the kernel releases when its holder dies.
 """
 
 import ctypes
@@ -15,17 +15,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from storage.errors import RefusedError
+from storage.errors import ConfigError, RefusedError
 from storage.locks import locked_or_holder
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WATCH_S = 0.5  # our choice: far below the 10 s within which a cancelled run must have ended
 ORPHANED = 75  # exit code of a child whose launcher is gone (EX_TEMPFAIL of sysexits.h: starting again resumes)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+Tell = Callable[[str], None]  # shows a line to whoever waits
 
 
 def available_cores() -> int:
@@ -87,31 +89,69 @@ def _watch(parent: int, launcher: int) -> None:
 
 
 @contextmanager
-def leased_gpus(count: int, device: str) -> Iterator[dict[str, str]]:
-    """Reserve `count` free GPUs for the block and yield the environment variables for a child; none for device `cpu`.
+def leased_devices(count: int, asked: str, who: str, tell: Tell) -> Iterator[list[str]]:
+    """`leased_gpus` for models in this process, by torch's names (`cuda:0`, ...); `cpu`, `count` times, needs no lease.
 
-    Dagster's pool `gpu` bounds how many runs there are. This ensures that two of them, or one and a run started by
-    hand, never train on the same GPU. On Ray and Kubernetes a job sees only the GPUs that the cluster gave it.
-    Raises RefusedError, naming the holders, if fewer are free.
+    Raises ConfigError for `cuda` where torch sees no GPU.
+    """
+    import torch
+
+    if device_of(asked) == "cpu":
+        yield ["cpu"] * max(1, count)
+        return
+    if not (known := visible_gpus()):
+        raise ConfigError("execution.device is 'cuda', but torch sees no GPU here: use 'auto' or 'cpu'")
+    with leased_gpus(count, asked, who, tell) as held:
+        try:
+            yield [f"cuda:{known.index(name)}" for name in held]
+        finally:
+            torch.cuda.empty_cache()  # what torch keeps for later is for the next holder
+
+
+@contextmanager
+def leased_gpus(count: int, device: str, who: str, tell: Tell) -> Iterator[list[str]]:
+    """Hold `count` GPUs of this machine for the block, 0 for all that are free; none for device `cpu`.
+
+    Encoding, training, probes and samples take their GPUs here, so that two of them never compute on the same one,
+    whether Dagster started them or a person. Dagster's pool `gpu` bounds how many there are. On Ray and Kubernetes a
+    step sees only the GPUs that the cluster gave it. Waits while too few are free; `tell` gets a line that says who
+    holds them, and `who` is what the others are told of this process. Raises RefusedError where there are not so many.
     """
     known = [] if device == "cpu" else visible_gpus()
-    if not known:
-        yield {}
-        return
-    with ExitStack() as stack:
-        held: list[str] = []
-        busy: list[str] = []
-        for name in known:
-            if len(held) == count:
-                break
-            holder = _lock(stack, name)
-            (held if holder is None else busy).append(name if holder is None else f"{name} (process {holder})")
-        if len(held) < count:
-            raise RefusedError(
-                f"{count} GPUs are asked for and {len(held)} of {len(known)} are free; taken: "
-                f"{', '.join(busy) or 'none'}; wait for those runs, or ask for fewer ranks"
-            )
-        yield {VISIBLE: ",".join(held)}
+    if known and count > len(known):
+        raise RefusedError(
+            f"{who} asks for {count} GPUs, and there are {len(known)} here: lower `ranks`, or `execution.devices`"
+        )
+    with ExitStack() as leases:
+        yield _collect(leases, known, count, who, tell) if known else []
+
+
+def _collect(leases: ExitStack, known: list[str], count: int, who: str, tell: Tell) -> list[str]:
+    """Lock `count` of the known GPUs. One process at a time collects, so that two never wait for each other's."""
+    held: set[str] = set()
+    told = ""
+    with ExitStack() as turn:
+        ahead: str | None = "not asked yet"
+        while True:
+            ahead = ahead and _lock(turn, "turn", who)
+            busy = []
+            for name in known if ahead is None else []:
+                if name in held or len(held) == (count or len(known)):
+                    continue
+                if (holder := _lock(leases, name, who)) is None:
+                    held.add(name)
+                else:
+                    busy.append(f"{name} is held by process {holder}")
+            if (missing := (count or 1) - len(held)) <= 0:
+                return [name for name in known if name in held]
+            line = f"waiting for {missing} GPUs: {', '.join(busy)}"
+            if ahead:
+                line = f"waiting for a GPU behind process {ahead}, which waits too"
+            if line != told:
+                tell(told := line)
+            if orphaned():
+                raise RefusedError(f"{who} was waiting for a GPU, and the process that asked for it is gone")
+            time.sleep(WATCH_S)
 
 
 def visible_gpus() -> list[str]:
@@ -123,13 +163,16 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _lock(stack: ExitStack, name: str) -> str | None:
-    """Lock a GPU until the stack closes; if another process holds it, return that process's id."""
+def _lock(stack: ExitStack, name: str, who: str) -> str | None:
+    """Hold the lock of this name until the stack closes; if another process does, say which."""
     # a local folder, since a home may be shared between machines; another user may have created one of this name
     folder = Path(tempfile.gettempdir(), f"nextvid-devices-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise RefusedError(f"{folder} is not a folder of this user: have it removed, or set TMPDIR to another folder")
-    path = folder / f"{name.replace('/', '_')}.lock"
-    return stack.enter_context(locked_or_holder(path, 0o600))
+    with ExitStack() as attempt:
+        holder = attempt.enter_context(locked_or_holder(folder / f"{name.replace('/', '_')}.lock", 0o600, who))
+        if holder is None:
+            stack.push(attempt.pop_all())
+        return holder

@@ -148,11 +148,21 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
         case "pretrain":
             ranks = () if request.ranks is None else (f"ranks={request.ranks}",)
             how = apply_how(ExecutionConfig(), (*request.how, *ranks))
-            return make_it(project, partition, request.overrides, how, repeat=request.repeat, trainset=request.trainset)
+            return make_it(
+                project,
+                partition,
+                request.overrides,
+                how,
+                repeat=request.repeat,
+                trainset=request.trainset,
+                on_progress=request.on_progress,
+            )
         case "probes":
             names = [request.benchmark] if request.benchmark else []
             return make_it(project, partition, request.run, names, request.on_progress)
-        case "samples" | "report":
+        case "samples":
+            return make_it(project, partition, request.run, request.on_progress)
+        case "report":
             return make_it(project, partition, request.run)
 
 

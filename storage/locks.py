@@ -35,8 +35,8 @@ def locked(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked_or_holder(path: Path, mode: int = 0o666) -> Iterator[str | None]:
-    """Hold the lock `path` for the block, without waiting: None, or the process id of the one who has it.
+def locked_or_holder(path: Path, mode: int = 0o666, who: str = "") -> Iterator[str | None]:
+    """Hold the lock `path` for the block, without waiting: None, or who has it: a process id, and its `who`.
 
     The file says who holds it. Symbolic links are not followed.
     """
@@ -47,7 +47,7 @@ def locked_or_holder(path: Path, mode: int = 0o666) -> Iterator[str | None]:
             yield file.read().strip() or "unknown"
             return
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} ({who})" if who else str(os.getpid()))
         file.flush()
         yield None
 

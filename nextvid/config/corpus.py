@@ -53,7 +53,7 @@ class MachineConfig(Strict):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is a GPU where there is one")
     devices: int = Field(
-        0, ge=0, description="processes that encode, one a GPU; 0 is one for every GPU, or one on the CPU"
+        0, ge=0, description="processes that encode, one a GPU; 0 is one for every free GPU, or one on the CPU"
     )
     batch_frames: Count = Field(64, description="frames of one forward of the autoencoder")
 

@@ -18,9 +18,6 @@ from multiprocessing.queues import SimpleQueue as Queue
 from multiprocessing.util import Finalize
 from typing import NamedTuple
 
-import torch
-
-from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project
 from nextvid.encode.checks import Report, publish_outcome, publish_refused
 from nextvid.encode.pipeline import Advance, Pipeline, Tell, pipeline, shares
@@ -28,12 +25,12 @@ from nextvid.encode.pixels import PixelWriter
 from nextvid.encode.plan import BatchPlan, open_parts, pixel_spec, plan_encode
 from nextvid.encode.preview import preview_png
 from nextvid.encode.shard import RefusedShardError
-from nextvid.machine import device_of, die_with
+from nextvid.machine import device_of, die_with, leased_devices
 from nextvid.making.outcome import Outcome
-from nextvid.making.progress import OnProgress, Progress, silent
+from nextvid.making.progress import OnProgress, Progress, noting, silent
 from nextvid.video.sandbox import Spawn
 from storage.atomic import publish_bytes
-from storage.errors import ConfigError, StoreError
+from storage.errors import StoreError
 from storage.part import LatentPart
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
@@ -61,11 +58,15 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
     plan = plan_encode(project, batch)
     store = LatentStore(project.root, plan.spec)
     store.create()
-    names, report, failed = devices(project.corpus.execution), Report(), set[bytes]()
+    machine, name, report, failed = project.corpus.execution, f"latents {batch}", Report(), set[bytes]()
     if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
-        tell = _paced(plan, len(names), on_progress)
         try:
-            with encoding_on(names, Share(project, batch, plan.spec), tell) as encode:
+            with (
+                leased_devices(machine.devices, machine.device, name, noting(on_progress, name)) as devices,
+                encoding_on(
+                    devices, Share(project, batch, plan.spec), _paced(plan, len(devices), on_progress)
+                ) as encode,
+            ):
                 for part in open_parts(project, batch, store, failed):
                     report += encode(part)
                     failed |= report.failed  # the next call tries them again
@@ -74,7 +75,7 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
             raise
         if report.pictures:
             publish_bytes(project.root.preview("latents", batch), preview_png(report.pictures))
-    with PixelWriter(project, batch, pixel_spec(project, plan.spec), shares(names[0], 1)[0]) as pixels:
+    with PixelWriter(project, batch, pixel_spec(project, plan.spec), shares(device_of(machine.device), 1)[0]) as pixels:
         report += Report(pixels=pixels.rest(failed))
         return publish_outcome(project, plan, report, pixels.plan(), time.perf_counter() - began)
 
@@ -93,21 +94,6 @@ def _paced(plan: BatchPlan[EncodingSpec], count: int, on_progress: OnProgress) -
         )
 
     return tell
-
-
-def devices(machine: MachineConfig) -> list[str]:
-    """The devices that encode here, one a process: `cuda:0`, ... or `cpu`, as execution.device and .devices say.
-
-    Raises ConfigError where there are not so many.
-    """
-    if device_of(machine.device) == "cpu":
-        return ["cpu"] * max(1, machine.devices)
-    gpus = torch.cuda.device_count()
-    if not gpus:
-        raise ConfigError("execution.device is 'cuda', but torch sees no GPU here: use 'auto' or 'cpu'")
-    if machine.devices > gpus:
-        raise ConfigError(f"execution.devices is {machine.devices}, but there are {gpus} GPUs here; 0 takes them all")
-    return [f"cuda:{number}" for number in range(machine.devices or gpus)]
 
 
 @contextmanager

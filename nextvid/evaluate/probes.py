@@ -33,10 +33,10 @@ from nextvid.evaluate.features import (
     load_networks,
 )
 from nextvid.evaluate.fitting import NEIGHBOURS, accuracies, fit, nearest_labels, normalise
-from nextvid.machine import device_of
+from nextvid.machine import leased_devices
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Number, Outcome
-from nextvid.making.progress import OnProgress, Progress, silent
+from nextvid.making.progress import OnProgress, Progress, noting, silent
 from nextvid.making.publishing import read_latest
 from nextvid.model.encoder import Encoder
 from nextvid.train.run import Run, find_run
@@ -107,7 +107,10 @@ def make_probes(
         folder = project.root.probe(recipe, found.id, benchmark, scores[benchmark])
         path = f"{folder}/score.json"
         if not atomic.exists(path):
-            _score(project, task, folder)
+            with leased_devices(
+                1, project.corpus.execution.device, f"probes {recipe}", noting(on_progress, f"probes {recipe}")
+            ) as (device,):
+                _score(project, task, folder, device)
             made = True
         score = atomic.read_json(path)
         rows += score["clips"]["test"]
@@ -182,10 +185,9 @@ def _limits(recipe: RecipeConfig, config: BenchmarkConfig, settings: ProbeSettin
     return {"train": fitting * 3 // 4, "test": fitting // 4}
 
 
-def _score(project: Project, task: Task, folder: str) -> None:
+def _score(project: Project, task: Task, folder: str, device: str) -> None:
     """Compute and publish rows, pooled test features and, last, score.json."""
     started = time.perf_counter()
-    device = device_of(project.corpus.execution.device)
     networks = load_networks(task.run, device)
     policy, recipe = task.config.policy, task.run.recipe
     frames = policy.frames if policy.frames > 1 else recipe.clip_lengths[0]

@@ -20,8 +20,9 @@ from nextvid.encode.frames import Decoding
 from nextvid.evaluate.features import load_networks
 from nextvid.evaluate.generate import generate_masked, generate_onward, random_tube, reading_back
 from nextvid.evaluate.scene import Generated, Scene, compared, open_scene
-from nextvid.machine import device_of
+from nextvid.machine import leased_devices
 from nextvid.making.outcome import Number, Outcome
+from nextvid.making.progress import OnProgress, noting, silent
 from nextvid.model.flow import ODE_STEPS
 from nextvid.model.nextvid import NExTVid
 from nextvid.pictures import SHEET_BACKGROUND, SHEET_INK, sheet_png
@@ -57,7 +58,7 @@ class Strip:
     frames: Frames | None
 
 
-def make_samples(project: Project, recipe: str, run: str | None = None) -> Outcome:
+def make_samples(project: Project, recipe: str, run: str | None = None, on_progress: OnProgress = silent) -> Outcome:
     """Generate next frames of test clips (of any, where none is encoded), unless samples.json exists.
 
     A recipe that trains no decoder has no samples. The data version is of samples.json, which names its run.
@@ -71,7 +72,9 @@ def make_samples(project: Project, recipe: str, run: str | None = None) -> Outco
     folder = project.root.samples(recipe, found.id)
     made = not atomic.exists(f"{folder}/samples.json")
     if made:
-        _make(project, found, folder)
+        name = f"samples {recipe}"
+        with leased_devices(1, project.corpus.execution.device, name, noting(on_progress, name)) as (device,):
+            _make(project, found, folder, device)
     record = atomic.read_json(f"{folder}/samples.json")
     numbers = {
         f"{kind}_{name}_psnr_db": v["psnr_db"]
@@ -93,9 +96,8 @@ def make_samples(project: Project, recipe: str, run: str | None = None) -> Outco
     )
 
 
-def _make(project: Project, run: Run, folder: str) -> None:
+def _make(project: Project, run: Run, folder: str, device: str) -> None:
     trainset = Trainset.open(project.root, run.trainset)
-    device = device_of(project.corpus.execution.device)
     scene = open_scene(project, run, trainset, device)
     model = load_networks(run, device).model
     visible = _visible(project, run)

@@ -56,6 +56,11 @@ def silent(_: Progress) -> None:
     """Show nothing."""
 
 
+def noting(on_progress: OnProgress, name: str) -> Callable[[str], None]:
+    """A function that reports a line as a note about the asset of this name."""
+    return lambda line: on_progress(Progress(name, 0, 0, note=line))
+
+
 class Lines:
     """Writes progress as lines: every note, the end of what has a rate, and in between one in LOG_EVERY_S."""
 

@@ -18,8 +18,9 @@ from typing import IO, Any
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
-from nextvid.machine import available_cores, launcher_id, leased_gpus
+from nextvid.machine import VISIBLE, Tell, available_cores, launcher_id, leased_gpus
 from nextvid.making.outcome import Check, Number, Outcome
+from nextvid.making.progress import OnProgress, noting, silent
 from nextvid.making.publishing import read_latest
 from nextvid.train import checkpoint
 from nextvid.train.diagnose import ALARM_RATIO, collapsed
@@ -121,11 +122,13 @@ def make_pretrain(
     *,
     repeat: int = 0,
     trainset: str | None = None,
+    on_progress: OnProgress = silent,
 ) -> Outcome:
     """Train a recipe to its last step in child processes; resumes an interrupted run, leaves a complete one alone."""
     prepared = prepare_run(project, recipe, overrides, how, repeat=repeat, trainset=trainset)
     if not prepared.complete:
-        with (Path(prepared.folder) / LOG).open("ab") as log, trainers(prepared, STDERR, log) as process:
+        tell = noting(on_progress, f"pretrain {recipe}")
+        with (Path(prepared.folder) / LOG).open("ab") as log, trainers(prepared, STDERR, log, tell) as process:
             code = process.wait()
         if code:
             reason = _reason(Path(prepared.folder))
@@ -189,10 +192,18 @@ def _environment(how: ExecutionConfig) -> dict[str, str]:
 
 @contextlib.contextmanager
 def trainers(
-    run: PreparedRun, stdout: int | IO[bytes], stderr: int | IO[bytes], env: Mapping[str, str] | None = None
+    run: PreparedRun,
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes],
+    tell: Tell,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """The run's command in a process group of its own, which ends with the block, on GPUs that are leased meanwhile."""
-    with leased_gpus(run.ranks, run.device) as devices:
+    """The run's command in a process group of its own, which ends with the block, on GPUs that are leased meanwhile.
+
+    `tell` gets a line where it waits for them.
+    """
+    with leased_gpus(run.ranks, run.device, f"pretrain {run.run_id}", tell) as gpus:
+        devices = {VISIBLE: ",".join(gpus)} if gpus else {}
         child_env = {**os.environ, **run.env, **devices, **(env or {})}
         process = subprocess.Popen(run.child, env=child_env, stdout=stdout, stderr=stderr, start_new_session=True)
         try:

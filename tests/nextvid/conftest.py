@@ -1,14 +1,21 @@
 """Fixtures shared by the tests of evaluation, and the command line as a function."""
 
+import re
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nextvid.__main__ import main
+from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project, open_project
+from nextvid.machine import VISIBLE, leased_gpus
+from nextvid.making.outcome import Outcome
+from nextvid.making.progress import OnProgress, Progress
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -28,6 +35,27 @@ def nextvid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return code, said.out, said.err
 
     return run
+
+
+@pytest.fixture
+def refuse_to_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Of a machine that pretends to one GPU, which a training holds: checks that a maker waits for it, and says so."""
+    monkeypatch.setenv(VISIBLE, "7")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def stop(progress: Progress) -> None:
+        if progress.note:
+            raise InterruptedError(progress.line())
+
+    def check(name: str, project: Project, make: Callable[[Project, OnProgress], Outcome]) -> None:
+        corpus = project.corpus.model_copy(update={"execution": MachineConfig()})
+        line = rf"{re.escape(name)}: waiting for 1 GPUs: 7 is held by process \d+ \(pretrain 1\)"
+        with pytest.raises(InterruptedError, match=line):
+            make(replace(project, corpus=corpus), stop)
+
+    with leased_gpus(1, "auto", "pretrain 1", print):
+        yield check
 
 
 @pytest.fixture(scope="session")

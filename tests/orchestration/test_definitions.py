@@ -98,5 +98,5 @@ def test_every_step_that_computes_waits_in_a_pool() -> None:
     }
     assert {name: pool for name, pool in pools.items() if pool} == {
         "media": "decode", "shots": "decode", "latents": "gpu",
-        "pretrain": "gpu", "probes": "gpu", "samples": "gpu", "report": "gpu",
+        "pretrain": "gpu", "probes": "gpu", "samples": "gpu",
     }  # fmt: skip

@@ -1,13 +1,12 @@
 """Several devices: processes on CPU stand in for GPUs, and share a part's shards without writing one twice."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project
-from nextvid.encode.latents import devices, make_latents
+from nextvid.encode.latents import make_latents
 from nextvid.encode.pipeline import shares
 from nextvid.encode.plan import plan_encode
 from nextvid.making.progress import Progress
@@ -52,32 +51,12 @@ def test_what_a_process_refuses_is_told_in_its_words(tmp_path: Path, cosine_auto
         make_latents(project, STILLS)
 
 
-@pytest.mark.parametrize(("gpus", "asked", "words"), [(0, 0, "no GPU"), (2, 3, "there are 2 GPUs")])
-def test_gpus_that_are_not_there_are_refused(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, asked: int, words: str
+def test_it_waits_for_a_gpu_that_is_held(
+    tmp_path: Path, cosine_autoencoder: Path, refuse_to_share: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(ConfigError, match=words):
-        devices(MachineConfig(device="cuda", devices=asked))
-
-
-@pytest.mark.parametrize(
-    ("gpus", "device", "asked", "wanted"),
-    [
-        (0, "auto", 0, ["cpu"]),
-        (0, "auto", 3, ["cpu"] * 3),
-        (4, "cpu", 0, ["cpu"]),
-        (4, "auto", 0, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]),
-        (4, "cuda", 2, ["cuda:0", "cuda:1"]),
-    ],
-)
-def test_every_gpu_is_used_unless_told_otherwise(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, device: str, asked: int, wanted: list[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert devices(MachineConfig(device=device, devices=asked)) == wanted
+    project = write_corpus(tmp_path, cosine_autoencoder)
+    publish_clips(project, STILLS, [clip_row(stills(tmp_path, 1)[0], 0)])
+    refuse_to_share(f"latents {STILLS}", project, lambda project, tell: make_latents(project, STILLS, tell))
 
 
 @pytest.mark.parametrize("sharers", [1, 2, 8])

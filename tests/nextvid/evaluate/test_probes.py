@@ -1,6 +1,7 @@
 """The maker of probes end to end on a tiny run: what is asked, what is written, and that it is written once."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,10 @@ def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
     with np.load(folder / "features.npz", allow_pickle=False) as kept:
         assert kept["ema"].shape == (30, 32)
         assert kept["labels"].shape == (30,)
+
+
+def test_it_waits_for_a_gpu_that_is_held(own_copy: Project, refuse_to_share: Callable[..., None]) -> None:
+    refuse_to_share(f"probes {RECIPE}", own_copy, lambda project, tell: make_probes(project, RECIPE, on_progress=tell))
 
 
 def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: Project) -> None:

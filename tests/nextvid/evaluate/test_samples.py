@@ -1,6 +1,7 @@
 """The maker of samples end to end on a tiny run whose source files are gone."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def test_pictures_and_numbers_are_made_once(own_copy: Project) -> None:
         assert np.isfinite(list(found.values())).all()
     for path in first.pictures.values():
         Image.open(path).verify()
+
+
+def test_it_waits_for_a_gpu_that_is_held(own_copy: Project, refuse_to_share: Callable[..., None]) -> None:
+    refuse_to_share(
+        f"samples {RECIPE}", own_copy, lambda project, tell: make_samples(project, RECIPE, on_progress=tell)
+    )
 
 
 def test_copying_the_last_frame_misses_by_what_the_data_say(evaluated: Project) -> None:
