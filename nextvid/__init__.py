@@ -13,7 +13,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nextvid.train.export import load_encoder as load_encoder
+    from nextvid.features.encoder import load_encoder as load_encoder
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """Resolve `load_encoder` when it is asked for, so that importing the package costs no torch."""
     if name == "load_encoder":
-        from nextvid.train.export import load_encoder
+        from nextvid.features.encoder import load_encoder
 
         return load_encoder
     raise AttributeError(f"module 'nextvid' has no attribute '{name}'")

@@ -206,8 +206,8 @@ def export(
     corpus: Corpus = None,
 ) -> None:
     """Copy the EMA encoder of a run to a folder that nextvid.load_encoder opens."""
+    from nextvid.features.encoder import copy_encoder
     from nextvid.lineage.compare import find
-    from nextvid.train.export import copy_encoder
 
     facts = find(open_project(corpus), run)
     copy_encoder(Path(facts.folder, "encoder"), Path(out))

@@ -20,8 +20,9 @@ from typing import Self
 
 import polars as pl
 
-from nextvid.encode.decode_task import CropBox, Frames, RequestedRow, Task, decode
+from nextvid.encode.decode_task import READ_BYTES_PER_S, CropBox, Frames, RequestedRow, Task, decode
 from nextvid.video.fetch import local_file
+from nextvid.video.probe import Inspection, inspect_file
 from nextvid.video.sandbox import START_S, Sandbox
 from storage.errors import MediaError
 
@@ -113,6 +114,10 @@ class Decoding:
         """Begin one job at once, outside the bound."""
         return self._threads.submit(self._run, job.uri, job.task)
 
+    def inspect(self, uri: str) -> "Future[Inspection]":
+        """Digest and facts of a file, behind what was begun before; a MediaError where it has none."""
+        return self._threads.submit(self._inspect, uri)
+
     def forget(self, jobs: Iterable[Job]) -> None:
         """Cancel those of these jobs that have not begun."""
         gone = {id(job) for job in jobs}
@@ -129,6 +134,14 @@ class Decoding:
         with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, local_file(uri, Path(folder)) as path:
             size_bytes = path.stat().st_size if path.exists() else 0  # a missing file is the task's own error
             return self._sandbox.call(decode, replace(task, path=path), timeout_s=task.timeout_s(size_bytes))
+
+    def _inspect(self, uri: str) -> Inspection:
+        with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, local_file(uri, Path(folder)) as path:
+            size_bytes = path.stat().st_size if path.exists() else 0
+            found = self._sandbox.call(inspect_file, path, timeout_s=START_S + size_bytes / READ_BYTES_PER_S)
+            if found.facts is None:
+                raise MediaError(found.reason or "failed", found.error or f"{path}: unreadable")
+            return found
 
 
 class PendingRows:

@@ -69,7 +69,7 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         encoders = {"encoder": _whole(trained.reference), "encoder_online": _whole(trained.model.encoder)}
         if reporter:
             for name, encoder in encoders.items():
-                export_encoder(run.folder / name, encoder, trainset, run, project.corpus.encoding.autoencoder)
+                export_encoder(run.folder / name, encoder, trainset, run, project.corpus)
             reporter.event("end", run.recipe.steps, {"complete": run.complete})
         ranks.wait()
 

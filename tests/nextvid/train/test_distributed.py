@@ -13,11 +13,11 @@ from torch.nn.utils import parameters_to_vector
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
+from nextvid.features.encoder import load_encoder
 from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint
 from nextvid.train.distributed import like, local, whole
 from nextvid.train.events import Event, read_events
-from nextvid.train.export import load_encoder
 from nextvid.train.optim import build_optimizer
 from nextvid.train.pretrain import make_pretrain
 from nextvid.train.run import Run, open_run

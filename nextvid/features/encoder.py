@@ -1,0 +1,223 @@
+"""A trained encoder from its folder, for use without corpus, store or Dagster: clips in, features out.
+
+An encoder of pixels reads frames. One of latents reads latents as the store has them, or frames if its folder has the
+autoencoder that made those latents. The statistics of the latents are among the weights.
+
+Axes: B clips, F frames, H and W pixels, R pixels a side, C channels and h and w cells of the store, N tokens of a clip,
+D width.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from nextvid.config.datasets import ClipPolicy
+from nextvid.config.recipe import ModelConfig
+from nextvid.config.strict import parse
+from nextvid.encode.autoencoders import Autoencoder
+from nextvid.encode.decode_task import CropBox, cropped
+from nextvid.encode.frames import Decoding
+from nextvid.features.windows import Windows
+from nextvid.model.encoder import Encoder
+from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
+from nextvid.train.checkpoint import fill, load_tensors
+from nextvid.train.export import AUTOENCODER, FORMAT, WEIGHTS
+from storage import atomic
+from storage.errors import ConfigError, MediaError, RefusedError, UpstreamError
+
+Clips = UInt8[Tensor, "B F R R 3"]
+
+
+class NExTVidEncoder(nn.Module):
+    """A frozen encoder in evaluation mode, with the statistics of its training latents."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: ModelConfig, mean: Float[Tensor, " C"], std: Float[Tensor, " C"]) -> None:
+        super().__init__()
+        self.encoder = Encoder(model)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.autoencoder: Autoencoder | None = None
+        self.resolution = 0  # pixels a side of the frames of training
+        self.clip: ClipPolicy | None = None  # of training: frames, rate, crop; None in folders of earlier versions
+        self.eval().requires_grad_(False)
+
+    @property
+    def layers(self) -> int:
+        """Transformer blocks; `layer` counts them from 0."""
+        return len(self.encoder.blocks)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens in a tubelet."""
+        return self.encoder.model.grid_height, self.encoder.model.grid_width
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of a clip in most of training; clips of any whole number of tubelets are encoded."""
+        return self.clip.frames if self.clip else None
+
+    @torch.no_grad()
+    def forward(
+        self, clips: Float[Tensor, "B F C h w"] | UInt8[Tensor, "B F H W 3"], layer: int = -1, resize: bool = True
+    ) -> Float[Tensor, "B N D"]:
+        """Features of whole clips after the final norm, tokens in the order t, h, w; of the last layer by default.
+
+        Latents are raw, as stored; frames are RGB bytes. Frames of another size than training's are cropped to a square
+        and resized, or refused without `resize`. Raises RefusedError for those, for frames that are no whole tubelets,
+        for frames if the folder has no autoencoder, for latents given to an encoder of pixels, and for no such layer.
+        """
+        if not -self.layers <= layer < self.layers:
+            raise RefusedError(f"layer {layer}: this encoder has the layers 0 to {self.layers - 1}")
+        tokens = self.tokens(clips, resize)
+        tubelets = tokens.shape[1] // self.encoder.model.cells
+        if layer in (-1, self.layers - 1):
+            features: Tensor = self.encoder(tokens, tubelets)
+            return features
+        return self.encoder.levels(tokens, tubelets, (layer % self.layers,))[0]
+
+    def tokens(
+        self, clips: Float[Tensor, "B F C h w"] | UInt8[Tensor, "B F H W 3"], resize: bool = True
+    ) -> Float[Tensor, "B N i"]:
+        """What the transformer reads of clips; arguments and errors as in `forward`."""
+        model = self.encoder.model
+        if clips.ndim != 5 or clips.shape[1] % model.tubelet or not clips.shape[1]:
+            raise RefusedError(
+                f"clips of shape {tuple(clips.shape)}: give [clips, frames, ...] of whole tubelets of {model.tubelet} "
+                "frames"
+            )
+        if model.encoder.input == "pixels":
+            if clips.dtype != torch.uint8:
+                raise RefusedError("this encoder was trained on pixels: give it frames [B, F, H, W, 3] of RGB bytes")
+            frames = self._sized(clips, resize).to(self.mean.device)
+            return pixel_tokens(pixel_values(frames), model.patch, model.tubelet)
+        latents = self.latents(clips, resize) if clips.dtype == torch.uint8 else clips.to(self.mean.device)
+        normalised = normalise(latents.float(), self.mean, self.std)
+        return latent_tokens(space_to_depth(normalised, latents.shape[-1] // model.grid_width), model.tubelet)
+
+    def latents(self, frames: UInt8[Tensor, "B F H W 3"], resize: bool = True) -> Float[Tensor, "B F C h w"]:
+        """Raw latents of frames. Raises RefusedError without an autoencoder, or for another size without `resize`."""
+        if self.autoencoder is None:
+            raise RefusedError("this export has no autoencoder: give it latents [B, F, C, h, w] instead of frames")
+        running = self.autoencoder.start(list(self._sized(frames, resize).cpu().numpy()))
+        return torch.from_numpy(running.result().latents).to(self.mean.device)
+
+    def clips(
+        self,
+        source: str | Path | np.ndarray | Tensor,
+        *,
+        frames: int | None = None,
+        fps: float | None = None,
+        stride: int | None = None,
+        every_s: float | None = None,
+        resize: bool = True,
+    ) -> Clips:
+        """Clips of a file, URL or array as training showed them, for `forward`.
+
+        A path is decoded in a process of its own, by the rules of the pipeline: one clip from the middle of a video, or
+        one every `every_s` seconds; an image is repeated. `frames`, `fps` or `stride` take the place of training's. An
+        array [F, H, W, 3] or [B, F, H, W, 3] of RGB bytes is cropped to a square and resized. With `resize=False`
+        another size than training's is refused.
+
+        Raises MediaError (its `reason` is the one that the pipeline's tables would have), ConfigError, RefusedError.
+        """
+        if not isinstance(source, str | Path):
+            if (frames, fps, stride, every_s) != (None,) * 4:
+                raise ConfigError("frames, fps, stride and every_s are for files: an array is taken whole")
+            array = torch.as_tensor(source)
+            return self._sized(array if array.ndim == 5 else array[None], resize)
+        windows = Windows.of(self.clip, frames, fps, stride, every_s)
+        uri = str(source) if "://" in str(source) else str(Path(source).absolute())
+        with Decoding(1) as decoding:
+            found = decoding.inspect(uri).result()
+            rows = windows.rows(uri, found)
+            if not resize:
+                assert found.facts is not None
+                self._refuse_size((found.facts.height, found.facts.width))
+            decoded = decoding.start(rows, self.resolution).collect()
+        pictures = [decoded[row] for row in rows["row_id"]]
+        for one in pictures:
+            if one.frames is None:
+                raise MediaError(one.reason or "failed", f"{uri}: its frames cannot be decoded ({one.reason})")
+        shown = [repeated(one.frames, windows.policy.frames) for one in pictures if one.frames is not None]
+        return torch.from_numpy(np.stack(shown))
+
+    def _sized(self, frames: UInt8[Tensor, "B F H W 3"], resize: bool) -> Clips:
+        """Frames at the resolution of training: the square in the middle, resized as the pipeline does."""
+        if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
+            raise RefusedError(
+                f"{frames.dtype} of shape {tuple(frames.shape)}: give RGB bytes [clips, frames, H, W, 3]"
+            )
+        height, width = frames.shape[2:4]
+        if (height, width) == (self.resolution, self.resolution):
+            return frames
+        if not resize:
+            self._refuse_size((height, width))
+        side = min(height, width)
+        whole = self.clip is not None and self.clip.crop == "whole"
+        box = CropBox(0, 0, width, height)
+        if not whole:
+            box = CropBox((width - side) // 2, (height - side) // 2, side, side)
+        flat = rearrange(frames, "B F H W c -> (B F) H W c").cpu().numpy()
+        resized = torch.from_numpy(cropped(flat, box, flip=False, resolution=self.resolution))
+        return rearrange(resized, "(B F) H W c -> B F H W c", B=frames.shape[0]).to(frames.device)
+
+    def _refuse_size(self, size: tuple[int, int]) -> None:
+        if size != (self.resolution, self.resolution):
+            raise RefusedError(f"frames of {size} pixels: resize them to {self.resolution} x {self.resolution}")
+
+
+def repeated(frames: UInt8[np.ndarray, "f R R 3"], count: int) -> UInt8[np.ndarray, "F R R 3"]:
+    """Frames of a clip as they are; the one of an image `count` times, as in training."""
+    return frames.repeat(count, axis=0) if len(frames) == 1 else frames
+
+
+def copy_encoder(folder: Path, out: Path) -> NExTVidEncoder:
+    """Copy an exported encoder to a new folder and open the copy, so that damage is found before it is published.
+
+    Raises what `load_encoder` does, and ConflictError if `out` exists.
+    """
+    if not (folder / "config.json").is_file():
+        raise UpstreamError(f"{folder} has no exported encoder yet: the run writes it when it is complete")
+    with atomic.staged_folder(str(out.absolute())) as staged:
+        shutil.copytree(folder, staged, dirs_exist_ok=True)
+        return load_encoder(staged)
+
+
+def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
+    """Open an exported encoder: frozen, in evaluation mode, fp32.
+
+    Raises UpstreamError if there is none, ConfigError for another format, DamagedError for weights that cannot be read.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UpstreamError(f"{folder} has no exported encoder: config.json is missing")
+    config: dict[str, Any] = atomic.read_json(str(folder / "config.json"))
+    if config.get("format") != FORMAT:
+        raise ConfigError(
+            f"{folder}: format {config.get('format')!r}, and this version reads {FORMAT}: export it again"
+        )
+    try:
+        model, autoencoder = config["model"], config["autoencoder"]
+        resolution, precision = config["encoding"]["resolution"], config["encoding"]["precision"]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}/config.json: {error} is missing: export the run again") from error
+    if autoencoder not in (None, AUTOENCODER):  # any other path could lead out of the folder
+        raise ConfigError(f"{folder}/config.json: the autoencoder must be in '{AUTOENCODER}', not {autoencoder!r}")
+    tensors = load_tensors(folder / WEIGHTS)
+    found = NExTVidEncoder(parse(ModelConfig, model, f"{folder}/config.json"), tensors["mean"], tensors["std"])
+    fill(found, folder / WEIGHTS)
+    if autoencoder:
+        found.autoencoder = Autoencoder.load(folder / AUTOENCODER, device, precision)
+    found.resolution = resolution
+    if clip := config.get("clip"):
+        found.clip = parse(ClipPolicy, clip, f"{folder}/config.json, clip")
+    return found.to(device)
