@@ -81,7 +81,7 @@ GRAPH: dict[Asset, Node] = {
             "ids_derive_from_content": "Ids computed again from media, times and crops are the same, and none repeats",
             "every_shot_has_a_row": "Every shot has a row: a clip, or the reason why not",
         },
-        version=2,
+        version=3,
     ),
     "latents": Node(
         "latents", "encode", "batch", ("clips",),

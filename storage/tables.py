@@ -135,18 +135,17 @@ def publish_checks(
 
 
 def read_checks(path: str) -> dict[str, Any] | None:
-    """What `publish_checks` wrote, or None where nothing was published."""
+    """What `publish_checks` wrote, or None where nothing was published.
+
+    Files of before release 0.1 do not tell what their asset was made from: `made_from` is empty.
+    """
     try:
         found = atomic.read_json(path)
     except UpstreamError:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("passed"), bool):
         raise TableError(f"{path} is no file of checks: remove it and make the asset again")
-    if not isinstance(found.get("made_from"), dict):
-        raise TableError(
-            f"{path} was written by a version before 0.1.0: remove it and make '{found.get('asset')}' again"
-        )
-    return found
+    return {"made_from": {}} | found
 
 
 def require_checks(path: str, asset: str) -> None:

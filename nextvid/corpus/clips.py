@@ -16,6 +16,7 @@ from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.gallery import Histogram, histograms_png, read_pictures, rejected_sheet
 from nextvid.corpus.manifest import ClipRow, Label, MediaNow, hold_quota, rows_of, split_of
+from nextvid.corpus.shots import facts_of
 from nextvid.graph import GRAPH
 from nextvid.making.batches import config_of, dataset_of
 from nextvid.making.outcome import Check, Outcome
@@ -50,7 +51,7 @@ def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -
     clips = pl.DataFrame(rows, Clips.create_empty().schema, orient="row")
     clips = clips.sort("media_id", "shot_id", "frames", "row_id", "reason")
     curation, version = project.corpus.curation_digest(dataset_of(batch)), str(GRAPH["clips"].version)
-    checks, made_from = _checks(clips, shots), {"curation": curation, "version": version}
+    checks, made_from = _checks(clips, shots, media), {"curation": curation, "version": version}
     written = publish_table(root, "clips", batch, clips, Clips)
     written |= publish_verdict(root.checks("clips", batch), "clips", checks, made_from)
     if written or not atomic.exists(root.preview("clips", batch, "scores")):
@@ -84,6 +85,7 @@ def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[byte
         found[row["media_id"]] = MediaNow(
             uri=row["uri"],
             decoder=row["decoder"] or "pyav",  # of a file that may not be used
+            reading=facts_of(row).reading if row["decoder"] else 1,
             fps_hz=row["fps_hz"] or 0.0,
             split=split_of(config.split, official, group, row["media_id"]),
             group=group,
@@ -93,14 +95,14 @@ def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[byte
     return found
 
 
-def _checks(clips: pl.DataFrame, shots: pl.DataFrame) -> tuple[Check, ...]:
+def _checks(clips: pl.DataFrame, shots: pl.DataFrame, media: Mapping[bytes, MediaNow]) -> tuple[Check, ...]:
     good = clips.filter(pl.col("status") == "ok")
     joined = good.join(shots.select("shot_id", "start_us", "end_us"), on="shot_id", how="left")
     first, last, end = pl.col("times_us").list.first(), pl.col("times_us").list.last(), pl.col("end_us")
     moving = pl.col("end_us") > pl.col("start_us")  # an image is one moment, which ends where it starts
     after = pl.when(moving).then(last >= end).otherwise(last > end)
     across = joined.filter(end.is_null() | (first < pl.col("start_us")) | after)
-    foreign = sum(not _own_ids(row) for row in good.iter_rows(named=True))
+    foreign = sum(not _own_ids(row, media[row["media_id"]].reading) for row in good.iter_rows(named=True))
     without = shots.filter(pl.col("status") == "ok").join(clips, on="shot_id", how="anti")
     return (
         Check(
@@ -121,10 +123,10 @@ def _checks(clips: pl.DataFrame, shots: pl.DataFrame) -> tuple[Check, ...]:
     )
 
 
-def _own_ids(row: ClipRow) -> bool:
+def _own_ids(row: ClipRow, reading: int) -> bool:
     clip = clip_id(row["media_id"].hex(), row["times_us"])
     view = View(row["crop_x"], row["crop_y"], row["crop_w"], row["crop_h"], row["flip"])
-    return bool(row["clip_id"].hex() == clip and row["row_id"].hex() == row_id(clip, view))
+    return bool(row["clip_id"].hex() == clip and row["row_id"].hex() == row_id(clip, view, reading))
 
 
 def _publish_pictures(project: Project, batch: str, clips: pl.DataFrame, shots: pl.DataFrame) -> None:

@@ -64,9 +64,9 @@ def clip_id(media: str, times_us: Sequence[int]) -> str:
     return digest([media, list(times_us)])
 
 
-def row_id(clip: str, view: View) -> str:
-    """Id of a view, 32 hex digits; each view is one row of the latent store."""
-    return digest([clip, view.x, view.y, view.w, view.h, view.flip])
+def row_id(clip: str, view: View, reading: int = 1) -> str:
+    """Id of a view, 32 hex digits; each view is one row of the latent store. `reading`: MediaFacts.reading."""
+    return digest([clip, view.x, view.y, view.w, view.h, view.flip, *([reading] if reading > 1 else [])])
 
 
 def filter_reason(shot: ShotScores, filters: FilterConfig) -> str | None:

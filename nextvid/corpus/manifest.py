@@ -38,10 +38,11 @@ class Label:
 
 @dataclass(frozen=True)
 class MediaNow:
-    """What clips need to know of a media file: its URI and decoder, split and labels, and why it may not be used."""
+    """What clips need to know of a media file: how it is read, its split and labels, and why it may not be used."""
 
     uri: str
     decoder: str
+    reading: int  # MediaFacts.reading
     fps_hz: float
     split: Split
     group: str | None
@@ -169,7 +170,7 @@ class _Found:
                 continue
             clip = clip_id(media_hex, times)
             for index, view in enumerate(views(clip, box, policy)):
-                key = bytes.fromhex(row_id(clip, view))
+                key = bytes.fromhex(row_id(clip, view, self.media.reading))
                 if key not in self.rows:
                     self.rows[key] = _blank(self.shot, self.media) | {
                         "row_id": key,

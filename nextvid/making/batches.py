@@ -83,7 +83,7 @@ class BatchState:
 def batch_state(root: DataRoot, batch: str, *assets: BatchAsset, encoding: str | None = None) -> BatchState:
     """The state of a batch's assets; of `latents`, in the encoding spec of this digest. Reads one file for each.
 
-    Raises TableError where a file is damaged or of an earlier version.
+    Raises TableError where a file is damaged.
     """
     checks: dict[BatchAsset, Mapping[str, Any] | None] = {}
     for asset in assets:

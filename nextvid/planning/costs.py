@@ -18,7 +18,7 @@ from nextvid.making.publishing import existing, publish_notice
 from nextvid.planning.acceptance import accept_asked, difference, outdated
 from storage import atomic
 from storage.digest import digest
-from storage.schemas import Media
+from storage.schemas import Shots
 from storage.spec import EncodingSpec
 from storage.store import LatentStore, PixelStore
 
@@ -97,7 +97,9 @@ class Forecast:
             )
             lines += ["  " + cost.line() for cost in self.if_accepted]
         if any(cost.first_passes for cost in self.now + self.if_accepted):
-            lines.append("after a new first pass, only files whose clips come out different are encoded again")
+            lines.append(
+                "after a new first pass, only files that come out different or were read wrongly are encoded again"
+            )
         return "\n".join(lines) or "there is no batch yet: 'nextvid make clips' lists, reads and cuts the files"
 
     def summary(self) -> str | None:
@@ -213,8 +215,7 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
     state = batch_state(project.root, plan.batch, *VERSIONED)
     older, first_passes = made_by_older(project, state), 0
     if "shots" in older:
-        media = existing(project.root, "media", plan.batch, Media).filter(pl.col("status") == "ok")
-        first_passes = media["media_id"].n_unique()
+        first_passes = existing(project.root, "shots", plan.batch, Shots)["media_id"].n_unique()
     return Cost(
         batch=plan.batch,
         rows=plan.rows.height,

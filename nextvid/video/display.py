@@ -79,7 +79,7 @@ DISPLAYED_AS_STORED = Display()
 
 def over_black(frame: VideoFrame) -> VideoFrame:
     """The frame with its transparency laid over black, as RGB; a frame without any as it is."""
-    if not _has_alpha(frame.format.name):
+    if not has_alpha(frame.format.name):
         return frame
     rgba = frame.to_ndarray(format="rgba")
     alpha = rgba[..., 3:]
@@ -89,6 +89,7 @@ def over_black(frame: VideoFrame) -> VideoFrame:
 
 
 @functools.cache
-def _has_alpha(pixel_format: str) -> bool:
+def has_alpha(pixel_format: str) -> bool:
+    """Whether pictures of one of FFmpeg's pixel formats may be transparent."""
     found = VideoFormat(pixel_format)
     return found.has_palette or any(component.is_alpha for component in found.components)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int64
 
 from nextvid.video.container import Video, micros, opened
 from nextvid.video.decode import decord_reader
-from nextvid.video.display import Display
+from nextvid.video.display import Display, has_alpha
 from nextvid.video.entry_points import ReferencePictures, is_entry_point, must_begin_at_entry
 from nextvid.video.images import MAX_PIXELS, animation_times, head_of, open_image, upright_image_size
 from storage.digest import digest_file
@@ -46,6 +46,11 @@ HOLE_FRAMES = 2.5  # our choice: so that slow sequences (1 fps) have no holes
 MAX_ASPECT = 1000  # parts of a pixel's aspect as a fraction; MPEG-4 and H.264 have 1:1 to 160:99
 TIE_S = 1e-3  # Matroska's tick
 VFR_RATIO = 1.5  # our choice: longest over median frame gap
+# Files that gave other pictures at the same times and crops before version 4 of `media` (docs/decisions/0040).
+READ_ANEW = frozenset({
+    "alpha", "changing_size", "container_mpeg", "decord_index", "late_key", "no_idr", "pixel_aspect", "several_streams",
+})  # fmt: skip
+HOLDS_HZ, PAUSES_HZ = 2, 5  # below these rates a picture may stay for PAUSE_US (decode.py): always, with variable gaps
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,18 @@ class MediaFacts:
         """How stored frames become what is shown."""
         return Display(self.rotation // 90, self.mirrored, Fraction(self.sample_aspect).limit_denominator(MAX_ASPECT))
 
+    @property
+    def reading(self) -> int:
+        """Number of the rules by which its pictures are read, a part of its row ids.
+
+        2 for kinds of files that older rules read wrongly, though not every one; 1 for others, whose ids stay.
+        """
+        if self.kind == "image":
+            return 2 if self.pix_fmt == "F" else 1
+        slow = self.fps_hz < (PAUSES_HZ if "vfr" in self.hazards else HOLDS_HZ)
+        transparent = self.decoder != "pillow" and has_alpha(self.pix_fmt)
+        return 2 if self.mirrored or slow or transparent or READ_ANEW.intersection(self.hazards) else 1
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -98,6 +115,7 @@ class Packets:
     entry: Bool[np.ndarray, "n"]  # where decoding may begin: key, and by its bits a whole picture
     discard: Bool[np.ndarray, "n"]
     late: int  # packets before the first entry point, left out here: a recording that begins within a group
+    sizes: int  # different ones of key pictures, of VP8 alone, whose packets tell (RFC 6386, 9.1)
 
     @property
     def shown(self) -> Int64[np.ndarray, "m"]:
@@ -220,6 +238,7 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
     entry: list[bool] = []
     discard: list[bool] = []
     late = untimed = 0
+    sizes: set[bytes] = set()
     pictures = ReferencePictures(video.stream) if video.codec == "h264" else None
     waiting, by_dts = must_begin_at_entry(video.stream), video.family == "avi"
     for packet in video.container.demux(video.stream):
@@ -248,6 +267,8 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
         pts.append(time)
         key.append(packet.is_keyframe)
         entry.append(begins)
+        if begins and video.codec == "vp8":
+            sizes.add(bytes(packet)[6:10])
         discard.append(packet.is_discard)
     if untimed and not pts:
         raise MediaError("no_times", f"{path}: a raw stream without times; remux it, for instance to MP4")
@@ -255,7 +276,7 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
         raise MediaError("no_key", f"{path}: none of its {late} pictures can be decoded without another")
     if frame is None or all(discard):
         raise MediaError("empty", f"{path}: no frame can be decoded from it")
-    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard), late)
+    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard), late, len(sizes))
 
 
 def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...]:
@@ -287,6 +308,8 @@ def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...
         found.add("start_offset")
     if packets.late:
         found.add("late_key")
+    if packets.sizes > 1:
+        found.add("changing_size")
     if display.turns or display.mirrored:
         found.add("rotation")
     if display.pixel_aspect != 1:

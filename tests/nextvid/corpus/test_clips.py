@@ -9,10 +9,11 @@ import polars as pl
 import pytest
 
 from nextvid.config.project import Project
-from nextvid.corpus.clips import _checks, make_clips
+from nextvid.corpus.clips import _checks, _media_now, make_clips
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots
+from nextvid.making.batches import config_of
 from storage import tables
 from storage.errors import UpstreamError
 from storage.schemas import Clips, Labels, Shots
@@ -225,5 +226,6 @@ def lost(clips: pl.DataFrame) -> pl.DataFrame:
 def test_checks_find_what_they_are_for(small_corpus: Made, spoil: Any, names: list[str]) -> None:
     project = small_corpus.project
     shots = tables.read_table(project.root.table("shots", FILMS), Shots)
-    checks = _checks(spoil(clips_of(project)), shots)
+    media = _media_now(project, FILMS, config_of(project, FILMS))
+    checks = _checks(spoil(clips_of(project)), shots, media)
     assert [check.name for check in checks if not check.passed] == names

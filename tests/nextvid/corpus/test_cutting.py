@@ -247,6 +247,8 @@ def test_ids_stay_what_they_were() -> None:
     assert shot_id(MEDIA, 0, 5) == "5d7961b135c0c81dcecd337c68da1ab5"
     assert clip_id(MEDIA, [0, 5]) == "8d0739b624f69c9442201251c4d8186e"
     assert row_id(CLIP, View(1, 2, 3, 4, True)) == "128c8ea41e0c722b61938d87461dd618"
+    assert row_id(CLIP, View(1, 2, 3, 4, True), reading=1) == "128c8ea41e0c722b61938d87461dd618"
+    assert row_id(CLIP, View(1, 2, 3, 4, True), reading=2) == "c16aee213d074de234e911bce2fde9fb"
 
 
 def test_ids_tell_everything_apart() -> None:

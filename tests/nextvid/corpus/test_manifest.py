@@ -46,7 +46,7 @@ SPAN = st.tuples(st.integers(0, 20), st.integers(1, 20)).map(lambda s: (s[0] * 1
 
 def media(split: str = "train", labels: tuple[Label, ...] = (), refused: str | None = None) -> MediaNow:
     assert split in ("train", "val", "test")
-    return MediaNow("/d/a.mp4", "pyav", 8.0, split, None, labels, refused)  # type: ignore[arg-type]
+    return MediaNow("/d/a.mp4", "pyav", 1, 8.0, split, None, labels, refused)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.tuples(SPAN, st.sampled_from("ab")), max_size=4), SPAN)

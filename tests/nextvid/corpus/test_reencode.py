@@ -27,7 +27,7 @@ from nextvid.corpus.shots import make_shots
 from nextvid.encode.plan import BatchPlan, encoding_spec, plan_encode, wanted_clips
 from nextvid.graph import GRAPH, Asset
 from nextvid.making.batches import VERSIONED, batch_state
-from storage.schemas import Shots
+from storage.schemas import Media, Shots
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
 from storage.tables import read_table, write_table
@@ -357,6 +357,26 @@ def test_a_new_maker_of_media_reads_and_decodes_every_file_again(
     assert {noun: Path(project.root.table(noun, FILMS)).read_bytes() for noun in VERSIONED} == before
     assert state(project) == {asset: GRAPH[asset].version for asset in VERSIONED}
     refuse_others(project, FILMS, NONE)
+
+
+def test_a_file_that_older_versions_read_wrongly_is_encoded_again_alone(encoded: Path, tmp_path: Path) -> None:
+    """At the same times and crops: it has rows of other ids, and what is stored of it is orphaned."""
+    shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
+    project = open_project(tmp_path / "corpus.yaml")
+    two = pl.col("uri").str.ends_with("/two.mp4")
+    before = wanted_clips(project, FILMS)
+    path = project.root.table("media", FILMS)
+    hazards = pl.when(two).then(pl.lit(["decord_index"])).otherwise("hazards")
+    write_table(path, read_table(path, Media).with_columns(hazards=hazards), Media)
+    made = make_clips(project, FILMS)
+    assert all(check.passed for check in made.checks)
+    plan = refuse_others(project, FILMS, two)
+    assert plan.rows.height
+    assert set(plan.orphaned) == set(before.filter(two)["row_id"])
+    now = wanted_clips(project, FILMS).filter(two)
+    assert (
+        now.drop("row_id").sort("clip_id", "crop_w").equals(before.filter(two).drop("row_id").sort("clip_id", "crop_w"))
+    )
 
 
 def test_what_nobody_accepted_is_kept_with_its_version(

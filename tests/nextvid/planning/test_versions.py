@@ -106,7 +106,7 @@ def test_plan_names_version_and_files(project: Project, raised: Raise) -> None:
     text = found.text()
     assert f"this version of nextvid differs from the accepted shots version {before}: 2 batches are outdated" in text
     assert f"{BATCHES[0]}: 0 rows (nothing to do), 3 kept, 0 orphaned; made by shots version {before}: 3 files" in text
-    assert "only files whose clips come out different are encoded again" in text
+    assert "only files that come out different or were read wrongly are encoded again" in text
     summary = found.summary()
     assert summary is not None
     assert "2 batches are outdated, 0 rows, 0 bytes" in summary

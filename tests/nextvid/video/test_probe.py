@@ -1,7 +1,9 @@
 """Facts and refusals: kinds by extension, wrong extensions, playlists, damaged and empty files."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from nextvid.video import probe as module
 from nextvid.video.decode import stream as frames_of
-from nextvid.video.probe import kind_of, probe
+from nextvid.video.probe import READ_ANEW, MediaFacts, kind_of, probe
 from storage.errors import MediaError
 from tests.nextvid.video.film import X264_VERYFAST, barcode, frames_at, numbers, write_barcodes
 
@@ -159,3 +161,28 @@ def test_seldom_names_of_videos_are_read(tmp_path: Path, suffix: str) -> None:
     facts = probe(path)
     assert (facts.kind, facts.width, facts.height) == ("video", 96, 64)
     assert numbers(frames_at(path, [facts.start_us + 500_000], facts.decoder)[0]) == [12]
+
+
+PLAIN = MediaFacts(
+    "video", "mp4", "h264", "yuv420p", 96, 64, 0, False, 1.0, 24.0, 48, 2_000_000, 0, ("open_gop", "rotation"), "pyav"
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reading"),
+    [
+        ({}, 1),
+        *(({"hazards": (name,)}, 2) for name in READ_ANEW),
+        ({"mirrored": True}, 2),
+        ({"pix_fmt": "yuva420p"}, 2),
+        ({"pix_fmt": "rgb24", "decoder": "pillow"}, 1),
+        ({"hazards": ("vfr",)}, 1),
+        ({"hazards": ("vfr",), "fps_hz": 4.0}, 2),
+        ({"fps_hz": 2.0}, 1),
+        ({"fps_hz": 1.0}, 2),
+        ({"kind": "image", "decoder": "pillow", "pix_fmt": "RGBA", "fps_hz": 0.0}, 1),
+        ({"kind": "image", "decoder": "pillow", "pix_fmt": "F", "fps_hz": 0.0}, 2),
+    ],
+)
+def test_files_that_were_read_otherwise_have_another_reading(changed: dict[str, Any], reading: int) -> None:
+    assert replace(PLAIN, **changed).reading == reading
