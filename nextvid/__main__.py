@@ -86,6 +86,31 @@ def make_command(
 
 
 @app.command
+def init(
+    folder: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="of videos and images; or a URL")
+    ],
+    out: Annotated[str, tyro.conf.arg(metavar="PATH", help="a file that does not exist yet")] = "corpus.yaml",
+    autoencoder: Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help="weights; by default the demo's")] = None,
+    json_: Json = False,
+) -> None:
+    """Look at a folder and write a first corpus.yaml for it: what is there, its labels, clips that fit."""
+    from nextvid.corpus.draft import draft_corpus
+
+    show(draft_corpus(folder, out, autoencoder), json_)
+
+
+@app.command
+def status(corpus: Corpus = None, json_: Json = False) -> None:
+    """Show on one screen what exists, what is missing or broken, and what to do next."""
+    from nextvid.lineage.status import read_status
+
+    with shown() as on_progress:
+        found = read_status(open_project(corpus), on_progress)
+    show(found, json_)
+
+
+@app.command
 def plan(
     batch: Batch = None,
     accept: Annotated[bool, tyro.conf.arg(help="accept corpus.yaml and newer makers first")] = False,
