@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -33,6 +33,8 @@ exit codes:
   4  a store, table or trainset is damaged
   5  the system refused: disk full, no permission
 """
+
+EXAMPLES = {"features": "nextvid features videos --encoder encoder --out features.parquet --every 2"}  # ends --help
 
 app = SubcommandApp()
 
@@ -240,6 +242,51 @@ def export(
 
 
 @app.command
+def features(
+    paths: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="PATH", help="videos, images, folders, fsspec URLs"),
+    ],
+    encoder: Annotated[str, tyro.conf.arg(metavar="FOLDER", help="an exported encoder")],
+    out: Annotated[str, tyro.conf.arg(metavar="FILE", help="a .parquet, .npz or .safetensors file, added to")],
+    frames: Annotated[int | None, tyro.conf.arg(help="frames of a clip; by default those of training")] = None,
+    fps: Annotated[float | None, tyro.conf.arg(help="frames a second of a clip")] = None,
+    stride: Annotated[int | None, tyro.conf.arg(help="every so many source frames, in the place of fps")] = None,
+    every: Annotated[float | None, tyro.conf.arg(help="a clip every so many seconds; by default one a file")] = None,
+    pool: Annotated[
+        Literal["mean", "tubelet", "none"],
+        tyro.conf.arg(help="one vector a clip, one a tubelet of it, or one a tubelet and cell"),
+    ] = "mean",
+    layer: Annotated[int, tyro.conf.arg(help="number of the block, from 0; by default the last")] = -1,
+    precision: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(help="arithmetic of the encoder")] = "fp32",
+    batch: Annotated[int, tyro.conf.arg(help="clips of one forward")] = 16,
+    device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="auto is a GPU where there is one")] = "auto",
+    ranks: Annotated[int, tyro.conf.arg(help="processes, one for each GPU")] = 1,
+    json_: Json = False,
+) -> None:
+    """Compute features of videos and images with an exported encoder; run again, it does what is missing.
+
+    A row has path, start_us, end_us, vector, status and reason. A file that cannot be used is a row, and the exit
+    code is 3 then.
+    """
+    from nextvid.features.encoder import read_facts
+    from nextvid.features.extract import Asked
+    from nextvid.features.make import make_features
+    from nextvid.features.windows import Windows
+
+    if min(batch, ranks) < 1:
+        raise ConfigError(f"--batch {batch} --ranks {ranks}: both must be at least 1")
+    windows = Windows.of(read_facts(Path(encoder)).clip, frames, fps, stride, every)
+    asked = Asked(Path(encoder), windows, layer, pool, precision, batch)
+    with shown() as on_progress:
+        summary = make_features(paths, asked, Path(out), device, ranks, on_progress)
+    show(summary, json_)
+    if summary.counts.failed:
+        sys.exit(3)
+
+
+@app.command
 def withdraw(
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help="as its dataset's listing names it")],
     yes: Yes = False,
@@ -291,6 +338,8 @@ def main() -> None:
         try:
             app.cli(prog="nextvid", description=ABOUT)
         finally:
+            if {"-h", "--help"} & set(sys.argv) and (example := EXAMPLES.get(sys.argv[1])):
+                print(f"example:\n  {example}")
             sys.stdout.flush()  # here, so that a closed pipe is noticed below and not at the interpreter's exit
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -59,17 +59,8 @@ def list_dataset(project: Project, name: str, known: Known | None = None) -> Lis
     """
     config = project.corpus.datasets[name]
     uri = config.uri
-    rows: list[Row] = []
-    empty: list[str] = []
-    ignored: Counter[str] = Counter()
     try:
-        _, top = remote.connect(uri)
-        for info in _walk(uri, top, empty, config.follow_links):
-            row = _row(top, uri, info)
-            if isinstance(row, str):
-                ignored[row] += 1
-            else:
-                rows.append(row)
+        rows, empty, ignored = list_folder(uri, config.follow_links)
     except CorpusError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -85,6 +76,24 @@ def list_dataset(project: Project, name: str, known: Known | None = None) -> Lis
         return Listing(name, frame, frame.clear(), ignored, tuple(empty))
     same = pl.Series([known.get(row[0]) == (row[3], row[4]) for row in frame.iter_rows()], dtype=pl.Boolean)
     return Listing(name, frame.filter(same), frame.filter(~same), ignored, tuple(empty))
+
+
+def list_folder(uri: str, followed: Sequence[str] = ()) -> tuple[list[Row], list[str], Counter[str]]:
+    """The media files below a folder, its empty sub-folders, and how many other files there are by extension.
+
+    Links to folders lead below `followed` alone. Raises FileNotFoundError or NotADirectoryError where it is no folder.
+    """
+    rows: list[Row] = []
+    empty: list[str] = []
+    ignored: Counter[str] = Counter()
+    _, top = remote.connect(uri)
+    for info in _walk(uri, top, empty, followed):
+        row = _row(top, uri, info)
+        if isinstance(row, str):
+            ignored[row] += 1
+        else:
+            rows.append(row)
+    return rows, empty, ignored
 
 
 def update_sources(project: Project, settle: bool = False, datasets: Sequence[str] | None = None) -> list[BatchChange]:

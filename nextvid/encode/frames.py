@@ -69,6 +69,7 @@ class Decoding:
     """
 
     def __init__(self, workers: int, bound_bytes: int | None = None) -> None:
+        self.workers = workers
         self._sandbox = Sandbox(workers)
         for _ in range(workers):  # started now, while the caller loads its model
             self._sandbox.submit(os.getpid, timeout_s=START_S)

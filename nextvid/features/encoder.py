@@ -8,6 +8,7 @@ D width.
 """
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class NExTVidEncoder(nn.Module):
         """Raw latents of frames. Raises RefusedError without an autoencoder, or for another size without `resize`."""
         if self.autoencoder is None:
             raise RefusedError("this export has no autoencoder: give it latents [B, F, C, h, w] instead of frames")
-        running = self.autoencoder.start(list(self._sized(frames, resize).cpu().numpy()))
+        with torch.autocast(self.mean.device.type, enabled=False):  # its own precision, as when the store was made
+            running = self.autoencoder.start(list(self._sized(frames, resize).cpu().numpy()))
         return torch.from_numpy(running.result().latents).to(self.mean.device)
 
     def clips(
@@ -192,15 +194,23 @@ def copy_encoder(folder: Path, out: Path) -> NExTVidEncoder:
         return load_encoder(staged)
 
 
-def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
-    """Open an exported encoder: frozen, in evaluation mode, fp32.
+@dataclass(frozen=True)
+class ExportFacts:
+    """The config.json of an exported encoder, as far as it decides what the encoder computes."""
 
-    Raises UpstreamError if there is none, ConfigError for another format, DamagedError for weights that cannot be read.
-    """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
+    model: ModelConfig
+    carries_autoencoder: bool
+    resolution: int  # pixels a side of the frames of training
+    precision: str  # of the autoencoder
+    clip: ClipPolicy | None  # of training: frames, rate, crop; None in folders of earlier versions
+
+
+def read_facts(folder: Path) -> ExportFacts:
+    """The facts of an exported encoder, without its weights. Raises UpstreamError, ConfigError as `load_encoder`."""
+    place = f"{folder}/config.json"
+    if not Path(place).is_file():
         raise UpstreamError(f"{folder} has no exported encoder: config.json is missing")
-    config: dict[str, Any] = atomic.read_json(str(folder / "config.json"))
+    config: dict[str, Any] = atomic.read_json(place)
     if config.get("format") != FORMAT:
         raise ConfigError(
             f"{folder}: format {config.get('format')!r}, and this version reads {FORMAT}: export it again"
@@ -209,15 +219,24 @@ def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
         model, autoencoder = config["model"], config["autoencoder"]
         resolution, precision = config["encoding"]["resolution"], config["encoding"]["precision"]
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}/config.json: {error} is missing: export the run again") from error
+        raise ConfigError(f"{place}: {error} is missing: export the run again") from error
     if autoencoder not in (None, AUTOENCODER):  # any other path could lead out of the folder
-        raise ConfigError(f"{folder}/config.json: the autoencoder must be in '{AUTOENCODER}', not {autoencoder!r}")
+        raise ConfigError(f"{place}: the autoencoder must be in '{AUTOENCODER}', not {autoencoder!r}")
+    clip = parse(ClipPolicy, config["clip"], f"{place}, clip") if config.get("clip") else None
+    return ExportFacts(parse(ModelConfig, model, place), autoencoder is not None, resolution, precision, clip)
+
+
+def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
+    """Open an exported encoder: frozen, in evaluation mode, fp32.
+
+    Raises UpstreamError if there is none, ConfigError for another format, DamagedError for weights that cannot be read.
+    """
+    folder = Path(path)
+    facts = read_facts(folder)
     tensors = load_tensors(folder / WEIGHTS)
-    found = NExTVidEncoder(parse(ModelConfig, model, f"{folder}/config.json"), tensors["mean"], tensors["std"])
+    found = NExTVidEncoder(facts.model, tensors["mean"], tensors["std"])
     fill(found, folder / WEIGHTS)
-    if autoencoder:
-        found.autoencoder = Autoencoder.load(folder / AUTOENCODER, device, precision)
-    found.resolution = resolution
-    if clip := config.get("clip"):
-        found.clip = parse(ClipPolicy, clip, f"{folder}/config.json, clip")
+    if facts.carries_autoencoder:
+        found.autoencoder = Autoencoder.load(folder / AUTOENCODER, device, facts.precision)
+    found.resolution, found.clip = facts.resolution, facts.clip
     return found.to(device)

@@ -98,7 +98,7 @@ def test_commands_run(
     asked: list[Request], own_copy: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_picture(Path("media", "one.jpg"), "one")
-    known = {"RUN": find_run(own_copy, RECIPE).id, "FILE": uri_of(0), "FOLDER": "exported", "MEDIA": "media"}
+    known = {"RUN": find_run(own_copy, RECIPE).id, "FILE": uri_of(0), "MEDIA": "media"}
     commands = [words[1:] for words in lines() if words[0] == "nextvid" and words[1] != "import-vavae"]
     assert len(commands) > 10
     for arguments in commands:
@@ -110,7 +110,7 @@ def test_commands_run(
     }
     for request in asked:
         recipe(request.recipe or RECIPE)
-    assert Path("exported", "config.json").is_file()
+    assert Path("features.parquet").is_file()
 
 
 def test_a_missing_checkpoint_is_named(
@@ -124,9 +124,9 @@ def test_a_missing_checkpoint_is_named(
 def test_the_encoder_of_the_example_gives_tokens(
     asked: list[Request], own_copy: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (export,) = re.findall(r"`nextvid (export RUN \w+)`", README.read_text())
+    (export,) = [words[1:] for words in lines() if words[:2] == ["nextvid", "export"]]
     run = find_run(own_copy, RECIPE).id
-    assert nextvid_runs([run if word == "RUN" else word for word in export.split()], monkeypatch) == 0
+    assert nextvid_runs([run if word == "RUN" else word for word in export], monkeypatch) == 0
     (example,) = blocks("python")
     names: dict[str, object] = {}
     exec(compile(example, str(README), "exec"), names)  # the README's own lines
