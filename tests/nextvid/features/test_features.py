@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from nextvid.features import extract
 from nextvid.features.encoder import load_encoder
+from nextvid.features.output import Output
 from tests.nextvid.conftest import Command
 from tests.nextvid.corpus.small_media import write_picture
 from tests.nextvid.features.exported import export_of_pixels, export_with_autoencoder
@@ -102,7 +103,7 @@ def test_what_was_done_before_a_crash_is_not_done_again(
 ) -> None:
     out = tmp_path / "out.npz"
     command = ("features", str(media), "--encoder", encoder, "--out", str(out), "--batch", "1", "--json")
-    add = extract.Output.add
+    add = Output.add
     added: list[str] = []
 
     def crash_at_the_second(*arguments: Any) -> None:
@@ -113,7 +114,7 @@ def test_what_was_done_before_a_crash_is_not_done_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(extract, "KEPT_S", 0.0)
-        patched.setattr(extract.Output, "add", crash_at_the_second)
+        patched.setattr(Output, "add", crash_at_the_second)
         assert nextvid(*command)[0] == 5
     assert not out.exists()
     code, _, said = nextvid(*command, "--fps", "8")
