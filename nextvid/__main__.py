@@ -218,6 +218,24 @@ def lineage(
     show(trace(open_project(corpus), what), json_)
 
 
+@app.command(name="show")
+def show_command(
+    what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="id of a row, clip, shot or medium, or a file")],
+    out: Annotated[str, tyro.conf.arg(metavar="PATH", help="where the picture goes")] = "shown.png",
+    recipe: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help="whose draws and masks; else the last run's")
+    ] = None,
+    corpus: Corpus = None,
+    json_: Json = False,
+) -> None:
+    """Show a row, shot or file as a picture and in words: source, stored, masked, and which draws see it."""
+    from nextvid.lineage.shown import show as show_one
+
+    with shown() as on_progress:
+        found = show_one(open_project(corpus), what, out, recipe, on_progress)
+    show(found, json_)
+
+
 @app.command
 def compare(first: Run, second: Run, corpus: Corpus = None, json_: Json = False) -> None:
     """Show the fields of configuration and the scores in which two runs differ."""
