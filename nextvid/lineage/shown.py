@@ -115,8 +115,8 @@ def _find(project: Project, what: str, on_progress: OnProgress) -> _Found:
                 return _Found(kind, batch, of_file, shots.filter(pl.col("shot_id").is_in(ids)), own)
         if (own := media.filter(named | (pl.col("media_id").bin.encode("hex") == what))).height:
             ids = own["media_id"].drop_nulls().unique().implode()
-            of_file = pl.col("media_id").is_in(ids)
-            return _Found("file", batch, own, shots.filter(of_file), clips.filter(of_file))
+            same = pl.col("media_id").is_in(ids)
+            return _Found("file", batch, own, shots.filter(same), clips.filter(same))
     raise ConfigError(
         f"'{what}' is no row, clip, shot or media id and no file that {project.path} knows; a file is known once "
         "'media' has been made for its batch"
