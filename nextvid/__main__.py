@@ -45,6 +45,9 @@ Batch = Annotated[str | None, tyro.conf.arg(metavar="BATCH", help="only this bat
 Overrides = Annotated[
     tuple[str, ...], tyro.conf.arg(name="set", help="changes of the recipe, such as seed=1 or stages.warmup.steps=100")
 ]
+How = Annotated[
+    tuple[str, ...], tyro.conf.arg(help="how to train, such as device=cpu micro_batch=8; the run is the same")
+]
 Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="id of a training run")]
 Yes = Annotated[bool, tyro.conf.arg(help="do it; otherwise only print what would be done")]
 Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON")]
@@ -58,7 +61,7 @@ def make_command(
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="for mask_plan and all after it")] = None,
     benchmark: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="probe only on this benchmark")] = None,
     set_: Overrides = (),
-    how: Annotated[tuple[str, ...], tyro.conf.arg(help="how to train, such as device=cpu; the run is the same")] = (),
+    how: How = (),
     ranks: Annotated[int | None, tyro.conf.arg(help="training processes, one for each GPU; by default 1")] = None,
     repeat: Annotated[int, tyro.conf.arg(help="train the same again, as a run of its own: 1, 2, ...")] = 0,
     trainset: Annotated[str | None, tyro.conf.arg(metavar="DIGEST", help="train on this one, not the newest")] = None,
@@ -132,22 +135,26 @@ def plan(
 def inspect(
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="name of a recipe, such as nextvid_l")],
     set_: Overrides = (),
+    how: How = (),
     corpus: Corpus = None,
     json_: Json = False,
 ) -> None:
-    """Show what a recipe costs: parameters, tokens, FLOPs and memory by part. --json adds the whole recipe."""
+    """Show what a recipe costs: parameters, tokens and FLOPs by part, and what fits a GPU. --json adds the recipe."""
     from nextvid.config.corpus import corpus_path
-    from nextvid.config.overrides import apply_overrides
+    from nextvid.config.overrides import apply_how, apply_overrides
+    from nextvid.config.recipe import ExecutionConfig
     from nextvid.config.recipes import recipe as recipe_by_name
     from nextvid.model.cost import cost, summary
+    from nextvid.model.memory import rank_memory, report
 
     config = apply_overrides(recipe_by_name(recipe, corpus_path(corpus)), set_)
-    costs = cost(config)
+    costs, execution = cost(config), apply_how(ExecutionConfig(), how)
     if json_:
-        values = {"digest": config.digest(), **config.model_dump(mode="json"), "cost": asdict(costs)}
+        memory = {stage.name: asdict(rank_memory(config, stage, execution)) for stage in config.stages}
+        values = {"digest": config.digest(), **config.model_dump(mode="json"), "cost": asdict(costs), "memory": memory}
         print(json.dumps(values, indent=2))
     else:
-        print(summary(config, costs))
+        print(summary(config, costs), report(config, execution), sep="\n")
 
 
 @app.command

@@ -42,6 +42,14 @@ def device_of(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
+def memory_bytes() -> int:
+    """Memory of this machine, or of the container that this process is in."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2: a number, or "max"
+    given = limit.read_text().strip() if limit.is_file() else "max"
+    return min(whole, int(given)) if given.isdigit() else whole
+
+
 def ancestors() -> list[int]:
     """Process ids from the parent up; the parent alone where there is no /proc."""
     chain = [os.getppid()]

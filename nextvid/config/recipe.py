@@ -5,7 +5,7 @@ paper's (Tab. 7 and 8; docs/method.md 2, 4, 6, 7) unless the line names another 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -233,7 +233,11 @@ class ExecutionConfig(Strict):
     """How a run is carried out. It is in no digest: any of it may change between attempts at one run."""
 
     ranks: Count = Field(1, description="processes that train together")
-    micro_batch: int = Field(0, ge=0, description="clips of one backward on a rank; 0 is the rank's whole share")
+    micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="clips of one backward on a rank: auto is as many as the device holds, for each stage "
+        "(nextvid/model/memory.py); 0 is the rank's whole share",
+    )
     threads: Count = Field(1, description="threads of the loader")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is a GPU where there is one")
     compile: bool = Field(False, description="compile each block by torch.compile, which pays on GPUs")

@@ -154,6 +154,8 @@ def _kind(found: dict[str, Any], named: dict[str, Any]) -> str:
         return "block"
     if "anyOf" in found:
         return " or ".join(_kind(one, named) for one in found["anyOf"])
+    if "const" in found:
+        return f"`{found['const']}`"
     if "enum" in found:
         return ", ".join(f"`{value}`" for value in found["enum"])
     match found["type"]:

@@ -1,16 +1,17 @@
-"""What a recipe costs: parameters, tokens, FLOPs and memory of every part, before anything is allocated.
+"""What a recipe costs: parameters, tokens, FLOPs and numbers kept for backward, before anything is allocated.
 
-`nextvid inspect RECIPE` prints it as text: `summary`.
+`nextvid inspect RECIPE` prints it, and the memory of a rank (memory.py).
 
 FLOPs are the formulas of docs/method.md 12 (a multiply-add is 2; backward is twice forward) with T-1 tubelets in the
-online encoder; tests compare them with torch's counter. Memory of activations follows one rule, `_kept`. Parameters are
-counted on the meta device. `flat` and `bucket` draw their counts; their strategies' budgets are used here.
+online encoder; tests compare them with torch's counter. Numbers kept for backward follow one rule, `_kept`. Parameters
+are counted on the meta device. `flat` and `bucket` draw their counts; their strategies' budgets are used here.
 
 Letters: T tubelets, F = T-1 predicted ones, S cells, n visible cells a tubelet, D and H width and MLP of the encoder,
 d width of predictor or decoder, C target channels, k copies.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -19,26 +20,33 @@ from nextvid.model.decoder import MLP_RATIO, SINUSOID, condition_width
 from nextvid.model.encoder import input_width
 from nextvid.model.nextvid import NExTVid
 
-FP32 = 4  # bytes; weights, gradients, moments and average are kept in fp32 (docs/method.md 7.4)
 BACKWARD = 3  # forward and backward over forward, docs/method.md 12
 # Numbers kept for backward per token and block, in widths; test_cost.py counts what autograd keeps
 ATTENTION = 7  # input and output of the norm, rotated q and k, v, the attention's output twice
 CROSS_ATTENTION = 5  # as above without keys and values, which are counted by context token
 FEED_FORWARD = 2  # input and output of the norm; beside it the hidden layer before and after GELU
 MODULATED = 2  # normalised and gated inputs that AdaLN multiplies
-# Bytes per kept number, with norm statistics, rotary tables, fp32 norm inputs; test_cost.py: 4.34-4.46, 2.22-2.37
-KEPT_BYTES = {"fp32": 4.4, "bf16": 2.3}
-BF16 = 2  # bytes
-GIB, TERA = 2**30, 1e12  # units of the summary: GiB, TFLOP
+TERA = 1e12  # the summary's TFLOP
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part in one pass over one clip: input tokens, forward FLOPs, numbers kept for backward."""
+    """One part in one pass over one clip: input tokens, forward FLOPs, numbers kept for backward.
 
-    tokens: int
-    flops: int
-    kept: int
+    `ends` are kept outside of blocks, `block` by each block; `entry` is a block's input.
+    """
+
+    tokens: int = 0
+    flops: int = 0
+    depth: int = 0
+    ends: int = 0
+    block: int = 0
+    entry: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Numbers kept for backward."""
+        return self.ends + self.depth * self.block
 
 
 @dataclass(frozen=True)
@@ -84,46 +92,19 @@ class StageCost:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on a rank; activations are those of one clip in the largest pass (passes follow one another).
-
-    `copies` are the weights in bf16 that autocast caches.
-    """
-
-    weights: int
-    copies: int
-    gradients: int
-    moments: int
-    average: int
-    activations_a_clip: int
-
-
-@dataclass(frozen=True)
 class Cost:
     """All costs of a recipe; `parameters` by trained part, so without the reference encoder."""
 
     parameters: dict[str, int]
     stages: tuple[StageCost, ...]
-    memory: Memory
 
 
 def cost(recipe: RecipeConfig) -> Cost:
     """What the recipe costs. Raises ConfigError as the model itself does, and allocates no weights."""
-    parameters = count_parameters(recipe)
-    stages = tuple(stage_cost(recipe, stage) for stage in recipe.stages)
-    trained = sum(parameters.values())
-    kept = max(each.kept for stage in stages for each in stage.passes)
-    memory = Memory(
-        weights=FP32 * trained,
-        copies=BF16 * trained if recipe.precision == "bf16" else 0,
-        gradients=FP32 * trained,
-        moments=2 * FP32 * trained,
-        average=FP32 * parameters["encoder"],
-        activations_a_clip=round(kept * KEPT_BYTES[recipe.precision]),
-    )
-    return Cost(parameters, stages, memory)
+    return Cost(count_parameters(recipe), tuple(stage_cost(recipe, stage) for stage in recipe.stages))
 
 
+@cache
 def count_parameters(recipe: RecipeConfig) -> dict[str, int]:
     """Parameters of encoder, predictor and decoder; 0 for a part that the recipe does not have."""
     with torch.device("meta"):
@@ -160,14 +141,14 @@ def encoder(model: ModelConfig, visible: int, tubelets: int, ragged: bool) -> Pa
     tokens, inputs = tubelets * visible, input_width(model)
     dense = depth * 2 * tokens * (4 * D**2 + 2 * D * H) + 2 * inputs * D * tokens
     attention = depth * 4 * D * _pairs(model, visible, visible, tubelets, ragged)
-    return Part(tokens, dense + attention, tokens * (inputs + depth * _kept(D, H) + D))
+    return Part(tokens, dense + attention, depth, tokens * (inputs + D), tokens * _kept(D, H), tokens * D)
 
 
 def predictor(model: ModelConfig, visible: int, frames: int, ragged: bool) -> Part:
     """Cost of queries at every cell of F tubelets (or hidden cells), reading `visible` cells of earlier tubelets."""
     config, D = model.predictor, model.encoder.width
     if config.kind == "none":
-        return Part(0, 0, 0)
+        return Part()
     d, depth = config.width, config.depth
     asked = model.cells - visible if config.support == "masked" else model.cells
     context, queries = frames * visible + (visible if ragged else 0), frames * asked
@@ -175,18 +156,19 @@ def predictor(model: ModelConfig, visible: int, frames: int, ragged: bool) -> Pa
     if config.kind == "joint":
         both = context + queries  # under a mask by ids, so every pair is computed
         inside = depth * (2 * both * (4 * d**2 + 2 * MLP_RATIO * d**2) + 4 * d * both**2)
-        return Part(queries, around + inside, both * depth * _kept(d, MLP_RATIO * d) + queries * 2 * d)
+        block = both * _kept(d, MLP_RATIO * d)
+        return Part(queries, around + inside, depth, queries * 2 * d, block, both * d)
     linear = 4 * d**2 * context + 2 * (2 + 2 * MLP_RATIO) * d**2 * queries
     attention = 4 * d * (context * queries if ragged else _pairs(model, asked, visible, frames, ragged=False))
-    kept = depth * (queries * _kept(d, MLP_RATIO * d, cross=True) + context * 3 * d) + context * d + queries * 2 * d
-    return Part(queries, around + depth * (linear + attention), kept)
+    block, ends = queries * _kept(d, MLP_RATIO * d, cross=True) + context * 3 * d, (context + queries * 2) * d
+    return Part(queries, around + depth * (linear + attention), depth, ends, block, queries * d)
 
 
 def decoder(model: ModelConfig, visible: int, frames: int, copies: int, ragged: bool) -> Part:
     """Cost of `copies` of F noisy tubelets, each on its own (`dit_iso`) or reading the encoder."""
     config, C = model.decoder, model.target_channels
     if config.kind == "none":
-        return Part(0, 0, 0)
+        return Part()
     d, depth = config.width, config.depth
     asked = model.cells - visible if model.predictor.support == "masked" else model.cells
     once, tokens, sequences = frames * asked, copies * frames * asked, copies * frames
@@ -197,7 +179,7 @@ def decoder(model: ModelConfig, visible: int, frames: int, copies: int, ragged: 
     if config.kind == "dit_iso":
         block = tokens * (8 * d**2 + mlp + 4 * d * asked)
         flops = ends + time + 2 * condition_width(model) * d * once + depth * block
-        return Part(tokens, flops, around + tokens * depth * (_kept(d, MLP_RATIO * d) + MODULATED * 2 * d))
+        return Part(tokens, flops, depth, around, tokens * (_kept(d, MLP_RATIO * d) + MODULATED * 2 * d), tokens * d)
     context = frames * visible + (visible if ragged else 0)
     seen = copies * (context * frames * asked if ragged else _pairs(model, asked, visible, frames, ragged=False))
     block = tokens * (4 * d**2 + mlp) + 4 * d**2 * copies * context + 4 * d * seen
@@ -206,7 +188,7 @@ def decoder(model: ModelConfig, visible: int, frames: int, copies: int, ragged: 
         block += tokens * (8 * d**2 + 4 * d * once)
         kept += tokens * ((ATTENTION + MODULATED) * d)
     flops = ends + time + 2 * model.encoder.width * d * context + depth * block
-    return Part(tokens, flops, around + depth * kept)
+    return Part(tokens, flops, depth, around, kept, tokens * d)
 
 
 def _pairs(model: ModelConfig, rows: int, keys: int, tubelets: int, ragged: bool) -> int:
@@ -222,16 +204,9 @@ def _kept(width: int, hidden: int, cross: bool = False) -> int:
 
 
 def summary(recipe: RecipeConfig, found: Cost) -> str:
-    """Parameters, then each stage pass by pass, then memory, for a terminal; lines of at most 100 characters."""
-    model, memory = recipe.model, found.memory
+    """Parameters, then each stage pass by pass, for a terminal; lines of at most 100 characters."""
+    model = recipe.model
     grid = f"{model.grid_height} x {model.grid_width} cells, {model.tubelet} frames a tubelet"
-    held = {
-        "weights, fp32": memory.weights,
-        "gradients, fp32": memory.gradients,
-        "moments, fp32": memory.moments,
-        "average (reference), fp32": memory.average,
-        "copies of weights, bf16": memory.copies,
-    }
     lines = [
         f"{recipe.name}  {recipe.digest()}",
         f"input {model.encoder.input}, target {recipe.losses.target}, {grid}, {recipe.precision}",
@@ -242,10 +217,6 @@ def summary(recipe: RecipeConfig, found: Cost) -> str:
         f"  {'reference':12}{found.parameters['encoder'] / 1e6:10.2f} M, not trained",
         "",
         *(line for stage in found.stages for line in _stage_lines(stage)),
-        "memory of a rank",
-        *(f"  {name:32}{size / GIB:10.3f} GiB" for name, size in held.items() if size),
-        f"  {'activations, a clip':32}{memory.activations_a_clip / GIB:10.3f} GiB, the largest pass, none recomputed",
-        f"  {'all but activations':32}{sum(held.values()) / GIB:10.3f} GiB",
     ]
     return "\n".join(lines)
 

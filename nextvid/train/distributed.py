@@ -66,6 +66,14 @@ class Ranks:
             values /= self.count
         return values
 
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' values, on every rank."""
+        if self.count == 1:
+            return value
+        values = torch.tensor(value, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+        return int(values)
+
     def wait(self) -> None:
         """Wait until every rank has called this."""
         if self.count > 1:

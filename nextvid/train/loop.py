@@ -29,6 +29,7 @@ from nextvid.train.distributed import Ranks, whole
 from nextvid.train.events import Reporter
 from nextvid.train.export import export_encoder
 from nextvid.train.loader import Batch, Loader, open_loader
+from nextvid.train.micro_batch import MicroBatches
 from nextvid.train.run import Run, run_lock
 from nextvid.train.step import Stepped, Trained, build, encoder_tokens, means
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
@@ -55,6 +56,7 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         ranks.wait()
         trainset = Trainset.open(project.root, run.trainset)
         plan = open_mask_plan(project.root, run.recipe.masks, grid_of(run.recipe.model))
+        clips = MicroBatches(run.recipe, run.how, ranks)
         trained = build(run.recipe, ranks, run.how)
         found = checkpoint.complete(run.checkpoints)
         progress = Progress(0, 0)
@@ -64,7 +66,7 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
         reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
         background = stack.enter_context(AsyncCheckpoints(ranks, run.identity)) if trained.fsdp else None
-        session = _Session(run, trained, loader, reporter, background, progress)
+        session = _Session(run, trained, loader, clips, reporter, background, progress)
         session.go()
         encoders = {"encoder": _whole(trained.reference), "encoder_online": _whole(trained.model.encoder)}
         if reporter:
@@ -119,6 +121,7 @@ class _Session:
     run: Run
     trained: Trained
     loader: Loader
+    clips: MicroBatches
     reporter: Reporter | None  # rank 0's
     background: AsyncCheckpoints | None
     progress: Progress
@@ -151,14 +154,16 @@ class _Session:
         for batch in self.loader.batches(self.progress.step, self.how.threads):
             stage, inside = stage_at(self.recipe.stages, batch.step)
             if inside == 0:
-                self._event("stage", self.recipe.stages[stage].model_dump())
-            self._step(batch)
+                self._event("stage", {**self.recipe.stages[stage].model_dump(), "micro_batch": self.clips[stage]})
+            self._step(batch, stage)
             self._after_step()
         if self.background is not None:
             self._checkpoint_written(self.background.finish())
 
-    def _step(self, batch: Batch) -> None:
-        stepped = steps.take_step(self.trained, batch, batch.step, self.how.micro_batch)
+    def _step(self, batch: Batch, stage: int) -> None:
+        stepped, planned = self.clips.take(stage, lambda clips: steps.take_step(self.trained, batch, batch.step, clips))
+        if planned:
+            self._event("micro_batch", {"clips": self.clips[stage], "out_of_memory_at": planned})
         step = batch.step + 1
         skipped = 0 if stepped.finite else self.progress.skipped + 1
         self.progress = Progress(step, draws_before(self.recipe.stages, step), skipped, self.progress.first_rank)

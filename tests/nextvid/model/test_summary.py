@@ -8,11 +8,13 @@ import sys
 import pytest
 
 from nextvid.__main__ import inspect
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.recipes import recipe
-from nextvid.model.cost import GIB, cost, summary
+from nextvid.model.cost import cost, summary
+from nextvid.model.memory import CARDS_GB, report
 
 
-def test_every_part_stage_and_byte_is_named() -> None:
+def test_every_part_and_stage_is_named() -> None:
     found, reckoned = recipe("nextvid_l_latent"), cost(recipe("nextvid_l_latent"))
     text = summary(found, reckoned)
     assert text.splitlines()[0] == f"nextvid_l_latent  {found.digest()}"
@@ -21,9 +23,18 @@ def test_every_part_stage_and_byte_is_named() -> None:
         assert f"stage {stage.name}: {stage.clips} clips of {stage.frames} frames" in text
         assert f"{stage.clip_flops / 1e12:.3f} TFLOP" in text
     assert re.search(r"short \(60 cells\), encoder +420 tokens", text)
-    total = reckoned.memory.weights * 4 + reckoned.memory.average + reckoned.memory.copies
-    assert f"{total / GIB:.3f} GiB" in text.splitlines()[-1]
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_every_stage_is_weighed_on_usual_devices() -> None:
+    found = recipe("nextvid_g")
+    lines = report(found, ExecutionConfig()).splitlines()
+    assert max(map(len, lines)) <= 100
+    for stage in found.stages:
+        (row,) = (line for line in lines if line.startswith(f"  {stage.name}, "))
+        remedies = [line for line in lines if line.startswith(f"  {stage.name} on ")]
+        assert all("add --how " in line for line in remedies)
+        assert row.count("no") == len(remedies) < len(CARDS_GB)
 
 
 def test_parts_that_are_not_there_are_not_listed() -> None:
@@ -42,6 +53,7 @@ def test_command_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None
     assert found["model"]["encoder"]["width"] == 128
     assert found["cost"]["parameters"] == cost(recipe("demo")).parameters
     assert found["cost"]["stages"][3]["name"] == "cooldown"
+    assert found["memory"]["cooldown"]["share"] == 8
 
 
 def test_the_command_takes_overrides_and_knows_the_recipes() -> None:
