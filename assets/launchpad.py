@@ -30,7 +30,9 @@ def _typed(annotation: Any, path: str) -> Any:  # noqa: ANN401 - an annotation, 
         return _typed(arguments[0], path)
     if origin in (Union, types.UnionType):
         given = [argument for argument in arguments if argument is not types.NoneType]
-        typed = _typed(given[0], path) if len(given) == 1 else dg.Any  # the launchpad has no union of a number and words
+        typed = (
+            _typed(given[0], path) if len(given) == 1 else dg.Any
+        )  # the launchpad has no union of a number and words
         return dg.Noneable(typed) if len(given) < len(arguments) else typed
     if origin is Literal:
         return dg.Enum(path, [dg.EnumValue(value) for value in arguments])

@@ -87,9 +87,7 @@ def rank_memory(recipe: RecipeConfig, stage: StageConfig, how: ExecutionConfig) 
     )
 
 
-def remedies(
-    recipe: RecipeConfig, stage: StageConfig, how: ExecutionConfig, device: int
-) -> Iterator[dict[str, Any]]:
+def remedies(recipe: RecipeConfig, stage: StageConfig, how: ExecutionConfig, device: int) -> Iterator[dict[str, Any]]:
     """Changes of `how` by which a clip fits a device of so many bytes, the cheapest first."""
     ranks = [count for count in (2, 4, 8, 16, 32, 64) if count > how.ranks and stage.batch % count == 0]
     fold: list[dict[str, Any]] = [{"fold_copies": True}] if stage.tau_copies > 1 and not how.shard else []
@@ -133,7 +131,10 @@ def report(recipe: RecipeConfig, how: ExecutionConfig) -> str:
         [
             f"memory of a rank of {how.ranks}",
             *(f"  {name:32}{size / GIB:10.3f} GiB" for name, size in names.items() if size),
-            *(f"  {f'a clip of {s.name}':32}{m.clip / GIB:10.3f} GiB" for s, m in zip(recipe.stages, found, strict=True)),
+            *(
+                f"  {f'a clip of {s.name}':32}{m.clip / GIB:10.3f} GiB"
+                for s, m in zip(recipe.stages, found, strict=True)
+            ),
             f"  {'clips that were read':32}{found[0].batch / GIB:10.3f} GiB",
             head,
             *rows,
@@ -146,7 +147,10 @@ def _passes(recipe: RecipeConfig, stage: StageConfig, how: ExecutionConfig) -> t
     """The passes that memory must hold: folded copies one at a time, drawn counts of visible cells at their most."""
     masks = recipe.masks
     if masks.keep in ("bucket", "flat"):  # a block at least is hidden
-        most = (each.model_copy(update={"budget": round(recipe.model.cells * (1 - each.scale))}) for each in masks.strategies)
+        most = (
+            each.model_copy(update={"budget": round(recipe.model.cells * (1 - each.scale))})
+            for each in masks.strategies
+        )
         recipe = recipe.model_copy(update={"masks": masks.model_copy(update={"strategies": tuple(most)})})
     return stage_cost(recipe, stage.model_copy(update={"tau_copies": 1}) if how.fold_copies else stage).passes
 

@@ -48,8 +48,8 @@ class MicroBatches:
         """`step(clips)`, and from how many clips a first step of the stage was reduced to fit (else 0).
 
         A step that runs out of memory has changed nothing and is taken again with half the clips. Under DDP a rank does
-        so alone: ranks average once, in a step's last backward. Under FSDP2 all must run out at the same place, else the
-        others wait for it until their timeout. Every rank must call this for the same steps.
+        so alone: ranks average once, in a step's last backward. Under FSDP2 a rank that runs out alone ends the run by
+        the others' timeout. Every rank must call this for the same steps.
         Raises RefusedError if not one clip fits, or if the micro-batch was asked for by number.
         """
         if stage in self._checked:
@@ -71,10 +71,10 @@ class MicroBatches:
     def _halve(self, stage: int, error: str) -> None:
         clips, config = self._clips[stage], self._recipe.stages[stage]
         if not self._auto or clips == 1:
-            switch = remedy(self._recipe, config, self._how, self._device)
+            by = remedy(self._recipe, config, self._how, self._device) if clips == 1 else "add --how micro_batch=auto"
             raise RefusedError(
                 f"stage {config.name}: a micro-batch of {clips} ({config.frames} frames a clip) ran out of memory on "
-                f"{self._ranks.device} ({error.splitlines()[0]}); {switch if clips == 1 else 'add --how micro_batch=auto'}"
+                f"{self._ranks.device} ({error.splitlines()[0]}); {by}"
             ) from None
         share = config.batch // self._ranks.count
         self._clips[stage] = max(few for few in divisors(share) if few <= clips // 2)
