@@ -98,7 +98,7 @@ def test_a_training_behind_fifty_batches_starts_next() -> None:
     training = queued({})
     ordered = QueuedRunCoordinatorDaemon._priority_sort(None, [*batches, training])  # type: ignore[arg-type]
     assert ordered[0] is training
-    for name in ("dagster.yaml", "deploy/postgres/dagster.yaml", "deploy/ray/dagster.yaml"):
+    for name in ("dagster.yaml", "deploy/postgres/dagster.yaml", "deploy/ray/dagster.yaml"):  # as Kubernetes' values
         runs = yaml.safe_load((REPOSITORY / name).read_text())["concurrency"]["runs"]
         (limit,) = runs["tag_concurrency_limits"]
         assert limit["limit"] < runs["max_concurrent_runs"]

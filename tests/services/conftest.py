@@ -127,7 +127,7 @@ def instance_settings(path: str = "dagster.yaml") -> str:
     """
     said: dict[str, Any] = yaml.safe_load((REPOSITORY / path).read_text())
     for part in ("storage", "local_artifact_storage", "compute_logs"):
-        if "base_dir" in str(said.get(part)):
+        if "'base_dir': 'data" in str(said.get(part)):
             del said[part]  # by default below DAGSTER_HOME
     said["run_monitoring"] |= {"poll_interval_seconds": 2, "free_slots_after_run_end_seconds": 1}
     said["run_coordinator"]["config"] = {"dequeue_interval_seconds": 1}

@@ -27,7 +27,16 @@ pytestmark = pytest.mark.services
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 CHART: dict[str, set[str]] = {  # helm/dagster/values.yaml and its charts/dagster-user-deployments/values.yaml
-    "": {"dagster-user-deployments", "runLauncher", "dagsterDaemon", "telemetry", "postgresql", "global"},
+    "": {
+        "dagster-user-deployments", "computeLogManager", "dagsterWebserver", "concurrency", "runLauncher",
+        "dagsterDaemon", "telemetry", "postgresql", "global",
+    },
+    "computeLogManager": {"type", "config"},
+    "computeLogManager.config": {"customComputeLogManager"},
+    "dagsterWebserver": {"volumes", "volumeMounts"},
+    "concurrency": {"enabled", "runs", "pools"},
+    "concurrency.runs": {"maxConcurrentRuns", "tagConcurrencyLimits"},
+    "concurrency.pools": {"defaultLimit", "granularity"},
     "telemetry": {"enabled"},
     "dagster-user-deployments.deployments": {
         "name", "image", "dagsterApiGrpcArgs", "port", "env", "envSecrets", "volumes", "volumeMounts",
@@ -58,15 +67,38 @@ def snake(name: str) -> str:
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
 
 
+def snaked(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {snake(key): value for key, value in values.items()}
+
+
 @pytest.mark.parametrize("name", ["postgres", "ray"])
 def test_dagster_accepts_the_instance_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", "postgresql+psycopg2://nobody@localhost/nothing")
     (tmp_path / "dagster.yaml").write_text((DEPLOY / name / "dagster.yaml").read_text())
+    monkeypatch.setenv("DAGSTER_COMPUTE_LOGS", str(tmp_path))
     config, _ = dagster_instance_config(str(tmp_path))  # raises where a key is unknown or of another type
     assert "postgres" in config["storage"]
     assert config["run_retries"] == {"enabled": True, "max_retries": 2, "retry_on_asset_or_op_failure": False}
     assert config["run_monitoring"]["enabled"]
     assert config["concurrency"]["pools"]["granularity"] == "op"
+    assert config["compute_logs"] == instance_logs({"env": "DAGSTER_COMPUTE_LOGS"})
+
+
+def instance_logs(folder: object) -> dict[str, Any]:
+    """The part `compute_logs` of an instance whose steps write to this folder."""
+    module = "dagster._core.storage.local_compute_log_manager"
+    return {"module": module, "class": "LocalComputeLogManager", "config": {"base_dir": folder}}
+
+
+def test_kubernetes_has_the_same_pools_limits_and_logs() -> None:
+    chart, ray = read("kubernetes/values.yaml"), read("ray/dagster.yaml")
+    written = {"runs": snaked(chart["concurrency"]["runs"]), "pools": snaked(chart["concurrency"]["pools"])}
+    assert written == ray["concurrency"]
+    logs = chart["computeLogManager"]["config"]["customComputeLogManager"]
+    assert logs == instance_logs("/data/dagster/compute_logs")
+    (mount,) = chart["dagsterWebserver"]["volumeMounts"]
+    assert mount["mountPath"] == "/data"
+    assert [volume["name"] for volume in chart["dagsterWebserver"]["volumes"]] == [mount["name"]]
 
 
 @pytest.mark.parametrize("place", sorted(CHART))
@@ -78,8 +110,8 @@ def test_the_chart_knows_every_value(place: str) -> None:
 
 def test_the_run_launcher_accepts_its_part() -> None:
     said = read("kubernetes/values.yaml")["runLauncher"]["config"]["k8sRunLauncher"]
-    launcher = {snake(key): value for key, value in said.items() if key != "runK8sConfig"}
-    pod = {snake(key): value for key, value in said["runK8sConfig"].items()}
+    launcher = snaked({key: value for key, value in said.items() if key != "runK8sConfig"})
+    pod = snaked(said["runK8sConfig"])
     filled = {"service_account_name": "dagster", "instance_config_map": "dagster", "postgres_password_secret": "pg"}
     config = {**launcher, **filled, "dagster_home": "/opt/dagster/dagster_home", "run_k8s_config": pod}
     schema = dg.Shape(K8sRunLauncher.config_type())
@@ -98,7 +130,7 @@ def test_the_executor_accepts_what_steps_ask_for() -> None:
 
 def test_volumes_and_variables_of_the_code_server_are_kubernetes_own() -> None:
     (server,) = read("kubernetes/values.yaml")["dagster-user-deployments"]["deployments"]
-    volumes = [{snake(key): value for key, value in volume.items()} for volume in server["volumes"]]
+    volumes = [snaked(volume) for volume in server["volumes"]]
     config = {
         "pod_spec_config": {"volumes": server["volumes"]},
         "container_config": {"volume_mounts": server["volumeMounts"], "env": server["env"]},

@@ -116,7 +116,7 @@ def scaled(
         postgres(POSTGRES) as url,
         live_dagster(
             tmp_path_factory.mktemp("scaled"), projects[1].path, instance_settings("deploy/ray/dagster.yaml"),
-            DAGSTER_POSTGRES_URL=url, **variables,
+            DAGSTER_POSTGRES_URL=url, DAGSTER_COMPUTE_LOGS=str(compute.parent / "logs"), **variables,
         ) as found,
     ):  # fmt: skip
         yield found
@@ -166,6 +166,9 @@ def test_the_history_is_in_postgres(scaled: Live) -> None:
     home = Path(scaled.environment["DAGSTER_HOME"])
     assert not list(home.rglob("*.db"))
     assert scaled.runs()
+    assert list(Path(scaled.environment["DAGSTER_COMPUTE_LOGS"]).rglob("*.err")), (
+        "and the steps' logs are in one folder"
+    )
     assert os.environ.get("DAGSTER_POSTGRES_URL") != scaled.environment["DAGSTER_POSTGRES_URL"]
 
 

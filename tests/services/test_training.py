@@ -9,14 +9,18 @@ import os
 import re
 import signal
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
+import polars as pl
 import pytest
 
 from nextvid.train.events import NAME, read_events
 from nextvid.trainset.trainset import Trainset
+from storage.withdrawn import record_withdrawal
 from tests.nextvid.train.corpus import tiny_spec, write_trainset
 from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
 
@@ -196,3 +200,48 @@ def test_a_run_is_watched_killed_resumed_and_cancelled(trained: Live) -> None:
     other = folder_of(trained, waiting)
     (turn,) = attempts(other)
     assert all(turn[1] <= began_s or ended_s <= turn[0] for began_s, ended_s in attempts(folder))
+
+
+def test_one_training_waits_for_another_and_a_withdrawal_for_neither(trained: Live) -> None:
+    """The table "Several at once" of docs/operations.md, where runs are involved."""
+    root = trained.project.root
+    write_trainset(root, tiny_spec(height=8, channels=16), seed=2)
+    mine = launched(trained, ENDLESS)
+    folder = folder_of(trained, mine)
+    wait_for(lambda: "step 4/" in said(trained, mine), 300)
+    same = launched(trained, ENDLESS)
+    other = launched(trained, SHORT)
+    trained.add_batch("films.000000")
+    encoding = trained.launch("latents", "films.000000")["run"]["runId"]  # wants the pool `gpu` too
+    plan = trained.launch("mask_plan", "demo")["run"]["runId"]  # wants no pool
+    assert trained.ended(plan, 120) == "SUCCESS"
+    assert {trained.run(run)["status"] for run in (same, other, encoding)} == {"QUEUED"}
+
+    row = Trainset.open(root).lineage().filter(pl.col("frames") == 8)["row_id"][0]  # as long as the recipe's clips
+    record_withdrawal(root, row.hex(), [row])
+    newest = read_events(folder)[-1]["step"]
+    wait_for(lambda: read_events(folder)[-1]["step"] > newest, 60, every_s=0.2)  # it trains on
+    trained.cancel(mine)
+    assert trained.ended(mine, 60) == "CANCELED"
+    line = f"refused: trainset {Trainset.open(root).digest} holds row {row.hex()}, which was withdrawn"
+    assert failed(trained, same).startswith(line)
+    assert failed(trained, other).startswith(line)
+
+
+def test_a_training_behind_fifty_batches_starts_next(trained: Live) -> None:
+    write_trainset(trained.project.root, tiny_spec(height=8, channels=16), seed=3)
+    trained.add_batch("waiting.000000")
+    first = trained.launch("media", "waiting.000000", job="ingest")["run"]["runId"]
+    with dg.DagsterInstance.from_config(trained.environment["DAGSTER_HOME"]) as instance:
+        like = instance.get_run_by_id(first)
+        assert like is not None
+        for _ in range(50):  # as the sensor would request them, without its 0.1 s each
+            instance.add_run(like._replace(run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.QUEUED))
+    training = launched(trained, SHORT)
+    asked_s = time.time()
+    wait_for(lambda: trained.run(training)["startTime"] is not None, 60, every_s=0.2)
+    batches = [run for run in trained.runs() if run["jobName"] == "ingest"]
+    began_s = trained.run(training)["startTime"]
+    assert sum(run["status"] == "QUEUED" for run in batches) > 40
+    meanwhile = [run for run in batches if asked_s < (run["startTime"] or 0) < began_s]
+    assert len(meanwhile) <= 3, "no more than dagster.yaml lets run beside it"

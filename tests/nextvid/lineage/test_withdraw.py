@@ -1,5 +1,6 @@
 """Withdrawal: planned without --yes, recorded and zeroed with it, and refused by whatever would train on it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,20 @@ def test_withdrawing_again_finishes_what_was_cut_short(own_copy: Project, monkey
     assert len(store.verify()) == CLIPS_A_VIDEO
     withdraw(own_copy, uri_of(3), yes=True)
     assert store.verify() == []
+
+
+def test_it_waits_for_a_shard_that_is_being_committed(own_copy: Project) -> None:
+    (store,) = LatentStore.every(own_copy.root)
+    (part,) = store.parts_of(PETS)
+    with ThreadPoolExecutor(1) as beside:
+        with part.lock():
+            done = beside.submit(withdraw, own_copy, uri_of(3), yes=True)
+            with pytest.raises(TimeoutError):
+                done.result(0.5)
+            assert withdrawn_rows(own_copy.root) == frozenset(rows_of(uri_of(3)))  # refused from now on
+            assert stored(own_copy, rows_of(uri_of(3))[0]).any()
+        assert done.result(10).done
+    assert not stored(own_copy, rows_of(uri_of(3))[0]).any()
 
 
 def test_rows_that_only_a_trainset_still_names_are_found(own_copy: Project) -> None:
