@@ -109,7 +109,7 @@ class Store:
         order = Order(self._trainset, config)
         ranks = Ranks(0, 1, torch.device("cpu"))
         kind = Latents(self.reader, self._trainset, 1, ranks.device)
-        rows: Rows = placed(kind, config, ranks)
+        rows: Rows = placed(kind, BATCH * FRAMES, ranks.device)
         if latents is not None:
             rows = latents(kind, BATCH * FRAMES, READ_AHEAD + 1, ranks.device)
         return Loader(config, order, Masks(config, plan), {"latents": rows}, ranks)
@@ -120,8 +120,9 @@ class Store:
         make_plan(self._root, config)
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         ranks = Ranks(0, 1, torch.device("cpu"))
-        kind = Pixels(PixelReader(self._root, pixels.spec, self._trainset.batches), pixels)
-        rows = placed(kind, config, ranks)
+        addresses = {FRAMES: pixels.rows(FRAMES)}
+        kind = Pixels(PixelReader(self._root, pixels.spec, self._trainset.batches), pixels.spec, addresses)
+        rows = placed(kind, BATCH * FRAMES, ranks.device)
         return Loader(config, Order(self._trainset, config), Masks(config, plan), {"pixels": rows}, ranks)
 
     def order(self, steps: int) -> list[int]:

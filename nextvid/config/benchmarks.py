@@ -80,6 +80,9 @@ class BenchmarkConfig(Strict):
     )
     target: str = Field(description="the label to predict; `class` by a protocol")
     policy: ClipPolicy = Field(description="how clips are cut: `clips_per_shot` segments of `views` views each")
+    limit: Count | None = Field(
+        None, description="at most so many shots of each split, which scores and reports then say; without it all"
+    )
     # Tab. 10
     epochs: Count = Field(20, description="epochs that the probe's heads train")
     batch: Count = Field(32, description="clips of a batch of that training")
@@ -127,6 +130,6 @@ class BenchmarkConfig(Strict):
 
     def values(self) -> dict[str, Any]:
         """What a score depends on, as plain values, by whatever name or protocol it was written."""
-        younger = {"sweep", "attention_heads", "augment", "levels", "train_views"}  # than scores that are kept
+        younger = {"sweep", "attention_heads", "augment", "levels", "train_views", "limit"}  # than scores that are kept
         found, fields = self.model_dump(mode="json", exclude={"protocol"}), type(self).model_fields
         return {k: v for k, v in found.items() if k not in younger or getattr(self, k) != fields[k].default}

@@ -59,11 +59,13 @@ class MachineConfig(Strict):
 
 
 class CacheConfig(Strict):
-    """Local copies of a trainset's shards, where `root` is an object store. In no digest."""
+    """Files that can be made again: copies of a trainset's shards, and features while probes learn. In no digest."""
 
-    folder: str = Field(CACHE_FOLDER, description="the folder of the copies, shared by all processes of a machine")
+    folder: str = Field(CACHE_FOLDER, description="the folder of these files, shared by all processes of a machine")
     size_gb: AtLeastZero = Field(
-        20.0, description="largest size in gigabytes; a trainset that does not fit is read row by row"
+        20.0,
+        description="largest size in gigabytes, of the copies and of the features; a trainset that does not fit is "
+        "read row by row, features that do not fit are encoded again in each epoch",
     )
 
 
@@ -74,7 +76,9 @@ class CorpusConfig(Strict):
     runs_root: str | None = Field(
         None, description="folder of runs, scores, samples and reports on a file system; by default `root`"
     )
-    cache: CacheConfig = Field(CacheConfig(), description="local copies of shards on an object store")
+    cache: CacheConfig = Field(
+        CacheConfig(), description="local copies of shards on an object store, and features while probes learn"
+    )
     execution: MachineConfig = Field(MachineConfig(), description="devices that encode, probe and sample")
     encoding: EncodingConfig = Field(description="how frames become latents")
     curation: CurationConfig = Field(CurationConfig(), description="how shots are found, filtered and compared")

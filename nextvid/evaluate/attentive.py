@@ -5,12 +5,14 @@ for small encoders are those of the demo's study (docs/demo.md). Since the query
 computed as `LN(x) (W_k q)` and `sum_n a_n (LN(x_n) W_v)` as `(sum_n a_n LN(x_n)) W_v`: the tokens are read twice
 instead of projected twice. `reference_logits` is the plain form.
 
-Axes: G seeds, R rates, K = R G probes, B clips of a batch, L tokens of a clip, D width, H heads, E = D / H, Y classes.
+Axes: G seeds, R pairs of rate and weight decay, K = R G probes, O batches (one a seed, or one for all), B clips of a
+batch, L tokens of a clip, D width, H heads, E = D / H, Y classes.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -18,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nextvid.config.benchmarks import Augmentation
+from nextvid.config.benchmarks import Augmentation, SweepConfig
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.strict import Strict
 
@@ -27,20 +29,38 @@ MLP_RATIO = 4  # docs/method.md 9
 SMALL_WIDTH = 512  # below this, initialisation and settings made for width 1024 fail: std 0.02 collapses at 128
 
 
+class Pair(NamedTuple):
+    """The rate and weight decay of one head, and its warm-up."""
+
+    rate: float
+    weight_decay: float
+    warm_up_epochs: float
+    warm_up_from: float
+
+
 class ProbeSettings(Strict):
     """How probes are trained. The defaults are those of the demo's study (docs/demo.md)."""
 
     heads: int = 4
-    rates: tuple[float, ...] = (1e-3, 3e-3)
-    weight_decay: float = 0.05
-    warm_up_steps: int = 40
+    sweep: tuple[SweepConfig, ...] = (SweepConfig(rates=(1e-3, 3e-3), weight_decays=(0.05,)),)
+    warm_up_steps: int = 40  # beside the sweep's warm_up_epochs
+    own_orders: bool = True  # each seed sees clips in an order of its own: as many passes over them as seeds
     clip: float = 1.0
     epochs: int = 20
     batch: int = 32
     init: Literal["xavier", "trunc_normal"] = "xavier"
     query_std: float = 1.0
-    held_out: float = 0.2  # share of probe-train that chooses the learning rate
+    held_out: float = 0.2  # share of probe-train that chooses the pair of rate and weight decay
     augment: Augmentation = "none"  # how training clips are varied; latents never are
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every rate of a sweep with every weight decay: what learns side by side for each seed."""
+        return [
+            Pair(rate, decay, one.warm_up_epochs, one.warm_up_from)
+            for one in self.sweep
+            for rate, decay in itertools.product(one.rates, one.weight_decays)
+        ]
 
 
 def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool = False) -> ProbeSettings:
@@ -55,9 +75,11 @@ def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool =
         return ProbeSettings(epochs=epochs, batch=batch, augment=augment)
     return ProbeSettings(
         heads=16,  # the paper's Tab. 10
-        rates=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4),  # docs/method.md 9; its weight decays .01 to .8 are fixed at one of them
-        weight_decay=0.1,
+        sweep=(
+            SweepConfig(rates=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4), weight_decays=(0.01, 0.1, 0.4, 0.8)),
+        ),  # docs/method.md 9
         warm_up_steps=0,
+        own_orders=False,
         epochs=epochs,
         batch=batch,
         init="trunc_normal",
@@ -67,45 +89,45 @@ def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool =
 
 
 class Probes(nn.Module):
-    """K = rates x seeds probes, each parameter stacked along a leading axis K (rate-major: a rate is one slice).
+    """K = pairs x seeds probes, each parameter stacked along a leading axis K (pair-major: a pair is one slice).
 
-    Probes of one seed start equal, so that rates are compared from one start.
+    Probes of one seed start equal, so that pairs are compared from one start.
     """
 
     def __init__(self, width: int, classes: int, settings: ProbeSettings, seeds: Sequence[int]) -> None:
         super().__init__()
         if width % settings.heads:
             raise ValueError(f"width {width} is not a multiple of {settings.heads} probe heads")
-        self.heads, self.seeds, self.rates = settings.heads, len(seeds), len(settings.rates)
+        self.heads, self.seeds, self.pairs = settings.heads, len(seeds), len(settings.pairs)
         starts = [_start(width, classes, settings, seed) for seed in seeds]
         self.parts = nn.ParameterDict()
         for name in starts[0]:
             stacked = torch.stack([start[name] for start in starts])
-            self.parts[name] = nn.Parameter(repeat(stacked, "g ... -> (r g) ...", r=self.rates).clone())
+            self.parts[name] = nn.Parameter(repeat(stacked, "g ... -> (r g) ...", r=self.pairs).clone())
 
-    def forward(self, tokens: Float[Tensor, "G B L D"]) -> Float[Tensor, "G R B Y"]:
-        """Logits of every probe; `tokens` are normalised without affine (`normalise`), one batch a seed."""
+    def forward(self, tokens: Float[Tensor, "O B L D"]) -> Float[Tensor, "G R B Y"]:
+        """Logits of every probe; `tokens` are normalised without affine (`normalise`)."""
         p, pooled = self.parts, self._pool(tokens)  # pooled: [K, H, B, D]
         values = einsum(pooled, self._by_head(p["value"]), "k h b d, k h e d -> k b h e")
         values = rearrange(values, "k b h e -> k b (h e)") + p["value_bias"][:, None]
         hidden = p["query"][:, None] + values  # [K, B, D]
         hidden = hidden + self._mlp(hidden)
         logits = torch.baddbmm(p["last_bias"][:, None], hidden, rearrange(p["last"], "k y d -> k d y"))
-        return rearrange(logits, "(r g) b y -> g r b y", r=self.rates)
+        return rearrange(logits, "(r g) b y -> g r b y", r=self.pairs)
 
-    def _pool(self, tokens: Float[Tensor, "G B L D"]) -> Float[Tensor, "K H B D"]:
+    def _pool(self, tokens: Float[Tensor, "O B L D"]) -> Float[Tensor, "K H B D"]:
         """Tokens weighted by attention, with LN's affine part applied after the sum (the weights add up to one)."""
         p = self.parts
         query = einsum(p["ask"], p["query"], "k d c, k c -> k d") + p["ask_bias"]
         query = rearrange(query, "k (h e) -> k h e", h=self.heads)
         key = einsum(query, self._by_head(p["key"]), "k h e, k h e d -> k h d")
         key = key * p["norm_weight"][:, None] / math.sqrt(query.shape[-1])
-        key = rearrange(key, "(r g) h d -> g d (r h)", r=self.rates)
-        clips = tokens.shape[1]
-        logits = rearrange(tokens, "g b l d -> g (b l) d") @ key
-        weights = rearrange(logits, "g (b l) q -> (g b) q l", b=clips).softmax(-1)
-        pooled = weights @ rearrange(tokens, "g b l d -> (g b) l d")
-        pooled = rearrange(pooled, "(g b) (r h) d -> (r g) h b d", b=clips, r=self.rates)
+        orders, clips = tokens.shape[:2]  # s: seeds that see the same batch
+        key = rearrange(key, "(r o s) h d -> o d (r s h)", r=self.pairs, o=orders)
+        logits = rearrange(tokens, "o b l d -> o (b l) d") @ key
+        weights = rearrange(logits, "o (b l) q -> (o b) q l", b=clips).softmax(-1)
+        pooled = weights @ rearrange(tokens, "o b l d -> (o b) l d")
+        pooled = rearrange(pooled, "(o b) (r s h) d -> (r o s) h b d", b=clips, r=self.pairs, h=self.heads)
         return pooled * p["norm_weight"][:, None, None] + p["norm_bias"][:, None, None]
 
     def _mlp(self, x: Float[Tensor, "K B D"]) -> Float[Tensor, "K B D"]:

@@ -58,13 +58,12 @@ def benchmark_rows(
     labels: pl.DataFrame,
     duplicates: pl.DataFrame,
     commits: pl.DataFrame,
-    limits: Mapping[str, int],
     held_out: float,
 ) -> BenchmarkRows:
     """Build the task from tables of the schemas Clips, Labels, Duplicates and from `LatentStore.commits`.
 
-    `limits` are the largest numbers of shots by split (`train`, `test`); which ones stay is decided by shot id, which
-    is a hash. `held_out` is the share of probe-train that chooses heads, by hash of the group, else of the media file.
+    Where the benchmark has a limit, which shots stay is decided by shot id, which is a hash. `held_out` is the share of
+    probe-train that chooses heads, by hash of the group, else of the media file.
     """
     asked = clips.filter(
         (pl.col("status") == "ok") & pl.col("uses").list.contains(name) & pl.col("split").is_in(["train", "test"])
@@ -78,11 +77,9 @@ def benchmark_rows(
     stored = kept.join(addresses, on=["row_id", "batch"]).sort("batch").unique("row_id", keep="first")
     seen = stored if config.train_views == "all" else _one_view(stored)
     sampled = _into_samples(seen, config.policy.clips_per_shot)
-    pieces = []
-    for split, limit in limits.items():  # the first shots by id, so that views of a shot stay together
-        rows = sampled.filter(pl.col("split") == split)
-        pieces.append(rows.filter(pl.col("shot_id").is_in(rows["shot_id"].unique().sort().head(limit).implode())))
-    limited = pl.concat(pieces)
+    limited = sampled
+    if config.limit is not None:  # the first shots of each split by id, so that views of a shot stay together
+        limited = sampled.filter(pl.col("shot_id").rank("dense").over("split") <= config.limit)
     classes = tuple(sorted(limited["label"].unique().to_list()))
     frame = limited.with_columns(
         label=pl.col("label").replace_strict(list(classes), range(len(classes)), return_dtype=pl.Int64),

@@ -1,44 +1,35 @@
 """The asset `probes`: accuracies of a run's frozen encoders on each benchmark, beside its own random initialisation.
 
-Written for each are rows.parquet (the clips that were scored), features.npz (mean-pooled test features, for pictures)
-and, last, score.json. The digest in the path is of rows, labels, settings and seeds; where score.json exists, nothing
-is computed again.
+Written for each are rows.parquet (the clips that were scored), features.npz (mean-pooled features of the first test
+samples, for pictures) and, last, score.json. The path has the step of the checkpoint and a digest of rows, labels,
+settings and seeds; where score.json exists, nothing is computed again.
 
-Axes: N samples, L tokens, D width, Y classes.
+Axes: n samples, D width.
 """
 
 import io
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig
-from nextvid.evaluate.attentive import SMALL_WIDTH, ProbeSettings, probe_settings
+from nextvid.evaluate.attentive import probe_settings
 from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, per_sample, refuse_unlearnable
-from nextvid.evaluate.features import (
-    Augmented,
-    LatentSource,
-    Networks,
-    PixelSource,
-    features,
-    load_networks,
-)
-from nextvid.evaluate.fitting import NEIGHBOURS, accuracies, fit, nearest_labels, normalise
+from nextvid.evaluate.features import load_networks, run_encoders
+from nextvid.evaluate.fitting import NEIGHBOURS
+from nextvid.evaluate.scoring import UNFINISHED, OnEpoch, Scored, Task, score_encoder
 from nextvid.machine import leased_devices
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Number, Outcome
 from nextvid.making.progress import OnProgress, Progress, noting, silent
 from nextvid.making.publishing import read_latest
-from nextvid.model.encoder import Encoder
+from nextvid.train.distributed import Ranks
 from nextvid.train.run import Run, find_run
 from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset
@@ -46,40 +37,7 @@ from storage import atomic, tables
 from storage.digest import digest_config
 from storage.errors import UpstreamError
 from storage.schemas import Clips, Duplicates, Labels, ProbeRows
-from storage.spec import PixelSpec
 from storage.store import LatentStore, PixelStore
-
-SMALL_LIMITS = {"train": 1000, "test": 1000}  # clips; 1000 test clips resolve 3 points (docs/demo.md)
-FEATURE_BYTES = 16 << 30  # our bound on features in memory; larger encoders are probed on as many clips as fit
-
-
-@dataclass(frozen=True)
-class Task:
-    """Everything that a score depends on, before anything is computed."""
-
-    run: Run
-    trainset: Trainset
-    config: BenchmarkConfig
-    settings: ProbeSettings
-    rows: BenchmarkRows
-    pixels: PixelSpec | None = None  # what the encoder reads; None where it reads latents
-
-    @property
-    def seeds(self) -> list[int]:
-        """Seeds of the probe heads."""
-        return list(range(self.config.seeds))
-
-    def digest(self) -> str:
-        """Id of rows, labels, settings and seeds."""
-        default: set[str] = {"augment"} if self.settings.augment == "none" else set()  # keeps digests of older scores
-        return digest_config(
-            {
-                "rows": self.rows.digest(),
-                "benchmark": self.config.values(),
-                "settings": self.settings.model_dump(mode="json", exclude=default),
-                "neighbours": NEIGHBOURS,
-            }
-        )
 
 
 def make_probes(
@@ -110,7 +68,7 @@ def make_probes(
             with leased_devices(
                 1, project.corpus.execution.device, f"probes {recipe}", noting(on_progress, f"probes {recipe}")
             ) as (device,):
-                _score(project, task, folder, device)
+                _score(project, found, task, folder, Ranks(0, 1, torch.device(device)), lambda name, epoch, loss: None)
             made = True
         score = atomic.read_json(path)
         rows += score["clips"]["test"]
@@ -144,18 +102,12 @@ def plan_task(project: Project, benchmark: str, found: Run) -> Task:
         assert found.pixels is not None, f"run {found.id} reads pixels and names none"
         pixels = open_pixels(project.root, trainset, found.pixels).spec
     store = LatentStore(project.root, trainset.spec) if pixels is None else PixelStore(project.root, pixels)
-    rows = _rows(store, benchmark, config, settings, _limits(found.recipe, config, settings))
+    rows = _rows(store, benchmark, config, settings.held_out)
     refuse_unlearnable(rows, config)
-    return Task(found, trainset, config, settings, rows, pixels)
+    return Task(trainset, config, settings, rows, pixels)
 
 
-def _rows(
-    store: LatentStore | PixelStore,
-    name: str,
-    config: BenchmarkConfig,
-    settings: ProbeSettings,
-    limits: Mapping[str, int],
-) -> BenchmarkRows:
+def _rows(store: LatentStore | PixelStore, name: str, config: BenchmarkConfig, held_out: float) -> BenchmarkRows:
     """The benchmark's rows from the tables of its datasets and the commits of what the encoder reads."""
     root = store.root
     batches = [batch for batch in root.batches("clips") if dataset_of(batch) in config.datasets]
@@ -168,117 +120,40 @@ def _rows(
     if digest is None:
         raise UpstreamError(f"benchmark '{name}': near-duplicates are unknown; make 'duplicates' first")
     duplicates = tables.read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
-    return benchmark_rows(name, config, clips, labels, duplicates, commits, limits, settings.held_out)
+    return benchmark_rows(name, config, clips, labels, duplicates, commits, held_out)
 
 
-def _limits(recipe: RecipeConfig, config: BenchmarkConfig, settings: ProbeSettings) -> dict[str, int]:
-    """Largest numbers of shots by split: SMALL_LIMITS for small encoders, else as many as fit in memory.
-
-    Features are held beside their normalised copy, twice where clips are varied (an epoch's features and their copy).
-    """
-    if recipe.model.encoder.width < SMALL_WIDTH:
-        return dict(SMALL_LIMITS)
-    frames = config.policy.frames if config.policy.frames > 1 else recipe.clip_lengths[0]
-    tokens = frames // recipe.model.tubelet * recipe.model.cells * config.policy.clips_per_shot * config.policy.views
-    copies = 2 if settings.augment == "none" else 4
-    fitting = FEATURE_BYTES // (copies * 4 * tokens * recipe.model.encoder.width)
-    return {"train": fitting * 3 // 4, "test": fitting // 4}
-
-
-def _score(project: Project, task: Task, folder: str, device: str) -> None:
-    """Compute and publish rows, pooled test features and, last, score.json."""
+def _score(project: Project, run: Run, task: Task, folder: str, ranks: Ranks, on_epoch: OnEpoch) -> None:
+    """Compute and publish rows, pooled test features and, last, score.json. Every rank calls this."""
     started = time.perf_counter()
-    networks = load_networks(task.run, device)
-    policy, recipe = task.config.policy, task.run.recipe
-    frames = policy.frames if policy.frames > 1 else recipe.clip_lengths[0]
-    batches = task.rows.frame["batch"].unique().sort().to_list()
-    source: LatentSource | PixelSource = (
-        LatentSource(project.root, task.trainset, recipe, batches, frames)
-        if task.pixels is None
-        else PixelSource(project.root, task.pixels, recipe, batches, frames)
-    )
-    scores: dict[str, Any] = {}
-    pooled: dict[str, np.ndarray] = {}
-    with closing(source):
-        for name, encoder in networks.encoders.items():
-            train, test = (
-                features(encoder, recipe, source, task.rows.part(split), task.rows.segments, device)
-                for split in ("train", "test")
-            )
-            scores[name] = score_encoder(train, test, task, device, _varied(encoder, task, source, device))
-            pooled[name] = test.mean(axis=1)
-    tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
-    buffer = io.BytesIO()
-    np.savez(buffer, labels=per_sample(task.rows.part("test"), "label"), **pooled)  # type: ignore[arg-type]
-    atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
-    atomic.publish_json(f"{folder}/score.json", _described(task, networks, scores, time.perf_counter() - started))
-
-
-def _varied(
-    encoder: Encoder, task: Task, source: LatentSource | PixelSource, device: str
-) -> Callable[[int], np.ndarray] | None:
-    """Features, by epoch, of the varied clips that heads learn from; None where clips are not varied."""
-    if not isinstance(source, PixelSource):
-        return None
-    settings, train = task.settings, task.rows.part("train")
-    rows = train.filter(~pl.col("held_out"))
-
-    def of_epoch(epoch: int) -> np.ndarray:
-        clips = Augmented(source, settings.augment, task.seeds[0], epoch)
-        return features(encoder, task.run.recipe, clips, rows, task.rows.segments, device)
-
-    return of_epoch
-
-
-def score_encoder(
-    train: np.ndarray,
-    test: np.ndarray,
-    task: Task,
-    device: str = "cpu",
-    varied: Callable[[int], np.ndarray] | None = None,
-) -> dict[str, Any]:
-    """Attentive-probe and k-NN accuracy of features [N, L, D].
-
-    Heads learn from the part of probe-train that is not held out, or from `varied` features of each epoch instead; the
-    held-out part chooses one learning rate for all seeds, by their mean accuracy. Test clips are scored once, with that
-    rate. Without held-out clips the first rate is taken.
-    """
-    rows = task.rows
-    labels, held = (per_sample(rows.part("train"), column) for column in ("label", "held_out"))
-    answers, groups = (per_sample(rows.part("test"), column) for column in ("label", "clip_group"))
-    chosen = normalise(train[held], device)
-    learnt = normalise(train[~held], device) if varied is None else lambda epoch: normalise(varied(epoch), device)
-    probes = fit(learnt, labels[~held], len(rows.classes), task.settings, task.seeds)
-    by_rate = accuracies(probes, chosen, labels[held]).mean(axis=0) if held.any() else np.zeros(1)
-    rate = int(by_rate.argmax())
-    by_seed = accuracies(probes, normalise(test, device), answers, groups)[:, rate]
-    clips = len(np.unique(groups))
-    nearest = float((nearest_labels(train.mean(axis=1), labels, test.mean(axis=1)) == answers).mean())
-    return {
-        "accuracy": float(by_seed.mean()),
-        "standard_error": standard_error(float(by_seed.mean()), clips),
-        "by_seed": [float(value) for value in by_seed],
-        "rate": task.settings.rates[rate],
-        "held_out_by_rate": [float(value) for value in by_rate],
-        "knn": nearest,
-        "knn_standard_error": standard_error(nearest, len(answers)),
+    networks = load_networks(run, str(ranks.device))
+    policy = task.config.policy
+    frames = policy.frames if policy.frames > 1 else run.recipe.clip_lengths[0]
+    scores = {
+        encoder.name: score_encoder(project.root, task, encoder, folder, ranks, on_epoch=on_epoch)
+        for encoder in run_encoders(networks, task.trainset, frames)
     }
+    if ranks.first:
+        tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
+        buffer, pooled = io.BytesIO(), {name: scored.pooled for name, scored in scores.items()}
+        labels = per_sample(task.rows.part("test"), "label")[: len(next(iter(pooled.values())))]
+        np.savez(buffer, labels=labels, **pooled)  # type: ignore[arg-type]
+        atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
+        described = _described(run, task, networks.checkpoint.name, scores, time.perf_counter() - started)
+        atomic.publish_json(f"{folder}/score.json", described)
+        atomic.remove_tree(f"{folder}/{UNFINISHED}")
+    ranks.wait()
 
 
-def standard_error(accuracy: float, clips: int) -> float:
-    """Binomial standard error of an accuracy on so many test clips; seeds of heads share the clips and do not count."""
-    return math.sqrt(accuracy * (1 - accuracy) / clips)
-
-
-def _described(task: Task, networks: Networks, scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def _described(run: Run, task: Task, checkpoint: str, scores: Mapping[str, Scored], seconds: float) -> dict[str, Any]:
     rows, train, test = task.rows, task.rows.part("train"), task.rows.part("test")
     answers = per_sample(test, "label")
     return {
-        "recipe": task.run.recipe.name,
-        "run": task.run.id,
-        "checkpoint": networks.checkpoint.name,
-        "trainset": task.run.trainset,
-        "mask_plan": task.run.mask_plan,
+        "recipe": run.recipe.name,
+        "run": run.id,
+        "checkpoint": checkpoint,
+        "trainset": run.trainset,
+        "mask_plan": run.mask_plan,
         "encoding_spec": task.trainset.spec.digest(),
         "pixel_spec": None if task.pixels is None else task.pixels.digest(),
         "benchmark": rows.benchmark,
@@ -294,9 +169,10 @@ def _described(task: Task, networks: Networks, scores: Mapping[str, Any], second
             "held_out": int(train.filter(pl.col("held_out"))["sample"].n_unique()),
             "test": int(test["clip_group"].n_unique()),
         },
+        "limit": task.config.limit,
         "segments": rows.segments,
         "left_out": dict(rows.left_out),
         "chance": float(np.bincount(answers).max() / len(answers)),
-        "encoders": dict(scores),
+        "encoders": {name: scored.numbers for name, scored in scores.items()},
         "seconds": round(seconds, 3),
     }

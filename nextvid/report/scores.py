@@ -111,13 +111,14 @@ def table(score: Score) -> Table:
         )
     record = score.record
     clips, augment, classes = record["clips"], record["settings"].get("augment", "none"), len(record["classes"])
+    limit = f"at most {record['limit']:,} shots of each split (`limit`), " if record.get("limit") else ""
     return Table(
         head=("", "attentive probe", "points over random", f"{len(record['seeds'])} seeds", "k-NN", "chosen rate"),
         rows=tuple(rows),
         align="lrrrrr",
         caption=(
-            f"{score.benchmark} (target {record['target']}, {classes} classes): {clips['test']} test clips, "
-            f" {clips['train']} probe-train clips of which {clips['held_out']} choose the rate; always "
+            f"{score.benchmark} (target {record['target']}, {classes} classes): {limit}{clips['test']} test clips, "
+            f"{clips['train']} probe-train clips of which {clips['held_out']} choose the rate; always "
             f"answering the commonest class gives {_share(record['chance'])}. {LEARNT[augment]}"
         ),
         sources=(score.path,),

@@ -61,9 +61,12 @@ class Ranks:
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks of a small tensor, the same on all of them."""
+        return self.sum(values).div_(self.count)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place, the same on all of them."""
         if self.count > 1:
             dist.all_reduce(values)
-            values /= self.count
         return values
 
     def least(self, value: int) -> int:

@@ -40,6 +40,9 @@ FILLED_AHEAD = 2  # or as many as threads: filled before their step; more would 
 
 RowKind = Literal["latents", "pixels"]  # fields of Batch
 T = TypeVar("T")
+Item = TypeVar("Item")
+Asked = TypeVar("Asked")
+Taken = TypeVar("Taken")
 A = ParamSpec("A")
 
 
@@ -115,15 +118,7 @@ class Loader:
     def filled(self, first_step: int, threads: int) -> Iterator[Filled]:
         """The same before delivery: the caller delivers each before it requests the next."""
         steps = range(first_step, self._recipe.steps)
-        filling = min(max(FILLED_AHEAD, threads), READ_AHEAD) if threads else 0
-        with _threads(threads) as pool:
-            drawing = ((step, pool.submit(self._drawn, step)) for step in steps)
-            fills = (  # memory is taken in the order of steps
-                pool.submit(self._fill, step, drawn, self._memory(*self._share(step)))
-                for step, drawn in _ahead(drawing, READ_AHEAD)
-            )
-            for future in _ahead(fills, filling):
-                yield future.result()
+        return read_ahead(steps, self._drawn, lambda step: self._memory(*self._share(step)), self._fill, threads)
 
     def clips(self, draws: range) -> Batch:
         """Clips of the first stage by draw number, without masks: the fixed set of the diagnostics."""
@@ -155,11 +150,35 @@ class Loader:
     def _memory(self, clips: int, frames: int) -> dict[RowKind, Any]:
         return {kind: rows.memory(clips, frames) for kind, rows in self._rows.items()}
 
-    def _fill(self, step: int, asked: Future[Drawn], memory: dict[RowKind, Any]) -> Filled:
-        drawn = asked.result()  # submitted earlier, so it runs or has ended: no thread waits for one that cannot start
+    def _fill(self, step: int, drawn: Drawn, memory: dict[RowKind, Any]) -> Filled:
         for kind, rows in self._rows.items():
             rows.fill(drawn, memory[kind])
         return Filled(step, drawn, self._masks.visible(step, drawn.draws), memory)
+
+
+def read_ahead(
+    items: Iterable[Item],
+    draw: Callable[[Item], Asked],
+    memory: Callable[[Item], Taken],
+    fill: Callable[[Item, Asked, Taken], T],
+    threads: int,
+) -> Iterator[T]:
+    """`fill(item, draw(item), memory(item))` for each item, in order; `memory` is called here, the others by threads.
+
+    An item is drawn when READ_AHEAD later ones are asked for, and filled ahead as constants above say; so at most
+    READ_AHEAD + 1 memories are taken and not yielded. Without threads each is drawn and filled when it is requested.
+    """
+
+    def filled(item: Item, asked: Future[Asked], taken: Taken) -> T:
+        # `asked` was submitted earlier, so it runs or has ended: no thread waits for one that cannot start
+        return fill(item, asked.result(), taken)
+
+    filling = min(max(FILLED_AHEAD, threads), READ_AHEAD) if threads else 0
+    with _threads(threads) as pool:
+        drawing = ((item, pool.submit(draw, item)) for item in items)
+        fills = (pool.submit(filled, item, drawn, memory(item)) for item, drawn in _ahead(drawing, READ_AHEAD))
+        for future in _ahead(fills, filling):
+            yield future.result()
 
 
 class _Here(Executor):
@@ -210,26 +229,27 @@ def open_loader(
     """
     order = Order(trainset, recipe)
     order.refuse_withdrawn(root, trainset)
+    largest = max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
     with ExitStack() as stack:
         rows: dict[RowKind, Rows] = {}
         if recipe.reads_latents:
             stored = {frames: trainset.rows(frames) for frames in trainset.lengths}
             reader = open_reader(root, trainset.spec, trainset.batches, stored)
             stack.callback(reader.close)
-            rows["latents"] = placed(Latents(reader, trainset, fold(trainset, recipe), ranks.device), recipe, ranks)
+            latents = Latents(reader, trainset, fold(trainset, recipe), ranks.device)
+            rows["latents"] = placed(latents, largest, ranks.device)
         if recipe.reads_pixels:
             assert pixels is not None, "a recipe that reads pixels was given none"
             PixelStore(root, pixels.spec).refuse_gone()
             stored = {frames: pixels.rows(frames) for frames in trainset.lengths}
             jpegs = PixelReader(root, pixels.spec, trainset.batches, stored)
             stack.callback(jpegs.close)
-            rows["pixels"] = placed(Pixels(jpegs, pixels), recipe, ranks)
+            rows["pixels"] = placed(Pixels(jpegs, pixels.spec, stored), largest, ranks.device)
         yield Loader(recipe, order, Masks(recipe, plan), rows, ranks)
 
 
-def placed(kind: Kind, recipe: RecipeConfig, ranks: Ranks) -> Rows:
-    """How rows of this kind get to the device of a rank."""
-    largest = max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
-    if ranks.device.type == "cpu":
+def placed(kind: Kind, largest: int, device: torch.device) -> Rows:
+    """How rows of this kind get to a device; `largest`: frames of the largest batch."""
+    if device.type == "cpu":
         return Hosted(kind, largest)
-    return Staged(kind, largest, READ_AHEAD + 1, ranks.device)
+    return Staged(kind, largest, READ_AHEAD + 1, device)

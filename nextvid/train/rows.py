@@ -14,6 +14,7 @@ pixels and 3 colours; `shape` is that of a frame in the batch, whose latents are
 import collections
 import math
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,9 @@ from torch import Tensor
 
 from nextvid.model.tokens import normalise, space_to_depth
 from nextvid.trainset.order import IMAGE, Drawn
-from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
 from storage.reader import PixelReader, RowReader
-from storage.spec import latent_of_frames
+from storage.spec import PixelSpec, latent_of_frames
 
 
 class Latents:
@@ -93,10 +93,10 @@ class Pixels:
 
     stored_type, dtype = torch.uint8, np.uint8
 
-    def __init__(self, reader: PixelReader, pixels: TrainsetPixels) -> None:
-        self._reader = reader
-        self._addresses = {frames: pixels.rows(frames) for frames in pixels.trainset.lengths}
-        self.stored = self.shape = pixels.spec.row_shape(1)[1:]
+    def __init__(self, reader: PixelReader, spec: PixelSpec, addresses: Mapping[int, np.ndarray]) -> None:
+        """`addresses`: PIXEL_ADDRESS of all rows, by frames; `Drawn.rows` counts them."""
+        self._reader, self._addresses = reader, addresses
+        self.stored = self.shape = spec.row_shape(1)[1:]
 
     def will_need(self, drawn: Drawn) -> None:
         """Ask the kernel to read the rows ahead."""

@@ -65,6 +65,7 @@ def write_evaluated(folder: Path, run: bool = True) -> Project:
         root=str(folder / "root"),
         encoding={"autoencoder": str(folder / "autoencoder"), "resolution": 8 * SIDE},
         execution={"device": "cpu"},
+        cache={"folder": str(folder / "cache")},
         benchmarks={"species": species},
     )
     _write_tables(project)

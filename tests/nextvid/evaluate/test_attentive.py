@@ -1,9 +1,9 @@
 """The re-associated probe against the plain one, and its settings."""
 
-import numpy as np
 import pytest
 import torch
 
+from nextvid.config.benchmarks import SweepConfig
 from nextvid.config.recipe import EncoderConfig, ModelConfig, RecipeConfig, StageConfig
 from nextvid.evaluate import attentive
 from nextvid.evaluate.attentive import Probes, ProbeSettings, reference_logits
@@ -20,31 +20,34 @@ def scramble(probes: Probes, seed: int = 0) -> Probes:
 
 
 def test_fast_path_equals_the_plain_probe() -> None:
-    settings = ProbeSettings(heads=4, rates=(1e-3, 3e-3))
+    settings = ProbeSettings(heads=4)
     probes = scramble(Probes(32, 5, settings, seeds=[3, 4, 5]))
     tokens = 3 * torch.randn(7, 11, 32) + 1
-    fast = probes(normalise(tokens.numpy()).expand(3, -1, -1, -1))
+    fast = probes(normalise(tokens).expand(3, -1, -1, -1))
     for seed in range(3):
         for rate in range(2):
             plain = reference_logits(probes, rate * 3 + seed, tokens)
             torch.testing.assert_close(fast[seed, rate], plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(probes(normalise(tokens)[None]), fast)  # one batch for all seeds
 
 
 def test_gradients_of_fast_and_plain_agree() -> None:
-    probes = scramble(Probes(16, 3, ProbeSettings(heads=2, rates=(1e-3,)), seeds=[0]))
+    probes = scramble(
+        Probes(16, 3, ProbeSettings(heads=2, sweep=(SweepConfig(rates=(1e-3,), weight_decays=(0.05,)),)), seeds=[0])
+    )
     tokens, labels = torch.randn(6, 5, 16), torch.randint(0, 3, (6,))
     torch.nn.functional.cross_entropy(reference_logits(probes, 0, tokens), labels).backward()
     plain = {name: parameter.grad for name, parameter in probes.named_parameters()}
     probes.zero_grad()
-    torch.nn.functional.cross_entropy(probes(normalise(tokens.numpy())[None])[0, 0], labels).backward()
+    torch.nn.functional.cross_entropy(probes(normalise(tokens)[None])[0, 0], labels).backward()
     for name, parameter in probes.named_parameters():
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_each_seed_sees_its_own_batch() -> None:
-    probes = scramble(Probes(16, 3, ProbeSettings(heads=2, rates=(1e-3, 2e-3)), seeds=[0, 1]))
-    tokens = normalise(np.random.default_rng(0).normal(size=(4, 5, 16)))
+    probes = scramble(Probes(16, 3, ProbeSettings(heads=2), seeds=[0, 1]))
+    tokens = normalise(torch.randn(4, 5, 16))
     both = probes(torch.stack([tokens[:2], tokens[2:]]))
     swapped = probes(torch.stack([tokens[2:], tokens[2:]]))
     assert torch.equal(both[1], swapped[1])
@@ -53,7 +56,7 @@ def test_each_seed_sees_its_own_batch() -> None:
 
 def test_seeds_differ_and_rates_start_equal() -> None:
     probes = Probes(16, 3, ProbeSettings(), seeds=[0, 1])
-    start = probes.parts["last"].detach()  # rate-major
+    start = probes.parts["last"].detach()  # pair-major
     assert torch.equal(start[0], start[2])
     assert torch.equal(start[1], start[3])
     assert not torch.equal(start[0], start[1])

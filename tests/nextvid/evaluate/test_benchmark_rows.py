@@ -14,8 +14,6 @@ from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, per_s
 from storage.errors import UpstreamError
 from storage.schemas import Clips, Duplicates, Labels
 
-LIMITS = {"train": 1000, "test": 1000}
-
 
 def key(word: str) -> bytes:
     return word.encode().ljust(16, b"_")
@@ -52,12 +50,12 @@ def commits_of(clips: pl.DataFrame, **changes: pl.Expr | pl.Series) -> pl.DataFr
 
 
 def build(
-    clips: pl.DataFrame, labels: pl.DataFrame, segments: int = 1, limits: Mapping[str, int] | None = None,
+    clips: pl.DataFrame, labels: pl.DataFrame, segments: int = 1, limit: int | None = None,
     dropped: Sequence[str] = (), commits: pl.DataFrame | None = None, held_out: float = 0.2,
     train_views: Literal["all", "one"] = "all",
 ) -> BenchmarkRows:  # fmt: skip
     policy = ClipPolicy(frames=2, fps=2, clips_per_shot=segments)
-    config = BenchmarkConfig(datasets=("pets",), target="animal", policy=policy, train_views=train_views)
+    config = BenchmarkConfig(datasets=("pets",), target="animal", policy=policy, train_views=train_views, limit=limit)
     duplicates: pl.DataFrame = Duplicates.create_empty()
     if dropped:
         rows = [
@@ -68,7 +66,7 @@ def build(
         ]  # fmt: skip
         duplicates = pl.DataFrame(rows, schema=duplicates.schema)
     commits = commits_of(clips) if commits is None else commits
-    return benchmark_rows("species", config, clips, labels, duplicates, commits, limits or LIMITS, held_out)
+    return benchmark_rows("species", config, clips, labels, duplicates, commits, held_out)
 
 
 def test_a_plain_task() -> None:
@@ -142,11 +140,11 @@ def test_views_are_samples_of_one_group() -> None:
     assert sorted(groups.count(g) for g in set(groups)) == [1, 3]
 
 
-@given(st.integers(1, 30), st.integers(0, 30))
+@given(st.integers(1, 30), st.integers(1, 30))
 def test_limits_keep_whole_shots_and_count_the_rest(shots: int, limit: int) -> None:
     clips = clips_table([clip(f"m{n}", f"s{n:03d}", 0, view) for n in range(shots) for view in range(2)])
     labels = labels_table(*[(f"m{n}", None, None, "cat") for n in range(shots)])
-    rows = build(clips, labels, limits={"train": limit, "test": 0})
+    rows = build(clips, labels, limit=limit)
     assert rows.frame.height == 2 * min(shots, limit)
     assert rows.left_out["over_the_limit"] == 2 * max(0, shots - limit)
 

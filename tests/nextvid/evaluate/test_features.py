@@ -8,11 +8,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from einops import rearrange
 
 from nextvid.config.project import Project
-from nextvid.evaluate import features as features_module
-from nextvid.evaluate.features import Augmented, PixelSource, features, load_networks
+from nextvid.evaluate import stream
+from nextvid.evaluate.features import load_networks, run_encoders
 from nextvid.evaluate.probes import make_probes, plan_task
+from nextvid.evaluate.stream import Variation
 from nextvid.model.tokens import pixel_tokens, pixel_values
 from nextvid.report.data import lineage_section, read_facts
 from nextvid.train.run import find_run
@@ -20,6 +22,7 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.reader import read_row
 from storage.store import PixelStore
+from tests.nextvid.evaluate.streams import features_of, plain_encoder
 from tests.nextvid.tiny_project import FRAMES, RECIPE, clip_rows, write_pixel_project
 
 
@@ -30,25 +33,23 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return write_pixel_project(tmp_path_factory.mktemp("pixels"), (), without=[test[0]])
 
 
-def test_tokens_are_the_stored_frames(evaluated: Project) -> None:
-    """Read by zarr, and images repeated."""
-    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
+def test_an_encoder_of_pixels_reads_the_stored_frames(evaluated: Project) -> None:
+    """Read by zarr; and the run's own encoder reads them as patches."""
+    run = find_run(evaluated, RECIPE)
+    task = plan_task(evaluated, "species", run)
     assert task.pixels is not None
-    model = task.run.recipe.model
-    source = PixelSource(evaluated.root, task.pixels, task.run.recipe, ["pets.000000", "stills.000000"], FRAMES)
     store = PixelStore(evaluated.root, task.pixels)
     rows = task.rows.part("test").head(5)
     places = rows.select("row_id").join(store.commits("pets.000000"), on="row_id", maintain_order="left")
     plain = [read_row(store, "pets.000000", FRAMES, r["part"], r["slot"]) for r in places.iter_rows(named=True)]
-    wanted = pixel_tokens(pixel_values(torch.from_numpy(np.stack(plain))), model.patch, model.tubelet)
-    assert torch.equal(source.tokens(rows), wanted)
-    stills = source.pixels(store.commits("stills.000000").head(2))
-    assert stills.shape == (2, FRAMES, 64, 64, 3)
-    assert (stills == stills[:, :1]).all()
-    assert (stills[:, 0] == np.stack([read_row(store, "stills.000000", 1, 0, n)[0] for n in range(2)])).all()
-    found = features(load_networks(task.run).encoders["ema"], task.run.recipe, source, rows)
-    assert found.shape == (5, FRAMES // model.tubelet * model.cells, 32)
-    source.close()
+    found = features_of(evaluated, task, plain_encoder("pixels", FRAMES), "test", [np.arange(5)])[0]
+    assert torch.equal(found, rearrange(torch.from_numpy(np.stack(plain)), "n f h w c -> n (f h w) c").half())
+    (ema, _, _) = run_encoders(load_networks(run), task.trainset, FRAMES)
+    model = run.recipe.model
+    tokens = pixel_tokens(pixel_values(torch.from_numpy(np.stack(plain))), model.patch, model.tubelet)
+    wanted = load_networks(run).encoders["ema"](tokens, FRAMES // model.tubelet)
+    seen = features_of(evaluated, task, ema, "test", [np.arange(5)])[0]
+    torch.testing.assert_close(seen, wanted.half(), rtol=1e-2, atol=1e-3)
 
 
 def test_a_clip_without_pixels_is_left_out_and_counted(evaluated: Project) -> None:
@@ -60,18 +61,15 @@ def test_a_clip_without_pixels_is_left_out_and_counted(evaluated: Project) -> No
 def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
     evaluated: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every epoch sees each training clip once for each encoder; held-out and test clips are never varied."""
+    """Every epoch sees whole batches of training clips for each encoder; held-out and test clips are never varied."""
     task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     assert task.settings.augment == "video"
-    assert task.pixels is not None
-    source = PixelSource(evaluated.root, task.pixels, task.run.recipe, ["pets.000000"], FRAMES)
-    rows = task.rows.part("train").head(3)
-    stored = source.tokens(rows)
-    one, again, other = (Augmented(source, "video", 0, epoch).tokens(rows) for epoch in (0, 0, 1))
+    plain, three = plain_encoder("pixels", FRAMES), [np.arange(3)]
+    stored = features_of(evaluated, task, plain, "train", three)[0]
+    vary = Variation("video", 0)
+    one, again, other = (features_of(evaluated, task, plain, "train", three, vary, e)[0] for e in (0, 0, 1))
     assert torch.equal(one, again)
-    assert stored.shape == one.shape
     assert not any(torch.equal(a[n], b[n]) for a, b in ((one, stored), (one, other)) for n in range(3))
-    source.close()
 
     seen: list[tuple[int, int, bytes]] = []
 
@@ -79,11 +77,13 @@ def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
         seen.append((seed, epoch, row))
         return frames
 
-    monkeypatch.setattr(features_module, "augmented", noted)
+    monkeypatch.setattr(stream, "augmented", noted)
     make_probes(evaluated, RECIPE)
     learnt = task.rows.part("train").filter(~pl.col("held_out"))["row_id"].to_list()
-    assert Counter(seen) == Counter({(0, epoch, row): 3 for epoch in range(task.settings.epochs) for row in learnt})
-    shutil.rmtree(evaluated.root.probe(RECIPE, task.run.id, "species", task.digest()))
+    whole = len(learnt) // task.settings.batch * task.settings.batch * len(task.seeds)
+    assert {row for _, _, row in seen} == set(learnt)
+    assert Counter(epoch for _, epoch, _ in seen) == dict.fromkeys(range(task.settings.epochs), 3 * whole)
+    shutil.rmtree(Path(evaluated.root.probe(RECIPE, find_run(evaluated, RECIPE).id, "species", task.digest())))
 
 
 def test_a_score_from_stored_pixels(evaluated: Project) -> None:
@@ -94,7 +94,9 @@ def test_a_score_from_stored_pixels(evaluated: Project) -> None:
     assert outcome.made
     assert {f"species_{name}_accuracy" for name in ("ema", "online", "random")} <= outcome.numbers.keys()
     task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    score = atomic.read_json(f"{evaluated.root.probe(RECIPE, task.run.id, 'species', task.digest())}/score.json")
+    score = atomic.read_json(
+        f"{evaluated.root.probe(RECIPE, find_run(evaluated, RECIPE).id, 'species', task.digest())}/score.json"
+    )
     assert task.pixels is not None
     assert score["pixel_spec"] == task.pixels.digest()
     assert score["encoding_spec"] == Trainset.open(evaluated.root).spec.digest()

@@ -22,6 +22,7 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     known, asked, labels = rng.normal(size=(50, 4)), rng.normal(size=(31, 4)), rng.integers(0, 3, 50)
     whole = nearest_labels(known, labels, asked)
     monkeypatch.setattr(fitting, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(fitting, "KNOWN_AT_ONCE", 11)
     np.testing.assert_array_equal(nearest_labels(known, labels, asked), whole)
 
 

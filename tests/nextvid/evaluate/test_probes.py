@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,14 @@ import yaml
 
 from nextvid.config.accepted import accept
 from nextvid.config.project import Project, open_project
-from nextvid.evaluate import probes
-from nextvid.evaluate.features import LatentSource, encode, features, load_networks
-from nextvid.evaluate.probes import make_probes, plan_task, standard_error
-from nextvid.model.reference import reference_features
-from nextvid.model.tokens import latent_tokens
+from nextvid.evaluate import kept, scoring, stream
+from nextvid.evaluate.features import load_networks, run_encoders
+from nextvid.evaluate.fitting import ALONE
+from nextvid.evaluate.probes import make_probes, plan_task
+from nextvid.evaluate.scoring import score_encoder, standard_error
 from nextvid.train.run import find_run
-from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, UpstreamError
-from storage.reader import read_row
 from storage.schemas import Labels, ProbeRows
-from storage.store import LatentStore
 from storage.tables import read_table, write_table
 from tests.nextvid.tiny_project import FRAMES, RECIPE
 
@@ -58,63 +56,6 @@ def test_it_waits_for_a_gpu_that_is_held(own_copy: Project, refuse_to_share: Cal
     refuse_to_share(f"probes {RECIPE}", own_copy, lambda project, tell: make_probes(project, RECIPE, on_progress=tell))
 
 
-def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: Project) -> None:
-    """Trap 31 of docs/method.md 13: final norm, frame-causal, every cell, one token after the other."""
-    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    networks = load_networks(task.run)
-    rows = task.rows.part("test").head(5)
-    source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
-    found = features(networks.encoders["ema"], task.run.recipe, source, rows)
-    cells, tubelet = task.run.recipe.model.cells, task.run.recipe.model.tubelet
-    assert found.shape == (5, FRAMES // tubelet * cells, 32)
-    store = LatentStore(evaluated.root, task.trainset.spec)
-    plain = [read_row(store, r["batch"], r["frames"], r["part"], r["slot"]) for r in rows.iter_rows(named=True)]
-    tokens = latent_tokens(torch.from_numpy(np.stack(plain)).float(), tubelet)
-    expected = reference_features(networks.encoders["ema"], tokens, target_norm=False)
-    torch.testing.assert_close(torch.from_numpy(found[:, cells:]), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_trap_31_segments_stand_one_after_the_other(evaluated: Project) -> None:
-    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    encoder = load_networks(task.run).encoders["ema"]
-    source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
-    rows = task.rows.part("test").head(4)
-    single = features(encoder, task.run.recipe, source, rows)
-    paired = features(encoder, task.run.recipe, source, rows, segments=2)
-    assert paired.shape == (2, 2 * single.shape[1], 32)
-    np.testing.assert_array_equal(paired[1, single.shape[1] :], single[3])
-
-
-def test_trap_31_features_do_not_see_the_future(evaluated: Project) -> None:
-    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    networks = load_networks(task.run)
-    source = LatentSource(evaluated.root, task.trainset, task.run.recipe, ["pets.000000"], FRAMES)
-    inputs = source.inputs(task.rows.part("test").head(2))
-    changed = inputs.clone()
-    changed[:, 4:] = 0
-    tubelet = task.run.recipe.model.tubelet
-    before, after = (
-        encode(networks.encoders["ema"], task.run.recipe, latent_tokens(x, tubelet)) for x in (inputs, changed)
-    )
-    half = 2 * task.run.recipe.model.cells
-    assert torch.equal(before[:, :half], after[:, :half])
-    assert not torch.allclose(before[:, half:], after[:, half:])
-
-
-def test_images_are_repeated_and_normalised(evaluated: Project) -> None:
-    trainset = Trainset.open(evaluated.root)
-    trainset.mean = trainset.mean + 2
-    trainset.std = trainset.std * 4
-    run = find_run(evaluated, RECIPE)
-    commits = LatentStore(evaluated.root, trainset.spec).commits("stills.000000")
-    source = LatentSource(evaluated.root, trainset, run.recipe, ["stills.000000"], FRAMES)
-    raw, inputs = source.latents(commits), source.inputs(commits)
-    assert raw.shape[1] == FRAMES
-    assert (raw == raw[:, :1]).all()
-    np.testing.assert_allclose(inputs.numpy(), (raw.astype(np.float32) - 2) / 4, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(source.pictures(inputs), raw.astype(np.float32), rtol=1e-3, atol=1e-3)
-
-
 def test_the_three_encoders_are_what_they_are_called(evaluated: Project) -> None:
     run = find_run(evaluated, RECIPE)
     networks = load_networks(run)
@@ -126,22 +67,50 @@ def test_the_three_encoders_are_what_they_are_called(evaluated: Project) -> None
     assert (ema - random).norm() < 0.2 * (online - random).norm()
 
 
-def test_chosen_rate_follows_the_held_out_clips(evaluated: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test clips must not choose: the rate that is best on held-out clips stands, whatever test says."""
-    task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    answers = iter([np.array([[0.2, 0.9], [0.4, 0.5]]), np.array([[1.0, 0.1], [1.0, 0.3]])])
-    monkeypatch.setattr(probes, "accuracies", lambda *_: next(answers))
-    rng = np.random.default_rng(0)
-    train, test = rng.normal(size=(60, 4, 32)).astype(np.float32), rng.normal(size=(30, 4, 32)).astype(np.float32)
-    found = probes.score_encoder(train, test, task)
-    assert found["rate"] == task.settings.rates[1]
-    assert found["by_seed"] == [0.1, 0.3]
+def test_the_chosen_pair_follows_the_held_out_clips(own_copy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test clips must not choose: the pair that is best on held-out clips is taken, whatever test says."""
+    run = find_run(own_copy, RECIPE)
+    task = plan_task(own_copy, "species", run)
+    held = task.rows.part("train")["held_out"].to_numpy()
+    batches = -(-int(held.sum()) // stream.CLIPS_AT_ONCE)
+    best_on_test = [torch.tensor([[3, 1], [3, 2]])] * 2
+    answers = iter([torch.tensor([[1, 4], [2, 3]]), *[torch.zeros(2, 2).long()] * (batches - 1), *best_on_test])
+    monkeypatch.setattr(scoring, "right_answers", lambda *_: next(answers))
+    ema = run_encoders(load_networks(run), task.trainset, FRAMES)[0]
+    found = score_encoder(own_copy.root, task, ema, str(own_copy.path.parent / "score"), ALONE).numbers
+    assert found["rate"] == task.settings.pairs[1].rate
+    assert found["by_seed"] == [2 / 30, 4 / 30]
 
 
 def test_other_settings_are_another_score(evaluated: Project) -> None:
     task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
-    config = task.config.model_copy(update={"seeds": 3})
-    assert probes.Task(task.run, task.trainset, config, task.settings, task.rows).digest() != task.digest()
+    assert replace(task, config=task.config.model_copy(update={"seeds": 3})).digest() != task.digest()
+
+
+def test_a_killed_score_goes_on_from_its_last_epoch(own_copy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same bits; encoders that were done are not scored again, nothing unfinished is left."""
+    run = find_run(own_copy, RECIPE)
+    task = plan_task(own_copy, "species", run)
+    told: list[tuple[str, int]] = []
+
+    def die(name: str, epoch: int, loss: float) -> None:
+        told.append((name, epoch))
+        if told == [("ema", e) for e in range(4)] + [("online", 0), ("online", 1)]:
+            raise KeyboardInterrupt
+
+    ema, online, _ = run_encoders(load_networks(run), task.trainset, FRAMES)
+    folder = own_copy.path.parent / "score"
+    score_encoder(own_copy.root, task, ema, str(folder), ALONE, on_epoch=die)
+    with pytest.raises(KeyboardInterrupt):
+        score_encoder(own_copy.root, task, online, str(folder), ALONE, on_epoch=die)
+    monkeypatch.setattr(kept, "vectors_of", None)  # the pass over train is not made again
+    found = [score_encoder(own_copy.root, task, e, str(folder), ALONE, on_epoch=die) for e in (ema, online)]
+    monkeypatch.undo()
+    assert told[6:] == [("online", 2), ("online", 3)]
+    fresh = [score_encoder(own_copy.root, task, e, str(folder) + "_2", ALONE) for e in (ema, online)]
+    assert [one.numbers for one in found] == [one.numbers for one in fresh]
+    assert all((one.pooled == other.pooled).all() for one, other in zip(found, fresh, strict=True))
+    assert not list(Path(own_copy.root.cache_folder, "features").glob("*/"))
 
 
 def test_a_benchmark_edited_and_not_accepted_is_scored_under_the_accepted_policy(own_copy: Project) -> None:

@@ -158,7 +158,8 @@ def test_the_way_for_a_device_gives_the_same(project: Project, frames: int) -> N
     recipe, trainset = pixel_recipe(), Trainset.open(project.root)
     pixels = frozen(project, recipe)
     reader = PixelReader(project.root, pixels.spec, trainset.batches)
-    staged = Staged(Pixels(reader, pixels), 4 * 8, 2, CPU)
+    addresses = {length: pixels.rows(length) for length in trainset.lengths}
+    staged = Staged(Pixels(reader, pixels.spec, addresses), 4 * 8, 2, CPU)
     order, stored, images = Order(trainset, recipe), oracle(project), 0
     for first in range(0, 40, 4):
         drawn = order.drawn(frames, first, 4)

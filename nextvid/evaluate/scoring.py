@@ -1,0 +1,252 @@
+"""One frozen encoder on one benchmark: heads learn from train, the held-out part chooses, test is judged once.
+
+Everything is read, encoded and consumed in passes, and only counts are added up: memory does not grow with the number
+of clips. What is finished is kept beside the score, so that a score that was killed goes on from the last epoch.
+
+Axes: N samples of a split, n of a group, G seeds, R pairs of rate and weight decay, P numbers of a vector.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float16, Int
+from torch import Tensor
+
+from nextvid.config.benchmarks import BenchmarkConfig
+from nextvid.evaluate.attentive import Probes, ProbeSettings
+from nextvid.evaluate.benchmark_rows import BenchmarkRows, per_sample
+from nextvid.evaluate.features import FrozenEncoder
+from nextvid.evaluate.fitting import (
+    NEIGHBOURS,
+    QUERIES_AT_ONCE,
+    Lesson,
+    fit,
+    nearest_labels,
+    right_answers,
+    whole_groups,
+)
+from nextvid.evaluate.kept import Kept, keep, scratch, vectors_of
+from nextvid.evaluate.stream import CLIPS_AT_ONCE, Clips, Features, Samples, Stored, Streamed, Variation, open_clips
+from nextvid.train.distributed import Ranks
+from nextvid.trainset.trainset import Trainset
+from storage import atomic
+from storage.digest import digest_config
+from storage.root import DataRoot
+from storage.spec import PixelSpec
+
+PICTURED = 1000  # our choice: test samples whose mean features are kept for pictures (the report draws 600)
+UNFINISHED = "unfinished"  # folder beside a score.json that is not there yet
+OnEpoch = Callable[[str, int, float], None]  # name of the encoder, number of the epoch, mean loss
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a score depends on but the encoder, before anything is computed."""
+
+    trainset: Trainset
+    config: BenchmarkConfig
+    settings: ProbeSettings
+    rows: BenchmarkRows
+    pixels: PixelSpec | None = None  # what the encoder reads; None where it reads latents
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the probe heads."""
+        return list(range(self.config.seeds))
+
+    def digest(self) -> str:
+        """Id of rows, labels, settings and seeds."""
+        return digest_config(
+            {
+                "rows": self.rows.digest(),
+                "benchmark": self.config.values(),
+                "settings": self.settings.model_dump(mode="json"),
+                "neighbours": NEIGHBOURS,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The numbers of one encoder, and mean features of the first test samples for pictures."""
+
+    numbers: dict[str, Any]
+    pooled: Float16[np.ndarray, "n D"]
+
+
+def score_encoder(
+    root: DataRoot,
+    task: Task,
+    encoder: FrozenEncoder,
+    folder: str,
+    ranks: Ranks,
+    threads: int = 1,
+    on_epoch: OnEpoch = lambda name, epoch, loss: None,
+) -> Scored:
+    """Attentive-probe and k-NN accuracy of an encoder; `folder` is the score's. Every rank calls this.
+
+    Heads learn from the part of probe-train that is not held out; the held-out part chooses one pair of rate and weight
+    decay for all seeds, by their mean accuracy. Test clips are scored once, with that pair. Without held-out clips the
+    first pair is taken.
+    """
+    done = Path(folder, UNFINISHED, f"{encoder.name}.npz")
+    if not done.is_file():
+        name = digest_config({"score": folder, "encoder": encoder.name})
+        with ExitStack() as stack:
+            place = stack.enter_context(scratch(root, name, ranks))
+            clips = stack.enter_context(
+                open_clips(root, task.trainset, task.pixels, task.rows, encoder, ranks.device, threads)
+            )
+            resume = done.with_suffix(".safetensors")
+            learnt = _learn(root, task, encoder, clips, place, resume, ranks, on_epoch)
+            scored = _judge(task, encoder, clips, learnt, ranks)
+            if ranks.first:
+                _publish(scored, done)
+                atomic.remove_tree(str(place))
+        ranks.wait()
+    return _read(done)
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """Probes after their last epoch, the pair that held-out clips chose, and what k-NN knows."""
+
+    probes: Probes
+    pair: int
+    by_pair: list[float]  # held-out accuracy
+    kept: Kept
+    labels: Int[np.ndarray, " N"]  # of train
+
+
+def _learn(
+    root: DataRoot, task: Task, encoder: FrozenEncoder, clips: Clips, place: Path, resume: Path, ranks: Ranks,
+    on_epoch: OnEpoch,
+) -> _Learnt:  # fmt: skip
+    settings, rows = task.settings, task.rows
+    labels, held = (per_sample(rows.part("train"), column) for column in ("label", "held_out"))
+    streamed = Streamed(encoder, clips, "train")
+    plain: Features = streamed
+    varied = settings.augment != "none"
+    bound_bytes = 0 if varied else root.cache_bytes
+    kept = keep(streamed, len(labels), rows.segments, encoder, place, bound_bytes, ranks)
+    if kept.features is not None:
+        plain = Stored(kept.features, ranks.device, clips.threads)
+    learnt: Features = plain
+    if varied:
+        learnt = Streamed(encoder, clips, "train", Variation(settings.augment, task.seeds[0]))
+    probes = fit(
+        Lesson(learnt, labels, np.flatnonzero(~held), len(rows.classes), kept.tokens, encoder.width),
+        settings,
+        task.seeds,
+        ranks,
+        resume,
+        lambda epoch, loss: on_epoch(encoder.name, epoch, loss),
+    )
+    right = torch.zeros(len(task.seeds), len(settings.pairs), dtype=torch.int64, device=ranks.device)
+    for samples, features in _shared(plain, _pieces(np.flatnonzero(held), _at_once(rows)), ranks):
+        right += right_answers(probes, features, labels[samples], samples)
+    by_pair = ranks.sum(right).sum(0).cpu().numpy()  # whole numbers: of equals the first is taken
+    shares = by_pair / (len(task.seeds) * max(1, int(held.sum())))
+    return _Learnt(probes, int(by_pair.argmax()), shares.tolist(), kept, labels)
+
+
+def _judge(task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, ranks: Ranks) -> Scored:
+    """One pass over test."""
+    rows, pairs = task.rows, task.settings.pairs
+    answers, groups = (per_sample(rows.part("test"), column) for column in ("label", "clip_group"))
+    right = torch.zeros(len(task.seeds), len(pairs), dtype=torch.int64, device=ranks.device)
+    nearest = {name: _Nearest(vectors, learnt.labels, ranks.device) for name, vectors in learnt.kept.vectors.items()}
+    pooled = torch.zeros(min(PICTURED, len(answers)), encoder.width, device=ranks.device)
+    for samples, features in _shared(Streamed(encoder, clips, "test"), whole_groups(groups, _at_once(rows)), ranks):
+        right += right_answers(learnt.probes, features, answers[samples], groups[samples])
+        vectors = vectors_of(features, encoder, rows.segments)
+        for name, votes in nearest.items():
+            votes.add(vectors[name].cpu().numpy(), answers[samples])
+        pictured = samples[samples < len(pooled)]
+        pooled[pictured] = vectors["mean"][: len(pictured)].float()
+    tested = len(np.unique(groups))
+    by_seed = (ranks.sum(right).double() / tested)[:, learnt.pair].tolist()
+    accuracy, chosen = sum(by_seed) / len(by_seed), pairs[learnt.pair]
+    numbers = {
+        "accuracy": accuracy,
+        "standard_error": standard_error(accuracy, tested),
+        "by_seed": by_seed,
+        "rate": chosen.rate,
+        "weight_decay": chosen.weight_decay,
+        "held_out_by_pair": learnt.by_pair,
+        "features": "streamed" if learnt.kept.features is None else "kept",
+    }
+    for name, key in (("mean", "knn"), ("by_time", "knn_by_time")):
+        share = nearest[name].share(len(answers), ranks)
+        numbers |= {key: share, f"{key}_standard_error": standard_error(share, len(answers))}
+    return Scored(numbers, ranks.sum(pooled).half().cpu().numpy())
+
+
+@dataclass
+class _Nearest:
+    """How many test samples k-NN answers rightly, counted QUERIES_AT_ONCE at a time."""
+
+    known: Float16[np.ndarray, "N P"]
+    labels: Int[np.ndarray, " N"]
+    device: torch.device
+    right: int = 0
+    queries: list[np.ndarray] = field(default_factory=list)
+    answers: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, queries: Float16[np.ndarray, "n P"], answers: Int[np.ndarray, " n"]) -> None:
+        self.queries.append(queries)
+        self.answers.append(answers)
+        if sum(map(len, self.queries)) >= QUERIES_AT_ONCE:
+            self._count()
+
+    def share(self, samples: int, ranks: Ranks) -> float:
+        """Of all samples of all ranks."""
+        self._count()
+        return int(ranks.sum(torch.tensor(self.right, device=self.device))) / samples
+
+    def _count(self) -> None:
+        if self.queries:
+            found = nearest_labels(self.known, self.labels, np.concatenate(self.queries), device=self.device)
+            self.right += int((found == np.concatenate(self.answers)).sum())
+            self.queries.clear()
+            self.answers.clear()
+
+
+def standard_error(accuracy: float, clips: int) -> float:
+    """Binomial standard error of an accuracy on so many test clips; seeds of heads share the clips and do not count."""
+    return math.sqrt(accuracy * (1 - accuracy) / clips)
+
+
+def _at_once(rows: BenchmarkRows) -> int:
+    """Samples whose segments are encoded together."""
+    return max(1, CLIPS_AT_ONCE // rows.segments)
+
+
+def _pieces(samples: Samples, at_once: int) -> Iterator[Samples]:
+    for first in range(0, len(samples), at_once):
+        yield samples[first : first + at_once]
+
+
+def _shared(features: Features, asked: Iterable[Samples], ranks: Ranks) -> Iterator[tuple[Samples, Tensor]]:
+    """This rank's share of groups of samples, each with its features."""
+    own, again = itertools.tee(itertools.islice(asked, ranks.rank, None, ranks.count))
+    return zip(own, features.of(again), strict=True)
+
+
+def _publish(scored: Scored, path: Path) -> None:
+    """Keep what is finished until the score is whole."""
+    with atomic.staged_file(str(path)) as temporary, temporary.open("wb") as file:
+        np.savez(file, numbers=np.array(json.dumps(scored.numbers)), pooled=scored.pooled)
+
+
+def _read(path: Path) -> Scored:
+    with np.load(path, allow_pickle=False) as arrays:
+        return Scored(json.loads(str(arrays["numbers"])), arrays["pooled"])

@@ -1,0 +1,173 @@
+"""Features of a benchmark's samples as they are asked for: read ahead and encoded, or kept in a file and read back.
+
+`Streamed` reads rows as training does (nextvid/train/loader.py) and encodes them at once. `Stored` reads features of
+clips that are not varied from a file (nextvid/evaluate/kept.py). Both give float16, so that heads learn the same from
+either. Segments of a sample follow one another along tokens, never averaged (trap 31 of
+docs/method.md 13).
+
+Axes: N samples of a split, n of those asked for, G segments of a sample, c clips encoded at once, L tokens of a sample,
+D width.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from einops import rearrange
+from jaxtyping import Float16, Int
+from torch import Tensor
+
+from nextvid.config.benchmarks import Augmentation
+from nextvid.evaluate.augment import augmented
+from nextvid.evaluate.benchmark_rows import BenchmarkRows
+from nextvid.evaluate.features import FrozenEncoder
+from nextvid.train.loader import placed, read_ahead
+from nextvid.train.rows import Latents, Pixels
+from nextvid.trainset.order import IMAGE, Drawn
+from nextvid.trainset.trainset import Trainset
+from storage.reader import PixelReader, addresses, open_reader, pixel_addresses
+from storage.root import DataRoot
+from storage.spec import PixelSpec
+from storage.store import PixelStore
+
+# measured on the demo encoder, one thread: 6.8 ms a clip against 7.9 for 8, 8.0 for 32, 8.5 for 64
+CLIPS_AT_ONCE = 16
+Samples = Int[np.ndarray, " n"]  # numbers of samples in their split
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The rows of a benchmark as one encoder reads them, sorted by sample and segment."""
+
+    kind: Latents | Pixels
+    frame: pl.DataFrame
+    places: np.ndarray  # ADDRESS or PIXEL_ADDRESS, by row
+    segments: int
+    device: torch.device
+    threads: int = 1
+
+
+@contextmanager
+def open_clips(
+    root: DataRoot,
+    trainset: Trainset,
+    pixels: PixelSpec | None,
+    rows: BenchmarkRows,
+    encoder: FrozenEncoder,
+    device: torch.device,
+    threads: int = 1,
+) -> Iterator[Clips]:
+    """A benchmark's rows, with their reader open; `pixels` is the spec that an encoder of pixels reads."""
+    frame, batches = rows.frame, rows.frame["batch"].unique().sort().to_list()
+    kind: Latents | Pixels
+    if encoder.reads == "latents":
+        places = addresses(frame.with_columns(status=pl.lit("ok")), batches)
+        with closing(open_reader(root, trainset.spec, batches, _by_frames(frame, places))) as reader:
+            kind = Latents(reader, trainset, encoder.fold, device)
+            yield Clips(kind, frame, places, rows.segments, device, threads)
+        return
+    assert pixels is not None, f"{encoder.name} reads pixels, and the benchmark's rows are of latents"
+    store = PixelStore(root, pixels)
+    store.refuse_gone()
+    commits = pl.concat([store.commits(batch) for batch in batches]).filter(pl.col("status") == "ok")
+    stored = frame.select("row_id", "batch").join(commits, on=["row_id", "batch"], how="inner", maintain_order="left")
+    assert stored.height == frame.height, "rows without pixels were not left out"
+    places = pixel_addresses(stored, batches)
+    with closing(PixelReader(root, pixels, batches, _by_frames(frame, places))) as jpegs:
+        kind = Pixels(jpegs, pixels, dict.fromkeys(frame["frames"].unique().to_list(), places))
+        yield Clips(kind, frame, places, rows.segments, device, threads)
+
+
+def _by_frames(frame: pl.DataFrame, places: np.ndarray) -> Mapping[int, np.ndarray]:
+    """Addresses by stored frames."""
+    frames = frame["frames"].to_numpy()
+    return {int(length): places[frames == length] for length in np.unique(frames)}
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How the clips that heads learn from are varied: a function of epoch and row (nextvid/evaluate/augment.py)."""
+
+    kind: Augmentation
+    seed: int
+
+
+class Streamed:
+    """Features of the samples of one split, encoded when they are asked for."""
+
+    def __init__(self, encoder: FrozenEncoder, clips: Clips, split: str, varied: Variation | None = None) -> None:
+        self._encoder, self._clips, self._varied = encoder, clips, varied
+        frame = clips.frame
+        self._first = int((frame["split"] == split).arg_max() or 0)
+        self._stored = frame["frames"].to_numpy()
+        self._rows = placed(clips.kind, CLIPS_AT_ONCE * encoder.frames, clips.device)
+
+    def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Float16[Tensor, "n L D"]]:
+        """Features of each group of samples, in order, on the encoder's device; with an epoch, of its varied clips.
+
+        A group is encoded CLIPS_AT_ONCE clips at a time. Raises DamagedError.
+        """
+        segments = self._clips.segments
+        groups: list[int] = []  # clips of each group of which some are read and not encoded
+
+        def pieces() -> Iterator[Int[np.ndarray, " c"]]:
+            for samples in asked:
+                rows = (self._first + samples[:, None] * segments + np.arange(segments)).ravel()
+                groups.append(len(rows))
+                yield from np.split(rows, range(CLIPS_AT_ONCE, len(rows), CLIPS_AT_ONCE))
+
+        def memory(rows: Int[np.ndarray, " c"]) -> Any:  # noqa: ANN401 - of `Rows.memory`
+            return self._rows.memory(len(rows), self._encoder.frames)
+
+        def fill(_: Int[np.ndarray, " c"], drawn: Drawn, taken: Any) -> tuple[Drawn, Any]:  # noqa: ANN401
+            self._rows.fill(drawn, taken)
+            if epoch is not None:
+                self._vary(drawn, taken[1] if isinstance(taken, tuple) else taken, epoch)
+            return drawn, taken
+
+        encoded: list[Tensor] = []
+        for drawn, taken in read_ahead(pieces(), self._drawn, memory, fill, self._clips.threads):
+            encoded.append(self._encoder.encode(self._rows.deliver(drawn, taken)).half())
+            if sum(map(len, encoded)) == groups[0]:
+                yield rearrange(torch.cat(encoded), "(n g) l d -> n (g l) d", g=segments)
+                encoded.clear()
+                groups.pop(0)
+
+    def _drawn(self, rows: Int[np.ndarray, " c"]) -> Drawn:
+        """Rows by their numbers, announced to the store."""
+        drawn = Drawn(0, (), np.zeros_like(rows), self._stored[rows], rows, self._clips.places[rows])
+        self._rows.will_need(drawn)
+        return drawn
+
+    def _vary(self, drawn: Drawn, frames: Tensor, epoch: int) -> None:
+        """Vary clips in place, an image as one frame."""
+        if self._varied is None:
+            return
+        ids = self._clips.frame["row_id"]
+        for clip, row, stored in zip(frames.numpy(), drawn.rows.tolist(), drawn.frames.tolist(), strict=True):
+            clip[:stored] = augmented(clip[:stored], self._varied.kind, self._varied.seed, epoch, ids[row])
+            if stored == IMAGE:
+                clip[1:] = clip[:1]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Features of the samples of one split, from a file."""
+
+    features: Float16[np.ndarray, "N L D"]  # memory-mapped
+    device: torch.device
+    threads: int = 1
+
+    def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Float16[Tensor, "n L D"]]:
+        """Features of each group of samples, in order, on the device: the same in every epoch."""
+        for found in read_ahead(
+            asked, lambda _: None, lambda _: None, lambda samples, *_: np.take(self.features, samples, 0), self.threads
+        ):
+            yield torch.from_numpy(found).to(self.device)
+
+
+Features = Streamed | Stored
