@@ -61,7 +61,7 @@ TESTS = {  # by trap
     "28": f"{ON_TRAIN}/test_step.py::test_trap_28_micro_batches_give_the_gradient_of_the_whole",
     "29": f"{ON_MODEL}/test_flow.py::test_trap_29_loss_is_a_mean_over_every_element",
     "30": f"{ON_TRAIN}/test_pixel_rows.py::test_trap_30_an_image_is_one_view_in_every_frame",
-    "31": "tests/nextvid/evaluate/test_probes.py::test_trap_31_segments_stand_one_after_the_other",
+    "31": "tests/nextvid/evaluate/test_stream.py::test_trap_31_segments_follow_one_another",
     "32": f"{ON_MODEL}/test_nextvid.py::test_trap_32_copies_cost_a_decoder_pass_and_nothing_else",
 }
 
@@ -185,8 +185,8 @@ MUTATIONS = {
         "memory[drawn.of_frames(IMAGE), 1:] = memory[drawn.of_frames(IMAGE), :1].flip(3)", "30",
     ),
     "31 segments are averaged": Mutation(
-        "nextvid/evaluate/features.py", 'rearrange(np.concatenate(pieces), "(n g) l d -> n (g l) d", g=segments)',
-        "np.concatenate(pieces).reshape(-1, segments, *pieces[0].shape[1:]).mean(1)", "31",
+        "nextvid/evaluate/stream.py", 'rearrange(torch.cat(encoded), "(n g) l d -> n (g l) d", g=segments)',
+        'rearrange(torch.cat(encoded), "(n g) l d -> n g l d", g=segments).mean(1)', "31",
     ),
     "32 the predictor runs once a copy": Mutation(
         f"{MODEL}/nextvid.py", "seen, query_ids = self._encode_and_predict(tokens, ids)",
