@@ -98,8 +98,8 @@ MUTATIONS = {
         "                context.data.add_(0.1)\n                hidden = block(hidden, embedded", "08",
     ),
     "08 a block updates the context it reads": Mutation(
-        f"{MODEL}/predictor.py", "        x = x + self.attn(self.norm1(x), self.norm_context(context)",
-        "        context.data.add_(0.1)\n        x = x + self.attn(self.norm1(x), self.norm_context(context)", "08",
+        f"{MODEL}/predictor.py", "        x = x + self.attn(normed(self.norm1, x), normed(",
+        "        context.data.add_(0.1)\n        x = x + self.attn(normed(self.norm1, x), normed(", "08",
     ),
     "09 the reference attends both ways": Mutation(
         f"{MODEL}/reference.py", "reference(tokens, tokens.shape[1] // cells)",

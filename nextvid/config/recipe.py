@@ -72,7 +72,7 @@ class ModelConfig(Strict):
     encoder: EncoderConfig = Field(EncoderConfig(), description="the frame-causal ViT")
     predictor: PredictorConfig = Field(PredictorConfig(), description="the predictor")
     decoder: DecoderConfig = Field(DecoderConfig(), description="the flow decoder")
-    attention: Literal["loop", "dense", "flash"] = Field(
+    attention: Literal["loop", "dense", "flash", "block"] = Field(
         "loop", description="how frame-causal attention is computed; the results agree"
     )
 
@@ -240,7 +240,9 @@ class ExecutionConfig(Strict):
     )
     threads: Count = Field(1, description="threads of the loader")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is a GPU where there is one")
-    compile: bool = Field(False, description="compile each block by torch.compile, which pays on GPUs")
+    compile: bool | None = Field(
+        None, description="compile each block by torch.compile; null: on GPUs of machines with a C compiler"
+    )
     recompute_blocks: bool = Field(
         False, description="activation checkpointing: the memory of one block, for one forward more"
     )

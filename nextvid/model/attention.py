@@ -13,19 +13,21 @@ b, c, r are B or 1.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from nextvid.config.recipe import ConfigError
 
 MAX_PERIOD = 10000.0  # base of the rotary frequencies, docs/method.md 5
 
-Backend = Literal["loop", "dense", "flash"]
+Backend = Literal["loop", "dense", "flash", "block"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> values, all [B, h, L, e]
 
 
@@ -39,18 +41,41 @@ def frame_attention(
     """Queries of block t attend the keys of blocks 0..t; queries and keys may differ in tokens per block.
 
     `loop` is one unmasked call a block (0.57 to 0.72 of the dense mask's time, docs/performance.md), `dense` the slow
-    reference, `flash` the loop with flash-attn's kernel. Raises ConfigError if flash-attn is asked for and missing.
+    reference, `flash` the loop with flash-attn's kernel, `block` one call of `block_attention`, which is `dense` on the
+    CPU: flex attention has no backward there (torch 2.13). Raises ConfigError if flash-attn is asked for and missing.
     """
     assert q.shape[2] % frames == 0, f"{q.shape[2]} queries are not {frames} equal blocks"
     assert k.shape[2] % frames == 0, f"{k.shape[2]} keys are not {frames} equal blocks"
     match backend:
         case "loop":
             return _by_block(q, k, v, frames, scaled_dot_product_attention)
-        case "dense":
+        case "block" if q.device.type != "cpu":
+            return block_attention(q, k, v, frame_mask(frames, q.shape[2], k.shape[2], q.device))
+        case "dense" | "block":
             row, column = (torch.arange(x.shape[2], device=q.device) // (x.shape[2] // frames) for x in (q, k))
             return scaled_dot_product_attention(q, k, v, attn_mask=column[None, :] <= row[:, None])
         case "flash":
             return _by_block(q, k, v, frames, flash_kernel())
+
+
+def block_attention(
+    q: Float[Tensor, "B h Q e"], k: Float[Tensor, "B h K e"], v: Float[Tensor, "B h K e"], mask: BlockMask
+) -> Float[Tensor, "B h Q e"]:
+    """Flex attention in the dtype of `v`: one kernel, which skips tiles of 128 x 128 without an allowed pair."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if not torch.compiler.is_compiling():
+        return _compiled_flex()(q, k, v, block_mask=mask)
+    inside: Tensor = flex_attention(q, k, v, block_mask=mask)
+    return inside
+
+
+@cache
+def frame_mask(frames: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The tiles in which queries of block t may attend the keys of blocks 0..t, of `frames` equal blocks."""
+    row, column = queries // frames, keys // frames
+    return create_block_mask(
+        lambda _clip, _head, query, key: key // column <= query // row, None, None, queries, keys, device=device
+    )
 
 
 def masked_attention(
@@ -178,6 +203,12 @@ class Mlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
         return self.fc2(self.act(self.fc1(x)))
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """The kernel for calls outside of compiled blocks; not compiled it would compute every score."""
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def _by_block(q: Tensor, k: Tensor, v: Tensor, frames: int, attend: Attend) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Attend, CrossAttention, Mlp, SelfAttention, rotary
-from nextvid.model.encoder import NORM_EPS, causal
+from nextvid.model.encoder import NORM_EPS, causal, normed
 
 MLP_RATIO = 4  # DiT, docs/method.md 6.1
 SINUSOID = 256  # width of the timestep's sinusoid, DiT
@@ -89,9 +89,9 @@ class DiTBlock(nn.Module):
         self, x: Float[Tensor, "N n d"], time: Float[Tensor, "N d"], table: Float[Tensor, "b 1 n p 2"]
     ) -> Float[Tensor, "N n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time).chunk(6, dim=-1)
-        inner = self.attn(modulate(self.norm1(x), shift1, scale1), table, scaled_dot_product_attention)
+        inner = self.attn(modulate(normed(self.norm1, x), shift1, scale1), table, scaled_dot_product_attention)
         x = x + gate1[:, None] * inner
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + gate2[:, None] * self.mlp(modulate(normed(self.norm2, x), shift2, scale2))
 
 
 class Head(nn.Module):
@@ -105,7 +105,7 @@ class Head(nn.Module):
 
     def forward(self, x: Float[Tensor, "*N n d"], time: Float[Tensor, "*N d"]) -> Float[Tensor, "*N n C"]:
         shift, scale = self.modulation(time).chunk(2, dim=-1)
-        return self.out(modulate(self.norm(x), shift, scale))
+        return self.out(modulate(normed(self.norm, x), shift, scale))
 
 
 class FlowDecoder(nn.Module):
@@ -176,10 +176,11 @@ class CrossBlock(nn.Module):
         mods = self.modulation(time).chunk(3 * self.parts, dim=-1)
         frames = x.shape[1]
         for part, norm in enumerate(self.norms):
+            assert isinstance(norm, nn.LayerNorm)
             shift, scale, gate = mods[3 * part : 3 * part + 3]
-            inner = rearrange(modulate(norm(x), shift, scale), "b f n d -> b (f n) d")
+            inner = rearrange(modulate(normed(norm, x), shift, scale), "b f n d -> b (f n) d")
             if part == 0:
-                inner = self.cross(inner, self.norm_context(context), query_table, key_table, attend)
+                inner = self.cross(inner, normed(self.norm_context, context), query_table, key_table, attend)
             elif part == 1 and self.attn is not None:
                 inner = self.attn(inner, query_table, scaled_dot_product_attention)
             else:

@@ -14,9 +14,20 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from nextvid.config.recipe import ModelConfig
-from nextvid.model.attention import Attend, Mlp, SelfAttention, allow_by_id, frame_attention, masked_attention, rotary
+from nextvid.model.attention import (
+    Attend,
+    Mlp,
+    SelfAttention,
+    allow_by_id,
+    block_attention,
+    frame_attention,
+    frame_mask,
+    masked_attention,
+    rotary,
+)
 
 NORM_EPS = 1e-6  # docs/method.md 6.1
 WIDE = 512  # from this width on std 0.02, below it 1/sqrt(fan_in): docs/method.md 6.1
@@ -38,6 +49,13 @@ def all_ids(tubelets: int, cells: int, device: torch.device | str | None = None)
     return torch.arange(tubelets * cells, device=device)[None]
 
 
+def normed(layer: nn.LayerNorm, x: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
+    """The layer in the dtype of `x`; its kernels compute statistics in fp32. Autocast would read and write fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (layer.weight, layer.bias))
+        return layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+
+
 class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP; also the block of the `joint` predictor."""
 
@@ -51,8 +69,8 @@ class EncoderBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "B L D"], table: Float[Tensor, "b 1 L p 2"], attend: Attend
     ) -> Float[Tensor, "B L D"]:
-        x = x + self.attn(self.norm1(x), table, attend)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(normed(self.norm1, x), table, attend)
+        return x + self.mlp(normed(self.norm2, x))
 
 
 class Encoder(nn.Module):
@@ -117,6 +135,9 @@ class Encoder(nn.Module):
 
 def causal(model: ModelConfig, frames: int | None, queries: Tensor, keys: Tensor, strict: bool) -> Attend:
     """Frame-causal attention: by block if each tubelet has equally many tokens (`frames`), else by a mask of ids."""
+    if frames is not None and model.attention == "block" and queries.device.type != "cpu":
+        # made here, once a shape: a block that is compiled takes the mask as an argument
+        return partial(block_attention, mask=frame_mask(frames, queries.shape[1], keys.shape[1], queries.device))
     if frames is not None:
         return partial(frame_attention, frames=frames, backend=model.attention)
     return partial(masked_attention, allow=allow_by_id(queries, keys, model.cells, strict))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Attend, CrossAttention, Mlp, allow_by_id, masked_attention, rotary
-from nextvid.model.encoder import NORM_EPS, EncoderBlock, causal, initialise
+from nextvid.model.encoder import NORM_EPS, EncoderBlock, causal, initialise, normed
 
 MLP_RATIO = 4  # docs/method.md 6.1
 
@@ -49,8 +49,8 @@ class PredictorBlock(nn.Module):
         key_table: Float[Tensor, "c 1 K p 2"],
         attend: Attend,
     ) -> Float[Tensor, "B Q d"]:
-        x = x + self.attn(self.norm1(x), self.norm_context(context), query_table, key_table, attend)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(normed(self.norm1, x), normed(self.norm_context, context), query_table, key_table, attend)
+        return x + self.mlp(normed(self.norm2, x))
 
 
 class Predictor(nn.Module):
@@ -99,7 +99,7 @@ class Predictor(nn.Module):
         model = self.model
         head_dim = model.predictor.width // model.predictor.heads
         embedded = self.embed(context)
-        queries = self.query.expand(context.shape[0], query_ids.shape[1], -1)
+        queries = self.query.to(embedded.dtype).expand(context.shape[0], query_ids.shape[1], -1)
         query_table = rotary(query_ids, head_dim, model.grid_height, model.grid_width)
         key_table = rotary(context_ids, head_dim, model.grid_height, model.grid_width)
         if model.predictor.kind == "joint":
@@ -117,7 +117,7 @@ class Predictor(nn.Module):
         """Self-attention over context and queries; context tokens are updated too."""
         rows = max(key_table.shape[0], query_table.shape[0])
         table = torch.cat([each.expand(rows, -1, -1, -1, -1) for each in (key_table, query_table)], dim=2)
-        x = torch.cat((context, queries.to(context.dtype)), dim=1)
+        x = torch.cat((context, queries), dim=1)
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, table, attend)
         return x[:, context.shape[1] :]

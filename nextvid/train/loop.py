@@ -140,6 +140,7 @@ class _Session:
             "device": str(self.ranks.device),
             "threads": torch.get_num_threads(),
             "process": os.getpid(),
+            "compiled": steps.compiles(self.how, self.ranks.device),
         }
         self._event("start", facts)
         try:
@@ -216,7 +217,8 @@ class _Session:
         if self.fixed is None:
             self.fixed = encoder_tokens(self.loader.clips(range(CLIPS)), self.recipe.model)
         batch = max(1, self.recipe.stages[0].batch // self.ranks.count)
-        found, online = (diagnose(encoder, self.fixed, batch) for encoder in encoders)
+        with steps.uncompiled(self.how, self.ranks.device), steps.autocast(self.recipe, self.ranks.device):
+            found, online = (diagnose(encoder, self.fixed, batch) for encoder in encoders)
         step, rank = self.progress.step, found["effective_rank"]
         first = rank if self.progress.first_rank is None else self.progress.first_rank
         self.progress = replace(self.progress, first_rank=first)

@@ -1,19 +1,22 @@
 """One optimiser step: reference features, losses by mask strategy, clip, step, moving average (docs/method.md 4, 7.4).
 
 Rates and copies follow from the step number, noise from draw numbers. A step whose gradient is not finite changes
-nothing. Blocks can be compiled one by one and recomputed in backward (ExecutionConfig): neither changes results or
-parameter names, so checkpoints, average and optimiser need not know. Recomputing goes around the compiled block, since
-torch.compile does not look inside a checkpoint.
+nothing. Blocks can be compiled one by one, those of the reference encoder too, and recomputed in backward
+(ExecutionConfig): neither changes results or parameter names, so checkpoints, average and optimiser need not know.
+Recomputing goes around the compiled block, since torch.compile does not look inside a checkpoint.
 
 Axes: B clips, N = T*S tokens, T tubelets, S cells, i numbers in a token, C target channels.
 """
 
 import math
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch._dynamo.config
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -29,7 +32,8 @@ from nextvid.train.distributed import Ranks, apply_fsdp
 from nextvid.train.loader import Batch
 from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, trained_modules
 
-PLAIN = ExecutionConfig()  # nothing recomputed, compiled or folded
+PLAIN = ExecutionConfig()  # nothing recomputed or folded
+GRAPHS = 64  # our choice: of one block's code. Four stages of two clip lengths need 12; torch's limit of 8 is an error
 
 
 @dataclass
@@ -71,7 +75,7 @@ def build(recipe: RecipeConfig, ranks: Ranks, how: ExecutionConfig = PLAIN) -> T
     """Model, reference encoder and optimiser at step 0, on this rank's device."""
     model = build_model(recipe).to(ranks.device)
     reference = reference_encoder(model.encoder)
-    carry_out(model, how)
+    carry_out(model, reference, how, ranks.device)
     wrapped: nn.Module = model
     if how.shard and ranks.count > 1:
         apply_fsdp(model, blocks_of(model), ranks.device, trained=True)
@@ -170,12 +174,34 @@ def blocks_of(model: NExTVid) -> list[nn.Module]:
     return [block for part in parts if part is not None for block in part.get_submodule("blocks").children()]
 
 
-def carry_out(model: NExTVid, how: ExecutionConfig, backend: str = "inductor") -> None:
-    """Compile and recompute every block, in place, as `how` says. `backend` is torch.compile's."""
-    for block in blocks_of(model):
+def compiles(how: ExecutionConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: as `how` says, else on a GPU if there is a C compiler, which kernels need."""
+    if how.compile is not None:
+        return how.compile
+    return device.type == "cuda" and shutil.which(os.environ.get("CC", "cc")) is not None
+
+
+def carry_out(
+    model: NExTVid, reference: Encoder, how: ExecutionConfig, device: torch.device, backend: str = "inductor"
+) -> None:
+    """Compile every block and recompute the trained ones, in place, as `how` says. `backend` is torch.compile's.
+
+    A graph for each shape, at the first step of a stage that has it. `bucket` and `flat` draw the tokens of each step:
+    their graphs take any number, from the second on.
+    """
+    compiled, dynamic = compiles(how, device), None if model.recipe.masks.keep in ("bucket", "flat") else False
+    if compiled:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    trained = blocks_of(model)
+    for block in [*trained, *reference.blocks.children()]:
         forward = block.forward
-        if how.compile:
-            forward = torch.compile(forward, fullgraph=True, backend=backend)
-        if how.recompute_blocks:  # blocks draw no random numbers, so their state need not be kept
+        if compiled:
+            forward = torch.compile(forward, fullgraph=True, dynamic=dynamic, backend=backend)
+        if how.recompute_blocks and block in trained:  # blocks draw no random numbers, so their state need not be kept
             forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         block.forward = forward
+
+
+def uncompiled(how: ExecutionConfig, device: torch.device) -> AbstractContextManager[object]:
+    """A block of code in which compiled blocks run as written: whatever else it calls them with is not compiled."""
+    return torch.compiler.set_stance("force_eager") if compiles(how, device) else nullcontext()

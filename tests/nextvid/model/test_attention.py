@@ -10,14 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from nextvid.config.recipe import ConfigError
 from nextvid.model.attention import (
     Backend,
     allow_by_id,
+    block_attention,
     flash_kernel,
     frame_attention,
+    frame_mask,
     masked_attention,
     rotary,
     rotate,
@@ -37,7 +40,7 @@ def blocks(frames: int, rows: int, keys: int) -> Tensor:
     return column[None, :] <= row[:, None]
 
 
-@pytest.mark.parametrize("backend", ["loop", "dense"])
+@pytest.mark.parametrize("backend", ["loop", "dense", "block"])
 @given(
     frames=st.integers(1, 5),
     rows=st.integers(1, 6),
@@ -104,6 +107,20 @@ def test_flash_hands_over_blocks_on_its_own_axes(head_dim: int, frames: int, mon
     out = frame_attention(q, k, v, frames, "flash")
     assert torch.allclose(out.double(), naive(q, k, v, blocks(frames, 13, 7)), atol=1e-5)
     assert frame_attention(q, k, v.bfloat16(), frames, "flash").dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize(("frames", "rows", "keys"), [(1, 5, 3), (4, 13, 7), (3, 100, 60)])
+def test_block_kernel_and_its_mask_equal_float64(
+    frames: int, rows: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU calls it, but not compiled, and forward alone: flex attention has no backward on the CPU."""
+    monkeypatch.setattr("nextvid.model.attention._compiled_flex", lambda: flex_attention)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, frames * rows, 16, generator=generator)
+    k, v = (torch.randn(2, 2, frames * keys, 16, generator=generator) for _ in range(2))
+    found = block_attention(q, k, v, frame_mask(frames, q.shape[2], k.shape[2], q.device))
+    assert torch.allclose(found.double(), naive(q, k, v, blocks(frames, rows, keys)), atol=1e-5)
 
 
 def test_flash_is_imported_only_when_asked_for() -> None:

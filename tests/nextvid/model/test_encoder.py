@@ -7,9 +7,20 @@ import torch
 from torch import Tensor
 
 from nextvid.config.recipe import EncoderConfig, ModelConfig
-from nextvid.model.encoder import Encoder, EncoderBlock, all_ids, input_width
+from nextvid.model.encoder import Encoder, EncoderBlock, all_ids, input_width, normed
 from nextvid.model.tokens import gather_tokens, tube_ids
-from tests.nextvid.model.tiny import CELLS, HEIGHT, TUBELETS, WIDTH, clip, tiny_model, tiny_recipe, visible
+from tests.nextvid.model.tiny import (
+    CELLS,
+    HEIGHT,
+    TUBELETS,
+    WIDTH,
+    clip,
+    features,
+    key,
+    tiny_model,
+    tiny_recipe,
+    visible,
+)
 
 AXIS, HEAD = 4, 16  # of the tiny encoder: 2 * floor(floor(16 / 3) / 2)
 
@@ -126,3 +137,23 @@ def test_initialisation_by_width_and_depth(width: int, heads: int, std: float) -
         narrow = std if width == 512 else std / math.sqrt(2)  # fc2 reads 2 * width numbers
         assert float(block.mlp.fc2.weight.detach().std()) == pytest.approx(narrow / math.sqrt(2 * number), rel=0.05)
         assert not block.attn.qkv.bias.any()
+
+
+def test_blocks_stay_in_bf16_under_autocast_with_statistics_in_fp32() -> None:
+    """Residuals of all three parts; the norm of numbers that bf16 cannot sum is that of fp32, rounded once."""
+    model, (tokens, targets) = tiny_model(), clip()
+    dtypes: list[torch.dtype] = []
+    for block in [b for part in (model.encoder, model.predictor, model.decoder) for b in part.blocks]:  # type: ignore[union-attr]
+        block.register_forward_hook(lambda _block, _inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, targets, features(model, tokens), visible(), key())
+    assert dtypes
+    assert set(dtypes) == {torch.bfloat16}
+    layer, x = (
+        torch.nn.LayerNorm(4096),
+        100 + torch.randn(3, 4096, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = normed(layer, x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), layer(x.float()), rtol=2**-8, atol=1e-3)

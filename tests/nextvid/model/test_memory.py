@@ -68,7 +68,7 @@ def live_bytes(config: RecipeConfig, stage: StageConfig, how: ExecutionConfig) -
     tubelets, cells = stage.frames // model.tubelet, model.cells
     with FakeTensorMode(), Live() as live:
         online, reference = NExTVid(config), Encoder(model).requires_grad_(False)
-        carry_out(online, how)
+        carry_out(online, reference, how, torch.device("cpu"))
         tokens = torch.empty(CLIPS, tubelets * cells, input_width(model))
         targets = torch.empty(CLIPS, tubelets, cells, model.target_channels)
         ids = [

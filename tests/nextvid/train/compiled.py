@@ -1,35 +1,66 @@
-"""Prints how far a step with compiled blocks is from a plain one: `python -m tests.nextvid.train.compiled BACKEND`."""
+"""Prints how far compiled steps are from plain ones in each stage: `python -m tests.nextvid.train.compiled BACKEND`."""
 
 import json
 import sys
+from functools import partial
 from unittest.mock import patch
 
 import torch
 from torch import _dynamo as dynamo
 
-from nextvid.config.recipe import ExecutionConfig
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig, stage_at
+from nextvid.model.tokens import latent_tokens
 from nextvid.train import step
-from nextvid.train.step import carry_out
-from tests.nextvid.train.tiny import ALONE, gradients_of, random_batch, tiny_recipe
+from nextvid.train.diagnose import diagnose
+from nextvid.train.step import Trained, carry_out
+from tests.nextvid.train.tiny import ALONE, gradients_of, latents_of, random_batch, tiny_recipe
+
+CPU = torch.device("cpu")
 
 
-def stepped(how: ExecutionConfig) -> dict[str, torch.Tensor]:
-    """Losses and gradients of a second step, whose decoder is past its zero initialisation."""
-    trained = step.build(tiny_recipe(), ALONE, how)
-    step.take_step(trained, random_batch(0), 0, 0)
-    return step.take_step(trained, random_batch(1), 1, 2).losses | gradients_of(trained)
+def four_copies() -> RecipeConfig:
+    """The recipe `tiny` with k = 4 in its first two stages and 1 in the others."""
+    recipe = tiny_recipe()
+    copies = (4, 4, 1, 1)
+    stages = [s.model_copy(update={"tau_copies": k}) for s, k in zip(recipe.stages, copies, strict=True)]
+    return recipe.model_copy(update={"stages": tuple(stages)})
+
+
+def looked_at(trained: Trained, clips: int, frames: int) -> torch.Tensor:
+    """What else reads the encoders during training, and sampling; its shapes are no step's."""
+    latents = latents_of(random_batch(99, clips, frames))
+    tokens = latent_tokens(latents, 2)
+    with step.uncompiled(trained.how, CPU):
+        numbers = [diagnose(encoder, tokens, 2) for encoder in (trained.reference, trained.model.encoder)]
+        seen = trained.model.condition(tokens[:, :16], torch.arange(16)[None], 1)
+        sampled = trained.model.sample(seen, 2, torch.Generator().manual_seed(0))
+    return torch.cat([torch.tensor([*n.values()]) for n in numbers] + [sampled.flatten()])
 
 
 def main(backend: str) -> None:
-    """The largest difference to the plain step, and how many graphs dynamo captured and where it broke."""
-    wanted = stepped(ExecutionConfig())
-    with patch("nextvid.train.step.carry_out", lambda model, how: carry_out(model, how, backend)):
-        found = stepped(ExecutionConfig(compile=True, recompute_blocks=True, fold_copies=True))
-    error = max(float((found[key] - value).abs().max()) for key, value in wanted.items())
-    counters = dynamo.utils.counters
-    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    print(json.dumps({"error": error, "graphs": graphs, "breaks": breaks}))  # noqa: T201
+    """The largest difference to plain steps, the graphs that dynamo captured, where it broke, and those that came late:
+    after the first step of a stage."""
+    recipe = four_copies()
+    how = ExecutionConfig(compile=True, recompute_blocks=True, fold_copies=backend == "inductor")
+    plain = step.build(recipe, ALONE, ExecutionConfig(compile=False))
+
+    with patch("nextvid.train.step.carry_out", partial(carry_out, backend=backend)):
+        compiled = step.build(recipe, ALONE, how)
+    stats, late, error = dynamo.utils.counters["stats"], 0, 0.0
+    for number in range(recipe.steps):
+        stage, inside = stage_at(recipe.stages, number)
+        before, shape = stats["unique_graphs"], (recipe.stages[stage].batch, recipe.stages[stage].frames)
+        found, wanted = (
+            step.take_step(trained, random_batch(number, *shape), number, 2).losses | gradients_of(trained)
+            for trained in (compiled, plain)
+        )
+        found["looked_at"], wanted["looked_at"] = (looked_at(trained, 3, shape[1]) for trained in (compiled, plain))
+        late += stats["unique_graphs"] - before if inside else 0
+        error = max(error, *(float((found[key] - value).abs().max()) for key, value in wanted.items()))
+    breaks = sum(dynamo.utils.counters["graph_break"].values())
+    print(json.dumps({"error": error, "graphs": stats["unique_graphs"], "breaks": breaks, "late": late}))  # noqa: T201
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(sys.argv[1])

@@ -61,16 +61,23 @@ def test_folded_copies_give_the_same_step() -> None:
         torch.testing.assert_close(folded[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.faults)])
-def test_compiled_blocks_are_whole_graphs_and_give_the_same_step(backend: str) -> None:
-    """In a process without the checks of array shapes at run time, which dynamo cannot trace.
+@pytest.mark.timeout(900)  # inductor: 144 s of CPU time
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(b, marks=pytest.mark.faults) for b in ("aot_eager", "inductor"))]
+)
+def test_compiled_blocks_are_whole_graphs_and_give_the_same_steps(backend: str) -> None:
+    """All stages with both strategies, four copies and one, two clip lengths, diagnosis and sampling between the steps.
 
-    `aot_eager` runs the captured graphs as they are; a block that does not fit one graph is an error with either.
+    In a process without the checks of array shapes at run time, which dynamo cannot trace. `eager` and `aot_eager` run
+    the captured graphs without a C compiler; a block that does not fit one graph is an error with any.
     """
     command = [sys.executable, "-m", "tests.nextvid.train.compiled", backend]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=850)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said["graphs"] >= 4  # two encoder blocks, one of predictor and decoder
+    assert (
+        said["graphs"] == 13
+    )  # by clip length: encoder of two strategies, reference, predictor of two; decoder 4+1, 1
+    assert said["late"] == 0
     assert said["breaks"] == 0
-    assert said["error"] < 1e-5
+    assert said["error"] < 1e-4 if backend == "inductor" else said["error"] < 1e-5
