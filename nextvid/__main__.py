@@ -244,11 +244,25 @@ def show_command(
 
 
 @app.command
-def compare(first: Run, second: Run, corpus: Corpus = None, json_: Json = False) -> None:
-    """Show the fields of configuration and the scores in which two runs differ."""
+def compare(
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="ids of two runs or more")
+    ],
+    picture: Annotated[
+        str | None, tyro.conf.arg(metavar="PNG", help="draw accuracy over the encoders' parameters to this file")
+    ] = None,
+    corpus: Corpus = None,
+    json_: Json = False,
+) -> None:
+    """Show the fields of configuration and the scores in which runs differ, and accuracy by size of the encoder."""
     from nextvid.lineage.compare import compare as compare_runs
 
-    show(compare_runs(open_project(corpus), first, second), json_)
+    found = compare_runs(open_project(corpus), runs)
+    if picture is not None:
+        from nextvid.report.curves import over_size_png
+
+        Path(picture).write_bytes(over_size_png(found.reached))
+    show(found, json_)
 
 
 @app.command

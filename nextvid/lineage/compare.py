@@ -1,18 +1,19 @@
-"""Two runs side by side: the fields of config.json and of scores in which they differ.
+"""Runs side by side: fields of config.json and of scores in which they differ, and accuracy by the encoder's size.
 
-Both are read as flat fields with dotted names, whose values are compared. Scores are comparable only over the same
-rows, so a score is named by benchmark and rows digest; where the other run has no such score, its side is empty.
+Records are read as flat fields with dotted names, whose values are compared. Scores are comparable only over the same
+rows, so a score is named by benchmark and rows digest; where a run has no such score, its place is empty.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nextvid.config.overrides import flat
 from nextvid.config.project import Project
+from nextvid.config.recipe import draws_before
 from nextvid.lineage.trace import RunFacts, runs_of, scores_of
-from nextvid.train.run import CONFIG
+from nextvid.train.run import CONFIG, open_run
 from storage.atomic import read_json
 from storage.errors import ConfigError
 from storage.root import DataRoot
@@ -24,41 +25,70 @@ ROWS_DIGITS = 12  # as many as a run id has: enough to tell rows apart on a line
 
 @dataclass(frozen=True)
 class Difference:
-    """One field; None where a run has no such field."""
+    """One field and its value in each run; None where a run has no such field."""
 
     field: str
-    first: Any
-    second: Any
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a run's averaged encoder reaches, by benchmark and rows, for how many parameters and clips."""
+
+    run: str
+    recipe: str
+    parameters: int  # of the encoder
+    clips: int  # that training draws
+    accuracy: Mapping[str, float]
+
+    def line(self) -> str:
+        """One line for people."""
+        scores = "  ".join(f"{name} {value:.3f}" for name, value in self.accuracy.items()) or "no scores"
+        return f"{self.parameters / 1e6:8.1f} M  {self.clips:>13,} clips  {self.recipe} {self.run}  {scores}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Where two runs differ, and how many fields they share."""
+    """Where runs differ, how many fields they share, and what each reaches, the smallest encoder first."""
 
-    runs: tuple[str, str]
+    runs: tuple[str, ...]
     config: tuple[Difference, ...]
     scores: tuple[Difference, ...]
     same: int
+    reached: tuple[Reached, ...]
 
     def text(self) -> str:
-        """As text: one line for each difference."""
-        lines = [f"{'':44} {self.runs[0]:>24} {self.runs[1]:>24}"]
+        """As text: one line for each difference, then one for each run."""
+        lines = [f"{'':44} " + " ".join(f"{run:>24}" for run in self.runs)]
         for title, found in (("config", self.config), ("scores", self.scores)):
-            lines += [
-                f"{title} {d.field:{43 - len(title)}} {_shown(d.first):>24} {_shown(d.second):>24}" for d in found
-            ]
+            for difference in found:
+                values = " ".join(f"{_shown(value):>24}" for value in difference.values)
+                lines.append(f"{title} {difference.field:{43 - len(title)}} {values}")
         lines.append(f"{len(self.config) + len(self.scores)} fields differ, {self.same} are the same")
-        return "\n".join(lines)
+        return "\n".join([*lines, "encoder, training, accuracy of the EMA encoder:", *(r.line() for r in self.reached)])
 
 
-def compare(project: Project, first: str, second: str) -> Comparison:
-    """Compare two runs, by id or folder. Raises ConfigError where one is unknown."""
-    runs = find(project, first), find(project, second)
-    configs = [_fields(read_json(str(Path(run.folder, CONFIG))), ("run", "recipe_digest")) for run in runs]
-    scores = [_scores(project.root, run) for run in runs]
-    config, config_same = _differences(*configs)
-    score, score_same = _differences(*scores)
-    return Comparison((runs[0].run, runs[1].run), config, score, config_same + score_same)
+def compare(project: Project, runs: Sequence[str]) -> Comparison:
+    """Compare two runs or more, by id or folder. Raises ConfigError where one is unknown, or there is but one."""
+    if len(runs) < 2:
+        raise ConfigError("name two runs or more to compare")
+    found = [find(project, run) for run in runs]
+    configs = [_fields(read_json(str(Path(run.folder, CONFIG))), ("run", "recipe_digest")) for run in found]
+    scores = [_scores(project.root, run) for run in found]
+    config, config_same = _differences(configs)
+    score, score_same = _differences(scores)
+    reached = sorted((_reached(run, own) for run, own in zip(found, scores, strict=True)), key=lambda r: r.parameters)
+    names = tuple(run.run for run in found)
+    return Comparison(names, config, score, config_same + score_same, tuple(reached))
+
+
+def _reached(facts: RunFacts, scores: Mapping[str, Any]) -> Reached:
+    from nextvid.model.cost import count_parameters  # imports torch
+
+    recipe, last = open_run(Path(facts.folder)).recipe, ".encoders.ema.accuracy"
+    accuracy = {name.removesuffix(last): value for name, value in scores.items() if name.endswith(last)}
+    clips = draws_before(recipe.stages, recipe.steps)
+    return Reached(facts.run, facts.recipe, count_parameters(recipe)["encoder"], clips, accuracy)
 
 
 def find(project: Project, what: str) -> RunFacts:
@@ -74,21 +104,19 @@ def find(project: Project, what: str) -> RunFacts:
 def _scores(root: DataRoot, run: RunFacts) -> dict[str, Any]:
     """Fields of every score of a run, their names prefixed by benchmark and rows."""
     found: dict[str, Any] = {}
-    for path in scores_of(root):
-        record = read_json(str(path))
-        if record["run"] == run.run:
-            prefix = f"{record['benchmark']}[{record['rows'][:ROWS_DIGITS]}]"
-            fields = _fields(record, NOT_COMPARED)
-            found |= {f"{prefix}.{name}": value for name, value in fields.items()}
+    records = [record for path in scores_of(root) if (record := read_json(str(path)))["run"] == run.run]
+    for record in sorted(records, key=lambda record: str(record.get("checkpoint"))):  # the last one's stay
+        prefix = f"{record['benchmark']}[{record['rows'][:ROWS_DIGITS]}]"
+        found |= {f"{prefix}.{name}": value for name, value in _fields(record, NOT_COMPARED).items()}
     return found
 
 
-def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[tuple[Difference, ...], int]:
+def _differences(found: Sequence[Mapping[str, Any]]) -> tuple[tuple[Difference, ...], int]:
     """(fields that differ, in order of name; how many are the same)."""
-    names = sorted({*first, *second})
-    differing = [name for name in names if first.get(name) != second.get(name)]
-    found = tuple(Difference(name, first.get(name), second.get(name)) for name in differing)
-    return found, len(names) - len(found)
+    names = sorted({name for fields in found for name in fields})
+    values = {name: tuple(fields.get(name) for fields in found) for name in names}
+    differing = tuple(Difference(name, each) for name, each in values.items() if any(v != each[0] for v in each))
+    return differing, len(names) - len(differing)
 
 
 def _fields(record: Mapping[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from nextvid.config.project import Project
+from nextvid.config.recipe import draws_before
 from nextvid.making.outcome import Outcome
 from nextvid.report import scores
+from nextvid.report.curves import Scored
 from nextvid.report.data import DataFacts, data_section, lineage_section, previews_section, read_facts
 from nextvid.report.page import Card, Picture, render_html
 from nextvid.report.scores import Score, read_score
 from nextvid.report.training import samples_section, training_section
+from nextvid.train.checkpoint import step_of
 from nextvid.train.events import Event, mean_speeds, read_events
 from nextvid.train.run import CONFIG, Run, find_run
 from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
 
-LAYOUT = 3  # increase when the report shows the same files differently
+LAYOUT = 4  # increase when the report shows the same files differently
 SUBTITLE = (
     "A video encoder trained by masked next-frame prediction (NExT-Vid). What was measured, on which data, and where "
     "each number was read."
@@ -40,6 +43,7 @@ class Gathered:
     config: dict[str, Any]
     events: list[Event]
     scores: list[Score]
+    history: dict[str, list[Scored]]  # by benchmark, scores of several checkpoints on the rows of the newest
     samples: dict[str, Any] | None  # None where the recipe generates nothing
     data: DataFacts
 
@@ -81,11 +85,23 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
 def gather(project: Project, run: Run) -> Gathered:
     """Read what the report shows. Raises UpstreamError with what to make first."""
     root, recipe = project.root, run.recipe
-    newest: dict[str, Path] = {}  # by benchmark, the score that was written last; older ones are of other rows
-    for name in sorted(project.corpus.benchmarks):
-        paths = Path(root.probes(recipe.name, run.id), name).glob("*/score.json")
-        if found := sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)):
-            newest[name] = found[-1]
+    newest: dict[str, Path] = {}  # by benchmark, of the last checkpoint the score that was written last
+    history: dict[str, list[Scored]] = {}
+    by_benchmark: dict[str, list[tuple[int, int, Path, dict[str, Any]]]] = {}
+    for path in Path(root.probes(recipe.name, run.id)).rglob("score.json"):
+        record = atomic.read_json(str(path))
+        found = (step_of(Path(record["checkpoint"])), path.stat().st_mtime_ns, path, record)
+        by_benchmark.setdefault(record["benchmark"], []).append(found)
+    for name in sorted(project.corpus.benchmarks.keys() & by_benchmark.keys()):
+        ordered = sorted(by_benchmark[name], key=lambda found: found[:2])
+        newest[name], last = ordered[-1][2:]
+        alike = {
+            step: (draws_before(recipe.stages, step), record)
+            for step, _, _, record in ordered
+            if all(record[key] == last[key] for key in ("rows", "settings"))
+        }
+        if len(alike) > 1:
+            history[name] = list(alike.values())
     if missing := sorted(set(project.corpus.benchmarks) - newest.keys()):
         raise UpstreamError(f"run {run.id} has no scores on {', '.join(missing)}: make 'probes' first")
     samples = None
@@ -97,6 +113,7 @@ def gather(project: Project, run: Run) -> Gathered:
         atomic.read_json(str(run.folder / CONFIG)),
         read_events(run.folder),
         [read_score(str(path)) for path in newest.values()],
+        history,
         samples,
         read_facts(project, run),
     )
@@ -105,7 +122,7 @@ def gather(project: Project, run: Run) -> Gathered:
 def build_card(gathered: Gathered) -> Card:
     """The report's sections, in order."""
     run = gathered.run
-    sections = [scores.section(gathered.scores)] if gathered.scores else []
+    sections = [scores.section(gathered.scores, gathered.history)] if gathered.scores else []
     sections.append(training_section(run, gathered.events))
     if gathered.samples is not None:
         sections.append(samples_section(gathered.project.root.samples(run.recipe.name, run.id), gathered.samples))
@@ -147,6 +164,7 @@ def _digest(gathered: Gathered) -> str:
     shown = {
         "layout": LAYOUT,
         "scores": {score.benchmark: digest_bytes(atomic.read_bytes(score.path)) for score in gathered.scores},
+        "history": gathered.history,
         "events": digest_bytes((run.folder / "events.jsonl").read_bytes()),
         "config": digest_bytes((run.folder / CONFIG).read_bytes()),
         "duplicates": gathered.data.record["duplicates"],

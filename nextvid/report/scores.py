@@ -19,6 +19,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
 from nextvid.pictures import INK, png, quiet
+from nextvid.report.curves import Scored, over_clips_png
 from nextvid.report.page import Block, Picture, Section, Table, Text
 from storage import atomic
 
@@ -55,8 +56,8 @@ def read_score(path: str) -> Score:
         return Score(atomic.read_json(path), path, dict(arrays.items()))
 
 
-def section(scores: Sequence[Score]) -> Section:
-    """Headline, table and t-SNE of every benchmark."""
+def section(scores: Sequence[Score], history: Mapping[str, Sequence[Scored]]) -> Section:
+    """Headline, table and t-SNE of every benchmark, and curves of those that several checkpoints were scored on."""
     blocks: list[Block] = [Text(headline(score), "lead", (score.path,)) for score in scores]
     blocks += [table(score) for score in scores]
     blocks.append(
@@ -67,6 +68,10 @@ def section(scores: Sequence[Score]) -> Section:
             f"k = {scores[0].record['neighbours']}) and is no headline.",
         )
     )
+    if history:
+        paths = tuple(score.path for score in scores if score.benchmark in history)
+        caption = "Accuracy of the run's checkpoints that were scored, on the same clips; bars are standard errors."
+        blocks.append(Picture("scores_over_clips", over_clips_png(history, NAMES), caption, paths, plain=True))
     blocks += [scatter(score) for score in scores]
     return Section("Scores", tuple(blocks))
 
@@ -132,7 +137,8 @@ def scatter(score: Score) -> Picture:
     return Picture(
         f"tsne_{score.benchmark}",
         scatter_png(shown, score.features["labels"], score.record["classes"]),
-        f"t-SNE of mean-pooled test features, coloured by {score.record['target']}; far distances mean nothing.",
+        f"t-SNE of mean-pooled test features after PCA to {PCA_PARTS} parts, coloured by {score.record['target']}; far "
+        "distances mean nothing.",
         (score.path.replace("score.json", "features.npz"),),
         plain=True,
     )

@@ -29,7 +29,7 @@ def training_section(run: Run, events: Sequence[Event]) -> Section:
         Picture(
             "curves",
             curves_png(events),
-            "Over optimiser steps; dotted lines are the starts of stages.",
+            "Over optimiser steps; colours of the ground are the stages.",
             (path,),
             plain=True,
         )
@@ -113,10 +113,20 @@ def curves_png(events: Sequence[Event]) -> bytes:
         last, level = max(event["step"] for event in events), ALARM_RATIO * float(diagnostics[0]["effective_rank"])
         ranks.plot([ALARM_AFTER * last, last], [level, level], color=COLOURS[4], linewidth=0.9, linestyle="--")
         ranks.annotate("alarm", (last, level), color=COLOURS[4], fontsize=8, ha="right", va="bottom")
-    for start in [event["step"] for event in events if event["kind"] == "stage"][1:]:
-        for panel in (losses, rates, norms, ranks):
-            panel.axvline(start, color=INK, alpha=0.35, linewidth=0.7, linestyle=(0, (2, 3)))
+    _mark_stages((losses, rates, norms, ranks), events)
     return png(figure)
+
+
+def _mark_stages(panels: Sequence[Axes], events: Sequence[Event]) -> None:
+    """Shade each stage as the paper's Fig. 6 does, and name it in the first panel."""
+    stages = {event["step"]: event for event in events if event["kind"] == "stage"}  # a resumed run repeats one
+    ends = [*list(stages)[1:], max((event["step"] for event in events), default=0)]
+    for (start, event), end, colour in zip(stages.items(), ends, COLOURS, strict=False):
+        for panel in panels:
+            panel.axvspan(start, end, color=colour, alpha=0.09, linewidth=0)
+        place = panels[0].get_xaxis_transform()
+        name = str(event.get("name", "")).replace("_", " ")
+        panels[0].text((start + end) / 2, 0.97, name, transform=place, fontsize=7, color=INK, ha="center", va="top")
 
 
 def _panel(axes: Axes, title: str, curves: Iterable[Curve], log: bool = False) -> None:

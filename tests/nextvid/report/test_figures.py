@@ -4,9 +4,13 @@ import io
 from typing import Any
 
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from nextvid.report import training
+from nextvid.lineage.compare import Reached
+from nextvid.pictures import png
+from nextvid.report import curves, training
 from nextvid.report.scores import colour, scatter_png, tsne
 from nextvid.report.training import curves_png
 
@@ -34,6 +38,59 @@ def test_curves_follow_the_events() -> None:
 
 def test_curves_of_a_run_that_logged_nothing() -> None:
     Image.open(io.BytesIO(curves_png([]))).verify()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures of curves as they were drawn."""
+    return kept(monkeypatch, "nextvid.report.curves.png")
+
+
+def kept(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Figure]:
+    found: list[Figure] = []
+
+    def keep(figure: Figure) -> bytes:
+        found.append(figure)
+        return png(figure)
+
+    monkeypatch.setattr(name, keep)
+    return found
+
+
+def test_stages_are_shaded_under_every_curve_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kept(monkeypatch, "nextvid.report.training.png")
+    curves_png(
+        [event | {"name": f"stage_{event['step']}"} if event["kind"] == "stage" else event for event in events()]
+    )
+    losses, *others = found[0].axes
+    spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in losses.patches]  # type: ignore[attr-defined]
+    assert spans == [(0, 2), (2, 4)]
+    assert [text.get_text() for text in losses.texts] == ["stage 0", "stage 2"]
+    assert all(len(panel.patches) == 2 for panel in others)
+
+
+def test_accuracy_over_clips_has_a_curve_for_each_encoder_and_chance_level_of_random(drawn: list[Figure]) -> None:
+    def record(accuracy: float) -> dict[str, Any]:
+        encoders = {"ema": accuracy, "online": accuracy - 0.1, "random": 0.3}
+        return {"encoders": {name: {"accuracy": v, "standard_error": 0.01} for name, v in encoders.items()}}
+
+    names = {"ema": "EMA", "online": "online", "random": "random"}
+    curves.over_clips_png({"k400": [(10, record(0.4)), (20, record(0.6))], "ssv2": [(10, record(0.5))]}, names)
+    panel = drawn[0].axes[0]
+    assert panel.lines[0].get_xydata().tolist() == [[10, 0.4], [20, 0.6]]  # type: ignore[union-attr]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["random", "EMA", "online"]  # type: ignore[union-attr]
+    assert [axes.get_title(loc="left").split(":")[0] for axes in drawn[0].axes[:2]] == ["k400", "ssv2"]
+
+
+def test_accuracy_over_size_joins_what_two_runs_share(drawn: list[Figure]) -> None:
+    runs = [
+        Reached("b", "large", 300_000_000, 1, {"k400[a]": 0.8, "ssv2[a]": 0.6}),
+        Reached("a", "small", 30_000_000, 1, {"k400[a]": 0.7}),
+    ]
+    Image.open(io.BytesIO(curves.over_size_png(runs))).verify()
+    assert [axes.get_title(loc="left").split(":")[0] for axes in drawn[0].axes if axes.axison] == ["k400[a]"]
+    assert drawn[0].axes[0].lines[0].get_xydata().tolist() == [[30, 0.7], [300, 0.8]]  # type: ignore[union-attr]
+    Image.open(io.BytesIO(curves.over_size_png([]))).verify()
 
 
 def test_t_sne_keeps_groups_apart_and_is_repeatable() -> None:

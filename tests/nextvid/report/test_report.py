@@ -2,15 +2,18 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nextvid.config.project import Project
+from nextvid.config.recipe import draws_before
 from nextvid.evaluate.probes import make_probes
 from nextvid.evaluate.samples import make_samples
 from nextvid.report import scores
+from nextvid.report.page import Picture
 from nextvid.report.report import build_card, gather, make_report
 from nextvid.report.scores import Score
 from nextvid.train.run import find_run
@@ -102,3 +105,26 @@ def test_a_gain_is_claimed_beyond_two_standard_errors_only() -> None:
     assert "+12.4 points, 6.3 standard errors" in clear
     assert "within two standard errors (4.4)" in unclear
     assert "−12.4" in scores.headline(score(0.659, 0.783, 0.014))
+
+
+def test_scores_of_earlier_checkpoints_become_a_curve_over_clips(scored: Project, own_copy: Project) -> None:
+    run = find_run(own_copy, RECIPE)
+    folder = Path(own_copy.root.probes(RECIPE, run.id))
+    shutil.copytree(scored.root.probes(RECIPE, run.id), folder)
+    shutil.copytree(scored.root.samples(RECIPE, run.id), own_copy.root.samples(RECIPE, run.id))
+    last = next(folder.rglob("score.json"))
+    before = gather(own_copy, run)
+    assert before.history == {}
+    for number, (step, changes) in enumerate(
+        [(2, {}), (1, {"rows": "of other rows"})]
+    ):  # written later, of earlier steps
+        record = json.loads(last.read_text()) | {"checkpoint": f"step_{step:09d}"} | changes
+        other = shutil.copytree(last.parent, last.parents[1] / f"{number:032d}")
+        (other / "score.json").write_text(json.dumps(record))
+    found = gather(own_copy, run)
+    assert found.scores[0].path == before.scores[0].path, "the last checkpoint's is the score"
+    clips = [draws_before(run.recipe.stages, step) for step in (2, 5)]
+    assert [seen for seen, _ in found.history["species"]] == clips
+    card = build_card(found)
+    names = [block.name for block in card.sections[0].blocks if isinstance(block, Picture)]
+    assert names == ["scores_over_clips", "tsne_species"]
