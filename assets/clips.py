@@ -13,4 +13,4 @@ def clips(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.Mat
     """Make the table of one batch."""
     from nextvid.corpus.clips import make_clips
 
-    return batch_table(project, "clips", context.partition_key, make_clips, schemas.Clips)
+    return batch_table(context, project, "clips", make_clips, schemas.Clips)

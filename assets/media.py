@@ -13,4 +13,4 @@ def media(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.Mat
     """Make the table of one batch."""
     from nextvid.corpus.media import make_media
 
-    return batch_table(project, "media", context.partition_key, make_media, schemas.Media)
+    return batch_table(context, project, "media", make_media, schemas.Media)

@@ -1,10 +1,12 @@
 """The asset `pretrain`."""
 
+from pathlib import Path
+
 import dagster as dg
 
 from assets.declare import asset
 from assets.launchpad import fields
-from assets.reporting import readable_errors, traced
+from assets.reporting import picture_markdown, readable_errors, traced
 from assets.resources import ProjectResource, TrainerResource
 from assets.training_run import launch_of, made_from, tag_run
 from nextvid.config.overrides import apply_how, as_overrides
@@ -41,6 +43,8 @@ def pretrain(
     context: dg.AssetExecutionContext, project: ProjectResource, trainer: TrainerResource
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Prepare the run, train until it is complete, check what is on disk."""
+    from nextvid.report.training import curves_png
+    from nextvid.train.events import read_events
     from nextvid.train.pretrain import finish_run, prepare_run
 
     opened, recipe, options = project.open(), context.partition_key, context.op_execution_context.op_config
@@ -55,9 +59,11 @@ def pretrain(
             trainset=options["trainset"] or None,
         )
         context.log.info(f"run {run.run_id} in {run.folder}")
-        tag_run(context, run.run_id)
+        tag_run(context, run.run_id, run.trainset)
         if not run.complete:
             trainer.train(context, run)
         outcome = finish_run(opened, recipe, run.run_id, made=not run.complete)
         read = {name: str(outcome.numbers[name]) for name in ("trainset", "mask_plan")}
-        return made_from(traced(opened, outcome), read)
+        curves = dg.MetadataValue.md(picture_markdown(curves_png(read_events(Path(run.folder))), "training curves"))
+        reported = made_from(traced(opened, outcome), read)
+        return reported._replace(metadata={**(reported.metadata or {}), "training curves": curves})

@@ -13,6 +13,7 @@ from PIL import Image
 
 from assets.resources import ProjectResource
 from nextvid.config.project import Project
+from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
 from storage import atomic
 from storage.errors import NExTVidError
@@ -20,6 +21,7 @@ from storage.root import Table
 from storage.tables import read_table
 
 PREVIEW_ROWS, PREVIEW_DIGITS, PREVIEW_CHARACTERS = 5, 8, 40  # our choice: what fits a screen and 2 kB of an event
+BACKFILL = "dagster/backfill"  # tag of the runs of a backfill
 PREVIEW_WIDTH = 960  # pixels, our choice: an event with a picture 640 pixels wide has 5 kB
 
 
@@ -77,19 +79,32 @@ def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]
     )
 
 
+def open_batch(context: dg.AssetExecutionContext, project: ProjectResource) -> tuple[Project, str]:
+    """The project, and the batch that a step is about. A run that a person launched gets the tags that a sensor's has.
+
+    Raises ConfigError for a batch that no listing made.
+    """
+    from nextvid.corpus.sources import refuse_unknown
+
+    opened, batch = project.open(), context.partition_key
+    refuse_unknown(opened, batch)
+    run = context.run
+    tags = {"dataset": dataset_of(batch), "reason": "backfill" if BACKFILL in run.tags else "launched by hand"}
+    if missing := {name: value for name, value in tags.items() if name not in run.tags}:
+        context.instance.add_run_tags(run.run_id, missing)
+    return opened, batch
+
+
 def batch_table(
+    context: dg.AssetExecutionContext,
     project: ProjectResource,
     noun: Table,
-    batch: str,
     make: Callable[[Project, str], Outcome],
     schema: type[dy.Schema],
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make one table of a batch; report it with its first rows."""
-    from nextvid.corpus.sources import refuse_unknown
-
     with readable_errors():
-        opened = project.open()
-        refuse_unknown(opened, batch)
+        opened, batch = open_batch(context, project)
         reported = result(make(opened, batch))
         rows = preview(read_table(opened.root.table(noun, batch), schema))
         return reported._replace(metadata={**(reported.metadata or {}), "first rows": rows})

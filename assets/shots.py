@@ -13,4 +13,4 @@ def shots(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.Mat
     """Make the table of one batch."""
     from nextvid.corpus.shots import make_shots
 
-    return batch_table(project, "shots", context.partition_key, make_shots, schemas.Shots)
+    return batch_table(context, project, "shots", make_shots, schemas.Shots)

@@ -42,9 +42,9 @@ def launch_of(context: dg.AssetExecutionContext) -> str:
     return context.run.root_run_id or context.run.run_id
 
 
-def tag_run(context: dg.AssetExecutionContext, run: str) -> None:
-    """Tag the Dagster run with the id of the training run that it makes or looks at."""
-    context.instance.add_run_tags(context.run.run_id, {TAG: run})
+def tag_run(context: dg.AssetExecutionContext, run: str, trainset: str) -> None:
+    """Tag the Dagster run with the id of the training run that it makes or looks at, and with that run's trainset."""
+    context.instance.add_run_tags(context.run.run_id, {TAG: run, "trainset": trainset})
 
 
 def made_from(result: dg.MaterializeResult, versions: Mapping[str, str]) -> dg.MaterializeResult:  # type: ignore[type-arg]
@@ -70,8 +70,9 @@ def evaluate(
         }  # the newest last
         launched = opened.root.launch(recipe, launch_of(context))
         named = config.run_id or (atomic.read_json(launched)["run"] if atomic.exists(launched) else None)
-        run = find_run(opened, recipe, named or next(reversed(materialised), None)).id
-        tag_run(context, run)
+        found = find_run(opened, recipe, named or next(reversed(materialised), None))
+        run = found.id
+        tag_run(context, run, found.trainset)
         reported = traced(opened, make(opened, recipe, run))
         if run not in materialised:
             return reported

@@ -51,6 +51,7 @@ class PreparedRun:
     """A run that is ready to start: with `command`, and `env` added to the environment."""
 
     run_id: str
+    trainset: str  # digest
     folder: str
     command: list[str]
     complete: bool
@@ -111,7 +112,9 @@ def prepare_run(
         *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
         *("--run", run.id),
     ]
-    return PreparedRun(run.id, str(run.folder), command, run.complete, _environment(how), how.ranks, how.device)
+    return PreparedRun(
+        run.id, run.trainset, str(run.folder), command, run.complete, _environment(how), how.ranks, how.device
+    )
 
 
 def make_pretrain(

@@ -36,7 +36,7 @@ def step(prepared: PreparedRun) -> dg.ExecuteInProcessResult:
 
 def prepared(folder: Path, code: str, *arguments: str) -> PreparedRun:
     """A run whose command is a line of Python."""
-    return PreparedRun("0" * 12, str(folder), [sys.executable, "-c", code, *arguments], False)
+    return PreparedRun("0" * 12, "0" * 32, str(folder), [sys.executable, "-c", code, *arguments], False)
 
 
 def gone(process: int, within_s: float = 10.0) -> bool:

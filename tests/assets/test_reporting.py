@@ -131,8 +131,10 @@ def test_the_red_check_of_a_stopped_batch_stays_red_when_another_passes(tmp_path
             job.execute_in_process(
                 instance=instance, partition_key=batch, asset_selection=[dg.AssetKey("media")], raise_on_error=False
             )
+        launched = instance.get_runs(dg.RunsFilter(tags={"dataset": "bad", "reason": "launched by hand"}))
         key = dg.AssetCheckKey(dg.AssetKey("media"), "quarantined_within_budget")
         found = instance.event_log_storage.get_asset_check_partition_info([key])
+    assert [run.tags["dagster/partition"] for run in launched] == ["bad.000000"]
     assert {one.partition_key: one.latest_execution_status.name for one in found if one.latest_execution_status} == {
         "bad.000000": "FAILED", "good.000000": "SUCCEEDED"
     }  # fmt: skip

@@ -177,6 +177,9 @@ def test_a_failed_run_resumes_though_the_trainset_moved(graph: Graph) -> None:
     assert made.materialization.tags
     assert made.materialization.tags["dagster/input_data_version/trainset"] == before
     assert open_run(begun).trainset == before
+    (tagged,) = graph.instance.get_runs(dg.RunsFilter(tags={"training_run": begun.name, "trainset": before}), limit=1)
+    assert tagged.run_id == relaunched.run_id
+    assert "data:image/jpeg;base64," in str(made.materialization.metadata["training curves"].value)
     assert before in str(made.materialization.metadata["lineage"].value)
     assert graph.stale("pretrain") == {"pretrain": "STALE"}, "it was trained on an earlier trainset"
 

@@ -101,7 +101,7 @@ def test_killed_holders_give_way_to_those_that_wait_in_turn() -> None:
 
 def test_training_takes_its_devices_from_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = f"import os; open({str(tmp_path / 'seen')!r}, 'w').write(os.environ[{VISIBLE!r}])"
-    run = PreparedRun("0" * 12, str(tmp_path), [sys.executable, "-c", code], complete=False)
+    run = PreparedRun("0" * 12, "0" * 32, str(tmp_path), [sys.executable, "-c", code], complete=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with leased_devices(1, "auto", "probes demo", stop) as first:
         assert first == ["cuda:0"]
