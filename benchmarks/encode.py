@@ -77,7 +77,7 @@ def main(
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="nextvid-encode-") as top:
-        films = _films(Path(top, "films"), 2 if quick else 8)
+        films = films_of_noise(Path(top, "films"), 2 if quick else 8)
         weights = _vavae(Path(top, "vavae"))
         pixels, rows_of_two, turns = (64, 64, 1) if quick else (256, 48, 2)
         vavae = Load("VA-VAE shape", weights, side or pixels, 2, rows_of_two, 8, turns)
@@ -261,7 +261,7 @@ def _row(number: int, films: Sequence[Path], media: Sequence[bytes], frames: int
     }
 
 
-def _films(folder: Path, count: int) -> tuple[Path, ...]:
+def films_of_noise(folder: Path, count: int) -> tuple[Path, ...]:
     """Videos of drifting noise, H.264 as x264 writes it by default.
 
     Noise, since random weights decode to pictures that resemble nothing: a shift or a flip of it is no likelier than

@@ -7,21 +7,22 @@
     model/     the paper, one file per box of Fig. 2   lineage/   which data made what
     planning/  what is missing and what it costs       making/    what all makers share
 
-`nextvid.load_encoder(path)` opens an exported encoder.
+`nextvid.load_encoder(path)` opens an exported encoder, `nextvid.NExTVidEncoder.from_pretrained` one of the Hub too.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nextvid.features.encoder import NExTVidEncoder as NExTVidEncoder
     from nextvid.features.encoder import load_encoder as load_encoder
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Resolve `load_encoder` when it is asked for, so that importing the package costs no torch."""
-    if name == "load_encoder":
-        from nextvid.features.encoder import load_encoder
+    """Resolve the public names when they are asked for, so that importing the package costs no torch."""
+    if name in ("load_encoder", "NExTVidEncoder"):
+        from nextvid.features import encoder
 
-        return load_encoder
+        return getattr(encoder, name)
     raise AttributeError(f"module 'nextvid' has no attribute '{name}'")

@@ -271,12 +271,17 @@ def export(
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="a folder that does not exist yet")],
     corpus: Corpus = None,
 ) -> None:
-    """Copy the EMA encoder of a run to a folder that nextvid.load_encoder opens."""
+    """Copy the EMA encoder of a run to a folder that nextvid.load_encoder opens, with its model card."""
     from nextvid.features.encoder import copy_encoder
     from nextvid.lineage.compare import find
+    from nextvid.report.hub_card import hub_card
+    from nextvid.train.run import open_run
 
-    facts = find(open_project(corpus), run)
-    copy_encoder(Path(facts.folder, "encoder"), Path(out))
+    project = open_project(corpus)
+    facts = find(project, run)
+    folder = Path(facts.folder)
+    readme = hub_card(project, open_run(folder)) if (folder / "encoder").is_dir() else None
+    copy_encoder(folder / "encoder", Path(out), readme)
     print(f"encoder of run {facts.run} (recipe {facts.recipe}, trainset {facts.trainset}) in {out}")
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from jaxtyping import Float, UInt8
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nextvid.config.datasets import ClipPolicy
@@ -24,19 +26,24 @@ from nextvid.config.strict import parse
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.decode_task import CropBox, cropped
 from nextvid.encode.frames import Decoding
+from nextvid.features.card import CARD, PAPER, card
 from nextvid.features.windows import Windows
 from nextvid.model.encoder import Encoder
 from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
 from nextvid.train.checkpoint import fill, load_tensors
 from nextvid.train.export import AUTOENCODER, FORMAT, WEIGHTS
 from storage import atomic
-from storage.errors import ConfigError, MediaError, RefusedError, UpstreamError
+from storage.errors import ConfigError, ConflictError, MediaError, RefusedError, UpstreamError
 
 Clips = UInt8[Tensor, "B F R R 3"]
 
 
-class NExTVidEncoder(nn.Module):
-    """A frozen encoder in evaluation mode, with the statistics of its training latents."""
+class NExTVidEncoder(nn.Module, PyTorchModelHubMixin, library_name="nextvid", paper_url=PAPER):
+    """A frozen encoder in evaluation mode, with the statistics of its training latents.
+
+    `from_pretrained` opens a folder, without network, or a repository of the Hub; `save_pretrained` writes a folder,
+    `push_to_hub` a repository. Weights are safetensors, never a pickle.
+    """
 
     mean: Tensor
     std: Tensor
@@ -49,6 +56,7 @@ class NExTVidEncoder(nn.Module):
         self.autoencoder: Autoencoder | None = None
         self.resolution = 0  # pixels a side of the frames of training
         self.clip: ClipPolicy | None = None  # of training: frames, rate, crop; None in folders of earlier versions
+        self.folder: Path | None = None  # where it was loaded from
         self.eval().requires_grad_(False)
 
     @property
@@ -152,6 +160,61 @@ class NExTVidEncoder(nn.Module):
         shown = [repeated(one.frames, windows.policy.frames) for one in pictures if one.frames is not None]
         return torch.from_numpy(np.stack(shown))
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # no arguments of a constructor
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str = "cpu",
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> "NExTVidEncoder":
+        """As `load_encoder`, of a folder or a repository of the Hub, which is downloaded once."""
+        if Path(pretrained_model_name_or_path).is_dir():
+            return load_encoder(pretrained_model_name_or_path, device)
+        try:
+            folder = snapshot_download(
+                str(pretrained_model_name_or_path),
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=["*.json", "*.safetensors", CARD],
+            )
+        except (OSError, ValueError) as error:  # of the network, of the Hub, and for a name that no repository has
+            raise UpstreamError(
+                f"{pretrained_model_name_or_path} is no folder, and the Hub gives no such repository: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        return load_encoder(folder, device)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:  # noqa: ANN401 - the mixin's
+        """Write a folder that `from_pretrained` and `load_encoder` open. Raises ConflictError for the encoder's own."""
+        if self.folder is not None and Path(save_directory).absolute() == self.folder.absolute():
+            raise ConflictError(f"{save_directory} is the folder that this encoder was loaded from: name another")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """The weights as they are now; config.json, autoencoder and model card of the folder that it came from."""
+        assert self.folder is not None, "an encoder that was loaded"
+        weights = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
+        with atomic.staged_file(str(save_directory / WEIGHTS)) as staged:
+            save_file(weights, staged)
+        if self.autoencoder is not None:
+            shutil.copytree(self.folder / AUTOENCODER, save_directory / AUTOENCODER, dirs_exist_ok=True)
+        if (self.folder / CARD).is_file():
+            shutil.copy(self.folder / CARD, save_directory / CARD)
+        shutil.copy(self.folder / "config.json", save_directory / "config.json")
+
+    def generate_model_card(self, *_: object, **__: object) -> ModelCard:
+        """The card of an encoder whose folder has none: what config.json says."""
+        assert self.folder is not None, "an encoder that was loaded"
+        return ModelCard(card(atomic.read_json(str(self.folder / "config.json"))))
+
     def _sized(self, frames: UInt8[Tensor, "B F H W 3"], resize: bool) -> Clips:
         """Frames at the resolution of training: the square in the middle, resized as the pipeline does."""
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
@@ -182,8 +245,10 @@ def repeated(frames: UInt8[np.ndarray, "f R R 3"], count: int) -> UInt8[np.ndarr
     return frames.repeat(count, axis=0) if len(frames) == 1 else frames
 
 
-def copy_encoder(folder: Path, out: Path) -> NExTVidEncoder:
+def copy_encoder(folder: Path, out: Path, readme: str | None = None) -> NExTVidEncoder:
     """Copy an exported encoder to a new folder and open the copy, so that damage is found before it is published.
+
+    `readme` is its model card.
 
     Raises what `load_encoder` does, and ConflictError if `out` exists.
     """
@@ -191,6 +256,8 @@ def copy_encoder(folder: Path, out: Path) -> NExTVidEncoder:
         raise UpstreamError(f"{folder} has no exported encoder yet: the run writes it when it is complete")
     with atomic.staged_folder(str(out.absolute())) as staged:
         shutil.copytree(folder, staged, dirs_exist_ok=True)
+        if readme is not None:
+            (staged / CARD).write_text(readme, encoding="utf-8")
         return load_encoder(staged)
 
 
@@ -238,5 +305,5 @@ def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
     fill(found, folder / WEIGHTS)
     if facts.carries_autoencoder:
         found.autoencoder = Autoencoder.load(folder / AUTOENCODER, device, facts.precision)
-    found.resolution, found.clip = facts.resolution, facts.clip
+    found.resolution, found.clip, found.folder = facts.resolution, facts.clip, folder
     return found.to(device)

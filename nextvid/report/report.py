@@ -82,22 +82,30 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
     )
 
 
+def scores_of_run(project: Project, run: Run) -> dict[str, list[tuple[int, Path, dict[str, Any]]]]:
+    """By configured benchmark, the scores of a run as (step, path, record): of the last checkpoint, the newest last."""
+    found: dict[str, list[tuple[int, int, Path, dict[str, Any]]]] = {}
+    for path in Path(project.root.probes(run.recipe.name, run.id)).rglob("score.json"):
+        record = atomic.read_json(str(path))
+        if record["benchmark"] in project.corpus.benchmarks:
+            one = (step_of(Path(record["checkpoint"])), path.stat().st_mtime_ns, path, record)
+            found.setdefault(record["benchmark"], []).append(one)
+    return {
+        name: [(step, path, record) for step, _, path, record in sorted(ones, key=lambda one: one[:2])]
+        for name, ones in sorted(found.items())
+    }
+
+
 def gather(project: Project, run: Run) -> Gathered:
     """Read what the report shows. Raises UpstreamError with what to make first."""
     root, recipe = project.root, run.recipe
-    newest: dict[str, Path] = {}  # by benchmark, of the last checkpoint the score that was written last
+    newest: dict[str, Path] = {}
     history: dict[str, list[Scored]] = {}
-    by_benchmark: dict[str, list[tuple[int, int, Path, dict[str, Any]]]] = {}
-    for path in Path(root.probes(recipe.name, run.id)).rglob("score.json"):
-        record = atomic.read_json(str(path))
-        found = (step_of(Path(record["checkpoint"])), path.stat().st_mtime_ns, path, record)
-        by_benchmark.setdefault(record["benchmark"], []).append(found)
-    for name in sorted(project.corpus.benchmarks.keys() & by_benchmark.keys()):
-        ordered = sorted(by_benchmark[name], key=lambda found: found[:2])
-        newest[name], last = ordered[-1][2:]
+    for name, ordered in scores_of_run(project, run).items():
+        _, newest[name], last = ordered[-1]
         alike = {
             step: (draws_before(recipe.stages, step), record)
-            for step, _, _, record in ordered
+            for step, _, record in ordered
             if all(record[key] == last[key] for key in ("rows", "settings"))
         }
         if len(alike) > 1:

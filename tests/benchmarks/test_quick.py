@@ -22,6 +22,7 @@ BENCHMARKS = (
     "duplicates",
     "sandbox",
     "encode",
+    "features",
     "input",
     "attention",
     "step",
