@@ -69,7 +69,7 @@ def test_the_card_names_data_licences_scores_and_trainset(own_copy: Project, nex
     run = find_run(own_copy, RECIPE)
     score = {
         "benchmark": "species",
-        "checkpoint": "checkpoints/step-000005",
+        "checkpoint": "step_000000005",
         "encoders": {"ema": {"accuracy": 0.75, "standard_error": 0.02}, "random": {"accuracy": 0.5}},
         "clips": {"test": 40},
     }
