@@ -117,8 +117,10 @@ def _stages(path: Path, facts: MediaFacts, config: ShotConfig) -> dict[str, floa
     looks: list[Look] = []
 
     def sample() -> None:
-        sampler = Sampler(planes[0], facts.display)
-        looks.extend(sampler.measure(pairs[n][0], planes[n], thumbs[n])[1] for n in range(0, len(pairs), step))
+        sampler = Sampler(facts.display)
+        looks.extend(
+            sampler.measure(pairs[n][0], sampler.grey(planes[n]), thumbs[n])[1] for n in range(0, len(pairs), step)
+        )
 
     def detect() -> None:
         for (time_us, _), thumb in zip(pairs, thumbs, strict=True):

@@ -68,9 +68,7 @@ class PlaneReader:
             )
         full = frame.format.name.startswith("yuvj") or frame.color_range == FULL_RANGE
         y, cb, cr = (
-            np.frombuffer(memoryview(plane), np.uint8)[: plane.line_size * plane.height].reshape(
-                plane.height, plane.line_size
-            )[:, : plane.width]
+            np.ndarray((plane.height, plane.width), np.uint8, memoryview(plane), strides=(plane.line_size, 1))
             for plane in frame.planes
         )
         return Planes(y, cb, cr, full)

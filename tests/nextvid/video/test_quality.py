@@ -20,8 +20,8 @@ def measured(images: list[np.ndarray], step_us: int = 250_000) -> list[Sample]:
     frames = [av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24") for image in images]
     read = PlaneReader(GREY_SIDE)
     planes = [read(frame) for frame in frames]
-    sampler = Sampler(planes[0], DISPLAYED_AS_STORED)
-    return [sampler.measure(n * step_us, seen, seen.thumbnail(80, 45))[0] for n, seen in enumerate(planes)]
+    sampler = Sampler(DISPLAYED_AS_STORED)
+    return [sampler.measure(n * step_us, sampler.grey(one), one.thumbnail(80, 45))[0] for n, one in enumerate(planes)]
 
 
 def panned(pixels: int, count: int = 5) -> list[np.ndarray]:
