@@ -6,6 +6,7 @@ flat or symmetric picture the waves differ by rounding alone: sums are taken in 
 every bit is equal to its bit (docs/decisions/0034).
 """
 
+import functools
 import math
 
 import numpy as np
@@ -48,7 +49,7 @@ def _reduced(luma: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "64 64"]:
     if luma.shape == (SIDE, SIDE):
         return luma.astype(np.float32)
     if max(luma.shape) <= TENT_SIDE:
-        return _tent(_tent(luma.astype(np.int32)).T).T.astype(np.float32) / np.float32(16)
+        return _tent(_tent(luma.astype(np.int16)).T).T.astype(np.float32) / np.float32(16)  # sums are below 16 x 256
     picture = luma.astype(np.float32)
     for _ in range(2):
         picture = _box(np.ascontiguousarray(_box(np.ascontiguousarray(picture.T)).T))
@@ -57,9 +58,15 @@ def _reduced(luma: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "64 64"]:
 
 def _tent(lines: Int[np.ndarray, "n m"]) -> Int[np.ndarray, "64 m"]:
     """Four times what two passes of `_box` leave of the picked lines, where the box holds one line or two."""
-    last, picks, step = len(lines) - 1, _picks(len(lines)), _window(len(lines)) - 1
-    sides = lines[picks] + lines[np.minimum(picks + 2 * step, last)]
-    return sides + 2 * lines[np.minimum(picks + step, last)]
+    first, middle, last = (lines.take(taps, axis=0) for taps in _taps(len(lines)))
+    return first + last + 2 * middle
+
+
+@functools.cache
+def _taps(count: int) -> tuple[Int[np.ndarray, "64"], ...]:
+    """First, middle and last line of the tent around each picked one."""
+    picks, step = _picks(count), _window(count) - 1
+    return tuple(np.minimum(picks + n * step, count - 1) for n in range(3))
 
 
 def _box(lines: Float32[np.ndarray, "n m"]) -> Float32[np.ndarray, "n m"]:
@@ -95,6 +102,6 @@ def _cosine_transform(lines: Float32[np.ndarray, "64 m"]) -> Float32[np.ndarray,
 
 def _quality(reduced: Float32[np.ndarray, "64 64"]) -> int:
     """How much there is to see: the sum of gradients, each in whole hundredths of the grey scale."""
-    steps = [np.diff(reduced, axis=axis) * np.float32(100) / np.float32(255) for axis in (0, 1)]
-    gradients = sum(int(np.abs(step.astype(np.int32)).sum()) for step in steps)
+    steps = (reduced[1:] - reduced[:-1], reduced[:, 1:] - reduced[:, :-1])
+    gradients = sum(int(np.abs((step * np.float32(100) / np.float32(255)).astype(np.int32)).sum()) for step in steps)
     return min(gradients // GRADIENTS_PER_POINT, 100)

@@ -48,7 +48,12 @@ class Planes:
     def grey(self, width: int, height: int) -> Plane:
         """Y in full range, reduced to width x height."""
         scaled = _reduced(self.y, width, height)
-        return scaled if self.full_range else cv2.LUT(scaled, LUMA_RANGE)
+        return scaled if self.full_range else in_full_range(scaled)
+
+
+def in_full_range(luma: Plane) -> Plane:
+    """LUMA_RANGE by arithmetic, faster for a large picture."""
+    return cv2.convertScaleAbs(cv2.subtract(luma, 16), alpha=255 / 219)
 
 
 class PlaneReader:

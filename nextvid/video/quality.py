@@ -86,8 +86,8 @@ class Sampler:
         if not self._sizes:
             height, width = planes.y.shape
             width, height = replace(self._display, turns=0).size(width, height)
-            grey = _shrunk(width, height, GREY_SIDE / min(width, height))
-            small = tuple(max(1, round(side * FLOW_SIDE / min(width, height))) for side in (width, height))
+            grey, shrink = _shrunk(width, height, GREY_SIDE / min(width, height)), FLOW_SIDE / min(width, height)
+            small = (max(1, round(width * shrink)), max(1, round(height * shrink)))
             self._sizes = (grey, _shrunk(*grey, PICTURE_SIDE / max(grey)), small)
         return planes.grey(*self._sizes[0])
 
@@ -115,7 +115,9 @@ class Sampler:
             motion=motion,
             bars=_bars(self._display.upright(grey)),
         )
-        return sample, Look(self._display.upright(picture), np.array([self._display.upright(plane) for plane in chroma]))
+        return sample, Look(
+            self._display.upright(picture), np.array([self._display.upright(plane) for plane in chroma])
+        )
 
 
 def _shrunk(width: int, height: int, share: float) -> tuple[int, int]:
@@ -180,7 +182,11 @@ def _laplacian_variance(grey: UInt8[np.ndarray, "h w"]) -> float:
 def _bars(grey: UInt8[np.ndarray, "h w"]) -> tuple[float, float, float, float] | None:
     """Shares of the frame that are flat and black at top, bottom, left, right."""
     if min(cv2.mean(edge)[0] for edge in (grey[:1], grey[-1:], grey[:, :1], grey[:, -1:])) > BAR_MEAN + 1:
-        return 0.0, 0.0, 0.0, 0.0  # no bar begins at any edge, as in most pictures
+        return 0.0, 0.0, 0.0, 0.0  # in most pictures no bar begins at any edge
+    return _bars_by_lines(grey)
+
+
+def _bars_by_lines(grey: UInt8[np.ndarray, "h w"]) -> tuple[float, float, float, float] | None:
     rows = _dark(grey, axis=1)
     columns = _dark(grey, axis=0)
     if rows.all() or columns.all():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nextvid.video.container import Scaler
-from nextvid.video.planes import PLANAR, PlaneReader
+from nextvid.video.planes import LUMA_RANGE, PLANAR, PlaneReader, in_full_range
 from tests.nextvid.video.splices import scene
 
 IMAGE = scene(4, 1, 320, 240)[0]
@@ -68,3 +68,8 @@ def test_ranges_meet_in_black_and_white() -> None:
             thumb = PlaneReader(256)(frame_in(pixel_format, flat)).thumbnail(8, 6)
             assert np.abs(thumb[:6].astype(int) - value).max() <= 1
             assert np.abs(thumb[6:].astype(int) - 128).max() <= 1
+
+
+def test_arithmetic_is_the_table_of_the_range() -> None:
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(in_full_range(every), LUMA_RANGE[every])

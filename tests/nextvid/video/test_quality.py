@@ -6,10 +6,22 @@ import av
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nextvid.video.display import DISPLAYED_AS_STORED
 from nextvid.video.planes import PlaneReader
-from nextvid.video.quality import GREY_SIDE, Box, Sample, Sampler, crop_box, perceptual_hash, scores
+from nextvid.video.quality import (
+    GREY_SIDE,
+    Box,
+    Sample,
+    Sampler,
+    _bars,
+    _bars_by_lines,
+    crop_box,
+    perceptual_hash,
+    scores,
+)
 
 RNG = np.random.default_rng(0)
 TEXTURE = cv2.GaussianBlur(RNG.integers(0, 255, (400, 600, 3), dtype=np.uint8), (0, 0), 3)
@@ -112,3 +124,15 @@ def test_the_hash_is_of_what_the_box_shows() -> None:
     assert (bits[0] != bits[1]).sum() <= 2
     assert (bits[0] != bits[2]).sum() > 31
     assert perceptual_hash(np.full((90, 160), 99, np.uint8), Box(0, 0, 160, 90), 160, 90)[1] < 50
+
+
+@given(
+    st.lists(st.integers(0, 20), min_size=4, max_size=4), st.sampled_from([0, 16, 23, 24, 25, 26, 90]), st.booleans()
+)
+def test_edges_tell_whether_lines_need_to_be_looked_at(sides: list[int], level: int, rough: bool) -> None:
+    picture = np.full((40, 50), 24 if level > 24 else 90, np.uint8)
+    top, bottom, left, right = sides
+    for bar in (picture[:top], picture[40 - bottom :], picture[:, :left], picture[:, 50 - right :]):
+        bar[:] = level
+        bar[:, ::2] += np.uint8(20 * rough)
+    assert _bars(picture) == _bars_by_lines(picture)
