@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from nextvid.config.recipe import ModelConfig
 from nextvid.model.attention import Attend, CrossAttention, Mlp, SelfAttention, rotary
-from nextvid.model.encoder import NORM_EPS, causal, normed
+from nextvid.model.encoder import NORM_EPS, WIDE, WIDE_STD, causal, normed
 
 MLP_RATIO = 4  # DiT, docs/method.md 6.1
 SINUSOID = 256  # width of the timestep's sinusoid, DiT
@@ -120,11 +120,12 @@ class FlowDecoder(nn.Module):
         self.time = TimeEmbedding(config.width)
         self.blocks = nn.ModuleList(DiTBlock(config.width, config.heads) for _ in range(config.depth))
         self.head = Head(config.width, model.target_channels)
-        initialise_dit(self)
-        # together the two are one linear layer on concatenated channels, with its Xavier initialisation
-        bound = math.sqrt(6.0 / (condition_width(model) + model.target_channels + config.width))
-        for embed in (self.embed_condition, self.embed_noisy):
-            nn.init.uniform_(embed.weight, -bound, bound)
+        initialise_dit(self, model.encoder.width)
+        if model.encoder.width < WIDE:
+            # together the two are one linear layer on concatenated channels, with its Xavier initialisation
+            bound = math.sqrt(6.0 / (condition_width(model) + model.target_channels + config.width))
+            for embed in (self.embed_condition, self.embed_noisy):
+                nn.init.uniform_(embed.weight, -bound, bound)
 
     def forward(
         self,
@@ -202,7 +203,7 @@ class CrossFlowDecoder(nn.Module):
         joined = config.kind == "xattn_self"
         self.blocks = nn.ModuleList(CrossBlock(config.width, config.heads, joined) for _ in range(config.depth))
         self.head = Head(config.width, model.target_channels)
-        initialise_dit(self)
+        initialise_dit(self, model.encoder.width)
 
     def forward(
         self,
@@ -228,8 +229,11 @@ class CrossFlowDecoder(nn.Module):
         return rearrange(self.head(x, time), "(k b) f n c -> k b f n c", k=copies)
 
 
-def initialise_dit(module: nn.Module) -> None:
-    """Xavier-uniform linears, timestep MLP normal 0.02, zero modulations and output layer (docs/method.md 6.1)."""
+def initialise_dit(module: nn.Module, encoder_width: int) -> None:
+    """Timestep MLP normal 0.02, zero modulations and output layer; other linears Xavier-uniform, as DiT.
+
+    After a wide encoder these are normal 0.02, as the encoder's own (docs/method.md 6.1).
+    """
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
@@ -238,6 +242,8 @@ def initialise_dit(module: nn.Module) -> None:
             nn.init.zeros_(layer.weight)
         elif name.startswith("time."):
             nn.init.normal_(layer.weight, std=EMBED_STD)
+        elif encoder_width >= WIDE:
+            nn.init.trunc_normal_(layer.weight, std=WIDE_STD)
         else:
             nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:

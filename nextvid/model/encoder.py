@@ -1,7 +1,7 @@
 """The context encoder: a frame-causal ViT over visible patches, trained and probed (docs/method.md 3, 5, 6.1).
 
 Patches are gathered before the first linear layer, so masked tokens cost nothing; token ids say which ones it gets. It
-ends in its own affine LayerNorm. The predictor shares its initialisation.
+ends in its own affine LayerNorm. Its width decides how it, the predictor and the decoder are initialised.
 
 Axes: B clips, T tubelets, n tokens per tubelet, L = T*n tokens, i input numbers of a token, D width, p rotated pairs of
 a head; b is B or 1.
@@ -30,7 +30,7 @@ from nextvid.model.attention import (
 )
 
 NORM_EPS = 1e-6  # docs/method.md 6.1
-WIDE = 512  # from this width on std 0.02, below it 1/sqrt(fan_in): docs/method.md 6.1
+WIDE = 512  # an encoder of this width or wider, and what reads it, starts with std 0.02: docs/method.md 6.1
 WIDE_STD = 0.02  # docs/method.md 6.1
 PIXEL_CHANNELS = 3
 
@@ -143,14 +143,15 @@ def causal(model: ModelConfig, frames: int | None, queries: Tensor, keys: Tensor
     return partial(masked_attention, allow=allow_by_id(queries, keys, model.cells, strict))
 
 
-def initialise(module: nn.Module, width: int) -> None:
+def initialise(module: nn.Module, encoder_width: int) -> None:
     """Truncated normal, zero biases, residual outputs of block l (from 1) divided by sqrt(2l).
 
-    As V-JEPA 2's code, whose truncation at +-2 is absolute (docs/method.md 6.1). Blocks are those in `module.blocks`.
+    Std 0.02 in encoder and predictor of a wide encoder, else 1/sqrt(fan_in). As V-JEPA 2's code, whose truncation at
+    +-2 is absolute (docs/method.md 6.1). Blocks are those in `module.blocks`.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            std = WIDE_STD if width >= WIDE else 1.0 / math.sqrt(layer.in_features)
+            std = WIDE_STD if encoder_width >= WIDE else 1.0 / math.sqrt(layer.in_features)
             nn.init.trunc_normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

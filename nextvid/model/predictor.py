@@ -70,7 +70,7 @@ class Predictor(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.out = nn.Linear(config.width, model.encoder.width)
-        initialise(self, config.width)
+        initialise(self, model.encoder.width)
 
     def forward(
         self,

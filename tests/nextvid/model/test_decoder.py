@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextvid.config.recipe import EncoderConfig, ModelConfig
 from nextvid.model.decoder import FlowDecoder, Positions, TimeEmbedding, sinusoid
 from nextvid.model.encoder import all_ids
 from tests.nextvid.model.tiny import CELLS, TUBELETS, tiny_model, tiny_recipe
@@ -94,6 +95,14 @@ def test_zero_start_and_linear_concat() -> None:
     assert float(weight.abs().max()) <= bound
     assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
     assert model.embed_condition.bias is None
+
+
+def test_linears_behind_a_wide_encoder_start_as_it_does() -> None:
+    torch.manual_seed(0)
+    model = FlowDecoder(ModelConfig(encoder=EncoderConfig(depth=1, width=512, heads=8)))
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "modulation" not in name and name != "head.out.weight":
+            assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.05), name
 
 
 def test_trap_06_a_thousand_timesteps_are_told_apart_under_autocast() -> None:
