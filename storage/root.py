@@ -143,9 +143,12 @@ class DataRoot:
         """The pointer to a recipe's newest complete run (JSON)."""
         return f"{self.recipe_folder(recipe)}/latest.json"
 
-    def probe(self, recipe: str, run: str, benchmark: str, digest: str) -> str:
-        """One score: of a run on a benchmark, by the digest of rows, labels, protocol and seed."""
-        return f"{self.probes(recipe, run)}/{_name(benchmark)}/{_hex(digest)}"
+    def probe(self, recipe: str, run: str, step: int, benchmark: str, digest: str) -> str:
+        """One score: of a run's checkpoint on a benchmark, by the digest of rows, labels, protocol and seed.
+
+        Scores of before 0.2 are one folder less deep, without the step: all are of last checkpoints.
+        """
+        return f"{self.probes(recipe, run)}/step_{step:09d}/{_name(benchmark)}/{_hex(digest)}"
 
     def probes(self, recipe: str, run: str) -> str:
         """All scores of a run."""

@@ -34,7 +34,7 @@ from nextvid.model.tokens import (
 )
 from nextvid.train import checkpoint
 from nextvid.train.loader import RowKind
-from nextvid.train.run import Run
+from nextvid.train.run import Run, find_checkpoint
 from nextvid.train.step import autocast, build_model
 from nextvid.trainset.order import fold
 from nextvid.trainset.trainset import Trainset
@@ -73,12 +73,12 @@ class Networks:
     checkpoint: Path
 
 
-def load_networks(run: Run, device: str = "cpu") -> Networks:
-    """The networks of a run's last checkpoint, on a device."""
+def load_networks(run: Run, device: str = "cpu", path: Path | None = None) -> Networks:
+    """The networks of a run's checkpoint, the newest unless named, on a device."""
     model = build_model(run.recipe)
     random = reference_encoder(model.encoder)
     ema = reference_encoder(model.encoder)
-    path = checkpoint.complete(run.checkpoints)[-1]
+    path = path or find_checkpoint(run)
     checkpoint.load(path, run.identity, model, ema)
     frozen = model.eval().requires_grad_(False).to(device)
     return Networks(frozen, {"ema": ema.to(device), "online": frozen.encoder, "random": random.to(device)}, path)

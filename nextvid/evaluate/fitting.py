@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each part
 
 
-def normalise(tokens: Float16[Tensor, "n L D"]) -> Float[Tensor, "n L D"]:
+def normalise(tokens: Float[Tensor, "n L D"]) -> Float[Tensor, "n L D"]:
     """LayerNorm without affine of every token."""
     return functional.layer_norm(tokens.float(), tokens.shape[-1:], eps=LN_EPS)
 
@@ -143,7 +143,7 @@ def _step(
 @torch.no_grad()
 def right_answers(
     probes: Probes,
-    tokens: Float16[Tensor, "n L D"],
+    tokens: Float[Tensor, "n L D"],
     labels: Int[np.ndarray, " n"],
     groups: Int[np.ndarray, " n"],
 ) -> Int[Tensor, "G R"]:
@@ -172,9 +172,9 @@ def whole_groups(groups: Int[np.ndarray, " N"], at_once: int) -> Iterator[Sample
 
 @torch.no_grad()
 def nearest_labels(
-    known: Float16[np.ndarray, "N P"],
+    known: Float[np.ndarray, "N P"],
     labels: Int[np.ndarray, " N"],
-    queries: Float16[np.ndarray, "M P"],
+    queries: Float[np.ndarray, "M P"],
     neighbours: int = NEIGHBOURS,
     device: torch.device | str = "cpu",
 ) -> Int[np.ndarray, " M"]:

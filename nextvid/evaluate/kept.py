@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from einops import rearrange, reduce
-from jaxtyping import Float16
+from jaxtyping import Float
 from torch import Tensor
 
 from nextvid.evaluate.features import FrozenEncoder
@@ -34,7 +34,6 @@ from storage.root import DataRoot
 RECORD = "kept.json"
 FEATURES = "features"
 LOCK = "lock"
-FLOAT16 = np.dtype(np.float16)
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,17 @@ class Kept:
     """What a pass left: how many tokens a sample has, its features if they fit, and vectors by name."""
 
     tokens: int
-    features: Float16[np.ndarray, "N L D"] | None
-    vectors: Mapping[str, Float16[np.ndarray, "N P"]]
+    features: Float[np.ndarray, "N L D"] | None
+    vectors: Mapping[str, Float[np.ndarray, "N P"]]
 
 
 def vectors_of(
-    features: Float16[Tensor, "n L D"], encoder: FrozenEncoder, segments: int
-) -> dict[str, Float16[Tensor, "n P"]]:
+    features: Float[Tensor, "n L D"], encoder: FrozenEncoder, segments: int
+) -> dict[str, Float[Tensor, "n P"]]:
     """What k-NN compares: the mean of all tokens; and that of each time of a clip, one time after the other."""
     axes = {"g": segments, "v": encoder.levels, "t": encoder.times}
     by_time = reduce(features.float(), "n (g v t s) d -> n t d", "mean", **axes)
-    return {"mean": features.float().mean(1).half(), "by_time": rearrange(by_time, "n t d -> n (t d)").half()}
+    return {"mean": features.float().mean(1).to(features.dtype), "by_time": rearrange(by_time, "n t d -> n (t d)").to(features.dtype)}
 
 
 @contextmanager
@@ -88,14 +87,15 @@ def keep(
             assert first is not None, "a benchmark without a sample was planned"
             tokens, width = first[1].shape[1:]
             widths = {name: v.shape[1] for name, v in vectors_of(first[1], encoder, segments).items()}
-            size_bytes = samples * tokens * width * FLOAT16.itemsize
+            size_bytes = samples * first[1][0].nbytes
             fits = bound_bytes > 0 and _room(folder, size_bytes, bound_bytes)
-            record = json.dumps({"tokens": tokens, "width": width, "features": fits, "vectors": widths})
+            facts = {"tokens": tokens, "width": width, "dtype": str(first[1].cpu().numpy().dtype)}
+            record = json.dumps({**facts, "features": fits, "vectors": widths})
         record = ranks.from_first(record)
         assert record is not None, "rank 0 sends the record"
         with ExitStack() as stack:
             names = [*json.loads(record)["vectors"], *([FEATURES] if json.loads(record)["features"] else [])]
-            files = {name: stack.enter_context(_opened(folder / f"{name}.f16")) for name in names}
+            files = {name: stack.enter_context(_opened(folder / f"{name}.bin")) for name in names}
             for chunk, features in itertools.chain([] if first is None else [first], found):
                 contents = {**vectors_of(features, encoder, segments), FEATURES: features}
                 for name, file in files.items():
@@ -115,7 +115,7 @@ def _read(folder: Path, samples: int) -> Kept:
     record = atomic.read_json(str(folder / RECORD))
 
     def mapped(name: str, *shape: int) -> np.ndarray:
-        return np.memmap(folder / f"{name}.f16", FLOAT16, "r", shape=(samples, *shape))
+        return np.memmap(folder / f"{name}.bin", record["dtype"], "r", shape=(samples, *shape))
 
     features = mapped(FEATURES, record["tokens"], record["width"]) if record["features"] else None
     return Kept(record["tokens"], features, {name: mapped(name, width) for name, width in record["vectors"].items()})

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nextvid.config.benchmarks import BenchmarkConfig
@@ -79,7 +79,7 @@ class Scored:
     """The numbers of one encoder, and mean features of the first test samples for pictures."""
 
     numbers: dict[str, Any]
-    pooled: Float16[np.ndarray, "n D"]
+    pooled: Float[np.ndarray, "n D"]
 
 
 def score_encoder(
@@ -194,14 +194,14 @@ def _judge(task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, ra
 class _Nearest:
     """How many test samples k-NN answers rightly, counted QUERIES_AT_ONCE at a time."""
 
-    known: Float16[np.ndarray, "N P"]
+    known: Float[np.ndarray, "N P"]
     labels: Int[np.ndarray, " N"]
     device: torch.device
     right: int = 0
     queries: list[np.ndarray] = field(default_factory=list)
     answers: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, queries: Float16[np.ndarray, "n P"], answers: Int[np.ndarray, " n"]) -> None:
+    def add(self, queries: Float[np.ndarray, "n P"], answers: Int[np.ndarray, " n"]) -> None:
         self.queries.append(queries)
         self.answers.append(answers)
         if sum(map(len, self.queries)) >= QUERIES_AT_ONCE:

@@ -1,8 +1,9 @@
 """Features of a benchmark's samples as they are asked for: read ahead and encoded, or kept in a file and read back.
 
 `Streamed` reads rows as training does (nextvid/train/loader.py) and encodes them at once. `Stored` reads features of
-clips that are not varied from a file (nextvid/evaluate/kept.py). Both give float16, so that heads learn the same from
-either. Segments of a sample follow one another along tokens, never averaged (trap 31 of
+clips that are not varied from a file (nextvid/evaluate/kept.py). Both give them in the precision of `Clips`, so that
+heads learn the same from either: float16 on a GPU, float32 on a CPU, where rounding would move the demo's scores by up to
+.016 (docs/log.md). Segments of a sample follow one another along tokens, never averaged (trap 31 of
 docs/method.md 13).
 
 Axes: N samples of a split, n of those asked for, G segments of a sample, c clips encoded at once, L tokens of a sample,
@@ -18,7 +19,7 @@ import numpy as np
 import polars as pl
 import torch
 from einops import rearrange
-from jaxtyping import Float16, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nextvid.config.benchmarks import Augmentation
@@ -48,6 +49,7 @@ class Clips:
     places: np.ndarray  # ADDRESS or PIXEL_ADDRESS, by row
     segments: int
     device: torch.device
+    precision: torch.dtype  # of features
     threads: int = 1
 
 
@@ -63,12 +65,13 @@ def open_clips(
 ) -> Iterator[Clips]:
     """A benchmark's rows, with their reader open; `pixels` is the spec that an encoder of pixels reads."""
     frame, batches = rows.frame, rows.frame["batch"].unique().sort().to_list()
+    precision = torch.float32 if device.type == "cpu" else torch.float16
     kind: Latents | Pixels
     if encoder.reads == "latents":
         places = addresses(frame.with_columns(status=pl.lit("ok")), batches)
         with closing(open_reader(root, trainset.spec, batches, _by_frames(frame, places))) as reader:
             kind = Latents(reader, trainset, encoder.fold, device)
-            yield Clips(kind, frame, places, rows.segments, device, threads)
+            yield Clips(kind, frame, places, rows.segments, device, precision, threads)
         return
     assert pixels is not None, f"{encoder.name} reads pixels, and the benchmark's rows are of latents"
     store = PixelStore(root, pixels)
@@ -79,7 +82,7 @@ def open_clips(
     places = pixel_addresses(stored, batches)
     with closing(PixelReader(root, pixels, batches, _by_frames(frame, places))) as jpegs:
         kind = Pixels(jpegs, pixels, dict.fromkeys(frame["frames"].unique().to_list(), places))
-        yield Clips(kind, frame, places, rows.segments, device, threads)
+        yield Clips(kind, frame, places, rows.segments, device, precision, threads)
 
 
 def _by_frames(frame: pl.DataFrame, places: np.ndarray) -> Mapping[int, np.ndarray]:
@@ -106,7 +109,7 @@ class Streamed:
         self._stored = frame["frames"].to_numpy()
         self._rows = placed(clips.kind, CLIPS_AT_ONCE * encoder.frames, clips.device)
 
-    def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Float16[Tensor, "n L D"]]:
+    def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Float[Tensor, "n L D"]]:
         """Features of each group of samples, in order, on the encoder's device; with an epoch, of its varied clips.
 
         A group is encoded CLIPS_AT_ONCE clips at a time. Raises DamagedError.
@@ -131,7 +134,7 @@ class Streamed:
 
         encoded: list[Tensor] = []
         for drawn, taken in read_ahead(pieces(), self._drawn, memory, fill, self._clips.threads):
-            encoded.append(self._encoder.encode(self._rows.deliver(drawn, taken)).half())
+            encoded.append(self._encoder.encode(self._rows.deliver(drawn, taken)).to(self._clips.precision))
             if sum(map(len, encoded)) == groups[0]:
                 yield rearrange(torch.cat(encoded), "(n g) l d -> n (g l) d", g=segments)
                 encoded.clear()
@@ -158,11 +161,11 @@ class Streamed:
 class Stored:
     """Features of the samples of one split, from a file."""
 
-    features: Float16[np.ndarray, "N L D"]  # memory-mapped
+    features: Float[np.ndarray, "N L D"]  # memory-mapped
     device: torch.device
     threads: int = 1
 
-    def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Float16[Tensor, "n L D"]]:
+    def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Float[Tensor, "n L D"]]:
         """Features of each group of samples, in order, on the device: the same in every epoch."""
         for found in read_ahead(
             asked, lambda _: None, lambda _: None, lambda samples, *_: np.take(self.features, samples, 0), self.threads

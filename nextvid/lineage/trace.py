@@ -169,8 +169,9 @@ def runs_of(root: DataRoot) -> Iterator[RunFacts]:
 
 
 def scores_of(root: DataRoot) -> Iterator[Path]:
-    """Every score.json."""
-    yield from sorted(Path(root.runs_url, "probes").glob("*/*/*/*/score.json"))
+    """Every score.json, with those that have no step in their path (storage/root.py)."""
+    folder = Path(root.runs_url, "probes")
+    yield from sorted([*folder.glob("*/*/*/*/score.json"), *folder.glob("*/*/*/*/*/score.json")])
 
 
 def trainsets_of(root: DataRoot) -> list[str]:

@@ -138,10 +138,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def find_run(project: Project, recipe: str, run: str | None = None) -> Run:
+def find_run(project: Project, recipe: str, run: str | None = None, *, ended: bool = True) -> Run:
     """The run named, else the recipe's newest complete one without overrides.
 
-    Raises UpstreamError where there is none or it is not complete, ConfigError for a run of another recipe.
+    Raises UpstreamError where there is none or, with `ended`, it is not complete, ConfigError for a run of another
+    recipe.
     """
     latest = project.root.latest_run(recipe)
     if run is None and not atomic.exists(latest):
@@ -154,9 +155,22 @@ def find_run(project: Project, recipe: str, run: str | None = None) -> Run:
     if others and recipe not in others:
         raise ConfigError(f"run {name} is of recipe {others[0]}, not of {recipe}: choose that recipe, or another run")
     found = open_run(folder)
-    if found.newest_step() != found.recipe.steps:
+    if ended and found.newest_step() != found.recipe.steps:
         raise UpstreamError(
             f"run {name} has {found.newest_step() or 0} of {found.recipe.steps} steps: finish it first with "
             f"'nextvid make pretrain --recipe {recipe}'"
         )
     return found
+
+
+def find_checkpoint(run: Run, step: int | None = None) -> Path:
+    """A run's checkpoint of a step, else its newest. Raises UpstreamError that lists those there are."""
+    found = {checkpoint.step_of(path): path for path in checkpoint.complete(run.checkpoints)}
+    if not found:
+        raise UpstreamError(f"run {run.id} has no checkpoint yet: wait for its first, or resume it")
+    if step is None:
+        return found[max(found)]
+    if step not in found:
+        listed = ", ".join(map(str, found))
+        raise UpstreamError(f"run {run.id} has no checkpoint of step {step}; there are those of {listed}")
+    return found[step]
