@@ -24,7 +24,7 @@ from storage.remote import S3_PLACE
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-RUN = "nextvid/run"  # metadata of a Ray job: id of the training run
+RUN = "nextvid/run"  # metadata of a Ray job: what it makes, of which training run
 PASSED_ON = ("PYTHONPATH", "NEXTVID_CORPUS", *S3_PLACE)  # no credentials: others can read a job's environment
 MESSAGES = "pipes.jsonl"  # in the run's folder, while a job trains
 POLL_S = 1.0  # our choice: short beside the 10 s that cancelling may take
@@ -44,11 +44,11 @@ def run_job(context: dg.AssetExecutionContext, run: PreparedRun, address: str) -
         job = client.submit_job(
             entrypoint=shlex.join(run.command),  # Ray takes a line for a shell; this one has no word unquoted
             runtime_env={"env_vars": {**passed, **run.env, **session.get_bootstrap_env_vars()}},
-            metadata={RUN: run.run_id},
+            metadata={RUN: run.title},
             entrypoint_num_cpus=1,
             entrypoint_num_gpus=0 if run.device == "cpu" else run.ranks,
         )
-        context.log.info(f"Ray job {job} trains run {run.run_id}")
+        context.log.info(f"Ray job {job}: {run.title}")
 
         def ended() -> JobStatus | None:
             status = client.get_job_status(job)
@@ -68,14 +68,12 @@ def run_job(context: dg.AssetExecutionContext, run: PreparedRun, address: str) -
 def _stop_leftovers(context: dg.AssetExecutionContext, client: "JobSubmissionClient", run: PreparedRun) -> None:
     """Stop jobs that still train this run for a step that is gone, and wait for their end."""
     for job in client.list_jobs():
-        if (job.metadata or {}).get(RUN) != run.run_id or job.status.is_terminal() or not job.submission_id:
+        if (job.metadata or {}).get(RUN) != run.title or job.status.is_terminal() or not job.submission_id:
             continue
-        context.log.warning(f"stopping Ray job {job.submission_id}, a leftover of run {run.run_id}")
+        context.log.warning(f"stopping Ray job {job.submission_id}, a leftover of {run.title}")
         client.stop_job(job.submission_id)
         until = time.monotonic() + STOP_S
         while not client.get_job_status(job.submission_id).is_terminal():
             if time.monotonic() > until:
-                raise ConflictError(
-                    f"Ray job {job.submission_id} trains run {run.run_id} and does not stop: stop it by hand"
-                )
+                raise ConflictError(f"Ray job {job.submission_id} ({run.title}) does not stop: stop it by hand")
             time.sleep(0.5)

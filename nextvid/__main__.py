@@ -66,6 +66,9 @@ def make_command(
     repeat: Annotated[int, tyro.conf.arg(help="train the same again, as a run of its own: 1, 2, ...")] = 0,
     trainset: Annotated[str | None, tyro.conf.arg(metavar="DIGEST", help="train on this one, not the newest")] = None,
     run: Annotated[str | None, tyro.conf.arg(metavar="RUN", help="probe, sample or report this run")] = None,
+    checkpoint: Annotated[
+        int | None, tyro.conf.arg(metavar="STEP", help="probe the checkpoint of this step of --run, ended or not")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Make an asset and whatever it lacks upstream."""
@@ -75,7 +78,9 @@ def make_command(
     made: list[Outcome] = []
     try:
         with shown() as on_progress:
-            request = Request(asset, batch, recipe, benchmark, set_, how, ranks, repeat, trainset, run, on_progress)
+            request = Request(
+                asset, batch, recipe, benchmark, set_, how, ranks, repeat, trainset, run, checkpoint, on_progress
+            )
             for outcome in make(project, request):
                 made.append(outcome)
                 print(json.dumps(asdict(outcome), default=str) if json_ else line(outcome), flush=True)

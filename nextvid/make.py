@@ -27,6 +27,7 @@ class Request:
     repeat: int = 0
     trainset: str | None = None
     run: str | None = None
+    checkpoint: int | None = None
     on_progress: OnProgress = field(default=silent, compare=False)
 
 
@@ -102,6 +103,8 @@ def _refuse_names(project: Project, request: Request) -> None:
             "--set, --how, --ranks, --repeat and --trainset are for training, and nothing is trained here: leave them "
             "out"
         )
+    if request.checkpoint is not None and not (request.run and request.asset == "probes"):
+        raise ConfigError("--checkpoint names a step of the run that probes score: name the run with --run")
     if request.benchmark is not None:
         project.benchmark(request.benchmark)
 
@@ -159,7 +162,7 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
             )
         case "probes":
             names = [request.benchmark] if request.benchmark else []
-            return make_it(project, partition, request.run, names, request.on_progress)
+            return make_it(project, partition, request.run, names, request.on_progress, request.checkpoint)
         case "samples":
             return make_it(project, partition, request.run, request.on_progress)
         case "report":

@@ -143,12 +143,13 @@ class DataRoot:
         """The pointer to a recipe's newest complete run (JSON)."""
         return f"{self.recipe_folder(recipe)}/latest.json"
 
-    def probe(self, recipe: str, run: str, step: int, benchmark: str, digest: str) -> str:
+    def probe(self, recipe: str, run: str, step: int | None, benchmark: str, digest: str) -> str:
         """One score: of a run's checkpoint on a benchmark, by the digest of rows, labels, protocol and seed.
 
-        Scores of before 0.2 are one folder less deep, without the step: all are of last checkpoints.
+        Without a step the folder is one less deep: encoders without a run, and older scores of last checkpoints.
         """
-        return f"{self.probes(recipe, run)}/step_{step:09d}/{_name(benchmark)}/{_hex(digest)}"
+        steps = "" if step is None else f"/step_{step:09d}"
+        return f"{self.probes(recipe, run)}{steps}/{_name(benchmark)}/{_hex(digest)}"
 
     def probes(self, recipe: str, run: str) -> str:
         """All scores of a run."""

@@ -51,7 +51,10 @@ def vectors_of(
     """What k-NN compares: the mean of all tokens; and that of each time of a clip, one time after the other."""
     axes = {"g": segments, "v": encoder.levels, "t": encoder.times}
     by_time = reduce(features.float(), "n (g v t s) d -> n t d", "mean", **axes)
-    return {"mean": features.float().mean(1).to(features.dtype), "by_time": rearrange(by_time, "n t d -> n (t d)").to(features.dtype)}
+    return {
+        "mean": features.float().mean(1).to(features.dtype),
+        "by_time": rearrange(by_time, "n t d -> n (t d)").to(features.dtype),
+    }
 
 
 @contextmanager

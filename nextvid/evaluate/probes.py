@@ -11,6 +11,7 @@ import io
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,9 @@ from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Number, Outcome
 from nextvid.making.progress import OnProgress, Progress, noting, silent
 from nextvid.making.publishing import read_latest
+from nextvid.train.checkpoint import step_of
 from nextvid.train.distributed import Ranks
-from nextvid.train.run import Run, find_run
+from nextvid.train.run import Run, find_checkpoint, find_run
 from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
@@ -46,14 +48,17 @@ def make_probes(
     run: str | None = None,
     benchmarks: Sequence[str] = (),
     on_progress: OnProgress = silent,
+    step: int | None = None,
 ) -> Outcome:
     """Score a run's EMA, online and random-init encoders on these benchmarks (all, unless named).
 
-    Where score.json exists, nothing is computed. The data version is of the run and of all that the scores depend on.
-    Raises ConfigError for an unknown benchmark, UpstreamError where run, rows or labels are missing.
+    The checkpoint is that of `step`, else the newest; a run that is named need not have ended. Where score.json exists,
+    nothing is computed. The data version is of the run and of all that the scores depend on.
+    Raises ConfigError for an unknown benchmark, UpstreamError where run, checkpoint, rows or labels are missing.
     """
     started = time.perf_counter()
-    found = find_run(project, recipe, run)
+    found = find_run(project, recipe, run, ended=run is None)
+    path = find_checkpoint(found, step)
     made, rows, size_bytes, scores = False, 0, 0, {}
     numbers: dict[str, Number] = {"trainset": found.trainset}
     left_out: Counter[str] = Counter()
@@ -62,18 +67,26 @@ def make_probes(
         on_progress(Progress(f"probes {recipe}", done, len(names)))
         task = plan_task(project, benchmark, found)
         scores[benchmark] = task.digest()
-        folder = project.root.probe(recipe, found.id, benchmark, scores[benchmark])
-        path = f"{folder}/score.json"
-        if not atomic.exists(path):
+        folder = project.root.probe(recipe, found.id, step_of(path), benchmark, scores[benchmark])
+        written = f"{folder}/score.json"
+        if not atomic.exists(written):
             with leased_devices(
                 1, project.corpus.execution.device, f"probes {recipe}", noting(on_progress, f"probes {recipe}")
             ) as (device,):
-                _score(project, found, task, folder, Ranks(0, 1, torch.device(device)), lambda name, epoch, loss: None)
+                _score(
+                    project,
+                    found,
+                    path,
+                    task,
+                    folder,
+                    Ranks(0, 1, torch.device(device)),
+                    lambda name, epoch, loss: None,
+                )
             made = True
-        score = atomic.read_json(path)
+        score = atomic.read_json(written)
         rows += score["clips"]["test"]
-        size_bytes += len(atomic.read_bytes(path))
-        numbers[f"{benchmark}_score"] = path
+        size_bytes += len(atomic.read_bytes(written))
+        numbers[f"{benchmark}_score"] = written
         left_out.update(score["left_out"])
         for name, values in score["encoders"].items():
             numbers |= {f"{benchmark}_{name}_{what}": values[what] for what in ("accuracy", "knn")}
@@ -123,10 +136,10 @@ def _rows(store: LatentStore | PixelStore, name: str, config: BenchmarkConfig, h
     return benchmark_rows(name, config, clips, labels, duplicates, commits, held_out)
 
 
-def _score(project: Project, run: Run, task: Task, folder: str, ranks: Ranks, on_epoch: OnEpoch) -> None:
+def _score(project: Project, run: Run, path: Path, task: Task, folder: str, ranks: Ranks, on_epoch: OnEpoch) -> None:
     """Compute and publish rows, pooled test features and, last, score.json. Every rank calls this."""
     started = time.perf_counter()
-    networks = load_networks(run, str(ranks.device))
+    networks = load_networks(run, str(ranks.device), path)
     policy = task.config.policy
     frames = policy.frames if policy.frames > 1 else run.recipe.clip_lengths[0]
     scores = {

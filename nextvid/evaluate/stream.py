@@ -2,9 +2,9 @@
 
 `Streamed` reads rows as training does (nextvid/train/loader.py) and encodes them at once. `Stored` reads features of
 clips that are not varied from a file (nextvid/evaluate/kept.py). Both give them in the precision of `Clips`, so that
-heads learn the same from either: float16 on a GPU, float32 on a CPU, where rounding would move the demo's scores by up to
-.016 (docs/log.md). Segments of a sample follow one another along tokens, never averaged (trap 31 of
-docs/method.md 13).
+heads learn the same from either: float16 on a GPU; float32 on a CPU, where rounding would move the demo's scores by up
+to .016 (docs/log.md). Segments of a sample follow one another along tokens, never averaged (trap 31 of docs/method.md
+13).
 
 Axes: N samples of a split, n of those asked for, G segments of a sample, c clips encoded at once, L tokens of a sample,
 D width.

@@ -91,14 +91,14 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
 class Reporter:
     """Writes each event to events.jsonl and to TensorBoard, and shows it."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, steps: int, work: str = "training") -> None:
         self._stack = ExitStack()
         self._log = self._stack.enter_context(EventLog(folder))
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._stack.callback(self._board.close)
-        self._show = self._stack.enter_context(_shown(steps))
+        self._show = self._stack.enter_context(_shown(steps, work))
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record one event; numbers of steps and diagnostics become TensorBoard curves."""
@@ -133,7 +133,7 @@ def describe(event: Event, steps: int) -> str:
 
 
 @contextmanager
-def _shown(steps: int) -> Iterator[Callable[[Event], None]]:
+def _shown(steps: int, work: str) -> Iterator[Callable[[Event], None]]:
     """Shows events while the block runs: as Pipes messages, which the asset reads, and log lines, or as progress."""
     if PIPES_VARIABLE in os.environ:
         from dagster_pipes import open_dagster_pipes
@@ -147,7 +147,7 @@ def _shown(steps: int) -> Iterator[Callable[[Event], None]]:
             yield show
         return
     with shown(Console()) as on_progress:
-        yield lambda event: on_progress(Progress("training", event["step"], steps, note=describe(event, steps)))
+        yield lambda event: on_progress(Progress(work, event["step"], steps, note=describe(event, steps)))
 
 
 def _numbers(event: Event) -> list[tuple[str, float]]:

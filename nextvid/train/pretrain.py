@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
@@ -48,7 +48,10 @@ CPU_VARIABLES = {
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that is ready to start: with `command`, and `env` added to the environment."""
+    """Work on a run that is ready to start: with `command`, and `env` added to the environment.
+
+    `asset` is what it makes: `pretrain` the run itself, `probes` its scores.
+    """
 
     run_id: str
     trainset: str  # digest
@@ -58,6 +61,12 @@ class PreparedRun:
     env: Mapping[str, str] = field(default_factory=dict)
     ranks: int = 1
     device: str = "auto"
+    asset: Literal["pretrain", "probes"] = "pretrain"
+
+    @property
+    def title(self) -> str:
+        """The work in words, by which leases and jobs tell it from other work on the same run."""
+        return f"{self.asset} {self.run_id}"
 
     @property
     def child(self) -> list[str]:
@@ -105,16 +114,20 @@ def prepare_run(
     if launch is not None:
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
         atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
-    command = [
-        sys.executable,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(how.ranks)),
-        # `--` ends torchrun's own options: it would read our --run as its --run-path
-        *("-m", "--", "nextvid.train", "--corpus", str(project.path), "--recipe", run.recipe.name),
-        *("--run", run.id),
-    ]
+    command = torchrun("nextvid.train", how.ranks, project, run)
     return PreparedRun(
-        run.id, run.trainset, str(run.folder), command, run.complete, _environment(how), how.ranks, how.device
+        run.id, run.trainset, str(run.folder), command, run.complete, environment(how), how.ranks, how.device
     )
+
+
+def torchrun(module: str, ranks: int, project: Project, run: Run) -> list[str]:
+    """The command that starts a module on so many ranks of this machine, for a run."""
+    return [
+        sys.executable,
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+        # `--` ends torchrun's own options: it would read our --run as its --run-path
+        *("-m", "--", module, "--corpus", str(project.path), "--recipe", run.recipe.name, "--run", run.id),
+    ]
 
 
 def make_pretrain(
@@ -130,13 +143,17 @@ def make_pretrain(
     """Train a recipe to its last step in child processes; resumes an interrupted run, leaves a complete one alone."""
     prepared = prepare_run(project, recipe, overrides, how, repeat=repeat, trainset=trainset)
     if not prepared.complete:
-        tell = noting(on_progress, f"pretrain {recipe}")
-        with (Path(prepared.folder) / LOG).open("ab") as log, trainers(prepared, STDERR, log, tell) as process:
-            code = process.wait()
-        if code:
-            reason = _reason(Path(prepared.folder))
-            raise RefusedError(f"run {prepared.run_id} ended with exit code {code}{reason}; asking again resumes it")
+        carry_out(prepared, noting(on_progress, f"pretrain {recipe}"))
     return finish_run(project, recipe, prepared.run_id, made=not prepared.complete)
+
+
+def carry_out(prepared: PreparedRun, tell: Tell) -> None:
+    """Run the command to its end. Raises RefusedError with the last error that it reported."""
+    with (Path(prepared.folder) / LOG).open("ab") as log, trainers(prepared, STDERR, log, tell) as process:
+        code = process.wait()
+    if code:
+        reason = _reason(Path(prepared.folder))
+        raise RefusedError(f"{prepared.title} ended with exit code {code}{reason}; asking again resumes it")
 
 
 def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) -> Outcome:
@@ -185,7 +202,7 @@ def _trainset(project: Project, recipe: str, launch: str | None, named: str | No
     return newest
 
 
-def _environment(how: ExecutionConfig) -> dict[str, str]:
+def environment(how: ExecutionConfig) -> dict[str, str]:
     """Variables for the trainers: threads, and for CPU runs what makes them faster."""
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // how.ranks)))}
     if how.device == "cuda":
@@ -205,7 +222,7 @@ def trainers(
 
     `tell` gets a line where it waits for them.
     """
-    with leased_gpus(run.ranks, run.device, f"pretrain {run.run_id}", tell) as gpus:
+    with leased_gpus(run.ranks, run.device, run.title, tell) as gpus:
         devices = {VISIBLE: ",".join(gpus)} if gpus else {}
         child_env = {**os.environ, **run.env, **devices, **(env or {})}
         process = subprocess.Popen(run.child, env=child_env, stdout=stdout, stderr=stderr, start_new_session=True)

@@ -133,7 +133,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     with locked_or_holder(folder / "lock") as holder:
         if holder is not None:
             raise ConflictError(
-                f"{folder}: another process (id {holder}) trains this run; wait for it, or end it and ask again"
+                f"{folder}: another process (id {holder}) is at work here; wait for it, or end it and ask again"
             )
         yield
 

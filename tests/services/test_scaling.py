@@ -180,7 +180,7 @@ def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(clust
     how = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 1}
     prepared = prepare_run(project, "demo", as_overrides(chosen))
     client = JobSubmissionClient(cluster.address)
-    leftover = client.submit_job(entrypoint="sleep 600", metadata={RUN: prepared.run_id}, entrypoint_num_cpus=1)
+    leftover = client.submit_job(entrypoint="sleep 600", metadata={RUN: prepared.title}, entrypoint_num_cpus=1)
     defs = build_defs(
         str(project.path), steps="multiprocess", resources={"trainer": TrainerResource(ray_address=cluster.address)}
     )
@@ -194,7 +194,7 @@ def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(clust
         assert result.success
         logged = {record.user_message: record.timestamp for record in instance.all_logs(result.run_id)}
     assert client.get_job_status(leftover) == JobStatus.STOPPED
-    jobs = [job for job in client.list_jobs() if (job.metadata or {}).get(RUN) == prepared.run_id]
+    jobs = [job for job in client.list_jobs() if (job.metadata or {}).get(RUN) == prepared.title]
     assert sorted(job.status for job in jobs) == [JobStatus.STOPPED, JobStatus.SUCCEEDED]
     (trained,) = [job for job in jobs if job.status == JobStatus.SUCCEEDED]
     ended_s = (trained.end_time or 0) / 1000

@@ -29,7 +29,8 @@ def every_path(root: DataRoot) -> list[str]:
         root.run("nextvid_l", HEX[:12]),
         root.launch("nextvid_l", "0b6f2c9e-1111-2222-3333-444455556666"),
         root.latest_run("demo"),
-        root.probe("demo", HEX[:12], "ucf", HEX),
+        root.probe("demo", HEX[:12], 5, "ucf", HEX),
+        root.probe("demo", HEX[:12], None, "ucf", HEX),
         root.samples("demo", HEX[:12]),
         root.report("demo", HEX[:12], HEX),
     ]
@@ -66,7 +67,7 @@ def test_hostile_names_are_refused(data_root: DataRoot, name: str) -> None:
     builders: list[Callable[[], str]] = [
         lambda: data_root.table("media", name),
         lambda: data_root.recipe_folder(name),
-        lambda: data_root.probe("demo", HEX, name, HEX),
+        lambda: data_root.probe("demo", HEX, 5, name, HEX),
         lambda: data_root.stored_batch(HEX, name),
     ]
     for build in builders:

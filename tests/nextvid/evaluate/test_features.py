@@ -43,13 +43,13 @@ def test_an_encoder_of_pixels_reads_the_stored_frames(evaluated: Project) -> Non
     places = rows.select("row_id").join(store.commits("pets.000000"), on="row_id", maintain_order="left")
     plain = [read_row(store, "pets.000000", FRAMES, r["part"], r["slot"]) for r in places.iter_rows(named=True)]
     found = features_of(evaluated, task, plain_encoder("pixels", FRAMES), "test", [np.arange(5)])[0]
-    assert torch.equal(found, rearrange(torch.from_numpy(np.stack(plain)), "n f h w c -> n (f h w) c").half())
+    assert torch.equal(found, rearrange(torch.from_numpy(np.stack(plain)), "n f h w c -> n (f h w) c").float())
     (ema, _, _) = run_encoders(load_networks(run), task.trainset, FRAMES)
     model = run.recipe.model
     tokens = pixel_tokens(pixel_values(torch.from_numpy(np.stack(plain))), model.patch, model.tubelet)
     wanted = load_networks(run).encoders["ema"](tokens, FRAMES // model.tubelet)
     seen = features_of(evaluated, task, ema, "test", [np.arange(5)])[0]
-    torch.testing.assert_close(seen, wanted.half(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_clip_without_pixels_is_left_out_and_counted(evaluated: Project) -> None:
@@ -83,7 +83,7 @@ def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
     whole = len(learnt) // task.settings.batch * task.settings.batch * len(task.seeds)
     assert {row for _, _, row in seen} == set(learnt)
     assert Counter(epoch for _, epoch, _ in seen) == dict.fromkeys(range(task.settings.epochs), 3 * whole)
-    shutil.rmtree(Path(evaluated.root.probe(RECIPE, find_run(evaluated, RECIPE).id, "species", task.digest())))
+    shutil.rmtree(Path(evaluated.root.probe(RECIPE, find_run(evaluated, RECIPE).id, 5, "species", task.digest())))
 
 
 def test_a_score_from_stored_pixels(evaluated: Project) -> None:
@@ -95,7 +95,7 @@ def test_a_score_from_stored_pixels(evaluated: Project) -> None:
     assert {f"species_{name}_accuracy" for name in ("ema", "online", "random")} <= outcome.numbers.keys()
     task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
     score = atomic.read_json(
-        f"{evaluated.root.probe(RECIPE, find_run(evaluated, RECIPE).id, 'species', task.digest())}/score.json"
+        f"{evaluated.root.probe(RECIPE, find_run(evaluated, RECIPE).id, 5, 'species', task.digest())}/score.json"
     )
     assert task.pixels is not None
     assert score["pixel_spec"] == task.pixels.digest()

@@ -18,6 +18,7 @@ from nextvid.evaluate.features import load_networks, run_encoders
 from nextvid.evaluate.fitting import ALONE
 from nextvid.evaluate.probes import make_probes, plan_task
 from nextvid.evaluate.scoring import score_encoder, standard_error
+from nextvid.train import checkpoint
 from nextvid.train.run import find_run
 from storage.errors import ConfigError, UpstreamError
 from storage.schemas import Labels, ProbeRows
@@ -33,7 +34,7 @@ def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
     assert again.numbers == first.numbers
     run = find_run(own_copy, RECIPE)
     assert (first.run, first.rows) == (run.id, 30)
-    folder = Path(own_copy.root.probe(RECIPE, run.id, "species", plan_task(own_copy, "species", run).digest()))
+    folder = Path(own_copy.root.probe(RECIPE, run.id, 5, "species", plan_task(own_copy, "species", run).digest()))
     assert first.numbers["species_score"] == str(folder / "score.json")
     score = json.loads((folder / "score.json").read_text())
     assert (score["run"], score["trainset"], score["mask_plan"]) == (run.id, run.trainset, run.mask_plan)
@@ -133,14 +134,28 @@ def test_unknown_benchmark_and_unfinished_run(own_copy: Project) -> None:
     with pytest.raises(UpstreamError, match="no such run"):
         make_probes(own_copy, RECIPE, run="0123456789ab")
     run = find_run(own_copy, RECIPE)
-    for checkpoint in run.checkpoints.iterdir():
-        (checkpoint / "state.json").unlink()
+    for path in run.checkpoints.iterdir():
+        (path / "state.json").unlink()
     with pytest.raises(ConfigError, match=f"run {run.id} is of recipe {RECIPE}, not of nextvid_l"):
         make_probes(own_copy, "nextvid_l", run=run.id)
     with pytest.raises(UpstreamError, match="recipe nextvid_l has no complete run without overrides"):
         make_probes(own_copy, "nextvid_l")
     with pytest.raises(UpstreamError, match="0 of 5 steps"):
         make_probes(own_copy, RECIPE)
+    with pytest.raises(UpstreamError, match="has no checkpoint yet"):
+        make_probes(own_copy, RECIPE, run.id)
+
+
+def test_a_run_that_has_not_ended_is_scored_at_its_newest_checkpoint(own_copy: Project) -> None:
+    """Or at an older one; each score is under its step."""
+    run = find_run(own_copy, RECIPE)
+    (checkpoint.path_at(run.checkpoints, 5) / "state.json").unlink()
+    with pytest.raises(UpstreamError, match=r"no checkpoint of step 3; there are those of 1, 2, 4$"):
+        make_probes(own_copy, RECIPE, run.id, step=3)
+    for step, asked in ((4, None), (2, 2)):
+        written = str(make_probes(own_copy, RECIPE, run.id, step=asked).numbers["species_score"])
+        assert f"/step_{step:09d}/species/" in written
+        assert json.loads(Path(written).read_text())["checkpoint"] == f"step_{step:09d}"
 
 
 def test_a_benchmark_without_labels_says_what_was_left_out(own_copy: Project) -> None:

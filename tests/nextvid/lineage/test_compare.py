@@ -28,7 +28,7 @@ def second_run(project: Project, name: str = OTHER, **recipe: Any) -> str:
 
 
 def add_score(project: Project, run: str, rows: str, accuracy: float, step: int = 5, digest: str | None = None) -> None:
-    folder = Path(project.root.probe(RECIPE, run, "species", digest or rows))
+    folder = Path(project.root.probe(RECIPE, run, None, "species", digest or rows))
     folder.mkdir(parents=True)
     encoders = {"ema": {"accuracy": accuracy, "knn": 0.5}}
     said = {

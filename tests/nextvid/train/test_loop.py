@@ -189,7 +189,7 @@ def test_an_edited_config_is_refused(project: Project) -> None:
 
 def test_two_trainers_of_one_run(project: Project) -> None:
     run = begin(project)
-    with run_lock(run.folder), pytest.raises(ConflictError, match="trains this run"):
+    with run_lock(run.folder), pytest.raises(ConflictError, match="is at work here"):
         train(project, run, ALONE)
 
 

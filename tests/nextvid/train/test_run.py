@@ -47,7 +47,7 @@ subprocess.run([sys.executable, "-c", {AGENT!r}, str(os.getpid())], start_new_se
 def test_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
     with (
         run_lock(tmp_path),
-        pytest.raises(ConflictError, match=f"process \\(id {os.getpid()}\\) trains this run"),
+        pytest.raises(ConflictError, match=f"process \\(id {os.getpid()}\\) is at work here"),
         run_lock(tmp_path),
     ):
         pass
