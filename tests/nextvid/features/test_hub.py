@@ -73,7 +73,7 @@ def test_the_card_names_data_licences_scores_and_trainset(own_copy: Project, nex
         "encoders": {"ema": {"accuracy": 0.75, "standard_error": 0.02}, "random": {"accuracy": 0.5}},
         "clips": {"test": 40},
     }
-    atomic.publish_json(f"{own_copy.root.probe(RECIPE, run.id, 'species', 'a' * 32)}/score.json", score)
+    atomic.publish_json(f"{own_copy.root.probe(RECIPE, run.id, 5, 'species', 'a' * 32)}/score.json", score)
     command = ("export", run.id, str(tmp_path / "out"), "--corpus", str(own_copy.path))
     assert nextvid(*command)[0] == 0
     found = ModelCard.load(tmp_path / "out" / "README.md")
