@@ -79,8 +79,8 @@ MUTATIONS = {
         f"{MODEL}/encoder.py", "table = rotary(ids, model", "table = rotary(all_ids(1, ids.shape[1]), model", "03"
     ),
     "04 keys of the context are not rotated": Mutation(
-        f"{MODEL}/attention.py", "attend(rotate(q, query_table), rotate(k, key_table), v)",
-        "attend(rotate(q, query_table), k, v)", "04",
+        f"{MODEL}/attention.py", "q, k = rotate(q, query_table), rotate(k, key_table)",
+        "q, k = rotate(q, query_table), k", "04",
     ),
     "05 a rotation that is no rotation": Mutation(
         f"{MODEL}/attention.py", "torch.polar(torch.ones_like(angles), angles)", "torch.polar(angles.cos(), angles)",
@@ -117,8 +117,8 @@ MUTATIONS = {
     ),
     "13 the average before the optimiser": Mutation(
         f"{TRAIN}/step.py",
-        "        optimizer.step()\n        ema_update(trained.reference, trained.model.encoder, recipe.optim.ema)",
-        "        ema_update(trained.reference, trained.model.encoder, recipe.optim.ema)\n        optimizer.step()",
+        "    optimizer.step()\n    ema_update(trained.reference, trained.model.encoder, recipe.optim.ema, taken)",
+        "    ema_update(trained.reference, trained.model.encoder, recipe.optim.ema, taken)\n    optimizer.step()",
         "13",
     ),
     "14 the reference takes gradients": Mutation(f"{MODEL}/reference.py", ".requires_grad_(False)", "", "14"),

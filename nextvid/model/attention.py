@@ -17,7 +17,7 @@ from functools import cache
 from typing import Literal
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -169,7 +169,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention with rotary positions: queries and keys are rotated by their own ids (docs/method.md 3, 6.1)."""
+    """Cross-attention with rotary positions: queries and keys are rotated by their own ids (docs/method.md 3, 6.1).
+
+    The context may have C clips and the queries B = k*C: k copies read the same keys and values, which are made once.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -181,14 +184,16 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B Q d"],
-        context: Float[Tensor, "B K d"],
+        context: Float[Tensor, "C K d"],
         query_table: Float[Tensor, "b 1 Q p 2"],
         key_table: Float[Tensor, "c 1 K p 2"],
         attend: Attend,
     ) -> Float[Tensor, "B Q d"]:
         q = rearrange(self.q(x), "b l (h e) -> b h l e", h=self.heads)
         k, v = rearrange(self.kv(context), "b l (c h e) -> c b h l e", c=2, h=self.heads)
-        out = attend(rotate(q, query_table), rotate(k, key_table), v)
+        q, k = rotate(q, query_table), rotate(k, key_table)
+        k, v = (repeat(each, "b h l e -> (k b) h l e", k=x.shape[0] // context.shape[0]) for each in (k, v))
+        out = attend(q, k, v)
         return self.proj(rearrange(out, "b h l e -> b l (h e)"))
 
 

@@ -182,8 +182,8 @@ def decoder(model: ModelConfig, visible: int, frames: int, copies: int, ragged: 
         return Part(tokens, flops, depth, around, tokens * (_kept(d, MLP_RATIO * d) + MODULATED * 2 * d), tokens * d)
     context = frames * visible + (visible if ragged else 0)
     seen = copies * (context * frames * asked if ragged else _pairs(model, asked, visible, frames, ragged=False))
-    block = tokens * (4 * d**2 + mlp) + 4 * d**2 * copies * context + 4 * d * seen
-    kept = tokens * (_kept(d, MLP_RATIO * d, cross=True) + MODULATED * 2 * d) + copies * context * 3 * d
+    block = tokens * (4 * d**2 + mlp) + 4 * d**2 * context + 4 * d * seen
+    kept = tokens * (_kept(d, MLP_RATIO * d, cross=True) + MODULATED * 2 * d) + (1 + 2 * copies) * context * d
     if config.kind == "xattn_self":
         block += tokens * (8 * d**2 + 4 * d * once)
         kept += tokens * ((ATTENTION + MODULATED) * d)

@@ -7,8 +7,9 @@ The decoders of Tab. 4 and 5 have no predictor before them (docs/method.md 10): 
 output of earlier tubelets by cross-attention, modulated by tau. `xattn_self` adds self-attention among all noisy tokens
 of a clip.
 
-Axes: k copies, B clips, F predicted tubelets, n tokens per tubelet, Q = F*n, K context tokens, N = k*B*F sequences,
-C target channels, c condition channels, D encoder width, d width, p rotated pairs of a head; b and c are B or 1.
+Axes: k copies, B clips (in CrossBlock k times the C clips of the context), F predicted tubelets, n tokens per tubelet,
+Q = F*n, K context tokens, N = k*B*F sequences, C target channels, c condition channels, D encoder width, d width, p
+rotated pairs of a head; b and c are B or 1.
 """
 
 import math
@@ -168,7 +169,7 @@ class CrossBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B F n d"],
-        context: Float[Tensor, "B K d"],
+        context: Float[Tensor, "C K d"],
         time: Float[Tensor, "B F d"],
         query_table: Float[Tensor, "b 1 Q p 2"],
         key_table: Float[Tensor, "c 1 K p 2"],
@@ -214,7 +215,7 @@ class CrossFlowDecoder(nn.Module):
     ) -> Float[Tensor, "k B F n C"]:
         """Velocities at (noisy, tau); `condition` is the encoder's output for the context."""
         model, copies = self.model, noisy.shape[0]
-        context = repeat(self.embed_context(condition), "b j d -> (k b) j d", k=copies)
+        context = self.embed_context(condition)
         x = rearrange(self.embed_noisy(noisy), "k b f n d -> (k b) f n d")
         time = silu(self.time(rearrange(tau, "k b f -> (k b) f")))
         head_dim = model.decoder.width // model.decoder.heads
@@ -222,7 +223,8 @@ class CrossFlowDecoder(nn.Module):
             repeat(ids, "b j -> (k b) j", k=copies) if ids.shape[0] > 1 else ids
             for ids in (positions.query_ids, positions.context_ids)
         ]
-        query_table, key_table = (rotary(i, head_dim, model.grid_height, model.grid_width) for i in ids)
+        tables = (ids[0], positions.context_ids)
+        query_table, key_table = (rotary(i, head_dim, model.grid_height, model.grid_width) for i in tables)
         attend = causal(model, positions.frames, ids[0], ids[1], strict=True)
         for block in self.blocks:
             x = block(x, context, time, query_table, key_table, attend)

@@ -9,7 +9,7 @@ Axes: B clips, N = T*S tokens, i numbers in a token, P = (T-1)*S, D width.
 import copy
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import layer_norm
@@ -31,17 +31,19 @@ def reference_features(reference: Encoder, tokens: Float[Tensor, "B N i"], targe
 
 
 @torch.no_grad()
-def ema_update(reference: nn.Module, online: nn.Module, momentum: float) -> None:
+def ema_update(reference: nn.Module, online: nn.Module, momentum: float, taken: Bool[Tensor, ""] | None = None) -> None:
     """theta_ref <- m theta_ref + (1 - m) theta for every parameter, by name; call once after each optimiser step.
 
+    A step that was not `taken` changes nothing; as a tensor on the device it is not read here.
     Names may have the prefixes of DDP and torch.compile. There are no buffers: rotary tables are computed, not stored.
     """
     averaged, current = _by_name(reference), _by_name(online)
     assert averaged.keys() == current.keys(), f"unpaired parameters: {sorted(averaged.keys() ^ current.keys())}"
     assert all(weight.dtype == torch.float32 for weight in averaged.values()), "an average below fp32 loses updates"
     assert not list(reference.buffers()), "buffers are not averaged"
-    names = list(averaged)
-    torch._foreach_lerp_([averaged[name] for name in names], [current[name] for name in names], 1.0 - momentum)
+    weight = (1.0 - momentum) * (1 if taken is None else taken)
+    for name, average in averaged.items():
+        average.lerp_(current[name], weight)
 
 
 def _by_name(module: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,7 +44,9 @@ class Ranks:
         if self.count == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=partial)
+        return DistributedDataParallel(
+            model, device_ids=devices, find_unused_parameters=partial, gradient_as_bucket_view=True
+        )
 
     def without_averaging(self, wrapped: nn.Module) -> AbstractContextManager[object]:
         """A block for all backward passes of a step but the last: gradients add up locally and are averaged once."""
@@ -116,14 +118,21 @@ def join(how: ExecutionConfig) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def apply_fsdp(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, *, trained: bool) -> None:
+def apply_fsdp(
+    module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, *, trained: bool, bf16: bool = False
+) -> None:
     """Cut a module's parameters over all ranks by FSDP2: each block, then the rest. Names do not change.
 
-    In a trained module the rest stays gathered from forward to backward; without a backward it must not.
+    In a trained module the rest stays gathered from forward to backward; without a backward it must not. `bf16`:
+    blocks gather weights in bf16 and average gradients in fp32; the rest, with the embedding of times, stays fp32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # inputs are left alone: rotary tables and targets are fp32
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, reshard_after_forward=not trained)
 
 

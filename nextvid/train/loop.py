@@ -5,10 +5,13 @@ docs/method.md 12 and, on a GPU whose peak is known, as a share of that peak (MF
 counted, since the model does not ask for them.
 """
 
+import gc
 import itertools
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from nextvid.train import checkpoint
 from nextvid.train import step as steps
 from nextvid.train.async_checkpoint import AsyncCheckpoints
 from nextvid.train.checkpoint import Progress
-from nextvid.train.diagnose import CLIPS, collapsed, diagnose
+from nextvid.train.diagnose import collapsed, features_of, judged, share
 from nextvid.train.distributed import Ranks, whole
 from nextvid.train.events import Reporter
 from nextvid.train.export import export_encoder
@@ -66,7 +69,8 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
         reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
         background = stack.enter_context(AsyncCheckpoints(ranks, run.identity)) if trained.fsdp else None
-        session = _Session(run, trained, loader, clips, reporter, background, progress)
+        thread = stack.enter_context(ThreadPoolExecutor(1, "trainer", torch.set_num_threads, (1,)))
+        session = _Session(run, trained, loader, clips, reporter, background, progress, thread)
         session.go()
         encoders = {"encoder": _whole(trained.reference), "encoder_online": _whole(trained.model.encoder)}
         if reporter:
@@ -80,15 +84,28 @@ def _whole(encoder: Encoder) -> Encoder:
     """The encoder itself, or if FSDP2 cut it a whole copy; then every rank must call this."""
     if not any(isinstance(parameter, DTensor) for parameter in encoder.parameters()):
         return encoder
-    tensors = {name: whole(tensor) for name, tensor in encoder.state_dict().items()}
-    found = Encoder(encoder.model).to(next(iter(tensors.values())).device)
-    found.load_state_dict(tensors)
+    with torch.device("meta"):
+        found = Encoder(encoder.model)
+    found.load_state_dict({name: whole(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
     return found
+
+
+@contextmanager
+def _garbage_at_logs() -> Iterator[None]:
+    """Python's collector runs where `_log` calls it alone: all ranks wait for one that it stops at another step."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @dataclass
 class _Meter:
-    """Sums since the last `step` event; losses stay on the device until they are read."""
+    """Sums since the last `step` event; tensors stay on the device until they are read."""
 
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     steps: int = 0
@@ -125,8 +142,11 @@ class _Session:
     reporter: Reporter | None  # rank 0's
     background: AsyncCheckpoints | None
     progress: Progress
+    thread: Executor  # for what no step waits for
     meter: _Meter = field(default_factory=_Meter)
+    recent: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # taken and norms of steps, on the device
     fixed: torch.Tensor | None = None  # what the encoders read of the clips that are diagnosed
+    diagnosing: tuple[int, list[Future[dict[str, float]]]] | None = None  # step, reference and online encoder
 
     def __post_init__(self) -> None:
         self.recipe, self.how, self.ranks = self.run.recipe, self.run.how, self.trained.ranks
@@ -152,12 +172,14 @@ class _Session:
     def _steps(self) -> None:
         if self.progress.step == 0:
             self._diagnose()
-        for batch in self.loader.batches(self.progress.step, self.how.threads):
-            stage, inside = stage_at(self.recipe.stages, batch.step)
-            if inside == 0:
-                self._event("stage", {**self.recipe.stages[stage].model_dump(), "micro_batch": self.clips[stage]})
-            self._step(batch, stage)
-            self._after_step()
+        with _garbage_at_logs():
+            for batch in self.loader.batches(self.progress.step, self.how.threads):
+                stage, inside = stage_at(self.recipe.stages, batch.step)
+                if inside == 0:
+                    self._event("stage", {**self.recipe.stages[stage].model_dump(), "micro_batch": self.clips[stage]})
+                self._step(batch, stage)
+                self._after_step()
+        self._diagnosed()
         if self.background is not None:
             self._checkpoint_written(self.background.finish())
 
@@ -166,21 +188,37 @@ class _Session:
         if planned:
             self._event("micro_batch", {"clips": self.clips[stage], "out_of_memory_at": planned})
         step = batch.step + 1
-        skipped = 0 if stepped.finite else self.progress.skipped + 1
-        self.progress = Progress(step, draws_before(self.recipe.stages, step), skipped, self.progress.first_rank)
+        self.progress = replace(self.progress, step=step, draws=draws_before(self.recipe.stages, step))
         self.meter.add(stepped, len(batch.draws) * self.ranks.count, batch.waited_s)
-        if not stepped.finite:
-            norms = {name: float(norm) for name, norm in stepped.norms.items()}
-            self._event("skipped", {"in_a_row": skipped, "norm": norms})
+        self.recent.append((step, torch.stack([stepped.taken, *stepped.norms.values()])))
+        logged = step % self.how.log_every_steps == 0 or step in self.stage_ends
+        if logged or step % self.how.checkpoint_every_steps == 0:
+            norms = self._count_skips(list(stepped.norms))
+        if logged:
+            self._diagnosed()
+            self._log(stepped, norms)
+
+    def _count_skips(self, modules: list[str]) -> dict[str, float]:
+        """Events of the steps skipped since the last call; the norms of the last step.
+
+        The device decides what is skipped, so that the host needs not wait for each step; it learns of it here.
+        """
+        numbers = [step for step, _ in self.recent]
+        rows = torch.stack([row for _, row in self.recent]).tolist()
+        self.recent = []
+        for step, (taken, *values) in zip(numbers, rows, strict=True):
+            norms, skipped = dict(zip(modules, values, strict=True)), 0 if taken else self.progress.skipped + 1
+            self.progress = replace(self.progress, skipped=skipped)
+            if skipped:
+                self._event("skipped", {"in_a_row": skipped, "norm": norms}, step)
             if skipped > SKIPS_ALLOWED:
-                start = draws_before(self.recipe.stages, step - skipped)
+                start, end = (draws_before(self.recipe.stages, at) for at in (step - skipped, step))
                 raise RefusedError(
                     f"run {self.run.id}: {skipped} steps in a row had no finite gradient (norms of the last: {norms}); "
                     "lower the learning rate, or look at the rows of these steps with 'nextvid draws --recipe "
-                    f"{self.recipe.name} --start {start} --first {self.progress.draws - start}'"
+                    f"{self.recipe.name} --start {start} --first {end - start}'"
                 )
-        if step % self.how.log_every_steps == 0 or step in self.stage_ends:
-            self._log(stepped)
+        return norms
 
     def _after_step(self) -> None:
         step = self.progress.step
@@ -189,10 +227,11 @@ class _Session:
         if step % self.how.checkpoint_every_steps == 0 or step in self.stage_ends:
             self._checkpoint()
 
-    def _log(self, stepped: Stepped) -> None:
+    def _log(self, stepped: Stepped, norms: dict[str, float]) -> None:
         """One event for the steps since the last. Every rank takes part in the mean, rank 0 writes it."""
         losses, rates = self.meter.read(self.ranks)
         self.meter = _Meter()
+        gc.collect(1)
         stage = self.recipe.stages[stage_at(self.recipe.stages, self.progress.step - 1)[0]]
         self._event(
             "step",
@@ -201,7 +240,7 @@ class _Session:
                 "draws": self.progress.draws,
                 **means(losses),
                 "loss": losses,
-                "norm": {name: float(norm) for name, norm in stepped.norms.items()},
+                "norm": norms,
                 "lr": stepped.rates.main,
                 "decoder_lr": stepped.rates.decoder,
                 **rates,
@@ -210,24 +249,37 @@ class _Session:
         )
 
     def _diagnose(self) -> None:
-        """Diagnose both encoders on the fixed clips; on rank 0 alone, the others wait at their next collective."""
-        encoders = _whole(self.trained.reference), _whole(self.trained.model.encoder)
-        if not self.ranks.first:
-            return
+        """Features of both encoders on the fixed clips, by all ranks; a thread of rank 0 computes what they say."""
+        self._diagnosed()
+        device = self.ranks.device
         if self.fixed is None:
-            self.fixed = encoder_tokens(self.loader.clips(range(CLIPS)), self.recipe.model)
-        batch = max(1, self.recipe.stages[0].batch // self.ranks.count)
-        with steps.uncompiled(self.how, self.ranks.device), steps.autocast(self.recipe, self.ranks.device):
-            found, online = (diagnose(encoder, self.fixed, batch) for encoder in encoders)
-        step, rank = self.progress.step, found["effective_rank"]
+            clips = share(self.ranks)  # none, if there are more ranks
+            self.fixed = encoder_tokens(self.loader.clips(clips or range(1)), self.recipe.model)[: len(clips)]
+        with steps.uncompiled(self.how, device), steps.autocast(self.recipe, device):
+            features = [
+                features_of(_whole(encoder), self.fixed, self.clips[0], self.ranks)
+                for encoder in (self.trained.reference, self.trained.model.encoder)
+            ]
+        if self.ranks.first:
+            self.diagnosing = self.progress.step, [self.thread.submit(judged, each) for each in features]
+
+    def _diagnosed(self) -> None:
+        """The event of the last diagnosis, if there was one since; at the next log its thread has long ended."""
+        if self.diagnosing is None:
+            return
+        (step, futures), self.diagnosing = self.diagnosing, None
+        found, online = (future.result() for future in futures)
+        rank = found["effective_rank"]
         first = rank if self.progress.first_rank is None else self.progress.first_rank
         self.progress = replace(self.progress, first_rank=first)
         found |= {f"online_{name}": value for name, value in online.items()}
-        self._event("diagnostics", {**found, "rank_over_first": rank / first})
+        self._event("diagnostics", {**found, "rank_over_first": rank / first}, step)
         if collapsed(rank, first, step, self.recipe.steps):
-            self._event("alarm", {"effective_rank": rank, "first_rank": first})
+            self._event("alarm", {"effective_rank": rank, "first_rank": first}, step)
 
     def _checkpoint(self) -> None:
+        if self.progress.first_rank is None:
+            self._diagnosed()
         if self.background is not None:
             self._checkpoint_written(self.background.begin(self.run.checkpoints, self.progress, self.trained))
             return
@@ -243,9 +295,10 @@ class _Session:
             checkpoint.prune(self.run.checkpoints, self.how.keep_last, self.stage_ends)
             self._event("checkpoint", {"path": path.name})
 
-    def _event(self, kind: str, values: dict[str, Any]) -> None:
+    def _event(self, kind: str, values: dict[str, Any], step: int | None = None) -> None:
+        """Write an event of this step; `step`: of an earlier one."""
         if self.reporter:
-            self.reporter.event(kind, self.progress.step, values)
+            self.reporter.event(kind, self.progress.step if step is None else step, values)
 
 
 # Dense bf16 FLOP/s from NVIDIA's data sheets, by a part of torch's device name; the first match applies

@@ -61,7 +61,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         for name, parameter in module.named_parameters(prefix=module_name):
             decays = parameter.ndim > 1 and not name.endswith("bias")
             groups.setdefault((part, decays), []).append((name, parameter))
-    first = next(model.parameters())
     return torch.optim.AdamW(
         [
             {
@@ -75,8 +74,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         lr=0.0,  # set_rates sets it before every step
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=True if first.is_cuda else None,
-        foreach=None if first.is_cuda else True,
+        fused=True,  # the one implementation that can skip a step by a flag on the device (`found_inf`, step.py)
     )
 
 

@@ -196,6 +196,7 @@ class Staged:
         self._kind, self._device, self.will_need = kind, device, kind.will_need
         pinned = device.type == "cuda"
         self._ring = Ring(buffers, largest * math.prod(kind.stored), kind.stored_type, pinned)
+        self._stream = torch.cuda.Stream(device) if pinned else None
 
     def memory(self, clips: int, frames: int) -> tuple[Buffer, Tensor]:
         """A buffer of the ring, and its memory in the shape of a batch; never waits."""
@@ -209,13 +210,22 @@ class Staged:
         self._kind.read(drawn, memory[1])
 
     def deliver(self, drawn: Drawn, memory: tuple[Buffer, Tensor]) -> Tensor:
-        """Copy to the device, repeat images over time, convert; the buffer goes back into the ring."""
+        """Copy to the device, repeat images over time, convert; the buffer goes back into the ring.
+
+        A GPU copies on a stream of its own, while the step before is computed.
+        """
         buffer, host = memory
-        frames = torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
         copied = None
-        if self._device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
+        if self._stream is None:
+            frames = torch.empty_like(host, device=self._device).copy_(host)
+        else:
+            with torch.cuda.stream(self._stream):
+                frames = torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record()
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_event(copied)
+            frames.record_stream(computing)
         self._ring.give(buffer, copied)
         images = drawn.of_frames(IMAGE)
         if frames.shape[1] > IMAGE and len(images):

@@ -61,7 +61,7 @@ class Stepped:
     losses: dict[str, Tensor]  # `align/<strategy>`, `flow/<strategy>`: unweighted means over this rank's clips
     norms: dict[str, Tensor]  # by module, before clipping
     rates: Rates
-    finite: bool
+    taken: Tensor  # whether all norms were finite; else nothing was changed
 
 
 def build_model(recipe: RecipeConfig) -> NExTVid:
@@ -78,18 +78,22 @@ def build(recipe: RecipeConfig, ranks: Ranks, how: ExecutionConfig = PLAIN) -> T
     carry_out(model, reference, how, ranks.device)
     wrapped: nn.Module = model
     if how.shard and ranks.count > 1:
-        apply_fsdp(model, blocks_of(model), ranks.device, trained=True)
-        apply_fsdp(reference, reference.blocks.children(), ranks.device, trained=False)
+        bf16 = lowered(recipe, ranks.device)
+        apply_fsdp(model, blocks_of(model), ranks.device, trained=True, bf16=bf16)
+        apply_fsdp(reference, reference.blocks.children(), ranks.device, trained=False, bf16=bf16)
     else:  # ablations leave a part without gradients
         wrapped = ranks.wrap(model, partial=min(recipe.losses.align, recipe.losses.flow) <= 0)
     return Trained(recipe, how, ranks, model, wrapped, reference, build_optimizer(model, recipe.optim))
 
 
+def lowered(recipe: RecipeConfig, device: torch.device) -> bool:
+    """Whether training computes in bf16: on a GPU if the recipe says so; in fp32 on the CPU."""
+    return recipe.precision == "bf16" and device.type == "cuda"
+
+
 def autocast(recipe: RecipeConfig, device: torch.device) -> AbstractContextManager[None]:
-    """bf16 over fp32 weights on a GPU if the recipe says so; fp32 on the CPU."""
-    if recipe.precision == "bf16" and device.type == "cuda":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    """bf16 over fp32 weights where training computes in bf16."""
+    return torch.autocast(device.type, torch.bfloat16) if lowered(recipe, device) else nullcontext()
 
 
 def encoder_tokens(batch: Batch, model: ModelConfig) -> Float[Tensor, "B N i"]:
@@ -128,11 +132,12 @@ def take_step(trained: Trained, batch: Batch, step: int, micro_batch: int) -> St
         for name, value in _backward(trained, part, step, 1.0 / len(parts), last).items():
             losses[name] = losses.get(name, 0.0) + value / len(parts)
     norms = clip_gradients(trained_modules(trained.model), recipe.optim)
-    finite = bool(torch.isfinite(torch.stack(list(norms.values()))).all())
-    if finite:
-        optimizer.step()
-        ema_update(trained.reference, trained.model.encoder, recipe.optim.ema)
-    return Stepped(losses, norms, now, finite)
+    taken = torch.isfinite(torch.stack(list(norms.values()))).all()
+    # decided on the device, by AdamW's fused kernel: the host never waits for a step
+    optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    ema_update(trained.reference, trained.model.encoder, recipe.optim.ema, taken)
+    return Stepped(losses, norms, now, taken)
 
 
 def _backward(trained: Trained, part: Batch, step: int, share: float, last: bool) -> dict[str, Tensor]:

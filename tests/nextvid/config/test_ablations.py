@@ -60,7 +60,7 @@ def test_two_steps_change_every_part_it_has(name: str) -> None:
     losses: dict[str, torch.Tensor] = {}
     for number in range(2):
         stepped = take_step(trained, drawn(config, number), number, micro_batch=1)
-        assert stepped.finite
+        assert stepped.taken
         losses = stepped.losses
     kinds = {kind for kind, weight in (("align", config.losses.align), ("flow", config.losses.flow)) if weight > 0}
     assert set(losses) == {f"{kind}/{strategy}" for kind in kinds for strategy in strategy_names(config.masks)}

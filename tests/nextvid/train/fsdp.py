@@ -7,12 +7,11 @@ itself keeps for GPUs.
 
 import json
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
 import torch
 
-from nextvid.config.recipe import ExecutionConfig, RecipeConfig
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.train import step
 from nextvid.train.distributed import Ranks, join, whole
 from tests.nextvid.train.tiny import ALONE, random_batch, tiny_recipe
@@ -36,11 +35,8 @@ def stepped(ranks: Ranks, how: ExecutionConfig) -> tuple[torch.Tensor, torch.Ten
 def main(precision: str, blocks: str) -> None:
     """Relative differences of the whole vectors."""
 
-    def autocast(recipe: RecipeConfig, device: torch.device) -> AbstractContextManager[None]:
-        return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
     how = ExecutionConfig(device="cpu", ranks=2, shard=True, recompute_blocks=True, compile=blocks == "compiled")
-    with join(how) as ranks, patch.object(step, "autocast", autocast):
+    with join(how) as ranks, patch.object(step, "lowered", lambda *_: precision == "bf16"):
         pairs = zip(stepped(ranks, how), stepped(ALONE, ExecutionConfig()), strict=True)
         losses, gradients, weights = (float((a - b).norm() / b.norm()) for a, b in pairs)
         if ranks.first:

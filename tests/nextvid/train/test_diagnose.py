@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from nextvid.train.diagnose import effective_rank, feature_std
+from nextvid.train.diagnose import CLIPS, effective_rank, feature_std, features_of, share
+from nextvid.train.distributed import Ranks
+from nextvid.train.step import build_model
+from tests.nextvid.train.tiny import ALONE, tiny_recipe
 
 
 def test_rank_of_equal_directions_counts_them() -> None:
@@ -35,3 +38,19 @@ def test_std_is_over_tokens() -> None:
     torch.manual_seed(0)
     scale = torch.tensor([1.0, 3.0])
     assert feature_std(torch.randn(2, 20000, 2) * scale + 100) == pytest.approx(2.0, rel=0.02)
+
+
+@pytest.mark.parametrize(("count", "most"), [(2, 16384), (5, 100), (64, 7)])
+def test_shares_of_all_ranks_are_the_features_of_one(count: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where ranks have unequal shares, or none, and where tokens are left out."""
+    monkeypatch.setattr("nextvid.train.diagnose.MAX_TOKENS", most)
+    encoder = build_model(tiny_recipe()).encoder
+    tokens = torch.randn(CLIPS, 32, 8, generator=torch.Generator().manual_seed(0))
+    wanted = features_of(encoder, tokens, 7, ALONE)
+    assert len(wanted) <= most
+    parts = []
+    monkeypatch.setattr(Ranks, "sum", lambda _, values: values)
+    for rank in range(count):
+        ranks = Ranks(rank, count, ALONE.device)
+        parts.append(features_of(encoder, tokens[share(ranks).start : share(ranks).stop], 7, ranks))
+    torch.testing.assert_close(sum(parts), wanted)

@@ -228,10 +228,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 def test_collapse_sounds_the_alarm(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = iter([20.0, 20.0, 5.9, 5.9, 6.1, 6.1, 5.0, 5.0])
 
-    def diagnose(*_: object) -> dict[str, float]:
+    def judged(_: object) -> dict[str, float]:
         return {"feature_std": 1.0, "effective_rank": next(ranks)}
 
-    monkeypatch.setattr(loop, "diagnose", diagnose)
+    monkeypatch.setattr(loop, "judged", judged)
     run = begin(project)
     train(project, run, ALONE)
     assert [event["step"] for event in read_events(run.folder) if event["kind"] == "alarm"] == [5, 12]

@@ -1,6 +1,8 @@
 """One step: micro-batches add up, the average follows the optimiser, a gradient that is no number changes nothing."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -85,16 +87,16 @@ def test_without_an_average_the_reference_is_the_online_encoder() -> None:
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     trained = build(tiny_recipe(), ALONE)
-    assert take_step(trained, random_batch(0), 0, 0).finite
+    assert take_step(trained, random_batch(0), 0, 0).taken
     before = {name: value.clone() for name, value in trained.model.state_dict().items()}
     average = {name: value.clone() for name, value in trained.reference.state_dict().items()}
     poisoned = random_batch(1)
     latents_of(poisoned)[2, 1, 0, 0, 0] = float("inf")
     stepped = take_step(trained, poisoned, 1, 0)
-    assert not stepped.finite
+    assert not stepped.taken
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
     assert all(torch.equal(value, average[name]) for name, value in trained.reference.state_dict().items())
-    assert take_step(trained, random_batch(2), 2, 0).finite
+    assert take_step(trained, random_batch(2), 2, 0).taken
     assert all(torch.isfinite(value).all() for value in trained.model.state_dict().values())
 
 
@@ -128,7 +130,7 @@ def test_ablations_log_only_what_they_have(off: str) -> None:
     recipe = tiny_recipe()
     recipe = recipe.model_copy(update={"losses": recipe.losses.model_copy(update={off: 0.0})})
     stepped = take_step(build(recipe, ALONE), random_batch(), 0, 0)
-    assert stepped.finite
+    assert stepped.taken
     assert not any(name.startswith(off) for name in stepped.losses)
     assert means(dict.fromkeys(stepped.losses, 1.0))[off] != means(dict.fromkeys(stepped.losses, 1.0))[off]
 
@@ -140,3 +142,29 @@ def test_the_seed_decides_the_initialisation_and_leaves_the_global_generator() -
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in one.state_dict().items())
     assert not torch.equal(one.encoder.embed.weight, other.encoder.embed.weight)
+
+
+SYNCHRONISING = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "cpu", "nonzero")
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_a_step_waits_for_no_number_of_its_device(micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each of these calls would wait for all that is queued."""
+    trained = build(tiny_recipe(), ALONE)
+    take_step(trained, random_batch(0), 0, micro)  # the optimiser's state is there
+    batch, calls = random_batch(1), list[str]()
+    for name in SYNCHRONISING:
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, _counted(original, name, calls))
+    stepped = take_step(trained, batch, 1, micro)
+    assert calls == []
+    assert bool(stepped.taken)
+    assert calls == ["__bool__"]
+
+
+def _counted(original: Callable[..., Any], name: str, calls: list[str]) -> Callable[..., Any]:
+    def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(self, *args, **kwargs)
+
+    return call
