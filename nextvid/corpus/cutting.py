@@ -6,7 +6,7 @@ are those of docs/method.md 8.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -172,22 +172,19 @@ def _offsets(policy: ClipPolicy, length_us: int, frame_us: Fraction, fps_hz: flo
         case "repeat_last":
             return [min(offset, max(0, math.floor(last_us))) for offset in offsets]
         case "fit":
-            return _fitted(policy, last_us, frame_us)
-
-
-def _fitted(policy: ClipPolicy, last_us: Fraction, frame_us: Fraction) -> list[int] | None:
-    """Shorter steps, down to one source frame, so that the clip spans the shot; then the last frame is repeated."""
-    frames = math.floor((last_us + ROUNDING_US) / frame_us) + 1
-    if frames < policy.frames * REPEATED_SHARE:
-        return None
-    step_us = max(last_us / (policy.frames - 1), frame_us)
-    if policy.stride is not None:
-        step_us = frame_us * max(1, math.floor((last_us + ROUNDING_US) / (policy.frames - 1) / frame_us))
-    return [round(min(i * step_us, max(last_us, Fraction(0)))) for i in range(policy.frames)]
+            frames = math.floor((last_us + ROUNDING_US) / frame_us) + 1
+            if frames < policy.frames * REPEATED_SHARE:
+                return None
+            step_us = max(last_us / (policy.frames - 1), frame_us)  # spans the shot, where frames are that dense
+            if policy.stride is not None:
+                step_us = frame_us * max(1, math.floor((last_us + ROUNDING_US) / (policy.frames - 1) / frame_us))
+            return [round(min(i * step_us, max(last_us, Fraction(0)))) for i in range(policy.frames)]
 
 
 def _random_crop(clip: str, index: int, box: Box) -> Box:
-    for area, aspect, across, down in _draws(clip, index):
+    for attempt in range(CROP_TRIES):
+        key = int(digest(["crop", clip, index, attempt]), 16)
+        area, aspect, across, down = ((key >> (32 * part) & 0xFFFFFFFF) / 2**32 for part in range(4))
         pixels = box.w * box.h * (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0]))
         low, high = (math.log(edge) for edge in CROP_ASPECT)
         ratio = math.exp(low + aspect * (high - low))
@@ -198,14 +195,6 @@ def _random_crop(clip: str, index: int, box: Box) -> Box:
     w = min(box.w, max(1, round(box.h * CROP_ASPECT[1])))
     h = min(box.h, max(1, round(box.w / CROP_ASPECT[0])))
     return Box(box.x + (box.w - w) // 2, box.y + (box.h - h) // 2, w, h)
-
-
-def _draws(clip: str, index: int) -> Iterator[tuple[float, float, float, float]]:
-    """Four numbers in [0, 1) for each try: area, aspect, horizontal and vertical position."""
-    for attempt in range(CROP_TRIES):
-        key = int(digest(["crop", clip, index, attempt]), 16)
-        area, aspect, across, down = ((key >> (32 * part) & 0xFFFFFFFF) / 2**32 for part in range(4))
-        yield area, aspect, across, down
 
 
 def _uniform(n: int, key: list[object]) -> int:

@@ -71,9 +71,17 @@ class ReferencePictures:
         for unit in [extradata[at:]] if self.length_bytes else _units(extradata, 0):
             self._read_parameters(unit)
 
-    def is_lost_before(self, packet: "Packet[VideoStream]", *, begins: bool) -> bool:
-        """Whether a reference picture is missing between the packet before and this one; `begins`: an entry point."""
-        for unit in _units(bytes(packet), self.length_bytes):
+    def judge(self, packet: "Packet[VideoStream]") -> tuple[bool, bool]:
+        """Whether a packet is an entry point, and whether a reference picture is missing between it and the one before.
+
+        Each packet is to be judged once, in order.
+        """
+        units = list(_units(bytes(packet), self.length_bytes))
+        begins = packet.is_keyframe and any(map(_is_whole_h264, units))
+        return begins, self._is_lost_before(units) and not begins
+
+    def _is_lost_before(self, units: list[bytes]) -> bool:
+        for unit in units:
             self._read_parameters(unit)
             if unit[0] & 31 in H264_SLICES and self.number_bits:
                 bits = _Bits(unit[1:])
@@ -82,7 +90,7 @@ class ReferencePictures:
                 number, before = bits.take(self.number_bits), self.before
                 if unit[0] >> 5 & 3:  # nal_ref_idc
                     self.before = number
-                return not (begins or before is None or number in (before, (before + 1) % (1 << self.number_bits)))
+                return before is not None and number not in (before, (before + 1) % (1 << self.number_bits))
         return False
 
     def _read_parameters(self, unit: bytes) -> None:

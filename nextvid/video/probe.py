@@ -176,14 +176,6 @@ def _probe_image(path: Path) -> MediaFacts:
         return MediaFacts("image", name, name, image.mode, width, height, 0, False, 1.0, 0.0, 1, 0, 0, (), "pillow")
 
 
-def _refuse_lost_end(path: Path, declared_us: int, end_us: int) -> None:
-    """Matroska's demuxer ends without an error where it meets damage; the duration in the header knows better."""
-    if declared_us - end_us > LOST_US + LOST_SHARE * declared_us:
-        raise MediaError(
-            "short", f"{path}: {declared_us} us are declared, packets end at {end_us} us; fetch the file again"
-        )
-
-
 def _animated(name: str, size: tuple[int, int], times_us: list[int]) -> MediaFacts:
     """Facts of an animated WebP, PNG or AVIF: a video, whatever its extension suggests."""
     gaps = np.diff(np.array(times_us))
@@ -204,7 +196,12 @@ def _probe_video(path: Path) -> MediaFacts:
         rate = _rate(shown, base, video.stream.average_rate)
         start_us, last_us = micros(int(shown[0]), base), micros(int(shown[-1]), base)
         if name == "matroska" and len(container.streams) == 1 and container.duration:
-            _refuse_lost_end(path, container.duration, last_us + round(1e6 / rate))
+            # its demuxer ends without an error where it meets damage; the duration in the header knows better
+            declared_us, end_us = container.duration, last_us + round(1e6 / rate)
+            if declared_us - end_us > LOST_US + LOST_SHARE * declared_us:
+                raise MediaError(
+                    "short", f"{path}: {declared_us} us are declared, packets end at {end_us} us; fetch the file again"
+                )
         width, height = display.size(*video.stored_size)
         pix_fmt = frame.format.name
         plain = (name, codec) in DECORD_READS and not hazards and decord_installed()
@@ -242,7 +239,9 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
     pictures = ReferencePictures(video.stream) if video.codec == "h264" else None
     waiting, by_dts = must_begin_at_entry(video.stream), video.family == "avi"
     for packet in video.container.demux(video.stream):
-        begins = packet.size > 0 and is_entry_point(packet, video.stream)
+        begins = lost = False
+        if packet.size:
+            begins, lost = pictures.judge(packet) if pictures else (is_entry_point(packet, video.stream), False)
         if waiting and not begins:
             late += packet.size > 0
             continue
@@ -258,7 +257,7 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
                 "truncated",
                 f"{path}: a packet near {time} x {video.time_base} s is incomplete: cut off, joined or lost",
             )
-        if pictures is not None and pictures.is_lost_before(packet, begins=begins):
+        if lost:
             raise MediaError(
                 "corrupt",
                 f"{path}: pictures are missing before {time} x {video.time_base} s, and others refer to them; fetch or "

@@ -92,7 +92,9 @@ class Transitions:
         spans: list[tuple[int, int, Kind]] = [(*span, "dissolve") for span in self._dissolves()]
         fades: list[tuple[int, int, Kind]] = [(*span, "fade") for span in self._fades()]
         merged = _merged(sorted([*spans, *fades]))
-        change = np.maximum(self._padded(self._change), np.array(self._step))
+        change = np.array(self._step)
+        middle = change[self.lag : self.lag + len(self._change)]
+        np.maximum(middle, self._change, out=middle)
         result = [
             Transition(times[first], times[last + 1], kind, float(change[first : last + 1].max()))
             for first, last, kind in merged
@@ -133,12 +135,6 @@ class Transitions:
             and residual + self.config.dissolve_dip < dip < DIP_MAX
             and max(self._step[-2 * self.lag :]) < ONE_STEP * change
         )
-
-    def _padded(self, values: list[float]) -> np.ndarray:
-        """Values that belong to the frames from `lag` to n - lag, as an array over all frames."""
-        whole = np.zeros(len(self.times_us))
-        whole[self.lag : self.lag + len(values)] = values
-        return whole
 
     def _dissolves(self) -> list[tuple[int, int]]:
         hits = [index + self.lag for index, hit in enumerate(self._blend) if hit]
