@@ -11,7 +11,7 @@ from torch import _dynamo as dynamo
 from nextvid.config.recipe import ExecutionConfig, RecipeConfig, stage_at
 from nextvid.model.tokens import latent_tokens
 from nextvid.train import step
-from nextvid.train.diagnose import features_of
+from nextvid.train.diagnose import features_of, judged
 from nextvid.train.step import Trained, carry_out
 from tests.nextvid.train.tiny import ALONE, gradients_of, latents_of, random_batch, tiny_recipe
 
@@ -31,10 +31,11 @@ def looked_at(trained: Trained, clips: int, frames: int) -> torch.Tensor:
     latents = latents_of(random_batch(99, clips, frames))
     tokens = latent_tokens(latents, 2)
     with step.uncompiled(trained.how, CPU):
-        features = [features_of(encoder, tokens, 2, ALONE) for encoder in (trained.reference, trained.model.encoder)]
+        parts = (trained.reference, trained.model.encoder)
+        numbers = [judged(features_of(encoder, tokens, 2, ALONE)) for encoder in parts]
         seen = trained.model.condition(tokens[:, :16], torch.arange(16)[None], 1)
         sampled = trained.model.sample(seen, 2, torch.Generator().manual_seed(0))
-    return torch.cat([part.flatten() for part in (*features, sampled)])
+    return torch.cat([torch.tensor([*n.values()]) for n in numbers] + [sampled.flatten()])
 
 
 def main(backend: str) -> None:

@@ -80,4 +80,6 @@ def test_compiled_blocks_are_whole_graphs_and_give_the_same_steps(backend: str) 
     )  # by clip length: encoder of two strategies, reference, predictor of two; decoder 4+1, 1
     assert said["late"] == 0
     assert said["breaks"] == 0
-    assert said["error"] < 1e-4 if backend == "inductor" else said["error"] < 1e-5
+    assert (
+        said["error"] < 1e-4
+    )  # measured: 3e-6 to 9e-6; AdamW makes the noise of keys' biases as large as any gradient
