@@ -34,7 +34,10 @@ exit codes:
   5  the system refused: disk full, no permission
 """
 
-EXAMPLES = {"features": "nextvid features videos --encoder encoder --out features.parquet --every 2"}  # ends --help
+EXAMPLES = {  # what ends --help
+    "export": "nextvid export RUN encoder --format onnx",
+    "features": "nextvid features videos --encoder encoder --out features.parquet --every 2",
+}
 
 app = SubcommandApp()
 
@@ -274,6 +277,10 @@ def compare(
 def export(
     run: Run,
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="a folder that does not exist yet")],
+    format_: Annotated[
+        Literal["safetensors", "onnx"],
+        tyro.conf.arg(name="format", help="onnx adds a model.onnx, for any runtime of it"),
+    ] = "safetensors",
     corpus: Corpus = None,
 ) -> None:
     """Copy the EMA encoder of a run to a folder that nextvid.load_encoder opens, with its model card."""
@@ -286,7 +293,7 @@ def export(
     facts = find(project, run)
     folder = Path(facts.folder)
     readme = hub_card(project, open_run(folder)) if (folder / "encoder").is_dir() else None
-    copy_encoder(folder / "encoder", Path(out), readme)
+    copy_encoder(folder / "encoder", Path(out), readme, onnx=format_ == "onnx")
     print(f"encoder of run {facts.run} (recipe {facts.recipe}, trainset {facts.trainset}) in {out}")
 
 

@@ -7,6 +7,7 @@ Axes: B clips, F frames, H and W pixels, R pixels a side, C channels and h and w
 D width.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,10 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.decode_task import CropBox, cropped
 from nextvid.encode.frames import Decoding
 from nextvid.features.card import CARD, PAPER, card
+from nextvid.features.onnx import ONNX, write_onnx
 from nextvid.features.windows import Windows
 from nextvid.model.encoder import Encoder
+from nextvid.model.incremental import IncrementalEncoder
 from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
 from nextvid.train.checkpoint import fill, load_tensors
 from nextvid.train.export import AUTOENCODER, FORMAT, WEIGHTS
@@ -215,6 +218,28 @@ class NExTVidEncoder(nn.Module, PyTorchModelHubMixin, library_name="nextvid", pa
         assert self.folder is not None, "an encoder that was loaded"
         return ModelCard(card(atomic.read_json(str(self.folder / "config.json"))))
 
+    def stream(self) -> "FeatureStream":
+        """Features of tubelets as they come, for a camera or a file that is being written."""
+        return FeatureStream(self)
+
+    def program(self, frames: int | None = None) -> torch.export.ExportedProgram:
+        """The encoder as a graph of torch.export, for any number of clips of `frames` frames, by default training's.
+
+        Its input is what `forward` takes: frames at the resolution of training, or raw latents. Raises ConfigError
+        where the folder does not say a clip's frames.
+        """
+        model, frames = self.encoder.model, frames or self.frames
+        if frames is None:
+            raise ConfigError("this encoder was exported without its clips: give frames")
+        if model.encoder.input == "pixels":
+            example = torch.zeros(2, frames, self.resolution, self.resolution, 3, dtype=torch.uint8)
+        else:
+            channels = self.mean.shape[0]
+            fold = round(math.sqrt(model.frame_channels // channels))
+            example = torch.zeros(2, frames, channels, fold * model.grid_height, fold * model.grid_width)
+        shapes = {"clips": {0: torch.export.Dim("clips", min=1)}}
+        return torch.export.export(_Whole(self), (example.to(self.mean.device),), dynamic_shapes=shapes)
+
     def _sized(self, frames: UInt8[Tensor, "B F H W 3"], resize: bool) -> Clips:
         """Frames at the resolution of training: the square in the middle, resized as the pipeline does."""
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
@@ -240,15 +265,44 @@ class NExTVidEncoder(nn.Module, PyTorchModelHubMixin, library_name="nextvid", pa
             raise RefusedError(f"frames of {size} pixels: resize them to {self.resolution} x {self.resolution}")
 
 
+class _Whole(nn.Module):
+    """Features of the last layer alone: what is exported has no options."""
+
+    def __init__(self, encoder: NExTVidEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.encoder(clips)
+
+
+class FeatureStream:
+    """Tubelets of clips in, their features out, equal to those of the whole clip because the encoder is frame-causal.
+
+    Keys and values of all earlier tubelets are kept: 2 D numbers a token and block. Training knew clips of a few
+    tubelets (`encoder.frames`); begin a new stream where later positions were never trained.
+    """
+
+    def __init__(self, encoder: NExTVidEncoder) -> None:
+        self._encoder = encoder
+        self._incremental = IncrementalEncoder(encoder.encoder)
+
+    @torch.no_grad()
+    def push(self, clips: Float[Tensor, "B F C h w"] | UInt8[Tensor, "B F H W 3"]) -> Float[Tensor, "B N D"]:
+        """Features of the next frames, one tubelet or several. Raises RefusedError as `forward` of the encoder does."""
+        tubelets = self._encoder.tokens(clips).split(self._encoder.encoder.model.cells, dim=1)
+        return torch.cat([self._incremental.encode(tokens)[0] for tokens in tubelets], dim=1)
+
+
 def repeated(frames: UInt8[np.ndarray, "f R R 3"], count: int) -> UInt8[np.ndarray, "F R R 3"]:
     """Frames of a clip as they are; the one of an image `count` times, as in training."""
     return frames.repeat(count, axis=0) if len(frames) == 1 else frames
 
 
-def copy_encoder(folder: Path, out: Path, readme: str | None = None) -> NExTVidEncoder:
+def copy_encoder(folder: Path, out: Path, readme: str | None = None, onnx: bool = False) -> NExTVidEncoder:
     """Copy an exported encoder to a new folder and open the copy, so that damage is found before it is published.
 
-    `readme` is its model card.
+    `readme` is its model card; with `onnx` there is a file ONNX of it too.
 
     Raises what `load_encoder` does, and ConflictError if `out` exists.
     """
@@ -258,7 +312,10 @@ def copy_encoder(folder: Path, out: Path, readme: str | None = None) -> NExTVidE
         shutil.copytree(folder, staged, dirs_exist_ok=True)
         if readme is not None:
             (staged / CARD).write_text(readme, encoding="utf-8")
-        return load_encoder(staged)
+        found = load_encoder(staged)
+        if onnx:
+            write_onnx(found.program(), staged / ONNX)
+        return found
 
 
 @dataclass(frozen=True)
@@ -301,7 +358,8 @@ def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
     folder = Path(path)
     facts = read_facts(folder)
     tensors = load_tensors(folder / WEIGHTS)
-    found = NExTVidEncoder(facts.model, tensors["mean"], tensors["std"])
+    model = facts.model.model_copy(update={"attention": "loop"})  # which every device has; the results agree
+    found = NExTVidEncoder(model, tensors["mean"], tensors["std"])
     fill(found, folder / WEIGHTS)
     if facts.carries_autoencoder:
         found.autoencoder = Autoencoder.load(folder / AUTOENCODER, device, facts.precision)

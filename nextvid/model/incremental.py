@@ -1,10 +1,10 @@
-"""Predictions one tubelet after the other, with cached keys and values (docs/method.md 11).
+"""Features and predictions one tubelet after the other, with cached keys and values (docs/method.md 11).
 
 The encoder is frame-causal and the context never reads a query, so what a layer computed for earlier tubelets never
 changes. Caching it is exact, and a tubelet costs its own tokens instead of all tokens before it.
 
-Axes: B clips, h heads, n visible tokens of a tubelet, Q queries, A = n + Q, e head dimension, i numbers in a token; b
-is B or 1.
+Axes: B clips, h heads, n visible tokens of a tubelet, Q queries, A = n + Q, e head dimension, i numbers in a token,
+D width; b is B or 1.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nextvid.model.attention import Attend, masked_attention
 from nextvid.model.decoder import Positions
-from nextvid.model.encoder import all_ids
+from nextvid.model.encoder import Encoder, all_ids
 from nextvid.model.nextvid import Conditioned, NExTVid
 
 
@@ -51,13 +51,31 @@ class KeyValueCache:
         return self._keys, self._values
 
 
+class IncrementalEncoder:
+    """Takes the tubelets of a clip one by one, from 0, and gives the features that the whole clip would have."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._attends: list[Attend] = [KeyValueCache().attend for _ in encoder.blocks]
+        self.tubelets = 0  # taken so far
+
+    @torch.no_grad()
+    def encode(
+        self, tokens: Float[Tensor, "B n i"], cells: Int[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "B n D"], Int[Tensor, "b n"]]:
+        """Features and ids of the next tubelet's tokens: those at `cells`, or all."""
+        total = self._encoder.model.cells
+        ids = (all_ids(1, total, tokens.device) if cells is None else cells) + total * self.tubelets
+        self.tubelets += 1
+        return self._encoder.extend(tokens, ids, self._attends), ids
+
+
 class IncrementalPredictor:
     """Takes the tubelets of a clip one by one, from 0, and predicts the next one after each."""
 
     def __init__(self, model: NExTVid) -> None:
         self._model = model
-        self._tubelets = 0
-        self._encoder: list[Attend] = [KeyValueCache().attend for _ in model.encoder.blocks]
+        self._encoder = IncrementalEncoder(model.encoder)
         self._predictor: list[Attend] = []
         self._seen: list[tuple[Tensor, Tensor]] = []  # features and ids, for decoders that read the encoder directly
 
@@ -65,10 +83,8 @@ class IncrementalPredictor:
     def predict(self, tokens: Float[Tensor, "B n i"], cells: Int[Tensor, "b n"]) -> Conditioned:
         """The decoder's condition for the next tubelet. `tokens` are this tubelet's visible ones, at `cells`."""
         model, total = self._model, self._model.recipe.model.cells
-        ids = cells + total * self._tubelets
-        self._tubelets += 1
-        queries = all_ids(1, total, tokens.device) + total * self._tubelets
-        features = model.encoder.extend(tokens, ids, self._encoder)
+        features, ids = self._encoder.encode(tokens, cells)
+        queries = all_ids(1, total, tokens.device) + total * self._encoder.tubelets
         if model.predictor is None:
             self._seen.append((features, ids))
             condition, context_ids = (torch.cat(parts, dim=1) for parts in zip(*self._seen, strict=True))
