@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import nextvid.__main__ as command_line
 from nextvid.config.corpus import load_corpus
@@ -21,7 +22,7 @@ from nextvid.make import Request
 from nextvid.making.outcome import Outcome
 from nextvid.train.run import find_run
 from storage.errors import UpstreamError
-from tests.nextvid.corpus.small_media import write_picture
+from tests.nextvid.corpus.small_media import scene, write_film, write_picture
 from tests.nextvid.tiny_project import RECIPE, uri_of
 
 TOP = Path(__file__).resolve().parents[2]
@@ -127,10 +128,15 @@ def test_the_encoder_of_the_example_gives_tokens(
     (export,) = [words[1:] for words in lines() if words[:2] == ["nextvid", "export"]]
     run = find_run(own_copy, RECIPE).id
     assert nextvid_runs([run if word == "RUN" else word for word in export], monkeypatch) == 0
+    write_film(Path("video.mp4"), [scene("one", 24)])
     (example,) = blocks("python")
     names: dict[str, object] = {}
     exec(compile(example, str(README), "exec"), names)  # the README's own lines
-    assert getattr(names["tokens"], "shape", ())[:2] == (1, 4 * 64)
+    tokens, parts = names["tokens"], names["parts"]
+    assert isinstance(tokens, torch.Tensor)
+    assert isinstance(parts, list)
+    assert tokens.shape[:2] == (1, 4 * 64)
+    torch.testing.assert_close(torch.cat(parts, dim=1), tokens, rtol=1e-4, atol=1e-5)
 
 
 def named_commands() -> list[str]:
