@@ -9,7 +9,7 @@ import dagster as dg
 import dataframely as dy
 
 from assets.compute import compute_of, tags
-from nextvid.config.corpus import corpus_path
+from nextvid.config.corpus import corpus_path, encoder_names
 from nextvid.config.recipes import RECIPES, own_recipes
 from nextvid.graph import GRAPH, NON_BLOCKING, Asset
 from storage import schemas
@@ -22,8 +22,11 @@ TABLES: tuple[type[dy.Schema], ...] = (
 # Two projects that share a Dagster instance each set NEXTVID_PROJECT; it begins names of partitions and keys of runs.
 PREFIX = f"{os.environ['NEXTVID_PROJECT']}_" if os.environ.get("NEXTVID_PROJECT") else ""
 BATCHES = dg.DynamicPartitionsDefinition(name=f"{PREFIX}batch")  # kept equal to the batches of sources/
-# A file that is added to recipes/ is a partition once the definitions are reloaded.
-RECIPE = dg.StaticPartitionsDefinition(list(dict.fromkeys((*RECIPES, *own_recipes(corpus_path())))))
+# A recipe or encoder that is added is a partition once the definitions are reloaded. Encoders of corpus.yaml are among
+# them since a job has one kind of partitions; of an encoder only `probes` is made, and the others say so.
+RECIPE = dg.StaticPartitionsDefinition(
+    list(dict.fromkeys((*RECIPES, *own_recipes(corpus_path()), *encoder_names(corpus_path()))))
+)
 OWNERS = ["team:nextvid"]
 CRASHES = dg.RetryPolicy(max_retries=2, delay=1)  # of a step whose process died; as many as run_retries (dagster.yaml)
 

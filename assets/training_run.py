@@ -60,6 +60,7 @@ def evaluate(
 
     with readable_errors():
         opened, recipe = project.open(), context.partition_key
+        opened.recipe(recipe)
         pretrained = context.instance.fetch_materializations(
             dg.AssetRecordsFilter(dg.AssetKey("pretrain"), asset_partitions=[recipe]), limit=NEWEST
         ).records

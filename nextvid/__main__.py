@@ -61,7 +61,10 @@ def make_command(
     asset: Annotated[Asset, tyro.conf.Positional],
     corpus: Corpus = None,
     batch: Batch = None,
-    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="for mask_plan and all after it")] = None,
+    recipe: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="NAME", help="for mask_plan and all after it; for probes also an encoder of corpus.yaml"),
+    ] = None,
     benchmark: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="probe only on this benchmark")] = None,
     set_: Overrides = (),
     how: How = (),

@@ -144,7 +144,8 @@ GRAPH: dict[Asset, Node] = {
     "probes": Node(
         "evaluation", "evaluate", "recipe", ("pretrain", "latents"),
         "attentive probe and k-NN beside a random-init encoder",
-        "Accuracies on frozen features, on every benchmark; the random-init encoder has the same shape and input.",
+        "Accuracies on frozen features, on every benchmark; the random-init encoder has the same shape and input. "
+        "Encoders of corpus.yaml are probed too, each as a partition beside the recipes.",
     ),
     "samples": Node(
         "evaluation", "evaluate", "recipe", ("pretrain",),

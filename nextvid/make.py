@@ -44,7 +44,7 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
     _refuse_names(project, request)
     stopped: dict[str, str] = {}  # batch -> why
     unlisted: Mapping[str, str] = {}  # dataset -> why
-    for name in steps(request):
+    for name in steps(request, request.recipe in project.corpus.encoders):
         for partition in partitions(project, name, request):
             if partition in stopped or (name in BY_BATCH and dataset_of(str(partition)) in unlisted):
                 continue
@@ -72,9 +72,14 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
             raise UpstreamError(f"{request.asset} was not made for {len(stopped)} batches: {listed}")
 
 
-def steps(request: Request) -> list[Asset]:
-    """The assets to make, in the order of the graph: nothing that leads to a trainset or run that is named."""
+def steps(request: Request, trained: bool = False) -> list[Asset]:
+    """The assets to make, in the order of the graph: nothing that leads to a trainset or run that is named.
+
+    `trained`: the recipe is an encoder that others trained, so there is no run to make.
+    """
     given = chain("pretrain") if request.run else chain("trainset") if request.trainset else []
+    if trained:
+        given = ["mask_plan", "pretrain"]
     return [asset for asset in chain(request.asset) if asset not in given]
 
 
@@ -93,12 +98,15 @@ def _make_and_judge(
 
 def _refuse_names(project: Project, request: Request) -> None:
     """Refuse names and options that would otherwise fail only after hours of encoding."""
-    if "mask_plan" in chain(request.asset):
+    trained = request.asset == "probes" and _recipe(request) in project.corpus.encoders
+    if "mask_plan" in chain(request.asset) and not trained:
         project.recipe(_recipe(request))
+    if trained and request.run:
+        raise ConfigError(f"--run: '{request.recipe}' is an encoder of {project.path}, which has no run: leave it out")
     if request.run and "pretrain" not in chain(request.asset)[:-1]:
         raise ConfigError(f"--run is for probes, samples and report, and {request.asset} looks at no run: leave it out")
     training = request.overrides or request.how or request.ranks is not None or request.repeat or request.trainset
-    if training and "pretrain" not in steps(request):
+    if training and "pretrain" not in steps(request, trained):
         raise ConfigError(
             "--set, --how, --ranks, --repeat and --trainset are for training, and nothing is trained here: leave them "
             "out"

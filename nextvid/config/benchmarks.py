@@ -1,11 +1,12 @@
-"""The block `benchmarks` of corpus.yaml: probe tasks, and the four protocols of the paper (Tab. 9, 10) that they name.
+"""The blocks `benchmarks` and `encoders` of corpus.yaml: probe tasks, and encoders of others that are probed too.
 
-A protocol is values of a benchmark's own fields; what is written beside its name takes their place.
+Benchmarks may name one of the paper's four protocols (Tab. 9 and 10). A protocol is values of a benchmark's own fields;
+what is written beside its name takes their place.
 """
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -133,3 +134,28 @@ class BenchmarkConfig(Strict):
         younger = {"sweep", "attention_heads", "augment", "levels", "train_views", "limit"}  # than scores that are kept
         found, fields = self.model_dump(mode="json", exclude={"protocol"}), type(self).model_fields
         return {k: v for k, v in found.items() if k not in younger or getattr(self, k) != fields[k].default}
+
+
+Family = Literal["vjepa2", "dinov2", "dinov3", "videomae", "vit_mae", "pixels", "latents"]
+FLOORS = ("pixels", "latents")
+
+
+class ProbedEncoderConfig(Strict):
+    """An encoder that was trained elsewhere, a partition of `probes` beside the recipes.
+
+    It reads the stored pixels (`encoding.pixels`), resized to its own grid and normalised by its own statistics, those
+    of `preprocessor_config.json` where its folder has one, else ImageNet's. Floors need no folder: `pixels` is the mean
+    colour of 16 fields of each frame, `latents` what is stored of the autoencoder.
+    """
+
+    family: Family = Field(description="what the folder holds; dinov2, dinov3 and vit_mae see each frame alone")
+    folder: str | None = Field(
+        None, description="as transformers saves it: config.json and safetensors; relative to corpus.yaml"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_folder(self) -> Self:
+        if (self.folder is None) != (self.family in FLOORS):
+            needed = "has no folder: leave it out" if self.folder else "needs a 'folder'"
+            raise ValueError(f"family '{self.family}' {needed}")
+        return self

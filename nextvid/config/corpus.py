@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from nextvid.config.benchmarks import BenchmarkConfig
+from nextvid.config.benchmarks import BenchmarkConfig, ProbedEncoderConfig
 from nextvid.config.datasets import CurationConfig, DatasetConfig, LabelConfig, SplitConfig
 from nextvid.config.strict import AtLeastZero, Count, Share, Strict, parse
 from nextvid.config.yaml_file import read_yaml
@@ -84,6 +84,9 @@ class CorpusConfig(Strict):
     curation: CurationConfig = Field(CurationConfig(), description="how shots are found, filtered and compared")
     datasets: dict[str, DatasetConfig] = Field(description="datasets by name")
     benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict, description="probe tasks by name")
+    encoders: dict[str, ProbedEncoderConfig] = Field(
+        default_factory=dict, description="encoders of others, by name, that are probed beside those of recipes"
+    )
     reencode: Literal["ask", "auto"] = Field(
         "ask",
         description="whether a changed encoding, curation or benchmark waits for 'nextvid plan --accept', or is "
@@ -96,7 +99,7 @@ class CorpusConfig(Strict):
     )
     min_complete: Share = Field(1.0, description="share of the batches that must be complete before a trainset is made")
 
-    @field_validator("datasets", "benchmarks")
+    @field_validator("datasets", "benchmarks", "encoders")
     @classmethod
     def _names(cls, value: dict[str, object]) -> dict[str, object]:
         for name in value:
@@ -169,6 +172,14 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
     return corpus
 
 
+def encoder_names(path: Path) -> tuple[str, ...]:
+    """Names of the encoders of a corpus.yaml, for partitions; none of one that is not valid, as every step will say."""
+    try:
+        return tuple(load_corpus(path).encoders)
+    except ConfigError:
+        return ()
+
+
 def _without_needless_tests(corpus: CorpusConfig) -> CorpusConfig:
     """A dataset that no benchmark names and whose `split` is not written holds nothing out (docs/decisions/0039)."""
     probed = {name for benchmark in corpus.benchmarks.values() for name in benchmark.datasets}
@@ -215,6 +226,10 @@ def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
         )
         for name, dataset in corpus.datasets.items()
     }
+    encoders = {
+        name: encoder.model_copy(update={"folder": resolve(encoder.folder) if encoder.folder else None})
+        for name, encoder in corpus.encoders.items()
+    }
     encoding = corpus.encoding.model_copy(update={"autoencoder": resolve(corpus.encoding.autoencoder)})
     runs_root = resolve(corpus.runs_root) if corpus.runs_root else None
     return corpus.model_copy(
@@ -224,5 +239,6 @@ def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
             "cache": corpus.cache.model_copy(update={"folder": resolve(corpus.cache.folder)}),
             "datasets": datasets,
             "encoding": encoding,
+            "encoders": encoders,
         }
     )

@@ -8,6 +8,7 @@ from nextvid.config.accepted import accepted, as_accepted
 from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.corpus import CorpusConfig, corpus_path, load_corpus
 from nextvid.config.recipe import RecipeConfig
+from nextvid.config.recipes import RECIPES, own_recipes
 from nextvid.config.recipes import recipe as recipe_by_name
 from storage.errors import ConfigError
 from storage.root import DataRoot
@@ -33,6 +34,10 @@ class Project:
 
     def recipe(self, name: str) -> RecipeConfig:
         """A recipe, built in or one of this project's own. Raises ConfigError."""
+        if name in self.asked.encoders:
+            raise ConfigError(
+                f"'{name}' is no recipe but an encoder of {self.path}, which others trained: make 'probes' of it"
+            )
         return recipe_by_name(name, self.path)
 
     def benchmark(self, name: str) -> BenchmarkConfig:
@@ -55,6 +60,8 @@ def open_project(path: str | Path | None = None) -> Project:
     """
     file = corpus_path(str(path) if path else None)
     asked = load_corpus(file)
+    if both := sorted(asked.encoders.keys() & {*RECIPES, *own_recipes(file)}):
+        raise ConfigError(f"{file}: encoder '{both[0]}' has the name of a recipe, and both are probed: rename it")
     cache = asked.cache
     root = DataRoot.open(asked.root, asked.runs_root, cache.folder, round(cache.size_gb * 1e9))
     known = accepted(root) if asked.reencode == "ask" else None

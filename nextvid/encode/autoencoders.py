@@ -224,26 +224,33 @@ class Identity(torch.nn.Module):
 
 def load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a folder with safetensors, strictly: ConfigError where a tensor is missing or left over."""
-    name, given = "diffusers", {"torch_dtype": dtype, "low_cpu_mem_usage": False}
     match facts(folder).family:
         case "pixels":
             return Identity().to(dtype)
         case "siglip":
-            name, given = "transformers", {"dtype": dtype}
+            return from_transformers(folder, "SiglipVisionModel", dtype, OF_THE_TEXT)
+    name = read_folder(folder)[0]["_class_name"]
+    return _loaded(folder, "diffusers", name, (), torch_dtype=dtype, low_cpu_mem_usage=False)
+
+
+def from_transformers(folder: Path, kind: str, dtype: torch.dtype, known: tuple[str, ...]) -> torch.nn.Module:
+    """A model of this class of transformers, strictly; tensors that begin with one of `known` may be left over."""
     try:
-        library: Any = import_module(name)  # 2.7 s, so only where a model is loaded
+        return _loaded(folder, "transformers", kind, known, dtype=dtype)
     except ImportError as error:
-        raise ConfigError(f"{folder} holds SigLIP features: pip install 'nextvid[targets]' ({error})") from error
-    kind = (
-        library.SiglipVisionModel if name == "transformers" else getattr(library, read_folder(folder)[0]["_class_name"])
-    )
+        raise ConfigError(f"{folder} is a {kind}: pip install 'nextvid[targets]' ({error})") from error
+
+
+def _loaded(folder: Path, name: str, kind: str, known: tuple[str, ...], **given: Any) -> torch.nn.Module:  # noqa: ANN401
+    """A model from safetensors alone, of this class of a library. Raises ConfigError, and ImportError without it."""
+    library: Any = import_module(name)  # 2.7 s, so only where a model is loaded
     logging = library.utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # diffusers warns of "float32 modules: []", which concerns nobody
     logging.disable_progress_bar()
     model: torch.nn.Module
     try:
-        model, told = kind.from_pretrained(
+        model, told = getattr(library, kind).from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -253,7 +260,6 @@ def load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         logging.enable_progress_bar()
     # loaders only warn, and leave missing tensors at random values (docs/method.md 13, trap 18)
     missing = {*told["missing_keys"], *(found[0] for found in told["mismatched_keys"])}
-    known = OF_THE_TEXT if name == "transformers" else ()
     unknown = {key for key in told["unexpected_keys"] if not key.startswith(known)}
     if missing or unknown:
         raise ConfigError(

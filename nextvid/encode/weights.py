@@ -31,7 +31,7 @@ FAMILIES: dict[str, Family] = {
     "siglip_vision_model": "siglip",
 }
 # The names of diffusers and transformers for their files; each may come in several, with an `.index.json`.
-_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 
 
 class Wrapper(Strict):
@@ -66,13 +66,14 @@ def autoencoder_digest(folder: str | Path) -> str:
     folder = Path(folder)
     config, wrapper = read_folder(folder)
     family = facts(folder).family
-    kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
-    weights = []
-    for path in _weight_files(folder, family):
-        at = path.stat()  # of which the time of the last change cannot be set back
-        weights.append(_file_digest(str(path), at.st_ino, at.st_ctime_ns, at.st_size))
+    weights = [] if family == "pixels" else weight_digests(folder, TRANSFORMERS if family == "siglip" else DIFFUSERS)
     name = config.get("_class_name", wrapper.kind or family)
-    return digest_config({"class": name, "config": kept, "patch": wrapper.patch, "weights": sorted(weights)})
+    return digest_config({"class": name, "config": decisive(config), "patch": wrapper.patch, "weights": weights})
+
+
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of config.json decides what a model computes: no path, no version."""
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
 
 
 def facts(folder: str | Path) -> Facts:
@@ -112,17 +113,18 @@ def facts(folder: str | Path) -> Facts:
 def read_folder(folder: Path) -> tuple[dict[str, Any], Wrapper]:
     """config.json, empty for raw pixels, and nextvid.json of a folder."""
     file, beside = folder / "config.json", folder / "nextvid.json"
-    wrapper = parse(Wrapper, _json(beside), str(beside)) if beside.is_file() else Wrapper()
+    wrapper = parse(Wrapper, read_json(beside), str(beside)) if beside.is_file() else Wrapper()
     if wrapper.patch < 1:
         raise ConfigError(f"{beside}: patch {wrapper.patch} is not at least 1")
     if not file.is_file():
         if wrapper.kind == "pixels":
             return {}, wrapper
         raise ConfigError(f"{folder}: no config.json, so this is no folder of a diffusers autoencoder")
-    return _json(file), wrapper
+    return read_json(file), wrapper
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint's folder. Raises ConfigError where it holds no keys."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -146,21 +148,24 @@ def _family(config: dict[str, Any], wrapper: Wrapper, folder: Path) -> Family:
     return family
 
 
-def _weight_files(folder: Path, family: Family) -> list[Path]:
-    """The files that would be loaded. Raises ConfigError where there are none of safetensors."""
-    if family == "pixels":
-        return []
-    name = _TRANSFORMERS if family == "siglip" else _DIFFUSERS
+def weight_digests(folder: Path, name: str) -> list[str]:
+    """Digests of the weights that would be loaded, sorted; `name` is that of a single file.
+
+    Raises ConfigError where there are none of safetensors.
+    """
     index = folder / f"{name}.index.json"
     if index.is_file():
-        names = _json(index)["weight_map"].values()
-        files = [folder / Path(name).name for name in sorted(set(names))]
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if outside := [part for part in names if Path(part).name != part]:
+            raise ConfigError(f"{index}: names {outside[0]!r}, which is no file of its folder; put the weights there")
+        files = [folder / part for part in names]
     else:
         files = [folder / name]
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file}: missing; weights are read from safetensors only, never from a pickle")
-    return files
+    facts_of = [(file, file.stat()) for file in files]  # of which the time of the last change cannot be set back
+    return sorted(_file_digest(str(file), at.st_ino, at.st_ctime_ns, at.st_size) for file, at in facts_of)
 
 
 @functools.lru_cache(maxsize=16)

@@ -20,8 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nextvid.config.benchmarks import Augmentation, SweepConfig
-from nextvid.config.recipe import RecipeConfig
+from nextvid.config.benchmarks import Augmentation, BenchmarkConfig, SweepConfig
 from nextvid.config.strict import Strict
 
 LN_EPS = 1e-6  # docs/method.md 6.1
@@ -63,29 +62,29 @@ class ProbeSettings(Strict):
         ]
 
 
-def probe_settings(recipe: RecipeConfig, epochs: int, batch: int, images: bool = False) -> ProbeSettings:
-    """The demo study's settings below width 512; else the public probe's rates and initialisation (docs/method.md 9).
+def probe_settings(width: int, reads: Literal["latents", "pixels"], config: BenchmarkConfig) -> ProbeSettings:
+    """How the heads of a benchmark learn on an encoder of this width, where the benchmark does not say it.
 
-    Probes of encoders that read pixels learn from varied clips: of `images` or of videos.
+    By the demo study's settings below width 512; else the public probe's rates and initialisation (docs/method.md 9).
+    Heads of encoders that read pixels learn from varied clips, of images or of videos.
     """
-    augment: Augmentation = "none"
-    if recipe.model.encoder.input == "pixels":
-        augment = "image" if images else "video"
-    if recipe.model.encoder.width < SMALL_WIDTH:
-        return ProbeSettings(epochs=epochs, batch=batch, augment=augment)
-    return ProbeSettings(
-        heads=16,  # the paper's Tab. 10
-        sweep=(
-            SweepConfig(rates=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4), weight_decays=(0.01, 0.1, 0.4, 0.8)),
-        ),  # docs/method.md 9
-        warm_up_steps=0,
-        own_orders=False,
-        epochs=epochs,
-        batch=batch,
-        init="trunc_normal",
-        query_std=0.02,
-        augment=augment,
-    )
+    small = ProbeSettings(epochs=config.epochs, batch=config.batch)
+    public = {
+        "heads": 16,  # the paper's Tab. 10
+        "sweep": (SweepConfig(rates=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4), weight_decays=(0.01, 0.1, 0.4, 0.8)),),
+        "warm_up_steps": 0,
+        "own_orders": False,
+        "init": "trunc_normal",
+        "query_std": 0.02,
+    }
+    written: dict[str, object] = {}
+    if reads == "pixels":
+        written["augment"] = config.augment or ("image" if config.policy.frames == 1 else "video")
+    if config.sweep:
+        written |= {"sweep": config.sweep, "warm_up_steps": 0, "own_orders": False}
+    if config.attention_heads is not None:
+        written["heads"] = config.attention_heads
+    return small.model_copy(update=written if width < SMALL_WIDTH else public | written)
 
 
 class Probes(nn.Module):

@@ -38,6 +38,7 @@ from nextvid.train.run import Run, find_checkpoint
 from nextvid.train.step import autocast, build_model
 from nextvid.trainset.order import fold
 from nextvid.trainset.trainset import Trainset
+from storage.errors import RefusedError
 from storage.reader import addresses, open_reader
 from storage.root import DataRoot
 
@@ -106,6 +107,17 @@ def run_encoders(
         )
         for name, encoder in networks.encoders.items()
     ]
+
+
+def level_blocks(depth: int, levels: int) -> tuple[int, ...]:
+    """Blocks, by index, whose outputs a probe reads: the last, and others at V-JEPA 2's distance (docs/method.md 9).
+
+    Raises RefusedError where the encoder has fewer blocks.
+    """
+    if levels > depth:
+        raise RefusedError(f"the benchmark reads {levels} levels of an encoder that has {depth} blocks: lower 'levels'")
+    step = min(2 if depth == 24 else max(1, depth // 8), depth // levels)  # L, H and G: 2, 4 and 5
+    return tuple(depth - 1 - step * level for level in reversed(range(levels)))
 
 
 @torch.inference_mode()

@@ -168,7 +168,8 @@ def _runs(project: Project) -> list[RunStatus]:
     scores: dict[str, dict[str, float]] = {}
     for path in scores_of(project.root):
         record = atomic.read_json(str(path))
-        scores.setdefault(record["run"], {})[record["benchmark"]] = record["encoders"]["ema"]["accuracy"]
+        if "ema" in record["encoders"]:  # a run's: not of an encoder that others trained
+            scores.setdefault(record["run"], {})[record["benchmark"]] = record["encoders"]["ema"]["accuracy"]
     found = []
     for facts in runs_of(project.root):
         run = open_run(Path(facts.folder))

@@ -146,6 +146,8 @@ def trace(project: Project, what: str) -> Trace:
     path = Path(what)
     if path.name == "score.json" and path.is_file():
         score = _score_facts(path)
+        if score.recipe in project.corpus.encoders:  # trained elsewhere
+            return Trace(str(path), "score", scores=(score,))
         run = _run_facts(Path(root.run(score.recipe, score.run)))
         return _down(root, str(path), "score", (run,), (score,))
     for folder in (path, *path.parents[:2]):  # checkpoints/step_n and encoder/ are inside the run's folder

@@ -44,6 +44,7 @@ class Gathered:
     events: list[Event]
     scores: list[Score]
     history: dict[str, list[Scored]]  # by benchmark, scores of several checkpoints on the rows of the newest
+    others: dict[str, list[Score]]  # by benchmark, of encoders that corpus.yaml names
     samples: dict[str, Any] | None  # None where the recipe generates nothing
     data: DataFacts
 
@@ -67,7 +68,9 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
         atomic.publish_bytes(page, render_html(card).encode())  # last: where the page exists, its pictures do
     numbers: dict[str, int | float | str] = {"page": page}
     for score in gathered.scores:
-        numbers[f"{score.benchmark}_points_over_random"] = 100 * scores.difference(score.record, "ema")[0]
+        numbers[f"{score.benchmark}_points_over_random"] = (
+            100 * scores.difference(score.record, score.record["encoders"]["ema"])[0]
+        )
     return Outcome(
         asset="report",
         partition=recipe,
@@ -122,15 +125,26 @@ def gather(project: Project, run: Run) -> Gathered:
         read_events(run.folder),
         [read_score(str(path)) for path in newest.values()],
         history,
+        {name: _scores_of_others(project, name) for name in newest},
         samples,
         read_facts(project, run),
     )
 
 
+def _scores_of_others(project: Project, benchmark: str) -> list[Score]:
+    """The newest score of each encoder of corpus.yaml, in its order."""
+    found = []
+    for encoder in project.corpus.encoders:
+        paths = Path(project.root.encoder_probes(encoder)).glob(f"*/{benchmark}/*/score.json")
+        if newest := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None):
+            found.append(read_score(str(newest)))
+    return found
+
+
 def build_card(gathered: Gathered) -> Card:
     """The report's sections, in order."""
     run = gathered.run
-    sections = [scores.section(gathered.scores, gathered.history)] if gathered.scores else []
+    sections = [scores.section(gathered.scores, gathered.history, gathered.others)] if gathered.scores else []
     sections.append(training_section(run, gathered.events))
     if gathered.samples is not None:
         sections.append(samples_section(gathered.project.root.samples(run.recipe.name, run.id), gathered.samples))
@@ -173,6 +187,7 @@ def _digest(gathered: Gathered) -> str:
         "layout": LAYOUT,
         "scores": {score.benchmark: digest_bytes(atomic.read_bytes(score.path)) for score in gathered.scores},
         "history": gathered.history,
+        "others": {name: [other.record for other in found] for name, found in gathered.others.items()},
         "events": digest_bytes((run.folder / "events.jsonl").read_bytes()),
         "config": digest_bytes((run.folder / CONFIG).read_bytes()),
         "duplicates": gathered.data.record["duplicates"],

@@ -56,16 +56,22 @@ def read_score(path: str) -> Score:
         return Score(atomic.read_json(path), path, dict(arrays.items()))
 
 
-def section(scores: Sequence[Score], history: Mapping[str, Sequence[Scored]]) -> Section:
-    """Headline, table and t-SNE of every benchmark, and curves of those that several checkpoints were scored on."""
+def section(
+    scores: Sequence[Score], history: Mapping[str, Sequence[Scored]], others: Mapping[str, Sequence[Score]]
+) -> Section:
+    """Headline, table and t-SNE of every benchmark, and curves of those that several checkpoints were scored on.
+
+    `others` are scores, by benchmark, of encoders that corpus.yaml names.
+    """
     blocks: list[Block] = [Text(headline(score), "lead", (score.path,)) for score in scores]
-    blocks += [table(score) for score in scores]
+    blocks += [table(score, others.get(score.benchmark, ())) for score in scores]
     blocks.append(
         Text(
             "Accuracy is the mean over probe seeds, ± its binomial standard error over test clips. The random "
             "initialisation is this run's own: same recipe, input and seed, probed on the same clips. Its difference "
-            "to itself is left empty. k-NN reads mean-pooled tokens (cosine, "
-            f"k = {scores[0].record['neighbours']}) and is no headline.",
+            "to itself is left empty. k-NN (cosine, "
+            f"k = {scores[0].record['neighbours']}) is no headline: it reads the mean of all tokens, which knows no "
+            "order of frames, and by time the mean of each tubelet's or frame's tokens, one after the other.",
         )
     )
     if history:
@@ -79,7 +85,7 @@ def section(scores: Sequence[Score], history: Mapping[str, Sequence[Scored]]) ->
 def headline(score: Score) -> str:
     """One sentence a benchmark, decided by its numbers: a gain is claimed only beyond two standard errors."""
     ema, random = (score.record["encoders"][name] for name in ("ema", "random"))
-    gain, error = difference(score.record, "ema")
+    gain, error = difference(score.record, ema)
     numbers = f"{_share(ema['accuracy'])} against {_share(random['accuracy'])} of its own random initialisation"
     if abs(gain) <= 2 * error:
         verdict = f"a difference of {points(gain)} points, within two standard errors ({2 * 100 * error:.1f})"
@@ -88,47 +94,74 @@ def headline(score: Score) -> str:
     return f"{score.benchmark}: the frozen EMA encoder reaches {numbers}: {verdict}."
 
 
-def difference(record: Mapping[str, Any], name: str) -> tuple[float, float]:
-    """Accuracy of an encoder minus the random one's, and its standard error as if samples were independent.
+def difference(record: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[float, float]:
+    """Accuracy of an encoder minus that of the run's random one, and its standard error as if samples were independent.
 
     Both encoders see the same clips, so this error is rather too large and the claim cautious.
     """
-    found, random = record["encoders"][name], record["encoders"]["random"]
+    random = record["encoders"]["random"]
     error = math.hypot(found["standard_error"], random["standard_error"])
     return found["accuracy"] - random["accuracy"], max(error, 1e-9)
 
 
-def table(score: Score) -> Table:
-    """One row for each encoder."""
-    rows = []
-    for name, found in score.record["encoders"].items():
-        gain, error = difference(score.record, name)
+def table(score: Score, others: Sequence[Score] = ()) -> Table:
+    """One row for each encoder: the run's, then others; those that were judged on other clips have no difference."""
+    record, rows = score.record, []
+    every = {name: (NAMES[name], score.record) for name in record["encoders"]}
+    every |= {name: (_words(other, record), other.record) for other in others for name in other.record["encoders"]}
+    for name, (words, own) in every.items():
+        found = own["encoders"][name]
+        gain, error = difference(record, found)
         low, high = min(found["by_seed"]), max(found["by_seed"])
+        comparable = name != "random" and _same_clips(own, record)
         rows.append(
             (
-                NAMES[name],
+                words,
                 f"{_share(found['accuracy'])} ± {_share(found['standard_error'])}",
-                "" if name == "random" else f"{points(gain)} ± {100 * error:.1f}",
+                f"{points(gain)} ± {100 * error:.1f}" if comparable else "",
                 f"{_share(low)} to {_share(high)}",
-                f"{_share(found['knn'])} ± {_share(found['knn_standard_error'])}",
+                *(_nearest(found, key) for key in ("knn", "knn_by_time")),
                 f"{found['rate']:g}",
             )
         )
-    record = score.record
     clips, augment, classes = record["clips"], record["settings"].get("augment", "none"), len(record["classes"])
     limit = f"at most {record['limit']:,} shots of each split (`limit`), " if record.get("limit") else ""
     return Table(
-        head=("", "attentive probe", "points over random", f"{len(record['seeds'])} seeds", "k-NN", "chosen rate"),
+        head=(
+            "",
+            "attentive probe",
+            "points over random",
+            f"{len(record['seeds'])} seeds",
+            "k-NN, mean of all tokens",
+            "k-NN, by time",
+            "chosen rate",
+        ),
         rows=tuple(rows),
-        align="lrrrrr",
+        align="lrrrrrr",
         caption=(
             f"{score.benchmark} (target {record['target']}, {classes} classes): {limit}{clips['test']} test clips, "
             f"{clips['train']} probe-train clips of which {clips['held_out']} choose the rate; always "
             f"answering the commonest class gives {_share(record['chance'])}. {LEARNT[augment]}"
         ),
-        sources=(score.path,),
+        sources=(score.path, *(other.path for other in others)),
         strong=frozenset({0}),
     )
+
+
+def _same_clips(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two scores were judged on the same clips and labels. Older records do not say it of others."""
+    return one is other or one.get("tested", "") == other.get("tested")
+
+
+def _words(other: Score, record: Mapping[str, Any]) -> str:
+    """What the table calls an encoder that others trained."""
+    clips = "" if _same_clips(other.record, record) else f", on {other.record['clips']['test']} other test clips"
+    return f"{other.record['recipe']} ({other.record['family']}){clips}"
+
+
+def _nearest(found: Mapping[str, Any], key: str) -> str:
+    """A k-NN accuracy; older records have none by time."""
+    return f"{_share(found[key])} ± {_share(found[f'{key}_standard_error'])}" if key in found else ""
 
 
 def scatter(score: Score) -> Picture:

@@ -14,7 +14,7 @@ from nextvid.make import Request, make
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import Progress
 from storage.errors import ConfigError, CorpusError, UpstreamError
-from tests.factories import save_autoencoder, write_autoencoder, write_project
+from tests.factories import edit_project, save_autoencoder, write_autoencoder, write_project
 from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture
 from tests.nextvid.tiny_project import CHANNELS, FRAMES, OVERRIDES, RECIPE, SIDE
 
@@ -245,6 +245,24 @@ def test_nothing_is_made_of_what_leads_to_a_named_run_or_trainset(
 def test_options_that_nothing_reads_are_refused(project: Project, asked: Request, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         list(make(project, asked))
+
+
+def test_an_encoder_of_corpus_yaml_is_probed_without_a_run(
+    project: Project, calls: list[tuple[str, str | None]]
+) -> None:
+    named = edit_project(project.path, lambda said: said.update(encoders={"colours": {"family": "pixels"}}))
+    list(make(named, Request("probes", recipe="colours")))
+    made = [asset for asset, _ in calls]
+    assert made[-2:] == ["trainset", "probes"]
+    assert {"mask_plan", "pretrain"}.isdisjoint(made)
+    for asked in (Request("pretrain", recipe="colours"), Request("report", recipe="colours")):
+        with pytest.raises(ConfigError, match="'colours' is no recipe but an encoder"):
+            list(make(named, asked))
+    for options in ({"run": "r" * 12}, {"overrides": ("seed=1",)}):
+        with pytest.raises(ConfigError, match=r"leave (it|them) out"):
+            list(make(named, Request("probes", recipe="colours", **options)))
+    with pytest.raises(ConfigError, match="encoder 'demo' has the name of a recipe"):
+        edit_project(project.path, lambda said: said.update(encoders={"demo": {"family": "pixels"}}))
 
 
 def test_training_and_evaluation_need_no_media_files(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nextvid.config.benchmarks import SweepConfig
-from nextvid.config.recipe import EncoderConfig, ModelConfig, RecipeConfig, StageConfig
+from nextvid.config.benchmarks import BenchmarkConfig, SweepConfig
+from nextvid.config.datasets import ClipPolicy
 from nextvid.evaluate import attentive
 from nextvid.evaluate.attentive import Probes, ProbeSettings, reference_logits
 from nextvid.evaluate.fitting import normalise
@@ -67,13 +67,20 @@ def test_width_must_be_heads_times_something() -> None:
         Probes(30, 3, ProbeSettings(), seeds=[0])
 
 
-def test_settings_follow_the_width() -> None:
-    stage = StageConfig(name="all", steps=1, frames=8, batch=1, tau_copies=1, lr_start=0.0, lr_end=0.0)
-    large = RecipeConfig(name="large", stages=(stage,))
-    reads_latents = EncoderConfig(input="latents", width=128, heads=4)
-    small = large.model_copy(update={"model": ModelConfig(encoder=reads_latents)})
-    assert attentive.probe_settings(small, 20, 32) == ProbeSettings()
-    assert attentive.probe_settings(large, 20, 96).augment == "video"  # the paper's encoders read pixels
-    assert attentive.probe_settings(large, 20, 96, images=True).augment == "image"
-    paper = attentive.probe_settings(large, 20, 96)
+def test_settings_follow_the_width_and_what_the_benchmark_says() -> None:
+    policy = ClipPolicy(frames=16, stride=4)
+    plain = BenchmarkConfig(datasets=("d",), target="t", policy=policy)
+    images = plain.model_copy(update={"policy": ClipPolicy(frames=1)})
+    assert attentive.probe_settings(128, "latents", plain) == ProbeSettings()
+    assert attentive.probe_settings(1024, "pixels", plain).augment == "video"  # the paper's encoders read pixels
+    assert attentive.probe_settings(1024, "pixels", images).augment == "image"
+    paper = attentive.probe_settings(1024, "pixels", plain)
     assert (paper.heads, paper.init, paper.query_std, paper.warm_up_steps) == (16, "trunc_normal", 0.02, 0)
+    assert len(paper.pairs) == 20
+    dives = BenchmarkConfig.model_validate({"datasets": ["d"], "protocol": "diving48"})
+    diving = attentive.probe_settings(128, "latents", dives)
+    assert [pair[:2] for pair in diving.pairs] == [(1e-3, 0.8), (3e-4, 0.8), (1e-4, 0.8)]
+    assert (diving.heads, diving.augment, diving.epochs, diving.batch, diving.init) == (16, "none", 100, 48, "xavier")
+    still = BenchmarkConfig.model_validate({"datasets": ["d"], "protocol": "in1k", "augment": "none"})
+    assert attentive.probe_settings(1024, "pixels", still).augment == "none"
+    assert attentive.probe_settings(1024, "pixels", still).pairs[1] == (5e-4, 5e-4, 5.0, 2e-4)

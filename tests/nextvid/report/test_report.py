@@ -128,3 +128,21 @@ def test_scores_of_earlier_checkpoints_become_a_curve_over_clips(scored: Project
     card = build_card(found)
     names = [block.name for block in card.sections[0].blocks if isinstance(block, Picture)]
     assert names == ["scores_over_clips", "tsne_species"]
+
+
+def test_encoders_of_others_are_in_the_same_table(scored: Project) -> None:
+    gathered = gather(scored, find_run(scored, RECIPE))
+    score = gathered.scores[0]
+    numbers = score.record["encoders"]["ema"] | {"accuracy": 0.75}
+
+    def other(name: str, **changes: object) -> Score:
+        record = {**score.record, "recipe": name, "family": "vit_mae", "encoders": {name: numbers}, **changes}
+        return Score(record, f"/{name}/score.json", {})
+
+    found = scores.table(score, [other("control"), other("elsewhere", tested="others", clips={"test": 7})])
+    assert [row[0] for row in found.rows[3:]] == ["control (vit_mae)", "elsewhere (vit_mae), on 7 other test clips"]
+    gain = scores.points(0.75 - score.record["encoders"]["random"]["accuracy"])
+    assert [row[2].split(" ")[0] for row in found.rows[2:]] == ["", gain, ""]
+    assert found.sources == (score.path, "/control/score.json", "/elsewhere/score.json")
+    assert found.head[4:6] == ("k-NN, mean of all tokens", "k-NN, by time")
+    assert found.rows[0][5].startswith(f"{numbers['knn_by_time']:.3f}".removeprefix("0"))
