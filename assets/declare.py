@@ -111,14 +111,18 @@ def columns(schema: type[dy.Schema]) -> dict[str, Any]:
 
 
 def follows(nightly: str | None = None) -> dg.AutomationCondition:  # type: ignore[type-arg]
-    """Request the asset whenever something upstream was made; a missing or running batch does not hold it up.
+    """Request the asset whenever something upstream, or the maker, is new; a missing or running batch does not matter.
 
     `dg.AutomationCondition.eager()` would forget an update where the asset itself was requested or made since the same
     tick. Here only a request clears what waits, and none that came before the update: at worst the asset is made once
     more and finds nothing to do. `all_deps_blocking_checks_passed` does not fit: check status is not by partition, so
     one stopped batch would stop the corpus. With `nightly`, a cron line, the asset is requested at that time too.
     """
-    updated = dg.AutomationCondition.newly_missing() | dg.AutomationCondition.any_deps_updated()
+    updated = (
+        dg.AutomationCondition.newly_missing()
+        | dg.AutomationCondition.any_deps_updated()
+        | dg.AutomationCondition.code_version_changed()  # at the first tick of a release that raised it
+    )
     handled = dg.AutomationCondition.newly_requested() & ~updated  # a request is of the tick before: updates came after
     asked: dg.AutomationCondition[Any] = updated.since(handled | dg.AutomationCondition.initial_evaluation())
     if nightly:

@@ -22,6 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from nextvid.config.project import Project
+from nextvid.graph import GRAPH
 from nextvid.making.batches import batch_state
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
@@ -37,7 +38,6 @@ BANDS = 16
 MAX_DISTANCE = 2 * BANDS - 1  # up to here the search is exact
 CHUNK = 1 << 22  # candidate pairs compared at once: 4 M x 32 bytes
 FILE = pl.struct("batch", "media_id")
-VERSION = 1  # of the rules below: raise it when they change, so that the digest changes
 
 
 def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outcome:
@@ -55,7 +55,8 @@ def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outco
         batch: [digest_bytes(atomic.read_bytes(root.table(noun, batch))) for noun in ("shots", "clips")]
         for batch in batches
     }
-    key = digest({"version": VERSION, "distance": config.distance, "quality": config.quality_min, "inputs": inputs})
+    rules = {"distance": config.distance, "quality": config.quality_min}
+    key = digest({"version": GRAPH["duplicates"].version, **rules, "inputs": inputs})
     with addressed(root, "duplicates", key) as made:
         if made.new:
             shots = _members(project, batches, on_progress)

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import MaskConfig, MaskStrategy, ModelConfig, RecipeConfig
+from nextvid.graph import GRAPH
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.publishing import addressed
 from nextvid.model.masks import cells_of, draw_plan, draw_visible, pack, statistics, unpack
@@ -29,7 +30,6 @@ from storage.digest import digest_bytes, digest_config
 from storage.errors import DamagedError
 from storage.root import DataRoot
 
-SAMPLER = 1  # raise when nextvid/model/masks.py draws other bits for the same configuration
 SIGMAS = 6.0  # our bound on the thinning statistic: a false alarm has a chance of about 1e-9
 TOLERANCE = 0.02  # of the probabilities of the raw sampler, as docs/method.md 2.3 gives them
 MEAN_TOLERANCE = 0.03  # of the mean of visible cells, relative
@@ -62,8 +62,10 @@ class OpenedPlan:
 
 
 def plan_digest(masks: MaskConfig, grid: tuple[int, int]) -> str:
-    """Identity of a plan: configuration, grid and sampler."""
-    return digest_config({"masks": masks.model_dump(mode="json"), "grid": list(grid), "sampler": SAMPLER})
+    """Identity of a plan: configuration, grid, and the maker's version, which is raised where it draws other bits."""
+    return digest_config(
+        {"masks": masks.model_dump(mode="json"), "grid": list(grid), "sampler": GRAPH["mask_plan"].version}
+    )
 
 
 def grid_of(model: ModelConfig) -> tuple[int, int]:
@@ -144,7 +146,7 @@ def _write(plan: OpenedPlan, folder: str) -> None:
     described = {
         "masks": plan.masks.model_dump(mode="json"),
         "grid": list(plan.grid),
-        "sampler": SAMPLER,
+        "sampler": GRAPH["mask_plan"].version,
         "bits": "row-major, little-endian: cell i of an entry is bit i % 8 of byte i // 8",
         "files": files,
         "statistics": numbers,

@@ -31,6 +31,22 @@ def test_each_column_is_described_once_where_its_name_first_occurs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::dagster.BetaWarning")  # of Dagster's own test function
+def test_a_raised_version_of_its_maker_is_followed_once() -> None:
+    counts = []
+    cursor: dg.AssetDaemonCursor | None = None
+    with dg.instance_for_test() as instance:
+        for version in ("1", "1", "2", "2"):
+
+            @dg.asset(code_version=version, automation_condition=follows())
+            def stats() -> None: ...
+
+            seen = dg.evaluate_automation_conditions(defs=dg.Definitions([stats]), instance=instance, cursor=cursor)
+            counts.append(seen.total_requested)
+            cursor = seen.cursor
+    assert counts == [0, 0, 1, 0]
+
+
+@pytest.mark.filterwarnings("ignore::dagster.BetaWarning")
 def test_an_update_is_followed_whatever_else_happened_since_the_tick_before() -> None:
     batches = dg.DynamicPartitionsDefinition(name="batch")
 

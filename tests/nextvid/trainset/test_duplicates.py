@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.config.project import Project
+from nextvid.graph import GRAPH
 from nextvid.making.publishing import read_latest
 from nextvid.trainset import duplicates
 from nextvid.trainset.duplicates import make_duplicates
@@ -236,7 +237,7 @@ def pretrained_in_train(shots: list[Shot]) -> list[Shot]:
     return [replace(s, look=looks[s.media, s.index], uses=s.uses if s.split == "train" else ("acts",)) for s in shots]
 
 
-def test_searching_again_does_nothing_until_something_changes(tmp_path: Path) -> None:
+def test_searching_again_does_nothing_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = write_project(tmp_path, {"d": {"uri": "d"}})
     write_tables(project, [Shot("x", A, 1), Shot("y", B, 1)])
     first = make_duplicates(project)
@@ -247,6 +248,8 @@ def test_searching_again_does_nothing_until_something_changes(tmp_path: Path) ->
     write_tables(project, [Shot("x", A, 1), Shot("y", B, 2)])
     other = make_duplicates(project)
     assert (other.made, other.rows, read_latest(project.root, "duplicates")) == (True, 0, other.digest)
+    monkeypatch.setitem(GRAPH, "duplicates", replace(GRAPH["duplicates"], version=2))
+    assert make_duplicates(project).made
     stricter = write_project(tmp_path, {"d": {"uri": "d"}}, curation={"duplicates": {"distance": 20}})
     assert make_duplicates(stricter).digest not in (first.digest, other.digest)
 
