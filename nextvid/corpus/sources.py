@@ -97,19 +97,19 @@ def list_folder(uri: str, followed: Sequence[str] = ()) -> tuple[list[Row], list
 
 
 def update_sources(project: Project, settle: bool = False, datasets: Sequence[str] | None = None) -> list[BatchChange]:
-    """As `list_datasets`; returns what changed, by batch."""
-    return list_datasets(project, settle, datasets)[0]
-
-
-def list_datasets(
-    project: Project, settle: bool = False, datasets: Sequence[str] | None = None
-) -> tuple[list[BatchChange], list[Listing]]:
-    """List the datasets (all unless named) and write `sources/`; returns what changed, by batch, and the listings.
+    """List the datasets (all unless named) and write `sources/`; returns what changed, by batch.
 
     With `settle`, a new or changed file is taken only once two such listings in a row saw the same size and
     fingerprint, since it may still be written. A dataset that cannot be listed stays as it was and does not stop the
     others: UnlistedError names it after they are written.
     """
+    return _update(project, settle, datasets)[0]
+
+
+def _update(
+    project: Project, settle: bool = False, datasets: Sequence[str] | None = None
+) -> tuple[list[BatchChange], list[Listing]]:
+    """`update_sources`, with the listings."""
     names = sorted(datasets if datasets is not None else project.corpus.datasets)
     for _ in range(TRIES):
         read = assignment.catch_up(project.root)
@@ -145,7 +145,7 @@ def list_datasets(
 def make_sources(project: Project) -> Outcome:
     """List all datasets without waiting for files to settle. Raises CorpusError."""
     started_s = time.perf_counter()
-    changes, listings = list_datasets(project)
+    changes, listings = _update(project)
     ignored = sum((listing.ignored for listing in listings), Counter[str]())
     rows = tables.read_tables(project.root, "sources", None, Sources)
     return Outcome(
