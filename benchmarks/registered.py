@@ -34,18 +34,23 @@ datasets:
 
 def register(folder: Path, batches: int, files: int) -> Project:
     """Write a project of `batches` batches of `files` files each, made up to their latents."""
+    project = write_unlisted(folder, batches, files)
+    update_sources(project)
+    ensure_accepted(project)
+    for batch in project.root.batches():
+        make_batch(project, batch)
+    return project
+
+
+def write_unlisted(folder: Path, batches: int, files: int) -> Project:
+    """Write a project of files for so many batches, not listed yet."""
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)
     for number in range(batches * files):
         (pictures / f"{number:08d}.png").touch()
     autoencoder = Path(__file__).resolve().parents[1] / "examples" / "demo" / "autoencoder"
     (folder / "corpus.yaml").write_text(CORPUS.format(root=folder, autoencoder=autoencoder, files=files))
-    project = open_project(folder / "corpus.yaml")
-    update_sources(project)
-    ensure_accepted(project)
-    for batch in project.root.batches():
-        make_batch(project, batch)
-    return project
+    return open_project(folder / "corpus.yaml")
 
 
 def make_batch(project: Project, batch: str) -> None:

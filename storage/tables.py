@@ -7,6 +7,7 @@ become enums, integers another width if they fit; all else that breaks the schem
 
 import functools
 import io
+import itertools
 import json
 import math
 import mmap
@@ -14,6 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,12 +44,26 @@ def write_table(path: str, frame: pl.DataFrame, schema: type[dy.Schema]) -> None
 
 def encode_table(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> bytes:
     """Parquet bytes of a checked table, sealed with their own crc32c. `path` is for messages only."""
-    checked = _checked(frame, schema, path, _NOT_WRITTEN)
+    return _sealed(_checked(frame, schema, path, _NOT_WRITTEN))
+
+
+def _sealed(checked: pl.DataFrame) -> bytes:
     buffer = io.BytesIO()
     checked.write_parquet(buffer, metadata={_KEY: _BLANK.decode()})
     data = buffer.getvalue()
     start = data.rindex(_BLANK)  # the footer is at the end
     return data[:start] + b"crc32c=%08x" % crc32c(data) + data[start + len(_BLANK) :]
+
+
+def write_many(frames: Mapping[str, pl.DataFrame], schema: type[dy.Schema]) -> None:
+    """`write_table` of frames by path, checked as one table: small tables take a third of the time."""
+    if not frames:
+        return
+    whole = _checked(pl.concat(frames.values(), rechunk=True), schema, f"{next(iter(frames))} and others", _NOT_WRITTEN)
+    ends = itertools.accumulate(frame.height for frame in frames.values())
+    parts = [(path, whole[end - frame.height : end]) for (path, frame), end in zip(frames.items(), ends, strict=True)]
+    with ThreadPoolExecutor(remote.SMALL_AT_ONCE) as pool:  # on a file system, too, most of the time is waiting: fsync
+        list(pool.map(lambda part: atomic.publish_bytes(part[0], _sealed(part[1])), parts))
 
 
 def write_tables(path: str, frames: Iterable[pl.DataFrame], schema: type[dy.Schema]) -> None:

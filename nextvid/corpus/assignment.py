@@ -168,9 +168,12 @@ def _apply(root: DataRoot, changed: pl.DataFrame) -> None:
     after = changed.sort("uri", "revision").partition_by("batch", as_dict=True)
     known = set(root.batches("sources")) & {str(batch) for (batch,) in after}
     before = tables.read_tables(root, "sources", sorted(known), Sources).partition_by("batch", as_dict=True)
-    for key, table in after.items():
-        if key not in before or not before[key].equals(table):
-            tables.write_table(root.table("sources", str(key[0])), table, Sources)
+    new = {
+        root.table("sources", str(key[0])): table
+        for key, table in after.items()
+        if key not in before or not before[key].equals(table)
+    }
+    tables.write_many(new, Sources)
 
 
 def _path(root: DataRoot, number: int) -> str:

@@ -110,6 +110,19 @@ def test_a_dataset_that_cannot_be_listed_stops_no_other_request(project: Project
     shutil.copy(project.root.checks("media", KEYS[0]), project.root.checks("clips", KEYS[1]))
 
 
+def test_observations_are_limited(
+    project: Project, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sensors, "OBSERVED", 1)
+    more = with_a_dataset(project, max_batch_images=1)
+    accept_asked(more)
+    look(more, instance)  # the new files must hold still
+    result = look(more, instance)
+    assert asked(result) == ["others.000000", "others.000001"]
+    assert [event.partition for event in result.asset_events] == ["others.000000"]
+    assert "2 batches changed: observations show the first 1 of them" in capfd.readouterr().err
+
+
 def test_requests_are_limited_and_go_on_by_the_cursor(
     project: Project, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,6 +219,19 @@ def test_a_file_that_is_no_checks(tmp_path: Path, value: str) -> None:
         tables.require_checks(str(tmp_path / "c.json"), "media")
 
 
+def test_many_small_tables_are_those_written_one_by_one(tmp_path: Path) -> None:
+    frames = {str(tmp_path / name): sources([name]) for name in ("a.mp4", "b.mp4")}
+    tables.write_many(frames, Sources)
+    for path, frame in frames.items():
+        found = Path(path).read_bytes()
+        tables.write_table(path, frame, Sources)
+        assert Path(path).read_bytes() == found
+    tables.write_many({}, Sources)
+    wrong = {path: frame.with_columns(revision=pl.lit(None)) for path, frame in frames.items()}
+    with pytest.raises(TableError, match="and others"):
+        tables.write_many(wrong, Sources)
+
+
 class TestWrittenInPieces:
     @pytest.mark.parametrize("counts", [(), (3,), (2, 0, 5)])
     def test_equals_the_table_written_whole(self, tmp_path: Path, counts: tuple[int, ...]) -> None:
