@@ -26,7 +26,9 @@ class SweepConfig(Strict):
 
 
 # Data of Tab. 10, whose "FPS" is a stride in frames; what it leaves open is V-JEPA 2's public probe (docs/method.md 9).
-_EVERY: dict[str, Any] = {"target": "class", "epochs": 20, "seeds": 1, "attention_heads": 16, "train_views": "one"}
+_EVERY: dict[str, Any] = {
+    "target": "class", "epochs": 20, "seeds": 1, "attention_heads": 16, "train_views": "one", "judged": "file",
+}  # fmt: skip
 _VIDEO = _EVERY | {
     "augment": "video",
     "sweep": ({"rates": (5e-3, 3e-3, 1e-3, 3e-4, 1e-4), "weight_decays": (0.01, 0.1, 0.4, 0.8)},),
@@ -106,6 +108,12 @@ class BenchmarkConfig(Strict):
         "all", description="views of a shot that heads learn from: every one, or one drawn from the shot's id"
     )
 
+    judged: Literal["shot", "file"] = Field(
+        "shot",
+        description="what an answer is given for: each shot, by the mean softmax of its views, or each file, by that "
+        "of the views of all its shots",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _filled(cls, values: Any) -> Any:  # noqa: ANN401 - whatever the file holds
@@ -131,7 +139,15 @@ class BenchmarkConfig(Strict):
 
     def values(self) -> dict[str, Any]:
         """What a score depends on, as plain values, by whatever name or protocol it was written."""
-        younger = {"sweep", "attention_heads", "augment", "levels", "train_views", "limit"}  # than scores that are kept
+        younger = {
+            "sweep",
+            "attention_heads",
+            "augment",
+            "levels",
+            "train_views",
+            "judged",
+            "limit",
+        }  # than scores that are kept
         found, fields = self.model_dump(mode="json", exclude={"protocol"}), type(self).model_fields
         return {k: v for k, v in found.items() if k not in younger or getattr(self, k) != fields[k].default}
 

@@ -29,8 +29,9 @@ ROW_COLUMNS = ProbeRows.column_names()
 class BenchmarkRows:
     """The rows that a benchmark scores.
 
-    `frame` has one row for each (sample, segment), sorted by them, with columns sample, segment, clip_group (views of
-    one clip share it), split, held_out, label (its number in `classes`) and the address columns of commits.
+    `frame` has one row for each (sample, segment), sorted by them, with columns sample, segment, clip_group (samples
+    that one answer is given for share it), split, held_out, label (its number in `classes`) and the address columns of
+    commits.
     """
 
     benchmark: str
@@ -81,11 +82,13 @@ def benchmark_rows(
     if config.limit is not None:  # the first shots of each split by id, so that views of a shot stay together
         limited = sampled.filter(pl.col("shot_id").rank("dense").over("split") <= config.limit)
     classes = tuple(sorted(limited["label"].unique().to_list()))
+    one_answer = ["split", "media_id", "label"] if config.judged == "file" else ["split", "shot_id", "label"]
+    ordered = ["split", *SAMPLE] if config.judged == "shot" else [*one_answer, "shot_id", "view_index"]
     frame = limited.with_columns(
         label=pl.col("label").replace_strict(list(classes), range(len(classes)), return_dtype=pl.Int64),
         held_out=_held_out(limited, held_out),
-        sample=pl.struct("split", *SAMPLE).rank("dense").cast(pl.Int64) - 1,
-        clip_group=pl.struct("split", *SAMPLE[:-1]).rank("dense").cast(pl.Int64) - 1,
+        sample=pl.struct(ordered).rank("dense").cast(pl.Int64) - 1,
+        clip_group=pl.struct(one_answer).rank("dense").cast(pl.Int64) - 1,
     )
     left_out = {
         "unlabelled": asked.height - labelled.height,

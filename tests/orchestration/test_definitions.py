@@ -3,7 +3,6 @@
 import ast
 import contextvars
 import json
-import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -101,18 +100,3 @@ def test_every_step_that_computes_waits_in_a_pool() -> None:
         "media": "decode", "shots": "decode", "latents": "gpu",
         "pretrain": "gpu", "probes": "gpu", "samples": "gpu",
     }  # fmt: skip
-
-
-def test_encoders_of_corpus_yaml_are_partitions_of_probes(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.yaml"
-    corpus.write_text(
-        "root: root\nencoding: {autoencoder: none}\ndatasets: {}\nencoders: {colours: {family: pixels}}\n"
-    )
-    code = (
-        "from orchestration.definitions import defs; import dagster as dg; "
-        "print(defs.resolve_asset_graph().get(dg.AssetKey('probes')).partitions_def.get_partition_keys()[-1])"
-    )
-    environment = {**os.environ, "NEXTVID_CORPUS": str(corpus)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == "colours"

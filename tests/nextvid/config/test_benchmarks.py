@@ -36,7 +36,7 @@ def test_a_protocol_is_that_of_the_paper(
     assert (found.batch, found.epochs, found.levels, found.attention_heads) == (batch, epochs, levels, 16)
     assert sum(len(grid.rates) * len(grid.weight_decays) for grid in found.sweep) == heads
     assert found.augment == ("image" if name == "in1k" else "video")
-    assert (found.target, found.train_views, policy.crop) == ("class", "one", "centre")
+    assert (found.target, found.train_views, found.judged, policy.crop) == ("class", "one", "file", "centre")
 
 
 def test_every_field_of_a_protocol_can_be_written_beside_it() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nextvid.config.corpus import CorpusConfig, corpus_path, load_corpus
+from nextvid.config.corpus import CorpusConfig, corpus_path, encoder_names, load_corpus
 from nextvid.config.project import open_project
 from storage.errors import ConfigError
 
@@ -210,3 +210,15 @@ def test_a_project_opens_its_root(tmp_path: Path) -> None:
     load(tmp_path, bucket)
     with pytest.raises(ConfigError, match="'runs_root'"):
         open_project(tmp_path / "corpus.yaml")
+
+
+def test_encoders_have_paths_names_and_are_partitions_where_the_file_is_valid(tmp_path: Path) -> None:
+    encoders = {"control": {"family": "vit_mae", "folder": "mae"}, "colours": {"family": "pixels"}}
+    found = load(tmp_path, GOOD | {"encoders": encoders})
+    assert (found.encoders["control"].folder, found.encoders["colours"].folder) == (str(tmp_path / "mae"), None)
+    assert found.curation_digest() == load(tmp_path, GOOD).curation_digest()
+    load(tmp_path, GOOD | {"encoders": encoders})
+    assert set(encoder_names(tmp_path / "corpus.yaml")) == {"control", "colours"}
+    with pytest.raises(ConfigError, match="'Mine!' is not a name"):
+        load(tmp_path, GOOD | {"encoders": {"Mine!": {"family": "pixels"}}})
+    assert encoder_names(tmp_path / "corpus.yaml") == ()

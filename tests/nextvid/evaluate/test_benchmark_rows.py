@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
@@ -52,10 +53,12 @@ def commits_of(clips: pl.DataFrame, **changes: pl.Expr | pl.Series) -> pl.DataFr
 def build(
     clips: pl.DataFrame, labels: pl.DataFrame, segments: int = 1, limit: int | None = None,
     dropped: Sequence[str] = (), commits: pl.DataFrame | None = None, held_out: float = 0.2,
-    train_views: Literal["all", "one"] = "all",
+    train_views: Literal["all", "one"] = "all", judged: Literal["shot", "file"] = "shot",
 ) -> BenchmarkRows:  # fmt: skip
     policy = ClipPolicy(frames=2, fps=2, clips_per_shot=segments)
-    config = BenchmarkConfig(datasets=("pets",), target="animal", policy=policy, train_views=train_views, limit=limit)
+    config = BenchmarkConfig(
+        datasets=("pets",), target="animal", policy=policy, train_views=train_views, judged=judged, limit=limit
+    )
     duplicates: pl.DataFrame = Duplicates.create_empty()
     if dropped:
         rows = [
@@ -204,3 +207,17 @@ def test_rows_that_no_head_can_learn_from_are_refused(
     config = BenchmarkConfig(datasets=("pets",), target="animal", policy=ClipPolicy(frames=2, fps=2), batch=batch)
     with pytest.raises(UpstreamError, match=message):
         refuse_unlearnable(found, config)
+
+
+@pytest.mark.parametrize(("judged", "answers"), [("shot", 5), ("file", 3)])
+def test_one_answer_is_given_for_each_shot_or_file(judged: Literal["shot", "file"], answers: int) -> None:
+    shots = [("b", "s1"), ("a", "s2"), ("b", "s3"), ("c", "s4"), ("a", "s5")]
+    rows = [clip(media, shot, view=view, split="test") for media, shot in shots for view in range(3)]
+    found = build(clips_table(rows), labels_table(*[(media, None, None, media) for media in "abc"]), judged=judged)
+    groups, labels = (per_sample(found.frame, column) for column in ("clip_group", "label"))
+    assert len(groups) == 15
+    assert sorted(set(groups.tolist())) == list(range(answers))
+    assert (np.diff(groups) >= 0).all(), "samples of one answer follow one another"
+    assert all(len(set(labels[groups == group])) == 1 for group in range(answers))
+    names = ["media_id" if judged == "file" else "shot_id", "clip_group"]
+    assert found.frame.select(names).unique().height == answers
