@@ -101,9 +101,11 @@ class Store:
         """One clip by its number, as the trainer's threads read it."""
         self.reader.read_into(FRAMES, self.rows[clip], out)
 
-    def loader(self, steps: int, latents: type["InHostMemory"] | None = None) -> Loader:
+    def loader(
+        self, steps: int, latents: type["InHostMemory"] | None = None, overrides: tuple[str, ...] = ()
+    ) -> Loader:
         """The trainer's loader for so many steps of one rank on the CPU, masks included; `latents`: other ones."""
-        config = training_recipe(steps)
+        config = apply_overrides(training_recipe(steps), overrides)
         make_plan(self._root, config)
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         order = Order(self._trainset, config)

@@ -7,6 +7,7 @@ Axes: E entries, H and W cells, S = H*W cells, n visible cells, L visible tokens
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +86,7 @@ def thin(raw: Bits, budget: int, key: tuple[int, int]) -> Bits:
     """A uniformly random subset of exactly `budget` visible cells in each entry. Every entry must have that many."""
     assert raw.sum(axis=1).min(initial=budget) >= budget, "an entry has fewer visible cells than the budget"
     rng = np.random.default_rng([*key, ATTEMPTS])  # no attempt of draw_visible has this number
-    return np.concatenate([_subset(part, budget, rng) for part in _chunks(raw)])
+    return np.concatenate([_subset(part, budget, rng.random(part.shape)) for part in _chunks(raw)])
 
 
 def cells_of(kept: Bits) -> Int[np.ndarray, "E n"]:
@@ -112,25 +113,38 @@ def statistics(bits: Bits) -> dict[str, float | int]:
     return {**spread, "least": int(counts.min()), "most": int(counts.max())}
 
 
-def step_bucket(raw: Bits, key: tuple[int, int], step: int) -> int:
+def levels_of(raw: Bits) -> Int[np.ndarray, " E"]:
+    """Visible cells of each entry in multiples of GRID, rounded down; once a plan, since it reads all of it."""
+    return raw.sum(axis=1) // GRID
+
+
+def step_bucket(levels: Int[np.ndarray, " E"], key: tuple[int, int], step: int) -> int:
     """Cells that every clip keeps at this step under `bucket`: the count of a random entry, down to a multiple of 8.
 
     It depends on (seed, strategy, step) alone, so all ranks have the same shapes.
     """
     rng = np.random.default_rng([*key, ATTEMPTS + 1, step])
-    return int(raw[rng.integers(len(raw))].sum()) // GRID * GRID
+    return int(levels[rng.integers(len(levels))]) * GRID
 
 
-def bucket_entry(raw: Bits, bucket: int, key: tuple[int, int], draw: int) -> Int[np.ndarray, " n"]:
-    """The `bucket` cells of draw number `draw`: a random entry of that bucket, thinned to it; ascending, int64."""
-    members = np.flatnonzero(raw.sum(axis=1) // GRID == bucket // GRID)
-    rng = np.random.default_rng([*key, ATTEMPTS + 2, draw])
-    entry = raw[members[rng.integers(len(members))]][None]
-    return cells_of(_subset(entry, bucket, rng))[0]
+def bucket_entries(
+    raw: Bits, levels: Int[np.ndarray, " E"], bucket: int, key: tuple[int, int], draws: Sequence[int]
+) -> Int[np.ndarray, "B n"]:
+    """The `bucket` cells of each draw number: a random entry of that bucket, thinned to it; ascending, int64."""
+    members = np.flatnonzero(levels == bucket // GRID)
+    rngs = [np.random.default_rng([*key, ATTEMPTS + 2, draw]) for draw in draws]
+    entries = raw[members[[rng.integers(len(members)) for rng in rngs]]]
+    return cells_of(_subset(entries, bucket, np.stack([rng.random(raw.shape[1]) for rng in rngs])))
 
 
 def flat_ids(
-    strategy: MaskStrategy, height: int, width: int, tubelets: int, key: tuple[int, int], step: int, draws: list[int]
+    strategy: MaskStrategy,
+    height: int,
+    width: int,
+    tubelets: int,
+    key: tuple[int, int],
+    step: int,
+    draws: Sequence[int],
 ) -> Int[np.ndarray, "E L"]:
     """Visible flat ids of `flat`, V-JEPA 2's truncation, for the clips with these draw numbers; int64.
 
@@ -138,18 +152,20 @@ def flat_ids(
     micro-batches change it. A clip's own blocks are drawn from (step, draw) until at least that many cells are visible,
     and the sorted list of (t, h, w) is cut to a prefix, which empties late tubelets.
     """
-    shape = np.random.default_rng([*key, ATTEMPTS + 3, step]).random((1, 1))
+    shape = np.random.default_rng([*key, ATTEMPTS + 3, step]).random(1)
 
-    def entry(purpose: int, number: int, least: int) -> np.ndarray:
-        rng = np.random.default_rng([*key, ATTEMPTS + purpose, step, number])
-        while True:
-            uniform = np.concatenate([shape, rng.random((1, 2 * strategy.blocks))], axis=1)
-            found: np.ndarray = _blocks(strategy, height, width, uniform)[0]
-            if found.sum() >= least:
-                return found
+    def entries(purpose: int, numbers: Iterable[int], least: int) -> Bits:
+        """One entry a number, each drawn from its own generator until enough cells are visible."""
+        rngs = [np.random.default_rng([*key, ATTEMPTS + purpose, step, number]) for number in numbers]
+        found, todo = np.empty((len(rngs), height * width), dtype=bool), np.arange(len(rngs))
+        while todo.size:
+            uniform = [np.concatenate([shape, rngs[each].random(2 * strategy.blocks)]) for each in todo]
+            found[todo] = _blocks(strategy, height, width, np.stack(uniform))
+            todo = todo[found[todo].sum(axis=1) < least]
+        return found
 
-    least = min(int(entry(4, number, 1).sum()) for number in range(FLAT_BATCH))
-    tubes = [np.flatnonzero(np.tile(entry(5, draw, least), tubelets)) for draw in draws]
+    least = int(entries(4, range(FLAT_BATCH), 1).sum(axis=1).min())
+    tubes = [np.flatnonzero(np.tile(entry, tubelets)) for entry in entries(5, draws, least)]
     return np.stack([tube[: least * tubelets] for tube in tubes])
 
 
@@ -171,9 +187,9 @@ def _blocks(strategy: MaskStrategy, height: int, width: int, uniform: Float[np.n
     return ~hidden.reshape(len(uniform), -1)
 
 
-def _subset(raw: Bits, budget: int, rng: np.random.Generator) -> Bits:
+def _subset(raw: Bits, budget: int, uniform: Float[np.ndarray, "E S"]) -> Bits:
     """Keep the `budget` visible cells with the smallest random numbers."""
-    order = np.where(raw, rng.random(raw.shape), math.inf)
+    order = np.where(raw, uniform, math.inf)
     chosen = np.argpartition(order, budget - 1, axis=1)[:, :budget]
     kept = np.zeros_like(raw)
     np.put_along_axis(kept, chosen, values=True, axis=1)

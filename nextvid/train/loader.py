@@ -93,7 +93,8 @@ class Loader:
     def __init__(
         self, recipe: RecipeConfig, order: Order, masks: Masks, rows: Mapping[RowKind, Rows], ranks: Ranks
     ) -> None:
-        self._recipe, self._order, self._masks, self._rows, self._ranks = recipe, order, masks, rows, ranks
+        self._recipe, self._order, self._rows, self._ranks = recipe, order, rows, ranks
+        self.masks = masks
         for stage in recipe.stages:
             if stage.batch % ranks.count:
                 raise RefusedError(
@@ -153,7 +154,7 @@ class Loader:
     def _fill(self, step: int, drawn: Drawn, memory: dict[RowKind, Any]) -> Filled:
         for kind, rows in self._rows.items():
             rows.fill(drawn, memory[kind])
-        return Filled(step, drawn, self._masks.visible(step, drawn.draws), memory)
+        return Filled(step, drawn, self.masks.visible(step, drawn.draws), memory)
 
 
 def read_ahead(

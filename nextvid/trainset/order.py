@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
-from nextvid.model.masks import bucket_entry, flat_ids, step_bucket
+from nextvid.model.masks import bucket_entries, flat_ids, levels_of, step_bucket
 from nextvid.trainset.mask_plan import OpenedPlan
 from nextvid.trainset.trainset import Trainset
 from storage.draws import BLOCK, Draws, mask_entries
@@ -114,6 +114,7 @@ class Masks:
     def __init__(self, recipe: RecipeConfig, plan: OpenedPlan) -> None:
         self._recipe, self._plan = recipe, plan
         self._cells = {name: plan.cells(name) for name in plan.kept}
+        self._levels = {name: levels_of(raw) for name, raw in plan.raw.items() if recipe.masks.keep == "bucket"}
 
     def visible(self, step: int, draws: range) -> list[Int[np.ndarray, "B L"]]:
         """Sorted flat ids over all tubelets of the step's stage, int64, one array a strategy."""
@@ -127,14 +128,13 @@ class Masks:
             key = (masks.seed, index)
             if masks.keep == "flat":
                 grid = recipe.model.grid_height, recipe.model.grid_width
-                found.append(flat_ids(strategy, *grid, tubelets, key, step, list(draws)))
+                found.append(flat_ids(strategy, *grid, tubelets, key, step, draws))
                 continue
             if masks.keep == "fixed":
                 kept = self._cells[strategy.name][self.entries(index, draws)]
             else:
-                raw = self._plan.raw[strategy.name]
-                bucket = step_bucket(raw, key, step)
-                kept = np.stack([bucket_entry(raw, bucket, key, draw) for draw in draws])
+                raw, levels = self._plan.raw[strategy.name], self._levels[strategy.name]
+                kept = bucket_entries(raw, levels, step_bucket(levels, key, step), key, draws)
             found.append(in_every_tubelet(kept, tubelets, cells))
         return found
 

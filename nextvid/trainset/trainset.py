@@ -127,6 +127,11 @@ class Trainset:
         """(first row, count) of each dataset that has rows of this length."""
         found = self._record["offsets"].get(f"f{frames}")
         if found is None:
+            if self.lengths == (1,):
+                raise RefusedError(
+                    f"trainset {self.digest} has images alone, and nothing moves in them: recipes train on clips, with "
+                    "images beside them. Add a dataset of videos to corpus.yaml and make 'trainset' again"
+                )
             held = ", ".join(str(length) for length in self.lengths)
             raise RefusedError(
                 f"trainset {self.digest} has no clips of {frames} frames; it has {held}. Add clips of that length in "

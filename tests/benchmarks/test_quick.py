@@ -25,6 +25,7 @@ BENCHMARKS = (
     "features",
     "input",
     "attention",
+    "masks",
     "step",
     "batches",
     "ticks",

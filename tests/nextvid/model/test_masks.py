@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from nextvid.config.recipe import ConfigError, MaskConfig, MaskStrategy
 from nextvid.model.masks import (
-    bucket_entry,
+    bucket_entries,
     cells_of,
     draw_plan,
     draw_visible,
     flat_ids,
+    levels_of,
     pack,
     statistics,
     step_bucket,
@@ -148,18 +149,28 @@ def test_cells_ascend() -> None:
 def test_trap_25_bucket_is_a_function_of_the_step_and_follows_the_counts() -> None:
     plan = draw_plan(MaskConfig(keep="bucket", entries=4096), 16, 16).strategies[0]
     assert plan.kept is None
-    steps = [step_bucket(plan.raw, (0, 0), step) for step in range(400)]
-    assert steps == [step_bucket(plan.raw, (0, 0), step) for step in range(400)]
+    levels = levels_of(plan.raw)
+    steps = [step_bucket(levels, (0, 0), step) for step in range(400)]
+    assert steps == [step_bucket(levels, (0, 0), step) for step in range(400)]
     assert {bucket % 8 for bucket in steps} == {0}
     assert np.mean(steps) == pytest.approx(float(plan.raw.sum(axis=1).mean()) - 3.5, abs=4)  # 400 of sd 19: error 1
 
 
+def one_by_one(raw: np.ndarray, bucket: int, key: tuple[int, int], draw: int) -> np.ndarray:
+    """The same for one draw: every entry is counted, the cells of one are sorted by random numbers."""
+    members = [entry for entry, bits in enumerate(raw) if bits.sum() // 8 == bucket // 8]
+    rng = np.random.default_rng([*key, 1002, draw])
+    entry = raw[members[rng.integers(len(members))]]
+    order: list[float] = np.asarray(rng.random(raw.shape[1])).tolist()
+    return np.array(sorted(sorted(np.flatnonzero(entry).tolist(), key=order.__getitem__)[:bucket]))
+
+
 def test_bucket_entries_keep_the_bucket_and_differ_by_draw() -> None:
     plan = draw_plan(MaskConfig(keep="bucket", entries=1024), 16, 16).strategies[0]
-    found = [bucket_entry(plan.raw, 96, (0, 0), draw) for draw in range(20)]
+    found = bucket_entries(plan.raw, levels_of(plan.raw), 96, (0, 0), range(20))
     assert all(len(cells) == 96 and (np.diff(cells) > 0).all() for cells in found)
     assert len({tuple(cells) for cells in found}) == 20
-    assert np.array_equal(found[3], bucket_entry(plan.raw, 96, (0, 0), 3))
+    assert all(np.array_equal(cells, one_by_one(plan.raw, 96, (0, 0), draw)) for draw, cells in enumerate(found))
     raws = {tuple(row) for row in plan.raw.tolist()}
     inside = [any(all(row[cell] for cell in cells) for row in raws) for cells in found[:3]]
     assert all(inside)

@@ -400,6 +400,12 @@ class TestOpening:
         with pytest.raises(RefusedError, match="no clips of 16 frames; it has 1, 4"):
             Trainset.open(corpus.project.root).rows(16)
 
+    def test_images_alone_are_said_to_be(self, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_trainset(corpus.project)
+        monkeypatch.setattr(Trainset, "lengths", (1,))
+        with pytest.raises(RefusedError, match=r"has images alone.*Add a dataset of videos"):
+            Trainset.open(corpus.project.root).rows(16)
+
     @pytest.mark.parametrize("damage", ["short", "gone", "pickled"])
     def test_damaged_rows_are_refused(self, corpus: Corpus, damage: str) -> None:
         outcome = make_trainset(corpus.project)
