@@ -135,7 +135,7 @@ def leased_gpus(count: int, device: str, who: str, tell: Tell) -> Iterator[list[
 
 
 def _collect(leases: ExitStack, known: list[str], count: int, who: str, tell: Tell) -> list[str]:
-    """Lock `count` of the known GPUs. One process at a time collects, so that two never wait for each other's."""
+    """Lock `count` of the known GPUs. One process at a time collects (docs/decisions/0042)."""
     held: set[str] = set()
     told = ""
     with ExitStack() as turn:

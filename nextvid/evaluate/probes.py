@@ -12,7 +12,8 @@ Axes: n samples, D width.
 import io
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,7 @@ def make_probes(
             folder = project.root.encoder_probe(recipe, identity, benchmark, scores[benchmark])
         written = f"{folder}/score.json"
         if not atomic.exists(written):
-            with leased_devices(
-                1, project.corpus.execution.device, f"probes {recipe}", noting(on_progress, f"probes {recipe}")
-            ) as (device,):
-                ranks = Ranks(0, 1, torch.device(device))
+            with _one_device(project, f"probes {recipe}", on_progress) as ranks:
                 _score(project, found or recipe, checkpoint, task, folder, ranks, lambda name, epoch, loss: None)
             made = True
         score = atomic.read_json(written)
@@ -109,6 +107,13 @@ def make_probes(
         run=found.id if found else None,
         numbers=numbers,
     )
+
+
+@contextmanager
+def _one_device(project: Project, name: str, on_progress: OnProgress) -> Iterator[Ranks]:
+    """This process alone, on one device that is leased meanwhile."""
+    with leased_devices(1, project.corpus.execution.device, name, noting(on_progress, name)) as (device,):
+        yield Ranks(0, 1, torch.device(device))
 
 
 def plan_task(project: Project, benchmark: str, found: Run) -> Task:
