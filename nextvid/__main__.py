@@ -13,31 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 import tyro
 from tyro.extras import SubcommandApp
 
+from nextvid.command_help import ABOUT, example_of
 from nextvid.config.project import open_project
 from nextvid.graph import Asset
 from nextvid.make import Request, make
 from nextvid.making.outcome import Outcome, line, to_look_at
 from nextvid.making.progress import shown
 from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
-
-ABOUT = """Pretrain video encoders by masked next-frame prediction on your own videos and images, and probe them.
-
-A command works on one project: the corpus.yaml named by --corpus, else by the variable NEXTVID_CORPUS,
-else ./corpus.yaml. 'nextvid COMMAND --help' lists the options of a command.
-
-exit codes:
-  0  done
-  1  refused: the request does not fit what exists; or any other error
-  2  corpus.yaml, a recipe, a dataset or the command itself is wrong
-  3  what the command reads is missing or failed its checks
-  4  a store, table or trainset is damaged
-  5  the system refused: disk full, no permission
-"""
-
-EXAMPLES = {  # what ends --help
-    "export": "nextvid export RUN encoder --format onnx",
-    "features": "nextvid features videos --encoder encoder --out features.parquet --every 2",
-}
 
 app = SubcommandApp()
 
@@ -397,8 +379,8 @@ def main() -> None:
         try:
             app.cli(prog="nextvid", description=ABOUT)
         finally:
-            if {"-h", "--help"} & set(sys.argv) and (example := EXAMPLES.get(sys.argv[1])):
-                print(f"example:\n  {example}")
+            if example := example_of(sys.argv[1:]):
+                print(example)
             sys.stdout.flush()  # here, so that a closed pipe is noticed below and not at the interpreter's exit
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

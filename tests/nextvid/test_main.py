@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from nextvid.__main__ import app
+from nextvid.command_help import EXAMPLES
 from nextvid.config.project import Project
 from nextvid.train.run import find_run
 from nextvid.trainset.order import listed_draws
@@ -326,3 +328,11 @@ class TestBadInput:
         assert {path: path.read_bytes() for path in (tmp_path / "root").rglob("*") if path.is_file()} == before
         assert nextvid("make", "media", *where)[0] == 0
         assert read_table(str(tmp_path / "root" / "media" / "stills.000000.parquet"), Media).height == 2
+
+
+def test_every_command_s_help_ends_with_an_example(nextvid: Command) -> None:
+    assert set(EXAMPLES) == set(app._subcommands)
+    for name, example in EXAMPLES.items():
+        assert example.split()[:2] == ["nextvid", name]
+        assert nextvid(name, "--help")[1].rstrip().endswith(f"example:\n  {example}")
+    assert "example" not in nextvid("--help")[1]

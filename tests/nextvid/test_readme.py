@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import nextvid.__main__ as command_line
+from nextvid.command_help import EXAMPLES
 from nextvid.config.corpus import load_corpus
 from nextvid.config.project import Project
 from nextvid.config.recipes import recipe
@@ -139,11 +140,19 @@ def test_the_encoder_of_the_example_gives_tokens(
     torch.testing.assert_close(torch.cat(parts, dim=1), tokens, rtol=1e-4, atol=1e-5)
 
 
+# What a command says that was parsed and finds no project, file or recipe of the example's name.
+PARSED = ("upstream: parsed", " is not a folder", ": no such file", "no exported encoder", "unknown recipe 'NAME'")
+
+
 def named_commands() -> list[str]:
-    """Arguments of `nextvid` in code spans and printed sessions of documents; the changelog names what is gone."""
+    """Arguments of `nextvid` in documents (code spans, printed sessions) and in examples of the command line's help.
+
+    The changelog names what is gone.
+    """
     paths = {*TOP.glob("*.md"), *(TOP / "docs").rglob("*.md")} - {TOP / "CHANGELOG.md"}
     texts = [path.read_text() for path in paths]
     found = {span for text in texts for span in re.findall(r"`nextvid ([^`]+)`|^\$ nextvid (.+)$", text, re.MULTILINE)}
+    found |= {(example.removeprefix("nextvid "), "") for example in EXAMPLES.values()}
     return sorted({" ".join((span or session).split(">")[0].split()) for span, session in found})
 
 
@@ -158,12 +167,7 @@ def test_commands_that_documents_name_are_parsed(
     words = command.split()
     code = nextvid_runs(words if len(words) > 1 else [*words, "--help"], monkeypatch)
     error = capsys.readouterr().err
-    assert (
-        code == 0
-        or "upstream: parsed" in error
-        or "MEDIA is not a folder" in error
-        or "config: unknown recipe 'NAME'" in error
-    ), error
+    assert code == 0 or any(reason in error for reason in PARSED), error
 
 
 def test_a_wrong_flag_is_refused(asked: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
