@@ -204,7 +204,11 @@ def _frames(video: Video, wanted_us: int | None) -> Iterator[tuple[int, VideoFra
 
 def _avi_frames(video: Video) -> Iterator[tuple[int, VideoFrame]]:
     waiting: list[int] = []
+    begun = not must_begin_at_entry(video.stream)
     for packet in video.container.demux(video.stream):
+        begun = begun or is_entry_point(packet, video.stream)
+        if not begun:
+            continue
         if packet.dts is not None and packet.size:
             waiting.append(packet.dts)
         try:

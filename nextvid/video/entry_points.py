@@ -53,7 +53,7 @@ def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
 
 def must_begin_at_entry(stream: VideoStream) -> bool:
     """Whether a file of this codec is read from its first entry point on, and what comes before it is left out."""
-    return stream.codec_context.codec.canonical_name in {"h264", "hevc"}
+    return stream.codec_context.codec.canonical_name in {"h264", "hevc", "mpeg1video", "mpeg2video"}
 
 
 class ReferencePictures:

@@ -119,9 +119,8 @@ class Packets:
 
     @property
     def shown(self) -> Int64[np.ndarray, "m"]:
-        """When frames are shown, ascending: neither hidden by an edit list nor before a late first entry point."""
-        kept = ~self.discard & (self.pts >= self.pts[0] if self.late else True)
-        return np.unique(self.pts[kept])
+        """When frames are shown, ascending: neither hidden by an edit list nor leading the first entry point."""
+        return np.unique(self.pts[~self.discard & (self.pts >= self.pts[0])])
 
 
 def kind_of(uri: str) -> Literal["video", "image"] | None:

@@ -13,7 +13,7 @@ from nextvid.video.entry_points import _is_whole_h264, _units, is_entry_point
 from nextvid.video.probe import decord_installed, probe
 from storage.errors import MediaError
 from tests.nextvid.video.boxes import all_sync_fragments, with_edits, with_sync_samples, without_sync_table
-from tests.nextvid.video.film import clips_at, frames_at, numbers, write_barcodes
+from tests.nextvid.video.film import X265_OPEN, clips_at, frames_at, numbers, write_barcodes
 
 FPS, COUNT = 10, 120
 X264 = "keyint=30:min-keyint=30:scenecut=0:mbtree=0:log-level=none"
@@ -224,25 +224,39 @@ def test_units_behind_lengths_and_behind_start_codes() -> None:
     assert list(_units(b"", 0)) == list(_units(b"", 4)) == []
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "ts", "mkv"])
-def test_a_recording_that_begins_within_a_group_is_read_from_its_first_whole_picture(
-    tmp_path: Path, suffix: str
-) -> None:
-    whole = film(tmp_path / "whole.mp4", f"{X264}:bframes=2")
-    path = tmp_path / f"a.{suffix}"
-    with av.open(str(whole)) as given, av.open(str(path), "w") as container:
-        old = given.streams.video[0]
-        new = container.add_stream_from_template(old)
-        for number, packet in enumerate(given.demux(old)):
-            if packet.size and number >= 17:
-                packet.stream = new
-                container.mux(packet)
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.ts", "h264.mkv", "h264.avi", "mpeg2.ts", "mpeg2.mpg"])
+def test_a_recording_that_begins_within_a_group_is_read_from_its_first_whole_picture(tmp_path: Path, name: str) -> None:
+    if name.startswith("h264"):
+        fps, whole = 10, film(tmp_path / "whole.mp4", f"{X264}:bframes=2")
+    else:
+        fps, whole = 25, tmp_path / "whole.ts"
+        options = {"g": "30", "bf": "2", "qmax": "4"}
+        write_barcodes(whole, COUNT, codec="mpeg2video", fps=fps, options=options, crf=None)
+    path = without(whole, tmp_path / name, range(17))
     facts = probe(path)
     assert facts.decoder == "pyav"
     assert "late_key" in facts.hazards
-    times = [facts.start_us + 100_000 * n for n in range(90)]
-    assert numbers(frames_at(path, times, facts.decoder)[0]) == list(range(30, 120))
-    assert numbers(frames_at(path, times[40:41], facts.decoder)[0]) == [70]
+    found = [numbers(frame.to_ndarray(format="rgb24")[None])[0] for _, frame in frames_of(path)]
+    first = found[0]
+    assert first in range(20, 36), "the second group's first whole picture"
+    assert found == list(range(first, 120))
+    assert facts.frames == len(found)
+    times = [facts.start_us + round(1e6 * n / fps) for n in range(len(found))]
+    assert numbers(frames_at(path, times, facts.decoder)[0]) == found
+    assert numbers(frames_at(path, times[40:41], facts.decoder)[0]) == [first + 40]
+
+
+def test_pictures_that_lead_the_first_key_picture_are_no_part_of_the_file(tmp_path: Path) -> None:
+    """They refer to pictures before it, so that they cannot be decoded: the file begins with the key picture."""
+    whole = write_barcodes(tmp_path / "whole.mkv", COUNT, codec="libx265", fps=FPS, options=X265_OPEN)
+    with av.open(str(whole)) as given:
+        keys = [number for number, packet in enumerate(given.demux(given.streams.video[0])) if packet.is_keyframe]
+    path = without(whole, tmp_path / "a.ts", range(keys[1]))
+    facts = probe(path)
+    found = [(time_us, numbers(frame.to_ndarray(format="rgb24")[None])[0]) for time_us, frame in frames_of(path)]
+    assert "open_gop" in facts.hazards
+    assert (facts.start_us, facts.frames) == (found[0][0], len(found))
+    assert [number for _, number in found] == list(range(found[0][1], COUNT))
 
 
 def test_streams_that_cannot_be_placed_in_time_or_begun_say_so(tmp_path: Path) -> None:
