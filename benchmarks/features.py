@@ -28,7 +28,7 @@ from nextvid.config.recipe import EncoderConfig, ModelConfig
 from nextvid.encode.frames import Decoding
 from nextvid.encode.pipeline import shares
 from nextvid.features.encoder import NExTVidEncoder, load_encoder
-from nextvid.features.extract import Asked, pooled, shown
+from nextvid.features.extract import Asked, SourceFile, pooled, shown
 from nextvid.features.make import find_files, make_features
 from nextvid.features.windows import Windows
 from nextvid.machine import device_of
@@ -106,7 +106,8 @@ def _compared(name: str, config: EncoderConfig, load: Load, top: Path) -> dict[s
 def _views(load: Load, asked: Asked) -> list[np.ndarray]:
     """Every clip, decoded as `nextvid features` does."""
     with Decoding(shares(load.device, 1)[0]) as decoding:
-        found = [clip.frames for clip in shown(decoding, find_files([str(load.films)]), asked.windows, SIDE)]
+        files = [SourceFile(*row) for row in find_files([str(load.films)]).iter_rows()]
+        found = [clip.frames for clip in shown(decoding, files, asked.windows, SIDE)]
     return [frames for frames in found if frames is not None]
 
 

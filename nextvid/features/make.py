@@ -53,19 +53,20 @@ class Summary:
         )
 
 
-def find_files(paths: Sequence[str]) -> list[SourceFile]:
-    """The media files that paths and URLs name, each once, folders searched. Raises CorpusError where one is missing.
+def find_files(paths: Sequence[str]) -> pl.DataFrame:
+    """The media files that paths and URLs name: columns path (URI) and fingerprint, each file once, folders searched.
 
-    A file that is named itself is taken whatever its extension; its content decides.
+    A file that is named itself is taken whatever its extension; its content decides. Raises CorpusError where one is
+    missing or nothing is found.
     """
-    found: dict[str, str] = {}
+    found: list[tuple[str, str]] = []
     for path in paths:
         uri = path if "://" in path else str(Path(path).absolute())
         try:
-            info = remote.connect(uri)[0].info(remote.connect(uri)[1])
+            fs, key = remote.connect(uri)
+            info = fs.info(key)
             if info["type"] == "directory":
-                rows, _, _ = list_folder(uri)
-                found |= {row[0]: f"{row[3]} {row[4]}" for row in sorted(rows)}
+                found += [(row[0], f"{row[3]} {row[4]}") for row in sorted(list_folder(uri)[0])]
                 continue
         except FileNotFoundError:
             raise CorpusError(f"{path}: there is no such file or folder") from None
@@ -74,10 +75,11 @@ def find_files(paths: Sequence[str]) -> list[SourceFile]:
         fingerprint = next((f"{key} {info[key]}" for key in FINGERPRINTS if info.get(key) is not None), "none")
         if is_local(uri):
             fingerprint = f"mtime {os.stat(uri.removeprefix('file://')).st_mtime_ns}"  # noqa: PTH116 - as listings do
-        found[uri] = f"{info['size']} {fingerprint}"
+        found.append((uri, f"{info['size']} {fingerprint}"))
     if not found:
         raise CorpusError(f"{', '.join(paths) or 'no path'}: no video or image is there")
-    return [SourceFile(uri, fingerprint) for uri, fingerprint in found.items()]
+    schema = {"path": pl.String(), "fingerprint": pl.String()}
+    return pl.DataFrame(found, schema, orient="row").unique("path", keep="first", maintain_order=True)
 
 
 def make_features(
@@ -99,16 +101,16 @@ def make_features(
     with locked_or_holder(output.parts / "lock") as holder:
         if holder is not None:
             raise RefusedError(f"{out}: process {holder} is writing it: wait for it, or name another file")
-        complete = known.group_by("path", "fingerprint").agg((pl.col("status") == "ok").all())
-        present = set(complete.filter("status").select("path", "fingerprint").iter_rows())
-        files, began = [file for file in every if file not in present], time.perf_counter()
+        complete = known.group_by("path", "fingerprint").agg((pl.col("status") == "ok").all()).filter("status")
+        missing = every.join(complete, on=["path", "fingerprint"], how="anti", maintain_order="left")
+        files, began = [SourceFile(*row) for row in missing.iter_rows()], time.perf_counter()
         if files:
             with leased_devices(ranks, device, NAME, noting(on_progress, NAME)) as devices:
                 began = time.perf_counter()
                 counts = _extract_on(devices, files, asked, output, on_progress)
         seconds = time.perf_counter() - began
         output.merge()
-    return Summary(str(out), counts, len(every) - len(files), seconds, max(1, len(devices)))
+    return Summary(str(out), counts, every.height - missing.height, seconds, max(1, len(devices)))
 
 
 def _settings(facts: ExportFacts, asked: Asked) -> dict[str, Any]:

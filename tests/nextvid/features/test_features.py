@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +215,36 @@ def test_an_encoder_of_latents_without_autoencoder_is_refused(nextvid: Command, 
     code, _, said = nextvid("features", str(media), "--encoder", str(folder), "--out", str(tmp_path / "out.npz"))
     assert (code, len(said.splitlines())) == (1, 1)
     assert "reads latents and has no autoencoder" in said
+
+
+@pytest.mark.faults
+def test_a_kill_costs_no_row_that_was_kept(nextvid: Command, encoder: str, media: Path, tmp_path: Path) -> None:
+    """Killed (SIGKILL) as soon as there is a part: the next call finishes, with the rows of an undisturbed one."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(40):
+        shutil.copy(media / "a.mp4", folder / f"{number:02d}.mp4")
+    out = tmp_path / "out.parquet"
+    words = ["features", str(folder), "--encoder", encoder, "--out", str(out), "--batch", "1"]
+    code = (
+        "import sys; from nextvid.features import extract; from nextvid.__main__ import main; extract.KEPT_S = 0.0; "
+        f"sys.argv = ['nextvid', *{words!r}]; main()"
+    )
+    running = subprocess.Popen([sys.executable, "-c", code])
+    parts = out.with_name("out.parquet.parts")
+    while not list(parts.glob("*.parquet")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    kept = pl.concat(pl.read_parquet(part) for part in parts.glob("*.parquet"))
+    code_, said, _ = nextvid(*words, "--json")
+    assert code_ == 0
+    assert json.loads(said)["counts"]["files"] == 40 - kept.height > 0
+    found = pl.read_parquet(out).sort("path")
+    assert found["path"].n_unique() == found.height == 40
+    vectors = found["vector"].to_numpy()
+    np.testing.assert_allclose(vectors, vectors[:1].repeat(40, axis=0), rtol=1e-5)
 
 
 @pytest.mark.faults
