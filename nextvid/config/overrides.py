@@ -1,7 +1,7 @@
 """Overrides `key.path=value` of a recipe, or of how a run is carried out, as strict as any other configuration.
 
 Stages and mask strategies are addressed by name or number: `stages.warmup.steps=10`,
-`masks.strategies.0.budget=8`, `model.encoder.depth=6`. Values are JSON, or else text.
+`masks.strategies.0.budget=8`, `model.encoder.depth=6`. Values are JSON, or else text; `stages.warmup=null` removes one.
 """
 
 import difflib
@@ -44,6 +44,10 @@ def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from flat(item, f"{path}.{key}" if path else key)
 
 
+class _Block(dict[str, Any]):
+    """A block that is absent by default, and of which an override gives a field: `parse` knows its keys."""
+
+
 def _applied(config: Model, overrides: Sequence[str], where: str) -> Model:
     if not overrides:
         return config
@@ -55,18 +59,27 @@ def _applied(config: Model, overrides: Sequence[str], where: str) -> Model:
         *parents, last = path.strip().split(".")
         holder: Any = values
         for part in parents:
-            holder = holder[_key(holder, part, override)]
+            key = _key(holder, part, override)
+            if holder[key] is None:
+                holder[key] = _Block()
+            holder = holder[key]
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        holder[_key(holder, last, override)] = value
+        key = _key(holder, last, override)
+        if value is None and isinstance(holder, list):
+            del holder[key]
+        else:
+            holder[key] = value
     return parse(type(config), values, where)
 
 
 def _key(holder: Any, part: str, override: str) -> str | int:  # noqa: ANN401 - JSON is Any
     """The key or index that `part` names in a mapping, or in a list by number or by its members' names."""
     match holder:
+        case _Block():
+            return part
         case dict():
             known = {name: name for name in holder}
         case list():

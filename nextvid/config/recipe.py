@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from nextvid.config.strict import Count, Share, Strict, Weight
+from storage.digest import digest_config
 from storage.errors import ConfigError as ConfigError  # re-exported: nextvid.model imports no storage
 
 
@@ -156,6 +157,39 @@ class OptimConfig(Strict):
     ema: Share = Field(0.99925, description="momentum of the average of the weights, the reference encoder")
 
 
+class InitConfig(Strict):
+    """What a run's weights start from, instead of random numbers: one of run, checkpoint and encoder.
+
+    Steps, rates and draws begin anew, and AdamW's moments at zero.
+    """
+
+    run: str | None = Field(None, pattern="^[0-9a-f]{12}$", description="a run of this project, by its id")
+    step: Count | None = Field(None, description="the run's checkpoint after so many steps; null is its last step")
+    checkpoint: str | None = Field(None, description="folder of a checkpoint, of a run anywhere")
+    encoder: str | None = Field(None, description="folder of an exported encoder; the other parts start at random")
+    parts: tuple[Literal["encoder", "predictor", "decoder"], ...] = Field(
+        ("encoder", "predictor", "decoder"), min_length=1, description="parts of the model that are taken"
+    )
+    reference: Literal["copy", "average"] = Field(
+        "copy", description="the reference encoder starts as a copy of the encoder, or as the source's average"
+    )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if sum(each is not None for each in (self.run, self.checkpoint, self.encoder)) != 1:
+            raise ValueError("name one of run, checkpoint and encoder")
+        if self.step is not None and self.run is None:
+            raise ValueError("step is of a run: name the run, or the checkpoint's folder")
+        if self.reference == "average" and (self.encoder is not None or "encoder" not in self.parts):
+            raise ValueError("reference 'average' needs a run or checkpoint, and 'encoder' among the parts")
+        return self
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Parts of the model that are taken: of an exported encoder there is one."""
+        return self.parts if self.encoder is None else ("encoder",)
+
+
 class StageConfig(Strict):
     """One training stage, a row of Tab. 8."""
 
@@ -172,7 +206,7 @@ class StageConfig(Strict):
 
 
 class RecipeConfig(Strict):
-    """A complete training configuration. Every field is part of its digest."""
+    """A complete training configuration. Every field is part of its digest, `init` where it is given."""
 
     name: str = Field(description="name of the recipe")
     model: ModelConfig = Field(ModelConfig(), description="the model")
@@ -182,6 +216,7 @@ class RecipeConfig(Strict):
     stages: tuple[StageConfig, ...] = Field(description="the stages, in order")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of training")
     seed: int = Field(0, description="seed of weights, draws and noise")
+    init: InitConfig | None = Field(None, description="what the weights start from; null: random numbers")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -207,6 +242,11 @@ class RecipeConfig(Strict):
         if problems := list(_disagreements(self)):
             raise ValueError("; ".join(problems))
         return self
+
+    def digest(self) -> str:
+        """As of any configuration; fields that came later are part of it only where they are set, so runs keep ids."""
+        later = {name for name in ("init",) if getattr(self, name) is None}
+        return digest_config(self.model_dump(mode="json", exclude=later))
 
     @property
     def steps(self) -> int:
@@ -307,5 +347,8 @@ def _disagreements(recipe: RecipeConfig) -> Iterator[str]:
         yield "predictor.support 'masked' needs masked tubes: masks.keep 'fixed' or 'bucket'"
     if model.encoder.input == "latents" and losses.target != "latents":
         yield "encoder.input 'latents' needs losses.target = 'latents'"
+    for part in () if recipe.init is None else recipe.init.taken:
+        if not used[part]:
+            yield f"init.parts names the {part}, which this recipe does not have"
     if losses.target == "pixels" and model.frame_channels != 3 * model.patch**2:
         yield f"losses.target 'pixels' needs model.frame_channels = 3 * patch^2 = {3 * model.patch**2}"

@@ -44,6 +44,27 @@ overrides: {{seed: 1, stages: {{warmup: {{steps: 2000}}}}}}  # the fields that d
 
 A new file is a new partition once the definitions are reloaded (Deployment, Reload definitions).
 
+Training goes on from what exists by `init`; the run's id, `nextvid lineage` both ways and the model card say from what.
+Steps, rates and draws begin anew, and AdamW's moments at zero, so give such a recipe a warm-up, or rates that the
+weights are used to. Only the cool-down, from step 30,000 of a run (checkpoints at the ends of stages are kept):
+
+```yaml
+base: nextvid_s_latent
+overrides:
+  init: {{run: 0123456789ab, step: 30000, reference: average}}
+  stages: {{warmup: null, stable1: null, stable2: null}}  # null removes a stage
+```
+
+On the trainset as it has grown since (the newest is taken), with draws of another order:
+
+```yaml
+base: nextvid_s_latent
+overrides:
+  init: {{run: 0123456789ab}}
+  seed: 1
+  stages: {{warmup: {{steps: 500}}, stable1: null, stable2: {{steps: 4000}}, cooldown: {{steps: 1000}}}}
+```
+
 {MADE_BY}"""
 EXECUTION = """# How a run is carried out
 

@@ -65,6 +65,7 @@ def card(config: Mapping[str, Any], data: Sequence[TrainedOn] | None = None, sco
     clip = config.get("clip") or {}
     rate = f"{clip['fps']:g} a second" if clip.get("fps") else f"every {clip.get('stride')} source frames"
     shown = f"clips of {clip['frames']} frames, {rate}, " if clip else ""
+    started = f"training started from {config['init']}; " if config.get("init") else ""
     frozen = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
     return f"""---
 {frozen}---
@@ -74,7 +75,7 @@ def card(config: Mapping[str, Any], data: Sequence[TrainedOn] | None = None, sco
 A frame-causal video encoder pretrained by masked next-frame prediction ([paper]({PAPER})), of {width["depth"]} blocks
 and width {width["width"]}: its features of a frame depend on that frame and the earlier ones. It reads
 {width["input"]} of {shown}{config["encoding"]["resolution"]} pixels a side. Run `{config["run"]}`, trainset
-`{config["trainset"]}`; weights are safetensors.
+`{config["trainset"]}`; {started}weights are safetensors.
 
 ```python
 from nextvid import NExTVidEncoder

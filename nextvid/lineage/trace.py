@@ -36,6 +36,7 @@ class RunFacts:
     mask_plan: str
     overrides: tuple[str, ...]
     folder: str
+    init: str | None = None  # the run, or the folder, that its weights start from
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,16 @@ class TrainsetFacts:
 
 @dataclass(frozen=True)
 class Trace:
-    """What was found, downwards (runs to files) or upwards (a file to runs)."""
+    """What was found, downwards (runs to files) or upwards (a file to runs).
+
+    `sources` are runs that `runs` started from, and those that these did; `started` are runs that started from them.
+    """
 
     what: str
     kind: Kind
     runs: tuple[RunFacts, ...] = ()
+    sources: tuple[RunFacts, ...] = ()
+    started: tuple[RunFacts, ...] = ()
     scores: tuple[ScoreFacts, ...] = ()
     trainsets: tuple[TrainsetFacts, ...] = ()
     datasets: tuple[DatasetShare, ...] = ()
@@ -103,6 +109,8 @@ class Trace:
         for title, facts in (
             ("media", self.media),
             ("run", self.runs),
+            ("source", self.sources),
+            ("started", self.started),
             ("score", self.scores),
             ("trainset", self.trainsets),
             ("dataset", self.datasets),
@@ -121,6 +129,10 @@ class Trace:
         for facts in self.runs:
             overrides = f", overrides {_short(facts.overrides)}" if facts.overrides else ""
             lines.append(f"- run `{facts.run}` of recipe {facts.recipe}{overrides}, mask plan `{facts.mask_plan}`")
+        lines += [
+            f"- it started from run `{f.run}` of recipe {f.recipe}, trainset `{f.trainset}`" for f in self.sources
+        ]
+        lines += [f"- run `{f.run}` of recipe {f.recipe} started from it" for f in self.started]
         lines += [f"- trainset `{t.digest}`: {t.rows} rows, encoding `{t.encoding_spec}`" for t in self.trainsets]
         lines += [f"- score on {s.benchmark}, clips {_short(s.clips)}: `{s.path}`" for s in self.scores]
         if self.datasets:
@@ -225,6 +237,8 @@ def _down(
         what,
         kind,
         runs=runs,
+        sources=_sources(root, runs),
+        started=_started(root, runs),
         scores=scores,
         trainsets=(TrainsetFacts(trainset.digest, trainset.spec.digest(), lineage.height),),
         datasets=shares(lineage, "dataset", trainset.weights),
@@ -255,14 +269,34 @@ def _of_file(project: Project, what: str) -> Trace:
         own = scored.filter(pl.col("media_id").is_in(ids.implode())).unique("sample")
         if own.height:
             scores.append(_score_facts(path, dict(own.group_by("split").len().sort("split").rows())))
+    runs = tuple(run for run in runs_of(root) if run.trainset in holding)
     return Trace(
         what,
         "file",
-        runs=tuple(run for run in runs_of(root) if run.trainset in holding),
+        runs=runs,
+        started=_started(root, runs),
         scores=tuple(scores),
         trainsets=tuple(holding.values()),
         media=tuple(_media_facts(row, clips) for row in found.iter_rows(named=True)),
     )
+
+
+def _sources(root: DataRoot, runs: tuple[RunFacts, ...]) -> tuple[RunFacts, ...]:
+    """Runs that these started from, and those that these did, the nearest first."""
+    known, found = {facts.run: facts for facts in runs_of(root)}, dict.fromkeys(runs)
+    for facts in runs:
+        while (facts := known.get(facts.init or "")) is not None:
+            found[facts] = None
+    return tuple(facts for facts in found if facts not in runs)
+
+
+def _started(root: DataRoot, runs: tuple[RunFacts, ...]) -> tuple[RunFacts, ...]:
+    """Runs that started from these, and those that started from them: they have seen what these have seen."""
+    every, names, found = list(runs_of(root)), {facts.run for facts in runs}, []
+    while new := [facts for facts in every if facts.init in names and facts.run not in names]:
+        found += new
+        names |= {facts.run for facts in new}
+    return tuple(found)
 
 
 def _scores_of_runs(root: DataRoot, runs: set[str]) -> tuple[ScoreFacts, ...]:
@@ -293,6 +327,7 @@ def _run_facts(folder: Path) -> RunFacts:
         mask_plan=record["mask_plan"],
         overrides=tuple(record["overrides"]),
         folder=str(folder),
+        init=None if not (source := record.get("init")) else source["run"] or source["folder"],
     )
 
 

@@ -40,7 +40,8 @@ class Withdrawal:
         """As text."""
         state = "withdrawn" if self.done else "would be withdrawn (nothing is changed without --yes)"
         found = self.affected
-        users = f"{len(found.trainsets)} trainsets, {len(found.runs)} runs and {len(found.scores)} scores"
+        runs = len(found.runs) + len(found.started)
+        users = f"{len(found.trainsets)} trainsets, {runs} runs and {len(found.scores)} scores"
         lines = [
             f"{state}: {', '.join(self.media)}",
             f"  {self.rows} rows, {self.stored} places in stores, {self.size_bytes:,} bytes overwritten with zeros",
@@ -85,7 +86,10 @@ def withdraw(project: Project, what: str, *, yes: bool = False) -> Withdrawal:
         for part, slots in places:
             part.erase(slots)
         frozen = sum(facts.rows for facts in affected.trainsets)
-        users: dict[Asset, int] = {"pretrain": len(affected.runs), "probes": len(affected.scores)}
+        users: dict[Asset, int] = {
+            "pretrain": len(affected.runs) + len(affected.started),
+            "probes": len(affected.scores),
+        }
         publish_notice(root, f"withdrew {what}", {"media": len(media), "latents": stored, "trainset": frozen, **users})
     files = read_tables(root, "media", None, Media).filter(pl.col("media_id").is_in(ids.implode()))
     unexplained = sum(

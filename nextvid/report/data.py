@@ -99,6 +99,7 @@ def lineage_section(facts: DataFacts, config: Mapping[str, Any]) -> Section:
         ("run", run.id),
         ("recipe", f"{run.recipe.name}, digest {config['recipe_digest']}"),
         ("overrides", ", ".join(run.overrides) or "none"),
+        ("weights start from", "random numbers" if run.source is None else run.source.text()),
         ("trainset", facts.trainset.digest),
         ("parent trainset", facts.record["parent"] or "none"),
         ("mask plan", run.mask_plan),

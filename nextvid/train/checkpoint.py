@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from nextvid.train.distributed import like, local
@@ -183,6 +184,31 @@ def _load_parts(
     if optimizer is not None:
         for parameter, state in states.items():
             _set_moments(optimizer, parameter, state)
+
+
+def weights(path: Path, part: Literal["model", "ema"]) -> dict[str, Tensor]:
+    """All weights of a checkpoint's model or reference encoder by name, on the CPU, whoever wrote it.
+
+    Raises UpstreamError for an incomplete checkpoint, DamagedError if its bytes changed.
+    """
+    verify(path)
+    if (path / WHOLE[0]).is_file():
+        return load_tensors(path / f"{part}.safetensors")
+    there = weight_shapes(path, part)
+    tensors = {f"{part}/{name}": torch.empty(shape) for name, shape in there.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about no_dist
+        load_distributed(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    return {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items()}
+
+
+def weight_shapes(path: Path, part: Literal["model", "ema"]) -> dict[str, tuple[int, ...]]:
+    """Shapes of `weights`, from the headers of the files alone."""
+    if (path / WHOLE[0]).is_file():
+        return shapes(path / f"{part}.safetensors")
+    found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    tensors = {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
+    return {name.removeprefix(f"{part}/"): tuple(each.size) for name, each in tensors.items() if name.startswith(part)}
 
 
 def fill(module: nn.Module, path: Path) -> None:

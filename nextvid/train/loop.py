@@ -31,6 +31,7 @@ from nextvid.train.diagnose import collapsed, features_of, judged, share
 from nextvid.train.distributed import Ranks, whole
 from nextvid.train.events import Reporter
 from nextvid.train.export import export_encoder
+from nextvid.train.init import start_from
 from nextvid.train.loader import Batch, Loader, open_loader
 from nextvid.train.micro_batch import MicroBatches
 from nextvid.train.run import Run, run_lock
@@ -65,6 +66,8 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         progress = Progress(0, 0)
         if found:
             progress = checkpoint.load(found[-1], run.identity, trained.model, trained.reference, trained.optimizer)
+        elif run.source is not None:
+            start_from(run.source, trained)
         pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels)
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
         reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
@@ -156,6 +159,7 @@ class _Session:
         """Take all steps that are left; an error of ours is also written as an event."""
         facts = {
             "run": self.run.id,
+            **({} if self.run.source is None else {"init": self.run.source.text()}),
             "ranks": self.ranks.count,
             "device": str(self.ranks.device),
             "threads": torch.get_num_threads(),

@@ -25,6 +25,7 @@ from nextvid.making.publishing import read_latest
 from nextvid.train import checkpoint
 from nextvid.train.diagnose import ALARM_RATIO, collapsed
 from nextvid.train.events import Event, mean_speeds, read_events
+from nextvid.train.init import find_source, refuse_other_shapes
 from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
 from nextvid.trainset.order import Order, refuse_unfit
@@ -90,7 +91,8 @@ def prepare_run(
     trainset of the first attempt, not a newer one.
     Raises ConfigError for wrong overrides, UpstreamError if trainset or mask plan are missing or failed their checks,
     DamagedError if files of the trainset changed or shards of its rows are missing, RefusedError if the recipe does not
-    fit the trainset, reads pixels that its rows do not have, or would train on withdrawn rows.
+    fit the trainset, reads pixels that its rows do not have, would train on withdrawn rows, or starts from weights of
+    other shapes.
     """
     config = apply_overrides(project.recipe(recipe), overrides)
     how = how or ExecutionConfig()
@@ -107,7 +109,10 @@ def prepare_run(
     plan = plan_digest(config.masks, grid_of(config.model))
     tables.require_checks(f"{project.root.pointed('mask_plan', plan)}/checks.json", "mask_plan")
     pixels = freeze_pixels(project, opened, config).digest if config.reads_pixels else None
-    run = plan_run(project.root, config, how, trainset, plan, repeat, overrides, pixels)
+    source = find_source(project, config)
+    run = plan_run(project.root, config, how, trainset, plan, repeat, overrides, pixels, source)
+    if source is not None and run.newest_step() is None:
+        refuse_other_shapes(source, config)
     if not run.complete:
         Order(opened, config).refuse_withdrawn(project.root, opened)
     write_run(run)

@@ -1,13 +1,14 @@
 """A run: its id, its folder, its lock, and config.json, which records what it is.
 
-The id is a digest of recipe (with its seed), trainset, its pixels if they are read, mask plan and repeat. How the run
-is carried out (ExecutionConfig) is in no digest and may change between attempts.
+The id is a digest of recipe (with its seed), trainset, its pixels if they are read, mask plan, repeat and the weights
+that it starts from where these are no run's of the project. How the run is carried out (ExecutionConfig) is in no
+digest and may change between attempts.
 """
 
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,23 @@ CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a run starts from (`init`): a checkpoint, of a run and step, or an exported encoder.
+
+    `digest` tells weights apart whose path does not: None for a run of the project, whose id does.
+    """
+
+    folder: str
+    run: str | None
+    step: int | None
+    digest: str | None
+
+    def text(self) -> str:
+        """In a few words."""
+        return self.folder if self.run is None else f"run {self.run}, step {self.step}"
+
+
+@dataclass(frozen=True)
 class Run:
     """One training execution and what it reads."""
 
@@ -40,6 +58,7 @@ class Run:
     repeat: int
     overrides: tuple[str, ...]
     pixels: str | None = None  # digest of the trainset's pixels, for recipes that read them
+    source: Source | None = None  # what the weights start from
 
     @property
     def identity(self) -> Identity:
@@ -63,10 +82,19 @@ class Run:
         return checkpoint.step_of(found[-1]) if found else None
 
 
-def run_id(recipe: RecipeConfig, trainset: str, mask_plan: str, repeat: int = 0, pixels: str | None = None) -> str:
+def run_id(
+    recipe: RecipeConfig,
+    trainset: str,
+    mask_plan: str,
+    repeat: int = 0,
+    pixels: str | None = None,
+    source: Source | None = None,
+) -> str:
     """First 12 hex digits of the digest of what is trained, on what, with which masks, and which repeat of it."""
     inputs = {"what": recipe.digest(), "trainset": trainset, "mask_plan": mask_plan, "repeat": repeat}
-    return digest(inputs if pixels is None else inputs | {"pixels": pixels})[:ID_DIGITS]
+    inputs |= {} if pixels is None else {"pixels": pixels}
+    inputs |= {} if source is None or source.digest is None else {"init": source.digest}
+    return digest(inputs)[:ID_DIGITS]
 
 
 def plan_run(
@@ -78,11 +106,12 @@ def plan_run(
     repeat: int,
     overrides: Sequence[str],
     pixels: str | None = None,
+    source: Source | None = None,
 ) -> Run:
     """The run of these inputs, whether or not it has begun."""
-    name = run_id(recipe, trainset, mask_plan, repeat, pixels)
+    name = run_id(recipe, trainset, mask_plan, repeat, pixels, source)
     folder = Path(root.run(recipe.name, name))
-    return Run(name, folder, recipe, how, trainset, mask_plan, repeat, tuple(overrides), pixels)
+    return Run(name, folder, recipe, how, trainset, mask_plan, repeat, tuple(overrides), pixels, source)
 
 
 def write_run(run: Run) -> None:
@@ -105,6 +134,7 @@ def write_run(run: Run) -> None:
             "pixels": run.pixels,
             "mask_plan": run.mask_plan,
             "repeat": run.repeat,
+            "init": None if run.source is None else asdict(run.source),
             "how": run.how.model_dump(mode="json"),
             "versions": {
                 "nextvid": version("nextvid"),
@@ -124,7 +154,8 @@ def open_run(folder: Path) -> Run:
     recipe = parse(RecipeConfig, values["recipe"], f"{path}, recipe")
     how = parse(ExecutionConfig, values["how"], f"{path}, how")
     inputs = {name: values[name] for name in ("trainset", "mask_plan", "repeat", "pixels")}
-    return Run(values["run"], folder, recipe, how, overrides=tuple(values["overrides"]), **inputs)
+    source = Source(**values["init"]) if values.get("init") else None
+    return Run(values["run"], folder, recipe, how, overrides=tuple(values["overrides"]), source=source, **inputs)
 
 
 @contextmanager
