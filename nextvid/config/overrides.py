@@ -68,7 +68,7 @@ def _applied(config: Model, overrides: Sequence[str], where: str) -> Model:
         except json.JSONDecodeError:
             value = text
         key = _key(holder, last, override)
-        if value is None and isinstance(holder, list):
+        if value is None and isinstance(holder, list) and isinstance(key, int):
             del holder[key]
         else:
             holder[key] = value

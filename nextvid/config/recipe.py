@@ -347,8 +347,8 @@ def _disagreements(recipe: RecipeConfig) -> Iterator[str]:
         yield "predictor.support 'masked' needs masked tubes: masks.keep 'fixed' or 'bucket'"
     if model.encoder.input == "latents" and losses.target != "latents":
         yield "encoder.input 'latents' needs losses.target = 'latents'"
-    for part in () if recipe.init is None else recipe.init.taken:
-        if not used[part]:
-            yield f"init.parts names the {part}, which this recipe does not have"
+    for taken in () if recipe.init is None else recipe.init.taken:
+        if not used[taken]:
+            yield f"init.parts names the {taken}, which this recipe does not have"
     if losses.target == "pixels" and model.frame_channels != 3 * model.patch**2:
         yield f"losses.target 'pixels' needs model.frame_channels = 3 * patch^2 = {3 * model.patch**2}"

@@ -283,11 +283,12 @@ def _of_file(project: Project, what: str) -> Trace:
 
 def _sources(root: DataRoot, runs: tuple[RunFacts, ...]) -> tuple[RunFacts, ...]:
     """Runs that these started from, and those that these did, the nearest first."""
-    known, found = {facts.run: facts for facts in runs_of(root)}, dict.fromkeys(runs)
-    for facts in runs:
-        while (facts := known.get(facts.init or "")) is not None:
-            found[facts] = None
-    return tuple(facts for facts in found if facts not in runs)
+    known, found = {facts.run: facts for facts in runs_of(root)}, list(runs)
+    for facts in found:  # grows meanwhile
+        source = known.get(facts.init or "")
+        if source is not None and source not in found:
+            found.append(source)
+    return tuple(found[len(runs) :])
 
 
 def _started(root: DataRoot, runs: tuple[RunFacts, ...]) -> tuple[RunFacts, ...]:
