@@ -82,6 +82,8 @@ def probe_settings(width: int, reads: Literal["latents", "pixels"], config: Benc
         written["augment"] = config.augment or ("image" if config.policy.frames == 1 else "video")
     if config.sweep:
         written |= {"sweep": config.sweep, "warm_up_steps": 0, "own_orders": False}
+    if config.held_out is not None:
+        written["held_out"] = config.held_out
     if config.attention_heads is not None:
         written["heads"] = config.attention_heads
     return small.model_copy(update=written if width < SMALL_WIDTH else public | written)

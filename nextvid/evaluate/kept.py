@@ -48,13 +48,17 @@ class Kept:
 def vectors_of(
     features: Float[Tensor, "n L D"], encoder: FrozenEncoder, segments: int
 ) -> dict[str, Float[Tensor, "n P"]]:
-    """What k-NN compares: the mean of all tokens; and that of each time of a clip, one time after the other."""
+    """What k-NN compares: the mean of all tokens; that of each time of a clip, one after the other; and their changes.
+
+    Changes are differences from each time to the next: what stays the same in a clip is most of its means, and hides
+    what moves (docs/log.md, 30 November 2026). An encoder of single images has none.
+    """
     axes = {"g": segments, "v": encoder.levels, "t": encoder.times}
     by_time = reduce(features.float(), "n (g v t s) d -> n t d", "mean", **axes)
-    return {
-        "mean": features.float().mean(1).to(features.dtype),
-        "by_time": rearrange(by_time, "n t d -> n (t d)").to(features.dtype),
-    }
+    found = {"mean": features.float().mean(1), "by_time": rearrange(by_time, "n t d -> n (t d)")}
+    if encoder.times > 1:
+        found["change"] = rearrange(by_time.diff(dim=1), "n t d -> n (t d)")
+    return {name: vectors.to(features.dtype) for name, vectors in found.items()}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmar
 from nextvid.evaluate.encoders import encoder_digest, encoder_width, frames_of, load_encoder
 from nextvid.evaluate.features import level_blocks, load_networks, run_encoders
 from nextvid.evaluate.fitting import NEIGHBOURS
-from nextvid.evaluate.scoring import UNFINISHED, OnEpoch, Scored, Task, score_encoder
+from nextvid.evaluate.scoring import KNN, UNFINISHED, OnEpoch, Scored, Task, score_encoder
 from nextvid.machine import leased_devices
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Number, Outcome
@@ -93,7 +93,8 @@ def make_probes(
         numbers[f"{benchmark}_score"] = written
         left_out.update(score["left_out"])
         for name, values in score["encoders"].items():
-            numbers |= {f"{benchmark}_{name}_{what}": values[what] for what in ("accuracy", "knn", "knn_by_time")}
+            told = [what for what in ("accuracy", *KNN.values()) if what in values]
+            numbers |= {f"{benchmark}_{name}_{what}": values[what] for what in told}
     on_progress(Progress(f"probes {recipe}", len(names), len(names)))
     numbers |= {"dropped": left_out.total()} | {f"dropped_{why}": count for why, count in left_out.items() if count}
     return Outcome(

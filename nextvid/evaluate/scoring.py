@@ -43,6 +43,7 @@ from storage.root import DataRoot
 from storage.spec import PixelSpec
 
 PICTURED = 1000  # our choice: test samples whose mean features are kept for pictures (the report draws 600)
+KNN = {"mean": "knn", "by_time": "knn_by_time", "change": "knn_by_change"}  # fields of score.json by vectors
 UNFINISHED = "unfinished"  # folder beside a score.json that is not there yet
 OnEpoch = Callable[[str, int, float], None]  # name of the encoder, number of the epoch, mean loss
 
@@ -184,8 +185,8 @@ def _judge(task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, ra
         "held_out_by_pair": learnt.by_pair,
         "features": "streamed" if learnt.kept.features is None else "kept",
     }
-    for name, key in (("mean", "knn"), ("by_time", "knn_by_time")):
-        share = nearest[name].share(len(answers), ranks)
+    for name, votes in nearest.items():
+        key, share = KNN[name], votes.share(len(answers), ranks)
         numbers |= {key: share, f"{key}_standard_error": standard_error(share, len(answers))}
     return Scored(numbers, ranks.sum(pooled).half().cpu().numpy())
 

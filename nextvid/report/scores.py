@@ -71,7 +71,8 @@ def section(
             "initialisation is this run's own: same recipe, input and seed, probed on the same clips. Its difference "
             "to itself is left empty. k-NN (cosine, "
             f"k = {scores[0].record['neighbours']}) is no headline: it reads the mean of all tokens, which knows no "
-            "order of frames, and by time the mean of each tubelet's or frame's tokens, one after the other.",
+            "order of frames; by time, the mean of each tubelet's or frame's tokens, one after the other; and the "
+            "changes of these means from one to the next, without what stays the same in a clip.",
         )
     )
     if history:
@@ -120,7 +121,7 @@ def table(score: Score, others: Sequence[Score] = ()) -> Table:
                 f"{_share(found['accuracy'])} ± {_share(found['standard_error'])}",
                 f"{points(gain)} ± {100 * error:.1f}" if comparable else "",
                 f"{_share(low)} to {_share(high)}",
-                *(_nearest(found, key) for key in ("knn", "knn_by_time")),
+                *(_nearest(found, key) for key in ("knn", "knn_by_time", "knn_by_change")),
                 f"{found['rate']:g}",
             )
         )
@@ -134,10 +135,11 @@ def table(score: Score, others: Sequence[Score] = ()) -> Table:
             f"{len(record['seeds'])} seeds",
             "k-NN, mean of all tokens",
             "k-NN, by time",
+            "k-NN, changes",
             "chosen rate",
         ),
         rows=tuple(rows),
-        align="lrrrrrr",
+        align="lrrrrrrr",
         caption=(
             f"{score.benchmark} (target {record['target']}, {classes} classes): {limit}{clips['test']} test clips, "
             f"{clips['train']} probe-train clips of which {clips['held_out']} choose the rate; always "

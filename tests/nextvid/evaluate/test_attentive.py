@@ -80,6 +80,7 @@ def test_settings_follow_the_width_and_what_the_benchmark_says() -> None:
     dives = BenchmarkConfig.model_validate({"datasets": ["d"], "protocol": "diving48"})
     diving = attentive.probe_settings(128, "latents", dives)
     assert [pair[:2] for pair in diving.pairs] == [(1e-3, 0.8), (3e-4, 0.8), (1e-4, 0.8)]
+    assert (diving.held_out, paper.held_out) == (0.05, 0.2)
     assert (diving.heads, diving.augment, diving.epochs, diving.batch, diving.init) == (16, "none", 100, 48, "xavier")
     still = BenchmarkConfig.model_validate({"datasets": ["d"], "protocol": "in1k", "augment": "none"})
     assert attentive.probe_settings(1024, "pixels", still).augment == "none"

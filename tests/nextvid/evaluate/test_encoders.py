@@ -17,6 +17,7 @@ from nextvid.config.strict import parse
 from nextvid.evaluate.encoders import IMAGENET, encoder_digest, frames_of, load_encoder, shape_of
 from nextvid.evaluate.features import FrozenEncoder, level_blocks
 from nextvid.evaluate.probes import make_probes, plan_encoder
+from nextvid.lineage.trace import trace
 from storage.errors import ConfigError, RefusedError
 from storage.spec import EncodingSpec
 from tests.factories import edit_project
@@ -247,6 +248,8 @@ def test_encoders_are_scored_as_a_run_is_on_the_same_clips(probed: Project) -> N
         assert not make_probes(probed, name).made
     assert {name: list(score["encoders"]) for name, score in scores.items()} == {name: [name] for name in scores}
     assert scores["stored"]["encoders"]["stored"]["accuracy"] > 0.9, "the classes differ in a channel of the latents"
+    found = trace(probed, str(outcome.numbers["species_score"]))
+    assert (found.kind, found.runs, found.scores[0].recipe) == ("score", (), "stored")
     assert scores["control"]["settings"]["augment"] == "video"
     assert scores["stored"]["settings"]["augment"] == "none"
     assert scores["control"]["clips"] == scores["stored"]["clips"]

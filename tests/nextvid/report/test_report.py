@@ -144,5 +144,6 @@ def test_encoders_of_others_are_in_the_same_table(scored: Project) -> None:
     gain = scores.points(0.75 - score.record["encoders"]["random"]["accuracy"])
     assert [row[2].split(" ")[0] for row in found.rows[2:]] == ["", gain, ""]
     assert found.sources == (score.path, "/control/score.json", "/elsewhere/score.json")
-    assert found.head[4:6] == ("k-NN, mean of all tokens", "k-NN, by time")
+    assert found.head[4:7] == ("k-NN, mean of all tokens", "k-NN, by time", "k-NN, changes")
+    assert found.rows[0][6].startswith(f"{numbers['knn_by_change']:.3f}".removeprefix("0"))
     assert found.rows[0][5].startswith(f"{numbers['knn_by_time']:.3f}".removeprefix("0"))
