@@ -9,6 +9,7 @@ whose bytes changed is an error.
 """
 
 import dataclasses
+import itertools
 import re
 import warnings
 from collections.abc import Collection
@@ -25,13 +26,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
-from nextvid.train.distributed import like, local
+from nextvid.train.distributed import from_first, like, local
 from storage import atomic
 from storage.digest import crc32c
 from storage.errors import DamagedError, RefusedError, UpstreamError
 
 STATE = "state.json"
 WHOLE = ("model.safetensors", "ema.safetensors")  # if rank 0 wrote alone; otherwise a file per rank
+FILES = (*WHOLE, "optimizer.safetensors")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 
 _NAME = re.compile(r"step_([0-9]{9})")
@@ -70,18 +72,48 @@ def save(
     reference: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> Path:
-    """Write the checkpoint of this step, unless it is complete already: its bytes would be the same."""
+    """Write the checkpoint of this step and wait for it, unless it is complete already: its bytes would be the same."""
     path = path_at(folder, progress.step)
-    if not clear(path):
-        return path
-    contents = {
-        "model.safetensors": model.state_dict(),
-        "ema.safetensors": reference.state_dict(),
-        "optimizer.safetensors": moments_of(optimizer),
-    }
+    return write(path, identity, progress, snapshot(model, reference, optimizer)) if clear(path) else path
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of all tensors in host memory by file; complete when `copied`, if any, has passed on the device."""
+
+    files: dict[str, dict[str, Tensor]]
+    copied: torch.cuda.Event | None
+
+
+def snapshot(model: nn.Module, reference: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Copy what a checkpoint holds; on a GPU the copies are queued, and the next step waits for them there alone."""
+    tensors = (model.state_dict(), reference.state_dict(), moments_of(optimizer))
+    on_gpu = next(model.parameters()).is_cuda
+
+    def copied(tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        return host.copy_(tensor.detach(), non_blocking=True)
+
+    files = {name: {key: copied(v) for key, v in some.items()} for name, some in zip(FILES, tensors, strict=True)}
+    event = torch.cuda.Event() if on_gpu else None
+    if event is not None:
+        event.record()
+    return Snapshot(files, event)
+
+
+def write(path: Path, identity: Identity, progress: Progress, held: Snapshot) -> Path:
+    """Write a checkpoint and read it back. Raises DamagedError if the disk returns other numbers than were written."""
+    if held.copied is not None:
+        held.copied.synchronize()
     with atomic.staged_folder(str(path)) as staged:
-        for name, tensors in contents.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, staged / name)
+        for name, tensors in held.files.items():
+            save_file(tensors, staged / name)
+            found = load_tensors(staged / name)
+            pairs = (
+                (found[key].flatten().view(torch.uint8), v.flatten().view(torch.uint8)) for key, v in tensors.items()
+            )
+            if not all(torch.equal(*pair) for pair in pairs):
+                raise DamagedError(f"{staged / name} was not read back as it was written: check the disk, ask again")
         describe(staged, identity, progress)
     return path
 
@@ -123,9 +155,9 @@ def read_progress(path: Path) -> Progress:
     return Progress(**_require(path)["progress"])
 
 
-def verify(path: Path) -> None:
-    """Compare every file with its checksum; raises DamagedError."""
-    for name, facts in _require(path)["files"].items():
+def verify(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare every file, or every `parts`-th from `part` on, with its checksum; raises DamagedError."""
+    for name, facts in itertools.islice(_require(path)["files"].items(), part, None, parts):
         if _facts(path / name) != facts:
             raise DamagedError(
                 f"{path / name}: bytes differ from their checksum; delete the folder {path} and ask again: "
@@ -142,24 +174,31 @@ def load(
 ) -> Progress:
     """Load model, reference encoder and, if given, optimiser from the checkpoint at `path`.
 
+    Every rank must call this. Whole files are read by rank 0, which sends the tensors to the others; files of several
+    ranks are checked by a rank each, and read where they are needed.
     Raises RefusedError, which names the difference, if the checkpoint belongs to another run, recipe, trainset or mask
     plan or has tensors of other shapes, and DamagedError if its bytes changed.
     """
     refuse_other(path, identity)
-    verify(path)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if not (path / WHOLE[0]).is_file():
+        verify(path, rank, ranks)
         files = [path / name for name in _require(path)["files"]]
         _load_parts(path, model, reference, optimizer, {name for file in files for name in shapes(file)})
         return read_progress(path)
+    if rank == 0:
+        verify(path)
     for name, module in zip(WHOLE, (model, reference), strict=True):
         fill(module, path / name)
     if optimizer is not None:
-        tensors, parameters = load_tensors(path / "optimizer.safetensors"), parameters_of(optimizer)
-        unknown = {name.split("/", 1)[1] for name in tensors} - set(parameters)
+        file = path / FILES[-1]
+        names, tensors, parameters = shapes(file), _read_by_first(file), parameters_of(optimizer)
+        unknown = {name.split("/", 1)[1] for name in names} - set(parameters)
         assert not unknown, f"moments of parameters that the model does not have: {sorted(unknown)}"
         for name, parameter in parameters.items():
-            held = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
-            state = {moment: v if moment == "step" else like(v, parameter.detach()) for moment, v in held.items()}
+            held = {m: f"{m}/{name}" for m in MOMENTS if f"{m}/{name}" in names}
+            values = {m: from_first(tensors.get(key), names[key], parameter.device) for m, key in held.items()}
+            state = {m: v if m == "step" else like(v, parameter.detach()) for m, v in values.items()}
             _set_moments(optimizer, parameter, state)
     return read_progress(path)
 
@@ -220,10 +259,16 @@ def fill(module: nn.Module, path: Path) -> None:
             raise RefusedError(
                 f"{path}: {name} is {sizes[0]} there and {sizes[1]} in the model: another configuration wrote it"
             )
-    read_whole = load_tensors(path)
+    read_whole = _read_by_first(path)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            local(tensor).copy_(local(like(read_whole[name], tensor)))
+            value = from_first(read_whole.get(name), there[name], tensor.device)
+            local(tensor).copy_(local(like(value, tensor)))
+
+
+def _read_by_first(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file on rank 0; nothing on the others."""
+    return load_tensors(path) if not dist.is_initialized() or dist.get_rank() == 0 else {}
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -146,6 +146,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def from_first(value: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rank 0's fp32 value, on every rank's device; the others give None. Every rank must call this."""
+    found = torch.empty(shape, device=device) if value is None else value.to(device)
+    if dist.is_initialized():
+        dist.broadcast(found, src=0)
+    return found
+
+
 def like(value: Tensor, tensor: Tensor) -> Tensor:
     """A whole value that every rank has, moved to the device of `tensor` and cut as it is."""
     moved = value.to(tensor.device)

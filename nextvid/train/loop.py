@@ -71,8 +71,9 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels)
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
         reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
-        background = stack.enter_context(AsyncCheckpoints(ranks, run.identity)) if trained.fsdp else None
-        thread = stack.enter_context(ThreadPoolExecutor(1, "trainer", torch.set_num_threads, (1,)))
+        # two, so that a diagnosis need not wait for a checkpoint; what they have begun ends even if the run fails
+        thread = stack.enter_context(ThreadPoolExecutor(2, "trainer", torch.set_num_threads, (1,)))
+        background = stack.enter_context(AsyncCheckpoints(ranks, run.identity, thread, cut=trained.fsdp))
         session = _Session(run, trained, loader, clips, reporter, background, progress, thread)
         session.go()
         encoders = {"encoder": _whole(trained.reference), "encoder_online": _whole(trained.model.encoder)}
@@ -143,7 +144,7 @@ class _Session:
     loader: Loader
     clips: MicroBatches
     reporter: Reporter | None  # rank 0's
-    background: AsyncCheckpoints | None
+    background: AsyncCheckpoints
     progress: Progress
     thread: Executor  # for what no step waits for
     meter: _Meter = field(default_factory=_Meter)
@@ -184,8 +185,7 @@ class _Session:
                 self._step(batch, stage)
                 self._after_step()
         self._diagnosed()
-        if self.background is not None:
-            self._checkpoint_written(self.background.finish())
+        self._checkpoint_written(self.background.finish())
 
     def _step(self, batch: Batch, stage: int) -> None:
         stepped, planned = self.clips.take(stage, lambda clips: steps.take_step(self.trained, batch, batch.step, clips))
@@ -200,6 +200,7 @@ class _Session:
             norms = self._count_skips(list(stepped.norms))
         if logged:
             self._diagnosed()
+            self._checkpoint_written(self.background.written())
             self._log(stepped, norms)
 
     def _count_skips(self, modules: list[str]) -> dict[str, float]:
@@ -284,20 +285,13 @@ class _Session:
     def _checkpoint(self) -> None:
         if self.progress.first_rank is None:
             self._diagnosed()
-        if self.background is not None:
-            self._checkpoint_written(self.background.begin(self.run.checkpoints, self.progress, self.trained))
-            return
-        if self.ranks.first:
-            run, trained = self.run, self.trained
-            parts = trained.model, trained.reference, trained.optimizer
-            self._checkpoint_written(checkpoint.save(run.checkpoints, run.identity, self.progress, *parts))
-        self.ranks.wait()
+        self._checkpoint_written(self.background.begin(self.run.checkpoints, self.progress, self.trained))
 
     def _checkpoint_written(self, path: Path | None) -> None:
         """A checkpoint is complete: remove those that it replaces, and write the event."""
         if path is not None and self.ranks.first:
             checkpoint.prune(self.run.checkpoints, self.how.keep_last, self.stage_ends)
-            self._event("checkpoint", {"path": path.name})
+            self._event("checkpoint", {"path": path.name}, checkpoint.step_of(path))
 
     def _event(self, kind: str, values: dict[str, Any], step: int | None = None) -> None:
         """Write an event of this step; `step`: of an earlier one."""
