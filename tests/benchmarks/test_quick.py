@@ -26,6 +26,7 @@ BENCHMARKS = (
     "input",
     "attention",
     "masks",
+    "roofline",
     "step",
     "batches",
     "ticks",
