@@ -38,37 +38,13 @@ class Scored:
 def card(config: Mapping[str, Any], data: Sequence[TrainedOn] | None = None, scores: Sequence[Scored] = ()) -> str:
     """The text of the card, from an export's config.json; without `data` it says that it does not know them."""
     recipe, width = config["recipe"], config["model"]["encoder"]
-    header: dict[str, Any] = {
-        "library_name": "nextvid",
-        "pipeline_tag": "feature-extraction",
-        "tags": ["video", "nextvid", "self-supervised"],
-        "license": "other",
-        "license_name": "see-data-sets",
-        "license_link": CARD,
-        "nextvid": {
-            "recipe": recipe,
-            "run": config["run"],
-            "trainset": config["trainset"],
-            "data": None if data is None else [asdict(one) for one in data],
-        },
-    }
-    if scores:
-        results = [
-            {
-                "task": {"type": "video-classification", "name": "frozen attentive probe"},
-                "dataset": {"name": one.benchmark, "type": one.benchmark},
-                "metrics": [{"type": "accuracy", "value": round(one.accuracy, 4)}],
-            }
-            for one in scores
-        ]
-        header["model-index"] = [{"name": recipe, "results": results}]
     clip = config.get("clip") or {}
     rate = f"{clip['fps']:g} a second" if clip.get("fps") else f"every {clip.get('stride')} source frames"
     shown = f"clips of {clip['frames']} frames, {rate}, " if clip else ""
     started = f"training started from {config['init']}; " if config.get("init") else ""
-    frozen = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    header = yaml.safe_dump(_header(config, data, scores), sort_keys=False, allow_unicode=True)
     return f"""---
-{frozen}---
+{header}---
 
 # NExT-Vid encoder `{recipe}`
 
@@ -98,6 +74,35 @@ Features are of clips as in training; other lengths, rates and sizes were not me
 people or of safety-critical uses. What the data sets lack, the encoder has not seen. The licences above bind whoever
 distributes the weights.
 """
+
+
+def _header(config: Mapping[str, Any], data: Sequence[TrainedOn] | None, scores: Sequence[Scored]) -> dict[str, Any]:
+    """What the Hub reads of a card."""
+    header: dict[str, Any] = {
+        "library_name": "nextvid",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["video", "nextvid", "self-supervised"],
+        "license": "other",
+        "license_name": "see-data-sets",
+        "license_link": CARD,
+        "nextvid": {
+            "recipe": config["recipe"],
+            "run": config["run"],
+            "trainset": config["trainset"],
+            "data": None if data is None else [asdict(one) for one in data],
+        },
+    }
+    if scores:
+        results = [
+            {
+                "task": {"type": "video-classification", "name": "frozen attentive probe"},
+                "dataset": {"name": one.benchmark, "type": one.benchmark},
+                "metrics": [{"type": "accuracy", "value": round(one.accuracy, 4)}],
+            }
+            for one in scores
+        ]
+        header["model-index"] = [{"name": config["recipe"], "results": results}]
+    return header
 
 
 def _data(data: Sequence[TrainedOn] | None) -> str:
