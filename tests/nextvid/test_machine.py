@@ -12,6 +12,7 @@ from typing import NoReturn
 import pytest
 import torch
 
+from nextvid import machine
 from nextvid.machine import VISIBLE, leased_devices, leased_gpus, visible_gpus
 from nextvid.train.pretrain import PreparedRun, trainers
 from storage.errors import ConfigError, RefusedError
@@ -97,6 +98,16 @@ def test_killed_holders_give_way_to_those_that_wait_in_turn() -> None:
         assert line(small) == f"waiting for 1 GPUs: 4 {held}, GPU-abc {held}"
         big.kill()
         assert line(small) == "4"
+
+
+def test_what_waits_for_nobody_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "orphaned", lambda: True)
+    with (
+        leased_gpus(2, "cuda", "pretrain 1", stop),
+        pytest.raises(RefusedError, match="latents a was waiting for a GPU, and the process that asked for it is gone"),
+        leased_gpus(1, "cuda", "latents a", print),
+    ):
+        pass
 
 
 def test_training_takes_its_devices_from_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
