@@ -26,6 +26,8 @@ def _typed(annotation: Any, path: str) -> Any:  # noqa: ANN401 - an annotation, 
     if inner := inner_model(annotation):
         shape = dg.Shape(fields(inner, path))
         return dg.Map(str, shape, key_label_name="name") if origin in (tuple, list) else shape
+    if origin in (tuple, list):
+        return dg.Array(_typed(arguments[0], path))
     if origin is Annotated:
         return _typed(arguments[0], path)
     if origin in (Union, types.UnionType):
