@@ -21,6 +21,11 @@ HEVC_IRAP = range(16, 24)  # ITU-T H.265, table 7-1: BLA, IDR, CRA and their res
 START_CODE = b"\0\0\1"  # ITU-T H.264, annex B
 RECOVERY_POINT = 6  # payload type of the SEI message, ITU-T H.264, D.1.8
 MPEG_PICTURE, MPEG4_VOP = START_CODE + b"\0", START_CODE + b"\xb6"  # ISO 13818-2, table 6-1; ISO 14496-2, table 6-3
+# Codecs of which FFmpeg decodes what comes before, as smears on grey or black, or refuses the file; flags of the others
+# (Theora in Ogg, intra-coded ones) are missing in sound files, or every picture is whole.
+BEGIN_AT_ENTRY = frozenset({
+    "h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9", "av1", "flv1", "wmv1", "wmv2", "wmv3", "vc1",
+})  # fmt: skip
 AV1_FRAME_HEADER, AV1_FRAME = 3, 6  # types of open bitstream units, AV1 specification 6.2.2
 
 
@@ -53,7 +58,7 @@ def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
 
 def must_begin_at_entry(stream: VideoStream) -> bool:
     """Whether a file of this codec is read from its first entry point on, and what comes before it is left out."""
-    return stream.codec_context.codec.canonical_name in {"h264", "hevc", "mpeg1video", "mpeg2video"}
+    return stream.codec_context.codec.canonical_name in BEGIN_AT_ENTRY
 
 
 class ReferencePictures:

@@ -224,14 +224,19 @@ def test_units_behind_lengths_and_behind_start_codes() -> None:
     assert list(_units(b"", 0)) == list(_units(b"", 4)) == []
 
 
-@pytest.mark.parametrize("name", ["h264.mp4", "h264.ts", "h264.mkv", "h264.avi", "mpeg2.ts", "mpeg2.mpg"])
+RECORDERS = {"mpeg2": "mpeg2video", "mpeg4": "mpeg4", "vp9": "libvpx-vp9", "wmv2": "wmv2", "flv1": "flv"}
+RECORDINGS = "h264.mp4 h264.ts h264.mkv h264.avi mpeg2.ts mpeg2.mpg mpeg4.mkv vp9.webm wmv2.wmv flv1.flv"
+
+
+@pytest.mark.parametrize("name", RECORDINGS.split())
 def test_a_recording_that_begins_within_a_group_is_read_from_its_first_whole_picture(tmp_path: Path, name: str) -> None:
     if name.startswith("h264"):
         fps, whole = 10, film(tmp_path / "whole.mp4", f"{X264}:bframes=2")
     else:
-        fps, whole = 25, tmp_path / "whole.ts"
-        options = {"g": "30", "bf": "2", "qmax": "4"}
-        write_barcodes(whole, COUNT, codec="mpeg2video", fps=fps, options=options, crf=None)
+        codec, fps, whole = RECORDERS[name.split(".")[0]], 25, tmp_path / f"whole{Path(name).suffix}"
+        options = {"g": "30"} | ({"cpu-used": "8", "b": "1M"} if codec == "libvpx-vp9" else {"qmax": "4"})
+        options |= {"bf": "2"} if codec == "mpeg2video" else {}
+        write_barcodes(whole, COUNT, codec=codec, fps=fps, options=options, crf=None)
     path = without(whole, tmp_path / name, range(17))
     facts = probe(path)
     assert facts.decoder == "pyav"
