@@ -43,7 +43,7 @@ def compute_of(asset: Asset) -> Compute:
     Raises ConfigError for an unknown asset or key in that file.
     """
     known = COMPUTE.get(asset, Compute())
-    if asset == "pretrain" and os.environ.get(TRAIN_ON):
+    if asset in ("pretrain", "probes") and os.environ.get(TRAIN_ON):
         known = Compute()  # the step waits for a job of its own, which asks for a GPU a rank
     return parse(Compute, {**known.model_dump(), **_overrides().get(asset, {})}, f"{OVERRIDES}: {asset}")
 

@@ -5,6 +5,7 @@ only once its trainset is: so Dagster's runs carry the id as the tag `training_r
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -35,6 +36,11 @@ class WhichScores(WhichRun):
     """Options in the launchpad of `probes`."""
 
     benchmarks: list[str] = Field(default=[], description="Benchmarks of corpus.yaml; empty: all of them")
+    checkpoint: int = Field(
+        default=0,
+        description="Step of the run's checkpoint; 0: the newest. A run that `run_id` names need not have ended",
+    )
+    how: dict[str, Any] = Field(default={}, description="How they are computed, such as `ranks: 8` or `device: cpu`")
 
 
 def launch_of(context: dg.AssetExecutionContext) -> str:
@@ -53,9 +59,17 @@ def made_from(result: dg.MaterializeResult, versions: Mapping[str, str]) -> dg.M
 
 
 def evaluate(
-    context: dg.AssetExecutionContext, config: WhichRun, project: ProjectResource, make: Callable[..., Outcome]
+    context: dg.AssetExecutionContext,
+    config: WhichRun,
+    project: ProjectResource,
+    make: Callable[..., Outcome],
+    *,
+    ended: bool = True,
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Make what looks at a training run: the one that is named, else this Dagster run's, else the last materialised."""
+    """Make what looks at a training run: the one that is named, else this Dagster run's, else the last materialised.
+
+    With `ended` a run that has not ended is refused.
+    """
     from nextvid.train.run import find_run
 
     with readable_errors():
@@ -71,7 +85,7 @@ def evaluate(
         }  # the newest last
         launched = opened.root.launch(recipe, launch_of(context))
         named = config.run_id or (atomic.read_json(launched)["run"] if atomic.exists(launched) else None)
-        found = find_run(opened, recipe, named or next(reversed(materialised), None))
+        found = find_run(opened, recipe, named or next(reversed(materialised), None), ended=ended)
         run = found.id
         tag_run(context, run, found.trainset)
         reported = traced(opened, make(opened, recipe, run))

@@ -69,8 +69,12 @@ def main(
     """
     rows = [_epoch(clips or (16 if quick else 32), turns or (1 if quick else 3), quick)]
     memory = [_memory(QUICK_SAMPLES if quick else SAMPLES, kept) for kept in (False, True)]
-    show("a probe's epoch of 20 heads over the encoder alone, same clips", list(rows[0]), [r.values() for r in rows])
-    show("a whole score at ten times the samples", list(memory[0]), [r.values() for r in memory])
+    show(
+        "a probe's epoch of 20 heads over the encoder alone, same clips",
+        list(rows[0]),
+        [list(r.values()) for r in rows],
+    )
+    show("a whole score at ten times the samples", list(memory[0]), [list(r.values()) for r in memory])
     targets = {
         "epoch_over_encoder": {"target": TARGET, "found": rows[0]["epoch_over_encoder"]},
         "memory_at_ten_times": {"target": MEMORY_TARGET, "found": max(r["memory_ratio"] for r in memory)},
@@ -90,11 +94,11 @@ def _epoch(clips: int, turns: int, quick: bool) -> dict[str, Any]:
         write_store(random_clips(clips, SHAPE), Path(folder))
         root = DataRoot.open(folder)
         task, encoder = _task(root, clips, clips, SHAPE[0]), _encoder(config, root, SHAPE[0])
-        everything = np.arange(clips)
+        everything, pieces = np.arange(clips), range(CLIPS_AT_ONCE, clips, CLIPS_AT_ONCE)
         with open_clips(root, task.trainset, None, task.rows, encoder, ALONE.device) as opened:
-            raw: list[Tensor] = []
-            keeping = replace(encoder, encode=lambda given: raw.append(given.clone()) or given.flatten(1)[:, None])
-            list(Streamed(keeping, opened, "train").of([everything]))
+            plain = replace(encoder, encode=lambda given: given.flatten(1)[:, None])
+            read = Streamed(plain, opened, "train").of(np.split(everything, pieces))
+            raw = [given.view(-1, *SHAPE) for given in read]
             streamed = Streamed(encoder, opened, "train")
             labels, settings = task.rows.frame["label"].to_numpy()[:clips], task.settings
             tokens = encoder.encode(raw[0][:1]).shape[1]

@@ -50,7 +50,9 @@ def make_command(
     benchmark: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="probe only on this benchmark")] = None,
     set_: Overrides = (),
     how: How = (),
-    ranks: Annotated[int | None, tyro.conf.arg(help="training processes, one for each GPU; by default 1")] = None,
+    ranks: Annotated[
+        int | None, tyro.conf.arg(help="processes that train, or probe, one for each GPU; by default 1")
+    ] = None,
     repeat: Annotated[int, tyro.conf.arg(help="train the same again, as a run of its own: 1, 2, ...")] = 0,
     trainset: Annotated[str | None, tyro.conf.arg(metavar="DIGEST", help="train on this one, not the newest")] = None,
     run: Annotated[str | None, tyro.conf.arg(metavar="RUN", help="probe, sample or report this run")] = None,

@@ -105,12 +105,13 @@ def _refuse_names(project: Project, request: Request) -> None:
         raise ConfigError(f"--run: '{request.recipe}' is an encoder of {project.path}, which has no run: leave it out")
     if request.run and "pretrain" not in chain(request.asset)[:-1]:
         raise ConfigError(f"--run is for probes, samples and report, and {request.asset} looks at no run: leave it out")
-    training = request.overrides or request.how or request.ranks is not None or request.repeat or request.trainset
-    if training and "pretrain" not in steps(request, trained):
+    made = steps(request, trained)
+    if (request.overrides or request.repeat or request.trainset) and "pretrain" not in made:
         raise ConfigError(
-            "--set, --how, --ranks, --repeat and --trainset are for training, and nothing is trained here: leave them "
-            "out"
+            "--set, --repeat and --trainset are for training, and nothing is trained here: leave them out"
         )
+    if (request.how or request.ranks is not None) and not {"pretrain", "probes"} & set(made):
+        raise ConfigError("--how and --ranks are for training and probes, and neither is made here: leave them out")
     if request.checkpoint is not None and not (request.run and request.asset == "probes"):
         raise ConfigError("--checkpoint names a step of the run that probes score: name the run with --run")
     if request.benchmark is not None:
@@ -157,24 +158,28 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
         case "mask_plan":
             return make_it(project, partition)
         case "pretrain":
-            ranks = () if request.ranks is None else (f"ranks={request.ranks}",)
-            how = apply_how(ExecutionConfig(), (*request.how, *ranks))
             return make_it(
                 project,
                 partition,
                 request.overrides,
-                how,
+                _how(request, ExecutionConfig()),
                 repeat=request.repeat,
                 trainset=request.trainset,
                 on_progress=request.on_progress,
             )
         case "probes":
             names = [request.benchmark] if request.benchmark else []
-            return make_it(project, partition, request.run, names, request.on_progress, request.checkpoint)
+            how = _how(request, ExecutionConfig(device=project.corpus.execution.device))
+            return make_it(project, partition, request.run, names, request.on_progress, request.checkpoint, how)
         case "samples":
             return make_it(project, partition, request.run, request.on_progress)
         case "report":
             return make_it(project, partition, request.run)
+
+
+def _how(request: Request, how: ExecutionConfig) -> ExecutionConfig:
+    ranks = () if request.ranks is None else (f"ranks={request.ranks}",)
+    return apply_how(how, (*request.how, *ranks))
 
 
 def _recipe(request: Request) -> str:

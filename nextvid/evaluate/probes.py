@@ -1,51 +1,62 @@
 """The asset `probes`: accuracies of frozen encoders on each benchmark: a run's, or one that corpus.yaml names.
 
-A run's are its averaged and its online encoder, beside its own random initialisation.
-
-Written for each are rows.parquet (the clips that were scored), features.npz (mean-pooled features of the first test
-samples, for pictures) and, last, score.json. The path has the step of the checkpoint and a digest of rows, labels,
-settings and seeds; where score.json exists, nothing is computed again.
-
-Axes: n samples, D width.
+A run's are its averaged and its online encoder, beside its own random initialisation. They are scored in child
+processes under torchrun, as runs are trained (nextvid/train/pretrain.py): `make_probes` does all of it, Dagster's asset
+calls `prepare_probes` and `finish_probes` and starts the children itself. What they write:
+nextvid/evaluate/compute.py.
 """
 
-import io
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import polars as pl
-import torch
 
 from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.project import Project
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.encode.plan import pixel_spec
 from nextvid.evaluate.attentive import probe_settings
-from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, BenchmarkRows, benchmark_rows, per_sample, refuse_unlearnable
-from nextvid.evaluate.encoders import encoder_digest, encoder_width, frames_of, load_encoder
-from nextvid.evaluate.features import level_blocks, load_networks, run_encoders
-from nextvid.evaluate.fitting import NEIGHBOURS
-from nextvid.evaluate.scoring import KNN, UNFINISHED, OnEpoch, Scored, Task, score_encoder
-from nextvid.machine import leased_devices
+from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, refuse_unlearnable
+from nextvid.evaluate.encoders import encoder_digest, encoder_width, frames_of
+from nextvid.evaluate.features import level_blocks
+from nextvid.evaluate.scoring import KNN, Task
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Number, Outcome
-from nextvid.making.progress import OnProgress, Progress, noting, silent
+from nextvid.making.progress import OnProgress, noting, silent
 from nextvid.making.publishing import read_latest
 from nextvid.train.checkpoint import step_of
-from nextvid.train.distributed import Ranks
+from nextvid.train.pretrain import PreparedRun, carry_out, environment, torchrun
 from nextvid.train.run import Run, find_checkpoint, find_run
 from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
 from storage.digest import digest_config
 from storage.errors import RefusedError, UpstreamError
-from storage.schemas import Clips, Duplicates, Labels, ProbeRows
+from storage.schemas import Clips, Duplicates, Labels
 from storage.spec import PixelSpec
 from storage.store import LatentStore, PixelStore
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is scored, before anything is computed: a run's checkpoint, or an encoder of corpus.yaml."""
+
+    name: str  # recipe, or encoder
+    identity: str  # id of the run, or digest of the encoder
+    run: Run | None
+    checkpoint: Path | None
+    tasks: Mapping[str, Task]  # by benchmark
+    folder: str  # of all scores of the run or encoder
+    folders: Mapping[str, str]  # of each score
+
+    @property
+    def missing(self) -> list[str]:
+        """Benchmarks that have no score yet."""
+        return [name for name, folder in self.folders.items() if not atomic.exists(f"{folder}/score.json")]
 
 
 def make_probes(
@@ -55,66 +66,96 @@ def make_probes(
     benchmarks: Sequence[str] = (),
     on_progress: OnProgress = silent,
     step: int | None = None,
+    how: ExecutionConfig | None = None,
 ) -> Outcome:
-    """Score a run's EMA, online and random-init encoders on these benchmarks (all, unless named).
+    """Score the encoders of a run, or the encoder of corpus.yaml called `recipe`, on these benchmarks, else on all.
 
-    `recipe` may be an encoder of corpus.yaml, which has no run. The checkpoint is that of `step`, else the newest; a
-    run that is named need not have ended. Where score.json exists, nothing is computed. The data version is of the run
+    `plan_probes` says of which checkpoint. Where score.json exists, nothing is computed. The data version is of the run
     or encoder and of all that the scores depend on.
-
-    Raises ConfigError for an unknown benchmark, UpstreamError where run, checkpoint, rows or labels are missing.
     """
     started = time.perf_counter()
-    found = None if recipe in project.corpus.encoders else find_run(project, recipe, run, ended=run is None)
-    checkpoint = find_checkpoint(found, step) if found else None
-    identity = found.id if found else encoder_digest(project.corpus.encoders[recipe])
-    made, rows, size_bytes, scores = False, 0, 0, {}
-    numbers: dict[str, Number] = {"trainset": found.trainset} if found else {"encoder": identity}
+    planned = plan_probes(project, recipe, run, benchmarks, step)
+    made = bool(planned.missing)
+    if made:
+        prepared = prepare_probes(project, planned, how or ExecutionConfig(device=project.corpus.execution.device))
+        carry_out(prepared, noting(on_progress, f"probes {recipe}"))
+    return finish_probes(planned, made=made, seconds=time.perf_counter() - started)
+
+
+def plan_probes(
+    project: Project, recipe: str, run: str | None = None, benchmarks: Sequence[str] = (), step: int | None = None
+) -> Planned:
+    """Decide from tables what is scored, and of which checkpoint: that of `step`, else the newest.
+
+    A run that is named need not have ended. Raises ConfigError for an unknown benchmark, UpstreamError where run,
+    checkpoint, rows or labels are missing.
+    """
+    root, names = project.root, sorted(benchmarks or project.corpus.benchmarks)
+    if recipe in project.corpus.encoders:
+        identity = encoder_digest(project.corpus.encoders[recipe])
+        tasks = {name: plan_encoder(project, name, recipe) for name in names}
+        folders = {name: root.encoder_probe(recipe, identity, name, task.digest()) for name, task in tasks.items()}
+        folder = f"{root.encoder_probes(recipe)}/{identity}"
+        return Planned(recipe, identity, None, None, tasks, folder, folders)
+    found = find_run(project, recipe, run, ended=run is None)
+    checkpoint = find_checkpoint(found, step)
+    tasks = {name: plan_task(project, name, found) for name in names}
+    at = step_of(checkpoint)
+    folders = {name: root.probe(recipe, found.id, at, name, task.digest()) for name, task in tasks.items()}
+    return Planned(recipe, found.id, found, checkpoint, tasks, root.probes(recipe, found.id), folders)
+
+
+def prepare_probes(project: Project, planned: Planned, how: ExecutionConfig) -> PreparedRun:
+    """The command that computes the scores that are missing, in a folder that is there."""
+    atomic.make_folder(Path(planned.folder))
+    arguments = ["--recipe", planned.name, "--device", how.device, "--threads", str(how.threads)]
+    if planned.run is not None and planned.checkpoint is not None:
+        arguments += ["--run", planned.identity, "--checkpoint", str(step_of(planned.checkpoint))]
+    arguments += ["--benchmarks", *planned.tasks]
+    return PreparedRun(
+        planned.identity,
+        next(iter(planned.tasks.values())).trainset.digest,
+        planned.folder,
+        torchrun("nextvid.evaluate", how.ranks, project, arguments),
+        not planned.missing,
+        environment(how),
+        how.ranks,
+        how.device,
+        "probes",
+    )
+
+
+def finish_probes(planned: Planned, *, made: bool, seconds: float) -> Outcome:
+    """What the scores say. Raises UpstreamError where one is missing."""
+    rows, size_bytes = 0, 0
+    numbers: dict[str, Number] = {"encoder": planned.identity}
+    if planned.run is not None and planned.checkpoint is not None:
+        numbers = {"trainset": planned.run.trainset, "step": step_of(planned.checkpoint)}
     left_out: Counter[str] = Counter()
-    names = sorted(benchmarks or project.corpus.benchmarks)
-    tasks = {  # all before anything is encoded
-        name: plan_task(project, name, found) if found else plan_encoder(project, name, recipe) for name in names
-    }
-    for done, (benchmark, task) in enumerate(tasks.items()):
-        on_progress(Progress(f"probes {recipe}", done, len(names)))
-        scores[benchmark] = task.digest()
-        if checkpoint:
-            folder = project.root.probe(recipe, identity, step_of(checkpoint), benchmark, scores[benchmark])
-        else:
-            folder = project.root.encoder_probe(recipe, identity, benchmark, scores[benchmark])
-        written = f"{folder}/score.json"
-        if not atomic.exists(written):
-            with _one_device(project, f"probes {recipe}", on_progress) as ranks:
-                _score(project, found or recipe, checkpoint, task, folder, ranks, lambda name, epoch, loss: None)
-            made = True
-        score = atomic.read_json(written)
+    for benchmark, folder in planned.folders.items():
+        path = f"{folder}/score.json"
+        written = atomic.read_bytes(path)
+        score = json.loads(written)
         rows += score["clips"]["test"]
-        size_bytes += len(atomic.read_bytes(written))
-        numbers[f"{benchmark}_score"] = written
+        size_bytes += len(written)
+        numbers[f"{benchmark}_score"] = path
         left_out.update(score["left_out"])
         for name, values in score["encoders"].items():
             told = [what for what in ("accuracy", *KNN.values()) if what in values]
             numbers |= {f"{benchmark}_{name}_{what}": values[what] for what in told}
-    on_progress(Progress(f"probes {recipe}", len(names), len(names)))
     numbers |= {"dropped": left_out.total()} | {f"dropped_{why}": count for why, count in left_out.items() if count}
+    scores = {name: task.digest() for name, task in planned.tasks.items()}
     return Outcome(
         asset="probes",
-        partition=recipe,
+        partition=planned.name,
         made=made,
         rows=rows,
         size_bytes=size_bytes,
-        seconds=time.perf_counter() - started,
-        digest=digest_config({"run": identity, "scores": scores}),
-        run=found.id if found else None,
+        seconds=seconds,
+        digest=digest_config({"run": planned.identity, "scores": scores}),
+        run=None if planned.run is None else planned.identity,
         numbers=numbers,
     )
-
-
-@contextmanager
-def _one_device(project: Project, name: str, on_progress: OnProgress) -> Iterator[Ranks]:
-    """This process alone, on one device that is leased meanwhile."""
-    with leased_devices(1, project.corpus.execution.device, name, noting(on_progress, name)) as (device,):
-        yield Ranks(0, 1, torch.device(device))
 
 
 def plan_task(project: Project, benchmark: str, found: Run) -> Task:
@@ -178,74 +219,3 @@ def _rows(store: LatentStore | PixelStore, name: str, config: BenchmarkConfig, h
         raise UpstreamError(f"benchmark '{name}': near-duplicates are unknown; make 'duplicates' first")
     duplicates = tables.read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
     return benchmark_rows(name, config, clips, labels, duplicates, commits, held_out)
-
-
-def _score(
-    project: Project, of: Run | str, checkpoint: Path | None, task: Task, folder: str, ranks: Ranks, on_epoch: OnEpoch
-) -> None:
-    """Compute and publish rows, pooled test features and, last, score.json. Every rank calls this.
-
-    `of` is a run, or the name of an encoder of corpus.yaml.
-    """
-    started = time.perf_counter()
-    frames, levels = task.config.policy.frames, task.config.levels
-    if isinstance(of, Run):
-        networks, model = load_networks(of, str(ranks.device), checkpoint), of.recipe.model
-        frames = frames if frames > 1 else of.recipe.clip_lengths[0]
-        blocks = level_blocks(model.encoder.depth, levels) if levels > 1 else ()
-        encoders = run_encoders(networks, task.trainset, frames, blocks)
-        about: dict[str, str | None] = {
-            "recipe": of.recipe.name,
-            "run": of.id,
-            "checkpoint": networks.checkpoint.name,
-            "trainset": of.trainset,
-            "mask_plan": of.mask_plan,
-        }
-    else:
-        config, spec = project.corpus.encoders[of], task.trainset.spec
-        frames = frames_of(config, frames, levels)
-        encoders = [load_encoder(of, config, frames, spec, levels, ranks.device)]
-        about = {"recipe": of, "run": encoder_digest(config), "family": config.family, "trainset": None}
-    scores = {
-        encoder.name: score_encoder(project.root, task, encoder, folder, ranks, on_epoch=on_epoch)
-        for encoder in encoders
-    }
-    if ranks.first:
-        tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
-        buffer, pooled = io.BytesIO(), {name: scored.pooled for name, scored in scores.items()}
-        labels = per_sample(task.rows.part("test"), "label")[: len(next(iter(pooled.values())))]
-        np.savez(buffer, labels=labels, **pooled)  # type: ignore[arg-type]
-        atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
-        described = about | _described(task, scores, time.perf_counter() - started)
-        atomic.publish_json(f"{folder}/score.json", described)
-        atomic.remove_tree(f"{folder}/{UNFINISHED}")
-    ranks.wait()
-
-
-def _described(task: Task, scores: Mapping[str, Scored], seconds: float) -> dict[str, Any]:
-    rows, train, test = task.rows, task.rows.part("train"), task.rows.part("test")
-    answers = per_sample(test, "label")
-    return {
-        "encoding_spec": task.trainset.spec.digest(),
-        "pixel_spec": None if task.pixels is None else task.pixels.digest(),
-        "benchmark": rows.benchmark,
-        "datasets": list(task.config.datasets),
-        "target": rows.target,
-        "classes": list(rows.classes),
-        "rows": rows.digest(),
-        "tested": digest_config([[row.hex(), label] for row, label in test.select("row_id", "label").iter_rows()]),
-        "seeds": task.seeds,
-        "settings": task.settings.model_dump(mode="json"),
-        "neighbours": NEIGHBOURS,
-        "clips": {
-            "train": int(train["sample"].n_unique()),
-            "held_out": int(train.filter(pl.col("held_out"))["sample"].n_unique()),
-            "test": int(test["clip_group"].n_unique()),
-        },
-        "limit": task.config.limit,
-        "segments": rows.segments,
-        "left_out": dict(rows.left_out),
-        "chance": float(np.bincount(answers).max() / len(answers)),
-        "encoders": {name: scored.numbers for name, scored in scores.items()},
-        "seconds": round(seconds, 3),
-    }

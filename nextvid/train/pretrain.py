@@ -119,19 +119,19 @@ def prepare_run(
     if launch is not None:
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
         atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
-    command = torchrun("nextvid.train", how.ranks, project, run)
+    command = torchrun("nextvid.train", how.ranks, project, ["--recipe", run.recipe.name, "--run", run.id])
     return PreparedRun(
         run.id, run.trainset, str(run.folder), command, run.complete, environment(how), how.ranks, how.device
     )
 
 
-def torchrun(module: str, ranks: int, project: Project, run: Run) -> list[str]:
-    """The command that starts a module on so many ranks of this machine, for a run."""
+def torchrun(module: str, ranks: int, project: Project, arguments: Sequence[str]) -> list[str]:
+    """The command that starts a module on so many ranks of this machine."""
     return [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
         # `--` ends torchrun's own options: it would read our --run as its --run-path
-        *("-m", "--", module, "--corpus", str(project.path), "--recipe", run.recipe.name, "--run", run.id),
+        *("-m", "--", module, "--corpus", str(project.path), *arguments),
     ]
 
 

@@ -16,6 +16,9 @@ import torch
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.encode.plan import encoding_spec
+from nextvid.evaluate.compute import compute_probes
+from nextvid.evaluate.probes import finish_probes, plan_probes
+from nextvid.making.outcome import Outcome
 from nextvid.train.distributed import join
 from nextvid.train.loop import train
 from nextvid.train.pretrain import finish_run, prepare_run
@@ -166,6 +169,15 @@ def train_steps(project: Project, overrides: Sequence[str]) -> Path:
     with join(how) as ranks:
         train(project, open_run(Path(prepared.folder)), ranks)
     return Path(prepared.folder)
+
+
+def probe(project: Project, recipe: str = RECIPE, run: str | None = None, **plan: Any) -> Outcome:
+    """`make_probes`, here instead of in child processes."""
+    planned = plan_probes(project, recipe, run, **plan)
+    if made := bool(planned.missing):
+        with join(ExecutionConfig(device="cpu")) as ranks:
+            compute_probes(project, planned, ranks)
+    return finish_probes(planned, made=made, seconds=0.0)
 
 
 def _write_run(project: Project, extra: Sequence[str] = ()) -> None:

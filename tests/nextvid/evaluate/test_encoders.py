@@ -16,11 +16,12 @@ from nextvid.config.project import Project, open_project
 from nextvid.config.strict import parse
 from nextvid.evaluate.encoders import IMAGENET, encoder_digest, frames_of, load_encoder, shape_of
 from nextvid.evaluate.features import FrozenEncoder, level_blocks
-from nextvid.evaluate.probes import make_probes, plan_encoder
+from nextvid.evaluate.probes import plan_encoder
 from nextvid.lineage.trace import trace
 from storage.errors import ConfigError, RefusedError
 from storage.spec import EncodingSpec
 from tests.factories import edit_project
+from tests.nextvid.tiny_project import probe
 from tests.nextvid.train.pixel_corpus import ask_for_pixels, write_pixels
 
 SIDE, FRAMES, PATCHES = 32, 8, 4
@@ -242,10 +243,10 @@ def probed(evaluated: Project, tmp_path_factory: pytest.TempPathFactory, folders
 def test_encoders_are_scored_as_a_run_is_on_the_same_clips(probed: Project) -> None:
     scores = {}
     for name in probed.corpus.encoders:
-        outcome = make_probes(probed, name)
+        outcome = probe(probed, name)
         assert (outcome.partition, outcome.run, outcome.made) == (name, None, True)
         scores[name] = json.loads(Path(str(outcome.numbers["species_score"])).read_text())
-        assert not make_probes(probed, name).made
+        assert not probe(probed, name).made
     assert {name: list(score["encoders"]) for name, score in scores.items()} == {name: [name] for name in scores}
     assert scores["stored"]["encoders"]["stored"]["accuracy"] > 0.9, "the classes differ in a channel of the latents"
     found = trace(probed, str(outcome.numbers["species_score"]))

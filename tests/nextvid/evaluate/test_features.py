@@ -13,7 +13,7 @@ from einops import rearrange
 from nextvid.config.project import Project
 from nextvid.evaluate import stream
 from nextvid.evaluate.features import load_networks, run_encoders
-from nextvid.evaluate.probes import make_probes, plan_task
+from nextvid.evaluate.probes import plan_task
 from nextvid.evaluate.stream import Variation
 from nextvid.model.tokens import pixel_tokens, pixel_values
 from nextvid.report.data import lineage_section, read_facts
@@ -23,7 +23,7 @@ from storage import atomic
 from storage.reader import read_row
 from storage.store import PixelStore
 from tests.nextvid.evaluate.streams import features_of, plain_encoder
-from tests.nextvid.tiny_project import FRAMES, RECIPE, clip_rows, write_pixel_project
+from tests.nextvid.tiny_project import FRAMES, RECIPE, clip_rows, probe, write_pixel_project
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
         return frames
 
     monkeypatch.setattr(stream, "augmented", noted)
-    make_probes(evaluated, RECIPE)
+    probe(evaluated, RECIPE)
     learnt = task.rows.part("train").filter(~pl.col("held_out"))["row_id"].to_list()
     whole = len(learnt) // task.settings.batch * task.settings.batch * len(task.seeds)
     assert {row for _, _, row in seen} == set(learnt)
@@ -90,7 +90,7 @@ def test_a_score_from_stored_pixels(evaluated: Project) -> None:
     """The whole asset, without a video: latents are not asked for."""
     for path in Path(evaluated.root.folder("latents")).rglob("latent/c/0/0/0/0/0"):
         path.unlink()
-    outcome = make_probes(evaluated, RECIPE)
+    outcome = probe(evaluated, RECIPE)
     assert outcome.made
     assert {f"species_{name}_accuracy" for name in ("ema", "online", "random")} <= outcome.numbers.keys()
     task = plan_task(evaluated, "species", find_run(evaluated, RECIPE))
@@ -100,7 +100,7 @@ def test_a_score_from_stored_pixels(evaluated: Project) -> None:
     assert task.pixels is not None
     assert score["pixel_spec"] == task.pixels.digest()
     assert score["encoding_spec"] == Trainset.open(evaluated.root).spec.digest()
-    assert not make_probes(evaluated, RECIPE).made
+    assert not probe(evaluated, RECIPE).made
 
 
 def test_the_report_says_which_pixels_and_how_close_they_are(evaluated: Project) -> None:

@@ -1,35 +1,47 @@
 """The maker of probes end to end on a tiny run: what is asked, what is written, and that it is written once."""
 
 import json
+import os
+import signal
+import subprocess
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from nextvid.config.accepted import accept
 from nextvid.config.project import Project, open_project
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.evaluate import kept, scoring, stream
 from nextvid.evaluate.features import load_networks, run_encoders
 from nextvid.evaluate.fitting import ALONE
-from nextvid.evaluate.probes import make_probes, plan_task
+from nextvid.evaluate.probes import make_probes, plan_probes, plan_task, prepare_probes
 from nextvid.evaluate.scoring import score_encoder, standard_error
 from nextvid.train import checkpoint
+from nextvid.train.distributed import Ranks
+from nextvid.train.events import read_events
+from nextvid.train.pretrain import trainers
 from nextvid.train.run import find_run
-from storage.errors import ConfigError, UpstreamError
+from storage.errors import ConfigError, RefusedError, UpstreamError
 from storage.schemas import Labels, ProbeRows
 from storage.tables import read_table, write_table
-from tests.nextvid.tiny_project import FRAMES, RECIPE
+from tests.nextvid.tiny_project import FRAMES, RECIPE, probe
 
 
 def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
-    first = make_probes(own_copy, RECIPE)
+    first = probe(own_copy, RECIPE)
     assert first.made
-    again = make_probes(own_copy, RECIPE)
+    again = probe(own_copy, RECIPE)
     assert not again.made
     assert again.numbers == first.numbers
     run = find_run(own_copy, RECIPE)
@@ -124,26 +136,26 @@ def test_a_benchmark_edited_and_not_accepted_is_scored_under_the_accepted_policy
     edited = open_project(own_copy.path)
     assert plan_task(edited, "species", find_run(edited, RECIPE)).digest() == accepted.digest()
     with pytest.raises(ConfigError, match="'sizes' is not accepted yet"):
-        make_probes(edited, RECIPE, benchmarks=["sizes"])
+        probe(edited, RECIPE, benchmarks=["sizes"])
     assert plan_task(edited.as_asked(), "species", find_run(edited.as_asked(), RECIPE)).digest() != accepted.digest()
 
 
 def test_unknown_benchmark_and_unfinished_run(own_copy: Project) -> None:
     with pytest.raises(ConfigError, match="known: species"):
-        make_probes(own_copy, RECIPE, benchmarks=["colours"])
+        probe(own_copy, RECIPE, benchmarks=["colours"])
     with pytest.raises(UpstreamError, match="no such run"):
-        make_probes(own_copy, RECIPE, run="0123456789ab")
+        probe(own_copy, RECIPE, run="0123456789ab")
     run = find_run(own_copy, RECIPE)
     for path in run.checkpoints.iterdir():
         (path / "state.json").unlink()
     with pytest.raises(ConfigError, match=f"run {run.id} is of recipe {RECIPE}, not of nextvid_l"):
-        make_probes(own_copy, "nextvid_l", run=run.id)
+        probe(own_copy, "nextvid_l", run=run.id)
     with pytest.raises(UpstreamError, match="recipe nextvid_l has no complete run without overrides"):
-        make_probes(own_copy, "nextvid_l")
+        probe(own_copy, "nextvid_l")
     with pytest.raises(UpstreamError, match="0 of 5 steps"):
-        make_probes(own_copy, RECIPE)
+        probe(own_copy, RECIPE)
     with pytest.raises(UpstreamError, match="has no checkpoint yet"):
-        make_probes(own_copy, RECIPE, run.id)
+        probe(own_copy, RECIPE, run.id)
 
 
 def test_a_run_that_has_not_ended_is_scored_at_its_newest_checkpoint(own_copy: Project) -> None:
@@ -151,9 +163,9 @@ def test_a_run_that_has_not_ended_is_scored_at_its_newest_checkpoint(own_copy: P
     run = find_run(own_copy, RECIPE)
     (checkpoint.path_at(run.checkpoints, 5) / "state.json").unlink()
     with pytest.raises(UpstreamError, match=r"no checkpoint of step 3; there are those of 1, 2, 4$"):
-        make_probes(own_copy, RECIPE, run.id, step=3)
+        probe(own_copy, RECIPE, run.id, step=3)
     for step, asked in ((4, None), (2, 2)):
-        written = str(make_probes(own_copy, RECIPE, run.id, step=asked).numbers["species_score"])
+        written = str(probe(own_copy, RECIPE, run.id, step=asked).numbers["species_score"])
         assert f"/step_{step:09d}/species/" in written
         assert json.loads(Path(written).read_text())["checkpoint"] == f"step_{step:09d}"
 
@@ -161,4 +173,93 @@ def test_a_run_that_has_not_ended_is_scored_at_its_newest_checkpoint(own_copy: P
 def test_a_benchmark_without_labels_says_what_was_left_out(own_copy: Project) -> None:
     write_table(own_copy.root.table("labels", "pets.000000"), Labels.create_empty(), Labels)
     with pytest.raises(UpstreamError, match="'unlabelled': 90"):
+        probe(own_copy, RECIPE)
+
+
+@dataclass(frozen=True)
+class Together(Ranks):
+    """A rank that is a thread."""
+
+    barrier: threading.Barrier
+    box: dict[int, Any]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        self.box[self.rank] = values.clone()
+        self.barrier.wait()
+        total = torch.stack([self.box[rank] for rank in range(self.count)]).sum(0)
+        self.barrier.wait()
+        return values.copy_(total)
+
+    def from_first(self, value: str | None) -> str | None:
+        self.box[self.rank] = value
+        self.barrier.wait()
+        found: str | None = self.box[0]
+        self.barrier.wait()
+        return found
+
+    def wait(self) -> None:
+        self.barrier.wait()
+
+
+@pytest.mark.parametrize("bound_gb", [0, 1])
+def test_ranks_change_nothing(own_copy: Project, bound_gb: int) -> None:
+    """Heads after two epochs to 1e-5, and scores; streamed, and with features kept by ranks together."""
+    run = find_run(own_copy, RECIPE)
+    task = plan_task(own_copy, "species", run)
+    task = replace(task, settings=task.settings.model_copy(update={"epochs": 2}))
+    root = replace(own_copy.root, cache_bytes=bound_gb << 30)
+    ema = run_encoders(load_networks(run), task.trainset, FRAMES)[0]
+    heads, numbers = {}, {}
+    for count in (1, 2, 3):
+        barrier, box = threading.Barrier(count, timeout=60), dict[int, Any]()
+        ranks = [Together(rank, count, torch.device("cpu"), barrier, box) for rank in range(count)]
+        folder = own_copy.path.parent / f"score_{count}"
+        with ThreadPoolExecutor(count) as threads:
+            work = [threads.submit(score_encoder, root, task, ema, str(folder), one) for one in ranks]
+            numbers[count] = work[-1].result().numbers
+        heads[count] = load_file(folder / scoring.UNFINISHED / "ema.safetensors")
+    assert numbers[1] == numbers[2] == numbers[3]
+    assert numbers[1]["features"] == ("kept" if bound_gb else "streamed")
+    for name, value in heads[1].items():
+        for count in (2, 3):
+            torch.testing.assert_close(heads[count][name], value, rtol=1e-5, atol=1e-5, msg=f"{name}, {count}")
+
+
+@pytest.mark.faults
+def test_children_say_what_is_wrong(own_copy: Project) -> None:
+    """Planned here, computed under torchrun: the last error that it reported is told."""
+    planned = plan_probes(own_copy, RECIPE)
+    assert planned.checkpoint is not None
+    damaged = planned.checkpoint / "ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        RefusedError, match=r"probes [0-9a-f]{12} ended with exit code .*ema\.safetensors: bytes differ"
+    ):
         make_probes(own_copy, RECIPE)
+
+
+@pytest.mark.faults
+def test_two_killed_ranks_go_on_from_the_last_epoch(own_copy: Project) -> None:
+    """Under torchrun, killed twice; the score is that of one rank which nobody killed."""
+    planned = plan_probes(own_copy, RECIPE)
+    prepared = prepare_probes(own_copy, planned, ExecutionConfig(device="cpu", ranks=2))
+    for epochs in (2, 5):
+        with trainers(prepared, subprocess.DEVNULL, subprocess.STDOUT, print) as process:
+            while process.poll() is None and _epochs(planned.folder) < epochs:
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+    make_probes(own_copy, RECIPE, how=ExecutionConfig(device="cpu", ranks=2))
+    (score,) = planned.folders.values()
+    found = json.loads(Path(score, "score.json").read_text())["encoders"]
+    Path(score, "score.json").unlink()
+    probe(own_copy)
+    assert found == json.loads(Path(score, "score.json").read_text())["encoders"]
+    told = [event["step"] for event in read_events(Path(planned.folder)) if event["kind"] == "epoch"]
+    assert told[0] > 1  # of the last attempt
+
+
+def _epochs(folder: str) -> int:
+    try:
+        return max((event["step"] for event in read_events(Path(folder))), default=0)
+    except UpstreamError:
+        return 0

@@ -7,13 +7,12 @@ import pytest
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.media import make_media
 from nextvid.corpus.sources import make_sources
-from nextvid.evaluate.probes import make_probes
 from nextvid.lineage.status import read_status
 from nextvid.planning.acceptance import accept_asked
 from nextvid.train.run import find_run, run_lock
 from tests.factories import edit_project, write_autoencoder, write_project
 from tests.nextvid.corpus.small_media import write_picture
-from tests.nextvid.tiny_project import RECIPE, write_evaluated
+from tests.nextvid.tiny_project import RECIPE, probe, write_evaluated
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_a_trained_project_asks_for_scores_and_shows_them_once_made(evaluated: P
     [found] = before.runs
     assert (found.run, found.state, found.step, found.scores) == (run.id, "complete", run.recipe.steps, {})
     assert before.rows > 0
-    outcome = make_probes(evaluated, RECIPE)
+    outcome = probe(evaluated, RECIPE)
     after = read_status(evaluated)
     accuracy = after.runs[0].scores["species"]
     assert accuracy == outcome.numbers["species_ema_accuracy"]

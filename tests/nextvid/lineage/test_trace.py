@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from nextvid.config.project import Project
-from nextvid.evaluate.probes import make_probes
 from nextvid.lineage.trace import trace
 from nextvid.train.run import find_run
 from storage.errors import ConfigError
-from tests.nextvid.tiny_project import CLIPS_A_VIDEO, IMAGES, RECIPE, uri_of
+from tests.nextvid.tiny_project import CLIPS_A_VIDEO, IMAGES, RECIPE, probe, uri_of
 
 
 def test_a_run_leads_to_its_files_with_counts(evaluated: Project) -> None:
@@ -35,7 +34,7 @@ def test_folders_of_a_run_are_the_run(evaluated: Project, inside: str) -> None:
 
 
 def test_a_score_leads_to_run_and_trainset(evaluated: Project) -> None:
-    outcome = make_probes(evaluated, RECIPE)
+    outcome = probe(evaluated, RECIPE)
     run = find_run(evaluated, RECIPE)
     path = Path(str(outcome.numbers["species_score"]))
     found = trace(evaluated, str(path))
@@ -46,7 +45,7 @@ def test_a_score_leads_to_run_and_trainset(evaluated: Project) -> None:
 
 
 def test_a_training_file_leads_to_every_use_of_it(evaluated: Project) -> None:
-    make_probes(evaluated, RECIPE)
+    probe(evaluated, RECIPE)
     run = find_run(evaluated, RECIPE)
     found = trace(evaluated, uri_of(3))
     assert found.kind == "file"
@@ -59,7 +58,7 @@ def test_a_training_file_leads_to_every_use_of_it(evaluated: Project) -> None:
 
 
 def test_a_test_file_was_seen_by_scores_only(evaluated: Project) -> None:
-    make_probes(evaluated, RECIPE)
+    probe(evaluated, RECIPE)
     found = trace(evaluated, uri_of(21))
     assert (len(found.trainsets), len(found.runs)) == (0, 0)
     assert [score.clips for score in found.scores] == [{"test": 3}]
@@ -73,7 +72,7 @@ def test_a_trainset_by_its_digest(evaluated: Project) -> None:
 
 
 def test_upwards_a_trainset_leads_to_its_runs_and_a_run_to_its_scores(evaluated: Project) -> None:
-    make_probes(evaluated, RECIPE)
+    probe(evaluated, RECIPE)
     run = find_run(evaluated, RECIPE)
     (score,) = trace(evaluated, run.id).scores
     assert (score.run, score.benchmark) == (run.id, "species")

@@ -10,7 +10,6 @@ import pytest
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import draws_before
-from nextvid.evaluate.probes import make_probes
 from nextvid.evaluate.samples import make_samples
 from nextvid.report import scores
 from nextvid.report.page import Picture
@@ -18,12 +17,12 @@ from nextvid.report.report import build_card, gather, make_report
 from nextvid.report.scores import Score
 from nextvid.train.run import find_run
 from storage.errors import UpstreamError
-from tests.nextvid.tiny_project import RECIPE
+from tests.nextvid.tiny_project import RECIPE, probe
 
 
 @pytest.fixture(scope="module")
 def scored(evaluated: Project) -> Project:
-    make_probes(evaluated, RECIPE)
+    probe(evaluated, RECIPE)
     make_samples(evaluated, RECIPE)
     return evaluated
 
@@ -75,13 +74,13 @@ def test_numbers_are_those_of_the_files(scored: Project) -> None:
 def test_missing_scores_and_samples_are_named(own_copy: Project) -> None:
     with pytest.raises(UpstreamError, match="no scores on species: make 'probes' first"):
         make_report(own_copy, RECIPE)
-    make_probes(own_copy, RECIPE)
+    probe(own_copy, RECIPE)
     with pytest.raises(UpstreamError, match=r"samples\.json"):
         make_report(own_copy, RECIPE)
 
 
 def test_a_changed_score_makes_another_report(scored: Project, own_copy: Project) -> None:
-    make_probes(own_copy, RECIPE)
+    probe(own_copy, RECIPE)
     make_samples(own_copy, RECIPE)
     first = make_report(own_copy, RECIPE)
     path = Path(gather(own_copy, find_run(own_copy, RECIPE)).scores[0].path)
