@@ -25,7 +25,7 @@ from nextvid.evaluate.encoders import frames_of, load_encoder
 from nextvid.evaluate.features import FrozenEncoder, Networks, level_blocks, load_networks, run_encoders
 from nextvid.evaluate.fitting import NEIGHBOURS
 from nextvid.evaluate.probes import Planned
-from nextvid.evaluate.scoring import UNFINISHED, OnEpoch, Scored, Task, score_encoder
+from nextvid.evaluate.scoring import UNFINISHED, Scored, Task, score_encoder
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import Reporter
 from nextvid.train.run import run_lock
@@ -59,7 +59,7 @@ def compute_probes(project: Project, planned: Planned, ranks: Ranks, threads: in
             if planned.run is not None:
                 networks = load_networks(planned.run, str(ranks.device), planned.checkpoint)
             for name, task in tasks.items():
-                _score(project, planned, name, networks, ranks, threads, _telling(reporter, name, task, done))
+                _score(project, planned, name, networks, ranks, threads, reporter, done)
                 done += scores * task.settings.epochs
         except NExTVidError as error:
             if reporter:
@@ -67,21 +67,6 @@ def compute_probes(project: Project, planned: Planned, ranks: Ranks, threads: in
             raise
         if reporter:
             reporter.event("end", total, {})
-
-
-def _telling(reporter: Reporter | None, benchmark: str, task: Task, before: int) -> OnEpoch:
-    """Reports each epoch; its step is the number of epochs of all heads so far."""
-    encoders: list[str] = []
-
-    def told(encoder: str, epoch: int, loss: float) -> None:
-        if encoder not in encoders:
-            encoders.append(encoder)
-        if reporter:
-            step = before + (len(encoders) - 1) * task.settings.epochs + epoch + 1
-            facts = {"benchmark": benchmark, "encoder": encoder, "epoch": epoch + 1, "loss": round(loss, 4)}
-            reporter.event("epoch", step, facts)
-
-    return told
 
 
 def _encoders(
@@ -108,11 +93,22 @@ def _encoders(
 
 def _score(
     project: Project, planned: Planned, benchmark: str, networks: Networks | None, ranks: Ranks, threads: int,
-    on_epoch: OnEpoch,
+    reporter: Reporter | None, before: int,
 ) -> None:  # fmt: skip
-    """Compute and publish rows, pooled test features and, last, score.json."""
+    """Compute and publish rows, pooled test features and, last, score.json.
+
+    `before`: epochs of the benchmarks before. The step of an event is the number of epochs of all encoders so far.
+    """
     started, task, folder = time.perf_counter(), planned.tasks[benchmark], planned.folders[benchmark]
     encoders, about = _encoders(project, planned, networks, task, ranks)
+    order = [encoder.name for encoder in encoders]
+
+    def on_epoch(encoder: str, epoch: int, loss: float) -> None:
+        if reporter:
+            step = before + order.index(encoder) * task.settings.epochs + epoch + 1
+            facts = {"benchmark": benchmark, "encoder": encoder, "epoch": epoch + 1, "loss": round(loss, 4)}
+            reporter.event("epoch", step, facts)
+
     scores = {
         encoder.name: score_encoder(project.root, task, encoder, folder, ranks, threads, on_epoch)
         for encoder in encoders

@@ -241,7 +241,7 @@ def test_nothing_is_made_of_what_leads_to_a_named_run_or_trainset(
         (Request("probes", recipe="demo", checkpoint=5), "name the run with --run"),
         (Request("pretrain", recipe="demo", run="r" * 12), "--run is for probes, samples and report"),
     ],
-    ids=["--set", "--ranks", "--how", "--run"],
+    ids=["--set", "--ranks", "--how", "--checkpoint", "--run"],
 )
 def test_options_that_nothing_reads_are_refused(project: Project, asked: Request, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
