@@ -24,6 +24,7 @@ BENCHMARKS = (
     "encode",
     "features",
     "input",
+    "probe",
     "attention",
     "masks",
     "roofline",
