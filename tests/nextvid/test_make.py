@@ -237,7 +237,7 @@ def test_nothing_is_made_of_what_leads_to_a_named_run_or_trainset(
     [
         (Request("trainset", overrides=("seed=1",)), "are for training, and nothing is trained here"),
         (Request("latents", ranks=2), "are for training and probes, and neither is made here"),
-        (Request("report", recipe="demo", run="r" * 12, how=("device=cpu",)), "are for training and probes"),
+        (Request("samples", recipe="demo", run="r" * 12, how=("device=cpu",)), "are for training and probes"),
         (Request("probes", recipe="demo", checkpoint=5), "name the run with --run"),
         (Request("pretrain", recipe="demo", run="r" * 12), "--run is for probes, samples and report"),
     ],
