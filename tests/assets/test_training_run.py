@@ -210,6 +210,7 @@ def test_what_does_not_fit_is_one_line(graph: Graph) -> None:
             r"stages:'warmup':value:steps. Value \"many\" of type .* is not valid for expected type \"Int\"",
         ),
         ({"overrides": {"losses": {"target": "pixel"}}}, "target not in enum type recipe_losses_target"),
+        ({"overrides": {"init": {"parts": ["coder"]}}}, "parts"),
         ({"how": {"devise": "cpu"}}, 'unexpected config entry "devise"'),
         ({"how": {"ranks": "four"}}, "ranks"),
     ],
