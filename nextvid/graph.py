@@ -161,8 +161,10 @@ GRAPH: dict[Asset, Node] = {
 }  # fmt: skip
 
 # A failed check stops whatever reads the asset, except for these: the sweep frees orphans, recipes that read latents
-# need no pixels, and a span outside its video labels nothing.
-NON_BLOCKING = frozenset({"same_frames", "no_orphan", "pixels", "spans_inside_video", "labels_meet_files"})
+# need no pixels, a span outside its video labels nothing, and a run that collapsed is scored like any other.
+NON_BLOCKING = frozenset(
+    {"same_frames", "no_orphan", "pixels", "spans_inside_video", "labels_meet_files", "rank_above_alarm"}
+)
 
 
 def assets(*partitions: Partition) -> list[Asset]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nextvid.config.strict import Count, Share, Strict, Weight
+from nextvid.config.strict import Count, Positive, Share, Strict, Weight
 from storage.digest import digest_config
 from storage.errors import ConfigError as ConfigError  # re-exported: nextvid.model imports no storage
 
@@ -136,6 +136,16 @@ class LossConfig(Strict):
     )
 
 
+class SpikeConfig(Strict):
+    """Steps whose loss leaps are skipped, as V-JEPA 2.1 does; the values are our choice."""
+
+    deviations: Positive = Field(
+        5.0, description="a step is skipped if its loss exceeds the running mean by so many standard deviations"
+    )
+    window: Count = Field(100, description="steps of the running mean; before as many were taken none is skipped")
+    stop_after: Count = Field(10, description="skipped steps in a row that end the run")
+
+
 class OptimConfig(Strict):
     """AdamW, gradient clipping and the average of the weights (Tab. 8, docs/method.md 7)."""
 
@@ -155,6 +165,7 @@ class OptimConfig(Strict):
         "paper (docs/method.md 7.2, 14 row 16)",
     )
     ema: Share = Field(0.99925, description="momentum of the average of the weights, the reference encoder")
+    spikes: SpikeConfig | None = Field(None, description="skip steps whose loss leaps; null, as in the paper: none")
 
 
 class InitConfig(Strict):
@@ -245,8 +256,11 @@ class RecipeConfig(Strict):
 
     def digest(self) -> str:
         """As of any configuration; fields that came later are part of it only where they are set, so runs keep ids."""
-        later = {name for name in ("init",) if getattr(self, name) is None}
-        return digest_config(self.model_dump(mode="json", exclude=later))
+        values = self.model_dump(mode="json")
+        for holder, name in ((values, "init"), (values["optim"], "spikes")):
+            if holder[name] is None:
+                del holder[name]
+        return digest_config(values)
 
     @property
     def steps(self) -> int:
@@ -295,6 +309,9 @@ class ExecutionConfig(Strict):
     log_every_steps: Count = Field(20, description="steps between two lines of events")
     diagnose_every_steps: Count = Field(250, description="steps between two diagnoses")
     checkpoint_every_steps: Count = Field(500, description="steps between two checkpoints")
+    alarm: Literal["stop", "warn", "off"] = Field(
+        "warn", description="what a collapse of the features does: ends the run, writes an event, or nothing"
+    )
     keep_last: Count = Field(2, description="checkpoints that are kept, beside those at the ends of stages")
 
     @model_validator(mode="after")

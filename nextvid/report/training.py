@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from nextvid.pictures import COLOURS, INK, png, quiet
 from nextvid.report.page import Block, Picture, Section, Table, Text
-from nextvid.train.diagnose import ALARM_AFTER, ALARM_RATIO
+from nextvid.train.diagnose import ALARM_AFTER, ALARM_RATIO, collapsed
 from nextvid.train.events import Event
 from nextvid.train.run import Run
 from storage import atomic
@@ -49,9 +49,14 @@ def training_section(run: Run, events: Sequence[Event]) -> Section:
     caption = "First and last value logged. Without learning, alignment is about 1 and flow about 2."
     blocks.append(Table(("", "first", "last"), tuple(rows), "lrr", caption, (path,)))
     if skipped := sum(event["kind"] == "skipped" for event in events):
-        blocks.append(Text(f"{skipped} steps without a finite gradient were skipped.", "caveat", (path,)))
+        words = f"{skipped} steps without a finite gradient, or whose loss leaped, were skipped."
+        blocks.append(Text(words, "caveat", (path,)))
     if alarms := sum(event["kind"] == "alarm" for event in events):
         blocks.append(Text(f"The alarm for collapsed features was raised {alarms} times.", "caveat", (path,)))
+    ranks = [float(event["effective_rank"]) for event in diagnostics]
+    if ranks and collapsed(ranks[-1], ranks[0], run.recipe.steps, run.recipe.steps):
+        words = f"The features collapsed: at the end their effective rank is {ranks[-1]:.1f}, and was {ranks[0]:.1f}."
+        blocks.append(Text(f"{words} Scores are those of a collapsed encoder.", "caveat", (path,)))
     return Section("Training", tuple(blocks))
 
 

@@ -51,12 +51,16 @@ class Identity:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run: steps taken, clips drawn, steps skipped in a row, effective rank at step 0."""
+    """Progress of a run: steps taken, clips drawn, steps skipped in a row, effective rank at step 0.
+
+    `spikes` is the state of the guard against leaping losses, where the recipe has one (optim.py).
+    """
 
     step: int
     draws: int
     skipped: int = 0
     first_rank: float | None = None
+    spikes: tuple[float, ...] | None = None
 
 
 def path_at(folder: Path, step: int) -> Path:
@@ -152,7 +156,8 @@ def step_of(path: Path) -> int:
 
 def read_progress(path: Path) -> Progress:
     """Progress of the run at the checkpoint. Raises UpstreamError if `path` is no complete checkpoint."""
-    return Progress(**_require(path)["progress"])
+    values = _require(path)["progress"]
+    return Progress(**values | {"spikes": tuple(values["spikes"]) if values.get("spikes") else None})
 
 
 def verify(path: Path, part: int = 0, parts: int = 1) -> None:

@@ -7,6 +7,7 @@ counted, since the model does not ask for them.
 
 import gc
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from nextvid.train.export import export_encoder
 from nextvid.train.init import start_from
 from nextvid.train.loader import Batch, Loader, open_loader
 from nextvid.train.micro_batch import MicroBatches
+from nextvid.train.optim import Spikes
 from nextvid.train.run import Run, run_lock
 from nextvid.train.step import Stepped, Trained, build, encoder_tokens, means
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
@@ -66,6 +68,8 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
         progress = Progress(0, 0)
         if found:
             progress = checkpoint.load(found[-1], run.identity, trained.model, trained.reference, trained.optimizer)
+            if trained.spikes is not None and progress.spikes is not None:
+                trained.spikes = Spikes(trained.spikes.config, ranks.device, progress.spikes)
         elif run.source is not None:
             start_from(run.source, trained)
         pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels)
@@ -214,14 +218,19 @@ class _Session:
         for step, (taken, *values) in zip(numbers, rows, strict=True):
             norms, skipped = dict(zip(modules, values, strict=True)), 0 if taken else self.progress.skipped + 1
             self.progress = replace(self.progress, skipped=skipped)
+            guard = self.recipe.optim.spikes if all(map(math.isfinite, values)) else None
             if skipped:
-                self._event("skipped", {"in_a_row": skipped, "norm": norms}, step)
-            if skipped > SKIPS_ALLOWED:
+                why = "the gradient is not finite" if guard is None else "the loss leaps"
+                self._event("skipped", {"in_a_row": skipped, "why": why, "norm": norms}, step)
+            if skipped > (SKIPS_ALLOWED if guard is None else guard.stop_after - 1):
                 start, end = (draws_before(self.recipe.stages, at) for at in (step - skipped, step))
+                cause, more = f"no finite gradient (norms of the last: {norms})", "lower the learning rate"
+                if guard is not None:
+                    cause = f"a loss over the running mean by more than {guard.deviations:g} standard deviations"
+                    more = "raise optim.spikes.deviations, lower the learning rate"
                 raise RefusedError(
-                    f"run {self.run.id}: {skipped} steps in a row had no finite gradient (norms of the last: {norms}); "
-                    "lower the learning rate, or look at the rows of these steps with 'nextvid draws --recipe "
-                    f"{self.recipe.name} --start {start} --first {end - start}'"
+                    f"run {self.run.id}: {skipped} steps in a row had {cause}; {more}, or look at the rows of these "
+                    f"steps with 'nextvid draws --recipe {self.recipe.name} --start {start} --first {end - start}'"
                 )
         return norms
 
@@ -279,10 +288,17 @@ class _Session:
         self.progress = replace(self.progress, first_rank=first)
         found |= {f"online_{name}": value for name, value in online.items()}
         self._event("diagnostics", {**found, "rank_over_first": rank / first}, step)
-        if collapsed(rank, first, step, self.recipe.steps):
+        if self.how.alarm != "off" and collapsed(rank, first, step, self.recipe.steps):
             self._event("alarm", {"effective_rank": rank, "first_rank": first}, step)
+            if self.how.alarm == "stop":
+                raise RefusedError(
+                    f"run {self.run.id}: the features collapsed at step {step}: their effective rank is {rank:.1f}, "
+                    f"and was {first:.1f} at first; change the recipe, or go on with --how alarm=warn"
+                )
 
     def _checkpoint(self) -> None:
+        if self.trained.spikes is not None:
+            self.progress = replace(self.progress, spikes=tuple(self.trained.spikes.state.tolist()))
         if self.progress.first_rank is None:
             self._diagnosed()
         self._checkpoint_written(self.background.begin(self.run.checkpoints, self.progress, self.trained))

@@ -1,5 +1,7 @@
 """The optimiser of Tab. 8: AdamW's groups, learning rates by step, gradient clipping (docs/method.md 7.2, 7.4).
 
+Beside it is a guard that the paper does not have, off by default: steps whose loss leaps are skipped (`Spikes`).
+
 Rates are a pure function of (stages, step), so a resumed run needs its step number alone.
 """
 
@@ -8,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
-from nextvid.config.recipe import OptimConfig, StageConfig, stage_at
+from nextvid.config.recipe import OptimConfig, SpikeConfig, StageConfig, stage_at
 from nextvid.train.distributed import local, whole
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_
@@ -99,3 +102,27 @@ def clip_gradients(modules: Mapping[str, nn.Module], config: OptimConfig) -> dic
         # as clip_grads_with_norm_, on this rank's parts: that takes no plain norm with gradients that FSDP2 cut
         torch._foreach_mul_([local(grad) for grad in grads], torch.clamp(config.clip / (norm + CLIP_EPS), max=1.0))
     return norms
+
+
+class Spikes:
+    """Which losses leap: over the mean of the steps taken by some standard deviations. All of it is on the device.
+
+    Mean and variance are of all steps until there are `window`, then of about so many of the last.
+    """
+
+    def __init__(self, config: SpikeConfig, device: torch.device, state: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
+        """`state` is steps, mean and variance, of a checkpoint."""
+        self.config = config
+        self.state = torch.tensor(state, device=device)
+
+    def admits(self, loss: Float[Tensor, ""]) -> Bool[Tensor, ""]:
+        """Whether a step with this loss, the same on all ranks, is to be taken."""
+        steps, mean, variance = self.state.unbind()
+        return (steps < self.config.window) | (loss <= mean + self.config.deviations * variance.sqrt())
+
+    def add(self, loss: Float[Tensor, ""], taken: Bool[Tensor, ""]) -> None:
+        """Count a step's loss if it was taken."""
+        steps, mean, variance = self.state.unbind()
+        share, gap = 1 / (steps + 1).clamp(max=self.config.window), loss - mean
+        added = torch.stack((steps + 1, mean + share * gap, (1 - share) * (variance + share * gap.square())))
+        self.state = torch.where(taken, added, self.state)

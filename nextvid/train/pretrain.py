@@ -175,7 +175,7 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
     events = read_events(opened.folder)
     checks = (_checkpoint_loads(opened), _losses_finite(events), _rank_above_alarm(events, opened))
     tables.publish_checks(str(opened.folder / "checks.json"), "pretrain", [asdict(check) for check in checks])
-    if all(check.passed for check in checks) and not opened.overrides:
+    if all(check.passed or check.warns for check in checks) and not opened.overrides:
         pointer = {"run": run, "trainset": opened.trainset, "mask_plan": opened.mask_plan}
         atomic.publish_json(project.root.latest_run(recipe), pointer)
     return Outcome(
@@ -273,7 +273,9 @@ def _losses_finite(events: Sequence[Event]) -> Check:
     """Every logged loss is finite; counts skipped steps."""
     values = [value for event in events if event["kind"] == "step" for value in event["loss"].values()]
     wrong = sum(not math.isfinite(float(value)) for value in values)
-    numbers = {"logged": len(values), "wrong": wrong, "skipped": sum(e["kind"] == "skipped" for e in events)}
+    skipped = [event for event in events if event["kind"] == "skipped"]
+    spikes = sum(event.get("why") == "the loss leaps" for event in skipped)
+    numbers = {"logged": len(values), "wrong": wrong, "skipped": len(skipped), "spikes": spikes}
     return Check("losses_finite", bool(values) and not wrong, numbers)
 
 

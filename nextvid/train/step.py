@@ -30,7 +30,7 @@ from nextvid.model.reference import ema_update, reference_encoder, reference_fea
 from nextvid.model.tokens import latent_tokens, pixel_tokens, pixel_values, space_to_depth, stack_target
 from nextvid.train.distributed import Ranks, apply_fsdp
 from nextvid.train.loader import Batch
-from nextvid.train.optim import Rates, build_optimizer, clip_gradients, rates, set_rates, trained_modules
+from nextvid.train.optim import Rates, Spikes, build_optimizer, clip_gradients, rates, set_rates, trained_modules
 
 PLAIN = ExecutionConfig()  # nothing recomputed or folded
 GRAPHS = 64  # our choice: of one block's code. Four stages of two clip lengths need 12; torch's limit of 8 is an error
@@ -47,6 +47,7 @@ class Trained:
     wrapped: nn.Module
     reference: Encoder
     optimizer: torch.optim.AdamW
+    spikes: Spikes | None = None
 
     @property
     def fsdp(self) -> bool:
@@ -61,7 +62,7 @@ class Stepped:
     losses: dict[str, Tensor]  # `align/<strategy>`, `flow/<strategy>`: unweighted means over this rank's clips
     norms: dict[str, Tensor]  # by module, before clipping
     rates: Rates
-    taken: Tensor  # whether all norms were finite; else nothing was changed
+    taken: Tensor  # whether all norms were finite and the loss did not leap; else nothing was changed
 
 
 def build_model(recipe: RecipeConfig) -> NExTVid:
@@ -83,7 +84,8 @@ def build(recipe: RecipeConfig, ranks: Ranks, how: ExecutionConfig = PLAIN) -> T
         apply_fsdp(reference, reference.blocks.children(), ranks.device, trained=False, bf16=bf16)
     else:  # ablations leave a part without gradients
         wrapped = ranks.wrap(model, partial=min(recipe.losses.align, recipe.losses.flow) <= 0)
-    return Trained(recipe, how, ranks, model, wrapped, reference, build_optimizer(model, recipe.optim))
+    spikes = None if recipe.optim.spikes is None else Spikes(recipe.optim.spikes, ranks.device)
+    return Trained(recipe, how, ranks, model, wrapped, reference, build_optimizer(model, recipe.optim), spikes)
 
 
 def lowered(recipe: RecipeConfig, device: torch.device) -> bool:
@@ -133,6 +135,10 @@ def take_step(trained: Trained, batch: Batch, step: int, micro_batch: int) -> St
             losses[name] = losses.get(name, 0.0) + value / len(parts)
     norms = clip_gradients(trained_modules(trained.model), recipe.optim)
     taken = torch.isfinite(torch.stack(list(norms.values()))).all()
+    if trained.spikes is not None:
+        total = trained.ranks.mean(minimised(recipe, losses))
+        taken = taken & trained.spikes.admits(total)
+        trained.spikes.add(total, taken)
     # decided on the device, by AdamW's fused kernel: the host never waits for a step
     optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
     optimizer.step()
@@ -162,6 +168,13 @@ def _backward(trained: Trained, part: Batch, step: int, share: float, last: bool
         found |= {f"align/{name}": value.detach() for name, value in losses.align.items()}
         found |= {f"flow/{name}": value.detach() for name, value in losses.flow.items()}
     return found
+
+
+def minimised(recipe: RecipeConfig, losses: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """The loss that a step minimises, of the unweighted losses by `<kind>/<strategy>`."""
+    weights, found = {"align": recipe.losses.align, "flow": recipe.losses.flow}, list(losses.items())
+    kinds = [name.split("/", 1)[0] for name, _ in found]
+    return torch.stack([weights[kind] / kinds.count(kind) * v for kind, (_, v) in zip(kinds, found, strict=True)]).sum()
 
 
 def means(losses: dict[str, float]) -> dict[str, float]:

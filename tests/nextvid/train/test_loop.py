@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import nextvid
+from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.train import checkpoint, loop
@@ -213,13 +214,51 @@ def test_skips_in_a_row_are_counted_across_a_resumption(project: Project, monkey
         train(project, run, ALONE)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Make the latents of these steps infinite."""
+GUARDED = ("optim.spikes.window=2", "optim.spikes.deviations=50", "optim.spikes.stop_after=3")
+
+
+def test_steps_whose_loss_leaps_are_skipped_and_told(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(project, apply_overrides(tiny_recipe(), GUARDED))
+    poison(monkeypatch, {5, 6}, 1e4)
+    train(project, run, ALONE)
+    skipped = [(e["step"], e["in_a_row"], e["why"]) for e in read_events(run.folder) if e["kind"] == "skipped"]
+    assert skipped == [(6, 1, "the loss leaps"), (7, 2, "the loss leaps")]
+    assert run.complete
+
+
+def test_a_guard_that_skips_everything_ends_the_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(project, apply_overrides(tiny_recipe(), GUARDED))
+    poison(monkeypatch, set(range(4, 12)), 1e4)
+    with pytest.raises(RefusedError, match="3 steps in a row had a loss over the running mean by more than 50 ") as end:
+        train(project, run, ALONE)
+    assert "\n" not in str(end.value)
+
+
+def test_the_guard_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = apply_overrides(tiny_recipe(), GUARDED)
+    often = HOW.model_copy(update={"checkpoint_every_steps": 1})
+    whole, broken = (make_project(_folder(tmp_path, name)) for name in ("whole", "broken"))
+    uninterrupted, resumed = begin(whole, guarded), begin(broken, guarded, how=often)
+    poison(monkeypatch, {6}, 1e4)
+    train(whole, uninterrupted, ALONE)
+    _train_until(monkeypatch, 6, broken, resumed)
+    train(broken, resumed, ALONE)
+    assert equal(tensors(resumed, 12), tensors(uninterrupted, 12))
+    states = [
+        checkpoint.read_progress(checkpoint.path_at(run.checkpoints, 12)).spikes for run in (uninterrupted, resumed)
+    ]
+    assert states[0] == states[1]
+    assert states[0] is not None
+    assert states[0][0] == 11  # the loss that leaped is not counted
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float = float("inf")) -> None:
+    """Make all latents of these steps `value`, by default infinite."""
     original = step_module.take_step
 
     def take_step(trained: Any, batch: Any, step: int, micro_batch: int) -> Any:
         if step in steps:
-            batch.latents.fill_(float("inf"))
+            batch.latents.fill_(value)
         return original(trained, batch, step, micro_batch)
 
     monkeypatch.setattr(step_module, "take_step", take_step)
@@ -236,6 +275,19 @@ def test_collapse_sounds_the_alarm(project: Project, monkeypatch: pytest.MonkeyP
     train(project, run, ALONE)
     assert [event["step"] for event in read_events(run.folder) if event["kind"] == "alarm"] == [5, 12]
     assert checkpoint.read_progress(checkpoint.complete(run.checkpoints)[-1]).first_rank == 20.0
+
+
+@pytest.mark.parametrize("alarm", ["stop", "off"])
+def test_the_alarm_stops_or_is_silent(project: Project, monkeypatch: pytest.MonkeyPatch, alarm: str) -> None:
+    ranks = iter([20.0, 20.0, *[5.0] * 20])
+    monkeypatch.setattr(loop, "judged", lambda _: {"feature_std": 1.0, "effective_rank": next(ranks)})
+    run = begin(project, how=HOW.model_copy(update={"alarm": alarm}))
+    if alarm == "stop":
+        with pytest.raises(RefusedError, match=r"collapsed at step 5: their effective rank is 5.0, and was 20.0"):
+            train(project, run, ALONE)
+    else:
+        train(project, run, ALONE)
+        assert not any(event["kind"] == "alarm" for event in read_events(run.folder))
 
 
 def test_exported_encoder_is_the_average_and_takes_raw_latents(project: Project) -> None:

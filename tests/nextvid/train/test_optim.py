@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.recipe import OptimConfig, draws_before, stage_at
+from nextvid.config.recipe import OptimConfig, SpikeConfig, draws_before, stage_at
 from nextvid.config.recipes import recipe
 from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity, Progress
-from nextvid.train.optim import build_optimizer, clip_gradients, rates, set_rates, trained_modules
+from nextvid.train.optim import Spikes, build_optimizer, clip_gradients, rates, set_rates, trained_modules
 from nextvid.train.step import build_model
 from tests.nextvid.train.tiny import tiny_recipe
 
@@ -164,3 +164,19 @@ def test_trap_27_moments_survive_a_checkpoint_between_two_stages(tmp_path: Path)
             assert optimizer.state[a].keys() == resumed.state[b].keys()
             for name, value in optimizer.state[a].items():
                 assert torch.equal(value, resumed.state[b][name])
+
+
+@given(st.lists(st.floats(0.125, 8, width=32), min_size=4, max_size=12))
+def test_spikes_know_mean_and_variance_of_the_steps_taken(losses: list[float]) -> None:
+    guard = Spikes(SpikeConfig(window=len(losses), deviations=2.0), torch.device("cpu"))
+    for loss in losses:
+        assert guard.admits(torch.tensor(loss))  # as many as the window are needed first
+        guard.add(torch.tensor(loss), torch.tensor(True))
+        guard.add(torch.tensor(1e9), torch.tensor(False))
+    values = torch.tensor(losses)
+    found = torch.stack((values.mean(), values.var(correction=0)))
+    torch.testing.assert_close(guard.state[1:], found, rtol=1e-3, atol=1e-4)
+    limit = float(guard.state[1] + 2 * guard.state[2].sqrt())
+    assert guard.admits(torch.tensor(limit * 0.99))
+    assert not guard.admits(torch.tensor(limit * 1.01))
+    assert not guard.admits(torch.tensor(float("nan")))

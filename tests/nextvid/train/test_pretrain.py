@@ -163,7 +163,9 @@ def test_each_check_can_fail_and_then_nothing_points_to_the_run(project: Project
     (folder / NAME).write_bytes(intact)
     with EventLog(folder) as log:
         log.write("diagnostics", 12, {"effective_rank": 1.0})
-    assert _failed(project, folder) == ["rank_above_alarm"]
+    assert _failed(project, folder) == ["rank_above_alarm"]  # a warning: what collapsed can be scored
+    assert atomic.read_json(project.root.latest_run("tiny"))["run"] == folder.name
+    atomic.remove_tree(str(Path(project.root.latest_run("tiny"))))
     (folder / NAME).write_bytes(intact)
     path = checkpoint.path_at(folder / "checkpoints", 12) / "optimizer.safetensors"
     flip(path)
