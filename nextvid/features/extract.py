@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from nextvid.encode.decode_task import Frames
 from nextvid.encode.frames import Decoding, PendingRows
 from nextvid.encode.pipeline import shares
-from nextvid.features.encoder import NExTVidEncoder, load_encoder, repeated
+from nextvid.features.encoder import NExTVidEncoder, load_encoder, read_facts, repeated
 from nextvid.features.output import KEPT_BYTES, Output, table_of
 from nextvid.features.windows import Windows
 from nextvid.video.probe import Inspection
@@ -100,9 +101,11 @@ def extract(
     with Decoding(workers) as decoding, ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
+        found = batches(shown(decoding, files, asked.windows, read_facts(asked.encoder).resolution), asked.batch)
+        first = list(islice(found, 1))  # decoding goes on while the weights are read
         encoder = load_encoder(asked.encoder, device)
         keeper, before = _Keeper(output, name), None
-        for batch in batches(shown(decoding, files, asked.windows, encoder.resolution), asked.batch):
+        for batch in chain(first, found):
             running = _Running(encoder, asked, batch)
             if before is not None:
                 tell(keeper.take(*before.result()))
