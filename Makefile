@@ -7,7 +7,7 @@ DEMO := $(CURDIR)/examples/demo/corpus.yaml
 export DAGSTER_HOME := $(CURDIR)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo ui test lint test-services test-benchmarks faults autoencoder clean
+.PHONY: demo ui test lint test-services test-benchmarks gpu faults autoencoder clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/torch:
@@ -48,6 +48,9 @@ test-services: $(VENV)/services ## live daemon, Postgres, Ray and other servers;
 
 test-benchmarks: $(VENV)/test ## each benchmark's quick run, 4 minutes
 	$(BIN)/python -m pytest -q -m benchmarks
+
+gpu: $(VENV)/test ## what only a GPU can show, under ten minutes
+	$(BIN)/python -m benchmarks.gpu
 
 faults: $(VENV)/test ## slow proofs of crash safety
 	$(BIN)/python -m pytest -q -m faults

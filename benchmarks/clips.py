@@ -102,14 +102,18 @@ class Store:
         self.reader.read_into(FRAMES, self.rows[clip], out)
 
     def loader(
-        self, steps: int, latents: type["InHostMemory"] | None = None, overrides: tuple[str, ...] = ()
+        self,
+        steps: int,
+        latents: type[Staged] | None = None,
+        overrides: tuple[str, ...] = (),
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
     ) -> Loader:
-        """The trainer's loader for so many steps of one rank on the CPU, masks included; `latents`: other ones."""
+        """The trainer's loader for so many steps of one rank, masks included; `latents`: another way to the device."""
         config = apply_overrides(training_recipe(steps), overrides)
         make_plan(self._root, config)
         plan = open_mask_plan(self._root, config.masks, grid_of(config.model))
         order = Order(self._trainset, config)
-        ranks = Ranks(0, 1, torch.device("cpu"))
+        ranks = Ranks(0, 1, device)
         kind = Latents(self.reader, self._trainset, 1, ranks.device)
         rows: Rows = placed(kind, BATCH * FRAMES, ranks.device)
         if latents is not None:

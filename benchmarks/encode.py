@@ -78,7 +78,7 @@ def main(
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="nextvid-encode-") as top:
         films = films_of_noise(Path(top, "films"), 2 if quick else 8)
-        weights = _vavae(Path(top, "vavae"))
+        weights = write_vavae(Path(top, "vavae"))
         pixels, rows_of_two, turns = (64, 64, 1) if quick else (256, 48, 2)
         vavae = Load("VA-VAE shape", weights, side or pixels, 2, rows_of_two, 8, turns)
         demo = Load("demo autoencoder", DEMO, 64, 8, 64 if quick else 512, 64, turns)
@@ -286,7 +286,7 @@ def films_of_noise(folder: Path, count: int) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _vavae(folder: Path) -> Path:
+def write_vavae(folder: Path) -> Path:
     """A folder of the exact VA-VAE shape with random weights."""
     import diffusers
 

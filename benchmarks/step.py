@@ -1,4 +1,5 @@
-"""A training step's wait for data: `python -m benchmarks.step [--quick] [--json FILE] [--recipe R] [--batch N]`.
+"""A training step's wait for data: `python -m benchmarks.step [--quick] [--json FILE] [--recipe R] [--batch N]
+[--trace FILE]`.
 
 The trainer's own loop (nextvid/train/loop.py) over random latents in a store on this machine's disk, with one loader
 thread; the share of time in which a step waited is what the run's events.jsonl says. Two arms in turns, each turn a run
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from torch.profiler import profile
 
 from benchmarks.clips import MASK_ENTRIES, TRAINSET, random_clips, write_store
 from benchmarks.measure import evict, machine, show, write
@@ -33,6 +35,7 @@ from storage.atomic import publish_json
 TARGET = 0.01  # share of a step's time, our aim
 QUICK_STEPS, STEPS = 40, 120
 QUICK_TURNS, TURNS = 1, 3
+TRACED = 15  # steps of a profile
 LOGGED = 5  # steps a line of events.jsonl
 LEFT_OUT = 2  # lines at the start of a run
 CLIPS_A_DRAW = 2  # the store holds twice what a run draws, so that cold pages stay cold until they are drawn
@@ -54,6 +57,7 @@ def main(
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     recipe: str = "demo",
     batch: int | None = None,
+    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
 ) -> None:
     """Measure, print a table, and with --json write what README.md documents.
 
@@ -62,6 +66,7 @@ def main(
         json: file for the results.
         recipe: one that reads latents; the demo's is small enough for a CPU.
         batch: clips a step; the recipe's own unless given.
+        trace: file for a profile of one more run of 15 steps, which chrome://tracing and Perfetto show.
     """
     steps, turns = (QUICK_STEPS, QUICK_TURNS) if quick else (STEPS, TURNS)
     config = one_stage(recipe_by_name(recipe), steps, batch)
@@ -71,6 +76,12 @@ def main(
         for turn in range(turns):
             for name in ARMS if turn % 2 == 0 else reversed(ARMS):
                 found[name].append(trained(project, config, 2 * turn + ARMS.index(name), cold=name == ARMS[1]))
+        if trace is not None:
+            config_traced = one_stage(recipe_by_name(recipe), TRACED, batch)
+            with profile() as profiled:
+                trained(project, config_traced, 0, cold=False)
+            profiled.export_chrome_trace(str(trace))
+            print(f"profile of {TRACED} steps: {trace}")
     rows = [_row(name, config, found[name]) for name in ARMS]
     worst = max(row["wait_share"] for row in rows)
     target = {"measured": worst, "at_most": TARGET, "met": worst <= TARGET}
@@ -100,12 +111,12 @@ def main(
     )
 
 
-def one_stage(recipe: RecipeConfig, steps: int, batch: int | None) -> RecipeConfig:
-    """The recipe's first stage alone, with so many steps; fewer mask entries, which change no step's cost."""
-    first = recipe.stages[0]
-    stage = first.model_copy(update={"steps": steps, "batch": batch or first.batch})
+def one_stage(recipe: RecipeConfig, steps: int, batch: int | None, stage: int = 0) -> RecipeConfig:
+    """One of the recipe's stages alone, with so many steps; fewer mask entries, which change no step's cost."""
+    first = recipe.stages[stage]
+    alone = first.model_copy(update={"steps": steps, "batch": batch or first.batch})
     masks = recipe.masks.model_copy(update={"entries": min(MASK_ENTRIES, recipe.masks.entries)})
-    return recipe.model_copy(update={"stages": (stage,), "masks": masks})
+    return recipe.model_copy(update={"stages": (alone,), "masks": masks})
 
 
 def write_project(folder: Path, recipe: RecipeConfig) -> Project:
@@ -124,9 +135,12 @@ def write_project(folder: Path, recipe: RecipeConfig) -> Project:
     return project
 
 
-def trained(project: Project, recipe: RecipeConfig, repeat: int, cold: bool) -> Measured:
+def trained(project: Project, recipe: RecipeConfig, repeat: int, cold: bool, compiled: bool | None = None) -> Measured:
     """One run from its first step to its last, and what its events say."""
-    how = ExecutionConfig(log_every_steps=LOGGED, diagnose_every_steps=1 << 30, checkpoint_every_steps=1 << 30)
+    never = 1 << 30
+    how = ExecutionConfig(
+        log_every_steps=LOGGED, diagnose_every_steps=never, checkpoint_every_steps=never, compile=compiled
+    )
     plan = plan_digest(recipe.masks, grid_of(recipe.model))
     run = plan_run(project.root, recipe, how, TRAINSET, plan, repeat, ())
     write_run(run)

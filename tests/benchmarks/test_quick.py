@@ -49,9 +49,12 @@ def written(
     """(name, JSON, printed text) of one quick run."""
     path = tmp_path_factory.mktemp("benchmark") / "found.json"
     command = [sys.executable, "-m", f"benchmarks.{request.param}", "--quick", "--json", str(path)]
+    if request.param == "step":
+        command += ["--trace", str(path.parent / "trace.json")]
     top = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=top, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
+    assert request.param != "step" or "aten::" in (path.parent / "trace.json").read_text()
     return request.param, json.loads(path.read_text()), done.stdout
 
 
