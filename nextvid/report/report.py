@@ -12,6 +12,7 @@ from typing import Any
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import draws_before
+from nextvid.graph import GRAPH
 from nextvid.making.outcome import Outcome
 from nextvid.report import scores
 from nextvid.report.curves import Scored
@@ -26,7 +27,6 @@ from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
 
-LAYOUT = 4  # increase when the report shows the same files differently
 SUBTITLE = (
     "A video encoder trained by masked next-frame prediction (NExT-Vid). What was measured, on which data, and where "
     "each number was read."
@@ -184,7 +184,7 @@ def _digest(gathered: Gathered) -> str:
     """Id of what is shown: scores, samples, events, configuration and data."""
     root, run = gathered.project.root, gathered.run
     shown = {
-        "layout": LAYOUT,
+        "version": GRAPH["report"].version,
         "scores": {score.benchmark: digest_bytes(atomic.read_bytes(score.path)) for score in gathered.scores},
         "history": gathered.history,
         "others": {name: [other.record for other in found] for name, found in gathered.others.items()},
