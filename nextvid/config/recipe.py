@@ -286,7 +286,11 @@ class RecipeConfig(Strict):
 class ExecutionConfig(Strict):
     """How a run is carried out. It is in no digest: any of it may change between attempts at one run."""
 
-    ranks: Count = Field(1, description="processes that train together")
+    ranks: Count = Field(1, description="processes that train together, on all nodes")
+    nodes: Count = Field(1, description="machines, with as many ranks each; the same command is started on every one")
+    rendezvous: str | None = Field(
+        None, pattern=r"^[^\s:]+:[0-9]+$", description="where several nodes meet: host:port, the host one of them"
+    )
     micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="clips of one backward on a rank: auto is as many as the device holds, for each stage "
@@ -316,6 +320,10 @@ class ExecutionConfig(Strict):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
+        if self.ranks % self.nodes or (self.nodes > 1) != (self.rendezvous is not None):
+            raise ValueError(
+                "nodes need a rendezvous, such as first-host:29400, and a number of ranks that they divide"
+            )
         if self.shard and self.fold_copies:
             raise ValueError(
                 "shard gathers weights block by block, and fold_copies needs the decoder's whole: choose one"

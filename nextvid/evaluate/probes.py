@@ -116,7 +116,7 @@ def prepare_probes(project: Project, planned: Planned, how: ExecutionConfig) -> 
         planned.identity,
         next(iter(planned.tasks.values())).trainset.digest,
         planned.folder,
-        torchrun("nextvid.evaluate", how.ranks, project, arguments),
+        torchrun("nextvid.evaluate", how, project, arguments),
         not planned.missing,
         environment(how),
         how.ranks,

@@ -32,9 +32,11 @@ from nextvid.trainset.order import Order, refuse_unfit
 from nextvid.trainset.pixels import freeze_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
+from storage.digest import digest
 from storage.errors import ConfigError, DamagedError, RefusedError, UpstreamError
 
 GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
+JOIN_TIMEOUT_S = 600  # torchrun's default
 LOG = "trainer.log"
 STDERR = 2  # the trainer's progress goes to stderr: stdout is for the command's result
 # glibc keeps freed pages: 3.30 instead of 4.04 s for 11 steps of `demo`, 2 cores. OMP_WAIT_POLICY is left to the user:
@@ -119,17 +121,28 @@ def prepare_run(
     if launch is not None:
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
         atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
-    command = torchrun("nextvid.train", how.ranks, project, ["--recipe", run.recipe.name, "--run", run.id])
+    command = torchrun("nextvid.train", how, project, ["--recipe", run.recipe.name, "--run", run.id])
     return PreparedRun(
-        run.id, run.trainset, str(run.folder), command, run.complete, environment(how), how.ranks, how.device
+        run.id,
+        run.trainset,
+        str(run.folder),
+        command,
+        run.complete,
+        environment(how),
+        how.ranks // how.nodes,
+        how.device,
     )
 
 
-def torchrun(module: str, ranks: int, project: Project, arguments: Sequence[str]) -> list[str]:
-    """The command that starts a module on so many ranks of this machine."""
+def torchrun(module: str, how: ExecutionConfig, project: Project, arguments: Sequence[str]) -> list[str]:
+    """The command that starts a module on this machine's ranks; several nodes meet first."""
+    together = ["--standalone"]
+    if how.rendezvous is not None:
+        together = ["--nnodes", str(how.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", how.rendezvous]
+        together += ["--rdzv-id", digest(arguments), "--rdzv-conf", f"join_timeout={JOIN_TIMEOUT_S}"]
     return [
         sys.executable,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+        *("-m", "torch.distributed.run", *together, "--nproc-per-node", str(how.ranks // how.nodes)),
         # `--` ends torchrun's own options: it would read our --run as its --run-path
         *("-m", "--", module, "--corpus", str(project.path), *arguments),
     ]
@@ -154,9 +167,18 @@ def make_pretrain(
 
 def carry_out(prepared: PreparedRun, tell: Tell) -> None:
     """Run the command to its end. Raises RefusedError with the last error that it reported."""
-    with (Path(prepared.folder) / LOG).open("ab") as log, trainers(prepared, STDERR, log, tell) as process:
-        code = process.wait()
+    with (Path(prepared.folder) / LOG).open("ab+") as log:
+        began = log.seek(0, os.SEEK_END)
+        with trainers(prepared, STDERR, log, tell) as process:
+            code = process.wait()
+        log.seek(began)
+        alone = b"RendezvousTimeoutError" in log.read()
     if code:
+        if alone:
+            raise RefusedError(
+                f"{prepared.title}: a node did not join within {JOIN_TIMEOUT_S} s; start the same command on every "
+                "node, and let each reach how.rendezvous"
+            )
         reason = _reason(Path(prepared.folder))
         raise RefusedError(f"{prepared.title} ended with exit code {code}{reason}; asking again resumes it")
 
@@ -209,7 +231,9 @@ def _trainset(project: Project, recipe: str, launch: str | None, named: str | No
 
 def environment(how: ExecutionConfig) -> dict[str, str]:
     """Variables for the trainers: threads, and for CPU runs what makes them faster."""
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // how.ranks)))}
+    threads = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() * how.nodes // how.ranks)))
+    }
     if how.device == "cuda":
         return threads
     return threads | {name: os.environ.get(name, value) for name, value in CPU_VARIABLES.items()}

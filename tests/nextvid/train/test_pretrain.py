@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -266,6 +267,41 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-4)
         assert b["norm"] == pytest.approx(a["norm"], rel=1e-2)
+
+
+@pytest.mark.faults
+def test_two_launchers_that_meet_train_as_one_process(tmp_path: Path) -> None:
+    runs = []
+    for nodes in (1, 2):
+        (tmp_path / str(nodes)).mkdir()
+        project = make_project(tmp_path / str(nodes))
+        make_plan(project.root, tiny_recipe())
+        meet = {} if nodes == 1 else {"rendezvous": f"localhost:{free_port()}"}
+        prepared = prepare_run(project, "tiny", how=HOW.model_copy(update={"ranks": nodes, "nodes": nodes, **meet}))
+        processes = [subprocess.Popen(prepared.command, env=os.environ | prepared.env) for _ in range(nodes)]
+        assert [process.wait(240) for process in processes] == [0] * nodes
+        runs.append(Path(prepared.folder))
+        assert open_run(runs[-1]).complete
+    assert runs[0].name == runs[1].name
+    one, two = ([e["loss"] for e in read_events(folder) if e["kind"] == "step"] for folder in runs)
+    for step, (a, b) in enumerate(zip(one, two, strict=True)):
+        assert b == pytest.approx(a, rel=1e-5 if step < 3 else 2e-4)  # AdamW amplifies the order of sums
+
+
+@pytest.mark.faults
+def test_a_node_that_never_joins_is_told_in_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextvid.train.pretrain.JOIN_TIMEOUT_S", 5)
+    how = HOW.model_copy(update={"ranks": 2, "nodes": 2, "rendezvous": f"localhost:{free_port()}"})
+    with pytest.raises(RefusedError, match="a node did not join within 5 s; start the same command on every node"):
+        make_pretrain(project, "tiny", how=how)
+    outcome = make_pretrain(project, "tiny", how=HOW)  # the run's folder is whole
+    assert outcome.passed
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("localhost", 0))
+        return int(bound.getsockname()[1])
 
 
 def test_how_defaults_are_one_rank_on_whatever_there_is() -> None:
