@@ -146,6 +146,7 @@ def _described(task: Task, scores: Mapping[str, Scored], seconds: float) -> dict
             "test": int(test["clip_group"].n_unique()),
         },
         "limit": task.config.limit,
+        **{name: getattr(task.config, name) for name in ("protocol", "levels", "judged", "train_views")},
         "segments": rows.segments,
         "left_out": dict(rows.left_out),
         "chance": float(np.bincount(answers).max() / len(answers)),

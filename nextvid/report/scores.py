@@ -122,7 +122,7 @@ def table(score: Score, others: Sequence[Score] = ()) -> Table:
                 f"{points(gain)} ± {100 * error:.1f}" if comparable else "",
                 f"{_share(low)} to {_share(high)}",
                 *(_nearest(found, key) for key in ("knn", "knn_by_time", "knn_by_change")),
-                f"{found['rate']:g}",
+                " and ".join(f"{found[key]:g}" for key in ("rate", "weight_decay") if key in found),
             )
         )
     clips, augment, classes = record["clips"], record["settings"].get("augment", "none"), len(record["classes"])
@@ -136,18 +136,27 @@ def table(score: Score, others: Sequence[Score] = ()) -> Table:
             "k-NN, mean of all tokens",
             "k-NN, by time",
             "k-NN, changes",
-            "chosen rate",
+            "chosen rate and weight decay",
         ),
         rows=tuple(rows),
         align="lrrrrrrr",
         caption=(
             f"{score.benchmark} (target {record['target']}, {classes} classes): {limit}{clips['test']} test clips, "
-            f"{clips['train']} probe-train clips of which {clips['held_out']} choose the rate; always "
-            f"answering the commonest class gives {_share(record['chance'])}. {LEARNT[augment]}"
+            f"{clips['train']} probe-train clips of which {clips['held_out']} choose the head; always "
+            f"answering the commonest class gives {_share(record['chance'])}. {_protocol(record)}{LEARNT[augment]}"
         ),
         sources=(score.path, *(other.path for other in others)),
         strong=frozenset({0}),
     )
+
+
+def _protocol(record: Mapping[str, Any]) -> str:
+    """What was asked beyond one answer a shot from the last block. Older records do not say it."""
+    words = [f"protocol {record['protocol']}"] if record.get("protocol") else []
+    words += [f"{record['levels']} levels of the encoder"] if record.get("levels", 1) > 1 else []
+    words += ["one answer a file"] if record.get("judged") == "file" else []
+    words += ["heads learn from one view of a shot"] if record.get("train_views") == "one" else []
+    return f"{', '.join(words).capitalize()}. " if words else ""
 
 
 def _same_clips(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
