@@ -24,14 +24,14 @@ from orchestration.definitions import build_defs
 from storage.store import LatentStore
 from storage.withdrawn import record_withdrawal
 from tests.factories import publish_trainset
-from tests.nextvid.tiny_project import OVERRIDES, RECIPE, write_evaluated
+from tests.nextvid.tiny_project import OVERRIDES, RECIPE, probe, write_evaluated
 
 HOW = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 2, "checkpoint_every_steps": 100}
 LOOKING = "probes", "samples", "report"
 
 
 class TrainsHere(TrainerResource):
-    """Trains in the step's process; dies as often as asked before it begins."""
+    """Trains and probes in the step's process; dies as often as asked before it begins."""
 
     project: Any = None
     deaths: Any = None
@@ -40,6 +40,9 @@ class TrainsHere(TrainerResource):
         if self.deaths:
             self.deaths.pop()
             raise dg.Failure("the trainer was killed", allow_retries=False)
+        if run.asset == "probes":
+            probe(self.project, RECIPE, run.run_id)
+            return
         opened = open_run(Path(run.folder))
         with join(opened.how) as ranks:
             train(self.project, opened, ranks)
