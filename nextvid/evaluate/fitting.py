@@ -33,8 +33,8 @@ from storage import atomic
 from storage.errors import RefusedError
 
 NEIGHBOURS = 20  # as in DINO and in the demo's study
-KNOWN_AT_ONCE = 2048  # clips; with QUERIES_AT_ONCE it bounds the matrix of similarities to 8 MB, of labels to 17
-QUERIES_AT_ONCE = 1024
+KNOWN_AT_ONCE = 2048  # clips; with QUERIES_AT_ONCE it bounds the matrix of similarities to 2 MB, of labels to 4
+QUERIES_AT_ONCE = 256
 HEADS_BYTES = 1 << 30  # our choice: normalised features that the heads learn from at once; more are added up
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each part
