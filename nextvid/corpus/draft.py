@@ -20,6 +20,7 @@ from typing import Any
 import polars as pl
 from jinja2 import Environment, StrictUndefined
 
+from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.corpus import CorpusConfig, EncodingConfig, load_corpus
 from nextvid.config.datasets import RESERVED_TARGETS, DatasetConfig, LabelConfig
 from nextvid.config.project import Project
@@ -38,6 +39,7 @@ from storage.schemas import SPLITS
 SAMPLED = 48  # our choice: files that are opened; their median length is known to a seventh of its spread
 TIMEOUT_S = 60.0  # our choice: a probe takes milliseconds
 LABEL_FILE_BYTES = 200_000_000  # our choice: a larger list is not tried; InternVid's has 45 GB
+SMALL_BATCH = 0.25  # of the labelled files: the hash split and the held-out clips leave .64 of them to the heads
 LABELLED_SHARE = 0.5  # our choice: fewer labelled files than this are chance
 CLASSES_A_FILE = 0.5  # our choice: a column with more values than this a file is no class
 DEMO_FRAMES, DEMO_FPS_HZ = 8, 4.0  # what the recipe `demo` reads (docs/demo.md)
@@ -90,6 +92,9 @@ benchmarks: # probe tasks; what their test split holds is never trained on
     datasets: [{{ name }}]
     target: {{ target }}
     policy: {{ policy }}
+    {%- if batch %}
+    batch: {{ batch }} # clips of a step of the probe's heads; 32 where there are enough
+    {%- endif %}
   {%- endfor %}
 {%- endif %}
 """
@@ -146,6 +151,7 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     facts, unreadable = _sample(listing.files)
     labels, labelled, targets = _labels(uri, paths)
     policy, spans = _policy(facts)
+    batch = max(1, round(SMALL_BATCH * labelled))
     kinds = Counter(listing.files["kind"].to_list())
     notes = []
     if listing.ignored:
@@ -168,6 +174,7 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
             spans=spans,
             labels=_label_lines(labels),
             targets=targets,
+            batch=batch if batch < BenchmarkConfig.model_fields["batch"].default else None,
             budget=0.05 if not unreadable else min(0.5, round(0.05 + 2 * unreadable / (len(facts) + unreadable), 2)),
         )
     )

@@ -44,7 +44,8 @@ datasets:
     uri: {media}/broken
     quarantine_budget: 1.0
 benchmarks:
-  action: {{datasets: [weizmann4], target: action, policy: {{frames: 8, fps: 4, crop: centre}}, epochs: 2, seeds: 1}}
+  action: {{datasets: [weizmann4], target: action, policy: {{frames: 8, fps: 4, crop: centre}}, epochs: 2, batch: 8,
+    seeds: 1}}
 """
 
 STEPS = {"stages": {str(stage): {"steps": 2} for stage in range(4)}}

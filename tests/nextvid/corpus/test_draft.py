@@ -115,6 +115,9 @@ def test_labels_are_recognised_and_label_every_file(
     if "split_names" in found:
         assert set(labels.filter(target="split")["value"]) == {"train", "test"}, "the validation files are tested on"
     assert bool(draft.targets) == (layout != "none")
+    assert all(benchmark.batch <= len(paths) // 3 for benchmark in project.corpus.benchmarks.values()), (
+        "heads can learn"
+    )
 
 
 def test_a_draft_of_films_and_pictures_is_made_as_it_is(tmp_path: Path) -> None:
@@ -130,7 +133,8 @@ def test_a_draft_of_films_and_pictures_is_made_as_it_is(tmp_path: Path) -> None:
     assert "2.0 to 3.0 s (median 2.5), 8 fps" in text
     assert "# 1 of 4 sampled files cannot be read" in text
     assert "ignored: 1 .txt" in text
-    assert text.endswith("}\n")
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
     assert draft.next.startswith("nextvid make report --recipe demo")
     corpus = load_corpus(folder / "corpus.yaml")
     assert not Path(corpus.root).is_relative_to(folder), "what is made would be listed as media"

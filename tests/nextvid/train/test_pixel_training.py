@@ -175,4 +175,4 @@ class TestExport:
         with pytest.raises(RefusedError, match="trained on pixels: give it frames"):
             encoder(torch.zeros(1, 4, 4, 4, 4))
         with pytest.raises(RefusedError, match="resize them to 32 x 32"):
-            encoder(torch.zeros(1, 4, 64, 64, 3, dtype=torch.uint8))
+            encoder(torch.zeros(1, 4, 64, 64, 3, dtype=torch.uint8), resize=False)
