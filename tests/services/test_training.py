@@ -238,7 +238,7 @@ def test_a_training_behind_fifty_batches_starts_next(trained: Live) -> None:
             instance.add_run(like._replace(run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.QUEUED))
     training = launched(trained, SHORT)
     asked_s = time.time()
-    wait_for(lambda: trained.run(training)["startTime"] is not None, 60, every_s=0.2)
+    wait_for(lambda: trained.run(training)["startTime"] is not None, 300, every_s=0.2)
     batches = [run for run in trained.runs() if run["jobName"] == "ingest"]
     began_s = trained.run(training)["startTime"]
     assert sum(run["status"] == "QUEUED" for run in batches) > 40
