@@ -6,7 +6,7 @@ stored latents, and the cells that the first draw of the row leaves visible.
 Axes: F frames, R pixels a side, E entries of a mask plan, n visible cells.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,6 @@ class _Found:
     """The rows of the tables of one batch that are about what was asked for."""
 
     kind: str
-    batch: str
     media: pl.DataFrame
     shots: pl.DataFrame
     clips: pl.DataFrame
@@ -74,7 +73,8 @@ def show(
 ) -> Shown:
     """Facts and picture of a row, clip, shot or media id, or of a file by path or URI; the picture is written to `out`.
 
-    Draws and masks are those of `recipe`, by default of the newest run's. Raises ConfigError for an unknown name.
+    Draws and masks are those of `recipe`, by default of the last run's by recipe and id. Raises ConfigError for an
+    unknown name.
     """
     found = _find(project, what, on_progress)
     rows = found.clips.filter(pl.col("status") == "ok").head(ROWS)
@@ -84,16 +84,22 @@ def show(
     refused = found.clips.filter(pl.col("status") != "ok")
     for reason, count in refused.group_by("reason").len().sort("reason").iter_rows():
         facts.append(f"{count} shots give no clip: {reason}")
+    if rows.is_empty():
+        return Shown(what, found.kind, tuple(facts), None)
     with Decoding(1) as decoding:
-        decoded = decoding.start(rows, project.corpus.encoding.resolution).collect() if rows.height else {}
+        decoded = decoding.start(rows, project.corpus.encoding.resolution).collect()
+    stores, ids = dict(_stores(project)), rows["row_id"].to_list()
+    autoencoder = _decoder(project, stores["latents"])
+    held, (draws, searched) = _held(project, ids), _draws(project, config, ids)
     for row in rows.iter_rows(named=True):
-        drawn = _draws(project, config, row)
-        facts += [*_row_facts(project, row, drawn, config)]
-        lines += _lines(project, config, row, decoded[row["row_id"]].frames, drawn)
+        numbers = draws[row["row_id"]]
+        facts += _row_facts(row, stores)
+        facts.append(f"  trainsets: {', '.join(held[row['row_id']]) or 'none'}")
+        listed = ", ".join(map(str, numbers[:FRAMES])) + (", ..." if len(numbers) > FRAMES else "")
+        facts.append(f"  recipe {config.name}: {len(numbers)} {searched}" + (f" ({listed})" if numbers else ""))
+        lines += _lines(project, config, row, decoded[row["row_id"]].frames, stores, autoencoder, numbers[:1])
     left = found.clips.filter(pl.col("status") == "ok").height - rows.height
     facts += [f"and {left} rows more"] if left > 0 else []
-    if not lines:
-        return Shown(what, found.kind, tuple(facts), None)
     path = str(Path(out).absolute())
     atomic.publish_bytes(path, contact_sheet(lines, FRAMES))
     return Shown(what, found.kind, tuple(facts), path)
@@ -112,11 +118,11 @@ def _find(project: Project, what: str, on_progress: OnProgress) -> _Found:
             if (own := clips.filter(pl.col(column).bin.encode("hex") == what)).height:
                 ids = own["shot_id"].unique().implode()
                 of_file = media.filter(pl.col("media_id").is_in(own["media_id"].unique().implode()))
-                return _Found(kind, batch, of_file, shots.filter(pl.col("shot_id").is_in(ids)), own)
+                return _Found(kind, of_file, shots.filter(pl.col("shot_id").is_in(ids)), own)
         if (own := media.filter(named | (pl.col("media_id").bin.encode("hex") == what))).height:
             ids = own["media_id"].drop_nulls().unique().implode()
             same = pl.col("media_id").is_in(ids)
-            return _Found("file", batch, own, shots.filter(same), clips.filter(same))
+            return _Found("file", own, shots.filter(same), clips.filter(same))
     raise ConfigError(
         f"'{what}' is no row, clip, shot or media id and no file that {project.path} knows; a file is known once "
         "'media' has been made for its batch"
@@ -144,16 +150,14 @@ def _shot_facts(shots: pl.DataFrame) -> Iterator[str]:
         yield f"shot {row['shot_id'].hex()}: {span}, {row['cut_in']} to {row['cut_out']}; {shown}"
 
 
-def _row_facts(
-    project: Project, row: dict[str, Any], drawn: tuple[list[int], str], recipe: RecipeConfig
-) -> Iterator[str]:
+def _row_facts(row: dict[str, Any], stores: Mapping[str, LatentStore | PixelStore]) -> Iterator[str]:
     times = [time / 1e6 for time in row["times_us"]]
     crop = f"crop {row['crop_w']} x {row['crop_h']} at {row['crop_x']}, {row['crop_y']}"
     yield (
         f"row {row['row_id'].hex()}: {row['frames']} frames, {times[0]:.3f} to {times[-1]:.3f} s, {crop}"
         f"{', mirrored' if row['flip'] else ''}; split {row['split']}, for {', '.join(row['uses']) or 'nothing'}"
     )
-    for noun, store in _stores(project):
+    for noun, store in stores.items():
         commits = store.commits(row["batch"], row["frames"]).filter(pl.col("row_id") == row["row_id"])
         for commit in commits.iter_rows(named=True):
             where = f"part {commit['part']}, shard {commit['shard']}, slot {commit['slot']}"
@@ -162,15 +166,6 @@ def _row_facts(
             )
         if commits.is_empty():
             yield f"  {noun} {store.digest}: not stored"
-    digests = [
-        digest
-        for digest in trainsets_of(project.root)
-        if Trainset.open(project.root, digest).lineage().filter(pl.col("row_id") == row["row_id"]).height
-    ]
-    yield f"  trainsets: {', '.join(digests) or 'none'}"
-    numbers, searched = drawn
-    listed = ", ".join(map(str, numbers[:FRAMES])) + (", ..." if len(numbers) > FRAMES else "")
-    yield f"  recipe {recipe.name}: {len(numbers)} {searched}" + (f" ({listed})" if numbers else "")
 
 
 def _stores(project: Project) -> Iterator[tuple[str, LatentStore | PixelStore]]:
@@ -180,25 +175,49 @@ def _stores(project: Project) -> Iterator[tuple[str, LatentStore | PixelStore]]:
         yield "pixels", PixelStore(project.root, pixels)
 
 
-def _draws(project: Project, recipe: RecipeConfig, row: dict[str, Any]) -> tuple[list[int], str]:
-    """Numbers of the draws of a recipe on the newest trainset that see the row, and how many draws were searched."""
+def _decoder(project: Project, store: LatentStore | PixelStore) -> Autoencoder | None:
+    """The autoencoder of a store's latents; None where another one is configured, or it has no decoder."""
+    encoding = project.corpus.encoding
+    autoencoder = Autoencoder.load(encoding.autoencoder, "cpu", encoding.precision)
+    same = isinstance(store, LatentStore) and autoencoder.digest == store.spec.autoencoder
+    return autoencoder if same and autoencoder.about.decoder else None
+
+
+def _held(project: Project, ids: Sequence[bytes]) -> dict[bytes, list[str]]:
+    """The digests of the trainsets that hold each row."""
+    held: dict[bytes, list[str]] = {row: [] for row in ids}
+    for digest in trainsets_of(project.root):
+        lineage = Trainset.open(project.root, digest).lineage()
+        for row in lineage.filter(pl.col("row_id").is_in(ids))["row_id"].unique():
+            held[row].append(digest)
+    return held
+
+
+def _draws(project: Project, recipe: RecipeConfig, ids: Sequence[bytes]) -> tuple[dict[bytes, list[int]], str]:
+    """Numbers of the draws of a recipe on the newest trainset that see each row, and how many draws were searched."""
+    numbers: dict[bytes, list[int]] = {row: [] for row in ids}
     total = min(draws_before(recipe.stages, recipe.steps), DRAWS)
     try:
         order = Order(Trainset.open(project.root), recipe)
     except NExTVidError as error:  # no trainset yet, or one that this recipe cannot read
-        return [], f"draws: {error}"
-    wanted = np.frombuffer(row["row_id"], dtype=">u8")
-    numbers: list[int] = []
+        return numbers, f"draws: {error}"
     for frames, piece in pieces(recipe, range(total)):
-        drawn = order.drawn(frames, piece.start, len(piece))
-        numbers += (piece.start + np.flatnonzero((drawn.addresses["row_id"] == wanted).all(axis=1))).tolist()
+        drawn = order.drawn(frames, piece.start, len(piece)).addresses["row_id"]
+        for row, found in numbers.items():
+            found += (piece.start + np.flatnonzero((drawn == np.frombuffer(row, ">u8")).all(axis=1))).tolist()
     return numbers, f"of its first {total:,} draws"
 
 
 def _lines(
-    project: Project, recipe: RecipeConfig, row: dict[str, Any], source: Frames | None, drawn: tuple[list[int], str]
+    project: Project,
+    recipe: RecipeConfig,
+    row: dict[str, Any],
+    source: Frames | None,
+    stores: Mapping[str, LatentStore | PixelStore],
+    autoencoder: Autoencoder | None,
+    draws: Sequence[int],
 ) -> Iterator[SheetRow]:
-    """The lines of the picture about one row."""
+    """The lines of the picture about one row; its masks are those of `draws`."""
     shown = np.unique(np.linspace(0, row["frames"] - 1, FRAMES).round().astype(int))
     times = [f"{row['times_us'][n] / 1e6:.3f} s" for n in shown]
 
@@ -213,17 +232,19 @@ def _lines(
         yield SheetRow(f"{name}: its file cannot be decoded now", [])
     else:
         yield line(f"{name}: source frames, cropped to {project.corpus.encoding.resolution} pixels", source, times)
-    for noun, store in _stores(project):
-        if (stored := _stored(project, store, row)) is not None:
+    for noun, store in stores.items():
+        if (stored := _stored(project, store, row, autoencoder)) is not None:
             yield line("stored pixels" if noun == "pixels" else "what the stored latents decode to", stored)
-    if source is not None and drawn[0]:
-        for strategy, visible in _visible(project, recipe, drawn[0][0]).items():
+    for draw in draws:
+        if source is None:
+            break
+        for strategy, visible in _visible(project, recipe, draw).items():
             grid = (recipe.model.grid_height, recipe.model.grid_width)
-            yield line(f"visible to draw {drawn[0][0]}, strategy {strategy}", _masked(source, visible, grid))
+            yield line(f"visible to draw {draw}, strategy {strategy}", _masked(source, visible, grid))
 
 
 def _stored(
-    project: Project, store: LatentStore | PixelStore, row: dict[str, Any]
+    project: Project, store: LatentStore | PixelStore, row: dict[str, Any], autoencoder: Autoencoder | None
 ) -> UInt8[np.ndarray, "F R R 3"] | None:
     """A row as the store has it, as frames; None where it is not stored, or its latents cannot be decoded."""
     commits = store.commits(row["batch"], row["frames"])
@@ -236,9 +257,7 @@ def _stored(
         pixels.read_into(row["frames"], places[0], out)
         pixels.close()
         return out
-    encoding = project.corpus.encoding
-    autoencoder = Autoencoder.load(encoding.autoencoder, "cpu", encoding.precision)
-    if autoencoder.digest != store.spec.autoencoder or not autoencoder.about.decoder:
+    if autoencoder is None:
         return None
     reader = open_reader(project.root, store.spec, [row["batch"]])
     [latents] = reader.rows(row["frames"], addresses(own, [row["batch"]]))
