@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from storage.errors import ConfigError, RefusedError
+from storage.errors import ConfigError, NExTVidError, RefusedError, exit_code
 from storage.locks import locked_or_holder
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -77,6 +77,20 @@ def orphaned() -> bool:
     """Whether the process that spawned this one (multiprocessing) has ended; False for a program started by hand."""
     parent = multiprocessing.parent_process()
     return parent is not None and os.getppid() != parent.pid
+
+
+def run_rank(main: Callable[..., None], module: str) -> None:
+    """Run the entry point of one rank: an error becomes one line on stderr and the command line's exit code."""
+    import tyro
+
+    try:
+        tyro.cli(main, prog=f"python -m {module}")
+    except NExTVidError as error:
+        sys.stderr.write(f"{error.kind}: {error}\n")
+        sys.exit(exit_code(error))
+    except OSError as error:
+        sys.stderr.write(f"system: {error}\n")
+        sys.exit(exit_code(error))
 
 
 def die_with(launcher: int) -> None:

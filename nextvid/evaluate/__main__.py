@@ -3,14 +3,13 @@
 What is scored was planned before (probes.py); exit codes are those of the command line.
 """
 
-import sys
 from typing import Annotated, Literal
 
 import tyro
 
 from nextvid.config.project import open_project
-from nextvid.machine import die_with
-from storage.errors import NExTVidError, RefusedError, exit_code
+from nextvid.machine import die_with, run_rank
+from storage.errors import RefusedError
 
 
 def main(
@@ -42,11 +41,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m nextvid.evaluate")
-    except NExTVidError as error:
-        sys.stderr.write(f"{error.kind}: {error}\n")
-        sys.exit(exit_code(error))
-    except OSError as error:
-        sys.stderr.write(f"system: {error}\n")
-        sys.exit(exit_code(error))
+    run_rank(main, "nextvid.evaluate")

@@ -4,15 +4,13 @@ torchrun starts it, or a person for one rank. With --run the run was prepared be
 prepares it, so that torchrun can be called by hand on many machines. Exit codes are those of the command line.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from nextvid.config.project import open_project
-from nextvid.machine import die_with
-from storage.errors import NExTVidError, exit_code
+from nextvid.machine import die_with, run_rank
 
 
 def main(
@@ -42,11 +40,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m nextvid.train")
-    except NExTVidError as error:
-        sys.stderr.write(f"{error.kind}: {error}\n")
-        sys.exit(exit_code(error))
-    except OSError as error:
-        sys.stderr.write(f"system: {error}\n")
-        sys.exit(exit_code(error))
+    run_rank(main, "nextvid.train")
