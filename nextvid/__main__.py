@@ -227,6 +227,7 @@ def show_command(
     recipe: Annotated[
         str | None, tyro.conf.arg(metavar="NAME", help="whose draws and masks; else the last run's")
     ] = None,
+    features: Annotated[bool, tyro.conf.arg(help="add dense features as colours, EMA beside random encoder")] = False,
     corpus: Corpus = None,
     json_: Json = False,
 ) -> None:
@@ -234,7 +235,7 @@ def show_command(
     from nextvid.lineage.shown import show as show_one
 
     with shown() as on_progress:
-        found = show_one(open_project(corpus), what, out, recipe, on_progress)
+        found = show_one(open_project(corpus), what, out, recipe, on_progress, features)
     show(found, json_)
 
 

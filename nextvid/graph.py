@@ -156,7 +156,7 @@ GRAPH: dict[Asset, Node] = {
         "evaluation", "report", "recipe", ("probes", "samples", "pretrain"),
         "the model card: scores, curves, t-SNE, samples, lineage",
         "Scores are beside those of random initialisation; lineage goes down to the datasets.",
-        version=5,
+        version=6,
     ),
 }  # fmt: skip
 

@@ -116,20 +116,30 @@ class Probes(nn.Module):
         logits = torch.baddbmm(p["last_bias"][:, None], hidden, rearrange(p["last"], "k y d -> k d y"))
         return rearrange(logits, "(r g) b y -> g r b y", r=self.pairs)
 
+    def attention(self, tokens: Float[Tensor, "O B L D"]) -> Float[Tensor, "G R B L"]:
+        """How every probe's query shares its attention among tokens, normalised without affine: the mean over heads."""
+        weights = rearrange(self._weights(tokens), "(o b) (r s h) l -> (o s) r b h l", o=len(tokens), r=self.pairs,
+                            h=self.heads)  # fmt: skip
+        return weights.mean(3)
+
     def _pool(self, tokens: Float[Tensor, "O B L D"]) -> Float[Tensor, "K H B D"]:
         """Tokens weighted by attention, with LN's affine part applied after the sum (the weights add up to one)."""
+        p, clips = self.parts, tokens.shape[1]
+        pooled = self._weights(tokens) @ rearrange(tokens, "o b l d -> (o b) l d")
+        pooled = rearrange(pooled, "(o b) (r s h) d -> (r o s) h b d", b=clips, r=self.pairs, h=self.heads)
+        return pooled * p["norm_weight"][:, None, None] + p["norm_bias"][:, None, None]
+
+    def _weights(self, tokens: Float[Tensor, "O B L D"]) -> Float[Tensor, "O*B R*S*H L"]:
+        """Attention of every probe and head; S are the seeds that see the same batch."""
         p = self.parts
         query = einsum(p["ask"], p["query"], "k d c, k c -> k d") + p["ask_bias"]
         query = rearrange(query, "k (h e) -> k h e", h=self.heads)
         key = einsum(query, self._by_head(p["key"]), "k h e, k h e d -> k h d")
         key = key * p["norm_weight"][:, None] / math.sqrt(query.shape[-1])
-        orders, clips = tokens.shape[:2]  # s: seeds that see the same batch
+        orders, clips = tokens.shape[:2]
         key = rearrange(key, "(r o s) h d -> o d (r s h)", r=self.pairs, o=orders)
         logits = rearrange(tokens, "o b l d -> o (b l) d") @ key
-        weights = rearrange(logits, "o (b l) q -> (o b) q l", b=clips).softmax(-1)
-        pooled = weights @ rearrange(tokens, "o b l d -> (o b) l d")
-        pooled = rearrange(pooled, "(o b) (r s h) d -> (r o s) h b d", b=clips, r=self.pairs, h=self.heads)
-        return pooled * p["norm_weight"][:, None, None] + p["norm_bias"][:, None, None]
+        return rearrange(logits, "o (b l) q -> (o b) q l", b=clips).softmax(-1)
 
     def _mlp(self, x: Float[Tensor, "K B D"]) -> Float[Tensor, "K B D"]:
         p = self.parts

@@ -1,9 +1,9 @@
 """Scores, computed by one rank of several: each planned benchmark that has none yet, with every encoder of the plan.
 
-Written for each benchmark are rows.parquet (the clips that were scored), features.npz (mean-pooled features of the
-first test samples, for pictures) and, last, score.json; beside them what a killed process goes on from. The path has
-the step of the checkpoint and a digest of rows, labels, settings and seeds. Each epoch is an event
-(nextvid/train/events.py).
+Written for each benchmark are rows.parquet (the clips that were scored), features.npz (for pictures: mean-pooled
+features of the first test samples, and what `_Places` of scoring.py keeps) and, last, score.json; beside them what a
+killed process goes on from. The path has the step of the checkpoint and a digest of rows, labels, settings and seeds.
+Each epoch is an event (nextvid/train/events.py).
 
 Axes: n samples, D width.
 """
@@ -117,7 +117,8 @@ def _score(
         tables.write_table(f"{folder}/rows.parquet", task.rows.frame.select(ROW_COLUMNS), ProbeRows)
         buffer, pooled = io.BytesIO(), {name: scored.pooled for name, scored in scores.items()}
         labels = per_sample(task.rows.part("test"), "label")[: len(next(iter(pooled.values())))]
-        np.savez(buffer, labels=labels, **pooled)  # type: ignore[arg-type]
+        places = {f"{name}/{kind}": found for name, one in scores.items() for kind, found in one.places.items()}
+        np.savez(buffer, labels=labels, **pooled, **places)  # type: ignore[arg-type]
         atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
         described = about | _described(task, scores, time.perf_counter() - started)
         atomic.publish_json(f"{folder}/score.json", described)

@@ -141,23 +141,31 @@ def _step(
 
 
 @torch.no_grad()
+def answers_of(
+    probes: Probes, tokens: Float[Tensor, "n L D"], groups: Int[np.ndarray, " n"]
+) -> Int[Tensor, "G R clips"]:
+    """The class that each probe gives each clip.
+
+    Samples with the same `groups` value, which follow one another, are views of one clip: their softmaxes are averaged,
+    as one (docs/method.md 9).
+    """
+    shares = probes(normalise(tokens)[None]).softmax(-1)  # [G, R, n, Y]
+    clips, group = np.unique(groups, return_inverse=True)
+    summed = torch.zeros(*shares.shape[:2], len(clips), shares.shape[-1], device=shares.device)
+    summed.index_add_(2, torch.from_numpy(group).to(shares.device), shares)
+    return summed.argmax(-1)
+
+
 def right_answers(
     probes: Probes,
     tokens: Float[Tensor, "n L D"],
     labels: Int[np.ndarray, " n"],
     groups: Int[np.ndarray, " n"],
 ) -> Int[Tensor, "G R"]:
-    """How many clips each probe classifies rightly.
-
-    Samples with the same `groups` value, which follow one another, are views of one clip: their softmaxes are averaged,
-    as one (docs/method.md 9).
-    """
-    shares = probes(normalise(tokens)[None]).softmax(-1)  # [G, R, n, Y]
-    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    summed = torch.zeros(*shares.shape[:2], len(first), shares.shape[-1], device=shares.device)
-    summed.index_add_(2, torch.from_numpy(group).to(shares.device), shares)
-    answers = torch.from_numpy(labels[first].astype(np.int64)).to(shares.device)
-    return (summed.argmax(-1) == answers).sum(-1)
+    """How many clips each probe classifies rightly; `groups` as in `answers_of`."""
+    found = answers_of(probes, tokens, groups)
+    truth = torch.from_numpy(labels[np.unique(groups, return_index=True)[1]].astype(np.int64)).to(found.device)
+    return (found == truth).sum(-1)
 
 
 def whole_groups(groups: Int[np.ndarray, " N"], at_once: int) -> Iterator[Samples]:

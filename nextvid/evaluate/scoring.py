@@ -9,7 +9,7 @@ Axes: N samples of a split, n of a group, G seeds, R pairs of rate and weight de
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,13 +29,16 @@ from nextvid.evaluate.fitting import (
     NEIGHBOURS,
     QUERIES_AT_ONCE,
     Lesson,
+    answers_of,
     fit,
     nearest_labels,
+    normalise,
     right_answers,
     whole_groups,
 )
 from nextvid.evaluate.kept import Kept, keep, scratch, vectors_of
 from nextvid.evaluate.stream import CLIPS_AT_ONCE, Clips, Features, Samples, Stored, Streamed, Variation, open_clips
+from nextvid.features.dense import PrincipalColours
 from nextvid.train.distributed import Ranks
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
@@ -43,6 +47,9 @@ from storage.root import DataRoot
 from storage.spec import PixelSpec
 
 PICTURED = 1000  # our choice: test samples whose mean features are kept for pictures (the report draws 600)
+DENSE = 3  # our choice: test clips of which every token is shown
+ATTENDED = 256  # our choice: test clips among which right and wrong answers are searched for pictures of attention
+EACH = 3  # our choice: right answers, and wrong ones, that are shown
 KNN = {"mean": "knn", "by_time": "knn_by_time", "change": "knn_by_change"}  # fields of score.json by vectors
 UNFINISHED = "unfinished"  # folder beside a score.json that is not there yet
 OnEpoch = Callable[[str, int, float], None]  # name of the encoder, number of the epoch, mean loss
@@ -77,10 +84,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Scored:
-    """The numbers of one encoder, and mean features of the first test samples for pictures."""
+    """The numbers of one encoder; for pictures, mean features of the first test samples, and what `_Places` keeps."""
 
     numbers: dict[str, Any]
     pooled: Float[np.ndarray, "n D"]
+    places: Mapping[str, np.ndarray]
 
 
 def score_encoder(
@@ -166,6 +174,7 @@ def _judge(task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, ra
     right = torch.zeros(len(task.seeds), len(pairs), dtype=torch.int64, device=ranks.device)
     nearest = {name: _Nearest(vectors, learnt.labels, ranks.device) for name, vectors in learnt.kept.vectors.items()}
     pooled = torch.zeros(min(PICTURED, len(answers)), encoder.width, device=ranks.device)
+    places = _Places.of(task, encoder, learnt, groups, ranks)
     for samples, features in _shared(Streamed(encoder, clips, "test"), whole_groups(groups, _at_once(rows)), ranks):
         right += right_answers(learnt.probes, features, answers[samples], groups[samples])
         vectors = vectors_of(features, encoder, rows.segments)
@@ -173,6 +182,7 @@ def _judge(task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, ra
             votes.add(vectors[name].cpu().numpy(), answers[samples])
         pictured = samples[samples < len(pooled)]
         pooled[pictured] = vectors["mean"][: len(pictured)].float()
+        places.add(samples, features, groups[samples])
     tested = len(np.unique(groups))
     by_seed = (ranks.sum(right).double() / tested)[:, learnt.pair].tolist()
     accuracy, chosen = sum(by_seed) / len(by_seed), pairs[learnt.pair]
@@ -188,7 +198,66 @@ def _judge(task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, ra
     for name, votes in nearest.items():
         key, share = KNN[name], votes.share(len(answers), ranks)
         numbers |= {key: share, f"{key}_standard_error": standard_error(share, len(answers))}
-    return Scored(numbers, ranks.sum(pooled).half().cpu().numpy())
+    return Scored(numbers, ranks.sum(pooled).half().cpu().numpy(), places.kept(answers, ranks))
+
+
+@dataclass
+class _Places:
+    """What pictures show of the first segment of some test clips, the first by the hashes of their shots.
+
+    Of DENSE clips every token of the last level; of ATTENDED the answer of the first seed's chosen probe, and how its
+    query shares its attention among those tokens.
+
+    Axes: n clips, N tokens of a segment and level, D width.
+    """
+
+    probes: Probes
+    pair: int
+    axes: Mapping[str, int]  # segments and levels of a sample's tokens
+    firsts: Int[np.ndarray, " n"]  # the first sample of each clip
+    dense: Float[Tensor, "n N D"]
+    attention: Float[Tensor, "n N"]
+    answers: Int[Tensor, " n"]
+
+    @classmethod
+    def of(cls, task: Task, encoder: FrozenEncoder, learnt: _Learnt, groups: np.ndarray, ranks: Ranks) -> "_Places":
+        """Of the test samples with these groups."""
+        axes = {"g": task.rows.segments, "v": encoder.levels}
+        firsts = np.unique(groups, return_index=True)[1][:ATTENDED]
+        tokens = learnt.kept.tokens // (axes["g"] * axes["v"])
+        dense = torch.zeros(len(firsts[:DENSE]), tokens, encoder.width, device=ranks.device)
+        attention = torch.zeros(len(firsts), tokens, device=ranks.device)
+        answers = torch.zeros(len(firsts), dtype=torch.int64, device=ranks.device)
+        return cls(learnt.probes, learnt.pair, axes, firsts, dense, attention, answers)
+
+    @torch.no_grad()
+    def add(self, samples: Samples, features: Float[Tensor, "s L D"], groups: Int[np.ndarray, " s"]) -> None:
+        """Keep those of the samples, which follow one another, that are shown."""
+        own = np.flatnonzero(np.isin(self.firsts, samples))
+        if not len(own):
+            return
+        at = self.firsts[own] - samples[0]
+        tokens = features[torch.from_numpy(at).to(features.device)]
+        levels = rearrange(tokens, "n (g v l) d -> n g v l d", **self.axes)
+        shown = own[own < len(self.dense)]
+        self.dense[shown] = levels[: len(shown), 0, -1].float()
+        weights = self.probes.attention(normalise(tokens)[None])[0, self.pair]
+        self.attention[own] = reduce(weights, "n (g v l) -> g n l", "sum", **self.axes)[0]
+        found = answers_of(self.probes, features, groups)[0, self.pair]
+        self.answers[own] = found[torch.from_numpy(np.searchsorted(np.unique(groups), groups[at])).to(found.device)]
+
+    def kept(self, labels: Int[np.ndarray, " N"], ranks: Ranks) -> dict[str, np.ndarray]:
+        """Colours of dense features; attention and answers of the first clips answered rightly, then of wrong ones."""
+        dense, attention, answers = (ranks.sum(x).cpu().numpy() for x in (self.dense, self.attention, self.answers))
+        right = answers == labels[self.firsts]
+        chosen = np.concatenate([np.flatnonzero(right)[:EACH], np.flatnonzero(~right)[:EACH]])
+        return {
+            "dense_samples": self.firsts[:DENSE],
+            "dense": PrincipalColours(rearrange(dense, "n l d -> (n l) d")).of(dense),
+            "attention_samples": self.firsts[chosen],
+            "attention": attention[chosen].astype(np.float16),
+            "answers": answers[chosen],
+        }
 
 
 @dataclass
@@ -245,9 +314,11 @@ def _shared(features: Features, asked: Iterable[Samples], ranks: Ranks) -> Itera
 def _publish(scored: Scored, path: Path) -> None:
     """Keep what is finished until the score is whole."""
     with atomic.staged_file(str(path)) as temporary, temporary.open("wb") as file:
-        np.savez(file, numbers=np.array(json.dumps(scored.numbers)), pooled=scored.pooled)
+        arrays = {"numbers": np.array(json.dumps(scored.numbers)), "pooled": scored.pooled, **scored.places}
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> Scored:
     with np.load(path, allow_pickle=False) as arrays:
-        return Scored(json.loads(str(arrays["numbers"])), arrays["pooled"])
+        places = {name: arrays[name] for name in arrays.files if name not in ("numbers", "pooled")}
+        return Scored(json.loads(str(arrays["numbers"])), arrays["pooled"], places)

@@ -1,9 +1,10 @@
 """One row, shot or file as a picture, and its facts in words: what was read, cut, stored and masked.
 
 The picture has up to ROWS rows, and of each the source frames, the stored pixels, what the autoencoder makes of the
-stored latents, and the cells that the first draw of the row leaves visible.
+stored latents, and the cells that the first draw of the row leaves visible; where asked for, also what a run's encoder
+makes of each place, beside the random one that it started from.
 
-Axes: F frames, R pixels a side, E entries of a mask plan, n visible cells.
+Axes: F frames, T tubelets, R pixels a side, n visible cells.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from einops import repeat
+import torch
+from einops import rearrange, repeat
 from jaxtyping import Int, UInt8
 
 from nextvid.config.project import Project
@@ -23,9 +25,13 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.decode_task import Frames
 from nextvid.encode.frames import Decoding
 from nextvid.encode.plan import encoding_spec, pixel_spec
+from nextvid.features.dense import PrincipalColours, over_frames
+from nextvid.features.encoder import load_encoder, repeated
 from nextvid.lineage.trace import runs_of, trainsets_of
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import existing
+from nextvid.train.run import Run, find_run
+from nextvid.train.step import build_model
 from nextvid.trainset.mask_plan import open_mask_plan
 from nextvid.trainset.order import Masks, Order, pieces
 from nextvid.trainset.trainset import Trainset
@@ -69,17 +75,23 @@ class _Found:
 
 
 def show(
-    project: Project, what: str, out: str = "shown.png", recipe: str | None = None, on_progress: OnProgress = silent
+    project: Project,
+    what: str,
+    out: str = "shown.png",
+    recipe: str | None = None,
+    on_progress: OnProgress = silent,
+    features: bool = False,
 ) -> Shown:
     """Facts and picture of a row, clip, shot or media id, or of a file by path or URI; the picture is written to `out`.
 
-    Draws and masks are those of `recipe`, by default of the last run's by recipe and id. Raises ConfigError for an
-    unknown name.
+    Draws and masks are those of `recipe`, by default of the last run's by recipe and id; `features` adds dense features
+    of its newest complete run. Raises ConfigError for an unknown name, UpstreamError where there is no such run.
     """
     found = _find(project, what, on_progress)
     rows = found.clips.filter(pl.col("status") == "ok").head(ROWS)
     names = [facts.recipe for facts in runs_of(project.root)]
     config = project.recipe(recipe or (names[-1] if names else "demo"))
+    run = find_run(project, config.name) if features else None
     facts, lines = [*_file_facts(found.media), *_shot_facts(found.shots)], list[SheetRow]()
     refused = found.clips.filter(pl.col("status") != "ok")
     for reason, count in refused.group_by("reason").len().sort("reason").iter_rows():
@@ -90,6 +102,11 @@ def show(
         decoded = decoding.start(rows, project.corpus.encoding.resolution).collect()
     stores, ids = dict(_stores(project)), rows["row_id"].to_list()
     autoencoder = _decoder(project, stores["latents"])
+    dense = (
+        {}
+        if run is None
+        else features_over_frames(run, {row: one.frames for row, one in decoded.items() if one.frames is not None})
+    )
     held, (draws, searched) = _held(project, ids), _draws(project, config, ids)
     for row in rows.iter_rows(named=True):
         numbers = draws[row["row_id"]]
@@ -98,6 +115,7 @@ def show(
         listed = ", ".join(map(str, numbers[:FRAMES])) + (", ..." if len(numbers) > FRAMES else "")
         facts.append(f"  recipe {config.name}: {len(numbers)} {searched}" + (f" ({listed})" if numbers else ""))
         lines += _lines(project, config, row, decoded[row["row_id"]].frames, stores, autoencoder, numbers[:1])
+        lines += [_line(header, frames) for header, frames in dense.get(row["row_id"], ())]
     left = found.clips.filter(pl.col("status") == "ok").height - rows.height
     facts += [f"and {left} rows more"] if left > 0 else []
     path = str(Path(out).absolute())
@@ -218,29 +236,53 @@ def _lines(
     draws: Sequence[int],
 ) -> Iterator[SheetRow]:
     """The lines of the picture about one row; its masks are those of `draws`."""
-    shown = np.unique(np.linspace(0, row["frames"] - 1, FRAMES).round().astype(int))
-    times = [f"{row['times_us'][n] / 1e6:.3f} s" for n in shown]
-
-    def line(header: str, frames: UInt8[np.ndarray, "F R R 3"], captions: Sequence[str] = ()) -> SheetRow:
-        larger = max(1, TILE_HEIGHT // frames.shape[1])
-        large = repeat(frames[shown], "f h w c -> f (h y) (w x) c", y=larger, x=larger)
-        tiles = zip(large, [*captions, *[""] * len(shown)], strict=False)
-        return SheetRow(header, [Tile(frame, caption) for frame, caption in tiles])
-
     name = f"row {row['row_id'].hex()}"
     if source is None:
         yield SheetRow(f"{name}: its file cannot be decoded now", [])
     else:
-        yield line(f"{name}: source frames, cropped to {project.corpus.encoding.resolution} pixels", source, times)
+        header = f"{name}: source frames, cropped to {project.corpus.encoding.resolution} pixels"
+        yield _line(header, source, [f"{time / 1e6:.3f} s" for time in row["times_us"]])
     for noun, store in stores.items():
         if (stored := _stored(project, store, row, autoencoder)) is not None:
-            yield line("stored pixels" if noun == "pixels" else "what the stored latents decode to", stored)
+            yield _line("stored pixels" if noun == "pixels" else "what the stored latents decode to", stored)
     for draw in draws:
         if source is None:
             break
         for strategy, visible in _visible(project, recipe, draw).items():
             grid = (recipe.model.grid_height, recipe.model.grid_width)
-            yield line(f"visible to draw {draw}, strategy {strategy}", _masked(source, visible, grid))
+            yield _line(f"visible to draw {draw}, strategy {strategy}", _masked(source, visible, grid))
+
+
+def _line(header: str, frames: UInt8[np.ndarray, "F R R 3"], captions: Sequence[str] = ()) -> SheetRow:
+    """At most FRAMES of some frames, evenly spread, with their captions."""
+    larger = max(1, TILE_HEIGHT // frames.shape[1])
+    large = repeat(frames, "f h w c -> f (h y) (w x) c", y=larger, x=larger)
+    shown = np.unique(np.linspace(0, len(frames) - 1, FRAMES).round().astype(int))
+    return SheetRow(header, [Tile(large[n], captions[n] if captions else "") for n in shown])
+
+
+def features_over_frames(
+    run: Run, clips: Mapping[bytes, Frames]
+) -> dict[bytes, list[tuple[str, UInt8[np.ndarray, "T R R 3"]]]]:
+    """Colours of each clip's dense features over its frames: of a run's averaged encoder, and of the one at its start.
+
+    The directions of an encoder's colours are those of all these clips together (nextvid/features/dense.py).
+    """
+    ema, random = (load_encoder(run.folder / "encoder") for _ in range(2))
+    random.encoder.load_state_dict(build_model(run.recipe).encoder.state_dict())
+    found: dict[bytes, list[tuple[str, UInt8[np.ndarray, "T R R 3"]]]] = {row: [] for row in clips}
+    for name, encoder in (("averaged (EMA)", ema), ("randomly initialised", random)):
+        tokens = {
+            row: encoder(torch.from_numpy(repeated(frames, run.recipe.clip_lengths[0]))[None])[0].numpy()
+            for row, frames in clips.items()
+        }
+        if tokens:
+            colours = PrincipalColours(np.concatenate(list(tokens.values())))
+        for row, frames in clips.items():
+            h, w = encoder.grid
+            over = over_frames(frames, rearrange(colours.of(tokens[row]), "(t h w) c -> t h w c", h=h, w=w))
+            found[row].append((f"features of run {run.id}'s {name} encoder: principal components as colours", over))
+    return found
 
 
 def _stored(

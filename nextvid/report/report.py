@@ -1,7 +1,8 @@
 """The asset `report`: the model card of a run, as one HTML file with its pictures beside it.
 
-It shows what earlier assets wrote; only curves and t-SNE are computed here. Every block names the file that its numbers
-come from. The digest in the path is of those files, so a report is rebuilt only when something that it shows changed.
+It shows what earlier assets wrote; only curves, t-SNE and pictures of places are drawn here. Every block names the file
+that its numbers come from. The digest in the path is of those files, so a report is rebuilt only when something that it
+shows changed.
 """
 
 import time
@@ -18,11 +19,13 @@ from nextvid.report import scores
 from nextvid.report.curves import Scored
 from nextvid.report.data import DataFacts, data_section, lineage_section, previews_section, read_facts
 from nextvid.report.page import Card, Picture, render_html
+from nextvid.report.places import places_section
 from nextvid.report.scores import Score, read_score
 from nextvid.report.training import samples_section, training_section
 from nextvid.train.checkpoint import step_of
 from nextvid.train.events import Event, mean_speeds, read_events
 from nextvid.train.run import CONFIG, Run, find_run
+from nextvid.trainset.mask_plan import grid_of
 from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
@@ -145,6 +148,9 @@ def build_card(gathered: Gathered) -> Card:
     """The report's sections, in order."""
     run = gathered.run
     sections = [scores.section(gathered.scores, gathered.history, gathered.others)] if gathered.scores else []
+    trainset, grid = gathered.data.trainset, grid_of(run.recipe.model)
+    if places := places_section(gathered.project, gathered.scores, trainset.spec.resolution, grid):
+        sections.append(places)
     sections.append(training_section(run, gathered.events))
     if gathered.samples is not None:
         sections.append(samples_section(gathered.project.root.samples(run.recipe.name, run.id), gathered.samples))

@@ -31,6 +31,21 @@ def test_fast_path_equals_the_plain_probe() -> None:
     torch.testing.assert_close(probes(normalise(tokens)[None]), fast)  # one batch for all seeds
 
 
+def test_attention_is_that_of_projected_keys() -> None:
+    probes = scramble(Probes(16, 3, ProbeSettings(heads=2), seeds=[3, 4]))
+    tokens = 3 * torch.randn(5, 7, 16) + 1
+    fast = probes.attention(normalise(tokens).expand(2, -1, -1, -1))
+    for seed in range(2):
+        for pair in range(2):
+            p = {name: parameter[pair * 2 + seed] for name, parameter in probes.parts.items()}
+            x = torch.nn.functional.layer_norm(tokens, (16,), p["norm_weight"], p["norm_bias"], attentive.LN_EPS)
+            query = (p["ask"] @ p["query"] + p["ask_bias"]).unflatten(0, (2, 8))
+            keys = (x @ p["key"].T).unflatten(2, (2, 8))
+            plain = (torch.einsum("he,blhe->bhl", query, keys) / 8**0.5).softmax(-1).mean(1)
+            torch.testing.assert_close(fast[seed, pair], plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probes.attention(normalise(tokens)[None]), fast)
+
+
 def test_gradients_of_fast_and_plain_agree() -> None:
     probes = scramble(
         Probes(16, 3, ProbeSettings(heads=2, sweep=(SweepConfig(rates=(1e-3,), weight_decays=(0.05,)),)), seeds=[0])

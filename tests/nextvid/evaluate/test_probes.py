@@ -63,6 +63,11 @@ def test_scores_are_written_once_with_their_sources(own_copy: Project) -> None:
     with np.load(folder / "features.npz", allow_pickle=False) as kept:
         assert kept["ema"].shape == (30, 32)
         assert kept["labels"].shape == (30,)
+        assert kept["ema/dense"].shape == kept["random/dense"].shape == (3, FRAMES // 2 * 64, 3)
+        assert kept["ema/attention"].sum(1) == pytest.approx(1.0, abs=0.01)
+        right = kept["ema/answers"] == kept["labels"][kept["ema/attention_samples"]]
+        first_wrong = min([*np.flatnonzero(~right), len(right)])
+        assert 0 < right.sum() == first_wrong <= 3, "first those answered rightly, then the others"
 
 
 def test_it_waits_for_a_gpu_that_is_held(own_copy: Project, refuse_to_share: Callable[..., None]) -> None:

@@ -10,10 +10,11 @@ from PIL import Image
 
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.gallery import CAPTION_HEIGHT, GAP, HEADER_HEIGHT, MARK_WIDTH, TILE_HEIGHT
-from nextvid.lineage.shown import MASKED, Shown, show
+from nextvid.lineage.shown import MASKED, Shown, features_over_frames, show
 from nextvid.make import Request, make
+from nextvid.train.run import find_run
 from nextvid.trainset.order import listed_draws
-from storage.errors import ConfigError
+from storage.errors import ConfigError, UpstreamError
 from storage.schemas import Clips, Media, Shots
 from storage.tables import read_tables
 from tests.factories import save_autoencoder, write_project
@@ -112,3 +113,24 @@ def test_a_file_without_a_row_says_why(project: Project, tmp_path: Path) -> None
 def test_an_unknown_name_is_refused(project: Project, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no row, clip, shot or media id and no file"):
         show(open_project(project.path), "nobody", str(tmp_path / "p.png"), RECIPE)
+
+
+def test_features_of_the_averaged_encoder_lie_beside_those_of_its_start(evaluated: Project) -> None:
+    rng, run = np.random.default_rng(0), find_run(evaluated, "demo")
+    clips = {
+        b"video": rng.integers(0, 256, (8, SIDE, SIDE, 3), np.uint8),
+        b"image": np.zeros((1, SIDE, SIDE, 3), np.uint8),
+    }
+    found = features_over_frames(run, clips)
+    assert {row: [frames.shape for _, frames in lines] for row, lines in found.items()} == {
+        b"video": [(4, SIDE, SIDE, 3)] * 2,
+        b"image": [(1, SIDE, SIDE, 3)] * 2,
+    }
+    (ema, first), (random, second) = found[b"video"]
+    assert ("averaged" in ema, "random" in random) == (True, True)
+    assert not np.array_equal(first, second)
+
+
+def test_features_need_a_run(project: Project, tmp_path: Path) -> None:
+    with pytest.raises(UpstreamError, match=f"recipe {RECIPE} has no complete run without overrides"):
+        show(project, of(project, "dunes")["uri"], str(tmp_path / "p.png"), RECIPE, features=True)

@@ -38,7 +38,9 @@ def test_the_page_is_written_once(scored: Project) -> None:
         assert digest in text
     figures = [path.name for path in (page.parent / "figures").iterdir()]
     assert text.count('src="data:image/png;base64,') == len(figures)
-    assert {"curves.png", "masked.png", "tsne_species.png"} <= set(figures)
+    assert {"curves.png", "masked.png", "tsne_species.png", "dense_species.png", "attention_species.png"} <= set(
+        figures
+    )
     words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)  # in a megabyte of base64 any four letters may stand
     assert "http" not in words.replace("http-equiv", "")
 
