@@ -7,7 +7,8 @@
     model/     the paper, one file per box of Fig. 2   lineage/   which data made what
     planning/  what is missing and what it costs       making/    what all makers share
 
-`nextvid.load_encoder(path)` opens an exported encoder, `nextvid.NExTVidEncoder.from_pretrained` one of the Hub too.
+`nextvid.load_encoder(path)` opens an exported encoder, `nextvid.NExTVidEncoder.from_pretrained` one of the Hub too;
+`nextvid.open_latents(root)` is a torch data set of stored latents, `nextvid.training_batches` gives the trainer's own.
 """
 
 from typing import TYPE_CHECKING
@@ -15,14 +16,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nextvid.features.encoder import NExTVidEncoder as NExTVidEncoder
     from nextvid.features.encoder import load_encoder as load_encoder
+    from nextvid.train.batches import training_batches as training_batches
+    from nextvid.trainset.dataset import open_latents as open_latents
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
     """Resolve the public names when they are asked for, so that importing the package costs no torch."""
-    if name in ("load_encoder", "NExTVidEncoder"):
-        from nextvid.features import encoder
+    match name:
+        case "load_encoder" | "NExTVidEncoder":
+            from nextvid.features import encoder
 
-        return getattr(encoder, name)
+            return getattr(encoder, name)
+        case "open_latents":
+            from nextvid.trainset.dataset import open_latents
+
+            return open_latents
+        case "training_batches":
+            from nextvid.train.batches import training_batches
+
+            return training_batches
     raise AttributeError(f"module 'nextvid' has no attribute '{name}'")

@@ -12,7 +12,7 @@ Axes: B clips, F frames, C channels of one frame, h and w cells of the model's g
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ class Loader:
                     "as divide it, or override the batch"
                 )
 
-    def batches(self, first_step: int, threads: int = 1) -> Iterator[Batch]:
+    def batches(self, first_step: int, threads: int = 1) -> Generator[Batch, None, None]:
         """Batches from `first_step` to the last step, in order. Without threads each is filled when it is requested."""
         filled = self.filled(first_step, threads)
         while True:
@@ -229,7 +229,7 @@ def open_loader(
     Raises RefusedError if trainset and recipe do not fit, or a row was withdrawn.
     """
     order = Order(trainset, recipe)
-    order.refuse_withdrawn(root, trainset)
+    trainset.refuse_withdrawn(order.lengths)
     largest = max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
     with ExitStack() as stack:
         rows: dict[RowKind, Rows] = {}

@@ -116,7 +116,7 @@ def prepare_run(
     if source is not None and run.newest_step() is None:
         refuse_other_shapes(source, config)
     if not run.complete:
-        Order(opened, config).refuse_withdrawn(project.root, opened)
+        opened.refuse_withdrawn(Order(opened, config).lengths)
     write_run(run)
     if launch is not None:
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}

@@ -6,7 +6,6 @@ dataset's images come first, then its clips of the stage's length. Reads address
 Axes: B clips, n visible cells, L visible tokens.
 """
 
-import bisect
 import math
 import mmap
 from collections.abc import Iterator
@@ -23,8 +22,6 @@ from nextvid.trainset.trainset import Trainset
 from storage.draws import BLOCK, Draws, mask_entries
 from storage.errors import RefusedError
 from storage.reader import ADDRESS, row_id
-from storage.root import DataRoot
-from storage.withdrawn import withdrawn_rows
 
 IMAGE = 1  # stored frames of an image
 
@@ -57,8 +54,8 @@ class Order:
     """The draws of a recipe on a trainset. Raises RefusedError where a dataset has no row for a stage."""
 
     def __init__(self, trainset: Trainset, recipe: RecipeConfig) -> None:
-        lengths = {*recipe.clip_lengths, *([IMAGE] if IMAGE in trainset.lengths else [])}
-        self._rows = {frames: trainset.rows(frames) for frames in sorted(lengths)}
+        self.lengths = sorted({*recipe.clip_lengths, *([IMAGE] if IMAGE in trainset.lengths else [])})
+        self._rows = {frames: trainset.rows(frames) for frames in self.lengths}
         for rows in self._rows.values():
             if isinstance(rows.base, mmap.mmap):
                 # rows of draws are far apart: a cold read takes 0.08 ms, 0.5 with read-ahead
@@ -90,19 +87,6 @@ class Order:
             places[of_length] = (firsts[datasets] + inside)[of_length]
             addresses[of_length] = self._rows[length][places[of_length]]
         return Drawn(first, draws.datasets, datasets, stored, places, addresses)
-
-    def refuse_withdrawn(self, root: DataRoot, trainset: Trainset) -> None:
-        """Raise RefusedError if one of the rows was withdrawn; by a binary search in each dataset."""
-        for withdrawn in withdrawn_rows(root):
-            for frames, offsets in self._offsets.items():
-                for first, count in offsets.values():
-                    rows = self._rows[frames][first : first + count]
-                    place = bisect.bisect_left(rows, withdrawn, key=row_id)
-                    if place < count and row_id(rows[place]) == withdrawn:
-                        raise RefusedError(
-                            f"trainset {trainset.digest} holds row {withdrawn.hex()}, which was withdrawn: make the "
-                            "trainset again and train on the new one"
-                        )
 
     def _count(self, frames: int, dataset: str) -> int:
         return self._offsets.get(frames, {}).get(dataset, (0, 0))[1]

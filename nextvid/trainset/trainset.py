@@ -5,9 +5,10 @@ The corpus grows, a run's data must not: a run reads one trainset. selection.py 
 Axes: C channels.
 """
 
+import bisect
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -25,12 +26,13 @@ from storage.atomic import exists, remove_tree
 from storage.digest import ID_BYTES, digest_bytes, digest_config
 from storage.errors import ConflictError, DamagedError, RefusedError, TableError, UpstreamError
 from storage.locks import locked
-from storage.reader import ADDRESS
+from storage.reader import ADDRESS, row_id
 from storage.root import DataRoot
 from storage.schemas import Duplicates, Lineage
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
 from storage.tables import read_table
+from storage.withdrawn import withdrawn_rows
 
 ASSET = "trainset"
 NAMED = 20  # our choice: batches that a message or an event names one by one
@@ -138,6 +140,19 @@ class Trainset:
                 "corpus.yaml and make 'trainset' again, or choose another recipe"
             )
         return {name: (int(first), int(count)) for name, (first, count) in found.items()}
+
+    def refuse_withdrawn(self, lengths: Iterable[int]) -> None:
+        """RefusedError if a row of these clip lengths was withdrawn; by a binary search in each dataset."""
+        withdrawn = withdrawn_rows(self._root)
+        for frames in lengths if withdrawn else ():
+            rows = self.rows(frames)
+            for (first, count), row in itertools.product(self.offsets(frames).values(), withdrawn):
+                place = bisect.bisect_left(rows, row, first, first + count, key=row_id)
+                if place < first + count and row_id(rows[place]) == row:
+                    raise RefusedError(
+                        f"trainset {self.digest} holds row {row.hex()}, which was withdrawn: make the trainset again "
+                        "and train on the new one"
+                    )
 
     def check(self) -> None:
         """Read every file of rows; DamagedError where one is not what was frozen."""

@@ -256,7 +256,7 @@ def test_an_abandoned_iteration_ends_its_threads(project: Project) -> None:
     with loading(project, tiny_recipe()) as loader:
         batches = loader.batches(0)
         next(batches)
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
 
 
 def test_micro_batches_are_the_batch(project: Project) -> None:
