@@ -3,6 +3,7 @@
 One machine needs no such tags: there the pools of dagster.yaml bound what runs at once.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any
 from nextvid.config.strict import AtLeastZero, Positive, Strict, parse
 from nextvid.config.yaml_file import read_yaml
 from nextvid.graph import GRAPH, Asset
+from nextvid.machine import CORES
 from storage.errors import ConfigError
 
 OVERRIDES = "NEXTVID_COMPUTE"  # a YAML file such as {pretrain: {gpus: 4}}
@@ -66,10 +68,16 @@ def _overrides() -> Mapping[str, Mapping[str, Any]]:
 
 def tags(compute: Compute) -> dict[str, Any]:
     """The tags of an op by which Ray's and Kubernetes' executors ask for it."""
-    ray = {"num_cpus": compute.cpus, "num_gpus": compute.gpus, "memory": int(compute.memory_gib * 2**30)}
+    cores = str(math.ceil(compute.cpus))  # neither cluster shows a step fewer cores than its node has
+    ray: dict[str, Any] = {
+        "num_cpus": compute.cpus,
+        "num_gpus": compute.gpus,
+        "memory": int(compute.memory_gib * 2**30),
+    }
+    ray |= {"runtime_env": {"env_vars": {CORES: cores}}}
     requests = {"cpu": f"{compute.cpus:g}", "memory": f"{int(compute.memory_gib * 1024)}Mi"}
     resources: dict[str, Any] = {"requests": requests}
-    pod: dict[str, Any] = {"container_config": {"resources": resources}}
+    pod: dict[str, Any] = {"container_config": {"resources": resources, "env": [{"name": CORES, "value": cores}]}}
     if compute.gpus:
         resources["limits"] = {"nvidia.com/gpu": f"{compute.gpus:g}"}
     if compute.gpus > 1:  # the loader's ring and NCCL need more than the 64 MB of a container

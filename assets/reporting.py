@@ -13,6 +13,7 @@ from PIL import Image
 
 from assets.resources import ProjectResource
 from nextvid.config.project import Project
+from nextvid.machine import available_cores, batches_at_once
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
 from storage import atomic
@@ -102,9 +103,11 @@ def batch_table(
     make: Callable[[Project, str], Outcome],
     schema: type[dy.Schema],
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
-    """Make one table of a batch; report it with its first rows."""
+    """Make one table of a batch, on a share of the cores, as other batches' steps may run; report its first rows."""
     with readable_errors():
         opened, batch = open_batch(context, project)
+        cores = available_cores(opened.corpus.execution.cores)
+        opened = opened.on_cores(cores // batches_at_once(cores))
         reported = result(make(opened, batch))
         rows = preview(read_table(opened.root.table(noun, batch), schema))
         return reported._replace(metadata={**(reported.metadata or {}), "first rows": rows})

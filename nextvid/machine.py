@@ -1,12 +1,13 @@
-"""This machine: cores, child processes that end with their launcher, and leases of GPUs.
+"""This machine: how work shares its cores and memory, child processes that end with their launcher, leases of GPUs.
 
-- How many cores this process may use, and which device `auto` is.
+- `available_cores`, `workers`, `taken_cores`: how many processes or threads a stage starts (docs/decisions/0052).
 - `die_with`: a trainer or encoder ends when the process that started it ends, however that happened.
 - `leased_gpus`: each GPU of this machine is used by at most one process of a user at a time, and its children. A lease
   is a lock file per GPU (flock), which the kernel releases when its holder dies.
 """
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -26,13 +27,94 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WATCH_S = 0.5  # our choice: far below the 10 s within which a cancelled run must have ended
 ORPHANED = 75  # exit code of a child whose launcher is gone (EX_TEMPFAIL of sysexits.h: starting again resumes)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+CORES = "NEXTVID_CORES"  # bounds the cores of every process that has it in its environment
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# A batch's steps in Dagster are processes that know nothing of each other, so each gets a fixed share. 16 lies between
+# what a batch of 1,000 files pays for: 2 workers that probe, 40 that decode (nextvid/corpus/media.py and shots.py).
+BATCH_CORES = 16
+WORKER_BYTES = 1 << 30  # our measurement: 0.35 GB of a process that decodes 1080p, 1.07 GB of one at 4K
 
 Tell = Callable[[str], None]  # shows a line to whoever waits
 
 
-def available_cores() -> int:
-    """Cores that this process may use, at least one: fewer than the machine has in a container or under `taskset`."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+def available_cores(most: int | None = None) -> int:
+    """Cores that this process may use, at least one: by affinity, cgroup quota, NEXTVID_CORES and `most`.
+
+    Half a core counts as one, two and a half as three: processes that wait for a quota still use all of it. Raises
+    ConfigError where NEXTVID_CORES is no whole number from 1.
+    """
+    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    bounds = [known, *([] if most is None else [most])]
+    if (asked := os.environ.get(CORES)) is not None:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ConfigError(f"{CORES}='{asked}' is no number of cores: set it to 1 or more, or unset it")
+        bounds.append(int(asked))
+    for group in _cgroups("cpu"):
+        quota, period = "max", "100000"
+        if (group / "cpu.max").is_file():  # cgroup v2
+            quota, period = (group / "cpu.max").read_text().split()
+        elif (group / "cpu.cfs_quota_us").is_file():  # cgroup v1, where -1 is no quota
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        if quota.isdecimal():
+            bounds.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(bounds))
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or of the container or job that this process is in."""
+    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for group in _cgroups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # cgroup v2, where "max" is no limit, and v1
+            if (group / name).is_file() and (limit := (group / name).read_text().strip()).isdecimal():
+                bounds.append(int(limit))
+    return min(bounds)
+
+
+def _cgroups(controller: str) -> Iterator[Path]:
+    """Folders of this process's control groups for a controller and of those above them, whose limits hold too."""
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = CGROUPS / controllers
+        own = top / path.lstrip("/")  # absent in a container that sees its own group as the top
+        yield from dict.fromkeys(folder for folder in (own, *own.parents, top) if folder.is_relative_to(top))
+
+
+def workers(worth: int, cores: int) -> int:
+    """Processes for work that is worth starting so many: no more than cores, nor than memory has room for."""
+    return max(1, min(worth, cores, memory_bytes() // WORKER_BYTES))
+
+
+def batches_at_once(cores: int) -> int:
+    """Batches that Dagster works on at once on so many cores: each has an equal share (BATCH_CORES)."""
+    return max(1, cores // BATCH_CORES)
+
+
+_TAKEN = threading.Condition()
+_taken_cores = 0  # by all threads of this process
+
+
+@contextmanager
+def taken_cores(worth: int, most: int | None = None) -> Iterator[int]:
+    """Of this process's cores as many as `workers` says and are free: batches that are made at once share them.
+
+    Waits while fewer than a quarter of the cores are free, so that a batch does not begin, and stay, on the last one.
+    """
+    global _taken_cores
+    cores = available_cores(most)
+    wanted = workers(worth, cores)
+    least = min(wanted, max(1, cores // 4))
+    with _TAKEN:
+        _TAKEN.wait_for(lambda: cores - _taken_cores >= least)
+        taken = min(wanted, cores - _taken_cores)
+        _taken_cores += taken
+    try:
+        yield taken
+    finally:
+        with _TAKEN:
+            _taken_cores -= taken
+            _TAKEN.notify_all()
 
 
 def device_of(asked: str) -> str:
@@ -40,14 +122,6 @@ def device_of(asked: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-
-
-def memory_bytes() -> int:
-    """Memory of this machine, or of the container that this process is in."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2: a number, or "max"
-    given = limit.read_text().strip() if limit.is_file() else "max"
-    return min(whole, int(given)) if given.isdigit() else whole
 
 
 def ancestors() -> list[int]:

@@ -1,16 +1,22 @@
 """Make an asset and what it lacks upstream, without Dagster: the same makers write the same files."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
 from nextvid.config.overrides import apply_how
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.graph import BY_BATCH, GRAPH, Asset, chain, maker
+from nextvid.machine import available_cores
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome, detail
 from nextvid.making.progress import OnProgress, Progress, silent
 from storage.errors import ConfigError, CorpusError, UnlistedError, UpstreamError
+
+# Assets of which several batches are made at once. Encoding is not one: a batch's autoencoder fills CPU or GPUs.
+SIDE_BY_SIDE = ("media", "shots", "clips")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Request:
 
 
 def make(project: Project, request: Request) -> Iterator[Outcome]:
-    """Make the asset and whatever it lacks upstream; yields each outcome as soon as it is known.
+    """Make the asset and whatever it lacks upstream; yields outcomes as they are known, of batches in any order.
 
     A batch that fails does not stop the other batches; what reads all batches decides which of them it can use. What is
     not made batch by batch needs no media files: where a dataset's folder cannot be listed, its batches are used as the
@@ -45,26 +51,31 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
     stopped: dict[str, str] = {}  # batch -> why
     unlisted: Mapping[str, str] = {}  # dataset -> why
     for name in steps(request, request.recipe in project.corpus.encoders):
-        for partition in partitions(project, name, request):
-            if partition in stopped or (name in BY_BATCH and dataset_of(str(partition)) in unlisted):
-                continue
-            try:
-                outcome = yield from _make_and_judge(project, name, partition, request)
-            except UpstreamError as error:
+        left = [
+            key
+            for key in partitions(project, name, request)
+            if key not in stopped and not (name in BY_BATCH and dataset_of(str(key)) in unlisted)
+        ]
+        for key, found in _made(project, name, left, request):
+            match found:
+                case Outcome():
+                    yield found
+                    why = _refused(found)
+                    if name == "pretrain":  # what follows looks at this run
+                        request = replace(request, run=found.run)
+                case UnlistedError():
+                    unlisted, why = found.reasons, None
+                    held = {dataset_of(batch) for batch in project.root.batches()}
+                    if GRAPH[request.asset].partition == "batch" or not held.issuperset(unlisted):
+                        raise found
+                    note = f"{found}. Going on with what {project.corpus.root} holds of {', '.join(unlisted)}"
+                    request.on_progress(Progress("sources", 0, 0, note=note))
+                case _:
+                    why = found
+            if why is not None:
                 if name not in BY_BATCH:
-                    raise
-                stopped[str(partition)] = str(error)
-                continue
-            except UnlistedError as error:
-                unlisted = error.reasons
-                held = {dataset_of(batch) for batch in project.root.batches()}
-                if GRAPH[request.asset].partition == "batch" or not held.issuperset(unlisted):
-                    raise
-                note = f"{error}. Going on with what {project.corpus.root} holds of {', '.join(unlisted)}"
-                request.on_progress(Progress("sources", 0, 0, note=note))
-                continue
-            if name == "pretrain":  # what follows looks at this run
-                request = replace(request, run=outcome.run)
+                    raise why
+                stopped[str(key)] = str(why)
         if name == "sources" and request.asset != "sources":
             _refuse_nothing(project, request)
         if stopped and name in BY_BATCH and (name == request.asset or request.batch is not None):
@@ -83,17 +94,45 @@ def steps(request: Request, trained: bool = False) -> list[Asset]:
     return [asset for asset in chain(request.asset) if asset not in given]
 
 
-def _make_and_judge(
-    project: Project, asset: Asset, partition: str | None, request: Request
-) -> Generator[Outcome, None, Outcome]:
-    """Make one partition and yield its outcome. Raises UpstreamError where a blocking check failed."""
-    outcome = make_one(project, asset, partition, request)
-    yield outcome
-    if not outcome.passed:
-        failed = [check for check in outcome.checks if check.blocking and not check.passed]
-        listed = (f"{check.name} ({detail(check)})" for check in failed)
-        raise UpstreamError(f"{asset}: blocking checks failed: {', '.join(listed)}")
-    return outcome
+def _made(
+    project: Project, asset: Asset, keys: Sequence[str | None], request: Request
+) -> Iterator[tuple[str | None, Outcome | UpstreamError | UnlistedError]]:
+    """Make these partitions: each with its outcome, or with the error of its data, as they end.
+
+    Batches of SIDE_BY_SIDE are made by threads, as many as there are cores; their workers share the cores
+    (nextvid/machine.py). Where the caller stops, they stop at the next file.
+    """
+    at_once = min(len(keys), available_cores(project.corpus.execution.cores)) if asset in SIDE_BY_SIDE else 1
+    stopping = threading.Event()
+
+    def told(progress: Progress) -> None:
+        if stopping.is_set():
+            raise CancelledError
+        request.on_progress(progress)
+
+    def attempt(key: str | None) -> tuple[str | None, Outcome | UpstreamError | UnlistedError]:
+        try:
+            return key, make_one(project, asset, key, replace(request, on_progress=told))
+        except (UpstreamError, UnlistedError) as error:
+            return key, error
+
+    if at_once <= 1:  # in this thread, which has torch's threads and gets the signals
+        yield from map(attempt, keys)
+        return
+    with ThreadPoolExecutor(at_once, "batch") as threads:
+        try:
+            for made in as_completed([threads.submit(attempt, key) for key in keys]):
+                yield made.result()
+        finally:
+            stopping.set()
+            threads.shutdown(cancel_futures=True)
+
+
+def _refused(outcome: Outcome) -> UpstreamError | None:
+    """Why what reads this outcome may not: its blocking checks that failed."""
+    failed = [check for check in outcome.checks if check.blocking and not check.passed]
+    listed = (f"{check.name} ({detail(check)})" for check in failed)
+    return UpstreamError(f"{outcome.asset}: blocking checks failed: {', '.join(listed)}") if failed else None
 
 
 def _refuse_names(project: Project, request: Request) -> None:

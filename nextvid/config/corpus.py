@@ -49,13 +49,16 @@ class EncodingConfig(Strict):
 
 
 class MachineConfig(Strict):
-    """The devices of this machine that latents, probes and samples are computed on. In no digest."""
+    """What of this machine is used: devices for latents, probes and samples, cores for everything. In no digest."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is a GPU where there is one")
     devices: int = Field(
         0, ge=0, description="processes that encode, one a GPU; 0 is one for every free GPU, or one on the CPU"
     )
     batch_frames: Count = Field(64, description="frames of one forward of the autoencoder")
+    cores: Count | None = Field(
+        None, description="most cores that one process uses; null: all that affinity, cgroup and NEXTVID_CORES allow"
+    )
 
 
 class CacheConfig(Strict):
@@ -79,7 +82,7 @@ class CorpusConfig(Strict):
     cache: CacheConfig = Field(
         CacheConfig(), description="local copies of shards on an object store, and features while probes learn"
     )
-    execution: MachineConfig = Field(MachineConfig(), description="devices that encode, probe and sample")
+    execution: MachineConfig = Field(MachineConfig(), description="devices and cores of this machine")
     encoding: EncodingConfig = Field(description="how frames become latents")
     curation: CurationConfig = Field(CurationConfig(), description="how shots are found, filtered and compared")
     datasets: dict[str, DatasetConfig] = Field(description="datasets by name")

@@ -32,6 +32,12 @@ class Project:
         """The project as it would be with corpus.yaml and makers accepted: for plans of what that would cost."""
         return replace(self, corpus=self.asked, versions=None)
 
+    def on_cores(self, cores: int) -> "Project":
+        """The project for a process that has a share of this machine: on at most so many cores."""
+        execution = self.corpus.execution
+        fewer = execution.model_copy(update={"cores": min(cores, execution.cores or cores)})
+        return replace(self, corpus=self.corpus.model_copy(update={"execution": fewer}))
+
     def recipe(self, name: str) -> RecipeConfig:
         """A recipe, built in or one of this project's own. Raises ConfigError."""
         if name in self.asked.encoders:

@@ -27,7 +27,7 @@ from nextvid.config.project import Project
 from nextvid.corpus.labels import label_bytes, read_labels
 from nextvid.corpus.layouts import SPLIT_NAMES, WNID
 from nextvid.corpus.sources import list_dataset
-from nextvid.machine import available_cores
+from nextvid.machine import taken_cores
 from nextvid.video.fetch import map_files
 from nextvid.video.probe import Inspection, MediaFacts, inspect_file
 from nextvid.video.sandbox import Sandbox
@@ -208,8 +208,11 @@ def _sample(files: pl.DataFrame) -> tuple[list[MediaFacts], int]:
     step = max(1, files.height // SAMPLED)
     chosen = files.gather_every(step).head(SAMPLED)
     facts, unreadable = [], 0
-    workers = min(2, available_cores(), chosen.height)  # probing waits for the disk
-    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
+    with (
+        taken_cores(min(2, chosen.height)) as workers,  # a sample of SAMPLED files is worth no more
+        tempfile.TemporaryDirectory(prefix="nextvid-") as folder,
+        Sandbox(workers) as sandbox,
+    ):
         tasks = ((uri, ()) for uri in chosen["uri"])
         for _, _, found in map_files(sandbox, inspect_file, tasks, Path(folder), TIMEOUT_S):
             if isinstance(found, Inspection) and found.facts is not None:

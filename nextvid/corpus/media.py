@@ -19,7 +19,7 @@ from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.labels import contradictions, doubled, label_checks, read_labels
 from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, is_below, known_sources
-from nextvid.machine import available_cores
+from nextvid.machine import taken_cores
 from nextvid.making.batches import batch_state, config_of, dataset_of, made_by_older
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
@@ -35,7 +35,6 @@ from storage.withdrawn import withdrawn_media
 
 MediaRow = dict[str, Any]  # a row of Media or Sources
 
-WORKERS = 2  # our choice: probing waits for the disk, and two processes keep one busy
 # Our measurement: a process starts in 0.6 s (nextvid/video/sandbox.py), in which another probes 500 pictures or hashes
 # 750 MB.
 FILES_A_WORKER, BYTES_A_WORKER = 500, 750_000_000
@@ -59,7 +58,10 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     kept = _kept(before, unread)
     made_from = {"listing": listing, "version": state.version_now("media", kept=kept.height > 0)}
     rows = _never_read(sources, before, config.licence) + _inspect(
-        unread, config, lambda n: on_progress(Progress(f"media {batch}", n, unread.height))
+        unread,
+        config,
+        project.corpus.execution.cores,
+        lambda done: on_progress(Progress(f"media {batch}", done, unread.height)),
     )
     media = pl.concat([kept, pl.DataFrame(rows, before.schema, orient="row")]).sort("uri", "revision")
     labels = _join(media, read_labels(config, media["path"].to_list()), config.labels)
@@ -137,8 +139,10 @@ def _never_read(sources: pl.DataFrame, before: pl.DataFrame, licence: str) -> li
     return rows
 
 
-def _inspect(unread: pl.DataFrame, config: DatasetConfig, on_count: Callable[[int], None]) -> list[MediaRow]:
-    """One row per file, read in the sandbox."""
+def _inspect(
+    unread: pl.DataFrame, config: DatasetConfig, cores: int | None, on_count: Callable[[int], None]
+) -> list[MediaRow]:
+    """One row per file, read in the sandbox, on at most so many cores."""
     rows: list[MediaRow] = []
     licence = config.licence
     files: dict[str, MediaRow] = {}
@@ -156,8 +160,11 @@ def _inspect(unread: pl.DataFrame, config: DatasetConfig, on_count: Callable[[in
     sizes_bytes = [source["size_bytes"] for source in files.values()]
     timeout_s = TIMEOUT_S + max(sizes_bytes) / READ_BYTES_PER_S
     worth = max(len(files) // FILES_A_WORKER, sum(sizes_bytes) // BYTES_A_WORKER)
-    workers = max(1, min(WORKERS, available_cores(), worth))
-    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
+    with (
+        taken_cores(worth, cores) as workers,
+        tempfile.TemporaryDirectory(prefix="nextvid-") as folder,
+        Sandbox(workers) as sandbox,
+    ):
         tasks = ((uri, ()) for uri in files)
         for uri, path, result in map_files(sandbox, inspect_file, tasks, Path(folder), timeout_s):
             if isinstance(result, MediaError) and path is not None:

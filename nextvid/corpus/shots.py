@@ -19,7 +19,7 @@ from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import shot_id
 from nextvid.corpus.gallery import KeptPictures, SheetRow, Tile, contact_sheet, publish_pictures
-from nextvid.machine import available_cores
+from nextvid.machine import taken_cores
 from nextvid.making.batches import batch_state, config_of, made_by_older
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
@@ -34,7 +34,6 @@ from storage.schemas import Media, Shots, Sources
 
 ShotRow = dict[str, Any]  # a row of Shots or Media
 
-WORKERS = 2  # our choice: each decodes with one thread; Dagster runs several batches beside each other
 # Our measurements: a process starts in 0.6 s (nextvid/video/sandbox.py), in which another decodes 25 videos of 3 s at
 # 64 pixels, or 20 s of video at 360p.
 FILES_A_WORKER, SECONDS_A_WORKER = 25, 20
@@ -70,7 +69,7 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
     new, lost = _without_shots(media, sources, before)
     rows = [_failed(row, "gone", "the file was removed before it was decoded", "rejected") for row in lost]
     pictured, kept = _Sheet([bytes(row["media_id"]) for row in new]), KeptPictures()
-    for number, seen in enumerate(_first_passes(new, config), 1):
+    for number, seen in enumerate(_first_passes(new, config, project.corpus.execution.cores), 1):
         made = _rows(seen)
         pictured.add(seen)
         if not isinstance(seen.result, MediaError):
@@ -147,18 +146,21 @@ def _without_shots(
     return list(first.iter_rows(named=True)), list(lost.iter_rows(named=True))
 
 
-def _first_passes(new: Sequence[ShotRow], config: ShotConfig) -> Iterator[_Seen]:
-    """Decode and score rows of Media in the sandbox; results in the order in which they finish."""
+def _first_passes(new: Sequence[ShotRow], config: ShotConfig, cores: int | None) -> Iterator[_Seen]:
+    """Decode and score rows of Media in the sandbox, on at most so many cores; results as they finish."""
     if not new:
         return
     longest_s = min(LONGEST_S, max(row["duration_us"] for row in new) / 1e6)
     timeout_s = TIMEOUT_S + TIMEOUT_A_SECOND * longest_s
     seconds = sum(row["duration_us"] for row in new) / 1e6
     worth = max(len(new) // FILES_A_WORKER, int(seconds / SECONDS_A_WORKER))
-    workers = max(1, min(WORKERS, available_cores(), worth))
     rows = {row["uri"]: row for row in new}
     tasks = ((uri, (facts_of(row), config)) for uri, row in rows.items())
-    with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, Sandbox(workers) as sandbox:
+    with (
+        taken_cores(worth, cores) as workers,
+        tempfile.TemporaryDirectory(prefix="nextvid-") as folder,
+        Sandbox(workers) as sandbox,
+    ):
         for uri, _, result in map_files(sandbox, first_pass, tasks, Path(folder), timeout_s):
             yield _Seen(rows[uri], result)
 

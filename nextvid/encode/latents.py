@@ -75,7 +75,8 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
             raise
         if report.pictures:
             publish_bytes(project.root.preview("latents", batch), preview_png(report.pictures))
-    with PixelWriter(project, batch, pixel_spec(project, plan.spec), shares(device_of(machine.device), 1)[0]) as pixels:
+    threads, _ = shares(device_of(machine.device), 1, machine.cores)
+    with PixelWriter(project, batch, pixel_spec(project, plan.spec), threads) as pixels:
         report += Report(pixels=pixels.rest(failed))
         return publish_outcome(project, plan, report, pixels.plan(), time.perf_counter() - began)
 

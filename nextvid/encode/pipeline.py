@@ -25,7 +25,7 @@ from nextvid.encode.plan import pixel_spec, wanted_clips
 from nextvid.encode.preview import Shown
 from nextvid.encode.roundtrip import Difference, Trip, checksums, round_trip, sampled, unlike
 from nextvid.encode.shard import NOT_WANTED, EncodedShard, RoundTripError, commit_table, encode_rows
-from nextvid.machine import available_cores
+from nextvid.machine import available_cores, workers
 from storage.errors import ConflictError, RefusedError
 from storage.part import LatentPart
 from storage.spec import EncodingSpec
@@ -213,8 +213,8 @@ def pipeline(
     RefusedError where the autoencoder's folder does not hold what the spec names.
     """
     encoding, clips = project.corpus.encoding, wanted_clips(project, batch)
-    workers, threads = shares(device, sharers)
-    with Decoding(workers) as decoding, ExitStack() as stack:
+    decoders, threads = shares(device, sharers, project.corpus.execution.cores)
+    with Decoding(decoders) as decoding, ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
         model = Autoencoder.load(encoding.autoencoder, device, spec.precision, project.corpus.execution.batch_frames)
@@ -223,19 +223,19 @@ def pipeline(
         model.when_halved = lambda frames: tell(
             Advance(note=f"the device's memory is full: from now on {frames} frames a batch")
         )
-        pixels = stack.enter_context(PixelWriter(project, batch, pixel_spec(project, spec), workers))
-        yield Pipeline(model, clips, decoding, pixels, stack.enter_context(_writer(workers)), tell)
+        pixels = stack.enter_context(PixelWriter(project, batch, pixel_spec(project, spec), decoders))
+        yield Pipeline(model, clips, decoding, pixels, stack.enter_context(_writer(decoders)), tell)
 
 
-def shares(device: str, sharers: int) -> tuple[int, int]:
-    """(decode processes, encoder threads) of one of `sharers` equal shares of this machine's cores.
+def shares(device: str, sharers: int, cores: int | None = None) -> tuple[int, int]:
+    """(decode processes, encoder threads) of one of `sharers` equal shares of this machine's cores, of at most `cores`.
 
     On CPU an encoder costs more than decoding, so that one core of four decodes, at least one; beside a GPU all but one
-    core decode.
+    core decode. Memory may have room for fewer processes.
     """
-    mine = max(1, available_cores() // sharers)
-    workers = max(1, mine // 4 if device == "cpu" else mine - 1)
-    return workers, max(1, mine - workers)
+    mine = max(1, available_cores(cores) // sharers)
+    decoding = workers(mine // 4 if device == "cpu" else mine - 1, mine)
+    return decoding, max(1, mine - decoding)
 
 
 @contextmanager

@@ -62,17 +62,19 @@ def noting(on_progress: OnProgress, name: str) -> Callable[[str], None]:
 
 
 class Lines:
-    """Writes progress as lines: every note, the end of what has a rate, and in between one in LOG_EVERY_S."""
+    """Writes progress as lines: every note, the end of what has a rate, and between them one a name in LOG_EVERY_S."""
 
     def __init__(self, write: Callable[[str], None], every_s: float = LOG_EVERY_S) -> None:
-        self._write, self._every_s, self._last_s = write, every_s, time.monotonic()
+        self._write, self._every_s, self._newest_s = write, every_s, time.monotonic()
+        self._last_s: dict[str, float] = {}  # by name: batches that are made at once have a line each
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         ended = bool(progress.rate) and progress.done == progress.total
-        if progress.note or ended or now - self._last_s >= self._every_s:
+        if progress.note or ended or now - self._last_s.setdefault(progress.name, self._newest_s) >= self._every_s:
             self._write(progress.line())
-            self._last_s = now if not progress.note else self._last_s
+            if not progress.note:
+                self._last_s[progress.name] = self._newest_s = now
 
 
 @contextmanager

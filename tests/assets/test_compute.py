@@ -40,7 +40,10 @@ def test_every_executable_asset_asks_for_what_the_table_says() -> None:
     tagged = {op.name: op.tags for op in ops if op.name != "sources"}  # the sensor reports it, no step runs
     assert set(tagged) == set(GRAPH) - {"sources"}
     asked = {name: (found["dagster-ray/config"], found["dagster-k8s/config"]) for name, found in tagged.items()}
-    assert json.loads(asked["latents"][0]) == {"num_cpus": 8, "num_gpus": 1, "memory": 32 * 2**30}
+    given = {"runtime_env": {"env_vars": {"NEXTVID_CORES": "8"}}}
+    assert json.loads(asked["latents"][0]) == {"num_cpus": 8, "num_gpus": 1, "memory": 32 * 2**30} | given
+    pod = json.loads(asked["latents"][1])["container_config"]
+    assert pod["env"] == [{"name": "NEXTVID_CORES", "value": "8"}]
     resources = json.loads(asked["pretrain"][1])["container_config"]["resources"]
     assert resources == {"requests": {"cpu": "64", "memory": "262144Mi"}, "limits": {"nvidia.com/gpu": "8"}}
     assert json.loads(asked["clips"][0])["num_gpus"] == 0

@@ -1,21 +1,36 @@
-"""A device is given out once at a time, whoever asks, and comes back when its holder dies."""
+"""Cores are counted and shared; a GPU is leased once at a time, whoever asks, and comes back when its holder dies."""
 
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
+import polars as pl
 import pytest
 import torch
 
 from nextvid import machine
-from nextvid.machine import VISIBLE, leased_devices, leased_gpus, visible_gpus
+from nextvid.corpus import media, shots
+from nextvid.encode.pipeline import shares
+from nextvid.machine import (
+    CORES,
+    VISIBLE,
+    available_cores,
+    batches_at_once,
+    leased_devices,
+    leased_gpus,
+    memory_bytes,
+    taken_cores,
+    visible_gpus,
+)
 from nextvid.train.pretrain import PreparedRun, trainers
 from storage.errors import ConfigError, RefusedError
+from tests.factories import write_project
 
 HOLDER = """
 import sys, time
@@ -168,3 +183,121 @@ def test_models_in_this_process_need_no_lease_on_a_cpu(monkeypatch: pytest.Monke
     monkeypatch.setenv(VISIBLE, "")
     with pytest.raises(ConfigError, match="torch sees no GPU here"), leased_devices(0, "cuda", "latents a", stop):
         pass
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, cores: int, memory: int = 1 << 40) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(machine, "memory_bytes", lambda: memory)
+    monkeypatch.delenv(CORES, raising=False)
+
+
+def cgroups(monkeypatch: pytest.MonkeyPatch, folder: Path, own: str, files: dict[str, str]) -> None:
+    (folder / "own").write_text(own)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", folder / "own")
+    monkeypatch.setattr(machine, "CGROUPS", folder)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/pod/job\n", {"pod/cpu.max": "50000 100000\n", "pod/job/cpu.max": "max 100000\n"}, 1),
+        ("0::/pod/job\n", {"pod/job/cpu.max": "250000 100000\n"}, 3),
+        ("0::/\n", {"cpu.max": "400000 100000\n"}, 4),
+        ("5:cpu,cpuacct:/job\n0::/\n", {f"cpu,cpuacct/job/cpu.cfs_{n}_us": q for n, q in
+         (("quota", "50000\n"), ("period", "100000\n"))}, 1),
+        ("5:cpu:/elsewhere\n", {f"cpu/cpu.cfs_{n}_us": q for n, q in (("quota", "-1\n"), ("period", "100000\n"))}, 8),
+        ("1:name=systemd:/\n", {}, 8),
+    ],
+)  # fmt: skip
+def test_a_quota_counts_as_the_cores_that_it_pays_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, str], cores: int
+) -> None:
+    """A group's limit holds for those within it; half a core is one."""
+    pretend(monkeypatch, 8)
+    cgroups(monkeypatch, tmp_path, own, files)
+    assert available_cores() == cores
+    assert shares("cpu", 1) == (max(1, cores // 4), max(1, cores - max(1, cores // 4)))
+
+
+def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cgroups(monkeypatch, tmp_path, "0::/pod\n", {"memory.max": "max\n", "pod/memory.max": "2147483648\n"})
+    assert memory_bytes() == 2 << 30
+    cgroups(monkeypatch, tmp_path, "4:memory:/pod\n", {"memory/pod/memory.limit_in_bytes": "1073741824\n"})
+    assert memory_bytes() == 1 << 30
+
+
+def test_cores_are_bounded_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 64)
+    cgroups(monkeypatch, tmp_path, "", {})
+    project = write_project(tmp_path, {"stills": {"uri": "stills"}}, execution={"cores": 6})
+    assert available_cores(project.corpus.execution.cores) == 6
+    assert project.on_cores(16).corpus.execution.cores == 6
+    assert project.on_cores(2).corpus.execution.cores == 2
+    monkeypatch.setenv(CORES, "3")
+    assert (available_cores(), available_cores(6), available_cores(2)) == (3, 3, 2)
+    for wrong in ("0", "half", "-1", ""):
+        monkeypatch.setenv(CORES, wrong)
+        with pytest.raises(ConfigError, match="is no number of cores: set it to 1 or more, or unset it"):
+            available_cores()
+    with pytest.raises(ConfigError, match=r"(?s)execution.*cores.*greater than or equal to 1"):
+        write_project(tmp_path, {"stills": {"uri": "stills"}}, execution={"cores": 0})
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "first_pass", "probe", "encode", "batches"),
+    [(2, 1 << 40, 2, 2, (1, 1), 1), (64, 1 << 40, 64, 4, (16, 48), 4), (64, 8 << 30, 8, 4, (8, 56), 4)],
+)
+def test_every_stage_plans_by_cores_and_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, memory: int, first_pass: int, probe: int,
+    encode: tuple[int, int], batches: int,
+) -> None:  # fmt: skip
+    """Of 2,000 files of 10 s: as many processes as cores and memory allow, and as the work is worth."""
+    pretend(monkeypatch, cores, memory)
+    started: list[int] = []
+
+    class Counting:
+        def __init__(self, workers: int) -> None:
+            started.append(workers)
+            raise InterruptedError
+
+    files = [{"uri": f"/nowhere/{n}", "duration_us": 10_000_000, "size_bytes": 10, "path": f"{n}"} for n in range(2000)]
+    config = write_project(tmp_path, {"films": {"uri": "films"}}).corpus
+    for module, work in (
+        (shots, lambda: list(shots._first_passes(files, config.curation.shots, None))),
+        (media, lambda: media._inspect(
+            pl.DataFrame(files).with_columns(fingerprint=pl.lit("one")), config.datasets["films"], None, lambda n: None
+        )),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, "Sandbox", Counting)
+        with pytest.raises(InterruptedError):
+            work()
+    assert started == [first_pass, probe]
+    assert shares("cpu", 1) == encode
+    assert batches_at_once(cores) == batches
+
+
+def test_batches_share_the_cores_and_none_begins_on_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 8)
+    begun, go = threading.Event(), threading.Event()
+    taken: list[int] = []
+
+    def third() -> None:
+        begun.set()
+        with taken_cores(100) as some:
+            taken.append(some)
+            go.wait(60)
+
+    with taken_cores(0) as one:
+        with taken_cores(6) as six:
+            assert (one, six) == (1, 6)
+            waiting = threading.Thread(target=third)
+            waiting.start()
+            assert begun.wait(60)
+            waiting.join(0.2)
+            assert taken == []  # one core is left, a quarter are two
+        go.set()
+        waiting.join(60)
+        assert taken == [7]
