@@ -1,12 +1,12 @@
 """The blocks `benchmarks` and `encoders` of corpus.yaml: probe tasks, and encoders of others that are probed too.
 
-Benchmarks may name one of the paper's four protocols (Tab. 9 and 10). A protocol is values of a benchmark's own fields;
-what is written beside its name takes their place.
+Benchmarks may name one of the paper's four protocols (Tab. 9 and 10), or `finetune`, which trains the encoder too. A
+protocol is values of a benchmark's own fields; what is written beside its name takes their place.
 """
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -14,6 +14,7 @@ from nextvid.config.datasets import ClipPolicy
 from nextvid.config.strict import AtLeastZero, Count, Positive, Share, Strict
 
 Augmentation = Literal["none", "video", "image"]
+DropShare = Annotated[float, Field(ge=0, lt=1)]
 
 
 class SweepConfig(Strict):
@@ -23,6 +24,23 @@ class SweepConfig(Strict):
     weight_decays: tuple[AtLeastZero, ...] = Field(min_length=1, description="weight decays")
     warm_up_epochs: AtLeastZero = Field(0.0, description="epochs in which the rate rises to its peak")
     warm_up_from: AtLeastZero = Field(0.0, description="rate at which that begins")
+
+
+class FinetuneConfig(Strict):
+    """How an encoder and a linear head on the mean of its tokens are trained together.
+
+    The rate and weight decay are the benchmark's `sweep`, of one pair. Defaults are VideoMAE's public recipe for
+    Kinetics-400 (run_class_finetuning), which follows BEiT's.
+    """
+
+    layer_decay: Positive = Field(
+        0.75, description="the rate of each block over that of the block after it; of the last block over the head's"
+    )
+    drop_path: DropShare = Field(
+        0.1,
+        description="how often the last block is skipped in training, clip by clip; earlier ones less, the first never",
+    )
+    smoothing: Share = Field(0.1, description="share of each label that is spread over all classes")
 
 
 # Data of Tab. 10, whose "FPS" is a stride in frames; what it leaves open is V-JEPA 2's public probe (docs/method.md 9).
@@ -61,6 +79,16 @@ PROTOCOLS: Mapping[str, dict[str, Any]] = {
             },
         ),
     },
+    # VideoMAE's scripts/kinetics/.../finetune.sh of ViT-B: rate 1e-3 for 256 clips, 512 clips a step, 5 x 3 test clips
+    "finetune": _EVERY
+    | {
+        "policy": _CLIPS | {"clips_per_shot": 5},
+        "batch": 512,
+        "epochs": 100,
+        "held_out": 0.0,  # there is one head: nothing is chosen
+        "sweep": ({"rates": (2e-3,), "weight_decays": (0.05,), "warm_up_epochs": 5.0, "warm_up_from": 2e-6},),
+        "finetune": {},
+    },
 }
 
 
@@ -79,8 +107,10 @@ class BenchmarkConfig(Strict):
     model_config = ConfigDict(json_schema_extra=_by_protocol)
 
     datasets: tuple[str, ...] = Field(min_length=1, description="names of the datasets whose clips are probed")
-    protocol: Literal["k400", "in1k", "ssv2", "diving48"] | None = Field(
-        None, description="the paper's Kinetics-400, ImageNet-1K, Something-Something-v2 or Diving48"
+    protocol: Literal["k400", "in1k", "ssv2", "diving48", "finetune"] | None = Field(
+        None,
+        description="the paper's Kinetics-400, ImageNet-1K, Something-Something-v2 or Diving48, or training of the "
+        "whole encoder",
     )
     target: str = Field(description="the label to predict; `class` by a protocol")
     policy: ClipPolicy = Field(description="how clips are cut: `clips_per_shot` segments of `views` views each")
@@ -118,6 +148,9 @@ class BenchmarkConfig(Strict):
         description="what an answer is given for: each shot, by the mean softmax of its views, or each file, by that "
         "of the views of all its shots",
     )
+    finetune: FinetuneConfig | None = Field(
+        None, description="the encoder is trained with a linear head; by default it is frozen, and heads are attentive"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +175,18 @@ class BenchmarkConfig(Strict):
             raise ValueError("clips of a benchmark are never flipped: leave 'flip' out")
         return policy if "crop" in policy.model_fields_set else policy.model_copy(update={"crop": "centre"})
 
+    @model_validator(mode="after")
+    def _one_training(self) -> Self:
+        if self.finetune is not None:
+            pairs = sum(len(grid.rates) * len(grid.weight_decays) for grid in self.sweep)
+            for name, found in (("sweep", pairs), ("seeds", self.seeds), ("levels", self.levels)):
+                if found != 1:
+                    raise ValueError(
+                        f"fine-tuning has one pair of rate and weight decay, one seed and one level: '{name}' has "
+                        f"{found}; 'protocol: finetune' has one of each"
+                    )
+        return self
+
     def values(self) -> dict[str, Any]:
         """What a score depends on, as plain values, by whatever name or protocol it was written."""
         younger = {
@@ -153,6 +198,7 @@ class BenchmarkConfig(Strict):
             "train_views",
             "judged",
             "limit",
+            "finetune",
         }  # than scores that are kept
         found, fields = self.model_dump(mode="json", exclude={"protocol"}), type(self).model_fields
         return {k: v for k, v in found.items() if k not in younger or getattr(self, k) != fields[k].default}

@@ -86,6 +86,8 @@ def probe_settings(width: int, reads: Literal["latents", "pixels"], config: Benc
         written["held_out"] = config.held_out
     if config.attention_heads is not None:
         written["heads"] = config.attention_heads
+    if config.finetune is not None:  # whose head has no attention
+        written["heads"] = 1
     return small.model_copy(update=written if width < SMALL_WIDTH else public | written)
 
 

@@ -46,8 +46,7 @@ def compute_probes(project: Project, planned: Planned, ranks: Ranks, threads: in
             atomic.remove_leftovers(planned.folder, LEFTOVER_AGE_S)
         missing = ranks.from_first("\n".join(planned.missing) if ranks.first else None)
         tasks = {name: planned.tasks[name] for name in (missing or "").split()}
-        scores = 3 if planned.run is not None else 1
-        total = sum(scores * task.settings.epochs for task in tasks.values())
+        total = sum(_trainings(planned, task) * task.settings.epochs for task in tasks.values())
         reporter = None
         if ranks.first:
             reporter = stack.enter_context(Reporter(Path(planned.folder), total, f"probes {planned.name}"))
@@ -60,13 +59,20 @@ def compute_probes(project: Project, planned: Planned, ranks: Ranks, threads: in
                 networks = load_networks(planned.run, str(ranks.device), planned.checkpoint)
             for name, task in tasks.items():
                 _score(project, planned, name, networks, ranks, threads, reporter, done)
-                done += scores * task.settings.epochs
+                done += _trainings(planned, task) * task.settings.epochs
         except NExTVidError as error:
             if reporter:
                 reporter.event("error", done, {"error": error.kind, "message": str(error)})
             raise
         if reporter:
             reporter.event("end", total, {})
+
+
+def _trainings(planned: Planned, task: Task) -> int:
+    """How many encoders a score has: of a run all three, or for fine-tuning, which is dear, without the online one."""
+    if planned.run is None:
+        return 1
+    return 3 if task.config.finetune is None else 2
 
 
 def _encoders(
@@ -76,8 +82,8 @@ def _encoders(
     frames, levels = task.config.policy.frames, task.config.levels
     if networks is None:
         config, spec = project.corpus.encoders[planned.name], task.trainset.spec
-        found = load_encoder(planned.name, config, frames_of(config, frames, levels), spec, levels, ranks.device)
-        return [found], {"recipe": planned.name, "run": planned.identity, "family": config.family, "trainset": None}
+        loaded = load_encoder(planned.name, config, frames_of(config, frames, levels), spec, levels, ranks.device)
+        return [loaded], {"recipe": planned.name, "run": planned.identity, "family": config.family, "trainset": None}
     assert planned.run is not None, "networks are a run's"
     recipe = planned.run.recipe
     blocks = level_blocks(recipe.model.encoder.depth, levels) if levels > 1 else ()
@@ -88,7 +94,10 @@ def _encoders(
         "trainset": planned.run.trainset,
         "mask_plan": planned.run.mask_plan,
     }
-    return run_encoders(networks, task.trainset, frames if frames > 1 else recipe.clip_lengths[0], blocks), about
+    if task.config.finetune is not None:  # which changes them
+        networks = load_networks(planned.run, str(ranks.device), planned.checkpoint)
+    found = run_encoders(networks, task.trainset, frames if frames > 1 else recipe.clip_lengths[0], blocks)
+    return [one for one in found if task.config.finetune is None or one.name != "online"], about
 
 
 def _score(
@@ -148,6 +157,7 @@ def _described(task: Task, scores: Mapping[str, Scored], seconds: float) -> dict
         },
         "limit": task.config.limit,
         **{name: getattr(task.config, name) for name in ("protocol", "levels", "judged", "train_views")},
+        "finetune": None if task.config.finetune is None else task.config.finetune.model_dump(mode="json"),
         "segments": rows.segments,
         "left_out": dict(rows.left_out),
         "chance": float(np.bincount(answers).max() / len(answers)),

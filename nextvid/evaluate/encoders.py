@@ -22,7 +22,7 @@ from torch.nn import functional
 from nextvid.config.benchmarks import Family, ProbedEncoderConfig
 from nextvid.encode.autoencoders import from_transformers
 from nextvid.encode.weights import TRANSFORMERS, decisive, read_json, weight_digests
-from nextvid.evaluate.features import FrozenEncoder, Input, level_blocks
+from nextvid.evaluate.features import FrozenEncoder, Input, Parts, level_blocks
 from storage.digest import digest_config
 from storage.errors import ConfigError, RefusedError
 from storage.spec import EncodingSpec
@@ -183,7 +183,8 @@ def load_encoder(
         setattr(model.config, "mask_ratio", 0.0)  # noqa: B010 - not in torch's types. It hides patches when it evaluates
     side = shape.side or spec.resolution // shape.patch * shape.patch
     encode = _Loaded(model, shape, side, level_blocks(shape.depth, levels)).encode
-    return FrozenEncoder(name, "pixels", frames, shape.width, frames // shape.tubelet, encode, levels)
+    parts = Parts(model, shape.known.blocks, shape.known.norm)
+    return FrozenEncoder(name, "pixels", frames, shape.width, frames // shape.tubelet, encode, levels, parts=parts)
 
 
 class _Loaded:
@@ -201,7 +202,6 @@ class _Loaded:
     def _take(self, block: int, _layer: nn.Module, _given: object, out: Tensor | tuple[Tensor, ...]) -> None:
         self._taken[block] = out[0] if isinstance(out, tuple) else out
 
-    @torch.inference_mode()
     def encode(self, clips: Input) -> Float[Tensor, "B L D"]:
         """Features of the blocks one after the other, each through the final norm; bf16 on a GPU."""
         shape, side = self._shape, self._side

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Float, Float16, Float32, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextvid.config.recipe import RecipeConfig
 from nextvid.model.encoder import Encoder
@@ -47,12 +47,22 @@ Input = Float[Tensor, "B F C h w"] | UInt8[Tensor, "B F H W 3"]
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The network of an encoder, and what it calls its list of blocks and its last norm: what fine-tuning trains."""
+
+    module: nn.Module
+    blocks: str
+    norm: str
+
+
+@dataclass(frozen=True)
 class FrozenEncoder:
     """A frozen encoder to probe, a run's or another's: what it reads, and how features are made of it.
 
     `encode` gets a batch on the device that the encoder is on: latents, normalised by the trainset's statistics and
     folded by `fold`, or pixels as stored, RGB bytes. An image is repeated to `frames`. Of the L tokens that it returns,
-    each of the `levels` (docs/method.md 9) has an equal part, and in it each of the `times`, in their order.
+    each of the `levels` (docs/method.md 9) has an equal part, and in it each of the `times`, in their order. Gradients
+    reach the weights of its `parts` where they ask for them; a floor has none.
     """
 
     name: str
@@ -63,6 +73,7 @@ class FrozenEncoder:
     encode: Callable[[Input], Float[Tensor, "B L D"]]
     levels: int = 1
     fold: int = 1  # store cells per side of a cell of the model's grid
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ def run_encoders(
             partial(encode, encoder, recipe, levels=tuple(levels)),
             max(1, len(levels)),
             fold(trainset, recipe) if reads == "latents" else 1,
+            Parts(encoder, "blocks", "norm"),
         )
         for name, encoder in networks.encoders.items()
     ]
@@ -120,7 +132,6 @@ def level_blocks(depth: int, levels: int) -> tuple[int, ...]:
     return tuple(depth - 1 - step * level for level in reversed(range(levels)))
 
 
-@torch.inference_mode()
 def encode(
     encoder: Encoder, recipe: RecipeConfig, given: Input, levels: tuple[int, ...] = ()
 ) -> Float[Tensor, "B L D"]:

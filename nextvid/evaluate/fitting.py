@@ -2,7 +2,8 @@
 
 The schedule is docs/method.md 9, with the warm-up of the demo's study (docs/demo.md). Every probe learns as if alone:
 its own gradient clipping and optimiser moments, and where `settings.own_orders` says so its seed's own batches. Ranks
-share each batch and add up gradients, so that every one has the same probes.
+share each batch and add up gradients, so that every one has the same probes. Fine-tuning (finetune.py) is another
+learner in the same loop.
 
 k-nearest-neighbour votes tell what features hold without any training. They are reported beside the attentive probe and
 never as the headline: on the demo they stay near chance in every arm (docs/demo.md).
@@ -13,9 +14,10 @@ numbers of a vector.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,6 +59,32 @@ class Lesson:
     width: int
 
 
+class Learner(Protocol):
+    """What learns from passes over clips, and goes on from the last that it kept."""
+
+    def losses(self, given: Tensor, chosen: Int[np.ndarray, "O b"], epoch: int) -> Float[Tensor, ""]:
+        """Sum of the losses on these samples, of which `given` was read, with gradients."""
+        ...
+
+    def step(self, step: int, ranks: Ranks) -> None:
+        """Take one of all steps by the gradients that all ranks added up; they are zero afterwards."""
+        ...
+
+    def save(self, epochs: int) -> None:
+        """Keep what is learnt after so many epochs."""
+        ...
+
+    def load(self) -> int:
+        """What was kept, if anything: how many epochs it has seen. Every rank calls this."""
+        ...
+
+
+class Given(Protocol):
+    """What a learner reads of samples, group by group, in order, in an epoch."""
+
+    def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Tensor]: ...
+
+
 def fit(
     lesson: Lesson,
     settings: ProbeSettings,
@@ -71,17 +99,32 @@ def fit(
     with the same bits. `on_epoch` is told the number of the epoch and the mean loss of all probes.
     Raises RefusedError for a batch smaller than the ranks.
     """
-    batch = min(settings.batch, len(lesson.samples))
+    heads = _Heads(lesson, settings, seeds, ranks, resume)
+    own = seeds if settings.own_orders else seeds[:1]
+    at_once = max(1, HEADS_BYTES // (len(own) * lesson.tokens * lesson.width * 4))
+    count = len(seeds) * len(settings.pairs)
+    learn(
+        heads, lesson.features, lesson.samples, settings, own, at_once, ranks, lambda e, loss: on_epoch(e, loss / count)
+    )
+    return heads.probes
+
+
+def learn(
+    learner: Learner, given: Given, samples: Samples, settings: ProbeSettings, seeds: Sequence[int], at_once: int,
+    ranks: Ranks, on_epoch: Callable[[int, float], None],
+) -> None:  # fmt: skip
+    """Epochs of a learner over samples, in an order for each seed, from the last epoch that it kept.
+
+    A step has `settings.batch` samples of each order, of which every rank reads its share, `at_once` at a time.
+    `on_epoch` is told the number of the epoch and the mean loss of a sample. Raises RefusedError for a batch smaller
+    than the ranks.
+    """
+    batch = batch_of(samples, settings)
     if batch < ranks.count:
         raise RefusedError(f"a batch of {batch} clips cannot be shared by {ranks.count} ranks: ask for fewer ranks")
-    probes = Probes(lesson.width, lesson.classes, settings, seeds).to(ranks.device)
-    optimiser, views = _optimiser(probes, settings)
-    labels = torch.from_numpy(lesson.labels.astype(np.int64)).to(ranks.device)
-    own = seeds if settings.own_orders else seeds[:1]
-    steps = len(lesson.samples) // batch
-    first = _load(resume, probes, optimiser, views) if resume is not None else 0
-    at_once = max(1, HEADS_BYTES // (len(own) * lesson.tokens * lesson.width * 4))
-    for epoch, orders in enumerate(_orders(lesson.samples, batch, settings.epochs, own)):
+    steps = len(samples) // batch
+    first = learner.load()
+    for epoch, orders in enumerate(_orders(samples, batch, settings.epochs, seeds)):
         if epoch < first:
             continue
         pieces = [
@@ -89,23 +132,23 @@ def fit(
             for step in range(steps)
             for chosen, last in _pieces(np.array_split(orders[:, step], ranks.count, axis=1)[ranks.rank], at_once)
         ]
-        found = lesson.features.of((chosen.ravel() for _, chosen, _ in pieces), epoch)
+        found = given.of((chosen.ravel() for _, chosen, _ in pieces), epoch)
         total = torch.zeros((), device=ranks.device)
-        for (step, chosen, last), tokens in zip(pieces, found, strict=True):
-            seen = rearrange(normalise(tokens), "(o b) l d -> o b l d", o=len(own))
-            losses = _losses(probes, seen, labels[torch.from_numpy(chosen).to(ranks.device)]).sum() / batch
-            losses.backward()
-            total += losses.detach()
+        for (step, chosen, last), piece in zip(pieces, found, strict=True):
+            loss = learner.losses(piece, chosen, epoch) / batch
+            loss.backward()
+            total += loss.detach()
             if last:
-                for group in optimiser.param_groups:
-                    group["lr"] = rate_at(epoch * steps + step, steps, group["pair"], settings)
-                _step(probes, optimiser, views, settings.clip, ranks)
-        if resume is not None:
-            if ranks.first:
-                _save(resume, epoch + 1, probes, optimiser, views)
-            ranks.wait()
-        on_epoch(epoch, float(ranks.sum(total)) / max(1, steps) / (len(seeds) * len(settings.pairs)))
-    return probes
+                learner.step(epoch * steps + step, ranks)
+        if ranks.first:
+            learner.save(epoch + 1)
+        ranks.wait()
+        on_epoch(epoch, float(ranks.sum(total)) / max(1, steps))
+
+
+def batch_of(samples: Samples, settings: ProbeSettings) -> int:
+    """Samples of a step."""
+    return min(settings.batch, len(samples))
 
 
 def _pieces(chosen: Int[np.ndarray, "O b"], at_once: int) -> Iterator[tuple[Int[np.ndarray, "O c"], bool]]:
@@ -114,30 +157,62 @@ def _pieces(chosen: Int[np.ndarray, "O b"], at_once: int) -> Iterator[tuple[Int[
         yield chosen[:, first : first + at_once], first + at_once >= chosen.shape[1]
 
 
-def _losses(probes: Probes, seen: Float[Tensor, "O b L D"], labels: Int[Tensor, "O b"]) -> Float[Tensor, " K*b"]:
-    """Cross-entropy of every probe on every clip."""
-    logits = probes(seen)  # [G, R, b, Y]
-    targets = repeat(labels, "o b -> (o s r b)", s=probes.seeds // len(labels), r=probes.pairs)
-    return functional.cross_entropy(rearrange(logits, "g r b y -> (g r b) y"), targets, reduction="none")
+class _Heads:
+    """Probes side by side on frozen features, with one optimiser; kept in the file `resume`, if it is named."""
 
+    def __init__(
+        self, lesson: Lesson, settings: ProbeSettings, seeds: Sequence[int], ranks: Ranks, resume: Path | None
+    ) -> None:
+        self.probes = Probes(lesson.width, lesson.classes, settings, seeds).to(ranks.device)
+        self._settings, self._resume = settings, resume
+        self._optimiser, self._views = _optimiser(self.probes, settings)
+        self._labels = torch.from_numpy(lesson.labels.astype(np.int64)).to(ranks.device)
+        self._steps = len(lesson.samples) // batch_of(lesson.samples, settings)  # of an epoch
 
-def _step(
-    probes: Probes,
-    optimiser: torch.optim.AdamW,
-    views: Sequence[tuple[Tensor, nn.Parameter, int]],
-    clip: float,
-    ranks: Ranks,
-) -> None:
-    """One step of every probe by the gradients that all ranks added up; they are zero afterwards."""
-    for parameter in probes.parameters():
-        assert parameter.grad is not None
-        ranks.sum(parameter.grad)
-    _clip_each(probes, clip)
-    for view, parameter, pair in views:
-        assert parameter.grad is not None
-        view.grad = parameter.grad.unflatten(0, (-1, probes.seeds))[pair]
-    optimiser.step()
-    probes.zero_grad()
+    def losses(self, given: Float[Tensor, "n L D"], chosen: Int[np.ndarray, "O b"], epoch: int) -> Float[Tensor, ""]:
+        """Cross-entropy, summed over probes and clips."""
+        seen = rearrange(normalise(given), "(o b) l d -> o b l d", o=len(chosen))
+        logits = self.probes(seen)  # [G, R, b, Y]
+        labels = self._labels[torch.from_numpy(chosen).to(given.device)]
+        targets = repeat(labels, "o b -> (o s r b)", s=self.probes.seeds // len(labels), r=self.probes.pairs)
+        flat = rearrange(logits, "g r b y -> (g r b) y")
+        return functional.cross_entropy(flat, targets, reduction="none").sum()
+
+    def step(self, step: int, ranks: Ranks) -> None:
+        """One step of every probe."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate_at(step, self._steps, group["pair"], self._settings)
+        for parameter in self.probes.parameters():
+            assert parameter.grad is not None
+            ranks.sum(parameter.grad)
+        _clip_each(self.probes, self._settings.clip)
+        for view, parameter, pair in self._views:
+            assert parameter.grad is not None
+            view.grad = parameter.grad.unflatten(0, (-1, self.probes.seeds))[pair]
+        self._optimiser.step()
+        self.probes.zero_grad()
+
+    def save(self, epochs: int) -> None:
+        """Publish parameters and moments."""
+        if self._resume is None:
+            return
+        tensors = {f"parts/{name}": value.detach().cpu() for name, value in self.probes.parts.items()}
+        for number, (view, _, _) in enumerate(self._views):
+            tensors |= {f"{moment}/{number}": self._optimiser.state[view][moment].cpu() for moment in MOMENTS}
+        with atomic.staged_file(str(self._resume)) as temporary:
+            save_file(tensors, temporary, {"epochs": str(epochs)})
+
+    def load(self) -> int:
+        """What `save` wrote."""
+        if self._resume is None or not self._resume.is_file():
+            return 0
+        device = self._labels.device
+        with safe_open(self._resume, framework="pt") as file, torch.no_grad():
+            for name, value in self.probes.parts.items():
+                value.copy_(file.get_tensor(f"parts/{name}"))
+            for number, (view, _, _) in enumerate(self._views):
+                self._optimiser.state[view] = {m: file.get_tensor(f"{m}/{number}").to(device) for m in MOMENTS}
+            return int(file.metadata()["epochs"])
 
 
 @torch.no_grad()
@@ -149,7 +224,11 @@ def answers_of(
     Samples with the same `groups` value, which follow one another, are views of one clip: their softmaxes are averaged,
     as one (docs/method.md 9).
     """
-    shares = probes(normalise(tokens)[None]).softmax(-1)  # [G, R, n, Y]
+    return voted(probes(normalise(tokens)[None]).softmax(-1), groups)
+
+
+def voted(shares: Float[Tensor, "G R n Y"], groups: Int[np.ndarray, " n"]) -> Int[Tensor, "G R clips"]:
+    """The class with the largest mean share of each group of samples."""
     clips, group = np.unique(groups, return_inverse=True)
     summed = torch.zeros(*shares.shape[:2], len(clips), shares.shape[-1], device=shares.device)
     summed.index_add_(2, torch.from_numpy(group).to(shares.device), shares)
@@ -163,7 +242,13 @@ def right_answers(
     groups: Int[np.ndarray, " n"],
 ) -> Int[Tensor, "G R"]:
     """How many clips each probe classifies rightly; `groups` as in `answers_of`."""
-    found = answers_of(probes, tokens, groups)
+    return answered_rightly(answers_of(probes, tokens, groups), labels, groups)
+
+
+def answered_rightly(
+    found: Int[Tensor, "G R clips"], labels: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
+) -> Int[Tensor, "G R"]:
+    """How many answers are the labels of their samples."""
     truth = torch.from_numpy(labels[np.unique(groups, return_index=True)[1]].astype(np.int64)).to(found.device)
     return (found == truth).sum(-1)
 
@@ -249,36 +334,6 @@ def _optimiser(
         groups.append({"params": matrices, "pair": pair, "weight_decay": pair.weight_decay})
         groups.append({"params": vectors, "pair": pair, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, fused=True), views
-
-
-def _save(
-    path: Path,
-    epochs: int,
-    probes: Probes,
-    optimiser: torch.optim.AdamW,
-    views: Sequence[tuple[Tensor, nn.Parameter, int]],
-) -> None:
-    """Publish parameters and moments after so many epochs."""
-    tensors = {f"parts/{name}": value.detach().cpu() for name, value in probes.parts.items()}
-    for number, (view, _, _) in enumerate(views):
-        tensors |= {f"{moment}/{number}": optimiser.state[view][moment].cpu() for moment in MOMENTS}
-    with atomic.staged_file(str(path)) as temporary:
-        save_file(tensors, temporary, {"epochs": str(epochs)})
-
-
-def _load(
-    path: Path, probes: Probes, optimiser: torch.optim.AdamW, views: Sequence[tuple[Tensor, nn.Parameter, int]]
-) -> int:
-    """Read what `_save` wrote, if anything: how many epochs it has seen."""
-    if not path.is_file():
-        return 0
-    device = views[0][0].device
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for name, value in probes.parts.items():
-            value.copy_(file.get_tensor(f"parts/{name}"))
-        for number, (view, _, _) in enumerate(views):
-            optimiser.state[view] = {m: file.get_tensor(f"{m}/{number}").to(device) for m in MOMENTS}
-        return int(file.metadata()["epochs"])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-from nextvid.config.benchmarks import BenchmarkConfig
+from nextvid.config.benchmarks import FLOORS, BenchmarkConfig
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.encode.plan import pixel_spec
@@ -92,6 +92,8 @@ def plan_probes(
     """
     root, names = project.root, sorted(benchmarks or project.corpus.benchmarks)
     if recipe in project.corpus.encoders:
+        if not benchmarks and project.corpus.encoders[recipe].family in FLOORS:
+            names = [name for name in names if project.benchmark(name).finetune is None]
         identity = encoder_digest(project.corpus.encoders[recipe])
         tasks = {name: plan_encoder(project, name, recipe) for name in names}
         folders = {name: root.encoder_probe(recipe, identity, name, task.digest()) for name, task in tasks.items()}
@@ -178,6 +180,10 @@ def plan_encoder(project: Project, benchmark: str, name: str) -> Task:
     Raises RefusedError where the rows have no pixels, or clips, levels or heads do not fit the encoder.
     """
     config, encoder = project.benchmark(benchmark), project.corpus.encoders[name]
+    if config.finetune is not None and encoder.family in FLOORS:
+        raise RefusedError(
+            f"benchmark '{benchmark}' trains the encoder, and '{name}' is computed without weights: probe it on others"
+        )
     trainset = Trainset.open(project.root)
     frames_of(encoder, config.policy.frames, config.levels)
     pixels = None

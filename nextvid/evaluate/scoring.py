@@ -1,4 +1,6 @@
-"""One frozen encoder on one benchmark: heads learn from train, the held-out part chooses, test is judged once.
+"""One encoder on one benchmark: heads learn from train, the held-out part chooses, test is judged once.
+
+Where the benchmark fine-tunes, the encoder learns with its one head (finetune.py).
 
 Everything is read, encoded and consumed in passes, and only counts are added up: memory does not grow with the number
 of clips. What is finished is kept beside the score, so that a score that was killed goes on from the last epoch.
@@ -6,10 +8,9 @@ of clips. What is finished is kept beside the score, so that a score that was ki
 Axes: N samples of a split, n of a group, G seeds, R pairs of rate and weight decay, P numbers of a vector.
 """
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,24 +22,37 @@ from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nextvid.config.benchmarks import BenchmarkConfig
+from nextvid.config.benchmarks import BenchmarkConfig, FinetuneConfig
 from nextvid.evaluate.attentive import Probes, ProbeSettings
 from nextvid.evaluate.benchmark_rows import BenchmarkRows, per_sample
 from nextvid.evaluate.features import FrozenEncoder
+from nextvid.evaluate.finetune import OneSegment, Tuned, Tuning, judge
 from nextvid.evaluate.fitting import (
     NEIGHBOURS,
     QUERIES_AT_ONCE,
     Lesson,
     answers_of,
     fit,
+    learn,
     nearest_labels,
     normalise,
     right_answers,
     whole_groups,
 )
 from nextvid.evaluate.kept import Kept, keep, scratch, vectors_of
-from nextvid.evaluate.stream import CLIPS_AT_ONCE, Clips, Features, Samples, Stored, Streamed, Variation, open_clips
+from nextvid.evaluate.stream import (
+    CLIPS_AT_ONCE,
+    Clips,
+    Features,
+    Samples,
+    Stored,
+    Streamed,
+    Variation,
+    open_clips,
+    shared,
+)
 from nextvid.features.dense import PrincipalColours
+from nextvid.train.checkpoint import Identity
 from nextvid.train.distributed import Ranks
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
@@ -100,28 +114,62 @@ def score_encoder(
     threads: int = 1,
     on_epoch: OnEpoch = lambda name, epoch, loss: None,
 ) -> Scored:
-    """Attentive-probe and k-NN accuracy of an encoder; `folder` is the score's. Every rank calls this.
+    """Attentive-probe and k-NN accuracy of an encoder, or its accuracy fine-tuned. Every rank calls this.
 
-    Heads learn from the part of probe-train that is not held out; the held-out part chooses one pair of rate and weight
-    decay for all seeds, by their mean accuracy. Test clips are scored once, with that pair. Without held-out clips the
-    first pair is taken.
+    `folder` is the score's. Heads learn from the part of probe-train that is not held out; the held-out part chooses
+    one pair of rate and weight decay for all seeds, by their mean accuracy. Test clips are scored once, with that pair.
+    Without held-out clips the first pair is taken. Fine-tuning changes the encoder that it is given.
     """
     done = Path(folder, UNFINISHED, f"{encoder.name}.npz")
     if not done.is_file():
-        name = digest_config({"score": folder, "encoder": encoder.name})
         with ExitStack() as stack:
-            place = stack.enter_context(scratch(root, name, ranks))
             clips = stack.enter_context(
                 open_clips(root, task.trainset, task.pixels, task.rows, encoder, ranks.device, threads)
             )
-            resume = done.with_suffix(".safetensors")
-            learnt = _learn(root, task, encoder, clips, place, resume, ranks, on_epoch)
-            scored = _judge(task, encoder, clips, learnt, ranks)
+            if task.config.finetune is not None:
+                place = done.with_suffix("")
+                scored = _finetuned(task, task.config.finetune, encoder, clips, place, ranks, on_epoch)
+            else:
+                name = digest_config({"score": folder, "encoder": encoder.name})
+                place = stack.enter_context(scratch(root, name, ranks))
+                resume = done.with_suffix(".safetensors")
+                learnt = _learn(root, task, encoder, clips, place, resume, ranks, on_epoch)
+                scored = _judge(task, encoder, clips, learnt, ranks)
             if ranks.first:
                 _publish(scored, done)
                 atomic.remove_tree(str(place))
         ranks.wait()
     return _read(done)
+
+
+def _finetuned(
+    task: Task, config: FinetuneConfig, encoder: FrozenEncoder, clips: Clips, place: Path, ranks: Ranks,
+    on_epoch: OnEpoch,
+) -> Scored:  # fmt: skip
+    """Train the encoder with a head, with checkpoints in `place`, then one pass over test."""
+    settings, rows = task.settings, task.rows
+    labels, held = (per_sample(rows.part("train"), column) for column in ("label", "held_out"))
+    samples = np.flatnonzero(~held)
+    varied = None if settings.augment == "none" else Variation(settings.augment, task.seeds[0])
+    given = OneSegment(Streamed(encoder, clips, "train", varied), len(labels), rows.segments)
+    identity = Identity(encoder.name, task.digest(), task.trainset.digest, mask_plan="")
+    tuned = Tuned(encoder, len(rows.classes), task.seeds[0])
+    tuning = Tuning(tuned, encoder, config, settings, labels, samples, place, identity, ranks.device)
+    learn(
+        tuning, given, samples, settings, task.seeds, CLIPS_AT_ONCE, ranks,
+        lambda epoch, loss: on_epoch(encoder.name, epoch, loss),
+    )  # fmt: skip
+    right, pooled = judge(tuned, encoder, clips, rows, PICTURED, ranks)
+    tested = rows.part("test")["clip_group"].n_unique()
+    pair, accuracy = settings.pairs[0], right / tested
+    numbers = {
+        "accuracy": accuracy,
+        "standard_error": standard_error(accuracy, tested),
+        "by_seed": [accuracy],
+        "rate": pair.rate,
+        "weight_decay": pair.weight_decay,
+    }
+    return Scored(numbers, pooled.half().cpu().numpy(), places={})
 
 
 @dataclass(frozen=True)
@@ -160,7 +208,7 @@ def _learn(
         lambda epoch, loss: on_epoch(encoder.name, epoch, loss),
     )
     right = torch.zeros(len(task.seeds), len(settings.pairs), dtype=torch.int64, device=ranks.device)
-    for samples, features in _shared(plain, _pieces(np.flatnonzero(held), _at_once(rows)), ranks):
+    for samples, features in shared(plain, _pieces(np.flatnonzero(held), _at_once(rows)), ranks):
         right += right_answers(probes, features, labels[samples], samples)
     by_pair = ranks.sum(right).sum(0).cpu().numpy()  # whole numbers: of equals the first is taken
     shares = by_pair / (len(task.seeds) * max(1, int(held.sum())))
@@ -175,7 +223,7 @@ def _judge(task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, ra
     nearest = {name: _Nearest(vectors, learnt.labels, ranks.device) for name, vectors in learnt.kept.vectors.items()}
     pooled = torch.zeros(min(PICTURED, len(answers)), encoder.width, device=ranks.device)
     places = _Places.of(task, encoder, learnt, groups, ranks)
-    for samples, features in _shared(Streamed(encoder, clips, "test"), whole_groups(groups, _at_once(rows)), ranks):
+    for samples, features in shared(Streamed(encoder, clips, "test"), whole_groups(groups, _at_once(rows)), ranks):
         right += right_answers(learnt.probes, features, answers[samples], groups[samples])
         vectors = vectors_of(features, encoder, rows.segments)
         for name, votes in nearest.items():
@@ -303,12 +351,6 @@ def _at_once(rows: BenchmarkRows) -> int:
 def _pieces(samples: Samples, at_once: int) -> Iterator[Samples]:
     for first in range(0, len(samples), at_once):
         yield samples[first : first + at_once]
-
-
-def _shared(features: Features, asked: Iterable[Samples], ranks: Ranks) -> Iterator[tuple[Samples, Tensor]]:
-    """This rank's share of groups of samples, each with its features."""
-    own, again = itertools.tee(itertools.islice(asked, ranks.rank, None, ranks.count))
-    return zip(own, features.of(again), strict=True)
 
 
 def _publish(scored: Scored, path: Path) -> None:

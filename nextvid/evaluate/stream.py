@@ -10,6 +10,7 @@ Axes: N samples of a split, n of those asked for, G segments of a sample, c clip
 D width.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from torch import Tensor
 from nextvid.config.benchmarks import Augmentation
 from nextvid.evaluate.augment import augmented
 from nextvid.evaluate.benchmark_rows import BenchmarkRows
-from nextvid.evaluate.features import FrozenEncoder
+from nextvid.evaluate.features import FrozenEncoder, Input
+from nextvid.train.distributed import Ranks
 from nextvid.train.loader import placed, read_ahead
 from nextvid.train.rows import Latents, Pixels
 from nextvid.trainset.order import IMAGE, Drawn
@@ -119,12 +121,24 @@ class Streamed:
 
         def pieces() -> Iterator[Int[np.ndarray, " c"]]:
             for samples in asked:
-                rows = (self._first + samples[:, None] * segments + np.arange(segments)).ravel()
-                groups.append(len(rows))
-                yield from np.split(rows, range(CLIPS_AT_ONCE, len(rows), CLIPS_AT_ONCE))
+                clips = (samples[:, None] * segments + np.arange(segments)).ravel()
+                groups.append(len(clips))
+                yield from np.split(clips, range(CLIPS_AT_ONCE, len(clips), CLIPS_AT_ONCE))
 
-        def memory(rows: Int[np.ndarray, " c"]) -> Any:  # noqa: ANN401 - of `Rows.memory`
-            return self._rows.memory(len(rows), self._encoder.frames)
+        encoded: list[Tensor] = []
+        for given in self.read(pieces(), epoch):
+            with torch.no_grad():
+                encoded.append(self._encoder.encode(given).to(self._clips.precision))
+            if sum(map(len, encoded)) == groups[0]:
+                yield rearrange(torch.cat(encoded), "(n g) l d -> n (g l) d", g=segments)
+                encoded.clear()
+                groups.pop(0)
+
+    def read(self, asked: Iterable[Int[np.ndarray, " c"]], epoch: int | None = None) -> Iterator[Input]:
+        """What the encoder is given of each group of clips, at most CLIPS_AT_ONCE, by their numbers in the split."""
+
+        def memory(clips: Int[np.ndarray, " c"]) -> Any:  # noqa: ANN401 - of `Rows.memory`
+            return self._rows.memory(len(clips), self._encoder.frames)
 
         def fill(_: Int[np.ndarray, " c"], drawn: Drawn, taken: Any) -> tuple[Drawn, Any]:  # noqa: ANN401
             self._rows.fill(drawn, taken)
@@ -132,16 +146,12 @@ class Streamed:
                 self._vary(drawn, taken[1] if isinstance(taken, tuple) else taken, epoch)
             return drawn, taken
 
-        encoded: list[Tensor] = []
-        for drawn, taken in read_ahead(pieces(), self._drawn, memory, fill, self._clips.threads):
-            encoded.append(self._encoder.encode(self._rows.deliver(drawn, taken)).to(self._clips.precision))
-            if sum(map(len, encoded)) == groups[0]:
-                yield rearrange(torch.cat(encoded), "(n g) l d -> n (g l) d", g=segments)
-                encoded.clear()
-                groups.pop(0)
+        for drawn, taken in read_ahead(asked, self._drawn, memory, fill, self._clips.threads):
+            yield self._rows.deliver(drawn, taken)
 
-    def _drawn(self, rows: Int[np.ndarray, " c"]) -> Drawn:
-        """Rows by their numbers, announced to the store."""
+    def _drawn(self, clips: Int[np.ndarray, " c"]) -> Drawn:
+        """Rows of clips, announced to the store."""
+        rows = self._first + clips
         drawn = Drawn(0, (), np.zeros_like(rows), self._stored[rows], rows, self._clips.places[rows])
         self._rows.will_need(drawn)
         return drawn
@@ -174,3 +184,9 @@ class Stored:
 
 
 Features = Streamed | Stored
+
+
+def shared(features: Features, asked: Iterable[Samples], ranks: Ranks) -> Iterator[tuple[Samples, Tensor]]:
+    """This rank's share of groups of samples, each with its features."""
+    own, again = itertools.tee(itertools.islice(asked, ranks.rank, None, ranks.count))
+    return zip(own, features.of(again), strict=True)

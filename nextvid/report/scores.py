@@ -24,9 +24,9 @@ from nextvid.report.page import Block, Picture, Section, Table, Text
 from storage import atomic
 
 LEARNT = {  # what heads learn from; it matters to the score where features are read once (docs/method.md 9)
-    "none": "Heads learn from stored views, whose features are read once.",
-    "video": "Heads learn from clips that are varied in each epoch (RandAugment, crops, erasing; no flips).",
-    "image": "Heads learn from images that are varied in each epoch (AutoAugment, crops, flips, erasing).",
+    "none": "learn from stored views, whose features are read once",
+    "video": "learn from clips that are varied in each epoch (RandAugment, crops, erasing; no flips)",
+    "image": "learn from images that are varied in each epoch (AutoAugment, crops, flips, erasing)",
 }
 NAMES = {"ema": "EMA encoder", "online": "online encoder", "random": "random initialisation"}
 TSNE_CLIPS = 600  # our choice: more take longer and show no more; test clips are ordered by the hashes of their shots
@@ -48,6 +48,11 @@ class Score:
         """The benchmark's name."""
         return str(self.record["benchmark"])
 
+    @property
+    def tuned(self) -> bool:
+        """Whether the encoders were trained on the benchmark. Older records do not say it."""
+        return self.record.get("finetune") is not None
+
 
 def read_score(path: str) -> Score:
     """A score.json and the arrays of the features.npz beside it."""
@@ -64,7 +69,11 @@ def section(
     `others` are scores, by benchmark, of encoders that corpus.yaml names.
     """
     blocks: list[Block] = [Text(headline(score), "lead", (score.path,)) for score in scores]
-    blocks += [table(score, others.get(score.benchmark, ())) for score in scores]
+    tuned = [score for score in scores if score.tuned]
+    for score in scores:
+        alike = [other for other in tuned if _same_answers(other.record, score.record)]
+        beside = [] if score.tuned else alike
+        blocks.append(table(score, [*others.get(score.benchmark, ()), *beside]))
     blocks.append(
         Text(
             "Accuracy is the mean over probe seeds, ± its binomial standard error over test clips. The random "
@@ -92,7 +101,8 @@ def headline(score: Score) -> str:
         verdict = f"a difference of {points(gain)} points, within two standard errors ({2 * 100 * error:.1f})"
     else:
         verdict = f"{points(gain)} points, {abs(gain) / error:.1f} standard errors"
-    return f"{score.benchmark}: the frozen EMA encoder reaches {numbers}: {verdict}."
+    how = "fine-tuned" if score.tuned else "frozen"
+    return f"{score.benchmark}: the {how} EMA encoder reaches {numbers}: {verdict}."
 
 
 def difference(record: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[float, float]:
@@ -108,13 +118,16 @@ def difference(record: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[flo
 def table(score: Score, others: Sequence[Score] = ()) -> Table:
     """One row for each encoder: the run's, then others; those that were judged on other clips have no difference."""
     record, rows = score.record, []
-    every = {name: (NAMES[name], score.record) for name in record["encoders"]}
-    every |= {name: (_words(other, record), other.record) for other in others for name in other.record["encoders"]}
-    for name, (words, own) in every.items():
-        found = own["encoders"][name]
+    every = [(NAMES[name], record["encoders"][name], record) for name in record["encoders"]]
+    every += [
+        (_words(other, name, record), found, other.record)
+        for other in others
+        for name, found in other.record["encoders"].items()
+    ]
+    for words, found, own in every:
         gain, error = difference(record, found)
         low, high = min(found["by_seed"]), max(found["by_seed"])
-        comparable = name != "random" and _same_clips(own, record)
+        comparable = found is not record["encoders"]["random"] and _same_clips(own, record)
         rows.append(
             (
                 words,
@@ -126,11 +139,14 @@ def table(score: Score, others: Sequence[Score] = ()) -> Table:
             )
         )
     clips, augment, classes = record["clips"], record["settings"].get("augment", "none"), len(record["classes"])
+    learnt = f"Heads {LEARNT[augment]}"
+    if score.tuned:
+        learnt = f"The encoder and its head {LEARNT[augment].removesuffix(', whose features are read once')}"
     limit = f"at most {record['limit']:,} shots of each split (`limit`), " if record.get("limit") else ""
     return Table(
         head=(
             "",
-            "attentive probe",
+            "fine-tuned" if score.tuned else "attentive probe",
             "points over random",
             f"{len(record['seeds'])} seeds",
             "k-NN, mean of all tokens",
@@ -143,7 +159,8 @@ def table(score: Score, others: Sequence[Score] = ()) -> Table:
         caption=(
             f"{score.benchmark} (target {record['target']}, {classes} classes): {limit}{clips['test']} test clips, "
             f"{clips['train']} probe-train clips of which {clips['held_out']} choose the head; always "
-            f"answering the commonest class gives {_share(record['chance'])}. {_protocol(record)}{LEARNT[augment]}"
+            f"answering the commonest class gives {_share(record['chance'])}. {_protocol(record)}"
+            f"{learnt}."
         ),
         sources=(score.path, *(other.path for other in others)),
         strong=frozenset({0}),
@@ -164,8 +181,15 @@ def _same_clips(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one is other or one.get("tested", "") == other.get("tested")
 
 
-def _words(other: Score, record: Mapping[str, Any]) -> str:
-    """What the table calls an encoder that others trained."""
+def _same_answers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two scores are shares of the same answers."""
+    return _same_clips(one, other) and one["clips"]["test"] == other["clips"]["test"]
+
+
+def _words(other: Score, name: str, record: Mapping[str, Any]) -> str:
+    """What the table calls an encoder that others trained, or the run's own where it was fine-tuned."""
+    if "family" not in other.record:
+        return f"{NAMES[name]}, fine-tuned ({other.benchmark})"
     clips = "" if _same_clips(other.record, record) else f", on {other.record['clips']['test']} other test clips"
     return f"{other.record['recipe']} ({other.record['family']}){clips}"
 

@@ -56,17 +56,30 @@ def test_every_field_of_a_protocol_can_be_written_beside_it() -> None:
     [
         ({"protocol": "k4000"}, "there is no protocol 'k4000'; did you mean 'k400'"),
         ({"protocol": "SSv2"}, "did you mean 'ssv2'"),
-        ({"protocol": "ucf101"}, "known: k400, ssv2, diving48, in1k"),
+        ({"protocol": "ucf101"}, "known: k400, ssv2, diving48, in1k, finetune"),
         ({"protocol": 400}, "'protocol': Input should be"),
         ({"protocol": "k400", "policy": {"frmes": 8}}, "did you mean 'frames'"),
         ({"protocol": "k400", "policy": 3}, "'policy'"),
         ({"protocol": "k400", "sweep": [{"rates": [], "weight_decays": [0.1]}]}, "'sweep.0.rates'"),
         ({}, "'target': Field required"),
+        ({"protocol": "finetune", "seeds": 3}, "one seed and one level: 'seeds' has 3"),
+        ({"protocol": "finetune", "levels": 4}, "'levels' has 4"),
+        ({"protocol": "k400", "finetune": {}}, "'sweep' has 20"),
+        ({"protocol": "finetune", "finetune": {"layer_decy": 1}}, "did you mean 'layer_decay'"),
     ],
 )
 def test_what_is_refused_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         benchmark(**values)
+
+
+def test_fine_tuning_is_videomae_s_public_recipe_and_changes_field_by_field() -> None:
+    found = benchmark(protocol="finetune", policy={"frames": 8}, finetune={"drop_path": 0.2})
+    assert (found.policy.frames, found.policy.stride, found.policy.clips_per_shot, found.policy.views) == (8, 4, 5, 3)
+    assert (found.batch, found.epochs, found.seeds, found.held_out, found.augment) == (512, 100, 1, 0.0, None)
+    assert found.sweep[0].rates == (1e-3 * 512 / 256,)
+    assert found.values()["finetune"] == {"layer_decay": 0.75, "drop_path": 0.2, "smoothing": 0.1}
+    assert "finetune" not in benchmark(protocol="k400").values()
 
 
 def test_a_benchmark_without_a_protocol_keeps_its_digest() -> None:
@@ -85,6 +98,8 @@ def test_a_protocol_s_name_is_in_no_digest_and_its_values_are() -> None:
 
 def test_the_paper_s_corpus_names_the_four_protocols_and_the_public_layouts() -> None:
     corpus = load_corpus(PAPER)
-    assert {name: found.protocol for name, found in corpus.benchmarks.items()} == {name: name for name in PROTOCOLS}
+    assert {name: found.protocol for name, found in corpus.benchmarks.items()} == {
+        name: name for name in PROTOCOLS if name != "finetune"
+    }
     layouts = {corpus.datasets[found.datasets[0]].labels.layout for found in corpus.benchmarks.values()}
     assert layouts == {"kinetics400", "imagenet", "ssv2", "diving48"}

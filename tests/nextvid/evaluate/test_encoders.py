@@ -11,13 +11,16 @@ import torch
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 
-from nextvid.config.benchmarks import Family, ProbedEncoderConfig
+from nextvid.config.benchmarks import Family, FinetuneConfig, ProbedEncoderConfig
 from nextvid.config.project import Project, open_project
 from nextvid.config.strict import parse
+from nextvid.evaluate.attentive import ProbeSettings
 from nextvid.evaluate.encoders import IMAGENET, encoder_digest, frames_of, load_encoder, shape_of
 from nextvid.evaluate.features import FrozenEncoder, level_blocks
+from nextvid.evaluate.finetune import Tuned, Tuning, optimiser_of
 from nextvid.evaluate.probes import plan_encoder
 from nextvid.lineage.trace import trace
+from nextvid.train.checkpoint import Identity
 from storage.errors import ConfigError, RefusedError
 from storage.spec import EncodingSpec
 from tests.factories import edit_project
@@ -162,6 +165,34 @@ def test_blocks_of_levels_are_v_jepa_2_s() -> None:
         level_blocks(3, 4)
 
 
+@pytest.mark.parametrize("family", ["vjepa2", "dinov2", "dinov3", "videomae", "vit_mae"])
+def test_fine_tuning_reaches_every_layer(folders: dict[Family, Path], family: Family, tmp_path: Path) -> None:
+    """Rates have a level for each block, gradients reach all that features depend on, and a skipped block has none."""
+    encoder, samples = load(folders[family], family), np.arange(2)
+    assert encoder.parts is not None
+    tuned = Tuned(encoder, 2, seed=0)
+    tuned.head.weight.data.normal_()
+    config, settings = FinetuneConfig(layer_decay=0.5, drop_path=0.9), ProbeSettings(epochs=1, batch=2)
+    tuning = Tuning(tuned, encoder, config, settings, samples, samples, tmp_path, Identity("", "", "", ""), CPU)
+    blocks = encoder.parts.module.get_submodule(encoder.parts.blocks)
+    scales = {group["scale"] for group in optimiser_of(tuned, encoder.parts, config, 0.05).param_groups}
+    assert scales == {0.5**layer for layer in range(len([*blocks.children()]) + 2)}
+    tuning._kept = torch.tensor([[1.0, 1.0, 0.0, 1.0]] * 2)
+    tuned(clips()).square().sum().backward()
+    moved = {
+        name for name, parameter in tuned.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    for number in range(4):
+        reached = any(name.startswith(f"encoder.{encoder.parts.blocks}.{number}.") for name in moved)
+        assert reached == (number != 2), number
+    assert any("embed" in name for name in moved)
+    assert {"norm.weight", "head.bias"} <= moved
+    tuning._kept = None
+    before = tuned(clips())
+    assert tuning.losses(clips(), samples[None], epoch=0).detach() > 0
+    torch.testing.assert_close(tuned(clips()), before)
+
+
 def test_clips_that_do_not_fit_are_refused(folders: dict[Family, Path]) -> None:
     def frames(family: Family, count: int, levels: int = 1) -> int:
         return frames_of(ProbedEncoderConfig(family=family, folder=str(folders[family])), count, levels)
@@ -256,6 +287,16 @@ def test_encoders_are_scored_as_a_run_is_on_the_same_clips(probed: Project) -> N
     assert scores["control"]["clips"] == scores["stored"]["clips"]
     with np.load(Path(str(outcome.numbers["species_score"])).with_name("features.npz")) as kept:
         assert kept["stored"].shape[1] == 16
+
+
+def test_an_encoder_of_pixels_is_fine_tuned_on_varied_clips(probed: Project) -> None:
+    def change(said: dict[str, Any]) -> None:
+        said["benchmarks"]["species"] |= {"epochs": 1, "finetune": {}, "held_out": 0.0}
+
+    project = edit_project(Path(shutil.copy(probed.path, probed.path.with_name("tuned.yaml"))), change)
+    found = json.loads(Path(str(probe(project, "control").numbers["species_score"])).read_text())
+    assert (found["settings"]["augment"], found["clips"]["held_out"]) == ("video", 0)
+    assert 0 <= found["encoders"]["control"]["accuracy"] <= 1
 
 
 def test_rows_without_pixels_and_heads_that_do_not_fit_are_refused(evaluated: Project, probed: Project) -> None:

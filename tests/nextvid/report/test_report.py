@@ -12,7 +12,7 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import draws_before
 from nextvid.evaluate.samples import make_samples
 from nextvid.report import scores
-from nextvid.report.page import Picture
+from nextvid.report.page import Picture, Table
 from nextvid.report.report import build_card, gather, make_report
 from nextvid.report.scores import Score
 from nextvid.train.run import find_run
@@ -153,3 +153,26 @@ def test_encoders_of_others_are_in_the_same_table(scored: Project) -> None:
     assert found.head[4:7] == ("k-NN, mean of all tokens", "k-NN, by time", "k-NN, changes")
     assert found.rows[0][6].startswith(f"{numbers['knn_by_change']:.3f}".removeprefix("0"))
     assert found.rows[0][5].startswith(f"{numbers['knn_by_time']:.3f}".removeprefix("0"))
+
+
+def test_fine_tuned_encoders_stand_beside_frozen_ones(scored: Project) -> None:
+    """In the table of a frozen benchmark with the same answers, and in one of their own."""
+    frozen = gather(scored, find_run(scored, RECIPE)).scores[0]
+    numbers = {key: frozen.record["encoders"]["ema"][key] for key in ("standard_error", "rate", "weight_decay")}
+    tuned = {name: numbers | {"accuracy": 0.875, "by_seed": [0.875]} for name in ("ema", "random")}
+    changes = {"benchmark": "tuned", "protocol": "finetune", "finetune": {}, "encoders": tuned, "seeds": [0]}
+    other = Score({**frozen.record, **changes}, "/tuned/score.json", frozen.features)
+    elsewhere = Score({**other.record, "tested": "others"}, "/elsewhere/score.json", frozen.features)
+    blocks = scores.section([frozen, other, elsewhere], {}, {}).blocks
+    tables = [block for block in blocks if isinstance(block, Table)]
+    names = [*scores.NAMES.values()]
+    assert [row[0] for row in tables[0].rows] == [
+        *names, "EMA encoder, fine-tuned (tuned)", "random initialisation, fine-tuned (tuned)"
+    ]  # fmt: skip
+    assert [row[1].split(" ")[0] for row in tables[0].rows[3:]] == [".875", ".875"]
+    assert tables[0].rows[3][2] == tables[0].rows[4][2] != ""
+    assert tables[0].sources == (frozen.path, other.path)
+    assert [row[0] for row in tables[1].rows] == [names[0], names[2]]
+    assert tables[1].head[1] == "fine-tuned"
+    assert tables[1].caption.endswith("Protocol finetune. The encoder and its head learn from stored views.")
+    assert "the fine-tuned EMA encoder reaches .875" in scores.headline(other)
