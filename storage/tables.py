@@ -127,9 +127,13 @@ def read_tables(root: DataRoot, noun: Table, batches: Sequence[str] | None, sche
         _check_seal(data, path)
     files: list[IO[bytes]] = [io.BytesIO(data) for data in read]
     try:  # all in one go, 20 times faster than each for itself by our measurement on tables of four rows
-        return schema.validate(pl.read_parquet(files))
-    except (PolarsError, dy.exc.ValidationError, dy.exc.SchemaError):  # dtypes to widen, or a table to name
-        return pl.concat([decode_table(data, schema, path) for data, path in zip(read, paths, strict=True)])
+        together = pl.read_parquet(files)
+        if together.schema == _dtypes(schema) and schema.is_valid(together):
+            return together
+    except PolarsError:
+        pass  # their dtypes differ
+    # dtypes to widen, or a table to name
+    return pl.concat([decode_table(data, schema, path) for data, path in zip(read, paths, strict=True)])
 
 
 def missing_rows(wanted: pl.DataFrame, done: pl.DataFrame, on: str | Sequence[str]) -> pl.DataFrame:
@@ -203,8 +207,11 @@ def _check_seal(data: bytes, path: str) -> int:
 
 def _checked(frame: pl.DataFrame, schema: type[dy.Schema], path: str, remedy: str) -> pl.DataFrame:
     """The frame in the schema's dtypes, if it keeps its rules; `remedy` ends the message of the TableError."""
+    widened = _widened(frame, schema, path, remedy)
+    if schema.is_valid(widened):  # a third faster than `validate` by our measurement, which copies the frame
+        return widened
     try:
-        return schema.validate(_widened(frame, schema, path, remedy))
+        return schema.validate(widened)
     except (dy.exc.ValidationError, dy.exc.SchemaError) as error:
         raise TableError(f"{path} breaks the rules of {schema.__name__}: {error}. {remedy}") from error
 

@@ -12,6 +12,11 @@ from hypothesis import HealthCheck, settings
 
 from storage.root import DataRoot
 
+# Before anything imports torch, for child processes too: xdist has a worker a core, and a second thread of each only
+# spins beside the other worker's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.fsync = lambda fd: None  # tests kill processes, never the machine; what is synced when is test_atomic.py's to see
+
 settings.register_profile(
     "default",
     deadline=None,

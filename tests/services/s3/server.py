@@ -11,7 +11,22 @@ from pathlib import Path
 import requests
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_DEFAULT_REGION": "us-east-1"}
-START_S = 30  # it takes half a second alone
+START_S = 60  # it takes half a second alone
+SERVER = """
+import threading
+from moto.s3.responses import S3Response
+from moto.server import main
+
+# For Amazon, to see that a name is free and to take it is one act. For moto it is two, and its server has threads.
+put_object, one_at_a_time = S3Response.put_object, threading.Lock()
+
+def put_alone(self):
+    with one_at_a_time:
+        return put_object(self)
+
+S3Response.put_object = put_alone
+main()
+"""
 
 
 _KEPT: list[object] = []  # collected, they would warn of open connections in the middle of another test
@@ -37,7 +52,7 @@ def s3_server(folder: Path) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
     log = folder / "log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", SERVER, "-H", "127.0.0.1", "-p", str(port)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
