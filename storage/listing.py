@@ -15,12 +15,21 @@ from storage.remote import is_local
 
 def folders(folder: str, pattern: str) -> list[str]:
     """Names of the sub-folders that match; temporary ones never do. Sorted."""
-    return sorted(name for name, is_folder in _entries(folder) if is_folder and re.fullmatch(pattern, name))
+    return sorted(name for name, is_folder, _ in _entries(folder) if is_folder and re.fullmatch(pattern, name))
 
 
 def files(folder: str, pattern: str = ".*") -> list[str]:
     """Names of the files directly in a folder that match, sorted."""
-    return sorted(name for name, is_folder in _entries(folder) if not is_folder and re.fullmatch(pattern, name))
+    return list(sizes(folder, pattern))
+
+
+def sizes(folder: str, pattern: str = ".*") -> dict[str, int | None]:
+    """Size in bytes by name of the files directly in a folder that match, by one listing.
+
+    None on a file system, where each size would cost a call.
+    """
+    found = {name: size for name, is_folder, size in _entries(folder) if not is_folder}
+    return {name: size for name, size in sorted(found.items()) if re.fullmatch(pattern, name)}
 
 
 def files_below(folder: str) -> dict[str, int]:
@@ -59,16 +68,18 @@ def _refuse_unlisted(error: OSError) -> None:
         raise error
 
 
-def _entries(folder: str) -> list[tuple[str, bool]]:
-    """(name, whether it is a folder) of what is directly in a folder."""
+def _entries(folder: str) -> list[tuple[str, bool, int | None]]:
+    """(name, whether it is a folder, size in bytes in a bucket) of what is directly in a folder."""
     if is_local(folder):
         # scandir knows what is a folder without a call per entry
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder.removeprefix("file://")) as found:
-            return [(entry.name, entry.is_dir()) for entry in found]
+            return [(entry.name, entry.is_dir(), None) for entry in found]
         return []
     try:
         key, found = remote.ask(folder, lambda fs, key: (key.strip("/"), fs.ls(key, detail=True)))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    names = [(str(entry["name"]).strip("/"), entry["type"] == "directory") for entry in found]
-    return [(name.rsplit("/", 1)[-1], is_folder) for name, is_folder in names if name != key]  # a folder's marker
+    named = [(str(entry["name"]).strip("/"), entry) for entry in found]
+    return [  # without a folder's own marker
+        (name.rsplit("/", 1)[-1], entry["type"] == "directory", entry["size"]) for name, entry in named if name != key
+    ]

@@ -1,8 +1,9 @@
 """Part: one planned encode of a batch at one clip length. Its plan never changes, its shards are written once.
 
 A part appears whole (Zarr metadata and plan in one rename). On object stores the plan makes it, created exclusively,
-and the next writer adds metadata that a dead planner left out. A shard exists for readers once its commit does. What
-differs between latents and pixels is the part's format: shard.py.
+and the next writer adds metadata that a dead planner left out. A shard exists for readers once its commit does. Once
+all do, the part is sealed (seal.py), until one of its commits changes. What differs between latents and pixels is the
+part's format: shard.py.
 """
 
 import tempfile
@@ -102,6 +103,16 @@ class Part(Generic[S]):
         assert 0 <= number < self.shards, f"shard {number} of {self.shards}"
         return self.plan.slice(number * shard.ROWS_PER_SHARD, shard.ROWS_PER_SHARD)
 
+    @property
+    def seal_path(self) -> str:
+        """The file that says that the part is sealed."""
+        return f"{self.path}/sealed.json"
+
+    @property
+    def sealed_path(self) -> str:
+        """The table of all commits of a sealed part."""
+        return f"{self.path}/sealed.parquet"
+
     def table_paths(self) -> list[str]:
         """The plan and every commit, those beyond the plan too."""
         commits = listing.files(f"{self.path}/commits", COMMIT)
@@ -127,6 +138,15 @@ class Part(Generic[S]):
         if not commits.select("row_id", "slot").equals(self.rows_of(number)):
             raise DamagedError(f"{path} names other rows than the plan: remove it and make the latents again")
         return commits
+
+    def commits(self) -> pl.DataFrame:
+        """Columns of the format's schema of every committed shard, by slot; read together. Raises as `commit` does."""
+        numbers = self.committed_shards()
+        found = tables.read_many([self.commit_path(number) for number in numbers], self.format.schema).sort("slot")
+        planned = self.plan.filter((pl.col("slot") // shard.ROWS_PER_SHARD).is_in(numbers))
+        if not found.select("row_id", "slot").equals(planned):
+            return pl.concat([self.commit(number) for number in numbers])  # raises, and names the commit
+        return found
 
     def rows(self, number: int) -> list[StoredRow]:
         """Where the file of a committed shard holds its rows, by slot. Raises as `commit` does."""
@@ -164,6 +184,7 @@ class Part(Generic[S]):
             if self.committed(number):
                 raise ConflictError(f"shard {number} of {self.path} is committed already: another writer was first")
             self.complete()
+            self.unseal()
             self._publish(number, pieces, sealed, complete)
 
     def _publish(self, number: int, pieces: Sequence[bytes | memoryview], sealed: bytes, commits: pl.DataFrame) -> None:
@@ -236,6 +257,12 @@ class Part(Generic[S]):
             for number, extents in self.extents(slots).items():
                 atomic.zero(self.shard_path(number), extents)
 
+    def unseal(self) -> None:
+        """Remove the seal before a commit changes; until the part is sealed again, its commits are read."""
+        for path in (self.seal_path, self.sealed_path):
+            if is_local(path) or atomic.exists(path):
+                atomic.remove_tree(path)
+
     def discard(self, number: int) -> int:
         """Free the bytes of a committed shard, for sweeps only; the bytes freed.
 
@@ -246,6 +273,7 @@ class Part(Generic[S]):
         with self.lock():
             commits = self.commit(number)
             if (commits["reason"] != SWEPT).fill_null(True).any():
+                self.unseal()
                 swept = commits.with_columns(status=pl.lit("rejected"), reason=pl.lit(SWEPT), **self.format.freed)
                 tables.write_table(self.commit_path(number), swept, self.format.schema)
             size_bytes = listing.size_bytes(path) or 0

@@ -15,12 +15,14 @@ from storage import atomic, listing
 from storage.errors import ConfigError, ConflictError, DamagedError, UpstreamError
 from storage.part import Part, S
 from storage.root import DataRoot, Stored
-from storage.shard import row_format
+from storage.seal import commits_of, is_finished, seal_part, seals_of
+from storage.shard import ROWS_PER_SHARD, row_format
 from storage.spec import EncodingSpec, PixelSpec
 from storage.verify import Problem, reported, verify_part
 from storage.withdrawn import withdrawn_rows
 
 _WHERE = {"batch": pl.String, "frames": pl.Int32, "part": pl.UInt16, "shard": pl.UInt32}
+_ALWAYS = ("row_id", "slot", "status")
 
 
 class Store(Generic[S]):
@@ -93,28 +95,37 @@ class Store(Generic[S]):
 
     def unfinished(self, batch: str, frames: int) -> Part[S] | None:
         """The first part with a shard that is not committed."""
-        parts = self.parts_of(batch, frames)
-        return next((part for part in parts if len(part.committed_shards()) < part.shards), None)
+        return next((part for part in self.parts_of(batch, frames) if not is_finished(part)), None)
 
-    def commits(self, batch: str, frames: int | None = None) -> pl.DataFrame:
+    def seal(self, batch: str) -> None:
+        """Seal each finished part of a batch; nothing to do where they are sealed."""
+        for part in self.parts_of(batch):
+            seal_part(part)
+
+    def commits(self, batch: str, frames: int | None = None, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """Columns of the format's schema and batch, frames, part, shard: one line a committed row, failed ones too.
 
         A row id found twice counts once: ok before failed, then in the lowest (part, shard). `slot` numbers the part.
+        Of the schema's `columns`, row_id, slot and status are always there; the others cost less where not asked for.
         """
-        empty = row_format(self.spec, 1).schema.create_empty()
+        schema = row_format(self.spec, 1).schema
+        asked = [name for name in schema.column_names() if columns is None or name in {*_ALWAYS, *columns}]
+        empty = schema.create_empty().select(asked)
         found = [empty.with_columns(pl.lit(None, dtype).alias(name) for name, dtype in _WHERE.items())]
         for part in self.parts_of(batch, frames):
-            for number in part.committed_shards():
-                where = {"batch": part.batch, "frames": part.frames, "part": part.number, "shard": number}
-                located = [pl.lit(where[name], dtype).alias(name) for name, dtype in _WHERE.items()]
-                found.append(part.commit(number).with_columns(located))
+            where = {"batch": part.batch, "frames": part.frames, "part": part.number}
+            located = [pl.lit(value, _WHERE[name]).alias(name) for name, value in where.items()]
+            shard = (pl.col("slot") // ROWS_PER_SHARD).alias("shard")
+            found.append(commits_of(part, asked).with_columns(*located, shard))
+        united = pl.concat(found)
+        if united["row_id"].n_unique() == united.height:
+            return united  # in this order already
         order = [pl.col("status") != "ok", "frames", "part", "shard", "slot"]
-        united = pl.concat(found).sort(order).unique("row_id", keep="first", maintain_order=True)
-        return united.sort("frames", "part", "slot")
+        return united.sort(order).unique("row_id", keep="first", maintain_order=True).sort("frames", "part", "slot")
 
-    def table_paths(self, batch: str) -> list[str]:
-        """All that `commits` is read from: each part's plan and commits."""
-        return [path for part in self.parts_of(batch) for path in part.table_paths()]
+    def seals(self, batch: str) -> list[tuple[str, tuple[int, int]]]:
+        """What `commits` is read from: each table and its seal, so that a change is seen without reading rows."""
+        return [found for part in self.parts_of(batch) for found in seals_of(part)]
 
     def refuse_gone(self) -> None:
         """UpstreamError where the store is not there whose rows are asked for, DamagedError for another spec."""

@@ -113,16 +113,24 @@ def seal(path: str) -> tuple[int, int]:
 
     Far cheaper than reading it. Raises as `read_table` does, but for broken rules, which are not looked at.
     """
-    data = atomic.read_bytes(path)
+    return seal_of(atomic.read_bytes(path), path)
+
+
+def seal_of(data: bytes, path: str) -> tuple[int, int]:
+    """`seal` of a table's parquet bytes. `path` is for messages only."""
     return _check_seal(data, path), len(data)
 
 
 def read_tables(root: DataRoot, noun: Table, batches: Sequence[str] | None, schema: type[dy.Schema]) -> pl.DataFrame:
     """Tables of these batches one under the other (all that exist for None); an empty frame where there are none."""
-    paths = [root.table(noun, key) for key in (root.batches(noun) if batches is None else batches)]
+    return read_many([root.table(noun, key) for key in (root.batches(noun) if batches is None else batches)], schema)
+
+
+def read_many(paths: Sequence[str], schema: type[dy.Schema]) -> pl.DataFrame:
+    """`read_table` of these tables one under the other; an empty frame for no table."""
     if not paths:
         return schema.create_empty()
-    read = remote.at_once(root.url, atomic.read_bytes, paths)
+    read = remote.at_once(paths[0], atomic.read_bytes, paths)
     for data, path in zip(read, paths, strict=True):
         _check_seal(data, path)
     files: list[IO[bytes]] = [io.BytesIO(data) for data in read]
@@ -134,6 +142,19 @@ def read_tables(root: DataRoot, noun: Table, batches: Sequence[str] | None, sche
         pass  # their dtypes differ
     # dtypes to widen, or a table to name
     return pl.concat([decode_table(data, schema, path) for data, path in zip(read, paths, strict=True)])
+
+
+def decode_columns(data: bytes, schema: type[dy.Schema], columns: Sequence[str], path: str) -> pl.DataFrame:
+    """Some columns of a table's parquet bytes, in this order. The bytes are checked against their seal.
+
+    Rules of the schema are not: they were when the table was written, and no byte has changed since.
+    """
+    _check_seal(data, path)
+    try:
+        frame = pl.read_parquet(io.BytesIO(data), columns=list(columns))
+        return frame.select(pl.col(name).cast(_dtypes(schema)[name]) for name in columns)
+    except PolarsError as error:
+        raise TableError(f"{path} is no table of {schema.__name__} ({error}). {_OTHER_WRITER}") from error
 
 
 def missing_rows(wanted: pl.DataFrame, done: pl.DataFrame, on: str | Sequence[str]) -> pl.DataFrame:

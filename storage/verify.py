@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import numpy as np
 
 from storage import atomic, listing, shard
 from storage.digest import crc32c
-from storage.errors import is_damage
+from storage.errors import DamagedError, TableError, UpstreamError, is_damage
 from storage.part import SWEPT, Part, StoredRow
+from storage.seal import read_seal, sealed_commits
 
 LEFTOVER_AGE_S = 3600.0  # our choice, as the cache's: what a writer left untouched for so long is not being written
 AT_ONCE = 4  # our choice: shards at a time; of an object store so many are in memory, 67 MB each
@@ -58,7 +59,7 @@ def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
     if problems:
         return problems
     files = listing.files_below(part.path)
-    problems += [*_metadata(part), *_leftovers(part, shards, files)]
+    problems += [*_metadata(part), *_leftovers(part, shards, files), *_seal(part)]
     with ThreadPoolExecutor(AT_ONCE, "verify") as pool:
         for found in pool.map(lambda number: _shard(part, number, files, withdrawn), range(shards)):
             problems += found
@@ -108,10 +109,25 @@ def _keys(value: Any, above: str = "") -> set[str]:  # noqa: ANN401 - JSON is An
 def _leftovers(part: Part[Any], shards: int, files: Iterable[str]) -> list[Problem]:
     """Files that the plan does not know: temporary ones of dead writers, and shards or commits beyond the last."""
     known = {path for number in range(shards) for path in (part.shard_path(number), part.commit_path(number))}
-    known |= {*part.metadata_paths, part.plan_path, f"{part.path}/lock"}
+    known |= {*part.metadata_paths, part.plan_path, part.seal_path, part.sealed_path, f"{part.path}/lock"}
     dead = atomic.leftovers(part.path, LEFTOVER_AGE_S)
     strange = sorted(path for path in set(files) - known if path in dead or not atomic.is_temporary(path))
     return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
+
+
+def _seal(part: Part[Any]) -> list[Problem]:
+    """Problems of a seal that counts: its table is to say what the commits say."""
+    problems: list[Problem] = []
+    remedy = f"remove {part.seal_path}, and make the latents of the batch again to seal the part anew"
+    with reported(problems, part.seal_path, remedy):
+        if read_seal(part) is None:
+            return []
+    with reported(problems, part.sealed_path, remedy):
+        sealed = sealed_commits(part, part.format.schema.column_names())
+        with suppress(DamagedError, TableError, UpstreamError):  # commits are reported shard by shard
+            if sealed is None or not sealed.equals(part.commits()):
+                problems.append(Problem(part.sealed_path, None, "differs from the commits that it seals", remedy))
+    return problems
 
 
 def _shard(part: Part[Any], number: int, files: Mapping[str, int], withdrawn: frozenset[bytes]) -> list[Problem]:

@@ -78,6 +78,7 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
     threads, _ = shares(device_of(machine.device), 1, machine.cores)
     with PixelWriter(project, batch, pixel_spec(project, plan.spec), threads) as pixels:
         report += Report(pixels=pixels.rest(failed))
+        store.seal(batch)
         return publish_outcome(project, plan, report, pixels.plan(), time.perf_counter() - began)
 
 

@@ -71,11 +71,18 @@ class PixelWriter:
         return None if part is None or part.committed(number) else PixelShard(part, number, self._threads)
 
     def rest(self, failed: Collection[bytes] = ()) -> int:
-        """Decode and write what has no pixels yet, except rows that have failed in this call; the rows written."""
+        """Decode and write what has no pixels yet, except rows that have failed in this call; the rows written.
+
+        Finished parts are sealed.
+        """
         if (store := self._store) is None:
             return 0
-        done, written = set(failed), 0
-        parts = open_parts(self._project, self._batch, store, done)
+        written = self._rest(store, set(failed))
+        store.seal(self._batch)
+        return written
+
+    def _rest(self, store: PixelStore, done: set[bytes]) -> int:
+        written, parts = 0, open_parts(self._project, self._batch, store, done)
         first = next(parts, None)
         if first is None:
             return 0

@@ -27,6 +27,7 @@ from storage.part import Part
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.schemas import ProbeRows
+from storage.seal import seal_part
 from storage.shard_files import shards_of
 from storage.store import LatentStore, every_store
 from storage.tables import read_table
@@ -84,9 +85,11 @@ def sweep(project: Project, *, yes: bool = False) -> Sweep:
     root = project.root
     shards = list(_shards(project))
     if yes:
-        for part, number, shard in shards:
-            if shard.unused:
-                part.discard(number)
+        unused = [(part, number) for part, number, shard in shards if shard.unused]
+        for part, number in unused:
+            part.discard(number)
+        for part in {part.path: part for part, _ in unused}.values():
+            seal_part(part)
     found = [shard for _, _, shard in shards]
     folders = sorted({folder for folder in (root.url, root.runs_url) if is_local(folder)})
     old = sorted({path for folder in folders for path in leftovers(folder, LEFTOVER_AGE_S)})

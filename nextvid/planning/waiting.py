@@ -46,7 +46,7 @@ class Standard:
         """The fingerprint of a batch's listing and label files."""
         labels = self.labels[dataset_of(batch)]
         table = self.project.root.table("sources", batch)
-        return _remembered([table], ("listing", *labels), lambda: batch_fingerprint(self.project, batch, labels))
+        return _remembered(("listing", *labels), _sealed(table), lambda: batch_fingerprint(self.project, batch, labels))
 
     def not_encoded(self, batch: str) -> int:
         """How many of the batch's clips have no latents."""
@@ -57,9 +57,9 @@ class Standard:
         return 0 if self.pixels is None else self._missing(batch, PixelStore(self.project.root, self.pixels))
 
     def _missing(self, batch: str, store: Store[Any]) -> int:
-        tables = [self.project.root.table("clips", batch), *store.table_paths(batch)]
+        seals = [*_sealed(self.project.root.table("clips", batch)), *store.seals(batch)]
         return _remembered(
-            tables, (store.noun, store.digest), lambda: plan_batch(self.project, batch, store).rows.height
+            (store.noun, store.digest), seals, lambda: plan_batch(self.project, batch, store).rows.height
         )
 
     def latents_before(self, batch: str) -> str | None:
@@ -208,17 +208,22 @@ def unfinished(against: Standard, batch: str) -> tuple[str, ...]:
 _KNOWN: dict[tuple[str, ...], tuple[tuple[int, ...], Any]] = {}
 
 
-def _remembered(tables: list[str], what: tuple[str, ...], compute: Callable[[], T]) -> T:
+def _sealed(path: str) -> list[tuple[str, tuple[int, int]]]:
+    """A table and its seal."""
+    return [(path, seal(path))]
+
+
+def _remembered(what: tuple[str, ...], seals: Sequence[tuple[str, tuple[int, int]]], compute: Callable[[], T]) -> T:
     """The result of `compute`, kept while the seals of the tables that it was computed from are unchanged.
 
     Between two ticks of the sensor next to nothing changes, and reading a table costs many times what checking its seal
     does. One number or digest a batch is kept, and no table.
     """
-    about = (*what, tables[0])  # the first is the batch's own
-    seals = tuple(hash((path, seal(path))) for path in tables)
+    about = (*what, seals[0][0])  # the first is the batch's own
+    hashes = tuple(hash(one) for one in seals)
     known = _KNOWN.get(about)
-    if known is None or known[0] != seals:
-        known = _KNOWN[about] = (seals, compute())
+    if known is None or known[0] != hashes:
+        known = _KNOWN[about] = (hashes, compute())
     found: T = known[1]
     return found
 
@@ -231,6 +236,6 @@ def quarantined(project: Project, batch: str) -> int:
     def count(noun: Literal["media", "shots"], schema: type[Media | Shots]) -> int:
         path = project.root.table(noun, batch)
         bad = pl.col("status") == "quarantined"
-        return _remembered([path], ("quarantined", noun), lambda: read_table(path, schema).filter(bad).height)
+        return _remembered(("quarantined", noun), _sealed(path), lambda: read_table(path, schema).filter(bad).height)
 
     return count("media", Media) + count("shots", Shots)
