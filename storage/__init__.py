@@ -10,7 +10,8 @@ The data root, as `root.py` builds it (every path of the project comes from ther
            latents/<spec>/spec.json                   the encoding spec as JSON
            latents/<spec>/<batch>.json                outcome of the checks of the batch in this spec
            latents/<spec>/<batch>/f16/<part>/         Zarr v3 group with array `latent`; plan.parquet,
-                                                      commits/<shard>.parquet
+                                                      commits/<shard>.parquet; sealed.json and sealed.parquet
+                                                      once all of these are there
            pixels/<spec>/                             as latents, with JPEG chunks in array `pixels`
            latent_stats/<digest>/  duplicates/<digest>/  mask_plan/<digest>/  withdrawn/<media>.json
            trainset/<digest>/                         trainset.json rows.f16.npy lineage.parquet, and
@@ -20,7 +21,8 @@ The data root, as `root.py` builds it (every path of the project comes from ther
 
 Every path is a string that fsspec understands. atomic.py publishes files, locks.py locks, listing.py lists, remote.py
 speaks to object stores, cache.py keeps local copies of a bucket's files. Of latents and pixels store.py has the stores,
-part.py their parts, shard.py the bytes of a shard; reader.py reads rows fast, verify.py reads every byte.
+part.py their parts, seal.py their seals, shard.py the bytes of a shard; reader.py reads rows fast, verify.py reads
+every byte.
 
 `latest.json` in latent_stats/, duplicates/, trainset/ and pretrain/<recipe>/ points to the newest complete one.
 """

@@ -11,12 +11,11 @@ from typing import Any, ClassVar, Generic, Self
 
 import polars as pl
 
-from storage import atomic, listing
+from storage import atomic, listing, shard
 from storage.errors import ConfigError, ConflictError, DamagedError, UpstreamError
 from storage.part import Part, S
 from storage.root import DataRoot, Stored
 from storage.seal import commits_of, is_finished, seal_part, seals_of
-from storage.shard import ROWS_PER_SHARD, row_format
 from storage.spec import EncodingSpec, PixelSpec
 from storage.verify import Problem, reported, verify_part
 from storage.withdrawn import withdrawn_rows
@@ -108,15 +107,15 @@ class Store(Generic[S]):
         A row id found twice counts once: ok before failed, then in the lowest (part, shard). `slot` numbers the part.
         Of the schema's `columns`, row_id, slot and status are always there; the others cost less where not asked for.
         """
-        schema = row_format(self.spec, 1).schema
+        schema = shard.row_format(self.spec, 1).schema
         asked = [name for name in schema.column_names() if columns is None or name in {*_ALWAYS, *columns}]
         empty = schema.create_empty().select(asked)
         found = [empty.with_columns(pl.lit(None, dtype).alias(name) for name, dtype in _WHERE.items())]
         for part in self.parts_of(batch, frames):
             where = {"batch": part.batch, "frames": part.frames, "part": part.number}
             located = [pl.lit(value, _WHERE[name]).alias(name) for name, value in where.items()]
-            shard = (pl.col("slot") // ROWS_PER_SHARD).alias("shard")
-            found.append(commits_of(part, asked).with_columns(*located, shard))
+            located.append((pl.col("slot") // shard.ROWS_PER_SHARD).alias("shard"))
+            found.append(commits_of(part, asked).with_columns(located))
         united = pl.concat(found)
         if united["row_id"].n_unique() == united.height:
             return united  # in this order already

@@ -122,6 +122,8 @@ def _seal(part: Part[Any]) -> list[Problem]:
     with reported(problems, part.seal_path, remedy):
         if read_seal(part) is None:
             return []
+    if problems:
+        return problems
     with reported(problems, part.sealed_path, remedy):
         sealed = sealed_commits(part, part.format.schema.column_names())
         with suppress(DamagedError, TableError, UpstreamError):  # commits are reported shard by shard

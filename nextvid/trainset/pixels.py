@@ -137,7 +137,7 @@ def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> 
             contents[f"f{frames}"] = digest_bytes(found["crc"].tobytes())
             files[name] = crc32c(np.memmap(temporary, np.uint8, "r"))
         for batch in np.unique(trainset.rows(frames)["batch"]).tolist():
-            psnr_db.append(store.commits(trainset.batches[batch], frames)["psnr_db"])
+            psnr_db.append(store.commits(trainset.batches[batch], frames, ["psnr_db"])["psnr_db"])
     measured = pl.concat(psnr_db).drop_nulls()
     record = {
         "trainset": trainset.digest,
@@ -159,7 +159,8 @@ def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: 
     lacking: list[str] = []
     for places in np.split(order, ends) if len(order) else ():
         batch = trainset.batches[int(rows["batch"][places[0]])]
-        good, own = store.commits(batch, frames).filter(pl.col("status") == "ok"), rows[places]["row_id"]
+        commits = store.commits(batch, frames, ["offset", "size_bytes", "crc32c"])
+        good, own = commits.filter(pl.col("status") == "ok"), rows[places]["row_id"]
         halves = np.frombuffer(b"".join(good["row_id"].to_list()), ">u8").reshape(-1, 2).astype("<u8")
         known = good.with_columns(high=pl.Series(halves[:, 0]), low=pl.Series(halves[:, 1]))
         asked = pl.DataFrame({"high": own[:, 0], "low": own[:, 1], "at": np.arange(len(own))})

@@ -2,14 +2,14 @@
 
 A batch is taken if its clips and latents passed their checks, each row that should be stored has a commit in the
 accepted encoding, and the latest `duplicates` searched its current tables. A row is taken if it is for pretraining, in
-split train, encoded, not dropped as a duplicate and not withdrawn. One batch's tables are in memory at a time, and
-32 bytes of each row: 10 million rows fit in 2 GB (benchmarks/manifests.py).
+split train, encoded, not dropped as a duplicate and not withdrawn. The tables of AT_ONCE batches are in memory at a
+time, and 32 bytes of each row: 10 million rows fit in 2 GB (benchmarks/manifests.py).
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -29,8 +29,10 @@ from storage.schemas import Clips, Duplicates, Lineage
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
-from storage.tables import read_table, require_checks
+from storage.tables import decode_columns, read_table, require_checks
 from storage.withdrawn import withdrawn_rows
+
+AT_ONCE = 2  # our choice: batches, of which one waits for its files while another is computed; each takes 150 MB
 
 
 @dataclass(frozen=True)
@@ -62,134 +64,159 @@ class Selection:
 
 
 def select(project: Project) -> Selection:
-    """Choose the rows that a trainset made now would take.
+    """Choose the rows that a trainset made now would take: one pass over the batches, a few at a time.
 
     Raises UpstreamError where `duplicates` is missing or outdated, too few batches are ready, or no row is left.
     """
     root, spec = project.root, accepted_spec(project)
-    duplicates, known = _known_to_duplicates(root)
+    digest, known, tested = _known_to_duplicates(root)
+    table = read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
     weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
     batches = [batch for batch in sorted({*root.batches(), *root.batches("clips")}) if dataset_of(batch) in weighted]
-    ready = {batch: _ready(project, spec, batch, known) for batch in batches}
-    taken = tuple(sorted(batch for batch, (_, reason) in ready.items() if reason is None))
-    left_out = {batch: reason for batch, (_, reason) in ready.items() if reason is not None}
-    passed = sum(counts for counts, _ in ready.values())
+    leaking, gone = _near(tested, table), pl.Series(sorted(withdrawn_rows(root)), dtype=pl.Binary)
+    with ThreadPoolExecutor(AT_ONCE, "select") as pool:
+        passed_over = pool.map(lambda batch: _read(project, spec, batch, batch in known, table, gone, leaking), batches)
+        found = dict(zip(batches, passed_over, strict=True))
+    taken = tuple(batch for batch in batches if found[batch].reason is None)
+    left_out = {batch: reason for batch in batches if (reason := found[batch].reason) is not None}
+    passed = sum(one.counts for one in found.values())
     if passed == 0 or len(taken) / passed < project.corpus.min_complete:
         listed = "; ".join(f"{batch}: {reason}" for batch, reason in sorted(left_out.items())) or "there is none"
         needed = f"{project.corpus.min_complete:.0%} of the batches must be complete"
         raise UpstreamError(f"{len(taken)} of {passed} batches are ready, {needed}. Not taken: {listed}")
-    table = read_table(f"{root.pointed('duplicates', duplicates)}/duplicates.parquet", Duplicates)
-    gathered = _Gathered(spec, taken, _test_shots(project, table))
-    for batch in taken:
-        gathered.add(batch, *rows_of(project, spec, batch, table))
-    if not gathered.parts:
-        raise UpstreamError(f"no row for pretraining is left in {', '.join(taken)}: {dict(gathered.dropped)}")
-    addresses, offsets = gathered.sorted()
-    dropped = dict(sorted(gathered.dropped.items()))
-    return Selection(spec, duplicates, taken, left_out, addresses, offsets, gathered.moments, dropped, gathered.leaked)
+    read = [found.pop(batch) for batch in taken]
+    dropped = dict(sorted(sum((one.dropped for one in read), Counter[str]()).items()))
+    if not any(one.rows for one in read):
+        raise UpstreamError(f"no row for pretraining is left in {', '.join(taken)}: {dropped}")
+    by_dataset: dict[tuple[str, int], list[Moments]] = {}
+    for key, part in (item for one in read for item in one.moments.items()):
+        by_dataset.setdefault(key, []).append(part)
+    leaked = sum(one.leaked for one in read)
+    addresses, offsets = _sorted(read)
+    return Selection(spec, digest, taken, left_out, addresses, offsets, by_dataset, dropped, leaked)
 
 
-class _Gathered:
-    """Collects what is kept of one batch after the other, so that only one batch's tables are in memory."""
+@dataclass(frozen=True)
+class _Batch:
+    """What the pass over one batch found; rows and moments by (dataset, frames) of a batch that is taken."""
 
-    def __init__(self, spec: EncodingSpec, batches: tuple[str, ...], test_shots: pl.Series) -> None:
-        self._spec, self._batches, self._test_shots = spec, batches, test_shots
-        self.parts: dict[tuple[int, str], list[np.ndarray]] = {}  # addresses by (frames, dataset)
-        self.moments: dict[tuple[str, int], list[Moments]] = {}
-        self.dropped: Counter[str] = Counter()
-        self.leaked = 0
-
-    def add(self, batch: str, kept: pl.DataFrame, lost: pl.DataFrame) -> None:
-        """Add the rows taken of one batch; `lost` are the others, with the column `why`."""
-        self.dropped.update(dict(lost.group_by("why").len().iter_rows()))
-        self.leaked += kept.filter(pl.col("shot_id").is_in(self._test_shots.implode())).height
-        for group in kept.partition_by("dataset", "frames"):
-            dataset, frames = str(group["dataset"][0]), int(group["frames"][0])
-            self.parts.setdefault((frames, dataset), []).append(
-                reader.addresses(group.with_columns(status=pl.lit("ok")), self._batches)
-            )
-            self.moments.setdefault((dataset, frames), []).append(moments(group, self._spec))
-
-    def sorted(self) -> tuple[dict[int, np.ndarray], dict[int, dict[str, tuple[int, int]]]]:
-        """Addresses and offsets as in Selection; empties `parts`, so that addresses are in memory once."""
-        addresses: dict[int, np.ndarray] = {}
-        offsets: dict[int, dict[str, tuple[int, int]]] = {}
-        for frames in sorted({frames for frames, _ in self.parts}):
-            names = sorted(name for length, name in self.parts if length == frames)
-            counts = [sum(map(len, self.parts[frames, name])) for name in names]
-            firsts = [sum(counts[:n]) for n in range(len(counts))]
-            out = np.empty(sum(counts), ADDRESS)
-            for name, first, count in zip(names, firsts, counts, strict=True):
-                rows = out[first : first + count]
-                np.concatenate(self.parts.pop((frames, name)), out=rows)
-                # stable sort: a row id in two batches keeps their order
-                rows[:] = rows[np.lexsort((rows["row_id"][:, 1], rows["row_id"][:, 0]))]
-            addresses[frames] = out
-            offsets[frames] = dict(zip(names, zip(firsts, counts, strict=True), strict=True))
-        return addresses, offsets
+    counts: bool  # whether it counts for `min_complete`
+    reason: str | None  # why it is left out
+    rows: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)  # addresses, whose `batch` is not set
+    moments: Mapping[tuple[str, int], Moments] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    leaked: int = 0
 
 
-def _known_to_duplicates(root: DataRoot) -> tuple[str, Mapping[str, Any]]:
-    """The latest `duplicates`, and the digests of the tables that it searched, by batch.
+def _read(
+    project: Project,
+    spec: EncodingSpec,
+    batch: str,
+    known: bool,
+    duplicates: pl.DataFrame,
+    gone: pl.Series,
+    leaking: pl.Series,
+) -> _Batch:
+    """Judge one batch and read the rows that are taken: its clips and its commits once."""
+    state = batch_state(project.root, batch, "media", "shots", "clips", "latents", encoding=spec.digest())
+    if state.failed:
+        return _Batch(False, f"its {state.failed[0]} did not pass their checks")
+    if "clips" in state.not_made:
+        return _Batch(False, "its clips are not made yet")
+    if "latents" in state.not_made:
+        return _Batch(True, "it has no latents in the accepted encoding")
+    wanted, stored = wanted_clips(project, batch), LatentStore(project.root, spec).commits(batch, columns=_STORED)
+    if missing := wanted.join(stored, on="row_id", how="anti").height:
+        return _Batch(True, f"{missing} of its {wanted.height} rows are not encoded yet")
+    if not known:
+        return _Batch(True, "'duplicates' has not seen its clips as they are now")
+    kept, lost = rows_of(wanted, stored, duplicates.filter(pl.col("batch") == batch), gone)
+    rows: dict[tuple[str, int], np.ndarray] = {}
+    found: dict[tuple[str, int], Moments] = {}
+    for group in kept.partition_by("dataset", "frames"):
+        key = str(group["dataset"][0]), int(group["frames"][0])
+        rows[key], found[key] = reader.addresses(group, [batch]), moments(group, spec)
+    dropped = Counter[str](dict(lost.group_by("why").len().iter_rows()))
+    return _Batch(True, None, rows, found, dropped, kept.filter(pl.col("shot_id").is_in(leaking.implode())).height)
 
-    Raises UpstreamError where a batch with clips of a probe's test set is not among them: then it is
-    not known what pretraining shares with it.
+
+def _sorted(read: Sequence[_Batch]) -> tuple[dict[int, np.ndarray], dict[int, dict[str, tuple[int, int]]]]:
+    """Addresses and offsets as in Selection; empties the rows of each batch, so that addresses are in memory once."""
+    addresses: dict[int, np.ndarray] = {}
+    offsets: dict[int, dict[str, tuple[int, int]]] = {}
+    keys = sorted({key for one in read for key in one.rows})
+    for frames in sorted({frames for _, frames in keys}):
+        names = [name for name, length in keys if length == frames]
+        counts = [sum(len(one.rows.get((name, frames), ())) for one in read) for name in names]
+        firsts = [sum(counts[:n]) for n in range(len(counts))]
+        out = np.empty(sum(counts), ADDRESS)
+        for name, first, count in zip(names, firsts, counts, strict=True):
+            rows, end = out[first : first + count], 0
+            for number, one in enumerate(read):
+                here = one.rows.pop((name, frames), rows[:0])
+                rows[end : end + len(here)] = here
+                rows["batch"][end : end + len(here)] = number
+                end += len(here)
+            # stable sort: a row id in two batches keeps their order
+            rows[:] = rows[np.lexsort((rows["row_id"][:, 1], rows["row_id"][:, 0]))]
+        addresses[frames] = out
+        offsets[frames] = dict(zip(names, zip(firsts, counts, strict=True), strict=True))
+    return addresses, offsets
+
+
+def _known_to_duplicates(root: DataRoot) -> tuple[str, set[str], pl.Series]:
+    """The latest `duplicates`, the batches whose tables it searched as they are, and the shots of probes' test clips.
+
+    Raises UpstreamError where a batch with such clips is not among these batches: then it is not known what pretraining
+    shares with it.
     """
     digest = read_latest(root, "duplicates")
     if digest is None:
         raise UpstreamError("'duplicates' has not been made: make 'duplicates' first")
     folder = root.pointed("duplicates", digest)
     require_checks(f"{folder}/checks.json", "duplicates")
-    known = read_json(f"{folder}/duplicates.json")["inputs"]
-    for batch in root.batches("clips"):
-        if not batch_state(root, batch, "clips").usable or _is_known(root, batch, known):
-            continue
-        clips = read_table(root.table("clips", batch), Clips)
-        if clips.filter(_tested()).height:
-            raise UpstreamError(f"batch {batch} holds probe test clips that 'duplicates' has not seen: make it again")
-    return digest, known
+    inputs = read_json(f"{folder}/duplicates.json")["inputs"]
 
+    def look(batch: str) -> tuple[bool, pl.Series]:
+        path, searched = root.table("clips", batch), inputs.get(batch)
+        clips = read_bytes(path)
+        table = decode_columns(clips, Clips, ("shot_id", "status", "split", "uses"), path)
+        is_known = searched is not None and searched == [
+            digest_bytes(read_bytes(root.table("shots", batch))),
+            digest_bytes(clips),
+        ]
+        return is_known, table.filter(_tested())["shot_id"]
 
-def _ready(project: Project, spec: EncodingSpec, batch: str, known: Mapping[str, Any]) -> tuple[bool, str | None]:
-    """(whether the batch counts for `min_complete`, why it is left out or None)."""
-    root = project.root
-    state = batch_state(root, batch, "media", "shots", "clips", "latents", encoding=spec.digest())
-    if state.failed:
-        return False, f"its {state.failed[0]} did not pass their checks"
-    if "clips" in state.not_made:
-        return False, "its clips are not made yet"
-    if "latents" in state.not_made:
-        return True, "it has no latents in the accepted encoding"
-    wanted = wanted_clips(project, batch)
-    missing = wanted.join(LatentStore(root, spec).commits(batch), on="row_id", how="anti").height
-    if missing:
-        return True, f"{missing} of its {wanted.height} rows are not encoded yet"
-    if not _is_known(root, batch, known):
-        return True, "'duplicates' has not seen its clips as they are now"
-    return True, None
-
-
-def _is_known(root: DataRoot, batch: str, known: Mapping[str, Any]) -> bool:
-    now = [digest_bytes(read_bytes(root.table(noun, batch))) for noun in ("shots", "clips")]
-    return known.get(batch) == now
+    known: set[str] = set()
+    tested = [Clips.create_empty()["shot_id"]]
+    batches = root.batches("clips")
+    with ThreadPoolExecutor(AT_ONCE, "select") as pool:
+        for batch, (is_known, shots) in zip(batches, pool.map(look, batches), strict=True):
+            if not is_known and len(shots) and batch_state(root, batch, "clips").usable:
+                raise UpstreamError(
+                    f"batch {batch} holds probe test clips that 'duplicates' has not seen: make it again"
+                )
+            known |= {batch} if is_known else set()
+            tested.append(shots.unique())
+    return digest, known, pl.concat(tested).unique()
 
 
 def rows_of(
-    project: Project, spec: EncodingSpec, batch: str, duplicates: pl.DataFrame
+    wanted: pl.DataFrame, stored: pl.DataFrame, duplicates: pl.DataFrame, gone: pl.Series
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(rows taken, rows for pretraining that are not, with `why`) of one batch.
 
-    Columns of the rows taken: those of Lineage, and part, shard, slot (within the shard), crc32c, sums, sums_squared,
-    posterior_std.
+    From its wanted clips, their commits (`LatentStore.commits`), its lines of `duplicates` and the withdrawn row ids.
+    Columns of the rows taken: those of Lineage, and status, part, shard, slot (within the shard), crc32c, sums,
+    sums_squared, posterior_std.
     """
-    asked = wanted_clips(project, batch).filter(pl.col("uses").list.contains("pretrain"))
-    stored = LatentStore(project.root, spec).commits(batch)
-    unstable = asked.join(stored.filter(is_unstable()), on="row_id", how="semi")[
-        "media_id"
-    ]  # rows of earlier shards too
-    commits = stored.select("row_id", *_STORED, committed="status").with_columns(pl.col("slot") % ROWS_PER_SHARD)
-    given_way = duplicates.filter((pl.col("batch") == batch) & pl.col("dropped_from").list.contains("pretrain"))
-    gone = pl.Series(sorted(withdrawn_rows(project.root)), dtype=pl.Binary)
+    asked = wanted.filter(pl.col("uses").list.contains("pretrain"))
+    # rows of earlier shards too
+    unstable = asked.join(stored.filter(is_unstable()), on="row_id", how="semi")["media_id"]
+    commits = stored.select(
+        "row_id", "part", "shard", *_STORED, committed="status", slot=pl.col("slot") % ROWS_PER_SHARD
+    )
+    given_way = duplicates.filter(pl.col("dropped_from").list.contains("pretrain"))
     why = (
         pl.when(pl.col("split") != "train")
         .then(pl.lit("split"))
@@ -202,30 +229,26 @@ def rows_of(
         .otherwise(pl.col("why"))
     )
     judged = (
-        asked.join(commits, on="row_id", how="inner")
+        asked.select(*Lineage.column_names(), "split")
+        .join(commits, on="row_id", how="inner")
         .join(given_way.select("shot_id", why=pl.col("reason")), on="shot_id", how="left")
         .with_columns(why=why)
     )
-    kept = judged.filter(pl.col("why").is_null()).select(*Lineage.column_names(), *_STORED)
+    kept = judged.filter(pl.col("why").is_null()).drop("why", "split", "reason").rename({"committed": "status"})
     return kept, judged.filter(pl.col("why").is_not_null()).select("row_id", "why")
 
 
-_STORED = ("part", "shard", "slot", "crc32c", "sums", "sums_squared", "posterior_std")
+_STORED = ("reason", "crc32c", "sums", "sums_squared", "posterior_std")
 
 
-def _test_shots(project: Project, duplicates: pl.DataFrame) -> pl.Series:
+def _near(tested: pl.Series, duplicates: pl.DataFrame) -> pl.Series:
     """Shots of probes' test clips and all shots in a group with one, computed from clips and groups.
 
     Not from `dropped_from`, so that the check `no_test_duplicate` finds mistakes there.
     """
-    tested: Sequence[pl.DataFrame] = [
-        read_table(project.root.table("clips", batch), Clips).filter(_tested()).select("shot_id")
-        for batch in project.root.batches("clips")
-    ]
-    shots = pl.concat([Clips.create_empty().select("shot_id"), *tested])["shot_id"].unique()
-    touched = duplicates.filter(pl.col("shot_id").is_in(shots.implode()))["group"].unique()
+    touched = duplicates.filter(pl.col("shot_id").is_in(tested.implode()))["group"].unique()
     near = duplicates.filter(pl.col("group").is_in(touched.implode()))["shot_id"]
-    return pl.concat([shots, near]).unique().sort()
+    return pl.concat([tested, near]).unique().sort()
 
 
 def _tested() -> pl.Expr:

@@ -17,10 +17,11 @@ from jaxtyping import Float32
 
 from nextvid.config.project import Project
 from nextvid.encode.latent_stats import mixed
+from nextvid.encode.plan import wanted_clips
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_latest, publish_verdict, read_latest
 from nextvid.trainset.files import LINEAGE, RECORD, Frozen, gone_shards, read_sealed, rows_name, write_trainset
-from nextvid.trainset.selection import Selection, rows_of, select
+from nextvid.trainset.selection import Selection, select
 from storage import listing
 from storage.atomic import exists, remove_tree
 from storage.digest import ID_BYTES, digest_bytes, digest_config
@@ -28,7 +29,7 @@ from storage.errors import ConflictError, DamagedError, RefusedError, TableError
 from storage.locks import locked
 from storage.reader import ADDRESS, row_id
 from storage.root import DataRoot
-from storage.schemas import Duplicates, Lineage
+from storage.schemas import Lineage
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
 from storage.tables import read_table
@@ -276,18 +277,18 @@ def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], d
 def _lineage(project: Project, chosen: Selection) -> Iterator[pl.DataFrame]:
     """Lineage of the chosen rows, one batch at a time, sorted by row id; read again, since it is too large to keep.
 
-    Raises ConflictError where a batch now has other rows than were chosen.
+    Raises ConflictError where a batch's clips are no longer those that were chosen.
     """
-    table = read_table(f"{project.root.pointed('duplicates', chosen.duplicates)}/duplicates.parquet", Duplicates)
     order = {frames: np.argsort(rows["batch"], kind="stable") for frames, rows in chosen.addresses.items()}
     for number, batch in enumerate(chosen.batches):
-        kept, _ = rows_of(project, chosen.spec, batch, table)
         ids: list[bytes] = []
         for frames, rows in chosen.addresses.items():
             first, last = np.searchsorted(rows["batch"], (number, number + 1), sorter=order[frames])
             data = rows["row_id"][order[frames][first:last]].astype(">u8").tobytes()
             ids += [data[start : start + ID_BYTES] for start in range(0, len(data), ID_BYTES)]
-        lines = kept.sort("row_id")
+        wanted = wanted_clips(project, batch).filter(pl.col("uses").list.contains("pretrain"))
+        taken = pl.DataFrame({"row_id": ids}, schema={"row_id": pl.Binary})
+        lines = wanted.select(Lineage.column_names()).join(taken, on="row_id", how="semi").sort("row_id")
         if lines["row_id"].to_list() != sorted(ids):
             raise ConflictError(f"batch {batch} changed while its rows were frozen: make 'trainset' again")
-        yield lines.select(Lineage.column_names())
+        yield lines

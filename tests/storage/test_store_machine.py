@@ -122,6 +122,11 @@ class StoreMachine(RuleBasedStateMachine):
         part.erase(part.plan.filter(row_id=name)["slot"].to_list())
         self.withdrawn.add(name)
 
+    @rule(batch=st.sampled_from(BATCHES))
+    def seal(self, batch: str) -> None:
+        """Whatever happens to a part afterwards, the model tells what it holds."""
+        self.store.seal(batch)
+
     @rule()
     def reopen(self) -> None:
         self.store = LatentStore.open(DataRoot.open(self.folder), spec().digest())

@@ -21,6 +21,7 @@ from nextvid.making.outcome import Outcome
 from nextvid.making.progress import Progress
 from storage.errors import UpstreamError
 from storage.part import LatentPart
+from storage.seal import read_seal
 from storage.store import LatentStore
 from storage.tables import require_checks
 from tests.factories import clip_row, publish_clips, unchanged
@@ -97,6 +98,18 @@ class TestEncode:
             assert not second.made
             assert second.digest == first.digest
             assert second.passed
+
+    def test_finished_parts_are_sealed_those_of_before_too(self, project: Project, small_shards: None) -> None:
+        first, store = make_latents(project, FILMS), LatentStore(project.root, accepted_spec(project))
+        (part,) = store.parts_of(FILMS)
+        seal, commits = read_seal(part), store.commits(FILMS)
+        assert seal is not None
+        part.unseal()  # as a store of before
+        again = make_latents(project, FILMS)
+        assert not again.made
+        assert again.digest == first.digest
+        assert read_seal(part) == seal
+        assert store.commits(FILMS).equals(commits)
 
     def test_only_missing_rows_are_encoded_in_a_new_part(self, project: Project, tmp_path: Path) -> None:
         make_latents(project, FILMS)

@@ -14,7 +14,7 @@ from nextvid.config.project import Project
 from nextvid.encode import frames as decoding_frames
 from nextvid.encode.frames import Decoding
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import accepted_spec, plan_encode
+from nextvid.encode.plan import accepted_spec, plan_encode, wanted_clips
 from nextvid.making.outcome import line
 from nextvid.trainset.selection import rows_of
 from nextvid.video.probe import probe
@@ -206,8 +206,9 @@ class TestLyingDecoder:
             "nextvid.encode.pipeline.sampled", lambda ids, frames: [r for r in ids if r == last["row_id"]]
         )
         assert make_latents(project, FILMS).rows == 6
-        nothing = Duplicates.create_empty()
-        kept, lost = rows_of(project, accepted_spec(project), FILMS, nothing)
+        stored = LatentStore(project.root, accepted_spec(project)).commits(FILMS)
+        nothing, nobody = Duplicates.create_empty(), pl.Series([], dtype=pl.Binary)
+        kept, lost = rows_of(wanted_clips(project, FILMS), stored, nothing, nobody)
         assert set(kept["uri"]) == {str(other)}
         assert dict(lost.group_by("why").len().iter_rows()) == {"unstable": 6}
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.encode.latent_stats import make_latent_stats, mixed, moments, united
-from nextvid.encode.plan import encoding_spec
+from nextvid.encode.plan import encoding_spec, wanted_clips
 from nextvid.making.publishing import read_latest
 from nextvid.trainset import selection, trainset
 from nextvid.trainset.trainset import Trainset, make_trainset
@@ -142,11 +142,7 @@ class TestRows:
     def test_a_batch_that_changes_while_it_is_frozen_stops_it(
         self, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fewer(*given: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
-            kept, lost = selection.rows_of(*given)
-            return kept[1:], lost
-
-        monkeypatch.setattr(trainset, "rows_of", fewer)
+        monkeypatch.setattr(trainset, "wanted_clips", lambda *given: wanted_clips(*given)[1:])
         with pytest.raises(ConflictError, match=f"batch {FILMS} changed"):
             make_trainset(corpus.project)
         assert read_latest(corpus.project.root, "trainset") is None
