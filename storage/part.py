@@ -260,7 +260,7 @@ class Part(Generic[S]):
     def unseal(self) -> None:
         """Remove the seal before a commit changes; until the part is sealed again, its commits are read."""
         for path in (self.seal_path, self.sealed_path):
-            if is_local(path) or atomic.exists(path):
+            if atomic.exists(path):
                 atomic.remove_tree(path)
 
     def discard(self, number: int) -> int:
