@@ -1,7 +1,11 @@
 """Fine-tuning: rates by layer, blocks that are skipped, and one training whatever ranks and kills."""
 
 import json
+import os
+import signal
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,22 +19,24 @@ from torch import nn
 
 from nextvid.config.benchmarks import FinetuneConfig
 from nextvid.config.project import Project
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.evaluate.attentive import ProbeSettings
 from nextvid.evaluate.benchmark_rows import per_sample
 from nextvid.evaluate.features import FrozenEncoder, Parts, load_networks, run_encoders
 from nextvid.evaluate.finetune import OneSegment, Tuned, Tuning, judge, optimiser_of
 from nextvid.evaluate.fitting import ALONE
-from nextvid.evaluate.probes import plan_encoder, plan_task
+from nextvid.evaluate.probes import make_probes, plan_encoder, plan_probes, plan_task, prepare_probes
 from nextvid.evaluate.scoring import Scored, Task, score_encoder
 from nextvid.evaluate.stream import Streamed, open_clips
 from nextvid.train.checkpoint import Identity
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import read_events
+from nextvid.train.pretrain import trainers
 from nextvid.train.run import find_run
 from storage.errors import RefusedError
 from tests.factories import edit_project
 from tests.nextvid.evaluate.streams import CPU
-from tests.nextvid.evaluate.test_probes import Together
+from tests.nextvid.evaluate.test_probes import Together, epochs_of
 from tests.nextvid.tiny_project import FRAMES, RECIPE, probe
 
 SWEEP = [{"rates": [2e-3], "weight_decays": [0.05], "warm_up_epochs": 1.0, "warm_up_from": 1e-6}]
@@ -220,3 +226,25 @@ def test_floors_have_nothing_to_train(tuned: Project) -> None:
     with pytest.raises(RefusedError, match="'species' trains the encoder, and 'stored' is computed without weights"):
         plan_encoder(project, "species", "stored")
     assert probe(project, "stored").rows == 0, "all benchmarks are those that can be scored"
+
+
+@pytest.mark.faults
+def test_two_killed_ranks_go_on_and_learn_what_one_learns(tuned: Project) -> None:
+    """Under torchrun, killed in the second encoder's training."""
+    planned = plan_probes(tuned, RECIPE)
+    how = ExecutionConfig(device="cpu", ranks=2)
+    with trainers(prepare_probes(tuned, planned, how), subprocess.DEVNULL, subprocess.STDOUT, print) as process:
+        while process.poll() is None and epochs_of(planned.folder) < 6:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    make_probes(tuned, RECIPE, how=how)
+    told = [event["step"] for event in read_events(Path(planned.folder)) if event["kind"] == "epoch"]
+    assert told == list(range(told[0], 9))
+    assert told[0] > 5, "the first encoder is not trained again"
+    (score,) = map(Path, planned.folders.values())
+    two = json.loads((score / "score.json").read_text())["encoders"], dict(np.load(score / "features.npz"))
+    (score / "score.json").unlink()
+    probe(tuned)
+    assert two[0] == json.loads((score / "score.json").read_text())["encoders"]
+    for name, expected in np.load(score / "features.npz").items():
+        np.testing.assert_allclose(two[1][name].astype(np.float32), expected.astype(np.float32), atol=2e-3)  # halves

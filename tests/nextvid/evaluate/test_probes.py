@@ -250,7 +250,7 @@ def test_two_killed_ranks_go_on_from_the_last_epoch(own_copy: Project) -> None:
     prepared = prepare_probes(own_copy, planned, ExecutionConfig(device="cpu", ranks=2))
     for epochs in (2, 5):
         with trainers(prepared, subprocess.DEVNULL, subprocess.STDOUT, print) as process:
-            while process.poll() is None and _epochs(planned.folder) < epochs:
+            while process.poll() is None and epochs_of(planned.folder) < epochs:
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
     make_probes(own_copy, RECIPE, how=ExecutionConfig(device="cpu", ranks=2))
@@ -264,7 +264,7 @@ def test_two_killed_ranks_go_on_from_the_last_epoch(own_copy: Project) -> None:
     assert found == json.loads(Path(score, "score.json").read_text())["encoders"]
 
 
-def _epochs(folder: str) -> int:
+def epochs_of(folder: str) -> int:
     try:
         return max((event["step"] for event in read_events(Path(folder))), default=0)
     except UpstreamError:
