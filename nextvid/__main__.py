@@ -8,34 +8,18 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Literal
 
 import tyro
-from tyro.extras import SubcommandApp
 
-from nextvid.command_help import ABOUT, example_of
+from nextvid import store_commands  # noqa: F401 - registers its commands
+from nextvid.command_line import ABOUT, Batch, Corpus, How, Json, Overrides, Run, app, example_of, show
 from nextvid.config.project import open_project
 from nextvid.graph import Asset
 from nextvid.make import Request, make
 from nextvid.making.outcome import Outcome, line, to_look_at
 from nextvid.making.progress import shown
-from storage.errors import ConfigError, NExTVidError, UpstreamError, exit_code
-
-app = SubcommandApp()
-
-Corpus = Annotated[
-    str | None, tyro.conf.arg(metavar="PATH", help="path of corpus.yaml; else NEXTVID_CORPUS, else ./corpus.yaml")
-]
-Batch = Annotated[str | None, tyro.conf.arg(metavar="BATCH", help="only this batch, such as my_videos.000000")]
-Overrides = Annotated[
-    tuple[str, ...], tyro.conf.arg(name="set", help="changes of the recipe, such as seed=1 or stages.warmup.steps=100")
-]
-How = Annotated[
-    tuple[str, ...], tyro.conf.arg(help="how to train, such as device=cpu micro_batch=8; the run is the same")
-]
-Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="id of a training run")]
-Yes = Annotated[bool, tyro.conf.arg(help="do it; otherwise only print what would be done")]
-Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON")]
+from storage.errors import ConfigError, NExTVidError, exit_code
 
 
 @app.command(name="make")
@@ -187,28 +171,6 @@ def draws(
 
 
 @app.command
-def verify(batch: Batch = None, corpus: Corpus = None) -> None:
-    """Read every committed byte of latents, pixels and trainsets, and list what is damaged."""
-    from nextvid.corpus.sources import refuse_unknown
-    from nextvid.lineage.trace import damaged_trainsets
-    from storage.store import every_store
-
-    project = open_project(corpus)
-    if batch is not None:
-        refuse_unknown(project, batch)
-    stores = every_store(project.root)
-    if not stores:
-        raise UpstreamError("there are no latents yet: 'nextvid make latents' makes them")
-    problems = [str(problem) for store in stores for problem in store.verify(batch)]
-    problems += damaged_trainsets(project.root) if batch is None else []
-    for problem in problems:
-        print(problem)
-    if problems:
-        sys.exit(4)
-    print("every committed row is as it was written")
-
-
-@app.command
 def lineage(
     what: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="run, checkpoint, score or file")],
     corpus: Corpus = None,
@@ -328,52 +290,6 @@ def features(
     show(summary, json_)
     if summary.counts.failed:
         sys.exit(3)
-
-
-@app.command
-def withdraw(
-    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help="as its dataset's listing names it")],
-    yes: Yes = False,
-    corpus: Corpus = None,
-    json_: Json = False,
-) -> None:
-    """Zero all that is stored of a file, refuse it from now on, list the runs that read it. A plan without --yes."""
-    from nextvid.lineage.withdraw import withdraw as withdraw_file
-
-    show(withdraw_file(open_project(corpus), file, yes=yes), json_)
-
-
-@app.command
-def sweep(yes: Yes = False, corpus: Corpus = None, json_: Json = False) -> None:
-    """Delete shards that no trainset and no clip needs, and leftover files over a day old. A plan without --yes."""
-    from nextvid.lineage.sweep import sweep as sweep_stores
-
-    show(sweep_stores(open_project(corpus), yes=yes), json_)
-
-
-@app.command(name="import-vavae")
-def import_vavae(
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="the published VA-VAE, a .pt file")],
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="a folder that does not exist yet")],
-    stats: Annotated[str | None, tyro.conf.arg(help="the published latents_stats.pt, kept for reference")] = None,
-) -> None:
-    """Convert the published VA-VAE checkpoint to a folder that `encoding.autoencoder` in corpus.yaml can name."""
-    from nextvid.encode.vavae import import_vavae as convert
-
-    print(f"{convert(checkpoint, out, stats)} tensors in {out}: name it as encoding.autoencoder in corpus.yaml")
-
-
-class Result(Protocol):
-    """A dataclass that can be printed for people."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def text(self) -> str: ...
-
-
-def show(found: Result, json_: bool) -> None:
-    """Print a result for people or as JSON."""
-    print(json.dumps(asdict(found), default=str, indent=2) if json_ else found.text())
 
 
 def main() -> None:

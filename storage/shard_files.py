@@ -208,7 +208,9 @@ class ShardFiles(Generic[S]):
         path = part.shard_path(number)
         try:
             with (
-                self.cache.open(path, lambda data: _fault(part, number, data)) if self.cache else Path(path).open("rb")
+                self.cache.open(path, lambda data: shard_fault(part, number, data))
+                if self.cache
+                else Path(path).open("rb")
             ) as file:
                 inode, pages_known = os.fstat(file.fileno()).st_ino, os.access(file.name, os.W_OK)
                 # private: torch wants writable memory to read from, and what is written here never reaches the file
@@ -283,7 +285,7 @@ def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, n
     return {path: files[path] for path, files in paths if path in files}
 
 
-def _fault(part: Part[S], number: int, data: bytes) -> str | None:
+def shard_fault(part: Part[S], number: int, data: bytes) -> str | None:
     """What is wrong with the bytes of a committed shard; withdrawn rows are zeros, which nobody reads."""
     rows = part.rows(number)
     end = max(row.offset + row.size_bytes for row in rows)

@@ -9,11 +9,10 @@ Axes: F frames or latent frames, C channels, h w cells.
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from jaxtyping import Float16
 from torch import Tensor
@@ -21,21 +20,25 @@ from torch.utils.data import Dataset
 
 from nextvid.config.project import open_project
 from nextvid.trainset.trainset import Trainset
-from storage.errors import ConfigError, RefusedError, UpstreamError
+from storage.atomic import exists
+from storage.errors import ConfigError, RefusedError
 from storage.reader import RowReader, open_reader, row_id
 from storage.root import DataRoot
 from storage.schemas import Clips, Labels
 from storage.tables import read_table
 
 TRAINSET = "/trainset/"
-TABLES_KEPT = 8  # batches whose tables `row` keeps: our choice; rows of one batch follow each other in a data set
+BATCHES_KEPT = 8  # whose facts `row` keeps: our choice; 10,000 rows of a batch take some MB
 
 Row = Float16[Tensor, "F C h w"]
 
 
 @dataclass(frozen=True)
 class RowFacts:
-    """Where a row comes from: ids in hex, times in microseconds of the file, crop in upright source pixels."""
+    """Where a row comes from: ids in hex, times in microseconds of the file, crop in upright source pixels.
+
+    The last four are None where the root has no tables of the row's batch, or newer ones without this row.
+    """
 
     row_id: str
     clip_id: str
@@ -43,10 +46,10 @@ class RowFacts:
     dataset: str
     batch: str
     uri: str
-    times_us: tuple[int, ...]  # of each frame
-    crop: tuple[int, int, int, int]  # x, y, width, height
-    flip: bool
-    labels: dict[str, tuple[str, ...]]  # values by target, of the file and of spans that meet the clip
+    times_us: tuple[int, ...] | None = None  # of each frame
+    crop: tuple[int, int, int, int] | None = None  # x, y, width, height
+    flip: bool | None = None
+    labels: dict[str, tuple[str, ...]] | None = None  # values by target, of the file and of spans that meet the clip
 
 
 class LatentDataset(Dataset[Row]):
@@ -86,35 +89,16 @@ class LatentDataset(Dataset[Row]):
         return map(self.__getitem__, range(self._count))
 
     def row(self, index: int) -> RowFacts:
-        """Where a row comes from, by the tables of its batch. Raises UpstreamError where they no longer have it."""
-        rows, _ = self._open()
-        address = rows[self._place(index)]
-        batch, row = self.batches[int(address["batch"])], row_id(address)
-        clips, labels = _tables(self.root, batch)
-        found = clips.filter(pl.col("row_id") == row)
-        if found.is_empty():
-            raise UpstreamError(
-                f"clips of batch {batch} were made again without row {row.hex()}; 'nextvid lineage' has its file"
-            )
-        clip = found.row(0, named=True)
-        times_us = tuple(clip["times_us"])
-        spans = labels.filter(
-            pl.col("media_id") == clip["media_id"],
-            pl.col("start_us").is_null() | (pl.col("start_us") <= times_us[-1]),
-            pl.col("end_us").is_null() | (pl.col("end_us") > times_us[0]),
-        )
-        values: dict[str, tuple[str, ...]] = {}
-        for target, value in spans.select("target", "value").unique(maintain_order=True).iter_rows():
-            values[target] = (*values.get(target, ()), value)
-        ids = {name: clip[name].hex() for name in ("row_id", "clip_id", "media_id")}
-        crop = (clip["crop_x"], clip["crop_y"], clip["crop_w"], clip["crop_h"])
-        return RowFacts(**ids, dataset=self.dataset(index), batch=batch, uri=clip["uri"], times_us=times_us, crop=crop,
-                        flip=clip["flip"], labels=values)  # fmt: skip
-
-    def dataset(self, index: int) -> str:
-        """The entry of corpus.yaml that a row is of."""
+        """Where a row comes from, by the trainset's lineage and the tables of its batch."""
         place = self._place(index)
-        return next(name for name, (first, count) in self._offsets.items() if first <= place < first + count)
+        address = self._open()[0][place]
+        dataset = next(name for name, (first, count) in self._offsets.items() if first <= place < first + count)
+        return _facts(self.root, self.digest, self.batches[int(address["batch"])])[dataset, row_id(address)]
+
+    def in_store_order(self) -> list[int]:
+        """Indices of all rows in the order in which the store has them, which reads fastest."""
+        rows, _ = self._open()
+        return np.lexsort([rows[name] for name in ("slot", "shard", "part", "batch")]).tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
@@ -165,8 +149,29 @@ def open_latents(
     return LatentDataset(root, opened.digest, frames)
 
 
-@functools.lru_cache(TABLES_KEPT)
-def _tables(root: DataRoot, batch: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Clips that are rows of the store, and labels, of a batch."""
-    clips = read_table(root.table("clips", batch), Clips).filter(pl.col("row_id").is_not_null())
-    return clips, read_table(root.table("labels", batch), Labels)
+@functools.lru_cache(BATCHES_KEPT)
+def _facts(root: DataRoot, digest: str, batch: str) -> dict[tuple[str, bytes], RowFacts]:
+    """Facts of a batch's rows in a trainset, by dataset and row id."""
+    lineage = Trainset.open(root, digest).lineage(batch)
+    found = {
+        (row["dataset"], row["row_id"]): RowFacts(
+            row["row_id"].hex(), row["clip_id"].hex(), row["media_id"].hex(), row["dataset"], batch, row["uri"]
+        )
+        for row in lineage.iter_rows(named=True)
+    }
+    if not (exists(root.table("clips", batch)) and exists(root.table("labels", batch))):
+        return found
+    spans: dict[bytes, list[tuple[int | None, int | None, str, str]]] = {}
+    for media, *span in read_table(root.table("labels", batch), Labels).iter_rows():
+        spans.setdefault(media, []).append((span[0], span[1], span[2], span[3]))
+    for clip in read_table(root.table("clips", batch), Clips).iter_rows(named=True):
+        if row := found.get((clip["dataset"], clip["row_id"])):
+            times_us, labels = tuple(clip["times_us"]), dict[str, tuple[str, ...]]()
+            for start_us, end_us, target, value in spans.get(clip["media_id"], ()):
+                meets = (start_us is None or start_us <= times_us[-1]) and (end_us is None or end_us > times_us[0])
+                if meets and value not in labels.get(target, ()):
+                    labels[target] = (*labels.get(target, ()), value)
+            crop = (clip["crop_x"], clip["crop_y"], clip["crop_w"], clip["crop_h"])
+            key = clip["dataset"], clip["row_id"]
+            found[key] = replace(row, times_us=times_us, crop=crop, flip=clip["flip"], labels=labels)
+    return found

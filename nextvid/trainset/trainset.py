@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 from jaxtyping import Float32
+from polars.exceptions import PolarsError
 
 from nextvid.config.project import Project
 from nextvid.encode.latent_stats import mixed
@@ -28,6 +29,7 @@ from storage.digest import ID_BYTES, digest_bytes, digest_config
 from storage.errors import ConflictError, DamagedError, RefusedError, TableError, UpstreamError
 from storage.locks import locked
 from storage.reader import ADDRESS, row_id
+from storage.remote import is_local
 from storage.root import DataRoot
 from storage.schemas import Lineage
 from storage.spec import EncodingSpec
@@ -164,13 +166,16 @@ class Trainset:
         store, rows = LatentStore(self._root, self.spec), {frames: self.rows(frames) for frames in self.lengths}
         return gone_shards(store, self.batches, rows, f"trainset {self.digest}", "make 'trainset' again")
 
-    def lineage(self) -> pl.DataFrame:
-        """The way of each row back to its file (schema Lineage); sorted by batch, then row id."""
+    def lineage(self, batch: str | None = None) -> pl.DataFrame:
+        """The way of each row, or each of a batch, back to its file (schema Lineage); sorted by batch, then row id."""
         path = f"{self._folder}/{LINEAGE}"
         try:
-            return read_table(path, Lineage)
-        except (UpstreamError, TableError) as error:
+            if batch is not None and is_local(path):  # without reading what parquet says is of other batches
+                return Lineage.validate(pl.scan_parquet(path).filter(batch=batch).collect(), cast=True)
+            whole = read_table(path, Lineage)
+        except (UpstreamError, TableError, PolarsError, OSError) as error:
             raise DamagedError(f"{path} is missing or damaged; {self._files.remedy}") from error
+        return whole if batch is None else whole.filter(batch=batch)
 
     def facts(self) -> dict[str, Any]:
         """What is kept where its files are written again."""

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from nextvid.__main__ import app
-from nextvid.command_help import EXAMPLES
+from nextvid.command_line import EXAMPLES, app
 from nextvid.config.project import Project
 from nextvid.train.run import find_run
 from nextvid.trainset.order import listed_draws

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import nextvid.__main__ as command_line
-from nextvid.command_help import EXAMPLES
+from nextvid import store_commands
+from nextvid.command_line import EXAMPLES
 from nextvid.config.corpus import load_corpus
 from nextvid.config.project import Project
 from nextvid.config.recipes import recipe
@@ -163,7 +164,8 @@ def test_commands_that_documents_name_are_parsed(
     def stop(corpus: str | None) -> Project:
         raise UpstreamError("parsed")
 
-    monkeypatch.setattr(command_line, "open_project", stop)
+    for module in (command_line, store_commands):
+        monkeypatch.setattr(module, "open_project", stop)
     words = command.split()
     code = nextvid_runs(words if len(words) > 1 else [*words, "--help"], monkeypatch)
     error = capsys.readouterr().err

@@ -98,9 +98,9 @@ def test_a_row_beyond_the_end(clips: LatentDataset, index: int) -> None:
 
 def test_a_row_s_facts_and_labels(tmp_path: Path) -> None:
     project = make_project(tmp_path)
-    clips = nextvid.open_latents(project.path, 4)
     address = Trainset.open(project.root).rows(4)[2]
-    row = clip_row(tmp_path / "one.mp4", 3, view=1, row_id=row_id(address), times_us=[10, 20, 30, 40], frames=4)
+    changes = {"dataset": "films", "row_id": row_id(address), "times_us": [10, 20, 30, 40], "frames": 4}
+    row = clip_row(tmp_path / "one.mp4", 3, view=1, **changes)
     publish_clips(project, "films.000000", [row])
     labels = [(None, None, "verb", "wave"), (0, 11, "hand", "left"), (40, 99, "hand", "right"), (41, 50, "hand", "no")]
     said = [
@@ -108,12 +108,18 @@ def test_a_row_s_facts_and_labels(tmp_path: Path) -> None:
         for a, b, target, value in labels
     ]
     write_table(project.root.table("labels", "films.000000"), table(Labels, said), Labels)
+    clips = nextvid.open_latents(project.path, 4)
     facts = clips.row(2)
-    assert (facts.uri, facts.dataset, facts.batch) == (str(tmp_path / "one.mp4"), "films", "films.000000")
-    assert (facts.times_us, facts.flip, facts.crop[:2]) == ((10, 20, 30, 40), True, (4, 2))
+    assert (facts.uri, facts.dataset, facts.batch) == ("/nowhere", "films", "films.000000")  # as it was frozen
+    assert (facts.times_us, facts.flip, facts.crop) == ((10, 20, 30, 40), True, tuple(row[f"crop_{n}"] for n in "xywh"))
     assert facts.labels == {"verb": ("wave",), "hand": ("left", "right")}
-    with pytest.raises(UpstreamError, match="made again without row"):
-        clips.row(3)
+    other = clips.row(3)
+    assert (other.uri, other.times_us, other.labels) == ("/nowhere", None, None)  # the new clips table lacks it
+
+
+def test_without_tables_a_row_still_has_its_file(clips: LatentDataset) -> None:
+    assert {(facts.uri, facts.labels) for facts in map(clips.row, range(9))} == {("/nowhere", None)}
+    assert [facts.row_id for facts in map(clips.row, range(9))] == sorted(clips.row(n).row_id for n in range(9))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,30 @@
-"""What `nextvid --help` says beside the commands' options: what a project is, the exit codes, an example a command."""
+"""What all commands share: the app that they register with, options of the same name, help texts, how results print.
+
+Results go to stdout; progress, notes and errors go to stderr.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any, ClassVar, Protocol
+
+import tyro
+from tyro.extras import SubcommandApp
+
+app = SubcommandApp()
+
+Corpus = Annotated[
+    str | None, tyro.conf.arg(metavar="PATH", help="path of corpus.yaml; else NEXTVID_CORPUS, else ./corpus.yaml")
+]
+Batch = Annotated[str | None, tyro.conf.arg(metavar="BATCH", help="only this batch, such as my_videos.000000")]
+Overrides = Annotated[
+    tuple[str, ...], tyro.conf.arg(name="set", help="changes of the recipe, such as seed=1 or stages.warmup.steps=100")
+]
+How = Annotated[
+    tuple[str, ...], tyro.conf.arg(help="how to train, such as device=cpu micro_batch=8; the run is the same")
+]
+Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="id of a training run")]
+Yes = Annotated[bool, tyro.conf.arg(help="do it; otherwise only print what would be done")]
+Json = Annotated[bool, tyro.conf.arg(name="json", help="print JSON")]
 
 ABOUT = """Pretrain video encoders by masked next-frame prediction on your own videos and images, and probe them.
 
@@ -30,8 +56,23 @@ EXAMPLES = {
     "features": "nextvid features videos --encoder encoder --out features.parquet --every 2",
     "withdraw": "nextvid withdraw videos/one.mp4 --yes",
     "sweep": "nextvid sweep --yes",
+    "pull": "nextvid pull DIGEST s3://bucket/root",
+    "export-latents": "nextvid export-latents latents --format webdataset --frames 16",
     "import-vavae": "nextvid import-vavae vavae-imagenet256-f16d32-dinov2.pt vavae",
 }
+
+
+class Result(Protocol):
+    """A dataclass that can be printed for people."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def text(self) -> str: ...
+
+
+def show(found: Result, json_: bool) -> None:
+    """Print a result for people or as JSON."""
+    print(json.dumps(asdict(found), default=str, indent=2) if json_ else found.text())
 
 
 def example_of(words: list[str]) -> str | None:
