@@ -7,7 +7,7 @@ paper's (Tab. 7 and 8; docs/method.md 2, 4, 6, 7) unless the line names another 
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nextvid.config.strict import Count, Positive, Share, Strict, Weight
 from storage.digest import digest_config
@@ -283,6 +283,9 @@ class RecipeConfig(Strict):
         return tuple(sorted({stage.frames for stage in self.stages}))
 
 
+SinkName = Literal["tensorboard", "wandb", "trackio"]
+
+
 class ExecutionConfig(Strict):
     """How a run is carried out. It is in no digest: any of it may change between attempts at one run."""
 
@@ -317,6 +320,13 @@ class ExecutionConfig(Strict):
         "warn", description="what a collapse of the features does: ends the run, writes an event, or nothing"
     )
     keep_last: Count = Field(2, description="checkpoints that are kept, beside those at the ends of stages")
+    sinks: Annotated[
+        tuple[SinkName, ...], BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
+    ] = Field(
+        ("tensorboard",),
+        description="where curves go beside events.jsonl: tensorboard, wandb or trackio, with commas between; the "
+        "latter two are extras, and keep to this machine unless WANDB_MODE or TRACKIO_SPACE_ID say otherwise",
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

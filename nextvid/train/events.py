@@ -1,4 +1,4 @@
-"""Events of a run: written to events.jsonl and TensorBoard, shown, and read back.
+"""Events of a run: written to events.jsonl, sent to its sinks (nextvid/train/sinks.py), shown, and read back.
 
 events.jsonl has one JSON object per line, with `kind` (start, step, diagnostics, stage, checkpoint, skipped, alarm, end
 or error), `step` (steps taken so far) and `time_s`. A run that was killed and resumed has written some steps twice;
@@ -19,6 +19,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from nextvid.making.progress import Progress, shown
+from nextvid.train.sinks import Send
 from storage.errors import DamagedError, UpstreamError
 
 Event = dict[str, Any]
@@ -89,23 +90,35 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is Any
 
 
 class Reporter:
-    """Writes each event to events.jsonl and to TensorBoard, and shows it."""
+    """Writes each event to events.jsonl, sends numbers of steps and diagnostics to sinks as curves, and shows it.
 
-    def __init__(self, folder: Path, steps: int, work: str = "training") -> None:
+    `open_sinks` is called at the event `start`; its sinks are given what events.jsonl has up to there first.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        work: str = "training",
+        open_sinks: Callable[[ExitStack], list[Send]] = lambda stack: [],
+    ) -> None:
+        self._folder, self._open_sinks, self._sinks = folder, open_sinks, list[Send]()
         self._stack = ExitStack()
         self._log = self._stack.enter_context(EventLog(folder))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._stack.callback(self._board.close)
         self._show = self._stack.enter_context(_shown(steps, work))
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Record one event; numbers of steps and diagnostics become TensorBoard curves."""
+        """Record one event."""
         event = self._log.write(kind, step, values)
-        if kind in ("step", "diagnostics"):
-            for name, value in _numbers(event):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        new = [event]
+        if kind == "start":
+            self._sinks = self._open_sinks(self._stack)
+            new = read_events(self._folder) if self._sinks else []
+        for one in new:
+            if one["kind"] in ("step", "diagnostics"):
+                scalars = {f"{one['kind']}/{name}": value for name, value in _numbers(one)}
+                for send in self._sinks:
+                    send(scalars, one["step"])
         self._show(event)
 
     def __enter__(self) -> Self:

@@ -37,6 +37,7 @@ from nextvid.train.loader import Batch, Loader, open_loader
 from nextvid.train.micro_batch import MicroBatches
 from nextvid.train.optim import Spikes
 from nextvid.train.run import Run, run_lock
+from nextvid.train.sinks import Send, open_sink
 from nextvid.train.step import Stepped, Trained, build, encoder_tokens, means
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
 from nextvid.trainset.pixels import open_pixels
@@ -74,7 +75,7 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
             start_from(run.source, trained)
         pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels)
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
-        reporter = stack.enter_context(Reporter(run.folder, run.recipe.steps)) if ranks.first else None
+        reporter = stack.enter_context(_reporter(run)) if ranks.first else None
         # two, so that a diagnosis need not wait for a checkpoint; what they have begun ends even if the run fails
         thread = stack.enter_context(ThreadPoolExecutor(2, "trainer", torch.set_num_threads, (1,)))
         background = stack.enter_context(AsyncCheckpoints(ranks, run.identity, thread, cut=trained.fsdp))
@@ -86,6 +87,14 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
                 export_encoder(run.folder / name, encoder, trainset, run, project.corpus)
             reporter.event("end", run.recipe.steps, {"complete": run.complete})
         ranks.wait()
+
+
+def _reporter(run: Run) -> Reporter:
+    def sinks(stack: ExitStack) -> list[Send]:
+        config = run.recipe.model_dump(mode="json")
+        return [open_sink(name, run.folder, run.id, config, stack) for name in run.how.sinks]
+
+    return Reporter(run.folder, run.recipe.steps, open_sinks=sinks)
 
 
 def _whole(encoder: Encoder) -> Encoder:

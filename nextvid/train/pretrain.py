@@ -27,6 +27,7 @@ from nextvid.train.diagnose import ALARM_RATIO, collapsed
 from nextvid.train.events import Event, mean_speeds, read_events
 from nextvid.train.init import find_source, refuse_other_shapes
 from nextvid.train.run import Run, open_run, plan_run, write_run
+from nextvid.train.sinks import refuse_missing
 from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
 from nextvid.trainset.order import Order, refuse_unfit
 from nextvid.trainset.pixels import freeze_pixels
@@ -91,13 +92,14 @@ def prepare_run(
 
     `trainset` is a digest; without one it is the newest. `launch` is the id of a Dagster run: its retries take the
     trainset of the first attempt, not a newer one.
-    Raises ConfigError for wrong overrides, UpstreamError if trainset or mask plan are missing or failed their checks,
-    DamagedError if files of the trainset changed or shards of its rows are missing, RefusedError if the recipe does not
-    fit the trainset, reads pixels that its rows do not have, would train on withdrawn rows, or starts from weights of
-    other shapes.
+    Raises ConfigError for wrong overrides and for a sink that is not installed, UpstreamError if trainset or mask plan
+    are missing or failed their checks, DamagedError if files of the trainset changed or shards of its rows are missing,
+    RefusedError if the recipe does not fit the trainset, reads pixels that its rows do not have, would train on
+    withdrawn rows, or starts from weights of other shapes.
     """
     config = apply_overrides(project.recipe(recipe), overrides)
     how = how or ExecutionConfig()
+    refuse_missing(how.sinks)
     trainset = _trainset(project, recipe, launch, trainset)
     tables.require_checks(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset")
     opened = Trainset.open(project.root, trainset)
