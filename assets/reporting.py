@@ -110,7 +110,16 @@ def batch_table(
         opened = opened.on_cores(cores // batches_at_once(cores))
         reported = result(make(opened, batch))
         rows = preview(read_table(opened.root.table(noun, batch), schema))
-        return reported._replace(metadata={**(reported.metadata or {}), "first rows": rows})
+        links = {"show": link} if (link := launchpad_link(context.run, "show")) else {}
+        return reported._replace(metadata={**(reported.metadata or {}), "first rows": rows, **links})
+
+
+def launchpad_link(run: dg.DagsterRun, job: str) -> dg.UrlMetadataValue | None:
+    """The launchpad of a job of the same code location; None for a run that no UI or daemon launched."""
+    if run.remote_job_origin is None:
+        return None
+    place = f"{run.remote_job_origin.repository_origin.repository_name}@{run.remote_job_origin.location_name}"
+    return dg.MetadataValue.url(f"/locations/{place}/jobs/{job}/playground")
 
 
 def traced(project: Project, outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]

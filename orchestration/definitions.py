@@ -16,7 +16,7 @@ from nextvid.config.corpus import corpus_path
 from nextvid.graph import GRAPH
 from orchestration.executors import executor
 from orchestration.failures import failures
-from orchestration.jobs import JOBS, forecast_of
+from orchestration.jobs import JOBS, forecast_of, show
 from orchestration.notices import notices
 from orchestration.schedules import NIGHT, nightly_at
 from orchestration.sensors import TICK_S, follow, new_sources_every
@@ -47,7 +47,7 @@ def build_defs(
     forecast = forecast_of(resources["project"])
     return dg.Definitions(
         assets=dg.load_assets_from_modules([import_module(f"assets.{asset}") for asset in GRAPH]),
-        jobs=[*JOBS, forecast],
+        jobs=[*JOBS, show, forecast],
         schedules=[nightly_at(night)],
         sensors=[new_sources_every(tick_s, forecast), follow, failures, notices],
         executor=executor(steps),

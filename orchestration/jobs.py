@@ -3,7 +3,11 @@
 One run per batch makes all four assets up to the latents: assets that share a run share its start-up.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import dagster as dg
+from pydantic import Field
 
 from assets.compute import Compute, tags
 from assets.resources import ProjectResource
@@ -55,6 +59,37 @@ def forecast_of(project: ProjectResource) -> dg.JobDefinition:
         compute_forecast()
 
     return forecast
+
+
+class ShowConfig(dg.Config):
+    """What `nextvid show` takes, as fields of the launchpad."""
+
+    what: str = Field(description="id of a row, clip, shot or medium, or a file as its dataset's listing names it")
+    recipe: str = Field("", description="whose draws, masks and encoder; empty: the last run's")
+    features: bool = Field(False, description="add dense features as colours, of the averaged and the random encoder")
+
+
+@dg.op(tags=tags(Compute()))
+def draw(context: dg.OpExecutionContext, config: ShowConfig, project: ProjectResource) -> None:
+    """Log the facts, and put the picture into the output's metadata."""
+    from assets.reporting import picture_markdown, readable_errors
+    from nextvid.lineage.shown import show as show_one
+
+    with readable_errors(), TemporaryDirectory() as folder:
+        out = f"{folder}/shown.png"
+        found = show_one(project.open(), config.what, out, config.recipe or None, features=config.features)
+        metadata = {"facts": dg.MetadataValue.md("\n\n".join([f"{found.kind} {found.what}", *found.facts]))}
+        if found.picture is not None:
+            png = Path(found.picture).read_bytes()
+            metadata["picture"] = dg.MetadataValue.md(picture_markdown(png, found.what))
+        context.log.info(found.text())
+        context.add_output_metadata(metadata)
+
+
+@dg.job(description="A row, shot or file as a picture and in words: source, stored, masked, and which draws see it.")
+def show() -> None:
+    """What `nextvid show` draws, in the metadata of the step's output."""
+    draw()
 
 
 JOBS = [ingest, freeze, experiment]
