@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import dagster as dg
 
 from nextvid.machine import orphaned
-from nextvid.train.events import read_events
+from nextvid.train.events import accuracies, newest, read_events
 from nextvid.train.pretrain import LOG, PreparedRun, trainers
 from storage.errors import UpstreamError
 
@@ -88,17 +88,17 @@ def wait(
 def observe(context: dg.AssetExecutionContext, folder: Path, after: int) -> int:
     """Report the newest logged step as an observation of the asset; returns its number, or `after` if none is newer."""
     try:
-        events = [event for event in read_events(folder) if event["kind"] == "step"]
+        events = read_events(folder)
     except UpstreamError:
         return after  # training has not begun
-    if not events or events[-1]["step"] <= after:
+    step = newest(events, "step")
+    if step.get("step", after) <= after:
         return after
-    newest = events[-1]
-    values: dict[str, Any] = {"step": newest["step"], "stage": newest["stage"]}
-    values |= {name: newest[name] for name in CURVES if name in newest}
+    values: dict[str, Any] = {"step": step["step"], "stage": step["stage"]}
+    values |= {name: step[name] for name in CURVES if name in step} | accuracies(events)
     partition = context.partition_key if context.has_partition_key else None
     context.log_event(dg.AssetObservation(context.asset_key, metadata=values, partition=partition))
-    return int(newest["step"])
+    return int(step["step"])
 
 
 def _tail(path: Path, began: int, size_bytes: int = 4000) -> str:

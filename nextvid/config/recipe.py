@@ -315,6 +315,11 @@ class ExecutionConfig(Strict):
     )
     log_every_steps: Count = Field(20, description="steps between two lines of events")
     diagnose_every_steps: Count = Field(250, description="steps between two diagnoses")
+    score_clips: Annotated[int, Field(ge=0)] = Field(
+        128,
+        description="train clips of each benchmark that every diagnosis scores, by k-NN and a linear probe "
+        "(nextvid/evaluate/training_scores.py); 0: none",
+    )
     checkpoint_every_steps: Count = Field(500, description="steps between two checkpoints")
     alarm: Literal["stop", "warn", "off"] = Field(
         "warn", description="what a collapse of the features does: ends the run, writes an event, or nothing"

@@ -104,21 +104,25 @@ def run_encoders(
     Raises RefusedError where the latents have another shape than the model.
     """
     recipe = networks.model.recipe
+    return [frozen(name, encoder, recipe, trainset, frames, levels) for name, encoder in networks.encoders.items()]
+
+
+def frozen(
+    name: str, encoder: Encoder, recipe: RecipeConfig, trainset: Trainset, frames: int, levels: Sequence[int] = ()
+) -> FrozenEncoder:
+    """An encoder of a recipe, as `run_encoders` gives them."""
     reads: RowKind = recipe.model.encoder.input
-    return [
-        FrozenEncoder(
-            name,
-            reads,
-            frames,
-            recipe.model.encoder.width,
-            frames // recipe.model.tubelet,
-            partial(encode, encoder, recipe, levels=tuple(levels)),
-            max(1, len(levels)),
-            fold(trainset, recipe) if reads == "latents" else 1,
-            Parts(encoder, "blocks", "norm"),
-        )
-        for name, encoder in networks.encoders.items()
-    ]
+    return FrozenEncoder(
+        name,
+        reads,
+        frames,
+        recipe.model.encoder.width,
+        frames // recipe.model.tubelet,
+        partial(encode, encoder, recipe, levels=tuple(levels)),
+        max(1, len(levels)),
+        fold(trainset, recipe) if reads == "latents" else 1,
+        Parts(encoder, "blocks", "norm"),
+    )
 
 
 def level_blocks(depth: int, levels: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from nextvid.train.run import Run
 from storage import atomic
 
 Curve = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
+SCORED = " Accuracies are of a few train clips, each answered by those of other files: no test clip was read."
 
 
 def training_section(run: Run, events: Sequence[Event]) -> Section:
@@ -25,11 +26,12 @@ def training_section(run: Run, events: Sequence[Event]) -> Section:
     path = f"{run.folder}/events.jsonl"
     diagnostics = [event for event in events if event["kind"] == "diagnostics"]
     steps = [event for event in events if event["kind"] == "step"]
+    scored = any(event["kind"] == "scores" for event in events)
     blocks: list[Block] = [
         Picture(
             "curves",
             curves_png(events),
-            "Over optimiser steps; colours of the ground are the stages.",
+            "Over optimiser steps; colours of the ground are the stages." + (SCORED if scored else ""),
             (path,),
             plain=True,
         )
@@ -104,22 +106,39 @@ def samples_section(folder: str, record: Mapping[str, Any]) -> Section:
 
 
 def curves_png(events: Sequence[Event]) -> bytes:
-    """Losses, learning rates, gradient norms and effective ranks over optimiser steps; NaN leaves a gap. PNG bytes."""
-    steps = [event for event in events if event["kind"] == "step"]
-    diagnostics = [event for event in events if event["kind"] == "diagnostics"]
-    figure = Figure(figsize=(9.4, 5.6), layout="constrained")
-    losses, rates, norms, ranks = figure.subplots(2, 2).flatten()
+    """Losses, learning rates, gradient norms, effective ranks and scores over optimiser steps; NaN leaves a gap.
+
+    PNG bytes. Without scores there are no panels for them.
+    """
+    steps, diagnostics, scored = (
+        [event for event in events if event["kind"] == kind] for kind in ("step", "diagnostics", "scores")
+    )
+    rows = 3 if scored else 2
+    figure = Figure(figsize=(9.4, 2.8 * rows), layout="constrained")
+    losses, rates, norms, ranks, *accuracies = figure.subplots(rows, 2).flatten()
     _panel(losses, "losses, by mask strategy", _nested(steps, "loss"))
     _panel(rates, "learning rate", _flat(steps, ("lr", "decoder_lr"), ("encoder, predictor", "decoder")))
     _panel(norms, "gradient norm before clipping, by module", _nested(steps, "norm"), log=True)
     names = ("effective_rank", "online_effective_rank")
     _panel(ranks, "effective rank of features", _flat(diagnostics, names, ("EMA", "online")))
+    for axes, way, title in zip(accuracies, ("linear", "knn"), ("linear probe", "k-NN"), strict=False):
+        _panel(axes, f"accuracy on train clips, {title}", _by_benchmark(scored, way))
     if diagnostics:  # the level that effective rank must stay above, from the step at which it is checked
         last, level = max(event["step"] for event in events), ALARM_RATIO * float(diagnostics[0]["effective_rank"])
         ranks.plot([ALARM_AFTER * last, last], [level, level], color=COLOURS[4], linewidth=0.9, linestyle="--")
         ranks.annotate("alarm", (last, level), color=COLOURS[4], fontsize=8, ha="right", va="bottom")
-    _mark_stages((losses, rates, norms, ranks), events)
+    _mark_stages((losses, rates, norms, ranks, *accuracies), events)
     return png(figure)
+
+
+def _by_benchmark(scored: Sequence[Event], way: str) -> list[Curve]:
+    """A curve for each benchmark; of k-NN by changes where there are any, which replaces that by means."""
+    found: dict[str, Curve] = {}
+    for name, x, y in _nested(scored, "accuracy"):  # sorted, so `knn` comes before `knn_by_change`
+        benchmark, what = name.split(", ")
+        if what.startswith(way):
+            found[benchmark] = benchmark, x, y
+    return list(found.values())
 
 
 def _mark_stages(panels: Sequence[Axes], events: Sequence[Event]) -> None:

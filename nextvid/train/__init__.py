@@ -1,1 +1,1 @@
-"""Trainset to weights: loader, optimiser, loop, checkpoints, export. torchrun starts `python -m nextvid.train`."""
+"""Trainset to weights: loader, optimiser, loop, checkpoints, export. torchrun starts `python -m nextvid.trainer`."""

@@ -8,19 +8,42 @@ Axes: B clips, N tokens of a clip, i numbers in a token, M tokens, D width.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from nextvid.config.project import Project
 from nextvid.model.encoder import Encoder
 from nextvid.train.distributed import Ranks
+from nextvid.train.run import Run
 
 CLIPS = 48  # our choice
 ALARM_RATIO = 0.3  # our choice: of the rank at initialisation; the demo's online encoder dips to .36 of it ...
 ALARM_AFTER = 0.25  # ... at a tenth of its steps, so the alarm begins after this share
 MAX_TOKENS = 16384  # our choice: enough for a covariance of width 1408, and small on any device
+
+Scores = Callable[[], dict[str, Any]]  # computes the values of a `scores` event
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scores an encoder on benchmarks at each diagnosis, and why benchmarks are left out, by name, on rank 0.
+
+    `encode` computes features by all ranks; what it returns is for a thread of rank 0.
+    """
+
+    encode: Callable[[Encoder], Scores]
+    left_out: Mapping[str, str]
+
+
+# Of a run, by its reference encoder (nextvid/evaluate/training_scores.py, which training must not import).
+OpenScorer = Callable[[Project, Run, Encoder, Ranks], AbstractContextManager[Scorer]]
 
 
 def share(ranks: Ranks) -> range:

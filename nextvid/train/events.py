@@ -1,17 +1,17 @@
 """Events of a run: written to events.jsonl, sent to its sinks (nextvid/train/sinks.py), shown, and read back.
 
-events.jsonl has one JSON object per line, with `kind` (start, step, diagnostics, stage, checkpoint, skipped, alarm, end
-or error), `step` (steps taken so far) and `time_s`. A run that was killed and resumed has written some steps twice;
-the reader keeps those of the last attempt, and skips a line that a kill cut short. Shown are events by Dagster Pipes
-inside Dagster, else as lines, at a terminal with a bar. Rank 0 alone writes events. dagster_pipes, a small package
-without dagster, is imported by this module alone, and only in a Pipes session.
+events.jsonl has one JSON object per line, with `kind` (start, step, diagnostics, scores, not_scored, stage,
+checkpoint, skipped, alarm, end or error), `step` (steps taken so far) and `time_s`. A run that was killed and resumed
+has written some steps twice; the reader keeps those of the last attempt, and skips a line that a kill cut short. Shown
+are events by Dagster Pipes inside Dagster, else as lines, at a terminal with a bar. Rank 0 alone writes events.
+dagster_pipes, a small package without dagster, is imported by this module alone, and only in a Pipes session.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -65,9 +65,24 @@ def read_events(folder: Path) -> list[Event]:
         except json.JSONDecodeError:
             raise DamagedError(f"{path}, line {number}: not JSON; another program changed the file") from None
         if event["kind"] == "start":  # the attempts before took steps beyond this one in vain
-            kept = [old for old in kept if old["step"] <= event["step"] and old["kind"] not in ("end", "error")]
+            at = event["step"]  # an attempt from step 0 does all of it again, what precedes its first step too
+            kept = [
+                old
+                for old in kept
+                if old["step"] <= at and (old["kind"] == "start" or (at and old["kind"] not in ("end", "error")))
+            ]
         kept.append(event)
     return kept
+
+
+def newest(events: Sequence[Event], kind: str) -> Event:
+    """The newest event of a kind; empty where there is none."""
+    return next((event for event in reversed(events) if event["kind"] == kind), {})
+
+
+def accuracies(events: Sequence[Event]) -> dict[str, float]:
+    """The newest accuracies while training by `<benchmark>_<what>`; empty where nothing was scored."""
+    return {name.replace("/", "_"): value for name, value in newest(events, "scores").get("accuracy", {}).items()}
 
 
 def mean_speeds(events: Iterable[Event]) -> dict[str, float]:
@@ -115,7 +130,7 @@ class Reporter:
             self._sinks = self._open_sinks(self._stack)
             new = read_events(self._folder) if self._sinks else []
         for one in new:
-            if one["kind"] in ("step", "diagnostics"):
+            if one["kind"] in ("step", "diagnostics", "scores"):
                 scalars = {f"{one['kind']}/{name}": value for name, value in _numbers(one)}
                 for send in self._sinks:
                     send(scalars, one["step"])

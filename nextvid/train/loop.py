@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from nextvid.train import checkpoint
 from nextvid.train import step as steps
 from nextvid.train.async_checkpoint import AsyncCheckpoints
 from nextvid.train.checkpoint import Progress
-from nextvid.train.diagnose import collapsed, features_of, judged, share
+from nextvid.train.diagnose import OpenScorer, Scorer, Scores, collapsed, features_of, judged, share
 from nextvid.train.distributed import Ranks, whole
-from nextvid.train.events import Reporter
+from nextvid.train.events import Reporter, newest, read_events
 from nextvid.train.export import export_encoder
 from nextvid.train.init import start_from
 from nextvid.train.loader import Batch, Loader, open_loader
@@ -49,8 +50,8 @@ SKIPS_ALLOWED = 2  # our choice: stop after three skipped steps in a row
 LEFTOVER_AGE_S = 0.0  # rank 0 holds the run's lock, so a half-written file there has no writer: remove it at any age
 
 
-def train(project: Project, run: Run, ranks: Ranks) -> None:
-    """Train a run from its newest checkpoint to its last step.
+def train(project: Project, run: Run, ranks: Ranks, open_scorer: OpenScorer | None = None) -> None:
+    """Train a run from its newest checkpoint to its last step, and score it meanwhile where a scorer is given.
 
     Raises ConflictError if another process trains it, RefusedError if three steps in a row have no finite gradient or
     the trainset does not fit the recipe.
@@ -75,11 +76,14 @@ def train(project: Project, run: Run, ranks: Ranks) -> None:
             start_from(run.source, trained)
         pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels)
         loader = stack.enter_context(open_loader(project.root, trainset, run.recipe, plan, ranks, pixels))
+        scorer = None
+        if open_scorer is not None and run.how.score_clips and project.corpus.benchmarks:
+            scorer = stack.enter_context(open_scorer(project, run, trained.reference, ranks))
         reporter = stack.enter_context(_reporter(run)) if ranks.first else None
         # two, so that a diagnosis need not wait for a checkpoint; what they have begun ends even if the run fails
         thread = stack.enter_context(ThreadPoolExecutor(2, "trainer", torch.set_num_threads, (1,)))
         background = stack.enter_context(AsyncCheckpoints(ranks, run.identity, thread, cut=trained.fsdp))
-        session = _Session(run, trained, loader, clips, reporter, background, progress, thread)
+        session = _Session(run, trained, loader, clips, reporter, background, progress, thread, scorer)
         session.go()
         encoders = {"encoder": _whole(trained.reference), "encoder_online": _whole(trained.model.encoder)}
         if reporter:
@@ -160,10 +164,11 @@ class _Session:
     background: AsyncCheckpoints
     progress: Progress
     thread: Executor  # for what no step waits for
+    scorer: Scorer | None = None
     meter: _Meter = field(default_factory=_Meter)
     recent: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # taken and norms of steps, on the device
     fixed: torch.Tensor | None = None  # what the encoders read of the clips that are diagnosed
-    diagnosing: tuple[int, list[Future[dict[str, float]]]] | None = None  # step, reference and online encoder
+    diagnosing: tuple[int, list[Future[dict[str, Any]]]] | None = None  # step; reference, online encoder, scores
 
     def __post_init__(self) -> None:
         self.recipe, self.how, self.ranks = self.run.recipe, self.run.how, self.trained.ranks
@@ -181,6 +186,8 @@ class _Session:
             "compiled": steps.compiles(self.how, self.ranks.device),
         }
         self._event("start", facts)
+        for benchmark, why in {} if self.scorer is None else self.scorer.left_out.items():
+            self._event("not_scored", {"benchmark": benchmark, "why": why})
         try:
             self._steps()
         except NExTVidError as error:
@@ -188,7 +195,7 @@ class _Session:
             raise
 
     def _steps(self) -> None:
-        if self.progress.step == 0:
+        if self._undiagnosed():
             self._diagnose()
         with _garbage_at_logs():
             for batch in self.loader.batches(self.progress.step, self.how.threads):
@@ -271,6 +278,14 @@ class _Session:
             },
         )
 
+    def _undiagnosed(self) -> bool:
+        """Whether this attempt begins at a step whose diagnosis is due and was not written: the first, or by a kill."""
+        step = self.progress.step
+        if step % self.how.diagnose_every_steps and step != self.recipe.steps:
+            return False
+        written = newest(read_events(self.run.folder), "diagnostics") if self.ranks.first else {}
+        return self.ranks.from_first(str(written.get("step"))) != str(step)
+
     def _diagnose(self) -> None:
         """Features of both encoders on the fixed clips, by all ranks; a thread of rank 0 computes what they say."""
         self._diagnosed()
@@ -279,24 +294,28 @@ class _Session:
             clips = share(self.ranks)  # none, if there are more ranks
             self.fixed = encoder_tokens(self.loader.clips(clips or range(1)), self.recipe.model)[: len(clips)]
         with steps.uncompiled(self.how, device), steps.autocast(self.recipe, device):
-            features = [
-                features_of(_whole(encoder), self.fixed, self.clips[0], self.ranks)
-                for encoder in (self.trained.reference, self.trained.model.encoder)
-            ]
+            scores, judging = list[Scores](), list[Scores]()
+            for encoder in (self.trained.reference, self.trained.model.encoder):
+                found = _whole(encoder)
+                judging.append(partial(judged, features_of(found, self.fixed, self.clips[0], self.ranks)))
+                if self.scorer is not None and not scores:  # of the reference encoder
+                    scores = [self.scorer.encode(found)]
         if self.ranks.first:
-            self.diagnosing = self.progress.step, [self.thread.submit(judged, each) for each in features]
+            self.diagnosing = self.progress.step, [self.thread.submit(each) for each in (*judging, *scores)]
 
     def _diagnosed(self) -> None:
         """The event of the last diagnosis, if there was one since; at the next log its thread has long ended."""
         if self.diagnosing is None:
             return
         (step, futures), self.diagnosing = self.diagnosing, None
-        found, online = (future.result() for future in futures)
+        found, online, *scores = (future.result() for future in futures)
         rank = found["effective_rank"]
         first = rank if self.progress.first_rank is None else self.progress.first_rank
         self.progress = replace(self.progress, first_rank=first)
         found |= {f"online_{name}": value for name, value in online.items()}
         self._event("diagnostics", {**found, "rank_over_first": rank / first}, step)
+        for each in scores:
+            self._event("scores", each, step)
         if self.how.alarm != "off" and collapsed(rank, first, step, self.recipe.steps):
             self._event("alarm", {"effective_rank": rank, "first_rank": first}, step)
             if self.how.alarm == "stop":

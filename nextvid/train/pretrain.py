@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
@@ -24,7 +24,7 @@ from nextvid.making.progress import OnProgress, noting, silent
 from nextvid.making.publishing import read_latest
 from nextvid.train import checkpoint
 from nextvid.train.diagnose import ALARM_RATIO, collapsed
-from nextvid.train.events import Event, mean_speeds, read_events
+from nextvid.train.events import Event, accuracies, mean_speeds, newest, read_events
 from nextvid.train.init import find_source, refuse_other_shapes
 from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.train.sinks import refuse_missing
@@ -123,7 +123,7 @@ def prepare_run(
     if launch is not None:
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
         atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
-    command = torchrun("nextvid.train", how, project, ["--recipe", run.recipe.name, "--run", run.id])
+    command = torchrun("nextvid.trainer", how, project, ["--recipe", run.recipe.name, "--run", run.id])
     return PreparedRun(
         run.id,
         run.trainset,
@@ -206,7 +206,7 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
         "pretrain",
         recipe,
         made,
-        rows=_last(events, "step").get("draws", 0),
+        rows=newest(events, "step").get("draws", 0),
         size_bytes=sum(path.stat().st_size for path in opened.folder.rglob("*") if path.is_file()),
         seconds=_seconds(events),
         digest=run,
@@ -311,22 +311,18 @@ def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
     numbers: dict[str, Number] = {"alarm_below": ALARM_RATIO, "alarms": sum(e["kind"] == "alarm" for e in events)}
     if not looked:
         return Check("rank_above_alarm", False, numbers, description="no diagnostics were logged")
-    first, last = float(looked[0]["effective_rank"]), float(looked[-1]["effective_rank"])
-    numbers |= {"first_rank": first, "last_rank": last, "ratio": last / first}
-    return Check("rank_above_alarm", not collapsed(last, first, run.recipe.steps, run.recipe.steps), numbers)
+    first, final = float(looked[0]["effective_rank"]), float(looked[-1]["effective_rank"])
+    numbers |= {"first_rank": first, "last_rank": final, "ratio": final / first}
+    return Check("rank_above_alarm", not collapsed(final, first, run.recipe.steps, run.recipe.steps), numbers)
 
 
 def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
-    step, look = _last(events, "step"), _last(events, "diagnostics")
+    step, look = newest(events, "step"), newest(events, "diagnostics")
     found: dict[str, Number] = {name: getattr(run.identity, name) for name in ("recipe", "trainset", "mask_plan")}
     found |= {"steps": run.recipe.steps, "clips": step.get("draws", 0), "ranks": run.how.ranks}
     found |= {name: step[name] for name in ("align", "flow") if name in step}
     found |= {name: look[name] for name in ("effective_rank", "online_effective_rank", "feature_std") if name in look}
-    return found | mean_speeds(events)
-
-
-def _last(events: Sequence[Event], kind: str) -> dict[str, Any]:
-    return next((event for event in reversed(events) if event["kind"] == kind), {})
+    return found | accuracies(events) | mean_speeds(events)
 
 
 def _seconds(events: Sequence[Event]) -> float:

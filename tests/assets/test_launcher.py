@@ -99,10 +99,11 @@ def test_a_run_that_has_not_ended_is_observed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(launcher, "OBSERVE_S", 0.0)
     with EventLog(tmp_path) as log:
         log.write("start", 0, {"run": "0" * 12})
+        log.write("scores", 0, {"accuracy": {"shape/knn": 0.25}, "chance": {"shape": 0.1}})
         log.write("step", 20, {"stage": "warmup", "align": 1.5, "flow": 0.5, "lr": 1e-3, "norm": {"encoder": 1.0}})
     result = step(prepared(tmp_path, f"import time; time.sleep({4 * WATCH_S})"))
     (event,) = result.filter_events(lambda e: e.event_type_value == "ASSET_OBSERVATION")  # once: nothing newer came
     metadata = event.asset_observation_data.asset_observation.metadata
     assert {name: value.value for name, value in metadata.items()} == {
-        "step": 20, "stage": "warmup", "align": 1.5, "flow": 0.5, "lr": 1e-3
+        "step": 20, "stage": "warmup", "align": 1.5, "flow": 0.5, "lr": 1e-3, "shape_knn": 0.25
     }  # fmt: skip

@@ -69,6 +69,14 @@ def test_stages_are_shaded_under_every_curve_and_named(monkeypatch: pytest.Monke
     assert all(len(panel.patches) == 2 for panel in others)
 
 
+def test_scores_while_training_have_panels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kept(monkeypatch, "nextvid.report.training.png")
+    accuracy = {"motion/knn": 0.1, "motion/knn_by_change": 0.5, "motion/linear": 0.6, "things/knn": 0.3}
+    curves_png([*events(), {"kind": "scores", "step": 4, "accuracy": accuracy | {"things/linear": 0.4}}])
+    drawn = [{line.get_label(): line.get_ydata() for line in panel.lines} for panel in found[0].axes[4:]]
+    assert drawn == [{"motion": [0.6], "things": [0.4]}, {"motion": [0.5], "things": [0.3]}]
+
+
 def test_accuracy_over_clips_has_a_curve_for_each_encoder_and_chance_level_of_random(drawn: list[Figure]) -> None:
     def record(accuracy: float) -> dict[str, Any]:
         encoders = {"ema": accuracy, "online": accuracy - 0.1, "random": 0.3}

@@ -1,4 +1,4 @@
-"""The trainer's entry point: `python -m nextvid.train --corpus F --recipe R [--run ID] [--set key.path=value ...]`.
+"""The entry point of one rank that trains, and scores meanwhile: `python -m nextvid.trainer --corpus F --recipe R ...`.
 
 torchrun starts it, or a person for one rank. With --run the run was prepared before (pretrain.py); without, rank 0
 prepares it, so that torchrun can be called by hand on many machines. Exit codes are those of the command line.
@@ -24,6 +24,7 @@ def main(
     if launcher is not None:
         die_with(launcher)
     from nextvid.config.recipe import ExecutionConfig
+    from nextvid.evaluate.training_scores import open_scorer
     from nextvid.train.distributed import join
     from nextvid.train.loop import train
     from nextvid.train.pretrain import prepare_run
@@ -36,8 +37,8 @@ def main(
         if name is None:
             name = ranks.from_first(prepare_run(project, recipe, set_, how).run_id if ranks.first else None)
             assert name is not None, "rank 0 sends the run's id"
-        train(project, open_run(Path(project.root.run(recipe, name))), ranks)
+        train(project, open_run(Path(project.root.run(recipe, name))), ranks, open_scorer)
 
 
 if __name__ == "__main__":
-    run_rank(main, "nextvid.train")
+    run_rank(main, "nextvid.trainer")
