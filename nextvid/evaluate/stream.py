@@ -1,10 +1,9 @@
 """Features of a benchmark's samples as they are asked for: read ahead and encoded, or kept in a file and read back.
 
 `Streamed` reads rows as training does (nextvid/train/loader.py) and encodes them at once. `Stored` reads features of
-clips that are not varied from a file (nextvid/evaluate/kept.py). Both give them in the precision of `Clips`, so that
-heads learn the same from either: float16 on a GPU; float32 on a CPU, where rounding would move the demo's scores by up
-to .016 (docs/log.md). Segments of a sample follow one another along tokens, never averaged (trap 31 of docs/method.md
-13).
+clips that are not varied from a file (nextvid/evaluate/kept.py). Both give them as float16, so that heads learn the
+same from either (docs/decisions/0043). Segments of a sample follow one another along tokens, never averaged (trap 31
+of docs/method.md 13).
 
 Axes: N samples of a split, n of those asked for, G segments of a sample, c clips encoded at once, L tokens of a sample,
 D width.
@@ -51,7 +50,6 @@ class Clips:
     places: np.ndarray  # ADDRESS or PIXEL_ADDRESS, by row
     segments: int
     device: torch.device
-    precision: torch.dtype  # of features
     threads: int = 1
 
 
@@ -67,13 +65,12 @@ def open_clips(
 ) -> Iterator[Clips]:
     """A benchmark's rows, with their reader open; `pixels` is the spec that an encoder of pixels reads."""
     frame, batches = rows.frame, rows.frame["batch"].unique().sort().to_list()
-    precision = torch.float32 if device.type == "cpu" else torch.float16
     kind: Latents | Pixels
     if encoder.reads == "latents":
         places = addresses(frame.with_columns(status=pl.lit("ok")), batches)
         with closing(open_reader(root, trainset.spec, batches, _by_frames(frame, places))) as reader:
             kind = Latents(reader, trainset, encoder.fold, device)
-            yield Clips(kind, frame, places, rows.segments, device, precision, threads)
+            yield Clips(kind, frame, places, rows.segments, device, threads)
         return
     assert pixels is not None, f"{encoder.name} reads pixels, and the benchmark's rows are of latents"
     store = PixelStore(root, pixels)
@@ -84,7 +81,7 @@ def open_clips(
     places = pixel_addresses(stored, batches)
     with closing(PixelReader(root, pixels, batches, _by_frames(frame, places))) as jpegs:
         kind = Pixels(jpegs, pixels, dict.fromkeys(frame["frames"].unique().to_list(), places))
-        yield Clips(kind, frame, places, rows.segments, device, precision, threads)
+        yield Clips(kind, frame, places, rows.segments, device, threads)
 
 
 def _by_frames(frame: pl.DataFrame, places: np.ndarray) -> Mapping[int, np.ndarray]:
@@ -128,7 +125,7 @@ class Streamed:
         encoded: list[Tensor] = []
         for given in self.read(pieces(), epoch):
             with torch.no_grad():
-                encoded.append(self._encoder.encode(given).to(self._clips.precision))
+                encoded.append(self._encoder.encode(given).half())
             if sum(map(len, encoded)) == groups[0]:
                 yield rearrange(torch.cat(encoded), "(n g) l d -> n (g l) d", g=segments)
                 encoded.clear()

@@ -52,7 +52,7 @@ def test_groups_come_in_order_whatever_is_encoded_at_once(
     found = features_of(evaluated, task, encoder, "train", [np.array(n) for n in asked], threads=threads)
     for features, numbers in zip(found, asked, strict=True):
         wanted = rearrange(stored_rows(evaluated, task, numbers), "n f c h w -> n (f h w) c")
-        assert torch.equal(features, wanted.float())
+        assert torch.equal(features.float(), wanted.float())
 
 
 def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(evaluated: Project, task: Task) -> None:
@@ -65,7 +65,7 @@ def test_trap_31_features_are_the_reference_encoder_s_view_of_the_whole_clip(eva
     assert found.shape == (5, FRAMES // tubelet * cells, 32)
     tokens = latent_tokens(stored_rows(evaluated, task, list(range(5))).float(), tubelet)
     expected = reference_features(networks.encoders["ema"], tokens, target_norm=False)
-    torch.testing.assert_close(found[:, cells:], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[:, cells:], expected.half(), rtol=1e-3, atol=1e-4)
 
 
 def test_trap_31_segments_follow_one_another(evaluated: Project, task: Task) -> None:
@@ -87,19 +87,16 @@ def test_trap_31_features_do_not_see_the_future(evaluated: Project, task: Task) 
     assert not torch.allclose(before[:, half:], after[:, half:])
 
 
-@pytest.mark.parametrize("precision", [torch.float16, torch.float32])
-def test_heads_from_a_file_are_those_of_the_stream(
-    evaluated: Project, task: Task, tmp_path: Path, precision: torch.dtype
-) -> None:
-    """To 1e-3, in the precision of a GPU and of a CPU; and all that k-NN knows is in files too."""
+def test_heads_from_a_file_are_those_of_the_stream(evaluated: Project, task: Task, tmp_path: Path) -> None:
+    """To 1e-3; and all that k-NN knows is in files too."""
     ema, _, _ = run_encoders(load_networks(find_run(evaluated, RECIPE)), task.trainset, FRAMES)
     train = task.rows.part("train")
     labels, samples = train["label"].to_numpy(), train["sample"].n_unique()
     with open_clips(evaluated.root, task.trainset, None, task.rows, ema, CPU) as clips:
-        streamed = Streamed(ema, replace(clips, precision=precision), "train")
+        streamed = Streamed(ema, clips, "train")
         kept = keep(streamed, samples, 1, ema, made(tmp_path / "own"), 10**9, ALONE)
         assert kept.features is not None
-        assert kept.features.itemsize == precision.itemsize
+        assert kept.features.dtype == np.float16
         heads = [
             fit(Lesson(f, labels, np.arange(samples), 2, kept.tokens, 32), task.settings, [0, 1])
             for f in (streamed, Stored(kept.features, CPU))
@@ -118,7 +115,7 @@ def test_heads_from_a_file_are_those_of_the_stream(
 def test_features_of_scores_that_nobody_computes_make_room(evaluated: Project, task: Task, tmp_path: Path) -> None:
     encoder = plain_encoder("latents", FRAMES)
     root = replace(evaluated.root, cache_folder=str(tmp_path))
-    size_bytes = 4 * FRAMES * 8 * 8 * 16 * 4
+    size_bytes = 4 * FRAMES * 8 * 8 * 16 * 2
     with open_clips(root, task.trainset, None, task.rows, encoder, CPU) as clips:
         streamed = Streamed(encoder, clips, "train")
         with scratch(root, "old", ALONE) as old:
