@@ -6,6 +6,7 @@ rates.json of two full runs. Nothing here is measured, and what rests on arithme
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from typing import Any
 from nextvid.config.corpus import load_corpus
 from nextvid.config.datasets import ClipPolicy, DatasetConfig
 from nextvid.config.recipes import recipe
+from nextvid.encode.cap import MARGIN
 from nextvid.model.cost import cost
 from storage.atomic import publish_bytes, publish_json
 from storage.shard import ROWS_PER_SHARD
@@ -24,15 +26,16 @@ from storage.spec import EncodingSpec
 
 TOP = Path(__file__).resolve().parents[1]
 RATES, PAGE = TOP / "benchmarks" / "rates.json", TOP / "docs" / "scale.md"
-# Files and hours of Tab. 6 (docs/method.md 8). The self-collected source is not in corpus.yaml; here it is cut as
-# InternVid.
+# Files, hours and weights of Tab. 6 (docs/method.md 8). The self-collected source is not in corpus.yaml; here it is cut
+# as InternVid.
 MIXTURE = {
-    "imagenet1k": (1_280_000, 0.0),
-    "something_something_v2": (169_000, 168.0),
-    "kinetics400": (241_000, 669.0),
-    "internvid": (234_000_000, 760_000.0),
-    "ttvideo": (115_000_000, 958_000.0),
+    "imagenet1k": (1_280_000, 0.0, 0.25),
+    "something_something_v2": (169_000, 168.0, 0.05),
+    "kinetics400": (241_000, 669.0, 0.18),
+    "internvid": (234_000_000, 760_000.0, 0.20),
+    "ttvideo": (115_000_000, 958_000.0, 0.32),
 }
+RECIPE = "nextvid_l"  # all three of the paper's draw as much
 CUT_AS = {"ttvideo": "internvid"}
 # VA-VAE at 256 pixels: 32 channels of 16 x 16 cells (docs/method.md 1).
 VAVAE = EncodingSpec("0" * 32, 256, "bicubic", "bf16", "sample", "float16", 32, 16, 16)
@@ -70,29 +73,61 @@ def clips_of(policy: ClipPolicy, mean_s: float) -> int:
     return max(1, min(policy.clips_per_shot, math.floor(mean_s / (policy.frames / policy.fps))))
 
 
-def size(name: str, config: DatasetConfig) -> Size:
-    """Clips, rows, bytes and objects of one dataset."""
-    files, hours = MIXTURE[name]
+def drawn() -> dict[tuple[str, int], int]:
+    """Rows that training draws by dataset and clip length; of a dataset of images all have length 1."""
+    found: dict[tuple[str, int], int] = {}
+    for stage in recipe(RECIPE).stages:
+        for name, (_, hours, weight) in MIXTURE.items():
+            key = name, stage.frames if hours else 1
+            found[key] = found.get(key, 0) + round(weight * stage.steps * stage.batch)
+    return found
+
+
+def size(name: str, config: DatasetConfig, *, capped: bool = False) -> Size:
+    """Clips, rows, bytes and objects of one dataset; `capped`: with `cap: auto`, which leaves clips as they are."""
+    files, hours, _ = MIXTURE[name]
     capacity = config.max_batch_videos if hours else config.max_batch_images
     batches = math.ceil(files / capacity)
     clips = rows = frames = size_bytes = longest_bytes = shards = 0
     longest = max(policy.frames for policy in config.clips)
     for policy in config.clips:
         found = files * clips_of(policy, 3600 * hours / files)
+        kept = found * policy.views
+        if capped:
+            kept = min(kept, math.ceil(MARGIN * drawn()[name, policy.frames]))
         clips += found
-        rows += found * policy.views
-        frames += found * policy.views * policy.frames
-        stored_bytes = found * policy.views * VAVAE.row_bytes(policy.frames)
+        rows += kept
+        frames += kept * policy.frames
+        stored_bytes = kept * VAVAE.row_bytes(policy.frames)
         size_bytes += stored_bytes
         longest_bytes += stored_bytes if policy.frames == longest > 1 else 0
-        shards += batches * math.ceil(found * policy.views / batches / ROWS_PER_SHARD)
+        shards += batches * math.ceil(kept / batches / ROWS_PER_SHARD)
     return Size(name, files, hours, batches, clips, rows, frames, size_bytes, longest_bytes, shards)
 
 
-def sizes() -> list[Size]:
+def sizes(*, capped: bool = False) -> list[Size]:
     """Every dataset of the mixture."""
     datasets = load_corpus(TOP / "examples" / "paper" / "corpus.yaml").datasets
-    return [size(name, datasets[CUT_AS.get(name, name)]) for name in MIXTURE]
+    return [size(name, datasets[CUT_AS.get(name, name)], capped=capped) for name in MIXTURE]
+
+
+def caps(every: Sequence[Size], capped: Sequence[Size]) -> Iterator[tuple[str, ...]]:
+    """(dataset, rows drawn, rows, drawn over stored, TB, GPU-hours; the same four with `cap: auto`)."""
+    counts: dict[str, int] = {}
+    for (name, _), count in drawn().items():
+        counts[name] = counts.get(name, 0) + count
+    counts["together"] = sum(counts.values())
+    for one, other in zip([*every, total(every)], [*capped, total(capped)], strict=True):
+        sides = (
+            (number(each.rows), f"{counts[each.name] / each.rows:.2g}", f"{each.size_bytes / 1e12:.3g}", encode_h(each))
+            for each in (one, other)
+        )
+        yield one.name, number(counts[one.name]), *itertools.chain(*sides)
+
+
+def encode_h(of: Size) -> str:
+    """GPU-hours of encoding."""
+    return number(of.frames * ENCODE_FLOP_PER_FRAME / (H200_FLOPS * UTILISATION["latents"]) / 3600)
 
 
 def total(of: Sequence[Size]) -> Size:
@@ -108,8 +143,8 @@ def objects(of: Size) -> int:
 
 
 def training_flop() -> float:
-    """Of `nextvid_l`, all four stages, forward and backward (nextvid/model/cost.py)."""
-    found = recipe("nextvid_l")
+    """Of the recipe, all four stages, forward and backward (nextvid/model/cost.py)."""
+    found = recipe(RECIPE)
     reckoned = cost(found)
     return sum(stage.step_flops * each.steps for stage, each in zip(reckoned.stages, found.stages, strict=True))
 
@@ -119,8 +154,7 @@ def hours(of: Size, rates: dict[str, Any]) -> Iterator[tuple[str, str, str, str]
     first, decode = (rates[name] * of.hours / 3600 for name in ("first_pass_cpu_s_per_hour", "decode_cpu_s_per_hour"))
     yield "shots", number(first), "-", "first pass: measured, a video-hour of 360p"
     yield "latents, decoding", number(decode), "-", "every frame once: measured, 360p"
-    encode = of.frames * ENCODE_FLOP_PER_FRAME / (H200_FLOPS * UTILISATION["latents"]) / 3600
-    yield "latents, encoding", "-", number(encode), "137.5 GFLOP a frame at 40 % of an H200: arithmetic"
+    yield "latents, encoding", "-", encode_h(of), "137.5 GFLOP a frame at 40 % of an H200: arithmetic"
     train = training_flop() / (H200_FLOPS * UTILISATION["pretrain"]) / 3600
     yield "pretrain, nextvid_l", "-", number(train), "nextvid inspect's FLOP at 35 % of an H200: arithmetic"
     for asset, name in (("duplicates", "duplicates"), ("trainset", "trainset, made"), ("plan", "plan")):
@@ -155,9 +189,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(rates: dict[str, Any]) -> str:
-    """What stands between the marks of docs/scale.md."""
+    """The tables between the marks of docs/scale.md."""
     found = sizes()
     whole = total(found)
+    columns = ("rows", "drawn over stored", "TB", "GPU-hours")
     by_dataset = [
         (
             each.name, number(each.files), number(each.hours), number(each.batches), number(each.clips),
@@ -170,6 +205,10 @@ def tables(rates: dict[str, Any]) -> str:
             table(
                 ("dataset", "files", "hours", "batches", "clips", "rows", "latents, TB", "shards", "objects"),
                 by_dataset,
+            ),
+            table(
+                ("dataset", "drawn", *(f"{what}{cap}" for cap in ("", ", `cap: auto`") for what in columns)),
+                list(caps(found, sizes(capped=True))),
             ),
             table(("asset", "CPU-hours", "GPU-hours (H200)", "from"), list(hours(whole, rates))),
             table(("work", "ms a batch", f"at {number(whole.batches)} batches"), list(machinery(whole, rates))),

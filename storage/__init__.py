@@ -3,6 +3,7 @@
 The data root, as `root.py` builds it (every path of the project comes from there):
 
     <root>/accepted.json                              the accepted encoding, curation, pixels
+           caps/<dataset>.json                        which rows a `cap` takes
            notices/<time>.json                        what a person accepted or withdrew, for Dagster to report
            sources/<batch>.parquet                    batch = <dataset>.<nnnnnn>: the listing, append-only
            sources/changes/ sources/pending.json      each change of a listing by its number, and what is being made

@@ -113,6 +113,13 @@ class Draws:
         return round_keys("pass", self.seed, self.datasets[dataset], taken)
 
 
+def most_drawn(weights: Mapping[str, float], start: int, stop: int) -> dict[str, int]:
+    """How many of the draws `start` to `stop - 1` a dataset has at most: exactly so many of the blocks they are in."""
+    draws = Draws(0, weights, dict.fromkeys(weights, 1))
+    before, after = draws._quotas(start // BLOCK), draws._quotas(-(-stop // BLOCK))
+    return dict(zip(draws.datasets, np.subtract(after, before).tolist(), strict=True))
+
+
 def mask_entry(seed: int, strategy: int, g: int, entries: int) -> int:
     """Mask entry of draw `g` for a strategy: each of the `entries` once, in keyed order, then all again in another."""
     assert g >= 0, g

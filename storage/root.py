@@ -67,6 +67,10 @@ class DataRoot:
         """What accepting corpus.yaml would cost, as the job `forecast` computed it (JSON)."""
         return f"{self.url}/forecast.json"
 
+    def cap(self, dataset: str) -> str:
+        """Which rows a dataset's `cap` takes: the largest id by clip length (JSON)."""
+        return f"{self.url}/caps/{_name(dataset)}.json"
+
     def folder(self, noun: Table | Stored) -> str:
         """The folder of one kind of table, or of all stores of latents or pixels."""
         return f"{self.url}/{noun}"

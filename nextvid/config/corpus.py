@@ -87,6 +87,9 @@ class CorpusConfig(Strict):
     curation: CurationConfig = Field(CurationConfig(), description="how shots are found, filtered and compared")
     datasets: dict[str, DatasetConfig] = Field(description="datasets by name")
     benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict, description="probe tasks by name")
+    recipes: tuple[str, ...] = Field(
+        (), description="recipes that this corpus is for: `cap: auto` of a dataset stores what they draw"
+    )
     encoders: dict[str, ProbedEncoderConfig] = Field(
         default_factory=dict, description="encoders of others, by name, that are probed beside those of recipes"
     )
@@ -116,6 +119,16 @@ class CorpusConfig(Strict):
             for dataset in benchmark.datasets:
                 if dataset not in self.datasets:
                     raise ValueError(f"benchmark '{name}' names dataset '{dataset}', which is not among the datasets")
+        return self
+
+    @model_validator(mode="after")
+    def _auto_needs_recipes(self) -> Self:
+        for name, dataset in self.datasets.items():
+            caps = dataset.cap.values() if isinstance(dataset.cap, dict) else [dataset.cap]
+            if "auto" in caps and not self.recipes:
+                raise ValueError(
+                    f"'datasets.{name}.cap' is 'auto': name the recipes that it is for, as 'recipes: [nextvid_s]'"
+                )
         return self
 
     def weights(self) -> dict[str, float]:

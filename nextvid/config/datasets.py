@@ -2,11 +2,12 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nextvid.config.strict import AtLeastZero, Count, Positive, Share, Strict
 
 RESERVED_TARGETS = frozenset({"split", "group"})  # columns of the labels table
+Rows = Count | Literal["auto"]
 Threshold = Annotated[float, Field(allow_inf_nan=False)] | None
 
 
@@ -150,6 +151,12 @@ class DatasetConfig(Strict):
     clips_per_media: Count | None = Field(
         None, description="at most so many clips of each length from one file (docs/decisions/0019)"
     )
+    cap: Rows | dict[Count, Rows] | None = Field(
+        None,
+        description="encode at most so many rows of each clip length for training, an even sample: a number, or `auto` "
+        "for what `recipes` draw and a tenth more; or either by frames, as {16: auto, 64: 100000}. Rows of benchmarks "
+        "are all encoded (docs/decisions/0050)",
+    )
     labels: LabelConfig = Field(LabelConfig(), description="where labels and official splits are")
     split: SplitConfig = Field(SplitConfig(), description="shares of the split by hash")
     quarantine_budget: Share = Field(
@@ -158,6 +165,25 @@ class DatasetConfig(Strict):
     licence: str = Field("unknown", description="licence of the files, shown in reports")
     max_batch_videos: Count = Field(1000, description="files of a batch, the unit of work, for videos")
     max_batch_images: Count = Field(10000, description="files of a batch for images")
+
+    @field_validator("cap", mode="before")
+    @classmethod
+    def _caps_are_rows(cls, value: object) -> object:
+        for rows in value.values() if isinstance(value, dict) else [] if value is None else [value]:
+            if rows != "auto" and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+                raise ValueError(
+                    f"a cap is a number of rows from 1 on, or 'auto', not {rows!r}; without the key all are encoded"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _cap_fits_clips(self) -> Self:
+        lengths = sorted({policy.frames for policy in self.clips})
+        if self.cap is not None and self.weight is None:
+            raise ValueError("'cap' is of rows for training, and without a 'weight' there are none: remove it")
+        if isinstance(self.cap, dict) and (other := sorted(self.cap.keys() - set(lengths))):
+            raise ValueError(f"'cap' names {other[0]} frames, and the clips have {', '.join(map(str, lengths))}")
+        return self
 
     @model_validator(mode="after")
     def _weight_needs_clips(self) -> Self:

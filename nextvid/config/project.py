@@ -62,12 +62,14 @@ class Project:
 def open_project(path: str | Path | None = None) -> Project:
     """The project of `--corpus`, else NEXTVID_CORPUS, else ./corpus.yaml, with its accepted configuration.
 
-    Raises ConfigError for corpus.yaml and CorpusError for a damaged accepted.json.
+    Raises ConfigError for corpus.yaml and the recipes that it names, and CorpusError for a damaged accepted.json.
     """
     file = corpus_path(str(path) if path else None)
     asked = load_corpus(file)
     if both := sorted(asked.encoders.keys() & {*RECIPES, *own_recipes(file)}):
         raise ConfigError(f"{file}: encoder '{both[0]}' has the name of a recipe, and both are probed: rename it")
+    for name in asked.recipes:
+        recipe_by_name(name, file)
     cache = asked.cache
     root = DataRoot.open(asked.root, asked.runs_root, cache.folder, round(cache.size_gb * 1e9))
     known = accepted(root) if asked.reencode == "ask" else None

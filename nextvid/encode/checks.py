@@ -192,6 +192,7 @@ def _numbers(plan: BatchPlan[EncodingSpec], now: BatchPlan[EncodingSpec], report
     numbers: dict[str, Number] = {"encoded": report.rows, "kept": plan.kept, "spec": plan.spec.digest()}
     statuses = now.commits.filter(pl.col("status") != "ok").group_by(pl.col("status").cast(pl.String)).len()
     numbers |= {str(status): int(count) for status, count in statuses.sort("status").iter_rows()} | _by_reason(now)
+    numbers |= {"over_cap": now.over_cap.height} if now.over_cap.height else {}
     numbers |= {f"encoded because {why}": count for why, count in plan.reasons.items()}
     if good.height:
         spent = shard_costs(good, plan.spec)

@@ -19,10 +19,11 @@ from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 from nextvid.config.project import Project
+from nextvid.encode.cap import settle_cap
 from nextvid.encode.checks import Report, publish_outcome, publish_refused
 from nextvid.encode.pipeline import Advance, Pipeline, Tell, pipeline, shares
 from nextvid.encode.pixels import PixelWriter
-from nextvid.encode.plan import BatchPlan, open_parts, pixel_spec, plan_encode
+from nextvid.encode.plan import BatchPlan, accepted_spec, open_parts, pixel_spec, plan_encode
 from nextvid.encode.preview import preview_png
 from nextvid.encode.shard import RefusedShardError
 from nextvid.machine import device_of, die_with, leased_devices
@@ -55,9 +56,10 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
     """
     began = time.perf_counter()
     require_checks(project.root.checks("clips", batch), "clips")
-    plan = plan_encode(project, batch)
-    store = LatentStore(project.root, plan.spec)
+    store = LatentStore(project.root, accepted_spec(project))
     store.create()
+    settle_cap(project, store, batch)
+    plan = plan_encode(project, batch, store.spec)
     machine, name, report, failed = project.corpus.execution, f"latents {batch}", Report(), set[bytes]()
     if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
         try:

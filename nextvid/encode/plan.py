@@ -1,8 +1,8 @@
 """What is to be encoded: the specs of a project, and the rows of a batch that its stores lack.
 
 Reads tables, commits and configuration files; loads no weights and imports no torch, so that `nextvid plan` answers at
-once. Wanted are the rows of the clips table that are ok and have a use. What was committed stays: nothing is deleted
-here.
+once. Wanted are the rows of the clips table that are ok and have a use, as far as a `cap` takes them (cap.py). What was
+committed stays: nothing is deleted here.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -13,8 +13,10 @@ import polars as pl
 
 from nextvid.config.accepted import accepted
 from nextvid.config.project import Project
+from nextvid.encode.cap import below_bound
 from nextvid.encode.weights import autoencoder_digest, facts
 from nextvid.graph import GRAPH
+from nextvid.making.batches import dataset_of
 from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError
 from storage.part import Part, S
 from storage.schemas import Clips
@@ -37,6 +39,7 @@ class BatchPlan(Generic[S]):
     rows: pl.DataFrame  # wanted clips that the store lacks, with the column `why`, in the order of their slots
     commits: pl.DataFrame  # of wanted rows
     orphans: pl.DataFrame  # commits of rows that no clip wants any more: reported, never deleted
+    over_cap: pl.DataFrame  # clips that are not stored and need not be, since a `cap` takes others
 
     @property
     def by_frames(self) -> Mapping[int, pl.DataFrame]:
@@ -131,9 +134,11 @@ def plan_encode(project: Project, batch: str, spec: EncodingSpec | None = None) 
 
 def plan_batch(project: Project, batch: str, store: Store[S]) -> BatchPlan[S]:
     """Rows of a batch that a store lacks, and why; not those of unstable files. Raises UpstreamError without clips."""
-    clips, every = wanted_clips(project, batch), store.commits(batch)
-    commits = every.join(clips, on="row_id", how="semi")
+    usable, every = wanted_clips(project, batch), store.commits(batch)
     good = every.filter(pl.col("status") == "ok")
+    within = within_cap(project, batch) | pl.col("row_id").is_in(good["row_id"].implode())  # what is stored stays
+    clips, over_cap = usable.filter(within), usable.filter(~within)
+    commits = every.join(clips, on="row_id", how="semi")
     missing = clips.join(commits.filter((pl.col("status") == "ok") | is_unstable()), on="row_id", how="anti")
     known_media = clips.join(good, on="row_id", how="semi")["media_id"].unique()
     why = (
@@ -145,13 +150,19 @@ def plan_batch(project: Project, batch: str, store: Store[S]) -> BatchPlan[S]:
     )
     # rows of a file are neighbours, so that one pass over the file serves one shard, rarely two
     ordered = missing.with_columns(why=why).sort("uri", "media_id", "times_us", "view_index", "row_id")
-    return BatchPlan(batch, store.spec, ordered, commits, every.join(clips, on="row_id", how="anti"))
+    return BatchPlan(batch, store.spec, ordered, commits, every.join(usable, on="row_id", how="anti"), over_cap)
 
 
 def wanted_clips(project: Project, batch: str) -> pl.DataFrame:
-    """Rows of the clips table that the stores should hold."""
+    """Rows of the clips table that can be stored, whatever the cap."""
     clips = read_table(project.root.table("clips", batch), Clips)
     return clips.filter((pl.col("status") == "ok") & (pl.col("uses").list.len() > 0))
+
+
+def within_cap(project: Project, batch: str) -> pl.Expr:
+    """Of these, the rows that the stores should hold: those that the dataset's cap takes, and all of benchmarks."""
+    probed = (pl.col("uses").list.len() > 1) | ~pl.col("uses").list.contains("pretrain")
+    return below_bound(project, dataset_of(batch)) | probed
 
 
 def is_unstable() -> pl.Expr:

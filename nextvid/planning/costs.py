@@ -4,6 +4,7 @@ Seconds come from the rates that commits of the same store recorded, on whatever
 clip length was measured, its seconds are unknown.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import polars as pl
 
 from nextvid.config.accepted import Accepted, accepted, pixels_digest
 from nextvid.config.project import Project
+from nextvid.encode.cap import drawn_rows, settle_cap
 from nextvid.encode.plan import BatchPlan, encoding_spec, pixel_spec, plan_batch, plan_encode
 from nextvid.graph import GRAPH, Asset
 from nextvid.making.batches import VERSIONED, batch_state, dataset_of, made_by_older
@@ -52,6 +54,7 @@ class Cost:
     first_passes: int  # files that are read and decoded again for that
     without_pixels: int  # rows, where pixels are kept
     pixels_decode_s: float | None  # of rows that lack pixels and not latents
+    lengths: Mapping[int, tuple[int, int, int]]  # rows by frames: wanted, stored of these, left out by the cap
 
     def line(self) -> str:
         """The cost on one line, for people."""
@@ -75,6 +78,26 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of one dataset and clip length, in the batches whose clips are made."""
+
+    dataset: str
+    frames: int
+    drawn: int  # at most, by the recipes of corpus.yaml
+    wanted: int
+    stored: int  # of these
+    over_cap: int  # not stored and not wanted
+
+    def line(self) -> str:
+        """These numbers on one line, for people."""
+        over = f"; {self.over_cap:,} more are over the cap" if self.over_cap else ""
+        return (
+            f"{self.dataset}, {self.frames} frames: {self.drawn:,} drawn, {self.wanted:,} wanted, {self.stored:,} "
+            f"stored{over}"
+        )
+
+
+@dataclass(frozen=True)
 class Forecast:
     """Costs of `make latents` now, and once what corpus.yaml asks for is accepted, where that differs."""
 
@@ -83,10 +106,12 @@ class Forecast:
     without_clips: tuple[str, ...]  # batches whose clips were never made, so that their rows are unknown
     now: tuple[Cost, ...]
     if_accepted: tuple[Cost, ...]
+    rows: tuple["Rows", ...]  # now, of all these batches
 
     def text(self) -> str:
         """The forecast, for people."""
         lines = [cost.line() for cost in self.now]
+        lines += [rows.line() for rows in self.rows]
         lines += [f"{batch}: its clips are not made yet, so its rows are unknown" for batch in self.without_clips]
         if self.outdated and not self.now and self.if_accepted:
             lines.append("nothing can be encoded: corpus.yaml names another autoencoder than the accepted one")
@@ -133,20 +158,39 @@ class Forecast:
 
 
 def forecast(project: Project, batch: str | None = None) -> Forecast:
-    """The forecast for one batch or all. Writes nothing. Raises UpstreamError if the one batch has no clips."""
+    """The forecast for one batch or all. Raises UpstreamError if the one batch has no clips.
+
+    Writes nothing but which rows a `cap` takes, where more is known than when that was recorded.
+    """
     made = set(project.root.batches("clips"))
     listed = sorted({*project.root.batches(), *made})
     ready = [batch] if batch else [key for key in listed if key in made]
     known, asked, changed = accepted(project.root), encoding_spec(project), outdated(project)
     other = known is not None and known.encoding != asked.digest()
     current = LatentStore.open(project.root, known.encoding).spec if known and other else asked
+    for one in {dataset_of(key): key for key in ready}.values():
+        settle_cap(project, LatentStore(project.root, current), one)
+    now = costs(project, ready, current) if current.autoencoder == asked.autoencoder else ()
     return Forecast(
         accepted=known,
         outdated=changed,
         without_clips=() if batch else tuple(key for key in listed if key not in made),
-        now=costs(project, ready, current) if current.autoencoder == asked.autoencoder else (),
+        now=now,
         if_accepted=costs(project.as_asked(), ready, asked) if changed else (),
+        rows=_rows(project, now),
     )
+
+
+def _rows(project: Project, found: Sequence[Cost]) -> tuple[Rows, ...]:
+    """What is drawn, wanted and stored; nothing where corpus.yaml names neither recipes nor caps."""
+    if not project.asked.recipes and all(config.cap is None for config in project.corpus.datasets.values()):
+        return ()
+    drawn, sums = drawn_rows(project), Counter[tuple[str, int, int]]()
+    for cost in found:
+        for frames, counts in cost.lengths.items():
+            sums.update({(dataset_of(cost.batch), frames, which): count for which, count in enumerate(counts)})
+    keys = sorted({(dataset, frames) for dataset, frames, _ in sums})
+    return tuple(Rows(*key, drawn.get(key, 0), *(sums[(*key, which)] for which in range(3))) for key in keys)
 
 
 def accept_and_tell(project: Project) -> Project:
@@ -231,7 +275,16 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
         first_passes=first_passes,
         without_pixels=bare.height,
         pixels_decode_s=_seconds(dict(alone.rows()), decode_s),
+        lengths=_lengths(plan),
     )
+
+
+def _lengths(plan: BatchPlan[EncodingSpec]) -> dict[int, tuple[int, int, int]]:
+    missing, stored, over = (
+        dict(table.group_by("frames").len().iter_rows()) for table in (plan.rows, plan.good, plan.over_cap)
+    )
+    counts = ((frames, stored.get(frames, 0)) for frames in sorted({*missing, *stored, *over}))
+    return {frames: (missing.get(frames, 0) + kept, kept, over.get(frames, 0)) for frames, kept in counts}
 
 
 def _seconds(rows: Mapping[int, int], row_s: Mapping[int, float]) -> float | None:

@@ -17,9 +17,11 @@ from nextvid.config.accepted import accepted, pixels_digest
 from nextvid.config.project import Project
 from nextvid.corpus.labels import label_digests
 from nextvid.corpus.sources import batch_fingerprint
+from nextvid.encode.cap import bounds_of
 from nextvid.encode.plan import encoding_spec, pixel_spec, plan_batch
 from nextvid.graph import GRAPH
 from nextvid.making.batches import VERSIONED, batch_state, dataset_of, made_by_older
+from storage.digest import digest
 from storage.errors import NExTVidError
 from storage.remote import at_once
 from storage.schemas import Media, Shots, Sources
@@ -40,6 +42,7 @@ class Standard:
     pixels: PixelSpec | None
     accepted_count: int  # how often something was accepted
     curation: Mapping[str, str]  # digest by dataset
+    bounds: Mapping[str, str]  # digest of what its cap takes, by dataset; empty without a cap
     labels: Mapping[str, Sequence[str]]  # digests of label files by dataset; of those that can be read
 
     def listing(self, batch: str) -> str:
@@ -59,7 +62,9 @@ class Standard:
     def _missing(self, batch: str, store: Store[Any]) -> int:
         seals = [*_sealed(self.project.root.table("clips", batch)), *store.seals(batch)]
         return _remembered(
-            (store.noun, store.digest), seals, lambda: plan_batch(self.project, batch, store).rows.height
+            (store.noun, store.digest, self.bounds[dataset_of(batch)]),
+            seals,
+            lambda: plan_batch(self.project, batch, store).rows.height,
         )
 
     def latents_before(self, batch: str) -> str | None:
@@ -71,13 +76,14 @@ class Standard:
         return None
 
     def key(self, batch: str) -> str:
-        """The run key: the same for the same batch, listing, curation, encoding, pixels, versions and acceptance."""
+        """The run key: the same for the same batch, listing, curation, encoding, pixels, versions, acceptance, cap."""
         made_by = (
             self.curation[dataset_of(batch)],
             self.spec.digest(),
             pixels_digest(self.project.corpus.encoding.pixels),
             ".".join(str(GRAPH[asset].version) for asset in VERSIONED),
             str(self.accepted_count),
+            self.bounds[dataset_of(batch)],
         )
         return ":".join(filter(None, [batch, self.listing(batch), *made_by]))
 
@@ -107,6 +113,10 @@ def standard(project: Project, labels: Mapping[str, Sequence[str]] | None = None
         pixel_spec(project, spec),
         known.count if known else 0,
         {name: project.corpus.curation_digest(name) for name in project.corpus.datasets},
+        {
+            name: digest([*bounds.items()]) if (bounds := bounds_of(project, name)) else ""
+            for name in project.corpus.datasets
+        },
         readable_labels(project)[0] if labels is None else labels,
     )
 

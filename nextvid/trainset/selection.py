@@ -2,8 +2,8 @@
 
 A batch is taken if its clips and latents passed their checks, each row that should be stored has a commit in the
 accepted encoding, and the latest `duplicates` searched its current tables. A row is taken if it is for pretraining, in
-split train, encoded, not dropped as a duplicate and not withdrawn. The tables of AT_ONCE batches are in memory at a
-time, and 32 bytes of each row: 10 million rows fit in 2 GB (benchmarks/manifests.py).
+split train, below the dataset's cap, encoded, not dropped as a duplicate and not withdrawn. The tables of AT_ONCE
+batches are in memory at a time, and 32 bytes of each row: 10 million rows fit in 2 GB (benchmarks/manifests.py).
 """
 
 from collections import Counter
@@ -15,8 +15,9 @@ import numpy as np
 import polars as pl
 
 from nextvid.config.project import Project
+from nextvid.encode.cap import below_bound
 from nextvid.encode.latent_stats import Moments, moments
-from nextvid.encode.plan import UNSTABLE, accepted_spec, is_unstable, wanted_clips
+from nextvid.encode.plan import UNSTABLE, accepted_spec, is_unstable, wanted_clips, within_cap
 from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.publishing import read_latest
 from storage import reader
@@ -126,11 +127,13 @@ def _read(
     if "latents" in state.not_made:
         return _Batch(True, "it has no latents in the accepted encoding")
     wanted, stored = wanted_clips(project, batch), LatentStore(project.root, spec).commits(batch, columns=_STORED)
-    if missing := wanted.join(stored, on="row_id", how="anti").height:
-        return _Batch(True, f"{missing} of its {wanted.height} rows are not encoded yet")
+    needed = wanted.filter(within_cap(project, batch))
+    if missing := needed.join(stored, on="row_id", how="anti").height:
+        return _Batch(True, f"{missing} of its {needed.height} rows are not encoded yet")
     if not known:
         return _Batch(True, "'duplicates' has not seen its clips as they are now")
-    kept, lost = rows_of(wanted, stored, duplicates.filter(pl.col("batch") == batch), gone)
+    below = below_bound(project, dataset_of(batch))
+    kept, lost = rows_of(wanted, stored, duplicates.filter(pl.col("batch") == batch), gone, below)
     rows: dict[tuple[str, int], np.ndarray] = {}
     found: dict[tuple[str, int], Moments] = {}
     for group in kept.partition_by("dataset", "frames"):
@@ -202,12 +205,12 @@ def _known_to_duplicates(root: DataRoot) -> tuple[str, set[str], pl.Series]:
 
 
 def rows_of(
-    wanted: pl.DataFrame, stored: pl.DataFrame, duplicates: pl.DataFrame, gone: pl.Series
+    wanted: pl.DataFrame, stored: pl.DataFrame, duplicates: pl.DataFrame, gone: pl.Series, below: pl.Expr
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(rows taken, rows for pretraining that are not, with `why`) of one batch.
 
-    From its wanted clips, their commits (`LatentStore.commits`), its lines of `duplicates` and the withdrawn row ids.
-    Columns of the rows taken: those of Lineage, and status, part, shard, slot (within the shard), crc32c, sums,
+    From its wanted clips, their commits (`LatentStore.commits`), its lines of `duplicates`, the withdrawn row ids and
+    which rows are `below` the dataset's cap. Columns of the rows taken: those of Lineage, and status, part, shard, slot (within the shard), crc32c, sums,
     sums_squared, posterior_std.
     """
     asked = wanted.filter(pl.col("uses").list.contains("pretrain"))
@@ -218,11 +221,13 @@ def rows_of(
     )
     given_way = duplicates.filter(pl.col("dropped_from").list.contains("pretrain"))
     why = (
-        pl.when(pl.col("split") != "train")
+        pl.when(~below)
+        .then(pl.lit("over_cap"))
+        .when(pl.col("split") != "train")
         .then(pl.lit("split"))
         .when(pl.col("media_id").is_in(unstable.implode()))
         .then(pl.lit(UNSTABLE))
-        .when(pl.col("committed") != "ok")
+        .when(pl.col("committed").ne_missing("ok"))
         .then(pl.lit("not_encoded"))
         .when(pl.col("row_id").is_in(gone.implode()))
         .then(pl.lit("withdrawn"))
@@ -230,7 +235,7 @@ def rows_of(
     )
     judged = (
         asked.select(*Lineage.column_names(), "split")
-        .join(commits, on="row_id", how="inner")
+        .join(commits, on="row_id", how="left")
         .join(given_way.select("shot_id", why=pl.col("reason")), on="shot_id", how="left")
         .with_columns(why=why)
     )

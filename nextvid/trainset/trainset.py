@@ -17,8 +17,13 @@ from jaxtyping import Float32
 from polars.exceptions import PolarsError
 
 from nextvid.config.project import Project
+from nextvid.encode.cap import settle_cap
 from nextvid.encode.latent_stats import mixed
+<<<<<<< HEAD
 from nextvid.encode.plan import wanted_clips
+=======
+from nextvid.making.batches import dataset_of
+>>>>>>> 363bc0c (A cap of a dataset encodes an even sample of its rows: those with the smallest ids, as many as recipes draw)
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_latest, publish_verdict, read_latest
 from nextvid.trainset.files import LINEAGE, RECORD, Frozen, gone_shards, read_sealed, rows_name, write_trainset
@@ -65,6 +70,8 @@ def make_trainset(project: Project) -> Outcome:
     publish_verdict(f"{folder}/checks.json", ASSET, checks)
     if all(check.passed for check in checks):
         publish_latest(project.root, "trainset", digest)
+    for batch in {dataset_of(batch): batch for batch in chosen.batches}.values():
+        settle_cap(project, LatentStore(project.root, chosen.spec), batch)  # rows that this one lacks are encoded next
     numbers: dict[str, Number] = {f"rows_f{frames}": len(rows) for frames, rows in chosen.addresses.items()}
     numbers |= {f"weight_{name}": weight for name, weight in weights.items()}
     numbers |= {"batches": len(chosen.batches), "batches_left_out": len(chosen.left_out), "spec": chosen.spec.digest()}
