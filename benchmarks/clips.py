@@ -54,11 +54,11 @@ def random_clips(count: int, shape: tuple[int, int, int, int] = SHAPE) -> Clips:
     return out
 
 
-def write_store(clips: Clips, folder: Path, stride: int = STRIDE) -> None:
+def write_store(clips: Clips, folder: Path, stride: int = STRIDE, storage: str = "float16") -> None:
     """Our store, one part of all clips, and a trainset of it; `stride`: pixels a cell."""
     _, frames, channels, height, width = clips.shape
     root = DataRoot.open(str(folder))
-    spec = EncodingSpec("0" * 32, stride * height, "bicubic", "fp32", "mean", "float16", channels, height, width)
+    spec = EncodingSpec("0" * 32, stride * height, "bicubic", "fp32", "mean", storage, channels, height, width)
     store = LatentStore(root, spec)
     store.create()
     part = store.plan_part(BATCH_KEY, frames, [bytes.fromhex(digest(["clip", n])) for n in range(len(clips))])

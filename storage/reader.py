@@ -95,6 +95,14 @@ class RowReader:
             return [self._requested(frames, address) for address in addresses]
         return [self._row(frames, fields, addresses[n]) for n, fields in enumerate(_fields(addresses))]
 
+    def packed(self, frames: int, addresses: np.ndarray) -> list[UInt8[np.ndarray, " bytes"]]:
+        """The stored bytes of rows (`packed` of shard.py); the rest as `rows`."""
+        if self._files.ranges is not None:
+            self.will_need(frames, addresses)
+            return [self._asked_for(frames, address) for address in addresses]
+        found = (self._checked(frames, fields, addresses[n]) for n, fields in enumerate(_fields(addresses)))
+        return [mapped.stored[slot] for mapped, slot in found]
+
     def read_into(self, frames: int, address: np.void, out: Float16[np.ndarray, "F C h w"]) -> None:
         """Copy one row into `out` (float16, C order), which keeps its values where DamagedError is raised."""
         if self._files.ranges is not None:
@@ -138,7 +146,15 @@ class RowReader:
         self._maps.clear()
 
     def _row(self, frames: int, fields: Fields, address: np.void) -> Float16[np.ndarray, "F C h w"]:
-        """View of one row, checked; `fields` are those of the address, which serves messages."""
+        """View of one row, checked."""
+        mapped, slot = self._checked(frames, fields, address)
+        if mapped.values is not None:
+            row: np.ndarray = mapped.values[slot]
+            return row
+        return shard.unpacked(mapped.stored[slot], self._spec.storage, self._spec.row_shape(frames))
+
+    def _checked(self, frames: int, fields: Fields, address: np.void) -> tuple[_Rows, int]:
+        """The shard of a row, checked, and its slot; `fields` are those of the address, which serves messages."""
         batch, part, number, slot, crc = fields
         key = frames, batch, part, number
         mapped = self._maps.get(key)
@@ -151,20 +167,21 @@ class RowReader:
             if crc32c(mapped.stored[slot]) != crc:
                 if self._files.is_stale(key, mapped.file.inode):
                     self._maps.forget(key, mapped)
-                    return self._row(frames, fields, address)
+                    return self._checked(frames, fields, address)
                 raise self._files.damaged(key, address, OTHER_BYTES)
             mapped.checked[slot] = True
-        if mapped.values is not None:
-            row: np.ndarray = mapped.values[slot]
-            return row
-        return shard.unpacked(mapped.stored[slot], self._spec.storage, self._spec.row_shape(frames))
+        return mapped, slot
 
     def _requested(self, frames: int, address: np.void) -> Float16[np.ndarray, "F C h w"]:
         """One row by a ranged request, checked."""
+        return shard.unpacked(self._asked_for(frames, address), self._spec.storage, self._spec.row_shape(frames))
+
+    def _asked_for(self, frames: int, address: np.void) -> UInt8[np.ndarray, " bytes"]:
+        """The bytes of one row by a ranged request, checked."""
         fields, row_bytes = _FIELDS.unpack(address.tobytes()), self._spec.row_bytes(frames)
         data = bytearray(self._files.read(_key(frames, fields), address, fields[3] * row_bytes, row_bytes))
         # a bytearray, since torch takes writable memory only
-        return shard.unpacked(np.frombuffer(data, np.uint8), self._spec.storage, self._spec.row_shape(frames))
+        return np.frombuffer(data, np.uint8)
 
     def _map(self, key: Key, address: np.void) -> _Rows:
         """The rows of a shard; DamagedError where its size or its index is not that of a dense shard."""

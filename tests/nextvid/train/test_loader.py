@@ -210,10 +210,11 @@ def test_ranks_change_nothing(project: Project, ranks: int) -> None:
                 assert torch.equal(ids, torch.cat([part.visible[index] for part in parts]))
 
 
+@pytest.mark.parametrize("stored", [("float16", "frame"), ("int8", "frame"), ("int8", "causal4")])
 @pytest.mark.parametrize("fold", [1, 2])
-def test_what_a_device_makes_is_what_the_threads_make(tmp_path: Path, fold: int) -> None:
+def test_what_a_device_makes_is_what_the_threads_make(tmp_path: Path, fold: int, stored: tuple[str, str]) -> None:
     """The way through the pinned ring, here on the CPU, and that in host memory end with the same batches."""
-    spec = tiny_spec() if fold == 1 else tiny_spec(height=8, channels=1)
+    spec = replace(tiny_spec() if fold == 1 else tiny_spec(height=8, channels=1), storage=stored[0], time_map=stored[1])
     project, recipe = make_project(tmp_path, spec=spec), tiny_recipe()
     trainset = Trainset.open(project.root)
     wanted = _batches(project, recipe)
