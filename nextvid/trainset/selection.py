@@ -210,8 +210,8 @@ def rows_of(
     """(rows taken, rows for pretraining that are not, with `why`) of one batch.
 
     From its wanted clips, their commits (`LatentStore.commits`), its lines of `duplicates`, the withdrawn row ids and
-    which rows are `below` the dataset's cap. Columns of the rows taken: those of Lineage, and status, part, shard, slot (within the shard), crc32c, sums,
-    sums_squared, posterior_std.
+    which rows are `below` the dataset's cap. Columns of the rows taken: those of Lineage, and status, part, shard, slot
+    (within the shard), crc32c, sums, sums_squared, posterior_std.
     """
     asked = wanted.filter(pl.col("uses").list.contains("pretrain"))
     # rows of earlier shards too

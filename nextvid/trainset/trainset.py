@@ -19,11 +19,8 @@ from polars.exceptions import PolarsError
 from nextvid.config.project import Project
 from nextvid.encode.cap import settle_cap
 from nextvid.encode.latent_stats import mixed
-<<<<<<< HEAD
 from nextvid.encode.plan import wanted_clips
-=======
 from nextvid.making.batches import dataset_of
->>>>>>> 363bc0c (A cap of a dataset encodes an even sample of its rows: those with the smallest ids, as many as recipes draw)
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.publishing import publish_latest, publish_verdict, read_latest
 from nextvid.trainset.files import LINEAGE, RECORD, Frozen, gone_shards, read_sealed, rows_name, write_trainset
