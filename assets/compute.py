@@ -17,7 +17,7 @@ from nextvid.machine import CORES
 from storage.errors import ConfigError
 
 OVERRIDES = "NEXTVID_COMPUTE"  # a YAML file such as {pretrain: {gpus: 4}}
-TRAIN_ON = "NEXTVID_TRAIN_ON"  # empty: train beside the step; else the address of a Ray cluster's job server
+TRAIN_ON = "NEXTVID_TRAIN_ON"  # empty: beside the step; `slurm`; else the address of a Ray cluster's job server
 
 
 class Compute(Strict):

@@ -1,13 +1,14 @@
-"""Run torchrun as a child of a Dagster step, in a process group of its own; cancelling takes at most 10 s.
+"""Run torchrun as a child of a Dagster step, in a process group of its own, or as a job of a cluster.
 
 While it trains, Dagster Pipes turns each event into a line of the run's log. Every OBSERVE_S the newest step becomes an
 observation of the asset, from which the UI draws curves of an unfinished run. The group ends with the step, and the
-step with its run.
+step with its run; cancelling takes at most 10 s. A job's messages come through a file in the run's folder. We do not
+use dagster-ray's Pipes client: it reads the tail of the job's log through Ray's head, stops reading after one network
+error, and reports no observations.
 """
 
 import contextlib
 import os
-import re
 import subprocess
 import time
 import warnings
@@ -19,21 +20,22 @@ import dagster as dg
 
 from nextvid.machine import orphaned
 from nextvid.train.events import accuracies, newest, read_events
-from nextvid.train.pretrain import LOG, PreparedRun, trainers
-from storage.errors import UpstreamError
+from nextvid.train.job import submitted
+from nextvid.train.node import PreparedRun, trainers, why
+from storage.errors import LostError, UpstreamError
 
 Ended = TypeVar("Ended")
 
 POLL_S = 0.1  # our choice: a finished step ends at once
 OBSERVE_S = 20.0  # our choice: three points a minute in the UI; events.jsonl and the run's log have every event
 CURVES = ("align", "flow", "lr", "clips_per_s", "wait_share", "mfu")  # of a `step` event (nextvid/train/loop.py)
-# torchrun's summary of a rank that a signal ended: "exitcode  : -9 (pid: 4711)" (torch.distributed.elastic)
-SIGNALLED = re.compile(r"exitcode\s*: -\d+")
+MESSAGES = "pipes.jsonl"  # in the run's folder, while a job trains
+JOB_POLL_S = 1.0  # our choice: short beside the 10 s that cancelling may take
 
 
 def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     """Train in a process group that ends with this call. Raises dg.Failure with the end of the trainer's output."""
-    log_path = Path(run.folder) / LOG
+    log_path = run.log
     began = log_path.stat().st_size if log_path.exists() else 0
     with (
         log_path.open("ab") as log,
@@ -43,14 +45,25 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
         code = wait(context, run, process.poll, POLL_S)
     if code != 0:
         output = _tail(log_path, began)
-        # a process that a signal ended crashed: a retry resumes its run
-        crashed = code < 0 or SIGNALLED.search(output) is not None
+        crashed = isinstance(why(run, code, output), LostError)  # a retry resumes its run
         raise failure(run, f"the trainer ended with exit code {code}; the end of {log_path}:\n{output}", crashed)
+
+
+def run_job(context: dg.AssetExecutionContext, run: PreparedRun, on: str) -> None:
+    """Train as one job of `slurm`, or of the Ray cluster at this address. Raises dg.Failure with its error."""
+    reader = dg.PipesFileMessageReader(str(Path(run.folder) / MESSAGES))
+    with (
+        pipes(context, dg.PipesEnvContextInjector(), reader) as session,
+        submitted(run, on, session.get_bootstrap_env_vars(), context.log.info) as job,
+    ):
+        ended = wait(context, run, job, JOB_POLL_S)
+    if ended.error is not None:
+        raise failure(run, str(ended.error), isinstance(ended.error, LostError))
 
 
 def failure(run: PreparedRun, why: str, crashed: bool = False) -> dg.Failure:
     """A failed training, with its run, its last logged step and its log; only a crash is retried."""
-    metadata: dict[str, Any] = {"run": run.run_id, "log": dg.MetadataValue.path(str(Path(run.folder) / LOG))}
+    metadata: dict[str, Any] = {"run": run.run_id, "log": dg.MetadataValue.path(str(run.log))}
     with contextlib.suppress(UpstreamError):  # none was logged
         metadata["step"] = max((event["step"] for event in read_events(Path(run.folder))), default=0)
     return dg.Failure(description=why, metadata=metadata, allow_retries=crashed)

@@ -11,7 +11,7 @@ from pydantic import Field
 from nextvid.config.project import Project, open_project
 
 if TYPE_CHECKING:
-    from nextvid.train.pretrain import PreparedRun
+    from nextvid.train.node import PreparedRun
 
 
 class ProjectResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -25,17 +25,15 @@ class ProjectResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 class TrainerResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """Where torchrun runs: beside the step, or as a job of the Ray cluster at this address."""
+    """Where torchrun runs: beside the step, or as a job of `slurm` or of the Ray cluster at this address."""
 
-    ray_address: str = ""
+    on: str = ""
 
     def train(self, context: dg.AssetExecutionContext, run: "PreparedRun") -> None:
         """Train a prepared run to its end. Raises dg.Failure."""
-        if self.ray_address:
-            from assets.ray_launcher import run_job
+        from assets.launcher import run_group, run_job
 
-            run_job(context, run, self.ray_address)
+        if self.on:
+            run_job(context, run, self.on)
         else:
-            from assets.launcher import run_group
-
             run_group(context, run)

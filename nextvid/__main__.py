@@ -15,6 +15,7 @@ import tyro
 from nextvid import store_commands  # noqa: F401 - registers its commands
 from nextvid.command_line import ABOUT, Batch, Corpus, How, Json, Overrides, Run, app, example_of, show
 from nextvid.config.project import open_project
+from nextvid.config.recipe import On
 from nextvid.graph import Asset
 from nextvid.make import Request, make
 from nextvid.making.outcome import Outcome, line, to_look_at
@@ -34,15 +35,14 @@ def make_command(
     benchmark: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="probe only on this benchmark")] = None,
     set_: Overrides = (),
     how: How = (),
-    ranks: Annotated[
-        int | None, tyro.conf.arg(help="processes that train, or probe, one for each GPU; by default 1")
-    ] = None,
+    ranks: Annotated[int | None, tyro.conf.arg(help="processes that train or probe, one a GPU; by default 1")] = None,
     repeat: Annotated[int, tyro.conf.arg(help="train the same again, as a run of its own: 1, 2, ...")] = 0,
     trainset: Annotated[str | None, tyro.conf.arg(metavar="DIGEST", help="train on this one, not the newest")] = None,
     run: Annotated[str | None, tyro.conf.arg(metavar="RUN", help="probe, sample or report this run")] = None,
     checkpoint: Annotated[
         int | None, tyro.conf.arg(metavar="STEP", help="probe the checkpoint of this step of --run, ended or not")
     ] = None,
+    on: Annotated[On, tyro.conf.arg(help="train on this machine, or as a job of a cluster")] = "here",
     json_: Json = False,
 ) -> None:
     """Make an asset and whatever it lacks upstream."""
@@ -53,7 +53,7 @@ def make_command(
     try:
         with shown() as on_progress:
             request = Request(
-                asset, batch, recipe, benchmark, set_, how, ranks, repeat, trainset, run, checkpoint, on_progress
+                asset, batch, recipe, benchmark, set_, how, ranks, repeat, trainset, run, checkpoint, on, on_progress
             )
             for outcome in make(project, request):
                 made.append(outcome)

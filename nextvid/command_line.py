@@ -38,6 +38,7 @@ exit codes:
   3  what the command reads is missing or failed its checks
   4  a store, table or trainset is damaged
   5  the system refused: disk full, no permission
+ 75  a process or machine of the same work is gone: ask again, and it resumes
 """
 
 EXAMPLES = {

@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from storage.errors import ConfigError, NExTVidError, RefusedError, exit_code
+from storage.errors import LOST, ConfigError, NExTVidError, RefusedError, exit_code
 from storage.locks import locked_or_holder
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WATCH_S = 0.5  # our choice: far below the 10 s within which a cancelled run must have ended
-ORPHANED = 75  # exit code of a child whose launcher is gone (EX_TEMPFAIL of sysexits.h: starting again resumes)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 CORES = "NEXTVID_CORES"  # bounds the cores of every process that has it in its environment
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -181,7 +180,7 @@ def die_with(launcher: int) -> None:
 def _watch(parent: int, launcher: int) -> None:
     while os.getppid() == parent and (launcher in ancestors() or not Path("/proc").exists()):
         time.sleep(WATCH_S)
-    os._exit(ORPHANED)  # no clean-up: everything on disk is safe against a kill at any moment
+    os._exit(LOST)  # no clean-up: everything on disk is safe against a kill at any moment
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from nextvid.config.overrides import apply_how
 from nextvid.config.project import Project
-from nextvid.config.recipe import ExecutionConfig
+from nextvid.config.recipe import ExecutionConfig, On
 from nextvid.graph import BY_BATCH, GRAPH, Asset, chain, maker
 from nextvid.machine import available_cores
 from nextvid.making.batches import dataset_of
@@ -34,6 +34,7 @@ class Request:
     trainset: str | None = None
     run: str | None = None
     checkpoint: int | None = None
+    on: On = "here"
     on_progress: OnProgress = field(default=silent, compare=False)
 
 
@@ -145,9 +146,10 @@ def _refuse_names(project: Project, request: Request) -> None:
     if request.run and "pretrain" not in chain(request.asset)[:-1]:
         raise ConfigError(f"--run is for probes, samples and report, and {request.asset} looks at no run: leave it out")
     made = steps(request, trained)
-    if (request.overrides or request.repeat or request.trainset) and "pretrain" not in made:
+    training = request.overrides or request.repeat or request.trainset or request.on != "here"
+    if training and "pretrain" not in made:
         raise ConfigError(
-            "--set, --repeat and --trainset are for training, and nothing is trained here: leave them out"
+            "--set, --repeat, --trainset and --on are for training, and nothing is trained here: leave them out"
         )
     if (request.how or request.ranks is not None) and not {"pretrain", "probes"} & set(made):
         raise ConfigError("--how and --ranks are for training and probes, and neither is made here: leave them out")
@@ -204,6 +206,7 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
                 _how(request, ExecutionConfig()),
                 repeat=request.repeat,
                 trainset=request.trainset,
+                on=request.on,
                 on_progress=request.on_progress,
             )
         case "probes":

@@ -41,7 +41,7 @@ def build_defs(
     """
     resources = {
         "project": ProjectResource(corpus=str(corpus_path(corpus))),
-        "trainer": TrainerResource(ray_address=os.environ.get(TRAIN_ON, "")),
+        "trainer": TrainerResource(on=os.environ.get(TRAIN_ON, "")),
         **(resources or {}),
     }
     forecast = forecast_of(resources["project"])

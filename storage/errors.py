@@ -11,6 +11,7 @@
     +-- UnwritableError  unwritable  the system allows no writing there (also OSError)
     +-- UpstreamError    upstream    what this step reads is missing or failed its checks
     +-- RefusedError     refused     a run, checkpoint or trainset does not fit what was asked
+    +-- LostError        lost        a process or machine of the same work is gone: starting again resumes
 
 Messages say what is wrong, where, and what to do. Programmers' mistakes are `assert`, never these. What is reported as
 damage, whose remedy removes files, is decided here alone (`is_damage`).
@@ -98,6 +99,15 @@ class RefusedError(NExTVidError):
     kind = "refused"
 
 
+class LostError(NExTVidError):
+    """A process or machine of the same work was killed or does not answer; starting again resumes."""
+
+    kind = "lost"
+
+
+LOST = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def exit_code(error: NExTVidError | OSError) -> int:
     """The exit code of a command that ends with this error; `nextvid --help` lists the codes."""
     match error:
@@ -109,6 +119,8 @@ def exit_code(error: NExTVidError | OSError) -> int:
             return 4
         case UnwritableError():
             return 5
+        case LostError():
+            return LOST
         case NExTVidError():  # before OSError: a ConflictError is one too
             return 1
         case OSError():

@@ -284,15 +284,21 @@ class RecipeConfig(Strict):
 
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
+On = Literal["here", "ray", "slurm"]  # where a training runs: on this machine, or as a job of a cluster
 
 
 class ExecutionConfig(Strict):
     """How a run is carried out. It is in no digest: any of it may change between attempts at one run."""
 
     ranks: Count = Field(1, description="processes that train together, on all nodes")
-    nodes: Count = Field(1, description="machines, with as many ranks each; the same command is started on every one")
+    nodes: Count = Field(1, description="machines, with as many ranks each")
     rendezvous: str | None = Field(
-        None, pattern=r"^[^\s:]+:[0-9]+$", description="where several nodes meet: host:port, the host one of them"
+        None,
+        pattern=r"^[^\s:]+:[0-9]+$",
+        description="where nodes that are started by hand meet: host:port, the host one of them",
+    )
+    timeout_s: Count = Field(
+        600, description="seconds after which a node that does not join, or does not answer, ends the others"
     )
     micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
@@ -335,10 +341,8 @@ class ExecutionConfig(Strict):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if self.ranks % self.nodes or (self.nodes > 1) != (self.rendezvous is not None):
-            raise ValueError(
-                "nodes need a rendezvous, such as first-host:29400, and a number of ranks that they divide"
-            )
+        if self.ranks % self.nodes or (self.nodes == 1 and self.rendezvous is not None):
+            raise ValueError("nodes must divide the number of ranks, and only several of them have a rendezvous")
         if self.shard and self.fold_copies:
             raise ValueError(
                 "shard gathers weights block by block, and fold_copies needs the decoder's whole: choose one"

@@ -1,7 +1,7 @@
 """The asset `probes`: accuracies of frozen encoders on each benchmark: a run's, or one that corpus.yaml names.
 
 A run's are its averaged and its online encoder, beside its own random initialisation. They are scored in child
-processes under torchrun, as runs are trained (nextvid/train/pretrain.py): `make_probes` does all of it, Dagster's asset
+processes under torchrun, as runs are trained (nextvid/train/node.py): `make_probes` does all of it, Dagster's asset
 calls `prepare_probes` and `finish_probes` and starts the children itself. What they write:
 nextvid/evaluate/compute.py.
 """
@@ -29,7 +29,7 @@ from nextvid.making.outcome import Number, Outcome
 from nextvid.making.progress import OnProgress, noting, silent
 from nextvid.making.publishing import read_latest
 from nextvid.train.checkpoint import step_of
-from nextvid.train.pretrain import PreparedRun, carry_out, environment, torchrun
+from nextvid.train.node import PreparedRun, carry_out, torchrun
 from nextvid.train.run import Run, find_checkpoint, find_run
 from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset
@@ -120,9 +120,7 @@ def prepare_probes(project: Project, planned: Planned, how: ExecutionConfig) -> 
         planned.folder,
         torchrun("nextvid.evaluate", how, project, arguments),
         not planned.missing,
-        environment(how),
-        how.ranks,
-        how.device,
+        how,
         "probes",
     )
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.machine import device_of
-from storage.errors import ConfigError
+from storage.errors import ConfigError, LostError
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ class Ranks:
 
 @contextmanager
 def join(how: ExecutionConfig) -> Iterator[Ranks]:
-    """Join the process group that torchrun's variables describe; without them this process is the whole run."""
+    """Join the process group that torchrun's variables describe; without them this process is the whole run.
+
+    Raises LostError where several nodes train, and another one is gone or has not answered for `how.timeout_s`.
+    """
     count, rank, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
@@ -108,13 +112,21 @@ def join(how: ExecutionConfig) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if count > 1:
-        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)  # NCCL binds its device early
-        dist.init_process_group(backend, device_id=bound)
     try:
-        yield Ranks(rank, count, device)
-    finally:
         if count > 1:
+            backend, bound = (
+                ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            )  # NCCL binds its device early
+            limit = timedelta(seconds=how.timeout_s) if how.nodes > 1 else None  # else torch's own
+            dist.init_process_group(backend, device_id=bound, timeout=limit)
+        yield Ranks(rank, count, device)
+    except RuntimeError as error:  # on one machine torchrun knows which rank failed first
+        if how.nodes > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise LostError(f"rank {rank} misses another node: {lines[0]}") from error
+        raise
+    finally:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -6,19 +6,13 @@
 import contextlib
 import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Literal
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
-from nextvid.config.recipe import ExecutionConfig
-from nextvid.machine import VISIBLE, Tell, available_cores, launcher_id, leased_gpus
+from nextvid.config.recipe import ExecutionConfig, On
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.progress import OnProgress, noting, silent
 from nextvid.making.publishing import read_latest
@@ -26,6 +20,8 @@ from nextvid.train import checkpoint
 from nextvid.train.diagnose import ALARM_RATIO, collapsed
 from nextvid.train.events import Event, accuracies, mean_speeds, newest, read_events
 from nextvid.train.init import find_source, refuse_other_shapes
+from nextvid.train.job import carry_out_on
+from nextvid.train.node import LOG, PreparedRun, carry_out, torchrun
 from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.train.sinks import refuse_missing
 from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
@@ -33,49 +29,7 @@ from nextvid.trainset.order import Order, refuse_unfit
 from nextvid.trainset.pixels import freeze_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
-from storage.digest import digest
 from storage.errors import ConfigError, DamagedError, RefusedError, UpstreamError
-
-GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
-JOIN_TIMEOUT_S = 600  # torchrun's default
-LOG = "trainer.log"
-STDERR = 2  # the trainer's progress goes to stderr: stdout is for the command's result
-# glibc keeps freed pages: 3.30 instead of 4.04 s for 11 steps of `demo`, 2 cores. OMP_WAIT_POLICY is left to the user:
-# on idle cores a step takes 0.18 s with spinning threads and 0.25 to 0.31 s with PASSIVE; at a load of 5 from other
-# programs PASSIVE takes 0.6 to 0.9 s, one thread 0.4 s, and spinning threads did not finish 36 steps in 60 s.
-CPU_VARIABLES = {
-    "MALLOC_MMAP_THRESHOLD_": "33554432",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """Work on a run that is ready to start: with `command`, and `env` added to the environment.
-
-    `asset` is what it makes: `pretrain` the run itself, `probes` its scores.
-    """
-
-    run_id: str
-    trainset: str  # digest
-    folder: str
-    command: list[str]
-    complete: bool
-    env: Mapping[str, str] = field(default_factory=dict)
-    ranks: int = 1
-    device: str = "auto"
-    asset: Literal["pretrain", "probes"] = "pretrain"
-
-    @property
-    def title(self) -> str:
-        """The work in words, by which leases and jobs tell it from other work on the same run."""
-        return f"{self.asset} {self.run_id}"
-
-    @property
-    def child(self) -> list[str]:
-        """`command` for a child that ends when this process does, or when the process that spawned this one does."""
-        return [*self.command, "--launcher", str(launcher_id())]
 
 
 def prepare_run(
@@ -124,30 +78,7 @@ def prepare_run(
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
         atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
     command = torchrun("nextvid.trainer", how, project, ["--recipe", run.recipe.name, "--run", run.id])
-    return PreparedRun(
-        run.id,
-        run.trainset,
-        str(run.folder),
-        command,
-        run.complete,
-        environment(how),
-        how.ranks // how.nodes,
-        how.device,
-    )
-
-
-def torchrun(module: str, how: ExecutionConfig, project: Project, arguments: Sequence[str]) -> list[str]:
-    """The command that starts a module on this machine's ranks; several nodes meet first."""
-    together = ["--standalone"]
-    if how.rendezvous is not None:
-        together = ["--nnodes", str(how.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", how.rendezvous]
-        together += ["--rdzv-id", digest(arguments), "--rdzv-conf", f"join_timeout={JOIN_TIMEOUT_S}"]
-    return [
-        sys.executable,
-        *("-m", "torch.distributed.run", *together, "--nproc-per-node", str(how.ranks // how.nodes)),
-        # `--` ends torchrun's own options: it would read our --run as its --run-path
-        *("-m", "--", module, "--corpus", str(project.path), *arguments),
-    ]
+    return PreparedRun(run.id, run.trainset, str(run.folder), command, run.complete, how)
 
 
 def make_pretrain(
@@ -158,31 +89,20 @@ def make_pretrain(
     *,
     repeat: int = 0,
     trainset: str | None = None,
+    on: On = "here",
     on_progress: OnProgress = silent,
 ) -> Outcome:
-    """Train a recipe to its last step in child processes; resumes an interrupted run, leaves a complete one alone."""
+    """Train a recipe to its last step in child processes here, or in a job of a cluster.
+
+    Resumes an interrupted run, leaves a complete one alone.
+    """
     prepared = prepare_run(project, recipe, overrides, how, repeat=repeat, trainset=trainset)
-    if not prepared.complete:
-        carry_out(prepared, noting(on_progress, f"pretrain {recipe}"))
+    tell = noting(on_progress, f"pretrain {recipe}")
+    if not prepared.complete and on == "here":
+        carry_out(prepared, tell)
+    elif not prepared.complete:
+        carry_out_on(prepared, on, open_run(Path(prepared.folder)).recipe.steps, tell)
     return finish_run(project, recipe, prepared.run_id, made=not prepared.complete)
-
-
-def carry_out(prepared: PreparedRun, tell: Tell) -> None:
-    """Run the command to its end. Raises RefusedError with the last error that it reported."""
-    with (Path(prepared.folder) / LOG).open("ab+") as log:
-        began = log.seek(0, os.SEEK_END)
-        with trainers(prepared, STDERR, log, tell) as process:
-            code = process.wait()
-        log.seek(began)
-        alone = b"RendezvousTimeoutError" in log.read()
-    if code:
-        if alone:
-            raise RefusedError(
-                f"{prepared.title}: a node did not join within {JOIN_TIMEOUT_S} s; start the same command on every "
-                "node, and let each reach how.rendezvous"
-            )
-        reason = _reason(Path(prepared.folder))
-        raise RefusedError(f"{prepared.title} ended with exit code {code}{reason}; asking again resumes it")
 
 
 def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) -> Outcome:
@@ -229,49 +149,6 @@ def _trainset(project: Project, recipe: str, launch: str | None, named: str | No
     if newest is None:
         raise UpstreamError("there is no trainset yet: make 'trainset' first")
     return newest
-
-
-def environment(how: ExecutionConfig) -> dict[str, str]:
-    """Variables for the trainers: threads, and for CPU runs what makes them faster."""
-    threads = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() * how.nodes // how.ranks)))
-    }
-    if how.device == "cuda":
-        return threads
-    return threads | {name: os.environ.get(name, value) for name, value in CPU_VARIABLES.items()}
-
-
-@contextlib.contextmanager
-def trainers(
-    run: PreparedRun,
-    stdout: int | IO[bytes],
-    stderr: int | IO[bytes],
-    tell: Tell,
-    env: Mapping[str, str] | None = None,
-) -> Iterator["subprocess.Popen[bytes]"]:
-    """The run's command in a process group of its own, which ends with the block, on GPUs that are leased meanwhile.
-
-    `tell` gets a line where it waits for them.
-    """
-    with leased_gpus(run.ranks, run.device, run.title, tell) as gpus:
-        devices = {VISIBLE: ",".join(gpus)} if gpus else {}
-        child_env = {**os.environ, **run.env, **devices, **(env or {})}
-        process = subprocess.Popen(run.child, env=child_env, stdout=stdout, stderr=stderr, start_new_session=True)
-        try:
-            yield process
-        finally:
-            end_group(process)
-
-
-def end_group(process: "subprocess.Popen[bytes]") -> None:
-    """End what is left of a process group: SIGTERM, then SIGKILL after GRACE_S."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _reason(folder: Path) -> str:

@@ -13,7 +13,7 @@ from assets import launcher
 from assets.launcher import run_group
 from nextvid.machine import WATCH_S
 from nextvid.train.events import EventLog
-from nextvid.train.pretrain import PreparedRun
+from nextvid.train.node import PreparedRun
 
 PARENT = (
     "import subprocess, sys, time; "
@@ -84,7 +84,10 @@ COUNTED = "open(sys.argv[1], 'a').write('x'); "
     ("end", "attempts"),
     [
         ("os.kill(os.getpid(), 9)", 3),  # killed: the out-of-memory killer, say
-        ("print('  exitcode  : -9 (pid: 4711)'); raise SystemExit(1)", 3),  # torchrun, of a rank that was killed
+        (
+            "print('Root Cause (first):\\n  exitcode  : -9 (pid: 4711)'); raise SystemExit(1)",
+            3,
+        ),  # torchrun, of a rank that was killed
         ("raise SystemExit('config: wrong')", 1),
         ("raise ValueError('a bug')", 1),
     ],

@@ -17,7 +17,7 @@ from nextvid.config.overrides import as_overrides
 from nextvid.config.project import Project
 from nextvid.train.distributed import join
 from nextvid.train.loop import train
-from nextvid.train.pretrain import PreparedRun
+from nextvid.train.node import PreparedRun
 from nextvid.train.run import find_run, open_run
 from nextvid.trainset.trainset import Trainset
 from orchestration.definitions import build_defs

@@ -28,7 +28,7 @@ from nextvid.machine import (
     taken_cores,
     visible_gpus,
 )
-from nextvid.train.pretrain import PreparedRun, trainers
+from nextvid.train.node import PreparedRun, trainers
 from storage.errors import ConfigError, RefusedError
 from tests.factories import write_project
 

@@ -31,15 +31,16 @@ class RayCluster:
         )
         self.workers.append(worker)
 
-    def kill(self) -> None:
-        """SIGKILL every worker with all that runs on it, as machines that go away: Ray alone would leave the steps."""
-        for worker in self.workers:
+    def kill(self, count: int | None = None) -> None:
+        """SIGKILL workers, by default all, with what runs on them, as machines that go away: Ray leaves the steps."""
+        doomed = self.workers[-(count or len(self.workers)) :]
+        for worker in doomed:
             started = [pid for entry in _entries(worker) for pid in below(entry)]
             self.nodes.remove_node(worker, allow_graceful=False)
             for pid in started:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self.workers.clear()
+            self.workers.remove(worker)
 
 
 def _entries(worker: Any) -> list[int]:

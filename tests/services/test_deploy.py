@@ -5,6 +5,7 @@ list, below), and everything that ends in a pod against dagster-k8s' own configu
 API that the client package carries.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from dagster._core.instance.config import dagster_instance_config
 
 pytest.importorskip("dagster_k8s", reason="the extra 'kubernetes' is not installed")
 
+import kubernetes.client
 from dagster._config import process_config
 from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.launcher import K8sRunLauncher
 
 from assets.compute import compute_of, tags
+from nextvid.config.overrides import apply_how
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.graph import GRAPH
 
 pytestmark = pytest.mark.services
@@ -138,6 +142,47 @@ def test_volumes_and_variables_of_the_code_server_are_kubernetes_own() -> None:
     UserDefinedDagsterK8sConfig.from_dict(config)
     assert {mount["name"] for mount in server["volumeMounts"]} == {volume["name"] for volume in volumes}
     assert {variable["name"] for variable in server["env"]} == {"NEXTVID_STEPS", "NEXTVID_CORPUS"}
+
+
+MODELS = {"Service": "V1Service", "Job": "V1Job"}
+
+
+def unknown(value: Any, model: str, path: str) -> list[str]:
+    """Fields that the model of the Kubernetes API does not have, or of another type than it says."""
+    if wrapped := re.fullmatch(r"(list\[|dict[\[(]str, )(.*)[\])]", model):
+        if not isinstance(value, list if model.startswith("list") else dict):
+            return [f"{path} is no {model}"]
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        return [error for key, item in inside for error in unknown(item, wrapped[2], f"{path}.{key}")]
+    if model in (plain := {"str": str, "int": int, "bool": bool, "object": object}):
+        return [] if isinstance(value, plain[model]) else [f"{path} is no {model}"]
+    found = getattr(kubernetes.client, model)
+    names = {name: field for field, name in found.attribute_map.items()}
+    if not isinstance(value, dict):
+        return [f"{path} is no {model}"]
+    wrong = [f"{path}.{name} is unknown" for name in value if name not in names]
+    given = {names[name]: item for name, item in value.items() if name in names}
+    found(**given)  # raises where a field that must be there is not
+    return wrong + [
+        error for field, item in given.items() for error in unknown(item, found.openapi_types[field], f"{path}.{field}")
+    ]
+
+
+def test_the_training_job_is_as_the_kubernetes_api_has_it() -> None:
+    service, job = yaml.safe_load_all((DEPLOY / "kubernetes" / "pretrain.yaml").read_text())
+    assert [error for one in (service, job) for error in unknown(one, MODELS[one["kind"]], one["kind"])] == []
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    how = apply_how(ExecutionConfig(), container["args"][1:])
+    assert container["args"][0] == "--how"
+    assert how.nodes == spec["completions"] == spec["parallelism"]
+    assert str(how.ranks // how.nodes) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert how.rendezvous == f"{job['metadata']['name']}-0.{pod['subdomain']}:29400"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    pod["containers"][0]["ports"] = [{"containerPort": "29400", "host": 1}]
+    ports = "Job.spec.template.spec.containers.0.ports.0"
+    assert unknown(job, "V1Job", "Job") == [f"{ports}.host is unknown", f"{ports}.container_port is no int"]
 
 
 def test_the_image_is_built_from_what_there_is() -> None:

@@ -1,9 +1,10 @@
 """More than one machine, on one: history in Postgres, steps on a Ray cluster of two workers; both real, both ours."""
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,19 +12,24 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from assets.ray_launcher import RUN
 from assets.resources import TrainerResource
 from examples.demo.write_corpus import write_corpus
-from nextvid.config.overrides import as_overrides
+from nextvid.config.overrides import apply_overrides, as_overrides
 from nextvid.config.project import Project, open_project
+from nextvid.config.recipe import ExecutionConfig
 from nextvid.encode.plan import accepted_spec
 from nextvid.make import Request, make
 from nextvid.planning.acceptance import ensure_accepted
+from nextvid.train.events import read_events
+from nextvid.train.job import RUN, carry_out_on
 from nextvid.train.pretrain import prepare_run
+from nextvid.trainset.mask_plan import make_plan
 from orchestration.definitions import build_defs
 from storage import atomic, remote
+from storage.errors import LostError
 from storage.store import LatentStore
 from tests.factories import DEMO
+from tests.nextvid.tiny_project import OVERRIDES
 from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
 from tests.services.postgres import binaries, postgres
 from tests.services.ray_cluster import RayCluster, ray_cluster
@@ -177,12 +183,12 @@ def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(clust
 
     project = trainset_project(tmp_path)
     chosen = {"stages": {str(stage): {"steps": 1} for stage in range(4)}}
-    how = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 1}
+    how = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 1, "ranks": 2, "nodes": 2}  # one a worker
     prepared = prepare_run(project, "demo", as_overrides(chosen))
     client = JobSubmissionClient(cluster.address)
     leftover = client.submit_job(entrypoint="sleep 600", metadata={RUN: prepared.title}, entrypoint_num_cpus=1)
     defs = build_defs(
-        str(project.path), steps="multiprocess", resources={"trainer": TrainerResource(ray_address=cluster.address)}
+        str(project.path), steps="multiprocess", resources={"trainer": TrainerResource(on=cluster.address)}
     )
     with dg.instance_for_test() as instance:
         result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
@@ -203,3 +209,53 @@ def test_training_is_a_job_of_the_cluster_and_stops_what_trains_for_nobody(clust
     assert steps[0] < ended_s, "while the job trains"
     (made,) = result.get_asset_materialization_events()
     assert made.materialization.metadata["run"].value == prepared.run_id
+    (start,) = [event for event in read_events(Path(prepared.folder)) if event["kind"] == "start"]
+    assert start["ranks"] == 2
+
+
+@pytest.mark.faults
+def test_a_killed_worker_ends_the_job_and_any_number_of_nodes_resumes(
+    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`nextvid make pretrain --on ray`: two nodes, one of them killed; then one node; then two again, cancelled."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    project = trainset_project(tmp_path)
+    changes = ["stages.warmup.steps=1000000", *(change for change in OVERRIDES if "warmup" not in change)]
+    make_plan(project.root, apply_overrides(project.recipe("demo"), changes))
+
+    def train(nodes: int, then: Callable[[], None]) -> None:
+        """Train until two checkpoints were made, do this, and wait for the end."""
+        saved = 0
+
+        def shown(line: str) -> None:
+            nonlocal saved
+            saved += " checkpoint " in line
+            if saved == 2 and " checkpoint " in line:
+                then()
+
+        how = ExecutionConfig(
+            device="cpu",
+            ranks=nodes,
+            nodes=nodes,
+            log_every_steps=1,
+            diagnose_every_steps=1000,
+            checkpoint_every_steps=5,
+        )
+        prepared = prepare_run(project, "demo", changes, how)
+        carry_out_on(prepared, "ray", 10**6, shown)
+
+    def cancel() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(LostError, match="asking again resumes it"):
+        train(2, lambda: cluster.kill(1))
+    with pytest.raises(KeyboardInterrupt):
+        train(1, cancel)
+    cluster.add()
+    with pytest.raises(KeyboardInterrupt):
+        train(2, cancel)
+    (folder,) = Path(project.root.recipe_folder("demo")).iterdir()
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    starts = [event for event in lines if event["kind"] == "start"]
+    assert [event["ranks"] for event in starts] == [2, 1, 2]
+    assert 0 == starts[0]["step"] < starts[1]["step"] < starts[2]["step"]

@@ -30,7 +30,7 @@ from nextvid.evaluate.scoring import score_encoder, standard_error
 from nextvid.train import checkpoint
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import read_events
-from nextvid.train.pretrain import trainers
+from nextvid.train.node import trainers
 from nextvid.train.run import find_run
 from storage.errors import ConfigError, RefusedError, UpstreamError
 from storage.schemas import Labels, ProbeRows
