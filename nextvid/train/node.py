@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,12 +22,15 @@ import tyro
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.strict import parse
-from nextvid.machine import VISIBLE, Tell, available_cores, launcher_id, leased_gpus, run_rank
+from nextvid.machine import VISIBLE, WATCH_S, Tell, available_cores, launcher_id, leased_gpus, run_rank
 from storage import atomic
 from storage.digest import digest
-from storage.errors import ConfigError, LostError, NExTVidError, RefusedError
+from storage.errors import LOST, ConfigError, LostError, NExTVidError, RefusedError
 
 GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
+# our choice: torchrun ends its other ranks in less. Where it asks a machine that is silent for the state of the others,
+# it waits until TCP gives up, 15 minutes on Linux
+AGENT_S = 40.0
 LOG = "trainer.log"
 STDERR = 2  # the trainer's progress goes to stderr: stdout is for the command's result
 # What a process of ours ended with (nextvid/machine.py, `run_rank`)
@@ -101,21 +105,18 @@ def torchrun(module: str, how: ExecutionConfig, project: Project, arguments: Seq
     ]
 
 
-def meeting(how: ExecutionConfig, address: str | None = None) -> dict[str, str]:
+def meeting(how: ExecutionConfig, address: str | None = None, first: bool = False) -> dict[str, str]:
     """Torchrun's own variables for where machines meet: `how.rendezvous`.
 
-    `address` is this machine's, where the cluster knows it: torchrun's guess asks DNS for the host's name.
+    `address` is this machine's, and `first` whether the others come to it, where a cluster knows: else torchrun guesses
+    from what DNS says of the host's name.
     """
     assert how.rendezvous is not None
     limits = f"join_timeout={how.timeout_s},read_timeout={how.timeout_s}"
-    if address is None:
-        return {"PET_RDZV_ENDPOINT": how.rendezvous, "PET_RDZV_CONF": limits}
-    first = int(how.rendezvous.rpartition(":")[0] == address)
-    return {
-        "PET_RDZV_ENDPOINT": how.rendezvous,
-        "PET_RDZV_CONF": f"{limits},is_host={first}",
-        "PET_LOCAL_ADDR": address,
-    }
+    found = {"PET_RDZV_ENDPOINT": how.rendezvous, "PET_RDZV_CONF": limits}
+    if address is not None:
+        found |= {"PET_RDZV_CONF": f"{limits},is_host={int(first)}", "PET_LOCAL_ADDR": address}
+    return found
 
 
 def node_name() -> str:
@@ -132,11 +133,25 @@ def carry_out(prepared: PreparedRun, tell: Tell, env: Mapping[str, str] | None =
             log.flush()
         began = log.seek(0, os.SEEK_END)
         with trainers(prepared, STDERR, log, tell, env) as process:
-            code = process.wait()
+            code = _wait(prepared, process, log, began)
         log.seek(began)
         output = log.read().decode(errors="replace")
     if code:
         raise why(prepared, code, output)
+
+
+def _wait(prepared: PreparedRun, process: "subprocess.Popen[bytes]", log: IO[bytes], began: int) -> int:
+    """The command's exit code; LOST where its ranks have missed a machine, and torchrun itself still waits for it."""
+    lost_s: float | None = None
+    while prepared.how.nodes > 1:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(WATCH_S)
+        log.seek(began)
+        if lost_s is None and re.search(rb"^lost: ", log.read(), re.M):
+            lost_s = time.monotonic()
+        if lost_s is not None and time.monotonic() - lost_s > AGENT_S:
+            return LOST
+    return process.wait()
 
 
 def why(prepared: PreparedRun, code: int, output: str) -> NExTVidError:
@@ -151,8 +166,8 @@ def why(prepared: PreparedRun, code: int, output: str) -> NExTVidError:
         return LostError(f"{title}: {node_name()} hears nothing more from {meet}; asking again resumes it")
     if "RendezvousConnectionError" in output and reported(output) is None:
         return RefusedError(
-            f"{title}: {node_name()} did not reach {meet} within {prepared.how.timeout_s} s; start the same command "
-            "there, and open that port to the other nodes"
+            f"{title}: {node_name()} did not reach {meet}, tried for at most {prepared.how.timeout_s} s; start the "
+            "same command there, and open that port to the other nodes"
         )
     first = SIGNALLED.search(output)
     if (signalled := min(code, int(first[1]) if first else 0)) < 0:
@@ -233,13 +248,13 @@ def write_prepared(prepared: PreparedRun) -> Path:
     return path
 
 
-def run_node(file: str, rendezvous: str | None = None, address: str | None = None) -> None:
-    """This machine's share of the prepared run in `file`, to its end. Raises what `carry_out` raises."""
+def run_node(file: str, rendezvous: str | None = None, address: str | None = None, first: bool = False) -> None:
+    """This machine's share of the prepared run in `file`, to its end. Raises what `carry_out` does; see `meeting`."""
     values = atomic.read_json(file)
     how = parse(ExecutionConfig, values["how"], f"{file}, how")
     if how.nodes > 1:
         how = how.model_copy(update={"rendezvous": rendezvous})
-    env = meeting(how, address) if how.nodes > 1 else {}
+    env = meeting(how, address, first) if how.nodes > 1 else {}
     carry_out(PreparedRun(**values | {"how": how}), _tell, env)
 
 

@@ -45,7 +45,7 @@ def main(file: Annotated[str, tyro.conf.Positional]) -> None:
 
     addresses = ray.get([start(number, address) for number in range(how.nodes)])
     rendezvous = f"{addresses[0]}:{ray.get(start(0, free_port))}"
-    tasks = {start(number, attempt, file, rendezvous, at): at for number, at in enumerate(addresses)}
+    tasks = {start(number, attempt, file, rendezvous, at, number == 0): at for number, at in enumerate(addresses)}
     if failed := _failures(tasks):
         raise next((error for error in failed if not isinstance(error, LostError)), failed[0])
 
@@ -69,10 +69,10 @@ def _failures(tasks: "dict[ray.ObjectRef[Any], str]") -> list[NExTVidError]:
     return failed
 
 
-def attempt(file: str, rendezvous: str, at: str) -> NExTVidError | None:
+def attempt(file: str, rendezvous: str, at: str, first: bool) -> NExTVidError | None:
     """A node's share, on that node; the error that it ended with."""
     try:
-        run_node(file, rendezvous, at)
+        run_node(file, rendezvous, at, first)
     except NExTVidError as error:
         return error
     return None

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +51,14 @@ def two_hosts(folder: Path) -> Iterator[Sequence[Host]]:
     addresses = {name: f"10.9.0.{number}" for number, name in enumerate(NAMES, start=1)}
     lines = [f"{address} {name}" for name, address in addresses.items()]
     (folder / "hosts").write_text("\n".join([*lines, "127.0.0.1 localhost", ""]))
-    started = [subprocess.Popen([*NAMESPACES, "sleep", "3600"]) for _ in NAMES]
-    try:
-        hosts = [Host(name, _child(process.pid)) for name, process in zip(NAMES, started, strict=True)]
+    with ExitStack() as stack:
+        hosts = []
+        for name in NAMES:
+            process = stack.enter_context(subprocess.Popen([*NAMESPACES, "sleep", "3600"]))
+            stack.callback(process.kill)
+            hosts.append(Host(name, _child(process.pid)))
+            # a host that is killed leaves its end of the cable: without its network the other end would go, too
+            stack.enter_context(Path(f"/proc/{hosts[-1].first}/ns/net").open())
         one, two = (str(host.first) for host in hosts)
         cable = ["ip", "link", "add", "cable", "netns", one, "type", "veth", "peer", "name", "cable", "netns", two]
         subprocess.run(cable, check=True)
@@ -64,10 +69,6 @@ def two_hosts(folder: Path) -> Iterator[Sequence[Host]]:
             host.run("hostname", host.name)
             host.run("mount", "--bind", str(folder / "hosts"), "/etc/hosts")
         yield hosts
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def _child(parent: int) -> int:

@@ -133,7 +133,7 @@ SUMMARY = "Failures:\n  exitcode  : -15 (pid: 2)\nRoot Cause (first observed fai
         ("refused: no\nlost: rank 1 misses another node: x\n" + SUMMARY.format(1), RefusedError, "(no)"),
         ("lost: rank 1 misses another node: x\n" + SUMMARY.format(75), LostError, "(rank 1 misses another node: x)"),
         ("RendezvousTimeoutError", RefusedError, "1 of 2 nodes (all but"),
-        ("RendezvousConnectionError", RefusedError, "did not reach a:1 within 60 s"),
+        ("RendezvousConnectionError", RefusedError, "did not reach a:1, tried for at most 60 s"),
         ("num_nodes_waiting RendezvousConnectionError", LostError, "hears nothing more from a:1"),
     ],
 )
