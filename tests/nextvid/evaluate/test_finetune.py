@@ -31,7 +31,7 @@ from nextvid.evaluate.stream import Streamed, open_clips
 from nextvid.train.checkpoint import Identity
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import read_events
-from nextvid.train.pretrain import trainers
+from nextvid.train.node import trainers
 from nextvid.train.run import find_run
 from storage.errors import RefusedError
 from tests.factories import edit_project
