@@ -18,18 +18,16 @@ import dataframely as dy
 import numpy as np
 import polars as pl
 from jaxtyping import Float, Float16, Float32, UInt8
-from numcodecs.bitround import BitRound
 
 from storage.digest import crc32c
 from storage.errors import StoreError
 from storage.jpeg import frame_places
 from storage.schemas import Commits, PixelCommits
-from storage.spec import EncodingSpec, PixelSpec
+from storage.spec import STORED, EncodingSpec, PixelSpec
 
 ROWS_PER_SHARD = 256  # 67 MB at 16 frames of 32x16x16; size does not change read speed (measured)
 INDEX_BYTES = 16 * ROWS_PER_SHARD + 4  # offset and size a row, crc32c of both
 _ABSENT = np.uint64(2**64 - 1)  # Zarr v3 specification, sharding codec
-_KEEP_BITS = 7  # of float16's 10: our choice, the option `keepbits7`
 _STEPS = 127  # of int8, symmetric
 _NOTHING = 2.0**-25  # a magnitude that float16 rounds to zero
 _EXPONENT = np.uint16(0x7C00)  # all ones: infinity or NaN in IEEE 754 binary16; 10 times faster than isfinite here
@@ -66,13 +64,16 @@ def packed(latents: Float[np.ndarray, "n F C h w"], ok: np.ndarray, storage: str
     """The bytes of each row as the storage option has them; NaN in the slots of failed rows.
 
     `int8` rows are their values, then a float32 scale a channel (docs/decisions/0009). StoreError where a row with
-    status ok is not finite or leaves the range of float16.
+    status ok is not finite or leaves the range of float16, or the option is only read.
     """
+    if storage not in STORED:
+        raise StoreError(
+            f"latents are not stored as {storage} any more: set encoding.storage to {' or '.join(STORED)}, and accept "
+            "it with 'nextvid plan --accept'"
+        )
     with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the row
         stored = np.array(latents, dtype="<f2", order="C")
     stored[~ok] = 0
-    if storage == "keepbits7":
-        stored = np.asarray(BitRound(keepbits=_KEEP_BITS).encode(stored)).view("<f2")  # it returns integers
     broken = [n for n, row in enumerate(stored) if (row.view("<u2") & _EXPONENT).max() == _EXPONENT]
     if broken:
         raise StoreError(f"rows {broken} of this shard are not finite as {storage}: give them a status other than ok")

@@ -11,7 +11,8 @@ from storage.digest import digest
 from storage.errors import ConfigError
 
 POSTERIORS = ("mean", "sample")
-STORED = ("float16", "keepbits7", "int8")  # keepbits7: float16 whose mantissa is rounded to 7 of its 10 bits
+STORED = ("float16", "int8")
+READ = (*STORED, "keepbits7")  # float16 with 7 bits of mantissa: as many bytes, so it is not written any more
 # What axis 1 is: source frames, or the latent frames of a causal encoder over time, of which the first covers the first
 # source frame and each later one the next 4 or 8; clips that do not come out even are filled up with their last frame.
 TIME_MAPS = ("frame", "causal4", "causal8")
@@ -49,7 +50,7 @@ class EncodingSpec:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("storage", self.storage, STORED),
+            ("storage", self.storage, READ),
             ("posterior", self.posterior, POSTERIORS),
             ("time_map", self.time_map, TIME_MAPS),
         ):

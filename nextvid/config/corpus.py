@@ -38,10 +38,9 @@ class EncodingConfig(Strict):
     posterior: Literal["mean", "sample"] = Field(
         "mean", description="store the posterior's mean, or one sample of it, drawn from the row's id"
     )
-    storage: Literal["float16", "keepbits7", "int8"] = Field(
+    storage: Literal["float16", "int8"] = Field(
         "float16",
-        description="number format of stored latents: keepbits7 is float16 with 7 bits of mantissa; int8 has a scale "
-        "for each row and channel",
+        description="number format of stored latents; int8 is half the bytes, with a scale for each row and channel",
     )
     pixels: PixelConfig | None = Field(
         None, description="keep the frames too, as JPEG, for recipes that read pixels; may be added later"

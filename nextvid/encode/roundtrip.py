@@ -102,8 +102,6 @@ def error_bound(storage: str, precision: str) -> float:
     match storage:
         case "float16":
             stored = 0.001  # measured 2.1e-4
-        case "keepbits7":
-            stored = 0.006  # measured 1.7e-3
         case "int8":
             stored = 0.04  # measured 9.0e-3; a channel's steps are 1/127 of its largest value, so outliers cost more
         case _:

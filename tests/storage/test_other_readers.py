@@ -11,10 +11,9 @@ import pytest
 import tensorstore
 import zarr
 
-from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
-from tests.storage.stores import BATCH, FRAMES, commit_of, full_store, ids, new_store, spec, values, write
+from tests.storage.stores import BATCH, FRAMES, commit_of, full_store, ids, new_store, spec, values
 
 Read = Callable[[str, slice], np.ndarray]
 ROWS = 2 * ROWS_PER_SHARD + 44
@@ -68,19 +67,6 @@ def test_equal_values(filled: tuple[str, np.ndarray], read: Read, rows: slice) -
     found = read(path, rows)
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, held[rows])
-
-
-@readers
-def test_equal_values_of_rounded_latents(data_root: DataRoot, read: Read) -> None:
-    store = new_store(data_root, storage="keepbits7")
-    part = store.plan_part(BATCH, FRAMES, ids(40))
-    write(part, 0)
-    found = read(f"{part.path}/latent", slice(0, 40))
-    rows = RowReader(data_root, store.spec, [BATCH])
-    out = np.empty(store.spec.row_shape(FRAMES), np.float16)
-    for slot, address in enumerate(addresses(store.commits(BATCH), [BATCH])):
-        rows.read_into(FRAMES, address, out)
-        np.testing.assert_array_equal(found[slot], out)
 
 
 @readers

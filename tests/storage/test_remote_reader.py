@@ -95,7 +95,7 @@ def test_ranged_rows_at_once(tmp_path: Path) -> None:
     reader.close()
 
 
-@pytest.mark.parametrize(("storage", "bound"), [("float16", 3e-3), ("keepbits7", 2e-2), ("int8", 5e-2)])
+@pytest.mark.parametrize(("storage", "bound"), [("float16", 3e-3), ("int8", 5e-2)])
 def test_every_storage_option_is_as_from_a_file_system(tmp_path: Path, way: Way, storage: str, bound: float) -> None:
     found = []
     for url in (f"memory://{tmp_path.name}", str(tmp_path / "root")):

@@ -134,7 +134,6 @@ ENCODING: dict[str, tuple[Change, pl.Expr]] = {
     "resolution": (put("encoding.resolution", 32), ALL),
     "precision": (put("encoding.precision", "bf16"), ALL),
     "posterior": (put("encoding.posterior", "sample"), ALL),
-    "storage keepbits7": (put("encoding.storage", "keepbits7"), ALL),
     "storage int8": (put("encoding.storage", "int8"), ALL),
     "pixels": (put("encoding.pixels", {"quality": 80}), NONE),  # a store of their own
 }

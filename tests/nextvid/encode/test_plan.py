@@ -39,7 +39,7 @@ class TestSpec:
         assert (spec.channels, spec.height, spec.width, spec.resolution) == (8, 8, 8, 64)
         assert spec.resize == "bicubic"
 
-    @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"posterior": "sample"}, {"storage": "keepbits7"}])
+    @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"posterior": "sample"}, {"storage": "int8"}])
     def test_what_decides_bytes_is_in_it(
         self, tmp_path: Path, random_autoencoder: Path, change: dict[str, str]
     ) -> None:
