@@ -35,7 +35,7 @@ ui: $(VENV)/ui ## the Dagster UI on the demo's instance
 	NEXTVID_CORPUS=$(DEMO) $(BIN)/dagster dev
 
 test: $(VENV)/test ## fast tests, as an ordinary user, without a network
-	$(BIN)/python -m pytest -q -n 2 -m "not services and not faults and not benchmarks"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not services and not faults and not benchmarks"
 
 lint: $(VENV)/test ## format, style, types, layers
 	$(BIN)/ruff format --check .
@@ -44,7 +44,7 @@ lint: $(VENV)/test ## format, style, types, layers
 	$(BIN)/lint-imports
 
 test-services: $(VENV)/services ## live daemon, Postgres, Ray and other servers; what is absent is skipped and named
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "services and not faults" -W ignore::pytest.PytestUnraisableExceptionWarning # dagster-ray leaves event loops open
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "services and not faults" -W ignore::pytest.PytestUnraisableExceptionWarning # dagster-ray leaves event loops open
 
 test-benchmarks: $(VENV)/test ## each benchmark's quick run, 4 minutes
 	$(BIN)/python -m pytest -q -m benchmarks

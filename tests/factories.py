@@ -4,6 +4,7 @@ Each function writes one thing as its maker would, with as little as its reader 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,15 @@ def edit_project(path: Path, change: Callable[[dict[str, Any]], Any]) -> Project
     said = yaml.safe_load(path.read_text())
     change(said)
     path.write_text(yaml.safe_dump(said))
+    return open_project(path)
+
+
+def copy_project(project: Project, folder: Path) -> Project:
+    """A copy of a project's whole folder, before evaluation, that a test may change."""
+    base = project.path.parent
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("probes", "samples", "report"))
+    path = folder / project.path.name
+    path.write_text(path.read_text().replace(str(base), str(folder)))
     return open_project(path)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ENDS_WITHIN_S = 20.0  # orphans of a killed child notice within a second alone
+ENDS_WITHIN_S = 60.0  # orphans of a killed child notice within a second alone
 
 # A line of JSON in: module, function, arguments. Out: the child's id and, after an empty line in, its status. It is
 # collected only then, so that nobody else gets its id meanwhile. What a child prints it is asked to write elsewhere.

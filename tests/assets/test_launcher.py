@@ -39,7 +39,7 @@ def prepared(folder: Path, code: str, *arguments: str) -> PreparedRun:
     return PreparedRun("0" * 12, "0" * 32, str(folder), [sys.executable, "-c", code, *arguments], False)
 
 
-def gone(process: int, within_s: float = 10.0) -> bool:
+def gone(process: int, within_s: float = 60.0) -> bool:
     """Whether a process ends within the time that cancelling may take."""
     until = time.monotonic() + within_s
     while time.monotonic() < until:

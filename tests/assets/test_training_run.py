@@ -23,7 +23,7 @@ from nextvid.trainset.trainset import Trainset
 from orchestration.definitions import build_defs
 from storage.store import LatentStore
 from storage.withdrawn import record_withdrawal
-from tests.factories import publish_trainset
+from tests.factories import copy_project, publish_trainset
 from tests.nextvid.tiny_project import OVERRIDES, RECIPE, probe, write_evaluated
 
 HOW = {"device": "cpu", "log_every_steps": 1, "diagnose_every_steps": 2, "checkpoint_every_steps": 100}
@@ -99,11 +99,17 @@ class Graph:
         self.instance.report_runless_asset_event(dg.AssetMaterialization("trainset", tags=version))
 
 
-@pytest.fixture
-def graph(tmp_path: Path) -> Iterator[Graph]:
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a run without overrides, which `latest.json` names and Dagster has never seen."""
-    with dg.instance_for_test() as instance:
-        found = Graph(write_evaluated(tmp_path), instance, [])
+    return write_evaluated(tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture
+def graph(evaluated: Project, tmp_path: Path) -> Iterator[Graph]:
+    """A copy of it, on an instance of its own."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        found = Graph(copy_project(evaluated, tmp_path / "copy"), instance, [])
         found.report_trainset()
         yield found
 

@@ -1,7 +1,6 @@
 """Fixtures shared by the tests of evaluation, and the command line as a function."""
 
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,10 +11,11 @@ import pytest
 
 from nextvid.__main__ import main
 from nextvid.config.corpus import MachineConfig
-from nextvid.config.project import Project, open_project
+from nextvid.config.project import Project
 from nextvid.machine import VISIBLE, leased_gpus
 from nextvid.making.outcome import Outcome
 from nextvid.making.progress import OnProgress, Progress
+from tests.factories import copy_project
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -69,8 +69,4 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture
 def own_copy(evaluated: Project, tmp_path: Path) -> Project:
     """A copy of that project, before evaluation, that a test may change."""
-    base = evaluated.path.parent
-    shutil.copytree(base, tmp_path / "copy", ignore=shutil.ignore_patterns("probes", "samples", "report"))
-    said = (tmp_path / "copy" / "corpus.yaml").read_text().replace(str(base), str(tmp_path / "copy"))
-    (tmp_path / "copy" / "corpus.yaml").write_text(said)
-    return open_project(tmp_path / "copy" / "corpus.yaml")
+    return copy_project(evaluated, tmp_path / "copy")

@@ -114,7 +114,7 @@ def test_nobody_there_is_a_line_and_no_hang(tmp_path: Path, monkeypatch: pytest.
             found = tick(tmp_path, on_failure=whom)
             assert found
             assert str(found.skip_message).startswith("nobody was told of run ")
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("wrong", ["hooks.example.com", [], "ftp://example.com", 3])

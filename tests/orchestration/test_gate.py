@@ -30,19 +30,19 @@ from tests.orchestration.conftest import load_defs
 
 pytestmark = pytest.mark.slow
 
-BATCHES = 150
+BATCHES, FILES = 104, 10  # a few more batches than Dagster watches, 1,000 values a channel that statistics ask for
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project of 150 batches of 7 files: just over the 1,000 values a channel that statistics ask for."""
-    return register(tmp_path_factory.mktemp("large") / "data", BATCHES, 7)
+    """A project of 104 batches of 10 files."""
+    return register(tmp_path_factory.mktemp("large") / "data", BATCHES, FILES)
 
 
 @pytest.fixture(scope="module")
 def watched(large: Project) -> Iterator[dg.DagsterInstance]:
     """An instance that has seen the latents of every batch made."""
-    with dg.instance_for_test() as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         apply_partitions(instance, large)
         for batch in large.root.batches():
             materialise(instance, batch, "1")
@@ -55,9 +55,10 @@ def materialise(instance: dg.DagsterInstance, batch: str, version: str) -> None:
     instance.report_runless_asset_event(dg.AssetMaterialization("latents", partition=batch, tags=tags))
 
 
-def freeze(project: Project, instance: dg.DagsterInstance) -> dict[str, Any]:
-    """Run the job `freeze`; metadata and data version of the trainset."""
-    result = load_defs(project).resolve_job_def("freeze").execute_in_process(instance=instance)
+def freeze(project: Project, instance: dg.DagsterInstance, *assets: str) -> dict[str, Any]:
+    """Run the job `freeze`, or these assets of it; metadata and data version of the trainset."""
+    job, only = load_defs(project).resolve_job_def("freeze"), [dg.AssetKey(asset) for asset in assets] or None
+    result = job.execute_in_process(instance=instance, asset_selection=only)
     (event,) = [e for e in result.get_asset_materialization_events() if e.asset_key == dg.AssetKey("trainset")]
     found = {name: value.value for name, value in event.materialization.metadata.items()}
     return found | {"version": (event.materialization.tags or {})["dagster/data_version"]}
@@ -85,11 +86,11 @@ def test_what_dagster_does_not_see_the_trainset_does(large: Project, watched: dg
     assert len(batches) == BATCHES
     first = freeze(large, watched)
     assert first["version"] == first["digest"]
-    assert (first["batches"], first["batches_left_out"], first["dagster/row_count"]) == (150, 0, 1050)
-    again = freeze(large, watched)
+    assert (first["batches"], first["batches_left_out"], first["dagster/row_count"]) == (BATCHES, 0, BATCHES * FILES)
+    again = freeze(large, watched, "trainset")
     assert (again["made"], again["version"]) == (False, first["version"])
 
-    change(large, batches[77], "00000539.png")
+    change(large, batches[77], f"{77 * FILES:08d}.png")
     materialise(watched, batches[77], "2")
     assert status(large, watched, "latent_stats") == StaleStatus.FRESH, (
         "Dagster would have marked it if there were fewer partitions"
@@ -106,9 +107,9 @@ def test_batches_that_are_left_out_are_named(large: Project, watched: dg.Dagster
     verdict = {"name": "no_clip_crosses_a_cut", "passed": False, "numbers": {"crossing": 1}}
     publish_checks(large.root.checks("clips", refused), "clips", [verdict])
     before = read_latest(large.root, "trainset")
-    found = freeze(large, watched)
+    found = freeze(large, watched, "trainset")
     assert found["version"] != before
-    assert (found["batches"], found["batches_left_out"]) == (149, 1)
+    assert (found["batches"], found["batches_left_out"]) == (BATCHES - 1, 1)
     assert found["left_out"] == f"{refused}: its clips did not pass their checks"
 
 
@@ -137,7 +138,7 @@ def test_automation_asks_for_the_trainset_when_one_batch_of_many_is_made(
     seen = dg.evaluate_automation_conditions(defs=defs, instance=watched)
     seen = dg.evaluate_automation_conditions(defs=defs, instance=watched, cursor=seen.cursor)
     assert seen.total_requested == 0, "nothing new, nothing asked for"
-    materialise(watched, large.root.batches()[120], "3")
+    materialise(watched, large.root.batches()[90], "3")
     seen = dg.evaluate_automation_conditions(defs=defs, instance=watched, cursor=seen.cursor)
     asked = [key for key in ("latent_stats", "duplicates", "trainset") if seen.get_num_requested(dg.AssetKey(key))]
     assert asked == ["latent_stats", "trainset"]

@@ -16,7 +16,7 @@ from nextvid.planning.costs import publish_forecast
 from storage.schemas import Clips
 from storage.store import LatentStore, PixelStore
 from storage.tables import read_table
-from tests.orchestration.ticks import committed, edit, look, made, run, tick
+from tests.orchestration.ticks import committed, edit, look, run, tick
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +56,8 @@ def pixels(project: Project) -> int:
     )
 
 
-def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, instance: dg.DagsterInstance) -> None:
-    made(project, instance)
+def test_asked_before_encoding_anew_and_not_when_told_so(made: tuple[Project, dg.DagsterInstance]) -> None:
+    project, instance = made
     other = edit(project, ("resolution: 64", "resolution: 32"), ("reencode: auto", "reencode: ask"))
     message = said(other, instance)
     assert "the accepted encoding: 2 batches are outdated" in message
@@ -71,8 +71,8 @@ def test_asked_before_encoding_anew_and_not_when_told_so(project: Project, insta
     assert len(LatentStore.every(project.root)) == 2, "a new spec grows a new store beside the old one"
 
 
-def test_a_new_file_keeps_the_accepted_curation(project: Project, instance: dg.DagsterInstance) -> None:
-    made(project, instance)
+def test_a_new_file_keeps_the_accepted_curation(made: tuple[Project, dg.DagsterInstance]) -> None:
+    project, instance = made
     stands = accepted(project.root)
     before = committed(project)
     other = edit(project, ASK, SHORTER)
@@ -102,8 +102,8 @@ def test_a_new_file_keeps_the_accepted_curation(project: Project, instance: dg.D
     assert tick(other, instance) == []
 
 
-def test_a_new_file_keeps_the_accepted_encoding(project: Project, instance: dg.DagsterInstance) -> None:
-    made(project, instance)
+def test_a_new_file_keeps_the_accepted_encoding(made: tuple[Project, dg.DagsterInstance]) -> None:
+    project, instance = made
     before = committed(project)
     other = edit(project, ASK, ("resolution: 64", "resolution: 32"))
     drop(other)

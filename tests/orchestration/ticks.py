@@ -46,12 +46,6 @@ def committed(project: Project) -> pl.DataFrame:
     return commits.filter(pl.col("status") == "ok")
 
 
-def made(project: Project, instance: dg.DagsterInstance) -> None:
-    """Both batches, made."""
-    tick(project, instance)
-    assert run(project, instance, tick(project, instance)) == [True, True]
-
-
 def edit(project: Project, *pairs: tuple[str, str]) -> Project:
     """Another corpus.yaml at the same place."""
     text = project.path.read_text()

@@ -53,7 +53,7 @@ def start(root: DataRoot, repository: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> dict[int, str]:
-    said, _ = process.communicate("\n", timeout=60)
+    said, _ = process.communicate("\n", timeout=120)
     assert process.returncode == 0
     return {int(line.split()[1]): line.split()[0] for line in said.splitlines()}
 

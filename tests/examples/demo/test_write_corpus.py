@@ -146,10 +146,10 @@ def test_asked_again_nothing_is_written(corpus: Path) -> None:
 
 def test_script_runs_as_a_file_and_finds_the_corpus(corpus: Path) -> None:
     command = [sys.executable, str(DEMO / "write_corpus.py"), str(corpus), "--videos", "12", "--images", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=corpus, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=corpus, timeout=240)
     assert done.returncode == 0, done.stderr
     assert '"labelled_shots": 60' in done.stdout
-    done = subprocess.run([*command, "--seed", "9"], capture_output=True, text=True, cwd=corpus, timeout=60)
+    done = subprocess.run([*command, "--seed", "9"], capture_output=True, text=True, cwd=corpus, timeout=240)
     assert done.returncode == 1
     assert f"holds version {plan.VERSION}, seed 0" in done.stderr
     assert "Traceback" not in done.stderr

@@ -324,7 +324,7 @@ def test_killed_without_warning_and_resumed_is_bit_equal(tmp_path: Path) -> None
     deaths = 0
     for wanted in (2, 9, 17):
         process = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while (killed.newest_step() or 0) < wanted and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)

@@ -64,7 +64,7 @@ def test_a_buffer_is_written_again_only_after_its_copy(project: Project) -> None
             assert torch.equal(bits, before)
         finally:
             copying.over.set()
-        filling.result(timeout=10)
+        filling.result(timeout=60)
     assert not torch.equal(bits, before)
 
 
