@@ -69,7 +69,7 @@ def compute_probes(project: Project, planned: Planned, ranks: Ranks, threads: in
 
 
 def _trainings(planned: Planned, task: Task) -> int:
-    """How many encoders a score has: of a run all three, or for fine-tuning, which is dear, without the online one."""
+    """How many encoders a score has: of a run three; without the online one for fine-tuning, which costs far more."""
     if planned.run is None:
         return 1
     return 3 if task.config.finetune is None else 2
