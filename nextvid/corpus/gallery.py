@@ -219,15 +219,20 @@ def histograms_png(histograms: Sequence[Histogram], counts: Mapping[str, int]) -
 
     columns = 3
     rows = -(-(len(histograms) + 1) // columns)
-    figure = Figure(figsize=(9.4, 2.5 * rows), layout="constrained")
+    height = 2.5 * rows  # inches
+    figure = Figure(figsize=(9.4, height))
+    # by hand: matplotlib's layouts draw everything once more to find it
+    figure.subplots_adjust(0.07, 0.3 / height, 0.98, 1 - 0.3 / height, wspace=0.25, hspace=0.35)
     panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for panel, histogram in zip(panels, histograms, strict=False):
         drawn = _draw(panel, histogram)
         quiet(panel, f"{histogram.title} (n = {drawn:,})")
     outcomes = panels[len(histograms)]
+    left, bottom, width, tall = outcomes.get_position().bounds
+    outcomes.set_position((left + 0.45 * width, bottom, 0.55 * width, tall))  # beside the names
     names = sorted(counts, key=lambda name: counts[name])
     outcomes.barh(names, [counts[name] for name in names], color=COLOURS[0])
-    quiet(outcomes, "shots by outcome for pretraining")
+    quiet(outcomes, "shots by outcome\nfor pretraining")
     for panel in panels[len(histograms) + 1 :]:
         panel.set_axis_off()
     return png(figure)
@@ -242,11 +247,11 @@ def _draw(axes: "Axes", histogram: Histogram) -> int:
     if histogram.log and len(values):
         least = max(float(values.max()) * 1e-4, 1e-3)  # smaller values are counted in the first bar
         values = np.maximum(values, least)
-        edges = np.geomspace(least, max(float(values.max()), 2 * least), BINS).tolist()
-        axes.hist(values, bins=edges, color=COLOURS[0])
+        edges = np.geomspace(least, max(float(values.max()), 2 * least), BINS)
+        axes.stairs(*np.histogram(values, edges), fill=True, color=COLOURS[0])
         axes.set_xscale("log")
     elif len(values):
-        axes.hist(values, bins=BINS, color=COLOURS[0])
+        axes.stairs(*np.histogram(values, BINS), fill=True, color=COLOURS[0])
     for limit in histogram.limits:
         if limit is not None:
             axes.axvline(limit, color=COLOURS[4], linewidth=1.2, linestyle="dashed")
