@@ -114,8 +114,9 @@ def _ray_job(
             return None
         if status == JobStatus.SUCCEEDED:
             return Ended(None)
-        message = client.get_job_info(job).message or ""
-        return Ended(_error(message, f"{prepared.title}: Ray job {job} ended as {status}: {message}"))
+        message = client.get_job_info(job).message or ""  # with its last ten lines, which may all be Ray's own
+        otherwise = f"{prepared.title}: Ray job {job} ended as {status}: {message}"
+        return Ended(_error(f"{client.get_job_logs(job)}\n{message}", otherwise))
 
     try:
         yield ended
@@ -215,9 +216,9 @@ def _slurm(command: list[str], env: Mapping[str, str]) -> "subprocess.CompletedP
 
 def _error(output: str, otherwise: str) -> NExTVidError:
     """The error that processes of ours reported in a job's output; without one the job crashed, if it has no code."""
-    if (found := reported(output)) is None:
-        return RefusedError(otherwise) if ENDED.search(output) else LostError(f"{otherwise}; asking again resumes it")
-    return (LostError if found[0] == "lost" else RefusedError)(found[1])
+    if (found := reported(output)) is not None:
+        return (LostError if found[0] == "lost" else RefusedError)(found[1])
+    return RefusedError(otherwise) if ENDED.search(output) else LostError(f"{otherwise}; asking again resumes it")
 
 
 def _asked(prepared: PreparedRun) -> str:
