@@ -86,6 +86,12 @@ def bounds_of(project: Project, dataset: str) -> dict[int, str]:
     return {frames: bound for frames in asked if (bound := bounds.get(frames)) is not None}
 
 
+def cap_changed(project: Project, dataset: str) -> bool:
+    """Whether the bounds of a dataset were computed for other caps than now, or never."""
+    known, caps = _record(project, dataset).known, caps_of(project, dataset)
+    return bool(caps) and (known is None or known.rows != {frames: cap.rows for frames, cap in caps.items()})
+
+
 def below_bound(project: Project, dataset: str) -> pl.Expr:
     """Of a table of a dataset's clips, the rows that its cap takes; all of a length whose bound is not known."""
     below = pl.lit(value=True)

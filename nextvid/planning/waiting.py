@@ -17,7 +17,7 @@ from nextvid.config.accepted import accepted, pixels_digest
 from nextvid.config.project import Project
 from nextvid.corpus.labels import label_digests
 from nextvid.corpus.sources import batch_fingerprint
-from nextvid.encode.cap import bounds_of
+from nextvid.encode.cap import bounds_of, cap_changed, caps_of
 from nextvid.encode.plan import encoding_spec, pixel_spec, plan_batch
 from nextvid.graph import GRAPH
 from nextvid.making.batches import VERSIONED, batch_state, dataset_of, made_by_older
@@ -42,7 +42,8 @@ class Standard:
     pixels: PixelSpec | None
     accepted_count: int  # how often something was accepted
     curation: Mapping[str, str]  # digest by dataset
-    bounds: Mapping[str, str]  # digest of what its cap takes, by dataset; empty without a cap
+    bounds: Mapping[str, str]  # digest of its caps and of what they take, by dataset; empty without a cap
+    recapped: Collection[str]  # datasets whose cap changed; the next run of a batch finds out what it takes
     labels: Mapping[str, Sequence[str]]  # digests of label files by dataset; of those that can be read
 
     def listing(self, batch: str) -> str:
@@ -114,9 +115,12 @@ def standard(project: Project, labels: Mapping[str, Sequence[str]] | None = None
         known.count if known else 0,
         {name: project.corpus.curation_digest(name) for name in project.corpus.datasets},
         {
-            name: digest([*bounds.items()]) if (bounds := bounds_of(project, name)) else ""
+            name: digest([[[frames, cap.rows] for frames, cap in caps.items()], [*bounds_of(project, name).items()]])
+            if (caps := caps_of(project, name))
+            else ""
             for name in project.corpus.datasets
         },
+        {name for name in project.corpus.datasets if cap_changed(project, name)},
         readable_labels(project)[0] if labels is None else labels,
     )
 
@@ -208,6 +212,8 @@ def unfinished(against: Standard, batch: str) -> tuple[str, ...]:
     if state.made_from("clips", "curation") != against.curation[dataset_of(batch)]:
         reasons.append("the curation changed")
     reasons += made_by_older(against.project, state).values()
+    if dataset_of(batch) in against.recapped:
+        reasons.append("the cap changed")
     if not reasons and (missing := against.not_encoded(batch)):
         reasons.append(f"{missing} rows are not encoded")
     if not reasons and (missing := against.without_pixels(batch)):
