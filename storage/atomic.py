@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,31 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def written_aside(path: str, pieces: Iterable[bytes | memoryview]) -> Iterator[Callable[[], None]]:
+    """Write a local file under a temporary name, synced; gives what publishes it as `path`, a name that must be new.
+
+    For files that are large, so that a lock need be held for their name alone. Errors as of `staged_file`.
+    """
+    target = _local(path)
+    with writing(path):
+        make_folder(target.parent)
+        temporary = _temporary(target)
+        try:
+            with naming(temporary), temporary.open("xb") as file:
+                for piece in pieces:
+                    file.write(piece)
+            _sync(temporary)
+
+            def publish() -> None:
+                _link(temporary, target)
+                _sync(target.parent)
+
+            yield publish
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends well; ConflictError if it is taken.
 
@@ -201,8 +226,8 @@ def writing(path: str) -> Iterator[None]:
         if why is None or not (error.filename is None or Path(error.filename).is_relative_to(folder)):
             raise
         raise UnwritableError(
-            f"{path} cannot be written: {folder} {why}. Make it writable for this user, or name another folder, "
-            "and run again; everything written before is complete"
+            f"{path} cannot be written: {folder} {why}. Make it writable for this user, or name another folder in "
+            "corpus.yaml, and run again; everything written before is complete"
         ) from error
 
 

@@ -9,7 +9,7 @@ part's format: shard.py.
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -24,6 +24,7 @@ from storage.schemas import Plan
 from storage.spec import EncodingSpec, PixelSpec
 
 COMMIT = r"[0-9]{6,}\.parquet"  # the shard's number
+SEPARATORS = (".", "/")  # of the numbers in a chunk's name: Zarr v3 specification, chunk key encoding `default`
 SWEPT = "swept"  # reason in the commit of a shard whose bytes a sweep has freed
 OTHER_BYTES = "holds other bytes than were committed (or a withdrawn row)"  # what readers say of a row
 
@@ -72,9 +73,28 @@ class Part(Generic[S]):
         """The zarr.json of the group and of its array."""
         return f"{self.path}/zarr.json", f"{self.array_path}/zarr.json"
 
+    @cached_property
+    def separator(self) -> str:
+        """What is between the numbers of a chunk's name in Zarr: `.`, so that a shard is one file in one folder.
+
+        Parts of 0.1 have `/`, a file in four folders. Where the metadata is missing or damaged, which `verify`
+        reports, the files say it.
+        """
+        with suppress(DamagedError, UpstreamError, KeyError, TypeError):
+            found = atomic.read_json(self.metadata_paths[1])["chunk_key_encoding"]["configuration"]["separator"]
+            if found in SEPARATORS:
+                return str(found)
+        return "/" if atomic.exists(f"{self.array_path}/c") else "."
+
     def shard_path(self, number: int) -> str:
         """The file of a shard's rows, named as Zarr names its chunk."""
-        return f"{self.array_path}/c/{number}{'/0' * len(self.format.shape)}"
+        before, after = self._chunk_name
+        return f"{before}{number}{after}"
+
+    @cached_property
+    def _chunk_name(self) -> tuple[str, str]:
+        """What is before and after the number of a shard in its path; asked for with every map."""
+        return f"{self.array_path}/c{self.separator}", f"{self.separator}0" * len(self.format.shape)
 
     def commit_path(self, number: int) -> str:
         """The file of a shard's commit."""
@@ -168,6 +188,9 @@ class Part(Generic[S]):
     def write_shard(self, number: int, rows: Any, commits: pl.DataFrame) -> None:  # noqa: ANN401 - as the format has it
         """Write one shard, then its commit; ConflictError if another writer committed it first.
 
+        On a file system the bytes are written aside before the lock is taken, so that writers of one part do not wait
+        for each other's disk; under the lock, a shard without a commit is a dead writer's and is removed.
+
         `rows` are in slot order, one for each planned row: of latents an array [n, F, C, h, w], of pixels a list of
         chunks, None for a failed row. `commits` has the columns of the format's schema; checksums and whatever
         else is measured on the stored bytes may be null or empty. StoreError where rows do not fit the plan.
@@ -180,31 +203,31 @@ class Part(Generic[S]):
         except StoreError as error:
             raise type(error)(f"shard {number} of {self.path}: {error}") from error
         sealed = tables.encode_table(complete, self.format.schema, self.commit_path(number))
-        with self.lock():
-            if self.committed(number):
-                raise ConflictError(f"shard {number} of {self.path} is committed already: another writer was first")
+        if self.committed(number):
+            raise ConflictError(f"shard {number} of {self.path} is committed already: another writer was first")
+        if not is_local(self.path):
             self.complete()
             self.unseal()
-            self._publish(number, pieces, sealed, complete)
-
-    def _publish(self, number: int, pieces: Sequence[bytes | memoryview], sealed: bytes, commits: pl.DataFrame) -> None:
-        """Write a shard's file, then the bytes of its commit, each under a name that must be new.
-
-        On a file system the lock is held, so that a file without a commit is a dead writer's and is removed. On object
-        stores such an object may also be of a writer who is about to commit. Equal bytes are taken as they are, since a
-        shard encoded again has the same ones; others are replaced, and put back by the one who replaced them if the
-        commit then goes to somebody else. Whatever slips through this (two that replace at once, one of them killed)
-        is found by the commit's checksums, and the shard is encoded again.
-        """
-        shard_path, commit_path = self.shard_path(number), self.commit_path(number)
-        if is_local(shard_path):
-            atomic.remove_tree(shard_path)  # left by a writer that died before its commit
-            with atomic.staged_file(shard_path, exclusive=True) as temporary, temporary.open("xb") as file:
-                for piece in pieces:
-                    file.write(piece)
-            atomic.create_exclusively(commit_path, sealed)
+            self._publish(number, b"".join(pieces), sealed, complete)
             return
-        data, found = b"".join(pieces), None
+        shard_path = self.shard_path(number)
+        with atomic.written_aside(shard_path, pieces) as publish, self.lock():
+            if self.committed(number):
+                raise ConflictError(f"shard {number} of {self.path} is committed already: another writer was first")
+            self.unseal()
+            atomic.remove_tree(shard_path)  # left by a writer that died before its commit
+            publish()
+            atomic.create_exclusively(self.commit_path(number), sealed)
+
+    def _publish(self, number: int, data: bytes, sealed: bytes, commits: pl.DataFrame) -> None:
+        """Write a shard's object, then the bytes of its commit, each under a name that must be new, without a lock.
+
+        An object without a commit is of a dead writer, or of one that is about to commit. Equal bytes are taken as they
+        are, since a shard encoded again has the same ones; others are replaced, and put back by the one who replaced
+        them if the commit then goes to somebody else. Whatever slips through this (two that replace at once, one of
+        them killed) is found by the commit's checksums, and the shard is encoded again.
+        """
+        shard_path, found = self.shard_path(number), None
         try:
             atomic.create_exclusively(shard_path, data)
         except ConflictError:
@@ -212,7 +235,7 @@ class Part(Generic[S]):
             if found != data:
                 atomic.publish_bytes(shard_path, data)
         try:
-            atomic.create_exclusively(commit_path, sealed)
+            atomic.create_exclusively(self.commit_path(number), sealed)
         except ConflictError:
             if found not in (None, data) and not self.commit(number)["crc32c"].equals(
                 commits["crc32c"], null_equal=True
@@ -312,6 +335,7 @@ class Part(Generic[S]):
             self.format.array,
             shape=(rows, *shape),
             chunks=(1, *shape),
+            chunk_key_encoding={"name": "default", "separator": self.separator},
             shards={"shape": (shard.ROWS_PER_SHARD, *shape), "index_location": "end"},
             compressors=None,
             filters=None,

@@ -9,6 +9,7 @@ and a bounded number of times, where none came or its bytes are wrong.
 """
 
 import ctypes
+import io
 import mmap
 import os
 import threading
@@ -17,12 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from storage import listing, remote, shard
+from storage import atomic, listing, remote, shard
 from storage.cache import Cache
 from storage.digest import crc32c
 from storage.errors import DamagedError, is_damage
@@ -185,6 +185,8 @@ class ShardFiles(Generic[S]):
         copied: Mapping[str, int] | None = None,
     ) -> None:
         self._store, self._batches, self._row_of = store, tuple(batches), row_of
+        self._parts: dict[tuple[int, int, int], Part[S]] = {}  # one lookup a row, and their paths are remembered
+        self._facts_of: dict[tuple[int, int, int], tuple[bool, bool]] = {}
         self.cache: Cache | None = None
         self.ranges: Ranges | None = None
         if copied is not None:
@@ -196,23 +198,35 @@ class ShardFiles(Generic[S]):
     def part(self, key: Key) -> Part[S]:
         """The part of a shard; DamagedError where its batch is none of this reader's."""
         frames, batch, part, _ = key
+        if (known := self._parts.get(key[:3])) is not None:
+            return known
         if batch >= len(self._batches):
             raise DamagedError(f"an address names batch {batch} of {len(self._batches)}: {ADDRESSES_CHANGED}")
-        return self._store.part(self._batches[batch], frames, part)
+        return self._parts.setdefault(key[:3], self._store.part(self._batches[batch], frames, part))
+
+    def _facts(self, key: Key, part: Part[S]) -> tuple[bool, bool]:
+        """Of a shard's part, asked once, with its first shard that is mapped: whether it has a seal, and `pages_known`.
+
+        Less than `read_seal` asks: a row is compared with its own checksum, and a listing grows with the shards.
+        """
+        if (known := self._facts_of.get(key[:3])) is None:
+            file = self._store.root.cache_folder if self.cache else part.shard_path(key[3])
+            found = atomic.exists(part.seal_path), os.access(file, os.W_OK)
+            known = self._facts_of.setdefault(key[:3], found)
+        return known
 
     def map(self, key: Key, address: np.void) -> MappedShard:
         """The map of a committed shard; DamagedError where there is none or it cannot be read."""
         part, number = self.part(key), key[3]
-        if not part.committed(number):
+        sealed, pages_known = self._facts(key, part)
+        if not (sealed or part.committed(number)):
             raise self.damaged(key, address, "is not committed")
         path = part.shard_path(number)
         try:
             with (
-                self.cache.open(path, lambda data: shard_fault(part, number, data))
-                if self.cache
-                else Path(path).open("rb")
+                self.cache.open(path, lambda data: shard_fault(part, number, data)) if self.cache else io.FileIO(path)
             ) as file:
-                inode, pages_known = os.fstat(file.fileno()).st_ino, os.access(file.name, os.W_OK)
+                inode = os.fstat(file.fileno()).st_ino
                 # private: torch wants writable memory to read from, and what is written here never reaches the file
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # a plain ValueError: the file is empty

@@ -5,6 +5,7 @@ A spec's digest names the store's folder, so two specs never share a row; `spec.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from storage.digest import digest
@@ -125,6 +126,7 @@ class PixelSpec:
         return (frames, self.resolution, self.resolution, 3)
 
 
+@lru_cache(maxsize=64)  # asked for with every row; a project has a few clip lengths
 def latent_frames(time_map: str, frames: int) -> int:
     """Latent frames of a clip."""
     return latent_of_frames(time_map, frames)[-1] + 1

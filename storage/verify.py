@@ -19,7 +19,7 @@ import numpy as np
 from storage import atomic, listing, shard
 from storage.digest import crc32c
 from storage.errors import DamagedError, TableError, UpstreamError, is_damage
-from storage.part import SWEPT, Part, StoredRow
+from storage.part import SEPARATORS, SWEPT, Part, StoredRow
 from storage.seal import read_seal, sealed_commits
 
 LEFTOVER_AGE_S = 3600.0  # our choice, as the cache's: what a writer left untouched for so long is not being written
@@ -59,10 +59,13 @@ def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
     if problems:
         return problems
     files = listing.files_below(part.path)
+    named = {path[len(part.array_path) + 2 :][:1] for path in files if path.startswith(f"{part.array_path}/c")}
+    if len(found := named & set(SEPARATORS)) == 1:  # where the metadata says otherwise, that is the problem
+        part.separator = found.pop()
     problems += [*_metadata(part), *_leftovers(part, shards, files), *_seal(part)]
     with ThreadPoolExecutor(AT_ONCE, "verify") as pool:
-        for found in pool.map(lambda number: _shard(part, number, files, withdrawn), range(shards)):
-            problems += found
+        for some in pool.map(lambda number: _shard(part, number, files, withdrawn), range(shards)):
+            problems += some
     return problems
 
 

@@ -19,7 +19,7 @@ from nextvid.train.run import open_run
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.errors import NExTVidError
-from storage.locks import is_locked
+from storage.locks import is_locked, lock_fault
 from storage.schemas import Clips, Media
 from storage.tables import read_table
 
@@ -102,6 +102,7 @@ def read_status(project: Project, on_progress: OnProgress = silent) -> Status:
     labels, unreadable = readable_labels(project)
     batches, reasons = project.root.batches(), dict[str, str]()
     broken, found = list(unreadable.values()), list[DatasetStatus]()
+    broken += [fault] if (fault := lock_fault(project.root.accepted())) else []
     against: Standard | None = None
     try:
         against = standard(project, labels)

@@ -1,5 +1,6 @@
 """Small stores for tests: 2 channels, 2x3 cells, so that a row of 4 frames has 96 bytes."""
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,3 +120,18 @@ def in_threads(work: Callable[[int], object], count: int = 4) -> None:
 
         for _ in pool.map(begin, range(count)):
             pass
+
+
+def as_of_0_1(part: LatentPart) -> LatentPart:
+    """The part as release 0.1 wrote it: chunk keys with slashes, a shard in four folders; opened anew."""
+    assert part.separator == "."
+    path = Path(part.metadata_paths[1])
+    metadata = json.loads(path.read_text())
+    metadata["chunk_key_encoding"] = {"name": "default", "configuration": {"separator": "/"}}
+    path.write_text(json.dumps(metadata))
+    old = LatentPart(part.path, part.spec, part.batch, part.frames, part.number)
+    for number in range(part.shards):
+        if Path(part.shard_path(number)).exists():
+            Path(old.shard_path(number)).parent.mkdir(parents=True)
+            Path(part.shard_path(number)).rename(old.shard_path(number))
+    return old

@@ -133,17 +133,17 @@ def test_a_shard_in_which_every_row_failed(data_root: DataRoot) -> None:
 
 
 DAMAGE: list[tuple[str, Callable[[PixelPart], object], str, str, int | None]] = [
-    ("table", lambda part: flip(Path(part.shard_path(0)), 1), "c/0/0/0/0/0", "differ from their checksum", 0),
-    ("jpeg", lambda part: flip(Path(part.shard_path(0)), 300), "c/0/0/0/0/0", "differ from their checksum", 0),
-    ("last row", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES - 1), "c/0/0/0/0/0", "their checksum", 4),
-    ("index", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
-    ("crc of index", lambda part: flip(Path(part.shard_path(0)), -1), "c/0/0/0/0/0", "index at its end", None),
+    ("table", lambda part: flip(Path(part.shard_path(0)), 1), "c.0.0.0.0.0", "differ from their checksum", 0),
+    ("jpeg", lambda part: flip(Path(part.shard_path(0)), 300), "c.0.0.0.0.0", "differ from their checksum", 0),
+    ("last row", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES - 1), "c.0.0.0.0.0", "their checksum", 4),
+    ("index", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES), "c.0.0.0.0.0", "index at its end", None),
+    ("crc of index", lambda part: flip(Path(part.shard_path(0)), -1), "c.0.0.0.0.0", "index at its end", None),
     ("commit", lambda part: flip(Path(part.commit_path(0)), 90), "000000.parquet", "checksum", None),
     ("plan", lambda part: flip(Path(part.path, "plan.parquet"), 90), "plan.parquet", "damaged", None),
-    ("no shard", lambda part: Path(part.shard_path(0)).unlink(), "c/0/0/0/0/0", "cannot be read", None),
-    ("short", lambda part: Path(part.shard_path(0)).write_bytes(b"x"), "c/0/0/0/0/0", "1 bytes where", None),
-    ("no commit", lambda part: Path(part.commit_path(0)).unlink(), "c/0/0/0/0/0", "without its commit", None),
-    ("beyond", lambda part: Path(part.path, "pixels/c/2").write_bytes(b""), "c/2", "belongs to", None),
+    ("no shard", lambda part: Path(part.shard_path(0)).unlink(), "c.0.0.0.0.0", "cannot be read", None),
+    ("short", lambda part: Path(part.shard_path(0)).write_bytes(b"x"), "c.0.0.0.0.0", "1 bytes where", None),
+    ("no commit", lambda part: Path(part.commit_path(0)).unlink(), "c.0.0.0.0.0", "without its commit", None),
+    ("beyond", lambda part: Path(part.path, "pixels/c.2").write_bytes(b""), "c.2", "belongs to", None),
     (
         "quality",
         lambda part: Path(part.path, "pixels/zarr.json").write_text(
@@ -279,7 +279,6 @@ def test_the_store_is_a_dictionary_of_clips(
         failed = [row for place, row in enumerate(row_ids, start=made) if place in failing]
         made += rows
         if number in dying:
-            Path(part.shard_path(0)).parent.mkdir(parents=True)
             Path(part.shard_path(0)).write_bytes(b"".join(chunk or b"" for chunk in chunks(row_ids, frames, failed)))
             continue
         write_pixels(part, 0, failed)

@@ -110,7 +110,7 @@ def test_the_same_bytes_as_on_a_file_system(tmp_path: Path) -> None:
     part = local.plan_part(BATCH, FRAMES, ids(ROWS))
     write_pixels(part, 0, failed=[ids(ROWS)[FAILED]])
     there = store.part(BATCH, FRAMES, 0)
-    for name in ("plan.parquet", "commits/000000.parquet", "pixels/c/0/0/0/0/0", "pixels/zarr.json", "zarr.json"):
+    for name in ("plan.parquet", "commits/000000.parquet", "pixels/c.0.0.0.0.0", "pixels/zarr.json", "zarr.json"):
         assert atomic.read_bytes(f"{there.path}/{name}") == atomic.read_bytes(f"{part.path}/{name}")
     reader = PixelReader(local.root, local.spec, BATCHES, stored)  # on a file system nothing is copied
     out = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)

@@ -14,11 +14,24 @@ from polars.testing import assert_frame_equal
 
 from storage import atomic
 from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UpstreamError
+from storage.reader import RowReader, addresses
 from storage.root import DataRoot
 from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
-from tests.storage.stores import BATCH, FRAMES, commit_of, full_store, ids, new_store, spec, values, write
+from tests.storage.stores import (
+    BATCH,
+    FRAMES,
+    as_of_0_1,
+    commit_of,
+    full_store,
+    ids,
+    new_store,
+    read_each,
+    spec,
+    values,
+    write,
+)
 
 
 def test_spec_round_trip_and_digest() -> None:
@@ -130,6 +143,44 @@ def test_our_bytes_equal_zarrs(data_root: DataRoot, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(copy[ROWS_PER_SHARD:]), np.asarray(array[ROWS_PER_SHARD:]))
 
 
+def test_a_shard_is_one_file_beside_the_metadata(data_root: DataRoot) -> None:
+    _, part = full_store(data_root, ROWS_PER_SHARD + 3)
+    names = sorted(path.name for path in Path(part.array_path).iterdir())
+    assert names == ["c.0.0.0.0.0", "c.1.0.0.0.0", "zarr.json"]
+
+
+def test_parts_of_0_1_are_read_and_finished_as_they_are(data_root: DataRoot) -> None:
+    """Their chunk keys have slashes. Nothing is converted; whoever reads or writes such a part keeps to its names."""
+    store, part = full_store(data_root, ROWS_PER_SHARD + 3)
+    before = store.commits(BATCH)
+    Path(part.commit_path(1)).unlink()
+    old = as_of_0_1(part)
+    assert old.shard_path(1).endswith("latent/c/1/0/0/0/0")
+    write(old, 1)
+    assert not list(Path(old.array_path).glob("c.*"))
+    write(store.plan_part(BATCH, FRAMES, ids(3, first=900)), 0)
+    assert store.verify() == []
+    assert store.commits(BATCH).filter(part=0).equals(before)
+    rows = addresses(store.commits(BATCH), [BATCH])
+    reader = RowReader(data_root, store.spec, [BATCH])
+    wanted = values([*ids(ROWS_PER_SHARD + 3), *ids(3, first=900)]).astype("f2")
+    np.testing.assert_array_equal(read_each(reader, rows), wanted)
+    found = zarr.open_array(old.array_path, mode="r")[:]
+    np.testing.assert_array_equal(np.asarray(found), wanted[:-3])
+    assert old.discard(0) > 0
+    store.seal(BATCH)
+    assert store.verify() == []
+
+
+def test_an_old_part_without_a_shard_yet_keeps_its_names(data_root: DataRoot) -> None:
+    store = new_store(data_root)
+    old = as_of_0_1(store.plan_part(BATCH, FRAMES, ids(3)))
+    write(store.part(BATCH, FRAMES, 0), 0)
+    assert Path(old.array_path, "c", "0").is_dir()
+    Path(old.metadata_paths[1]).unlink()
+    assert store.part(BATCH, FRAMES, 0).shard_path(0) == old.shard_path(0)
+
+
 def test_plan_is_write_once(data_root: DataRoot) -> None:
     store = new_store(data_root)
     first = store.plan_part(BATCH, FRAMES, ids(3))
@@ -207,7 +258,6 @@ def test_second_writer_gets_a_conflict(data_root: DataRoot) -> None:
 def test_litter_of_a_dead_writer_is_replaced(data_root: DataRoot) -> None:
     store = new_store(data_root)
     part = store.plan_part(BATCH, FRAMES, ids(5))
-    Path(part.shard_path(0)).parent.mkdir(parents=True)
     Path(part.shard_path(0)).write_bytes(b"half a shard")
     assert store.commits(BATCH).height == 0
     assert [problem.what for problem in store.verify()] == ["a shard without its commit, left by a writer that died"]

@@ -54,17 +54,17 @@ def leave_litter(part: LatentPart, age_s: float) -> None:
 
 
 DAMAGE: list[tuple[str, Callable[[LatentPart], object], str, str, int | None]] = [
-    ("data", lambda part: flip(Path(part.shard_path(1)), 5), "c/1/0/0/0/0", "differ from their checksum", 256),
-    ("index", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES), "c/0/0/0/0/0", "index at its end", None),
-    ("crc of index", lambda part: flip(Path(part.shard_path(0)), -1), "c/0/0/0/0/0", "index at its end", None),
+    ("data", lambda part: flip(Path(part.shard_path(1)), 5), "c.1.0.0.0.0", "differ from their checksum", 256),
+    ("index", lambda part: flip(Path(part.shard_path(0)), -INDEX_BYTES), "c.0.0.0.0.0", "index at its end", None),
+    ("crc of index", lambda part: flip(Path(part.shard_path(0)), -1), "c.0.0.0.0.0", "index at its end", None),
     ("commit", lambda part: flip(Path(part.commit_path(0)), 90), "000000.parquet", "checksum", None),
     ("plan", lambda part: flip(Path(part.path, "plan.parquet"), 90), "plan.parquet", "damaged", None),
-    ("no shard", lambda part: Path(part.shard_path(1)).unlink(), "c/1/0/0/0/0", "cannot be read", None),
-    ("short", lambda part: Path(part.shard_path(1)).write_bytes(b"x"), "c/1/0/0/0/0", "1 bytes where", None),
-    ("no commit", lambda part: Path(part.commit_path(1)).unlink(), "c/1/0/0/0/0", "without its commit", None),
-    ("failed slot", fill_failed_slot, "c/0/0/0/0/0", "holds values", 2),
+    ("no shard", lambda part: Path(part.shard_path(1)).unlink(), "c.1.0.0.0.0", "cannot be read", None),
+    ("short", lambda part: Path(part.shard_path(1)).write_bytes(b"x"), "c.1.0.0.0.0", "1 bytes where", None),
+    ("no commit", lambda part: Path(part.commit_path(1)).unlink(), "c.1.0.0.0.0", "without its commit", None),
+    ("failed slot", fill_failed_slot, "c.0.0.0.0.0", "holds values", 2),
     ("stray", lambda part: leave_litter(part, LEFTOVER_AGE_S + 60), ".x.partial", "belongs to", None),
-    ("beyond", lambda part: Path(part.path, "latent/c/2").write_bytes(b""), "c/2", "belongs to", None),
+    ("beyond", lambda part: Path(part.path, "latent/c.2").write_bytes(b""), "c.2", "belongs to", None),
     (
         "shape",
         lambda part: change_json(Path(part.path, "latent/zarr.json"), "300", "301"),
@@ -133,7 +133,7 @@ def test_a_flipped_bit_anywhere_is_named(
         path.write_bytes(data)
     assert {problem.file for problem in problems} == {str(path)}
     assert all(problem.remedy for problem in problems)
-    rows: list[bytes] = part.rows_of(int(path.parts[-5]))["row_id"].to_list() if "c" in path.parts else []
+    rows: list[bytes] = part.rows_of(int(path.name.split(".")[1]))["row_id"].to_list() if path.name[:2] == "c." else []
     row_bytes = part.spec.row_bytes(FRAMES)
     if place < len(rows) * row_bytes:
         assert [problem.row for problem in problems] == [rows[place // row_bytes].hex()]

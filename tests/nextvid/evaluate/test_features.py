@@ -88,7 +88,7 @@ def test_clips_are_varied_by_epoch_and_only_where_heads_learn(
 
 def test_a_score_from_stored_pixels(evaluated: Project) -> None:
     """The whole asset, without a video: latents are not asked for."""
-    for path in Path(evaluated.root.folder("latents")).rglob("latent/c/0/0/0/0/0"):
+    for path in Path(evaluated.root.folder("latents")).rglob("latent/c.0.0.0.0.0"):
         path.unlink()
     outcome = probe(evaluated, RECIPE)
     assert outcome.made

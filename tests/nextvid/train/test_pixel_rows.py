@@ -192,5 +192,5 @@ def test_damage_is_told_before_a_batch_is_handed_out(tmp_path: Path) -> None:
         for commit in store.commits(batch, frames)["offset"]:
             data[commit + 200] ^= 1
         path.write_bytes(data)
-    with pytest.raises(DamagedError, match=r"c/0/0/0/0/0, row [0-9a-f]{32}: holds other bytes.*Remedy: remove"):
+    with pytest.raises(DamagedError, match=r"c\.0\.0\.0\.0\.0, row [0-9a-f]{32}: holds other bytes.*Remedy: remove"):
         _batches(project, recipe, threads=2)

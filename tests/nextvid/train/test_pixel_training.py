@@ -113,7 +113,7 @@ def test_training_needs_no_video_and_no_latents_where_it_reads_none(tmp_path: Pa
     """Pixels in and out: with every latent gone it trains all the same."""
     project = make_pixel_project(tmp_path)
     run = begin(project, pixel_recipe(PIXELS_OUT))
-    for shard in Path(project.root.folder("latents")).rglob("latent/c/0/0/0/0/0"):
+    for shard in Path(project.root.folder("latents")).rglob("latent/c.0.0.0.0.0"):
         shard.unlink()
     train(project, run, ALONE)
     assert run.complete

@@ -70,7 +70,7 @@ for shard in range(part.shards):
 
 def gets(asked: Asked) -> bool:
     """A ranged or whole read of a shard."""
-    return asked.method == "GET" and "/c/" in asked.path
+    return asked.method == "GET" and "/c." in asked.path
 
 
 def puts(asked: Asked) -> bool:
@@ -297,7 +297,7 @@ def test_a_large_shard_is_one_put(root: DataRoot, proxy: Proxy, tmp_path: Path, 
 def test_nothing_half_written_when_puts_fail(root: DataRoot, proxy: Proxy) -> None:
     store = new_store(root)
     part = store.plan_part(BATCH, FRAMES, ids(5))
-    proxy.faults.append(Fault(lambda asked: puts(asked) and "/c/" in asked.path, status=500))
+    proxy.faults.append(Fault(lambda asked: puts(asked) and "/c." in asked.path, status=500))
     with pytest.raises(StoreError):
         write(part, 0)
     proxy.clear()
