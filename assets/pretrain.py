@@ -45,15 +45,21 @@ def pretrain(
     """Prepare the run, train until it is complete, check what is on disk."""
     from nextvid.report.training import curves_png
     from nextvid.train.events import read_events
-    from nextvid.train.pretrain import finish_run, prepare_run
+    from nextvid.train.pretrain import default_ranks, finish_run, prepare_run
 
     opened, recipe, options = project.open(), context.partition_key, context.op_execution_context.op_config
     with readable_errors():
+        overrides = as_overrides(options["overrides"])
+        how = (
+            ExecutionConfig()
+            if trainer.ray_address
+            else ExecutionConfig(ranks=default_ranks(opened, recipe, overrides))
+        )
         run = prepare_run(
             opened,
             recipe,
-            as_overrides(options["overrides"]),
-            apply_how(ExecutionConfig(), as_overrides(options["how"])),
+            overrides,
+            apply_how(how, as_overrides(options["how"])),
             launch=launch_of(context),
             repeat=options["repeat"],
             trainset=options["trainset"] or None,

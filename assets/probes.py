@@ -19,15 +19,17 @@ def probes(
     context: dg.AssetExecutionContext, config: WhichScores, project: ProjectResource, trainer: TrainerResource
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Probe one run, or one encoder of corpus.yaml, on every benchmark."""
-    from nextvid.evaluate.probes import finish_probes, plan_probes, prepare_probes
+    from nextvid.evaluate.probes import default_how, finish_probes, plan_probes, prepare_probes
 
     def make(opened: Project, recipe: str, run: str | None = None) -> Outcome:
         started = time.perf_counter()
         planned = plan_probes(opened, recipe, run, config.benchmarks, config.checkpoint or None)
         made = bool(planned.missing)
         if made:
-            how = ExecutionConfig(device=opened.corpus.execution.device)
-            trainer.train(context, prepare_probes(opened, planned, apply_how(how, as_overrides(config.how))))
+            device = opened.corpus.execution.device
+            how = ExecutionConfig(device=device) if trainer.ray_address else default_how(opened, planned)
+            how = apply_how(how, as_overrides(config.how))
+            trainer.train(context, prepare_probes(opened, planned, how))
         return finish_probes(planned, made=made, seconds=time.perf_counter() - started)
 
     with readable_errors():

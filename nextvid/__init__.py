@@ -11,7 +11,13 @@
 `nextvid.open_latents(root)` is a torch data set of stored latents, `nextvid.training_batches` gives the trainer's own.
 """
 
+import os
 from typing import TYPE_CHECKING
+
+# Before torch loads OpenMP: how often a thread that waits for others looks before it sleeps. Without a bound it looks
+# for as long as another program keeps the others' core: 12 steps of `demo` on two threads took over 100 s beside 25
+# busy processes on two cores, 29 s with a bound (docs/decisions/0052).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from nextvid.features.encoder import NExTVidEncoder as NExTVidEncoder

@@ -184,6 +184,7 @@ def partitions(project: Project, asset: Asset, request: Request) -> Sequence[str
 def make_one(project: Project, asset: Asset, partition: str | None, request: Request) -> Outcome:
     """Call the maker of one asset, once, for one partition."""
     make_it: Callable[..., Outcome] = maker(asset)
+    how = (*request.how, *(() if request.ranks is None else (f"ranks={request.ranks}",)))
     match asset:
         case "sources" | "latent_stats" | "trainset":
             return make_it(project)
@@ -199,11 +200,13 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
         case "mask_plan":
             return make_it(project, partition)
         case "pretrain":
+            from nextvid.train.pretrain import default_ranks
+
             return make_it(
                 project,
                 partition,
                 request.overrides,
-                _how(request, ExecutionConfig()),
+                apply_how(ExecutionConfig(ranks=default_ranks(project, str(partition), request.overrides)), how),
                 repeat=request.repeat,
                 trainset=request.trainset,
                 on=request.on,
@@ -211,17 +214,11 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
             )
         case "probes":
             names = [request.benchmark] if request.benchmark else []
-            how = _how(request, ExecutionConfig(device=project.corpus.execution.device))
             return make_it(project, partition, request.run, names, request.on_progress, request.checkpoint, how)
         case "samples":
             return make_it(project, partition, request.run, request.on_progress)
         case "report":
             return make_it(project, partition, request.run)
-
-
-def _how(request: Request, how: ExecutionConfig) -> ExecutionConfig:
-    ranks = () if request.ranks is None else (f"ranks={request.ranks}",)
-    return apply_how(how, (*request.how, *ranks))
 
 
 def _recipe(request: Request) -> str:

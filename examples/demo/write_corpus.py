@@ -22,10 +22,10 @@ from pathlib import Path
 import cv2
 
 from examples.demo import files, plan
+from nextvid.machine import available_cores
 from storage.errors import CorpusError
 
 VIDEOS, IMAGES = 1000, 250  # 4000 training and 1000 test clips as in the study (docs/demo.md); images: .05 of draws
-PROCESSES = 2  # the demo is made for two cores
 MARKER = "corpus.json"
 VIDEO_COLUMNS = ("path", "start_s", "end_s", "motion", "shape", "split")
 IMAGE_COLUMNS = ("path", "start_s", "end_s", "shape", "split")
@@ -103,7 +103,7 @@ def _existing(folder: Path, seed: int, videos: int, images: int) -> CorpusSummar
 
 def _fill(folder: Path, seed: int, video_count: int, image_count: int) -> CorpusSummary:
     videos, images = plan.plan_videos(seed, video_count), plan.plan_images(seed, image_count)
-    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(available_cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(_write_video, folder / "videos"), videos, chunksize=4))
         list(pool.map(partial(_write_image, folder / "images"), images, chunksize=32))
         made = _plan_derived(seed, videos)

@@ -11,6 +11,7 @@ Axes: n samples, D width.
 import io
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,8 +25,9 @@ from nextvid.evaluate.benchmark_rows import ROW_COLUMNS, per_sample
 from nextvid.evaluate.encoders import frames_of, load_encoder
 from nextvid.evaluate.features import FrozenEncoder, Networks, level_blocks, load_networks, run_encoders
 from nextvid.evaluate.fitting import NEIGHBOURS
+from nextvid.evaluate.kept import scratch_folder
 from nextvid.evaluate.probes import Planned
-from nextvid.evaluate.scoring import UNFINISHED, Scored, Task, score_encoder
+from nextvid.evaluate.scoring import UNFINISHED, Scored, Task, score_encoder, seen_clips
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import Reporter
 from nextvid.train.run import run_lock
@@ -57,9 +59,12 @@ def compute_probes(project: Project, planned: Planned, ranks: Ranks, threads: in
             networks = None
             if planned.run is not None:
                 networks = load_networks(planned.run, str(ranks.device), planned.checkpoint)
+            shared = Shared(project, planned, tasks)
             for name, task in tasks.items():
-                _score(project, planned, name, networks, ranks, threads, reporter, done)
+                _score(project, planned, name, networks, shared, ranks, threads, reporter, done)
                 done += _trainings(planned, task) * task.settings.epochs
+            if ranks.first:
+                shared.remove()
         except NExTVidError as error:
             if reporter:
                 reporter.event("error", done, {"error": error.kind, "message": str(error)})
@@ -73,6 +78,36 @@ def _trainings(planned: Planned, task: Task) -> int:
     if planned.run is None:
         return 1
     return 3 if task.config.finetune is None else 2
+
+
+class Shared:
+    """Scratch folders of features that several of the benchmarks read: each encoder sees their clips once."""
+
+    def __init__(self, project: Project, planned: Planned, tasks: Mapping[str, Task]) -> None:
+        self._root, self._of = project.root, [planned.folder, planned.checkpoint and planned.checkpoint.name]
+        clips = {
+            name: {split: seen_clips(task, split) for split in ("train", "test")} if task.config.finetune is None else {}
+            for name, task in tasks.items()
+        }
+        counts = Counter(one for splits in clips.values() for one in splits.values())
+        self._clips = {
+            name: {split: one for split, one in splits.items() if counts[one] > 1} for name, splits in clips.items()
+        }
+        self._used: set[str] = set()
+
+    def of(self, benchmark: str, encoder: str) -> dict[str, str]:
+        """Names of the folders by split."""
+        found = {
+            split: digest_config({"of": self._of, "encoder": encoder, "clips": clips})
+            for split, clips in self._clips[benchmark].items()
+        }
+        self._used.update(found.values())
+        return found
+
+    def remove(self) -> None:
+        """Remove the folders that were used."""
+        for name in self._used:
+            atomic.remove_tree(str(scratch_folder(self._root, name)))
 
 
 def _encoders(
@@ -101,8 +136,8 @@ def _encoders(
 
 
 def _score(
-    project: Project, planned: Planned, benchmark: str, networks: Networks | None, ranks: Ranks, threads: int,
-    reporter: Reporter | None, before: int,
+    project: Project, planned: Planned, benchmark: str, networks: Networks | None, shared: Shared, ranks: Ranks,
+    threads: int, reporter: Reporter | None, before: int,
 ) -> None:  # fmt: skip
     """Compute and publish rows, pooled test features and, last, score.json.
 
@@ -119,7 +154,9 @@ def _score(
             reporter.event("epoch", step, facts)
 
     scores = {
-        encoder.name: score_encoder(project.root, task, encoder, folder, ranks, threads, on_epoch)
+        encoder.name: score_encoder(
+            project.root, task, encoder, folder, ranks, threads, on_epoch, shared.of(benchmark, encoder.name)
+        )
         for encoder in encoders
     }
     if ranks.first:

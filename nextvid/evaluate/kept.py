@@ -61,10 +61,15 @@ def vectors_of(
     return {name: vectors.to(features.dtype) for name, vectors in found.items()}
 
 
+def scratch_folder(root: DataRoot, name: str) -> Path:
+    """Where the files of this name are while heads learn."""
+    return Path(root.cache_folder, FEATURES, name)
+
+
 @contextmanager
 def scratch(root: DataRoot, name: str, ranks: Ranks) -> Iterator[Path]:
     """The folder for the files of one score of an encoder; while it is open, others do not remove it."""
-    folder = Path(root.cache_folder, FEATURES, name)
+    folder = scratch_folder(root, name)
     with ExitStack() as stack:
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import polars as pl
 
 from nextvid.config.benchmarks import FLOORS, BenchmarkConfig
+from nextvid.config.overrides import apply_how
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.encode.plan import pixel_spec
@@ -24,6 +25,7 @@ from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, refus
 from nextvid.evaluate.encoders import encoder_digest, encoder_width, frames_of
 from nextvid.evaluate.features import level_blocks
 from nextvid.evaluate.scoring import KNN, Task
+from nextvid.machine import available_cores, device_of, workers
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Number, Outcome
 from nextvid.making.progress import OnProgress, noting, silent
@@ -66,18 +68,18 @@ def make_probes(
     benchmarks: Sequence[str] = (),
     on_progress: OnProgress = silent,
     step: int | None = None,
-    how: ExecutionConfig | None = None,
+    how: Sequence[str] = (),
 ) -> Outcome:
     """Score the encoders of a run, or the encoder of corpus.yaml called `recipe`, on these benchmarks, else on all.
 
-    `plan_probes` says of which checkpoint. Where score.json exists, nothing is computed. The data version is of the run
-    or encoder and of all that the scores depend on.
+    `plan_probes` says of which checkpoint; `how` changes `default_how`. Where score.json exists, nothing is computed.
+    The data version is of the run or encoder and of all that the scores depend on.
     """
     started = time.perf_counter()
     planned = plan_probes(project, recipe, run, benchmarks, step)
     made = bool(planned.missing)
     if made:
-        prepared = prepare_probes(project, planned, how or ExecutionConfig(device=project.corpus.execution.device))
+        prepared = prepare_probes(project, planned, apply_how(default_how(project, planned), how))
         carry_out(prepared, noting(on_progress, f"probes {recipe}"))
     return finish_probes(planned, made=made, seconds=time.perf_counter() - started)
 
@@ -107,6 +109,15 @@ def plan_probes(
     return Planned(recipe, found.id, found, checkpoint, tasks, root.probes(recipe, found.id), folders)
 
 
+def default_how(project: Project, planned: Planned) -> ExecutionConfig:
+    """How scores are computed where nobody says it: on a CPU by a rank a core, as training is, else by one."""
+    device = project.corpus.execution.device
+    if device_of(device) != "cpu":
+        return ExecutionConfig(device=device)
+    batch = min(task.settings.batch for task in planned.tasks.values())  # which ranks share
+    return ExecutionConfig(device=device, ranks=workers(batch, available_cores(project.corpus.execution.cores)))
+
+
 def prepare_probes(project: Project, planned: Planned, how: ExecutionConfig) -> PreparedRun:
     """The command that computes the scores that are missing, in a folder that is there."""
     atomic.make_folder(Path(planned.folder))
@@ -122,6 +133,7 @@ def prepare_probes(project: Project, planned: Planned, how: ExecutionConfig) -> 
         not planned.missing,
         how,
         "probes",
+        project.corpus.execution.cores,
     )
 
 

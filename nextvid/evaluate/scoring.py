@@ -56,7 +56,7 @@ from nextvid.train.checkpoint import Identity
 from nextvid.train.distributed import Ranks
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
-from storage.digest import digest_config
+from storage.digest import digest_bytes, digest_config
 from storage.root import DataRoot
 from storage.spec import PixelSpec
 
@@ -96,6 +96,21 @@ class Task:
         )
 
 
+def seen_clips(task: Task, split: str) -> str:
+    """Id of a split's clips as an encoder sees them: benchmarks that have it in common need one pass of features."""
+    rows = task.rows.part(split).select("row_id", "crc32c")
+    return digest_config(
+        {
+            "rows": digest_bytes(b"".join(rows["row_id"].to_list()) + rows["crc32c"].to_numpy().tobytes()),
+            "segments": task.rows.segments,
+            "frames": task.config.policy.frames,
+            "levels": task.config.levels,
+            "trainset": task.trainset.digest,
+            "pixels": None if task.pixels is None else task.pixels.digest(),
+        }
+    )
+
+
 @dataclass(frozen=True)
 class Scored:
     """The numbers of one encoder; for pictures, mean features of the first test samples, and what `_Places` keeps."""
@@ -113,12 +128,14 @@ def score_encoder(
     ranks: Ranks,
     threads: int = 1,
     on_epoch: OnEpoch = lambda name, epoch, loss: None,
+    kept_in: Mapping[str, str] = {},
 ) -> Scored:
     """Attentive-probe and k-NN accuracy of an encoder, or its accuracy fine-tuned. Every rank calls this.
 
     `folder` is the score's. Heads learn from the part of probe-train that is not held out; the held-out part chooses
     one pair of rate and weight decay for all seeds, by their mean accuracy. Test clips are scored once, with that pair.
-    Without held-out clips the first pair is taken. Fine-tuning changes the encoder that it is given.
+    Without held-out clips the first pair is taken. Fine-tuning changes the encoder that it is given. `kept_in`: by
+    split, the scratch folder whose features other benchmarks read too; the caller removes it.
     """
     done = Path(folder, UNFINISHED, f"{encoder.name}.npz")
     if not done.is_file():
@@ -130,14 +147,16 @@ def score_encoder(
                 place = done.with_suffix("")
                 scored = _finetuned(task, task.config.finetune, encoder, clips, place, ranks, on_epoch)
             else:
-                name = digest_config({"score": folder, "encoder": encoder.name})
-                place = stack.enter_context(scratch(root, name, ranks))
+                own = digest_config({"score": folder, "encoder": encoder.name})
+                place = stack.enter_context(scratch(root, kept_in.get("train", own), ranks))
+                tested = stack.enter_context(scratch(root, kept_in["test"], ranks)) if "test" in kept_in else None
                 resume = done.with_suffix(".safetensors")
                 learnt = _learn(root, task, encoder, clips, place, resume, ranks, on_epoch)
-                scored = _judge(task, encoder, clips, learnt, ranks)
+                scored = _judge(root, task, encoder, clips, learnt, tested, ranks)
             if ranks.first:
                 _publish(scored, done)
-                atomic.remove_tree(str(place))
+                if "train" not in kept_in:
+                    atomic.remove_tree(str(place))
         ranks.wait()
     return _read(done)
 
@@ -215,15 +234,23 @@ def _learn(
     return _Learnt(probes, int(by_pair.argmax()), shares.tolist(), kept, labels)
 
 
-def _judge(task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, ranks: Ranks) -> Scored:
-    """One pass over test."""
+def _judge(
+    root: DataRoot, task: Task, encoder: FrozenEncoder, clips: Clips, learnt: _Learnt, place: Path | None, ranks: Ranks
+) -> Scored:
+    """One pass over test; its features are kept in `place`, if named, or read from there."""
     rows, pairs = task.rows, task.settings.pairs
     answers, groups = (per_sample(rows.part("test"), column) for column in ("label", "clip_group"))
     right = torch.zeros(len(task.seeds), len(pairs), dtype=torch.int64, device=ranks.device)
     nearest = {name: _Nearest(vectors, learnt.labels, ranks.device) for name, vectors in learnt.kept.vectors.items()}
     pooled = torch.zeros(min(PICTURED, len(answers)), encoder.width, device=ranks.device)
     places = _Places.of(task, encoder, learnt, groups, ranks)
-    for samples, features in shared(Streamed(encoder, clips, "test"), whole_groups(groups, _at_once(rows)), ranks):
+    streamed = Streamed(encoder, clips, "test")
+    source: Features = streamed
+    if place is not None:
+        kept = keep(streamed, len(answers), rows.segments, encoder, place, root.cache_bytes, ranks)
+        if kept.features is not None:
+            source = Stored(kept.features, ranks.device, clips.threads)
+    for samples, features in shared(source, whole_groups(groups, _at_once(rows)), ranks):
         right += right_answers(learnt.probes, features, answers[samples], groups[samples])
         vectors = vectors_of(features, encoder, rows.segments)
         for name, votes in nearest.items():

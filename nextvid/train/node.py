@@ -37,9 +37,7 @@ STDERR = 2  # the trainer's progress goes to stderr: stdout is for the command's
 SAID = re.compile(r"^(config|corpus|upstream|damaged|table|conflict|refused|system|lost): (.*)$", re.M)
 # torchrun's summary of a rank that a signal ended first: "exitcode  : -9 (pid: 4711)" (torch.distributed.elastic)
 SIGNALLED = re.compile(r"Root Cause[^:]*:.*?exitcode\s*: (-?\d+)", re.S)
-# glibc keeps freed pages: 3.30 instead of 4.04 s for 11 steps of `demo`, 2 cores. OMP_WAIT_POLICY is left to the user:
-# on idle cores a step takes 0.18 s with spinning threads and 0.25 to 0.31 s with PASSIVE; at a load of 5 from other
-# programs PASSIVE takes 0.6 to 0.9 s, one thread 0.4 s, and spinning threads did not finish 36 steps in 60 s.
+# glibc keeps freed pages: 3.30 instead of 4.04 s for 11 steps of `demo`, 2 cores
 CPU_VARIABLES = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
@@ -61,6 +59,7 @@ class PreparedRun:
     complete: bool
     how: ExecutionConfig = field(default_factory=ExecutionConfig)
     asset: Literal["pretrain", "probes"] = "pretrain"
+    cores: int | None = None  # the most that corpus.yaml allows
 
     @property
     def title(self) -> str:
@@ -80,7 +79,7 @@ class PreparedRun:
     @property
     def env(self) -> dict[str, str]:
         """Variables for the trainers: threads, for CPU runs what makes them faster, and where several machines meet."""
-        cores = str(max(1, available_cores() // self.ranks))
+        cores = str(max(1, available_cores(self.cores) // self.ranks))
         found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores)}
         if self.how.device != "cuda":
             found |= {name: os.environ.get(name, value) for name, value in CPU_VARIABLES.items()}

@@ -12,15 +12,18 @@ from pathlib import Path
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
-from nextvid.config.recipe import ExecutionConfig, On
+from nextvid.config.recipe import ExecutionConfig, On, RecipeConfig
+from nextvid.machine import available_cores, device_of, memory_bytes, workers
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.progress import OnProgress, noting, silent
 from nextvid.making.publishing import read_latest
+from nextvid.model.memory import divisors, rank_memory
 from nextvid.train import checkpoint
 from nextvid.train.diagnose import ALARM_RATIO, collapsed
 from nextvid.train.events import Event, accuracies, mean_speeds, newest, read_events
 from nextvid.train.init import find_source, refuse_other_shapes
 from nextvid.train.job import carry_out_on
+from nextvid.train.micro_batch import CPU_SHARE
 from nextvid.train.node import LOG, PreparedRun, carry_out, torchrun
 from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.train.sinks import refuse_missing
@@ -78,7 +81,7 @@ def prepare_run(
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
         atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
     command = torchrun("nextvid.trainer", how, project, ["--recipe", run.recipe.name, "--run", run.id])
-    return PreparedRun(run.id, run.trainset, str(run.folder), command, run.complete, how)
+    return PreparedRun(run.id, run.trainset, str(run.folder), command, run.complete, how, cores=project.corpus.execution.cores)
 
 
 def make_pretrain(
@@ -149,6 +152,23 @@ def _trainset(project: Project, recipe: str, launch: str | None, named: str | No
     if newest is None:
         raise UpstreamError("there is no trainset yet: make 'trainset' first")
     return newest
+
+
+def cpu_ranks(recipe: RecipeConfig, cores: int) -> int:
+    """Ranks of one thread each for training on so many cores: the most that share every stage's batch equally and fit.
+
+    Two ranks of one thread make 26 to 31 clips of `demo` a second on two quiet cores, one rank of two threads 20 to 22;
+    and one thread waits for no other that has no core (docs/decisions/0052).
+    """
+    clip_bytes = max(rank_memory(recipe, stage, ExecutionConfig(device="cpu")).total(1) for stage in recipe.stages)
+    most = workers(int(CPU_SHARE * memory_bytes() / clip_bytes), cores)
+    return max(n for n in divisors(math.gcd(*(stage.batch for stage in recipe.stages))) if n <= most)
+
+
+def default_ranks(project: Project, recipe: str, overrides: Sequence[str] = ()) -> int:
+    """Ranks of a training for which nobody named any: by `cpu_ranks` where torch sees no GPU, else one."""
+    config = apply_overrides(project.recipe(recipe), overrides)
+    return cpu_ranks(config, available_cores(project.corpus.execution.cores)) if device_of("auto") == "cpu" else 1
 
 
 def _reason(folder: Path) -> str:

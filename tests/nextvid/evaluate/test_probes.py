@@ -23,6 +23,7 @@ from nextvid.config.accepted import accept
 from nextvid.config.project import Project, open_project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.evaluate import kept, scoring, stream
+from nextvid.evaluate.compute import Shared
 from nextvid.evaluate.features import load_networks, run_encoders
 from nextvid.evaluate.fitting import ALONE
 from nextvid.evaluate.probes import make_probes, plan_probes, plan_task, prepare_probes
@@ -129,6 +130,33 @@ def test_a_killed_score_goes_on_from_its_last_epoch(own_copy: Project, monkeypat
     assert [one.numbers for one in found] == [one.numbers for one in fresh]
     assert all((one.pooled == other.pooled).all() for one, other in zip(found, fresh, strict=True))
     assert not list(Path(own_copy.root.cache_folder, "features").glob("*/"))
+
+
+def test_benchmarks_of_the_same_clips_have_one_pass_of_features(own_copy: Project) -> None:
+    """Scores are those of a benchmark alone; of two, the second one encodes nothing."""
+    run = find_run(own_copy, RECIPE)
+    planned = plan_probes(own_copy, RECIPE)
+    (task,) = planned.tasks.values()
+    task = replace(task, settings=task.settings.model_copy(update={"epochs": 1}))
+    ema, encoded = run_encoders(load_networks(run), task.trainset, FRAMES)[0], list[int]()
+
+    def counted(clips: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(clips))
+        return ema.encode(clips)
+
+    folder, counting = own_copy.path.parent, replace(ema, encode=counted)
+    alone = score_encoder(own_copy.root, task, counting, str(folder / "alone"), ALONE)
+    once = sum(encoded)
+    shared = Shared(own_copy, planned, {"species": task, "again": task})
+    for name in ("species", "again"):
+        found = score_encoder(
+            own_copy.root, task, counting, str(folder / name), ALONE, kept_in=shared.of(name, ema.name)
+        )
+        assert found.numbers == alone.numbers
+        assert sum(encoded) == 2 * once
+    shared.remove()
+    assert not list(Path(own_copy.root.cache_folder, "features").glob("*/"))
+    assert Shared(own_copy, planned, {"species": task}).of("species", "ema") == {}
 
 
 def test_a_benchmark_edited_and_not_accepted_is_scored_under_the_accepted_policy(own_copy: Project) -> None:
@@ -253,7 +281,7 @@ def test_two_killed_ranks_go_on_from_the_last_epoch(own_copy: Project) -> None:
             while process.poll() is None and epochs_of(planned.folder) < epochs:
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
-    make_probes(own_copy, RECIPE, how=ExecutionConfig(device="cpu", ranks=2))
+    make_probes(own_copy, RECIPE, how=("device=cpu", "ranks=2"))
     told = [event["step"] for event in read_events(Path(planned.folder)) if event["kind"] == "epoch"]
     assert told == list(range(told[0], 13))  # of the last attempt
     assert told[0] > 1

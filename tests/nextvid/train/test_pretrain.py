@@ -15,7 +15,8 @@ import torch
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
-from nextvid.train import checkpoint
+from nextvid.config.recipes import recipe
+from nextvid.train import checkpoint, pretrain
 from nextvid.train.events import NAME, EventLog, read_events
 from nextvid.train.loop import train
 from nextvid.train.node import PreparedRun, end_group
@@ -67,6 +68,27 @@ def test_the_command_stands_for_itself(project: Project) -> None:
     assert prepared.env["OMP_NUM_THREADS"] == "1"
     assert int(prepared.env["MALLOC_TRIM_THRESHOLD_"]) > 1 << 30
     assert set(prepare_run(project, "tiny", how=ExecutionConfig(device="cuda")).env) == {"OMP_NUM_THREADS"}
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "batch", "ranks"),
+    [
+        (1, 1 << 40, 8, 1),
+        (2, 1 << 40, 8, 2),
+        (3, 1 << 40, 8, 2),
+        (64, 1 << 40, 8, 8),
+        (64, 4 << 30, 8, 4),
+        (2, 1 << 40, 9, 1),
+    ],
+)
+def test_on_a_cpu_ranks_share_the_batch_equally_and_fit(
+    monkeypatch: pytest.MonkeyPatch, cores: int, memory: int, batch: int, ranks: int
+) -> None:
+    monkeypatch.setattr("nextvid.machine.memory_bytes", lambda: memory)
+    monkeypatch.setattr(pretrain, "memory_bytes", lambda: memory)
+    demo = recipe("demo")
+    stages = tuple(stage.model_copy(update={"batch": batch}) for stage in demo.stages)
+    assert pretrain.cpu_ranks(demo.model_copy(update={"stages": stages}), cores) == ranks
 
 
 @pytest.mark.parametrize(
