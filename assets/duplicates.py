@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.declare import asset, follows
-from assets.reporting import readable_errors, result
+from assets.reporting import readable_errors, result, watched
 from assets.resources import ProjectResource
 from storage import schemas
 
@@ -14,9 +14,9 @@ from storage import schemas
     kinds={"polars", "parquet"},
     automation_condition=follows(),
 )
-def duplicates(project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
+def duplicates(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Compare the perceptual hashes of all batches."""
     from nextvid.trainset.duplicates import make_duplicates
 
     with readable_errors():
-        return result(make_duplicates(project.open()))
+        return result(make_duplicates(project.open(), watched(context)))

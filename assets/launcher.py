@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
+from assets.reporting import OBSERVE_S
 from nextvid.machine import orphaned
-from nextvid.train.events import accuracies, newest, read_events
+from nextvid.making.progress import SHOWING, Progress, silent
+from nextvid.train.events import accuracies, newest, progress_of, read_events
 from nextvid.train.job import submitted
 from nextvid.train.node import PreparedRun, trainers, why
 from storage.errors import LostError, UpstreamError
@@ -27,7 +29,7 @@ from storage.errors import LostError, UpstreamError
 Ended = TypeVar("Ended")
 
 POLL_S = 0.1  # our choice: a finished step ends at once
-OBSERVE_S = 20.0  # our choice: three points a minute in the UI; events.jsonl and the run's log have every event
+SHOW_S = 1.0  # our choice: a bar that moves
 CURVES = ("align", "flow", "lr", "clips_per_s", "wait_share", "mfu")  # of a `step` event (nextvid/train/loop.py)
 MESSAGES = "pipes.jsonl"  # in the run's folder, while a job trains
 JOB_POLL_S = 1.0  # our choice: short beside the 10 s that cancelling may take
@@ -88,13 +90,19 @@ def wait(
 
     Raises dg.Failure where the process of the Dagster run is gone.
     """
-    observed_s, step = time.monotonic(), -1
+    observed_s, shown_s, step = time.monotonic(), time.monotonic(), -1
+    showing, name = SHOWING.get(), f"{run.asset} {context.partition_key}"
     while (result := ended()) is None:
         if orphaned():
             raise failure(run, "the process of this Dagster run is gone; a retry of the run resumes")
         if time.monotonic() - observed_s >= OBSERVE_S:
             observed_s, step = time.monotonic(), observe(context, Path(run.folder), step)
+        if showing is not silent and time.monotonic() - shown_s >= SHOW_S:
+            shown_s = time.monotonic()
+            if progress := progress_of(Path(run.folder), name):
+                showing(progress)
         time.sleep(poll_s)
+    showing(progress_of(Path(run.folder), name) or Progress(name, 1, 1))  # its bar goes
     return result
 
 

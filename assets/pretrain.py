@@ -52,7 +52,7 @@ def pretrain(
         overrides = as_overrides(options["overrides"])
         how = (
             ExecutionConfig()
-            if trainer.ray_address
+            if trainer.on
             else ExecutionConfig(ranks=default_ranks(opened, recipe, overrides))
         )
         run = prepare_run(

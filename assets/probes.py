@@ -27,7 +27,7 @@ def probes(
         made = bool(planned.missing)
         if made:
             device = opened.corpus.execution.device
-            how = ExecutionConfig(device=device) if trainer.ray_address else default_how(opened, planned)
+            how = ExecutionConfig(device=device) if trainer.on else default_how(opened, planned)
             how = apply_how(how, as_overrides(config.how))
             trainer.train(context, prepare_probes(opened, planned, how))
         return finish_probes(planned, made=made, seconds=time.perf_counter() - started)

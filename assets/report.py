@@ -1,8 +1,11 @@
 """The asset `report`."""
 
+from functools import partial
+
 import dagster as dg
 
 from assets.declare import asset
+from assets.reporting import watched
 from assets.resources import ProjectResource
 from assets.training_run import WhichRun, evaluate
 
@@ -12,4 +15,4 @@ def report(context: dg.AssetExecutionContext, config: WhichRun, project: Project
     """Write the report of one run."""
     from nextvid.report.report import make_report
 
-    return evaluate(context, config, project, make_report)
+    return evaluate(context, config, project, partial(make_report, on_progress=watched(context)))

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +17,13 @@ from nextvid.config.project import Project
 from nextvid.machine import available_cores, batches_at_once
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
+from nextvid.making.progress import SHOWING, Lines, OnProgress, Progress
 from storage import atomic
 from storage.errors import NExTVidError
 from storage.root import Table
 from storage.tables import read_table
 
+OBSERVE_S = 20.0  # our choice: three points a minute in the UI; events.jsonl and the run's log have more
 PREVIEW_ROWS, PREVIEW_DIGITS, PREVIEW_CHARACTERS = 5, 8, 40  # our choice: what fits a screen and 2 kB of an event
 BACKFILL = "dagster/backfill"  # tag of the runs of a backfill
 PREVIEW_WIDTH = 960  # pixels, our choice: an event with a picture 640 pixels wide has 5 kB
@@ -96,11 +99,28 @@ def open_batch(context: dg.AssetExecutionContext, project: ProjectResource) -> t
     return opened, batch
 
 
+def watched(context: dg.AssetExecutionContext) -> OnProgress:
+    """Shows a maker's progress: lines of the run's log, every OBSERVE_S an observation, and what this process shows."""
+    lines, showing, observed_s = Lines(context.log.info), SHOWING.get(), time.monotonic()
+
+    def tell(progress: Progress) -> None:
+        nonlocal observed_s
+        lines(progress)
+        showing(progress)
+        if not progress.note and time.monotonic() - observed_s >= OBSERVE_S:
+            observed_s = time.monotonic()
+            values = {"done": progress.done, "total": progress.total}
+            partition = context.partition_key if context.has_partition_key else None
+            context.log_event(dg.AssetObservation(context.asset_key, metadata=values, partition=partition))
+
+    return tell
+
+
 def batch_table(
     context: dg.AssetExecutionContext,
     project: ProjectResource,
     noun: Table,
-    make: Callable[[Project, str], Outcome],
+    make: Callable[[Project, str, OnProgress], Outcome],
     schema: type[dy.Schema],
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Make one table of a batch, on a share of the cores, as other batches' steps may run; report its first rows."""
@@ -108,7 +128,7 @@ def batch_table(
         opened, batch = open_batch(context, project)
         cores = available_cores(opened.corpus.execution.cores)
         opened = opened.on_cores(cores // batches_at_once(cores))
-        reported = result(make(opened, batch))
+        reported = result(make(opened, batch, watched(context)))
         rows = preview(read_table(opened.root.table(noun, batch), schema))
         links = {"show": link} if (link := launchpad_link(context.run, "show")) else {}
         return reported._replace(metadata={**(reported.metadata or {}), "first rows": rows, **links})

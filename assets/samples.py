@@ -5,9 +5,9 @@ from functools import partial
 import dagster as dg
 
 from assets.declare import asset
+from assets.reporting import watched
 from assets.resources import ProjectResource
 from assets.training_run import WhichRun, evaluate
-from nextvid.making.progress import Lines
 
 
 @asset("samples", kinds={"pytorch"}, pool="gpu")
@@ -15,4 +15,4 @@ def samples(context: dg.AssetExecutionContext, config: WhichRun, project: Projec
     """Generate the samples of one run."""
     from nextvid.evaluate.samples import make_samples
 
-    return evaluate(context, config, project, partial(make_samples, on_progress=Lines(context.log.info)))
+    return evaluate(context, config, project, partial(make_samples, on_progress=watched(context)))

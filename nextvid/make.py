@@ -215,10 +215,8 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
         case "probes":
             names = [request.benchmark] if request.benchmark else []
             return make_it(project, partition, request.run, names, request.on_progress, request.checkpoint, how)
-        case "samples":
+        case "samples" | "report":
             return make_it(project, partition, request.run, request.on_progress)
-        case "report":
-            return make_it(project, partition, request.run)
 
 
 def _recipe(request: Request) -> str:

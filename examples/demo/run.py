@@ -20,6 +20,7 @@ from examples.demo.write_corpus import write_corpus
 from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import batch_fingerprint, update_sources
 from nextvid.graph import GRAPH
+from nextvid.making.progress import shown
 from nextvid.planning.acceptance import ensure_accepted
 from nextvid.planning.waiting import standard, waiting
 from nextvid.train.events import read_events
@@ -31,6 +32,10 @@ from storage.schemas import Clips, Media, Shots
 from storage.tables import read_tables
 
 RECIPE = "demo"
+WHAT_TO_DO = (  # the last line of a demo that failed
+    "what is made is kept: correct what the line above says, then run `make demo` again, which goes on from there; "
+    "`make ui` shows the failed step's log"
+)
 
 
 @dataclass
@@ -79,8 +84,9 @@ def main() -> None:
     totals = Totals(console)
     list_sources(project, instance)
     defs = build_defs()
-    for job, partition in runs(project):
-        execute(defs, instance, job, partition, totals)
+    with shown(console):  # the steps run in this process, and show there how far they are
+        for job, partition in runs(project):
+            execute(defs, instance, job, partition, totals)
     written = f"{project.root.url}/demo.json"
     if totals.made == 0 and exists(written):
         console.print("\nNothing was new, so nothing was made. Measured when it was made:")
@@ -130,7 +136,7 @@ def execute(
                 raise KeyboardInterrupt
             message = data.user_failure_data.description if data.user_failure_data else data.error
             totals.console.print(f"{failure.step_key}: {message}", style="red", soft_wrap=True)
-        sys.exit(1)
+        sys.exit(WHAT_TO_DO)
 
 
 def collect(project: Project, totals: Totals, seconds: float) -> dict[str, Any]:
@@ -193,6 +199,6 @@ if __name__ == "__main__":
     try:
         main()
     except NExTVidError as error:
-        sys.exit(f"{error.kind}: {error}")
+        sys.exit(f"{error.kind}: {error}\n{WHAT_TO_DO}")
     except KeyboardInterrupt:
         sys.exit("stopped; `make demo` continues from here")

@@ -52,7 +52,7 @@ def compute_probes(project: Project, planned: Planned, ranks: Ranks, threads: in
         reporter = None
         if ranks.first:
             reporter = stack.enter_context(Reporter(Path(planned.folder), total, f"probes {planned.name}"))
-            facts = {"ranks": ranks.count, "device": str(ranks.device), "process": os.getpid()}
+            facts = {"ranks": ranks.count, "device": str(ranks.device), "process": os.getpid(), "steps": total}
             reporter.event("start", 0, facts | {"checkpoint": planned.checkpoint and planned.checkpoint.name})
         done = 0
         try:

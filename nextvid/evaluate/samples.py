@@ -6,7 +6,7 @@ Axes: B clips, F frames, R pixels a side, S cells, n visible cells.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from nextvid.evaluate.generate import generate_masked, generate_onward, random_t
 from nextvid.evaluate.scene import Generated, Scene, compared, open_scene
 from nextvid.machine import leased_devices
 from nextvid.making.outcome import Number, Outcome
-from nextvid.making.progress import OnProgress, noting, silent
+from nextvid.making.progress import OnProgress, Progress, noting, silent
 from nextvid.model.flow import ODE_STEPS
 from nextvid.model.nextvid import NExTVid
 from nextvid.pictures import SHEET_BACKGROUND, SHEET_INK, sheet_png
@@ -74,7 +74,7 @@ def make_samples(project: Project, recipe: str, run: str | None = None, on_progr
     if made:
         name = f"samples {recipe}"
         with leased_devices(1, project.corpus.execution.device, name, noting(on_progress, name)) as (device,):
-            _make(project, found, folder, device)
+            _make(project, found, folder, device, lambda done, total: on_progress(Progress(name, done, total)))
     record = atomic.read_json(f"{folder}/samples.json")
     numbers = {
         f"{kind}_{name}_psnr_db": v["psnr_db"]
@@ -96,13 +96,19 @@ def make_samples(project: Project, recipe: str, run: str | None = None, on_progr
     )
 
 
-def _make(project: Project, run: Run, folder: str, device: str) -> None:
+def _make(project: Project, run: Run, folder: str, device: str, tell: Callable[[int, int], None]) -> None:
     trainset = Trainset.open(project.root, run.trainset)
     scene = open_scene(project, run, trainset, device)
     model = load_networks(run, device).model
     visible = _visible(project, run)
-    masked = {name: _masked(model, scene, bits, device) for name, bits in visible.items()}
-    onward = {name: _onward(model, scene, cells, device) for name, cells in _seen(scene, visible, device).items()}
+    seen_cells = _seen(scene, visible, device)
+    masked, onward = dict[str, Generated](), dict[str, Generated]()
+    for name, bits in visible.items():
+        masked[name] = _masked(model, scene, bits, device)
+        tell(len(masked), len(visible) + len(seen_cells))
+    for name, cells in seen_cells.items():
+        onward[name] = _onward(model, scene, cells, device)
+        tell(len(masked) + len(onward), len(visible) + len(seen_cells))
     rows = scene.rows.head(SHOWN)
     with Decoding(1) as decoding:
         decoded = decoding.start(rows.select(Clips.column_names()), trainset.spec.resolution).collect()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from rich import progress as rich
@@ -22,6 +23,7 @@ class Progress:
     busy_s: float = 0.0  # of the devices, all together
     devices: int = 1
     note: str = ""
+    detail: str = ""  # what else is measured, such as losses
 
     @property
     def rows_per_s(self) -> float:
@@ -38,13 +40,14 @@ class Progress:
         """What is measured, in words; empty where nothing is."""
         return f"{self.rows_per_s:.2f} rows/s, device busy {self.busy_share:.0%}" if self.seconds > 0 else ""
 
-    def line(self) -> str:
-        """One line for a log."""
+    def line(self, per_s: float = 0.0) -> str:
+        """One line for a log; `per_s` is the rate where none is measured here."""
         if self.note:
             return f"{self.name}: {self.note}"
-        line = f"{self.name}: {self.done} of {self.total}"
+        line = f"{self.name}: {self.done} of {self.total}" + (f", {self.detail}" if self.detail else "")
         if not self.rate:
-            return line
+            left = f", {per_s:.3g}/s, {(self.total - self.done) / per_s:.0f} s to go" if per_s else ""
+            return line + left
         left = f", {(self.total - self.done) / self.rows_per_s:.0f} s to go" if self.done else ""
         return f"{line} rows, {self.rate}{left}"
 
@@ -61,38 +64,69 @@ def noting(on_progress: OnProgress, name: str) -> Callable[[str], None]:
     return lambda line: on_progress(Progress(name, 0, 0, note=line))
 
 
+class Pace:
+    """Rates by name, for what measures none itself: since it was first told of."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[float, int]] = {}
+
+    def per_s(self, progress: Progress) -> float:
+        """How many a second; 0 until there is something to count."""
+        now = time.monotonic()
+        began, before = self._first.setdefault(progress.name, (now, progress.done))
+        return (progress.done - before) / (now - began) if now > began else 0.0
+
+
 class Lines:
     """Writes progress as lines: every note, the end of what has a rate, and between them one a name in LOG_EVERY_S."""
 
     def __init__(self, write: Callable[[str], None], every_s: float = LOG_EVERY_S) -> None:
         self._write, self._every_s, self._newest_s = write, every_s, time.monotonic()
+        self._pace = Pace()
         self._last_s: dict[str, float] = {}  # by name: batches that are made at once have a line each
 
     def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
+        now, per_s = time.monotonic(), self._pace.per_s(progress)
         ended = bool(progress.rate) and progress.done == progress.total
         if progress.note or ended or now - self._last_s.setdefault(progress.name, self._newest_s) >= self._every_s:
-            self._write(progress.line())
+            self._write(progress.line(per_s))
             if not progress.note:
                 self._last_s[progress.name] = self._newest_s = now
+
+
+SHOWING: ContextVar[OnProgress] = ContextVar(
+    "showing", default=silent
+)  # what `shown` shows now, for Dagster's steps here
 
 
 @contextmanager
 def shown(console: Console | None = None) -> Iterator[OnProgress]:
     """Show what is reported while the block runs: a bar for each name until it is full, or lines without a terminal."""
-    console = console or Console(stderr=True)
+    with _shown(console or Console(stderr=True)) as on_progress:
+        before = SHOWING.set(on_progress)
+        try:
+            yield on_progress
+        finally:
+            SHOWING.reset(before)
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[OnProgress]:
     if not console.is_terminal:
         yield Lines(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
         return
     columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[rate]}")
     with rich.Progress(*columns, rich.TimeRemainingColumn(), console=console, transient=True) as bars:
         tasks: dict[str, rich.TaskID] = {}
+        pace = Pace()
 
         def show(progress: Progress) -> None:
             name = progress.name
             if name not in tasks:
                 tasks[name] = bars.add_task(name, rate="")
-            bars.update(tasks[name], completed=progress.done, total=progress.total, rate=progress.rate)
+            rate = progress.rate or (f"{per_s:.3g}/s" if (per_s := pace.per_s(progress)) else "")
+            words = ", ".join(part for part in (progress.detail, rate) if part)
+            bars.update(tasks[name], completed=progress.done, total=progress.total, rate=words)
             if progress.note:
                 bars.console.print(progress.line(), highlight=False, markup=False)
             if progress.done >= progress.total:

@@ -6,6 +6,7 @@ shows changed.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +16,11 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import draws_before
 from nextvid.graph import GRAPH
 from nextvid.making.outcome import Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.report import scores
 from nextvid.report.curves import Scored
 from nextvid.report.data import DataFacts, data_section, lineage_section, previews_section, read_facts
-from nextvid.report.page import Card, Picture, render_html
+from nextvid.report.page import Card, Picture, Section, render_html
 from nextvid.report.places import places_section
 from nextvid.report.scores import Score, read_score
 from nextvid.report.training import samples_section, training_section
@@ -52,7 +54,7 @@ class Gathered:
     data: DataFacts
 
 
-def make_report(project: Project, recipe: str, run: str | None = None) -> Outcome:
+def make_report(project: Project, recipe: str, run: str | None = None, on_progress: OnProgress = silent) -> Outcome:
     """Write report.html of a run, unless there is one of the same inputs.
 
     Raises UpstreamError where scores or samples are missing.
@@ -65,7 +67,7 @@ def make_report(project: Project, recipe: str, run: str | None = None) -> Outcom
     page = f"{folder}/report.html"
     made = not atomic.exists(page)
     if made:
-        card = build_card(gathered)
+        card = build_card(gathered, on_progress)
         for picture in (block for section in card.sections for block in section.blocks if isinstance(block, Picture)):
             atomic.publish_bytes(f"{folder}/figures/{picture.name}.png", picture.png)
         atomic.publish_bytes(page, render_html(card).encode())  # last: where the page exists, its pictures do
@@ -144,20 +146,24 @@ def _scores_of_others(project: Project, benchmark: str) -> list[Score]:
     return found
 
 
-def build_card(gathered: Gathered) -> Card:
+def build_card(gathered: Gathered, on_progress: OnProgress = silent) -> Card:
     """The report's sections, in order."""
-    run = gathered.run
-    sections = [scores.section(gathered.scores, gathered.history, gathered.others)] if gathered.scores else []
-    trainset, grid = gathered.data.trainset, grid_of(run.recipe.model)
-    if places := places_section(gathered.project, gathered.scores, trainset.spec.resolution, grid):
-        sections.append(places)
-    sections.append(training_section(run, gathered.events))
-    if gathered.samples is not None:
-        sections.append(samples_section(gathered.project.root.samples(run.recipe.name, run.id), gathered.samples))
-    sections.append(data_section(gathered.data))
-    if previews := previews_section(gathered.data):
-        sections.append(previews)
-    sections.append(lineage_section(gathered.data, gathered.config))
+    root, run, data, samples = gathered.project.root, gathered.run, gathered.data, gathered.samples
+    side, grid = data.trainset.spec.resolution, grid_of(run.recipe.model)
+    makers: list[Callable[[], Section | None]] = [
+        lambda: scores.section(gathered.scores, gathered.history, gathered.others) if gathered.scores else None,
+        lambda: places_section(gathered.project, gathered.scores, side, grid),
+        lambda: training_section(run, gathered.events),
+        lambda: samples_section(root.samples(run.recipe.name, run.id), samples) if samples is not None else None,
+        lambda: data_section(data),
+        lambda: previews_section(data),
+        lambda: lineage_section(data, gathered.config),
+    ]
+    sections = []
+    for number, make in enumerate(makers, 1):
+        if (section := make()) is not None:
+            sections.append(section)
+        on_progress(Progress(f"report {run.recipe.name}", number, len(makers)))
     subtitle = SUBTITLE + DEMO if run.recipe.name == "demo" else SUBTITLE
     return Card(f"Model card: {run.recipe.name}", subtitle, _facts(gathered), tuple(sections))
 

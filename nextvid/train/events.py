@@ -85,6 +85,24 @@ def accuracies(events: Sequence[Event]) -> dict[str, float]:
     return {name.replace("/", "_"): value for name, value in newest(events, "scores").get("accuracy", {}).items()}
 
 
+def progress_of(folder: Path, name: str) -> Progress | None:
+    """How far the last attempt in a folder is, with its last losses; None before it has begun."""
+    try:
+        events = read_events(folder)
+    except UpstreamError:
+        return None
+    if "steps" not in (start := newest(events, "start")):
+        return None
+    detail = ""
+    match next((event for event in reversed(events) if event["kind"] in ("step", "epoch")), {}):
+        case {"kind": "step"} as step:
+            losses = " ".join(f"{name} {float(step[name]):.3f}" for name in ("align", "flow"))
+            detail = f"{losses}, {step['clips_per_s']:.1f} clips/s"
+        case {"kind": "epoch"} as epoch:
+            detail = f"{epoch['benchmark']} {epoch['encoder']} loss {epoch['loss']}"
+    return Progress(name, events[-1]["step"], start["steps"], detail=detail)
+
+
 def mean_speeds(events: Iterable[Event]) -> dict[str, float]:
     """Means over the step events of `step_s`, `wait_share` and, where it is known, `mfu`; empty without steps."""
     steps = [event for event in events if event["kind"] == "step"]

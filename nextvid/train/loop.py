@@ -184,6 +184,7 @@ class _Session:
             "threads": torch.get_num_threads(),
             "process": os.getpid(),
             "compiled": steps.compiles(self.how, self.ranks.device),
+            "steps": self.recipe.steps,
         }
         self._event("start", facts)
         for benchmark, why in {} if self.scorer is None else self.scorer.left_out.items():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from nextvid.making.progress import Lines, OnProgress, Progress, shown
+from nextvid.making.progress import SHOWING, Lines, OnProgress, Progress, shown, silent
 
 NAME = "latents films.000000"
 HALF = Progress(NAME, done=50, total=100, seconds=10.0, busy_s=9.0)
@@ -47,7 +47,28 @@ def test_what_has_no_rate_is_a_line_only_where_it_takes_long(monkeypatch: pytest
     for done in (1, 2, 3):
         now[0] += 6.0
         lines(Progress("media b", done, 3))
-    assert written == ["media b: 2 of 3"]
+    assert written == ["media b: 2 of 3, 0.167/s, 6 s to go"]
+
+
+def test_losses_come_with_the_steps_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    written: list[str] = []
+    lines = Lines(written.append, every_s=10.0)
+    for step in (20, 40):
+        now[0] += 10.0
+        lines(Progress("pretrain demo", step, 100, detail="align 0.300 flow 0.600"))
+    assert written == [
+        "pretrain demo: 20 of 100, align 0.300 flow 0.600",
+        "pretrain demo: 40 of 100, align 0.300 flow 0.600, 2/s, 30 s to go",
+    ]
+
+
+def test_what_is_shown_is_known_to_steps_in_this_process() -> None:
+    assert SHOWING.get() is silent
+    with shown(Console(file=io.StringIO(), force_terminal=True)) as on_progress:
+        assert SHOWING.get() is on_progress
+    assert SHOWING.get() is silent
 
 
 def test_a_note_is_written_at_once() -> None:
