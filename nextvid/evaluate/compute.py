@@ -86,7 +86,9 @@ class Shared:
     def __init__(self, project: Project, planned: Planned, tasks: Mapping[str, Task]) -> None:
         self._root, self._of = project.root, [planned.folder, planned.checkpoint and planned.checkpoint.name]
         clips = {
-            name: {split: seen_clips(task, split) for split in ("train", "test")} if task.config.finetune is None else {}
+            name: {split: seen_clips(task, split) for split in ("train", "test")}
+            if task.config.finetune is None
+            else {}
             for name, task in tasks.items()
         }
         counts = Counter(one for splits in clips.values() for one in splits.values())
