@@ -91,7 +91,7 @@ def wait(
     Raises dg.Failure where the process of the Dagster run is gone.
     """
     observed_s, shown_s, step = time.monotonic(), time.monotonic(), -1
-    showing, name = SHOWING.get(), f"{run.asset} {context.partition_key}"
+    showing, name = SHOWING.get(), run.title
     while (result := ended()) is None:
         if orphaned():
             raise failure(run, "the process of this Dagster run is gone; a retry of the run resumes")
