@@ -50,11 +50,7 @@ def pretrain(
     opened, recipe, options = project.open(), context.partition_key, context.op_execution_context.op_config
     with readable_errors():
         overrides = as_overrides(options["overrides"])
-        how = (
-            ExecutionConfig()
-            if trainer.on
-            else ExecutionConfig(ranks=default_ranks(opened, recipe, overrides))
-        )
+        how = ExecutionConfig() if trainer.on else ExecutionConfig(ranks=default_ranks(opened, recipe, overrides))
         run = prepare_run(
             opened,
             recipe,

@@ -26,7 +26,8 @@ from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
 from nextvid.machine import available_cores
 from nextvid.train.events import read_events
-from nextvid.train.pretrain import cpu_ranks, environment, torchrun
+from nextvid.train.node import PreparedRun, torchrun
+from nextvid.train.pretrain import cpu_ranks
 from nextvid.train.run import plan_run, write_run
 from nextvid.trainset.mask_plan import grid_of, plan_digest
 
@@ -111,8 +112,8 @@ def trained(
     )
     run = plan_run(project.root, recipe, how, TRAINSET, plan_digest(recipe.masks, grid_of(recipe.model)), repeat, ())
     write_run(run)
-    command = torchrun("nextvid.train", how, project, ["--recipe", recipe.name, "--run", run.id])
-    env = {**os.environ, **environment(how), **variables}
+    command = torchrun("nextvid.trainer", how, project, ["--recipe", recipe.name, "--run", run.id])
+    env = {**os.environ, **PreparedRun(run.id, run.trainset, str(run.folder), command, False, how).env, **variables}
 
     def work() -> None:
         subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)

@@ -202,11 +202,14 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
         case "pretrain":
             from nextvid.train.pretrain import default_ranks
 
+            default = ExecutionConfig()
+            if request.on == "here":
+                default = ExecutionConfig(ranks=default_ranks(project, str(partition), request.overrides))
             return make_it(
                 project,
                 partition,
                 request.overrides,
-                apply_how(ExecutionConfig(ranks=default_ranks(project, str(partition), request.overrides)), how),
+                apply_how(default, how),
                 repeat=request.repeat,
                 trainset=request.trainset,
                 on=request.on,

@@ -81,7 +81,9 @@ def prepare_run(
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
         atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
     command = torchrun("nextvid.trainer", how, project, ["--recipe", run.recipe.name, "--run", run.id])
-    return PreparedRun(run.id, run.trainset, str(run.folder), command, run.complete, how, cores=project.corpus.execution.cores)
+    return PreparedRun(
+        run.id, run.trainset, str(run.folder), command, run.complete, how, cores=project.corpus.execution.cores
+    )
 
 
 def make_pretrain(
