@@ -202,7 +202,8 @@ def _task(root: DataRoot, samples: int, stored: int, frames: int) -> Task:
     policy = ClipPolicy(frames=frames, fps=4)
     config = BenchmarkConfig(datasets=("random",), target="class", policy=policy, seeds=1, epochs=1)
     settings = ProbeSettings(heads=4, sweep=SWEEP, warm_up_steps=0, own_orders=False, epochs=1, batch=CLIPS_AT_ONCE)
-    return Task(trainset, config, settings, BenchmarkRows("random", "class", ("a", "b"), 1, frame, {}))
+    rows = BenchmarkRows("random", "class", ("a", "b"), 1, frame, {})
+    return Task(trainset.spec, config, settings, rows, opened=trainset)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
+from nextvid.config.benchmarks import Family
 from nextvid.config.overrides import apply_how
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig, On
@@ -51,7 +52,7 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
     _refuse_names(project, request)
     stopped: dict[str, str] = {}  # batch -> why
     unlisted: Mapping[str, str] = {}  # dataset -> why
-    for name in steps(request, request.recipe in project.corpus.encoders):
+    for name in steps(request, _others(project, request)):
         left = [
             key
             for key in partitions(project, name, request)
@@ -84,14 +85,17 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
             raise UpstreamError(f"{request.asset} was not made for {len(stopped)} batches: {listed}")
 
 
-def steps(request: Request, trained: bool = False) -> list[Asset]:
+def steps(request: Request, others: Family | None = None) -> list[Asset]:
     """The assets to make, in the order of the graph: nothing that leads to a trainset or run that is named.
 
-    `trained`: the recipe is an encoder that others trained, so there is no run to make.
+    `others`: the recipe is an encoder of this family, so there is no run to make, and, where it reads pixels, no
+    trainset.
     """
     given = chain("pretrain") if request.run else chain("trainset") if request.trainset else []
-    if trained:
-        given = ["mask_plan", "pretrain"]
+    if others is not None:
+        given = (
+            ["mask_plan", "pretrain"] if others == "latents" else ["latent_stats", "mask_plan", "trainset", "pretrain"]
+        )
     return [asset for asset in chain(request.asset) if asset not in given]
 
 
@@ -138,14 +142,14 @@ def _refused(outcome: Outcome) -> UpstreamError | None:
 
 def _refuse_names(project: Project, request: Request) -> None:
     """Refuse names and options that would otherwise fail only after hours of encoding."""
-    trained = request.asset == "probes" and _recipe(request) in project.corpus.encoders
-    if "mask_plan" in chain(request.asset) and not trained:
+    others = _others(project, request) if request.asset == "probes" else None
+    if "mask_plan" in chain(request.asset) and others is None:
         project.recipe(_recipe(request))
-    if trained and request.run:
+    if others is not None and request.run:
         raise ConfigError(f"--run: '{request.recipe}' is an encoder of {project.path}, which has no run: leave it out")
     if request.run and "pretrain" not in chain(request.asset)[:-1]:
         raise ConfigError(f"--run is for probes, samples and report, and {request.asset} looks at no run: leave it out")
-    made = steps(request, trained)
+    made = steps(request, others)
     training = request.overrides or request.repeat or request.trainset or request.on != "here"
     if training and "pretrain" not in made:
         raise ConfigError(
@@ -220,6 +224,12 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
             return make_it(project, partition, request.run, names, request.on_progress, request.checkpoint, how)
         case "samples" | "report":
             return make_it(project, partition, request.run, request.on_progress)
+
+
+def _others(project: Project, request: Request) -> Family | None:
+    """Family of the encoder of corpus.yaml that the request names in the place of a recipe."""
+    found = project.corpus.encoders.get(request.recipe or "")
+    return None if found is None else found.family
 
 
 def _recipe(request: Request) -> str:

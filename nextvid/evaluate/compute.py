@@ -118,7 +118,7 @@ def _encoders(
     """The encoders of a plan, and what a score says of them."""
     frames, levels = task.config.policy.frames, task.config.levels
     if networks is None:
-        config, spec = project.corpus.encoders[planned.name], task.trainset.spec
+        config, spec = project.corpus.encoders[planned.name], task.spec
         loaded = load_encoder(planned.name, config, frames_of(config, frames, levels), spec, levels, ranks.device)
         return [loaded], {"recipe": planned.name, "run": planned.identity, "family": config.family, "trainset": None}
     assert planned.run is not None, "networks are a run's"
@@ -178,7 +178,7 @@ def _described(task: Task, scores: Mapping[str, Scored], seconds: float) -> dict
     rows, train, test = task.rows, task.rows.part("train"), task.rows.part("test")
     answers = per_sample(test, "label")
     return {
-        "encoding_spec": task.trainset.spec.digest(),
+        "encoding_spec": task.spec.digest(),
         "pixel_spec": None if task.pixels is None else task.pixels.digest(),
         "benchmark": rows.benchmark,
         "datasets": list(task.config.datasets),

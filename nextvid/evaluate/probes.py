@@ -19,7 +19,7 @@ from nextvid.config.benchmarks import FLOORS, BenchmarkConfig
 from nextvid.config.overrides import apply_how
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
-from nextvid.encode.plan import pixel_spec
+from nextvid.encode.plan import accepted_spec, pixel_spec
 from nextvid.evaluate.attentive import probe_settings
 from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, refuse_unlearnable
 from nextvid.evaluate.encoders import encoder_digest, encoder_width, frames_of
@@ -39,7 +39,7 @@ from storage import atomic, tables
 from storage.digest import digest_config
 from storage.errors import RefusedError, UpstreamError
 from storage.schemas import Clips, Duplicates, Labels
-from storage.spec import PixelSpec
+from storage.spec import EncodingSpec, PixelSpec
 from storage.store import LatentStore, PixelStore
 
 
@@ -127,7 +127,7 @@ def prepare_probes(project: Project, planned: Planned, how: ExecutionConfig) -> 
     arguments += ["--benchmarks", *planned.tasks]
     return PreparedRun(
         planned.identity,
-        next(iter(planned.tasks.values())).trainset.digest,
+        planned.run.trainset if planned.run is not None else "",
         planned.folder,
         torchrun("nextvid.evaluate", how, project, arguments),
         not planned.missing,
@@ -181,11 +181,11 @@ def plan_task(project: Project, benchmark: str, found: Run) -> Task:
     if encoder.input == "pixels":
         assert found.pixels is not None, f"run {found.id} reads pixels and names none"
         pixels = open_pixels(project.root, trainset, found.pixels).spec
-    return _task(project, benchmark, trainset, pixels, encoder.width)
+    return _task(project, benchmark, trainset.spec, pixels, encoder.width, trainset)
 
 
 def plan_encoder(project: Project, benchmark: str, name: str) -> Task:
-    """The same of an encoder of corpus.yaml, which is scored on the newest trainset's encoding or accepted pixels.
+    """The same of an encoder of corpus.yaml, which reads accepted pixels, or the newest trainset's latents.
 
     Raises RefusedError where the rows have no pixels, or clips, levels or heads do not fit the encoder.
     """
@@ -194,20 +194,24 @@ def plan_encoder(project: Project, benchmark: str, name: str) -> Task:
         raise RefusedError(
             f"benchmark '{benchmark}' trains the encoder, and '{name}' is computed without weights: probe it on others"
         )
-    trainset = Trainset.open(project.root)
+    trainset = Trainset.open(project.root) if encoder.family == "latents" else None
+    spec = accepted_spec(project) if trainset is None else trainset.spec
     frames_of(encoder, config.policy.frames, config.levels)
     pixels = None
-    if encoder.family != "latents":
-        pixels = pixel_spec(project, trainset.spec)
+    if trainset is None:
+        pixels = pixel_spec(project, spec)
         if pixels is None:
             raise RefusedError(
                 f"encoder '{name}' reads pixels, and the rows of benchmark '{benchmark}' have none: put 'pixels: "
                 f"{{quality: 90}}' under 'encoding' in {project.path}, make 'latents' again, then ask again"
             )
-    return _task(project, benchmark, trainset, pixels, encoder_width(encoder, trainset.spec.channels))
+    return _task(project, benchmark, spec, pixels, encoder_width(encoder, spec.channels), trainset)
 
 
-def _task(project: Project, benchmark: str, trainset: Trainset, pixels: PixelSpec | None, width: int) -> Task:
+def _task(
+    project: Project, benchmark: str, spec: EncodingSpec, pixels: PixelSpec | None, width: int,
+    trainset: Trainset | None,
+) -> Task:  # fmt: skip
     config = project.benchmark(benchmark)
     settings = probe_settings(width, "latents" if pixels is None else "pixels", config)
     if width % settings.heads:
@@ -215,10 +219,10 @@ def _task(project: Project, benchmark: str, trainset: Trainset, pixels: PixelSpe
             f"{settings.heads} heads of attention cannot share an encoder's width of {width}: set 'attention_heads' of "
             f"benchmark '{benchmark}'"
         )
-    store = LatentStore(project.root, trainset.spec) if pixels is None else PixelStore(project.root, pixels)
+    store = LatentStore(project.root, spec) if pixels is None else PixelStore(project.root, pixels)
     rows = _rows(store, benchmark, config, settings.held_out)
     refuse_unlearnable(rows, config)
-    return Task(trainset, config, settings, rows, pixels)
+    return Task(spec, config, settings, rows, pixels, trainset)
 
 
 def _rows(store: LatentStore | PixelStore, name: str, config: BenchmarkConfig, held_out: float) -> BenchmarkRows:

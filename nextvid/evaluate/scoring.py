@@ -58,7 +58,7 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.digest import digest_bytes, digest_config
 from storage.root import DataRoot
-from storage.spec import PixelSpec
+from storage.spec import EncodingSpec, PixelSpec
 
 PICTURED = 1000  # our choice: test samples whose mean features are kept for pictures (the report draws 600)
 DENSE = 3  # our choice: test clips of which every token is shown
@@ -73,11 +73,18 @@ OnEpoch = Callable[[str, int, float], None]  # name of the encoder, number of th
 class Task:
     """Everything that a score depends on but the encoder, before anything is computed."""
 
-    trainset: Trainset
+    spec: EncodingSpec  # of the latents beside which the rows are
     config: BenchmarkConfig
     settings: ProbeSettings
     rows: BenchmarkRows
     pixels: PixelSpec | None = None  # what the encoder reads; None where it reads latents
+    opened: Trainset | None = None  # None where an encoder of others reads pixels, which needs none
+
+    @property
+    def trainset(self) -> Trainset:
+        """The trainset of the run, or whose statistics normalise the latents that are read."""
+        assert self.opened is not None, "an encoder of others that reads pixels has no trainset"
+        return self.opened
 
     @property
     def seeds(self) -> list[int]:
@@ -141,7 +148,7 @@ def score_encoder(
     if not done.is_file():
         with ExitStack() as stack:
             clips = stack.enter_context(
-                open_clips(root, task.trainset, task.pixels, task.rows, encoder, ranks.device, threads)
+                open_clips(root, task.opened, task.pixels, task.rows, encoder, ranks.device, threads)
             )
             if task.config.finetune is not None:
                 place = done.with_suffix("")
@@ -171,7 +178,7 @@ def _finetuned(
     samples = np.flatnonzero(~held)
     varied = None if settings.augment == "none" else Variation(settings.augment, task.seeds[0])
     given = OneSegment(Streamed(encoder, clips, "train", varied), len(labels), rows.segments)
-    identity = Identity(encoder.name, task.digest(), task.trainset.digest, mask_plan="")
+    identity = Identity(encoder.name, task.digest(), task.opened.digest if task.opened else "", mask_plan="")
     tuned = Tuned(encoder, len(rows.classes), task.seeds[0])
     tuning = Tuning(tuned, encoder, config, settings, labels, samples, place, identity, ranks.device)
     learn(

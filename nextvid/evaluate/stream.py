@@ -56,17 +56,18 @@ class Clips:
 @contextmanager
 def open_clips(
     root: DataRoot,
-    trainset: Trainset,
+    trainset: Trainset | None,
     pixels: PixelSpec | None,
     rows: BenchmarkRows,
     encoder: FrozenEncoder,
     device: torch.device,
     threads: int = 1,
 ) -> Iterator[Clips]:
-    """A benchmark's rows, with their reader open; `pixels` is the spec that an encoder of pixels reads."""
+    """A benchmark's rows, with their reader open: of the trainset's latents, or of pixels, by their spec."""
     frame, batches = rows.frame, rows.frame["batch"].unique().sort().to_list()
     kind: Latents | Pixels
     if encoder.reads == "latents":
+        assert trainset is not None, f"{encoder.name} reads latents, which a trainset's statistics normalise"
         places = addresses(frame.with_columns(status=pl.lit("ok")), batches)
         with closing(open_reader(root, trainset.spec, batches, _by_frames(frame, places))) as reader:
             kind = Latents(reader, trainset, encoder.fold, device)

@@ -28,5 +28,5 @@ def features_of(
     varied: Variation | None = None, epoch: int | None = None, threads: int = 1,
 ) -> list[Tensor]:  # fmt: skip
     """Features of groups of samples of one split."""
-    with open_clips(project.root, task.trainset, task.pixels, task.rows, encoder, CPU, threads) as clips:
+    with open_clips(project.root, task.opened, task.pixels, task.rows, encoder, CPU, threads) as clips:
         return list(Streamed(encoder, clips, split, varied).of(asked, epoch))
