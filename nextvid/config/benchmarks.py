@@ -69,6 +69,7 @@ PROTOCOLS: Mapping[str, dict[str, Any]] = {
         "policy": {"frames": 1, "crop": "centre"},  # repeated to the length of the encoder's clips
         "batch": 384,
         "augment": "image",
+        "test_crop": 256 / 292,  # evaluation resizes the short side to 292 and takes the middle 256 (docs/method.md 9)
         "sweep": (
             {"rates": (1e-3,), "weight_decays": (1e-3,)},
             {
@@ -138,6 +139,11 @@ class BenchmarkConfig(Strict):
         description="how clips that heads learn from are varied in each epoch; by default as their kind is. Only where "
         "the encoder reads pixels: latents are never varied",
     )
+    test_crop: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="share of a stored picture's side that is seen, in its middle, where clips are not varied; 0.877 "
+        "by `in1k`. Only where the encoder reads pixels",
+    )
     levels: Count = Field(1, description="blocks of the encoder whose outputs the probe reads; 4 by `diving48`")
     train_views: Literal["all", "one"] = Field(
         "all", description="views of a shot that heads learn from: every one, or one drawn from the shot's id"
@@ -194,6 +200,7 @@ class BenchmarkConfig(Strict):
             "attention_heads",
             "held_out",
             "augment",
+            "test_crop",
             "levels",
             "train_views",
             "judged",

@@ -110,6 +110,15 @@ def augmented(frames: Frames, kind: Augmentation, seed: int, epoch: int, row: by
     return np.stack([_applied(frame, drawn) for frame in frames])
 
 
+def middle(frames: Frames, share: float) -> Frames:
+    """The middle of each frame, by share of the side, resized to the whole."""
+    height, width = frames.shape[1:3]
+    x, y = width * (1 - share) / 2, height * (1 - share) / 2
+    box = (x, y, width - x, height - y)
+    pictures = (Image.fromarray(frame) for frame in frames)
+    return np.stack([np.array(each.resize(each.size, Image.Resampling.BICUBIC, box=box)) for each in pictures])
+
+
 def draw(kind: Augmentation, seed: int, epoch: int, row: bytes, width: int, height: int) -> Drawn:
     """What happens to a row in an epoch; `seed` is that of the probe heads."""
     rng = np.random.Generator(np.random.Philox(key=int(digest(["augment", kind, seed, epoch, row.hex()]), 16)))

@@ -173,10 +173,17 @@ def finish_probes(planned: Planned, *, made: bool, seconds: float) -> Outcome:
 def plan_task(project: Project, benchmark: str, found: Run) -> Task:
     """Rows, labels, settings and seeds of one score of a run, from tables alone.
 
-    Raises RefusedError where levels or heads do not fit the encoder.
+    Raises RefusedError where clips, levels or heads do not fit the encoder.
     """
-    trainset, encoder = Trainset.open(project.root, found.trainset), found.recipe.model.encoder
-    level_blocks(encoder.depth, project.benchmark(benchmark).levels)
+    trainset, encoder, config = (
+        Trainset.open(project.root, found.trainset), found.recipe.model.encoder, project.benchmark(benchmark)
+    )  # fmt: skip
+    level_blocks(encoder.depth, config.levels)
+    if config.policy.frames > 1 and config.policy.frames % found.recipe.model.tubelet:
+        raise RefusedError(
+            f"benchmark '{benchmark}' has clips of {config.policy.frames} frames, which are no whole tubelets of the "
+            f"{found.recipe.model.tubelet} frames of recipe {found.recipe.name}: change 'frames' in its policy"
+        )
     pixels = None
     if encoder.input == "pixels":
         assert found.pixels is not None, f"run {found.id} reads pixels and names none"

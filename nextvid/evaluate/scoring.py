@@ -148,7 +148,9 @@ def score_encoder(
     if not done.is_file():
         with ExitStack() as stack:
             clips = stack.enter_context(
-                open_clips(root, task.opened, task.pixels, task.rows, encoder, ranks.device, threads)
+                open_clips(
+                    root, task.opened, task.pixels, task.rows, encoder, ranks.device, threads, task.config.test_crop
+                )
             )
             if task.config.finetune is not None:
                 place = done.with_suffix("")

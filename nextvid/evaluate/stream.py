@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nextvid.config.benchmarks import Augmentation
-from nextvid.evaluate.augment import augmented
+from nextvid.evaluate.augment import augmented, middle
 from nextvid.evaluate.benchmark_rows import BenchmarkRows
 from nextvid.evaluate.features import FrozenEncoder, Input
 from nextvid.train.distributed import Ranks
@@ -51,6 +51,7 @@ class Clips:
     segments: int
     device: torch.device
     threads: int = 1
+    crop: float = 1.0  # share of the side of pictures that are not varied
 
 
 @contextmanager
@@ -62,8 +63,12 @@ def open_clips(
     encoder: FrozenEncoder,
     device: torch.device,
     threads: int = 1,
+    crop: float = 1.0,
 ) -> Iterator[Clips]:
-    """A benchmark's rows, with their reader open: of the trainset's latents, or of pixels, by their spec."""
+    """A benchmark's rows, with their reader open: of the trainset's latents, or of pixels, by their spec.
+
+    `crop` is `test_crop` of the benchmark; latents are whole.
+    """
     frame, batches = rows.frame, rows.frame["batch"].unique().sort().to_list()
     kind: Latents | Pixels
     if encoder.reads == "latents":
@@ -82,7 +87,7 @@ def open_clips(
     places = pixel_addresses(stored, batches)
     with closing(PixelReader(root, pixels, batches, _by_frames(frame, places))) as jpegs:
         kind = Pixels(jpegs, pixels, dict.fromkeys(frame["frames"].unique().to_list(), places))
-        yield Clips(kind, frame, places, rows.segments, device, threads)
+        yield Clips(kind, frame, places, rows.segments, device, threads, crop)
 
 
 def _by_frames(frame: pl.DataFrame, places: np.ndarray) -> Mapping[int, np.ndarray]:
@@ -140,8 +145,8 @@ class Streamed:
 
         def fill(_: Int[np.ndarray, " c"], drawn: Drawn, taken: Any) -> tuple[Drawn, Any]:  # noqa: ANN401
             self._rows.fill(drawn, taken)
-            if epoch is not None:
-                self._vary(drawn, taken[1] if isinstance(taken, tuple) else taken, epoch)
+            if (epoch is not None and self._varied is not None) or self._clips.crop < 1:
+                self._change(drawn, taken[1] if isinstance(taken, tuple) else taken, epoch)
             return drawn, taken
 
         for drawn, taken in read_ahead(asked, self._drawn, memory, fill, self._clips.threads):
@@ -154,13 +159,14 @@ class Streamed:
         self._rows.will_need(drawn)
         return drawn
 
-    def _vary(self, drawn: Drawn, frames: Tensor, epoch: int) -> None:
-        """Vary clips in place, an image as one frame."""
-        if self._varied is None:
-            return
-        ids = self._clips.frame["row_id"]
+    def _change(self, drawn: Drawn, frames: Tensor, epoch: int | None) -> None:
+        """Vary clips of an epoch, or crop others, in place; an image as one frame."""
+        ids, varied = self._clips.frame["row_id"], self._varied
         for clip, row, stored in zip(frames.numpy(), drawn.rows.tolist(), drawn.frames.tolist(), strict=True):
-            clip[:stored] = augmented(clip[:stored], self._varied.kind, self._varied.seed, epoch, ids[row])
+            if epoch is not None and varied is not None:
+                clip[:stored] = augmented(clip[:stored], varied.kind, varied.seed, epoch, ids[row])
+            else:
+                clip[:stored] = middle(clip[:stored], self._clips.crop)
             if stored == IMAGE:
                 clip[1:] = clip[:1]
 

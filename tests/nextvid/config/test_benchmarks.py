@@ -36,6 +36,7 @@ def test_a_protocol_is_that_of_the_paper(
     assert (found.batch, found.epochs, found.levels, found.attention_heads) == (batch, epochs, levels, 16)
     assert sum(len(grid.rates) * len(grid.weight_decays) for grid in found.sweep) == heads
     assert found.augment == ("image" if name == "in1k" else "video")
+    assert found.test_crop == (256 / 292 if name == "in1k" else 1)
     assert (found.target, found.train_views, found.judged, policy.crop) == ("class", "one", "file", "centre")
 
 

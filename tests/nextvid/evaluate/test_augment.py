@@ -98,6 +98,12 @@ class TestApplied:
         assert np.array_equal(flipped[~inside], frame[:, ::-1][~inside])
         assert flipped[inside].std() > 50
 
+    def test_the_middle_of_the_side_is_resized_to_the_whole(self) -> None:
+        frame = np.zeros((1, 32, 32, 3), np.uint8)
+        frame[:, 8:24, 8:24] = 200
+        assert (augment.middle(frame, 0.5)[:, 4:-4, 4:-4] == 200).all()
+        assert (augment.middle(frame, 1.0) == frame).all()
+
     def test_a_crop_is_resized_to_the_whole(self) -> None:
         frame = np.zeros((SIDE, SIDE, 3), np.uint8)
         frame[8:16, 16:24] = 200

@@ -209,6 +209,14 @@ def test_a_benchmark_without_labels_says_what_was_left_out(own_copy: Project) ->
         probe(own_copy, RECIPE)
 
 
+def test_clips_that_are_no_whole_tubelets_are_refused(own_copy: Project) -> None:
+    content = yaml.safe_load(own_copy.path.read_text())
+    content["benchmarks"]["species"]["policy"]["frames"] = 5
+    own_copy.path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RefusedError, match="'species' has clips of 5 frames, which are no whole tubelets of the 2"):
+        probe(open_project(own_copy.path), RECIPE)
+
+
 @dataclass(frozen=True)
 class Together(Ranks):
     """A rank that is a thread."""
