@@ -139,7 +139,7 @@ ENCODING: dict[str, tuple[Change, pl.Expr]] = {
 }
 
 
-EXECUTION = {"batch_frames": 1, "device": "cpu", "devices": 2}
+EXECUTION = {"batch_frames": 1, "cores": 1, "device": "cpu", "devices": 2}
 
 
 @pytest.mark.parametrize("name", EXECUTION)
