@@ -49,7 +49,12 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
     where no dataset holds a file, or one that the root holds nothing of cannot be listed; ConfigError for an unknown
     batch, recipe or benchmark.
     """
+    from nextvid.video.probe import decord_installed  # here, since the command line needs no FFmpeg for its help
+
     _refuse_names(project, request)
+    if "media" in steps(request) and not decord_installed():
+        note = "decord is not installed, as on platforms that it has no wheel for: PyAV reads all videos"
+        request.on_progress(Progress("media", 0, 0, note=note))
     stopped: dict[str, str] = {}  # batch -> why
     unlisted: Mapping[str, str] = {}  # dataset -> why
     for name in steps(request, _others(project, request)):

@@ -34,6 +34,7 @@ from storage.errors import MediaError
 
 Pool = Literal["mean", "tubelet", "none"]
 AHEAD = 8  # files a decoding process that are probed before their turn: our choice, few rows and no frames yet
+NAMED = 3  # our choice: failures that a summary names; the output has all
 KEPT_S = 30.0  # our choice: what a kill may cost
 
 
@@ -64,6 +65,7 @@ class Counts:
     failed: int = 0  # clips, and files without one
     clips: int = 0
     busy_s: float = 0.0  # of the encoder's device
+    errors: tuple[str, ...] = ()  # the first of those that failed
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -71,6 +73,7 @@ class Counts:
             self.failed + other.failed,
             self.clips + other.clips,
             self.busy_s + other.busy_s,
+            (self.errors + other.errors)[:NAMED],
         )
 
 
@@ -230,7 +233,8 @@ class _Keeper:
                     "fingerprint": file.fingerprint,
                 }
             )
-            counts += Counts(int(clip.last), int(error is not None), int(error is None))
+            told = () if error is None else (f"{error.reason}: {error}",)
+            counts += Counts(int(clip.last), int(error is not None), int(error is None), errors=told)
             large = sum(vector.nbytes for vector in self._vectors[:1]) * len(self._vectors) >= KEPT_BYTES
             if clip.last and (large or time.monotonic() - self._since > KEPT_S):
                 self.keep()

@@ -44,13 +44,13 @@ class Summary:
     devices: int
 
     def text(self) -> str:
-        """In two lines."""
+        """In two lines, and one for each of the first files that failed."""
         rate = self.counts.clips / self.seconds if self.counts.clips else 0.0
         busy = self.counts.busy_s / (self.seconds * self.devices) if self.counts.clips else 0.0
         return (
             f"{self.counts.clips} clips of {self.counts.files} files, {self.counts.failed} failed; {self.present} "
             f"files were there before\n{rate:.1f} clips/s, encoder busy {busy:.0%}; {self.out}"
-        )
+        ) + "".join(f"\nfailed: {error}" for error in self.counts.errors)
 
 
 def find_files(paths: Sequence[str]) -> pl.DataFrame:

@@ -58,6 +58,7 @@ def test_rows_are_the_features_of_each_clip_and_bad_files_are_rows(
     code, said, _ = nextvid("features", str(media), "--encoder", encoder, "--out", str(out), "--every", "0.5")
     assert code == 3
     assert said.startswith("7 clips of 5 files, 2 failed; 0 files were there before\n")
+    assert said.count("\nfailed: ") == 2, "each with its reason"
     loaded = load_encoder(encoder)
     for name in ("a.mp4", "b.mp4", "c.jpg"):
         with torch.no_grad():
