@@ -226,8 +226,8 @@ def writing(path: str) -> Iterator[None]:
         if why is None or not (error.filename is None or Path(error.filename).is_relative_to(folder)):
             raise
         raise UnwritableError(
-            f"{path} cannot be written: {folder} {why}. Make it writable for this user, or name another folder in "
-            "corpus.yaml, and run again; everything written before is complete"
+            f"{path} cannot be written: {folder} {why}. Make it writable for this user, or name another folder, "
+            "and run again; everything written before is complete"
         ) from error
 
 

@@ -343,3 +343,15 @@ def test_what_is_made_of_media_files_needs_them(project: Project, calls: list[tu
     list(make(project, Request("trainset")))
     assert calls[-1] == ("trainset", None)
     assert ("latents", FIRST) not in calls
+
+
+def test_a_platform_without_decord_is_told_once(
+    project: Project, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, str | None]]
+) -> None:
+    monkeypatch.setattr("nextvid.video.probe.decord_installed", lambda: False)
+    told: list[Progress] = []
+    list(make(project, Request("clips", on_progress=told.append)))
+    assert [progress.note for progress in told if "PyAV reads all videos" in (progress.note or "")] == [
+        "decord is not installed, as on platforms that it has no wheel for: PyAV reads all videos"
+    ]
+    assert calls
