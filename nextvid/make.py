@@ -14,6 +14,7 @@ from nextvid.machine import available_cores
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome, detail
 from nextvid.making.progress import OnProgress, Progress, silent
+from nextvid.train.sinks import refuse_missing
 from storage.errors import ConfigError, CorpusError, UnlistedError, UpstreamError
 
 # Assets of which several batches are made at once. Encoding is not one: a batch's autoencoder fills CPU or GPUs.
@@ -162,6 +163,7 @@ def _refuse_names(project: Project, request: Request) -> None:
         )
     if (request.how or request.ranks is not None) and not {"pretrain", "probes"} & set(made):
         raise ConfigError("--how and --ranks are for training and probes, and neither is made here: leave them out")
+    refuse_missing(apply_how(ExecutionConfig(), [how for how in request.how if how.startswith("sinks=")]).sinks)
     if request.checkpoint is not None and not (request.run and request.asset == "probes"):
         raise ConfigError("--checkpoint names a step of the run that probes score: name the run with --run")
     if request.benchmark is not None:

@@ -355,3 +355,9 @@ def test_a_platform_without_decord_is_told_once(
         "decord is not installed, as on platforms that it has no wheel for: PyAV reads all videos"
     ]
     assert calls
+
+
+def test_a_wrong_sink_is_refused_before_anything_is_made(project: Project, calls: list[tuple[str, str | None]]) -> None:
+    with pytest.raises(ConfigError, match=r"sinks\.0"):
+        list(make(project, Request("pretrain", recipe=RECIPE, how=("sinks=mlflow",))))
+    assert calls == []
