@@ -129,15 +129,16 @@ def test_a_ranged_row_is_one_request(root: DataRoot, proxy: Proxy) -> None:
     store, _ = full_store(root, 40)
     found = addresses(store.commits(BATCH), [BATCH])
     reader = RowReader(root, store.spec, [BATCH])
+    reader.rows(FRAMES, found[:1])  # the first of a part reads how its chunks are named
     proxy.clear()
-    reader.will_need(FRAMES, found)
-    for address in found:
+    reader.will_need(FRAMES, found[1:])
+    for address in found[1:]:
         reader.read_into(FRAMES, address, np.empty((FRAMES, 2, 2, 3), np.float16))
     reader.close()
-    assert proxy.seen == {"GET": 40}
+    assert proxy.seen == {"GET": 39}
     ranges = {asked.range for asked in proxy.asked}
     assert f"bytes={ROW_BYTES}-{2 * ROW_BYTES - 1}" in ranges
-    assert len(ranges) == 40
+    assert len(ranges) == 39
 
 
 def test_two_processes_on_one_part(root: DataRoot, environment: dict[str, str], repository: Path) -> None:
