@@ -1,7 +1,7 @@
 """Scores, computed by one rank of several: each planned benchmark that has none yet, with every encoder of the plan.
 
 Written for each benchmark are rows.parquet (the clips that were scored), features.npz (for pictures: mean-pooled
-features of the first test samples, and what `_Places` of scoring.py keeps) and, last, score.json; beside them what a
+features of the first test samples, and what `Pictured` of pictured.py keeps) and, last, score.json; beside them what a
 killed process goes on from. The path has the step of the checkpoint and a digest of rows, labels, settings and seeds.
 Each epoch is an event (nextvid/train/events.py).
 

@@ -18,9 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from nextvid.config.benchmarks import BenchmarkConfig, FinetuneConfig
 from nextvid.evaluate.attentive import Probes, ProbeSettings
@@ -31,15 +29,14 @@ from nextvid.evaluate.fitting import (
     NEIGHBOURS,
     QUERIES_AT_ONCE,
     Lesson,
-    answers_of,
     fit,
     learn,
     nearest_labels,
-    normalise,
     right_answers,
     whole_groups,
 )
 from nextvid.evaluate.kept import Kept, keep, scratch, vectors_of
+from nextvid.evaluate.pictured import Pictured
 from nextvid.evaluate.stream import (
     CLIPS_AT_ONCE,
     Clips,
@@ -51,7 +48,6 @@ from nextvid.evaluate.stream import (
     open_clips,
     shared,
 )
-from nextvid.features.dense import PrincipalColours
 from nextvid.train.checkpoint import Identity
 from nextvid.train.distributed import Ranks
 from nextvid.trainset.trainset import Trainset
@@ -61,9 +57,6 @@ from storage.root import DataRoot
 from storage.spec import EncodingSpec, PixelSpec
 
 PICTURED = 1000  # our choice: test samples whose mean features are kept for pictures (the report draws 600)
-DENSE = 3  # our choice: test clips of which every token is shown
-ATTENDED = 256  # our choice: test clips among which right and wrong answers are searched for pictures of attention
-EACH = 3  # our choice: right answers, and wrong ones, that are shown
 KNN = {"mean": "knn", "by_time": "knn_by_time", "change": "knn_by_change"}  # fields of score.json by vectors
 UNFINISHED = "unfinished"  # folder beside a score.json that is not there yet
 OnEpoch = Callable[[str, int, float], None]  # name of the encoder, number of the epoch, mean loss
@@ -120,7 +113,7 @@ def seen_clips(task: Task, split: str) -> str:
 
 @dataclass(frozen=True)
 class Scored:
-    """The numbers of one encoder; for pictures, mean features of the first test samples, and what `_Places` keeps."""
+    """The numbers of one encoder; for pictures, mean features of the first test samples, and what `Pictured` keeps."""
 
     numbers: dict[str, Any]
     pooled: Float[np.ndarray, "n D"]
@@ -252,7 +245,7 @@ def _judge(
     right = torch.zeros(len(task.seeds), len(pairs), dtype=torch.int64, device=ranks.device)
     nearest = {name: _Nearest(vectors, learnt.labels, ranks.device) for name, vectors in learnt.kept.vectors.items()}
     pooled = torch.zeros(min(PICTURED, len(answers)), encoder.width, device=ranks.device)
-    places = _Places.of(task, encoder, learnt, groups, ranks)
+    places = Pictured.of(learnt.probes, learnt.pair, learnt.kept.tokens, rows.segments, encoder, groups, ranks)
     streamed = Streamed(encoder, clips, "test")
     source: Features = streamed
     if place is not None:
@@ -283,65 +276,6 @@ def _judge(
         key, share = KNN[name], votes.share(len(answers), ranks)
         numbers |= {key: share, f"{key}_standard_error": standard_error(share, len(answers))}
     return Scored(numbers, ranks.sum(pooled).half().cpu().numpy(), places.kept(answers, ranks))
-
-
-@dataclass
-class _Places:
-    """What pictures show of the first segment of some test clips, the first by the hashes of their shots.
-
-    Of DENSE clips every token of the last level; of ATTENDED the answer of the first seed's chosen probe, and how its
-    query shares its attention among those tokens.
-
-    Axes: n clips, N tokens of a segment and level, D width.
-    """
-
-    probes: Probes
-    pair: int
-    axes: Mapping[str, int]  # segments and levels of a sample's tokens
-    firsts: Int[np.ndarray, " n"]  # the first sample of each clip
-    dense: Float[Tensor, "n N D"]
-    attention: Float[Tensor, "n N"]
-    answers: Int[Tensor, " n"]
-
-    @classmethod
-    def of(cls, task: Task, encoder: FrozenEncoder, learnt: _Learnt, groups: np.ndarray, ranks: Ranks) -> "_Places":
-        """Of the test samples with these groups."""
-        axes = {"g": task.rows.segments, "v": encoder.levels}
-        firsts = np.unique(groups, return_index=True)[1][:ATTENDED]
-        tokens = learnt.kept.tokens // (axes["g"] * axes["v"])
-        dense = torch.zeros(len(firsts[:DENSE]), tokens, encoder.width, device=ranks.device)
-        attention = torch.zeros(len(firsts), tokens, device=ranks.device)
-        answers = torch.zeros(len(firsts), dtype=torch.int64, device=ranks.device)
-        return cls(learnt.probes, learnt.pair, axes, firsts, dense, attention, answers)
-
-    @torch.no_grad()
-    def add(self, samples: Samples, features: Float[Tensor, "s L D"], groups: Int[np.ndarray, " s"]) -> None:
-        """Keep those of the samples, which follow one another, that are shown."""
-        own = np.flatnonzero(np.isin(self.firsts, samples))
-        if not len(own):
-            return
-        at = self.firsts[own] - samples[0]
-        tokens = features[torch.from_numpy(at).to(features.device)]
-        levels = rearrange(tokens, "n (g v l) d -> n g v l d", **self.axes)
-        shown = own[own < len(self.dense)]
-        self.dense[shown] = levels[: len(shown), 0, -1].float()
-        weights = self.probes.attention(normalise(tokens)[None])[0, self.pair]
-        self.attention[own] = reduce(weights, "n (g v l) -> g n l", "sum", **self.axes)[0]
-        found = answers_of(self.probes, features, groups)[0, self.pair]
-        self.answers[own] = found[torch.from_numpy(np.searchsorted(np.unique(groups), groups[at])).to(found.device)]
-
-    def kept(self, labels: Int[np.ndarray, " N"], ranks: Ranks) -> dict[str, np.ndarray]:
-        """Colours of dense features; attention and answers of the first clips answered rightly, then of wrong ones."""
-        dense, attention, answers = (ranks.sum(x).cpu().numpy() for x in (self.dense, self.attention, self.answers))
-        right = answers == labels[self.firsts]
-        chosen = np.concatenate([np.flatnonzero(right)[:EACH], np.flatnonzero(~right)[:EACH]])
-        return {
-            "dense_samples": self.firsts[:DENSE],
-            "dense": PrincipalColours(rearrange(dense, "n l d -> (n l) d")).of(dense),
-            "attention_samples": self.firsts[chosen],
-            "attention": attention[chosen].astype(np.float16),
-            "answers": answers[chosen],
-        }
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The report's section on places: dense features and the probe's attention over source frames.
 
-What is shown was kept with each score (`_Places` of nextvid/evaluate/scoring.py); frames are decoded here.
+What is shown was kept with each score (nextvid/evaluate/pictured.py); frames are decoded here.
 
 Axes: F frames, R pixels a side, T tubelets, h and w cells, N = T h w tokens.
 """
