@@ -49,7 +49,7 @@ def test_an_encoder_of_pixels_reads_the_stored_frames(evaluated: Project) -> Non
     tokens = pixel_tokens(pixel_values(torch.from_numpy(np.stack(plain))), model.patch, model.tubelet)
     wanted = load_networks(run).encoders["ema"](tokens, FRAMES // model.tubelet)
     seen = features_of(evaluated, task, ema, "test", [np.arange(5)])[0]
-    torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.float(), wanted, rtol=1e-3, atol=1e-4)  # features are float16
 
 
 def test_a_clip_without_pixels_is_left_out_and_counted(evaluated: Project) -> None:
