@@ -105,7 +105,7 @@ def seen_clips(task: Task, split: str) -> str:
             "segments": task.rows.segments,
             "frames": task.config.policy.frames,
             "levels": task.config.levels,
-            "trainset": task.trainset.digest,
+            "trainset": None if task.opened is None else task.opened.digest,
             "pixels": None if task.pixels is None else task.pixels.digest(),
         }
     )

@@ -287,8 +287,8 @@ def test_an_encoder_of_corpus_yaml_is_probed_without_a_run(
     named = edit_project(project.path, lambda said: said.update(encoders={"colours": {"family": "pixels"}}))
     list(make(named, Request("probes", recipe="colours")))
     made = [asset for asset, _ in calls]
-    assert made[-2:] == ["trainset", "probes"]
-    assert {"mask_plan", "pretrain"}.isdisjoint(made)
+    assert made[-2:] == ["duplicates", "probes"]
+    assert {"mask_plan", "trainset", "pretrain"}.isdisjoint(made)
     for asked in (Request("pretrain", recipe="colours"), Request("report", recipe="colours")):
         with pytest.raises(ConfigError, match="'colours' is no recipe but an encoder"):
             list(make(named, asked))

@@ -16,7 +16,9 @@ from orchestration.definitions import build_defs
 from tests.factories import write_project
 
 
-def test_the_picture_is_in_the_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_is_in_the_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance
+) -> None:
     asked: list[Any] = []
 
     def show(_: Project, what: str, out: str, recipe: str | None, features: bool) -> Shown:
@@ -27,7 +29,7 @@ def test_the_picture_is_in_the_events(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(shown, "show", show)
     job = build_defs(str(write_project(tmp_path, {}).path)).resolve_job_def("show")
     fields = {"what": "films/a.mp4", "features": True}
-    done = job.execute_in_process(run_config={"ops": {"draw": {"config": fields}}})
+    done = job.execute_in_process(run_config={"ops": {"draw": {"config": fields}}}, instance=instance)
     assert asked == [("films/a.mp4", None, True)]
     (output,) = [event for event in done.all_node_events if event.event_type == dg.DagsterEventType.STEP_OUTPUT]
     found = output.step_output_data.metadata
@@ -44,10 +46,10 @@ def test_the_link_leads_to_the_launchpad_of_the_same_location() -> None:
     assert launchpad_link(SimpleNamespace(remote_job_origin=None), "show") is None  # type: ignore[arg-type]
 
 
-def test_what_is_unknown_fails_in_one_line(tmp_path: Path) -> None:
+def test_what_is_unknown_fails_in_one_line(tmp_path: Path, instance: dg.DagsterInstance) -> None:
     job = build_defs(str(write_project(tmp_path, {}).path)).resolve_job_def("show")
     run_config = {"ops": {"draw": {"config": {"what": "nobody"}}}}
-    done = job.execute_in_process(run_config=run_config, raise_on_error=False)
+    done = job.execute_in_process(run_config=run_config, raise_on_error=False, instance=instance)
     assert not done.success
     (failed,) = [event for event in done.all_node_events if event.is_step_failure]
     assert "'nobody' is no row, clip, shot or media id and no file" in str(failed.step_failure_data.user_failure_data)

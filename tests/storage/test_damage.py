@@ -5,6 +5,7 @@ and without copies, and over this machine's disk. What verify says: test_verify.
 """
 
 import errno
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -218,14 +219,14 @@ def test_an_address_of_pixels_that_leads_nowhere(tmp_path: Path, field: str, cop
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ENOENT])
 def test_a_local_shard_that_cannot_be_opened(data_root: DataRoot, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store, part = full_store(data_root, 3)
-    found, real = addresses(store.commits(BATCH), [BATCH]), Path.open
+    found, real = addresses(store.commits(BATCH), [BATCH]), io.FileIO
 
-    def refused(file: Path, *args: Any, **how: Any) -> Any:
-        if str(file) == part.shard_path(0):
-            raise OSError(code, os.strerror(code), str(file))
-        return real(file, *args, **how)
+    def refused(path: str) -> io.FileIO:
+        if path == part.shard_path(0):
+            raise OSError(code, os.strerror(code), path)
+        return real(path)
 
-    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr("storage.shard_files.io.FileIO", refused)
     with pytest.raises((OSError, DamagedError), match=os.strerror(code)) as caught:
         RowReader(store.root, store.spec, [BATCH]).rows(FRAMES, found)
     assert isinstance(caught.value, DamagedError) is (code in {errno.EIO, errno.ENOENT})

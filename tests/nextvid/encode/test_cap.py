@@ -16,7 +16,7 @@ from nextvid.planning.costs import forecast
 from nextvid.planning.waiting import standard
 from nextvid.trainset.order import listed_draws
 from nextvid.trainset.trainset import Trainset, make_trainset
-from storage.draws import BLOCK, Draws, most_drawn
+from storage.draws import BLOCK, Draws, _entries_of_block, most_drawn
 from storage.errors import ConfigError, CorpusError
 from storage.store import LatentStore
 from storage.withdrawn import record_withdrawal
@@ -33,6 +33,12 @@ def capped(corpus: Corpus, films: Any, stills: Any = None, **more: Any) -> Proje
         "stills": {"uri": "stills", "weight": 1.0, "clips": [{"frames": 1}], "cap": stills},
     }
     return corpus.configure(datasets=datasets, **more)
+
+
+def short_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 draws; what is cached of longer ones stays for other tests."""
+    patch.setattr("storage.draws.BLOCK", 16)
+    patch.setattr("storage.draws._entries_of_block", _entries_of_block.__wrapped__)
 
 
 def settle(project: Project, batch: str) -> None:
@@ -203,7 +209,7 @@ class TestAuto:
             stages = tuple(stage.model_copy(update={"frames": FRAMES}) for stage in made.stages)
             made = made.model_copy(update={"stages": stages})
             patch.setattr("nextvid.config.project.recipe_by_name", lambda name, _: made)
-            patch.setattr("storage.draws.BLOCK", 16)
+            short_blocks(patch)
             corpus = Corpus(tmp_path_factory.mktemp("auto"))
             for batch, count in ((FILMS, 70), (MORE, 30), (STILLS, 40)):
                 corpus.clips(batch, corpus.rows(batch, count))
@@ -229,7 +235,7 @@ class TestAuto:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.recipe(monkeypatch, (16, 1, 1, 1))
-        monkeypatch.setattr("storage.draws.BLOCK", 16)
+        short_blocks(monkeypatch)
         made = Corpus(tmp_path)
         rows = made.rows(FILMS, 800)
         for row in rows[::4]:

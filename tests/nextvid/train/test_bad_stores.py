@@ -18,7 +18,7 @@ def store_folder(root: Path) -> Path:
 
 
 def shards(root: Path) -> list[Path]:
-    return sorted(path for path in store_folder(root).rglob("c/*/0/0/0/0") if path.is_file())
+    return sorted(path for path in store_folder(root).rglob("latent/c.*"))
 
 
 def of_another_spec(root: Path) -> None:
