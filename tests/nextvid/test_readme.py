@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from nextvid.making.outcome import Outcome
 from nextvid.train.run import find_run
 from storage.errors import UpstreamError
 from tests.nextvid.corpus.small_media import scene, write_film, write_picture
-from tests.nextvid.tiny_project import RECIPE, uri_of
+from tests.nextvid.tiny_project import FRAMES, RECIPE, uri_of
 
 TOP = Path(__file__).resolve().parents[2]
 README = TOP / "README.md"
@@ -131,7 +132,7 @@ def test_the_encoder_of_the_example_gives_tokens(
     run = find_run(own_copy, RECIPE).id
     assert nextvid_runs([run if word == "RUN" else word for word in export], monkeypatch) == 0
     write_film(Path("video.mp4"), [scene("one", 24)])
-    (example,) = blocks("python")
+    example = blocks("python")[0]
     names: dict[str, object] = {}
     exec(compile(example, str(README), "exec"), names)  # the README's own lines
     tokens, parts = names["tokens"], names["parts"]
@@ -143,6 +144,15 @@ def test_the_encoder_of_the_example_gives_tokens(
 
 # What a command says that was parsed and finds no project, file or recipe of the example's name.
 PARSED = ("upstream: parsed", " is not a folder", ": no such file", "no exported encoder", "unknown recipe 'NAME'")
+
+
+def test_stored_latents_of_the_example(own_copy: Project) -> None:
+    example = blocks("python")[1].replace("nextvid_s_latent", RECIPE).replace("16", str(FRAMES))
+    names: dict[str, Any] = {}
+    example = example.replace('"corpus.yaml"', repr(str(own_copy.path)))
+    exec(compile(example, str(README), "exec"), names)  # the README's own lines
+    assert len(names["clip"]) == FRAMES == len(names["facts"].times_us)
+    assert len(names["batches"]) == own_copy.recipe(RECIPE).steps
 
 
 def named_commands() -> list[str]:
