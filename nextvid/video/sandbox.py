@@ -2,8 +2,8 @@
 
 A crash, a hang or too much memory costs one task a MediaError with reason crashed, timeout or memory, and the next
 task gets a fresh process. Processes are forked by one that has imported the decoders and nothing of the caller's (no
-inherited locks, no torch, no `__main__`), and start in 0.1 to 0.4 s beside other work, not 2 to 4. One pebble pool a process,
-since processes that share a pipe can damage it for each other by dying. worker.py sets the limits.
+inherited locks, no torch, no `__main__`), and start in 0.1 to 0.4 s beside other work, not 2 to 4. One pebble pool a
+process, since processes that share a pipe can damage it for each other by dying. worker.py sets the limits.
 """
 
 import threading
