@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,18 +233,18 @@ def test_a_training_behind_fifty_batches_starts_next(trained: Live) -> None:
         assert like is not None
         for _ in range(50):  # as the sensor would request them, without its 0.1 s each
             instance.add_run(like._replace(run_id=str(uuid.uuid4()), status=dg.DagsterRunStatus.QUEUED))
-    asked_s = time.time()
     training = launched(trained, SHORT)
     wait_for(lambda: trained.run(training)["startTime"] is not None, 300, every_s=0.2)
     assert sum(run["status"] == "QUEUED" for run in trained.runs() if run["jobName"] == "ingest") > 40
 
+    # from when it was queued to when it left the queue: being asked for and starting take seconds each, in which
+    # batches end and the next ones leave the queue
     with dg.DagsterInstance.from_config(trained.environment["DAGSTER_HOME"]) as instance:
-        # when each left the queue: starting takes seconds more, in which others end and the next ones leave it
-        left = [
-            (entry.timestamp, run["runId"])
+        (queued,) = instance.all_logs(training, of_type=dg.DagsterEventType.PIPELINE_ENQUEUED)
+        left = {
+            run["runId"]: entry.timestamp
             for run in trained.runs()
             for entry in instance.all_logs(run["runId"], of_type=dg.DagsterEventType.PIPELINE_STARTING)
-        ]
-    (turn_s,) = [at_s for at_s, run in left if run == training]
-    meanwhile = [run for at_s, run in left if asked_s < at_s < turn_s]
-    assert len(meanwhile) <= 3, "what dagster.yaml lets run beside it: one look at the queue, begun before it was asked"
+        }
+    meanwhile = [run for run, at_s in left.items() if queued.timestamp < at_s < left[training]]
+    assert len(meanwhile) <= 6, "3 may run beside it: those of the look at the queue that was under way, and a margin"
