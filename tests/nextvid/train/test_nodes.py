@@ -91,7 +91,7 @@ def _at_step(project: Project, ranks: int, after: int) -> int:
 
 def test_two_hosts_train_as_one_process(tmp_path: Path) -> None:
     alone, together = _project(tmp_path / "one host"), _project(tmp_path / "two hosts")
-    assert _ended(_start(None, alone))[0] == 0
+    assert _ended(_start(None, alone, ranks=1))[0] == 0
     with two_hosts(tmp_path) as hosts:
         processes = [_start(host, together, **MEET) for host in hosts]
         assert [_ended(process)[0] for process in processes] == [0, 0]
@@ -112,7 +112,7 @@ def test_a_lost_host_ends_the_other_and_any_number_of_hosts_resumes(tmp_path: Pa
         assert (code, said[:6]) == (75, "lost: "), said
         lost.communicate(timeout=60)
     saved = _events(project, "checkpoint")[-1]["step"]
-    alone = _start(None, project, steps=10**6)
+    alone = _start(None, project, steps=10**6, ranks=1)
     assert _at_step(project, 1, saved) == saved
     alone.terminate()
     alone.communicate(timeout=60)
