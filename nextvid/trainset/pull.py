@@ -92,14 +92,17 @@ def _copy_shards(
     """Copy each shard that rows are in, several at a time; the bytes of each, 0 where it was there."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for part, numbers, files in cited_parts(store, trainset.batches, rows):
-            for path in (*part.metadata_paths, part.plan_path):
-                _copy_new(path, _place(path, store.root, root))
-            plan = _place(part.plan_path, store.root, root)
-            if atomic.read_bytes(plan) != atomic.read_bytes(part.plan_path):
+            plan, place = atomic.read_bytes(part.plan_path), _place(part.plan_path, store.root, root)
+            is_planned = atomic.exists(place)
+            if is_planned and atomic.read_bytes(place) != plan:
                 raise ConflictError(
-                    f"{plan} plans other rows than {part.plan_path}: this root has a batch {part.batch} of its own. "
+                    f"{place} plans other rows than {part.plan_path}: this root has a batch {part.batch} of its own. "
                     "Pull into a root that has none"
                 )
+            for path in part.metadata_paths:
+                _copy_new(path, _place(path, store.root, root))
+            if not is_planned:
+                atomic.publish_bytes(place, plan)
             yield from pool.map(partial(_copy_shard, part, files, store.root, root), numbers)
 
 

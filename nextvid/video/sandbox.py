@@ -163,10 +163,16 @@ def _without_main() -> Iterator[None]:
             spawn.get_preparation_data = prepare
 
 
-class _SpawnPopen(popen_spawn_posix.Popen):
+class _WithoutMain:
+    """For both ways in which multiprocessing starts a child."""
+
     def _launch(self, process_obj: BaseProcess) -> None:
         with _without_main():
-            super()._launch(process_obj)  # type: ignore[misc]  # typeshed leaves it out
+            super()._launch(process_obj)  # type: ignore[misc]  # of the class that this is mixed into
+
+
+class _SpawnPopen(_WithoutMain, popen_spawn_posix.Popen):
+    pass
 
 
 class _SpawnProcess(context.SpawnProcess):
@@ -181,10 +187,8 @@ class Spawn(context.SpawnContext):
     Process = _SpawnProcess
 
 
-class _ForkPopen(popen_forkserver.Popen):
-    def _launch(self, process_obj: BaseProcess) -> None:
-        with _without_main():
-            super()._launch(process_obj)  # type: ignore[misc]  # typeshed leaves it out
+class _ForkPopen(_WithoutMain, popen_forkserver.Popen):
+    pass
 
 
 class _ForkProcess(context.ForkServerProcess):
