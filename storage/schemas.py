@@ -88,7 +88,7 @@ class Media(_Judged):
         dy.String(), description="What makes a decoder return wrong frames: open GOP, variable rate, rotation, ..."
     )
     decoder = dy.Enum(DECODERS, nullable=True, description="Which decoder reads this file right")
-    licence = dy.String(description="As corpus.yaml says")
+    licence = dy.String(description="As its label file says, else corpus.yaml")
 
     @dy.rule()
     def ok_has_identity(cls) -> pl.Expr:  # noqa: N805

@@ -140,7 +140,7 @@ class CorpusConfig(Strict):
         With `dataset`, of what decides that one's rows: another dataset comes and goes without it.
         """
         datasets = {
-            n: d.model_dump(mode="json", include={"clips", "clips_per_media", "split", "labels"})
+            n: d.model_dump(mode="json", include={"clips", "clips_per_media", "split", "labels", "licences"})
             for n, d in self.datasets.items()
             if dataset in (None, n)
         }
@@ -148,7 +148,11 @@ class CorpusConfig(Strict):
             for place in ("file", "files", "path_base"):  # a path changes no row; its content belongs to the listing
                 value["labels"].pop(place)
             if value["labels"]["clock"] == LabelConfig().clock:
-                value["labels"].pop("clock")  # younger than digests that are accepted
+                value["labels"].pop("clock")  # younger than digests that are accepted, as are the licences
+            if value["labels"]["licence_column"] is None:
+                value["labels"].pop("licence_column")
+            if not value["licences"]:
+                value.pop("licences")
         benchmarks = {
             n: b.model_dump(mode="json", include={"target", "policy"})
             | {"datasets": [name for name in b.datasets if name in datasets]}

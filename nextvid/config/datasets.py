@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from nextvid.config.strict import AtLeastZero, Count, Positive, Share, Strict
 
-RESERVED_TARGETS = frozenset({"split", "group"})  # columns of the labels table
+RESERVED_TARGETS = frozenset({"split", "group", "licence"})  # columns of the labels table
 Rows = Count | Literal["auto"]
 Threshold = Annotated[float, Field(allow_inf_nan=False)] | None
 
@@ -95,6 +95,7 @@ class LabelConfig(Strict):
     )
     split_column: str | None = Field(None, description="csv: column of splits; without it they are split by hash")
     group_column: str | None = Field(None, description="csv: column of groups; the hash split keeps a group together")
+    licence_column: str | None = Field(None, description="csv: column of files' licences; empty: the dataset's")
     start_column: str = Field("start_s", description="csv: column of spans' starts in seconds, where there is one")
     end_column: str = Field("end_s", description="csv: column of spans' ends in seconds, where there is one")
 
@@ -108,7 +109,8 @@ class LabelConfig(Strict):
     def _fits_layout(self) -> Self:
         if self.layout == "csv" and self.file is None:
             raise ValueError("labels of layout 'csv' need 'file'")
-        if self.layout != "csv" and (self.file or self.path_base or self.split_column or self.group_column):
+        columns = (self.split_column, self.group_column, self.licence_column)
+        if self.layout != "csv" and (self.file or self.path_base or any(columns)):
             raise ValueError(f"'file', 'path_base' and columns belong to layout 'csv', not '{self.layout}'")
         if self.layout != "csv" and len(self.targets) > 1:
             raise ValueError(f"layout '{self.layout}' has one target")
@@ -117,7 +119,7 @@ class LabelConfig(Strict):
         if self.by_name and self.layout != "imagenet" and not set(self.files) - {"classes"}:
             raise ValueError(f"labels of layout '{self.layout}' need 'files', by split")
         if RESERVED_TARGETS & set(self.targets):
-            raise ValueError("targets 'split' and 'group' are reserved: use 'split_column' and 'group_column'")
+            raise ValueError("targets 'split', 'group' and 'licence' are reserved: use 'split_column' and its like")
         return self
 
     @property
@@ -144,6 +146,13 @@ class DatasetConfig(Strict):
         description="folders that links may lead to, beside `uri`, such as the `blobs` of a Hub cache; a link to a "
         "file elsewhere is rejected as `outside`, one to a folder is not followed",
     )
+    tar: bool = Field(False, description="files are the members of tar files below `uri` too, as WebDataset has them")
+    parquet_column: str | None = Field(
+        None,
+        pattern="^[^/]+$",
+        description="files are the cells of this column of parquet files below `uri` too: bytes, or bytes and path, as "
+        "data sets of the Hub have them",
+    )
     weight: Positive | None = Field(
         None, description="share of training draws, relative to the other weights; without it no clip is trained on"
     )
@@ -162,7 +171,12 @@ class DatasetConfig(Strict):
     quarantine_budget: Share = Field(
         0.05, description="a batch with a larger share of quarantined files fails its checks"
     )
-    licence: str = Field("unknown", description="licence of the files, shown in reports")
+    licence: str = Field(
+        "unknown", description="licence of the files that `licence_column` names none for; shown in reports"
+    )
+    licences: tuple[str, ...] = Field(
+        (), description="licences that are used: a file of another one is rejected as `licence`; by default all are"
+    )
     max_batch_videos: Count = Field(1000, description="files of a batch, the unit of work, for videos")
     max_batch_images: Count = Field(10000, description="files of a batch for images")
 

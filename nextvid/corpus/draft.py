@@ -262,7 +262,7 @@ def _labels(uri: str, paths: Sequence[str]) -> tuple[LabelConfig, int, tuple[str
             found = read_labels(DatasetConfig(uri=uri, labels=labels), paths)
         except NExTVidError:  # not this layout
             continue
-        values = found.filter(~pl.col("target").is_in(["split", "group", "caption"]))
+        values = found.filter(~pl.col("target").is_in([*RESERVED_TARGETS, "caption"]))
         labelled = values["path"].n_unique()
         classes = values.group_by("target").agg(pl.col("value").n_unique())
         targets = tuple(sorted(t for t, count in classes.iter_rows() if 2 <= count <= CLASSES_A_FILE * labelled))
@@ -342,8 +342,9 @@ def _csv_candidates(file: str, text: str, names: Set[str]) -> Iterator[LabelConf
     others = [column for column in header if column != paths]
     split = next((c for c in others if {cell.lower() for cell in cells[c]} - {""} <= SPLIT_WORDS.keys()), None)
     group = next((c for c in others if c.lower() in ("group", "group_id", "subject", "scene", "video_id")), None)
+    licence = next((c for c in others if c.lower() in ("licence", "license")), None)
     classes = [c for c in others if c.lower() in CLASS_COLUMNS]
-    classes = classes or [c for c in others if c not in (split, group) and _repeats(cells[c])]
+    classes = classes or [c for c in others if c not in (split, group, licence) and _repeats(cells[c])]
     targets = {re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_"): column for column in classes}
     targets = {name: column for name, column in targets.items() if name and name not in RESERVED_TARGETS}
     for base in (None, file.rpartition("/")[0]):
@@ -355,6 +356,7 @@ def _csv_candidates(file: str, text: str, names: Set[str]) -> Iterator[LabelConf
             targets=targets,
             split_column=split,
             group_column=group,
+            licence_column=licence,
         )
 
 

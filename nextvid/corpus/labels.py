@@ -1,8 +1,8 @@
 """Read a dataset's labels into one long table by path, whatever their layout, and find contradictions.
 
-A row is one value of one target for a span of a file; a null span means the whole file. `split` and `group` are
-reserved targets and always about the whole file. Empty cells are no labels; wrong cells are errors that name the file
-and line.
+A row is one value of one target for a span of a file; a null span means the whole file. `split`, `group` and `licence`
+are reserved targets and always about the whole file. Empty cells are no labels; wrong cells are errors that name the
+file and line.
 """
 
 import csv
@@ -223,6 +223,8 @@ def _from_csv(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
     parts = [_column(spanned, column, target) for target, column in labels.targets.items()]
     if labels.group_column:
         parts.append(_column(whole, labels.group_column, "group"))
+    if labels.licence_column:
+        parts.append(_column(whole, labels.licence_column, "licence"))
     if labels.split_column:
         parts.append(_splits(_column(whole, labels.split_column, "split"), labels.file, labels))
     rows = pl.concat([pl.DataFrame(schema=SCHEMA), *parts])
@@ -247,8 +249,8 @@ def _table(labels: LabelConfig) -> pl.DataFrame:
         longer = next((f"line {lines.line_num} has {len(line)} cells" for line in lines if len(line) > len(header)), "")
         fault = f"{longer}, its header {len(header)}" if longer else str(error).splitlines()[0]
         raise CorpusError(f"label file {labels.file} is no csv table with a header: {fault}") from None
-    columns = [labels.path_column, *labels.targets.values(), labels.split_column, labels.group_column]
-    named = {name for name in columns if name is not None}
+    columns = [labels.split_column, labels.group_column, labels.licence_column]
+    named = {labels.path_column, *labels.targets.values(), *(name for name in columns if name is not None)}
     if twice := sorted(name for name in {*named, labels.start_column, labels.end_column} if header.count(name) > 1):
         raise CorpusError(f"label file {labels.file} has the column {', '.join(twice)} twice; rename one")
     missing = sorted(named - set(table.columns))

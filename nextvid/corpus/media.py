@@ -1,8 +1,8 @@
 """The asset `media`: one row for each listed file with its id, properties, decoder and status; and its labels.
 
 Every file is read in the sandbox, once per revision; a file that fails is a row that the next call tries again. Labels
-are joined at each call, so a changed label file costs no reading. A withdrawn file, or one with contradictory labels,
-is rejected for as long as the cause lasts.
+are joined at each call, so a changed label file costs no reading. A withdrawn file, one with contradictory labels, or
+one of a licence that is not used, is rejected for as long as the cause lasts.
 """
 
 import os
@@ -18,12 +18,14 @@ from nextvid.config.datasets import DatasetConfig, LabelConfig
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.labels import contradictions, doubled, label_checks, read_labels
+from nextvid.corpus.members import DAMAGED, DOUBLED
 from nextvid.corpus.sources import NOT_UTF8, batch_fingerprint, is_below, known_sources
 from nextvid.machine import taken_cores
 from nextvid.making.batches import batch_state, config_of, dataset_of, made_by_older
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, existing, publish_table, publish_verdict, table_digest
+from nextvid.video.archives import split_uri
 from nextvid.video.fetch import by_uri, map_files
 from nextvid.video.probe import Inspection, identify, inspect_file
 from nextvid.video.sandbox import Sandbox
@@ -40,7 +42,7 @@ MediaRow = dict[str, Any]  # a row of Media or Sources
 FILES_A_WORKER, BYTES_A_WORKER = 500, 750_000_000
 TIMEOUT_S = 60.0  # our choice: a probe takes milliseconds; the rest is for reading the file, below
 READ_BYTES_PER_S = 10_000_000  # our choice: a slow network disk
-LIFTABLE = ("contradictory", "ambiguous_name", "withdrawn", "outside")  # reasons that end with their cause
+LIFTABLE = ("contradictory", "ambiguous_name", "withdrawn", "outside", "licence")  # reasons that end with their cause
 
 
 def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
@@ -69,7 +71,8 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
         known_sources(project, dataset_of(batch)) if config.labels.every_file() or config.labels.by_name else sources
     )
     present = latest(every).filter(pl.col("gone_at").is_null())  # labels by name need those of the whole dataset
-    media = _judge(media, labels, withdrawn_media(root), doubled(config, present["path"].to_list()))
+    media = _licensed(media, labels, config.licence)
+    media = _judge(media, labels, withdrawn_media(root), doubled(config, present["path"].to_list()), config.licences)
     good = media.filter(pl.col("status") == "ok")
     bare = good.filter(~pl.col("media_id").is_in(labels["media_id"].implode()))["path"].to_list()
     checks = (
@@ -147,14 +150,11 @@ def _inspect(
     licence = config.licence
     files: dict[str, MediaRow] = {}
     for source in unread.iter_rows(named=True):
-        if source["fingerprint"] == NOT_UTF8:
-            error = "its name is not UTF-8 and shown with escapes; rename the file"
-            rows.append(_row(source, licence, reason="bad_name", error=error, rejected=True))
-        elif (target := _outside(source, config.follow_links)) is not None:
-            error = f"a link to {target}, outside of the dataset's folder; name the folder there under 'follow_links'"
-            rows.append(_row(source, licence, reason="outside", error=error, rejected=True))
-        else:
+        if (why := _refused(source, config.follow_links)) is None:
             files[source["uri"]] = source
+        else:
+            reason, error = why
+            rows.append(_row(source, licence, reason=reason, error=error, rejected=reason != "damaged_archive"))
     if not files:
         return rows
     sizes_bytes = [source["size_bytes"] for source in files.values()]
@@ -177,12 +177,31 @@ def _inspect(
     return rows
 
 
+def _refused(source: MediaRow, followed: Sequence[str]) -> tuple[str, str] | None:
+    """(reason, error) of a file that is not opened, by its listing."""
+    mark = source["fingerprint"]
+    if mark == NOT_UTF8:
+        return "bad_name", "its name is not UTF-8 and shown with escapes; rename the file"
+    if mark.startswith(DAMAGED):
+        damage, _, _ = mark.removeprefix(DAMAGED).rpartition("; ")
+        return "damaged_archive", f"{damage}; what can be read before is listed. Fetch or write it again"
+    if mark.startswith(DOUBLED):
+        return "doubled_member", "two members of its archive have this name; rename one"
+    if (target := _outside(source, followed)) is not None:
+        return (
+            "outside",
+            f"a link to {target}, outside of the dataset's folder; name the folder there under 'follow_links'",
+        )
+    return None
+
+
 def _outside(source: MediaRow, followed: Sequence[str]) -> str | None:
     """The real path of a local file, if a link leads out of its dataset's folder and those that links may lead to."""
     if not is_local(source["uri"]):
         return None
     path = source["uri"].removeprefix("file://")
-    real = os.path.realpath(path)
+    archive = split_uri(path)
+    real = os.path.realpath(archive[0] if archive else path)
     return None if is_below(real, (path.removesuffix(source["path"]), *followed)) else real
 
 
@@ -244,15 +263,28 @@ def _join(media: pl.DataFrame, by_path: pl.DataFrame, config: LabelConfig) -> pl
     return rows.unique().sort("media_id", "target", "start_us", "end_us", "value")
 
 
+def _licensed(media: pl.DataFrame, labels: pl.DataFrame, default: str) -> pl.DataFrame:
+    """The licence of each file: that of its label file, else its dataset's."""
+    named = labels.filter(pl.col("target") == "licence").unique("media_id").select("media_id", named="value")
+    joined = media.join(named, on="media_id", how="left", maintain_order="left")
+    return joined.with_columns(licence=pl.coalesce("named", pl.lit(default))).drop("named")
+
+
 def _judge(
-    media: pl.DataFrame, labels: pl.DataFrame, withdrawn: frozenset[bytes], twice: Mapping[str, str]
+    media: pl.DataFrame,
+    labels: pl.DataFrame,
+    withdrawn: frozenset[bytes],
+    twice: Mapping[str, str],
+    licences: Sequence[str],
 ) -> pl.DataFrame:
-    """Reject withdrawn files, files that share the name that labels go by, and files with contradictory labels."""
+    """Reject withdrawn files, those that share the name that labels go by, with contradictory labels or other licences.
+
+    Without `licences` all are used.
+    """
     against = dict(contradictions(labels, "media_id").iter_rows())
     rows = []
-    for path, media_id, status, reason, error in media.select(
-        "path", "media_id", "status", "reason", "error"
-    ).iter_rows():
+    judged = media.select("path", "media_id", "status", "reason", "error", "licence")
+    for path, media_id, status, reason, error, licence in judged.iter_rows():
         if media_id in withdrawn:
             rows.append(("rejected", "withdrawn", "withdrawn by request; its latents are zeroed"))
         elif path in twice and status == "ok":
@@ -260,6 +292,8 @@ def _judge(
             rows.append(("rejected", "ambiguous_name", error))
         elif media_id in against and status == "ok":
             rows.append(("rejected", "contradictory", f"its labels contradict each other: {against[media_id]}"))
+        elif licences and licence not in licences and status == "ok":
+            rows.append(("rejected", "licence", f"its licence is '{licence}', which 'licences' does not name"))
         else:
             rows.append((status, reason, error))
     schema = {"status": media.schema["status"], "reason": pl.String(), "error": pl.String()}

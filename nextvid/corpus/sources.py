@@ -1,6 +1,7 @@
 """The asset `sources`: list the datasets' folders, compare with the last listing, assign new files to batches.
 
-No file is opened. A listing that fails is an error, never "all files deleted".
+No file is opened but archives that are new or changed, whose members are files like others (video/archives.py). A
+listing that fails is an error, never "all files deleted".
 """
 
 import difflib
@@ -22,8 +23,10 @@ from nextvid.config.project import Project
 from nextvid.corpus import assignment
 from nextvid.corpus.assignment import BatchChange, latest, merge
 from nextvid.corpus.labels import label_digests, label_files
+from nextvid.corpus.members import ARCHIVE, DAMAGED, Row, archives_of, known_members, opened
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
+from nextvid.video.archives import fingerprint_of, split_uri
 from nextvid.video.probe import kind_of
 from storage import atomic, remote, tables
 from storage.digest import digest
@@ -31,14 +34,11 @@ from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError
 from storage.remote import is_local
 from storage.schemas import Sources
 
-Row = tuple[str, str, str, int, str]  # URI, path, kind, size in bytes, fingerprint
 Known = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint) in an earlier listing
 
 NOT_UTF8 = "name is not UTF-8"  # the fingerprint of a file whose name no table can hold; media.py rejects it
 NAMED = 5  # our choice: batches that a message names
 TRIES = 8  # our choice: how often other writers may be faster before we give up
-# Keys of fsspec listings whose values change with a file's content: s3fs, gcsfs and adlfs, http, memory, local.
-FINGERPRINTS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,30 @@ class Listing:
     ignored: Counter[str]  # files that are none of ours, by extension
     empty: tuple[str, ...]  # empty sub-folders
 
+    def unseen(self, known: pl.DataFrame) -> list[str]:
+        """URIs of which this listing says nothing: files that wait, and those in archives that are damaged now."""
+        damaged = {uri for uri, text in self.files.select("uri", "fingerprint").iter_rows() if text.startswith(DAMAGED)}
+        inside = [uri for uri in known["uri"].unique() if (split := split_uri(uri)) and split[0] in damaged]
+        return [*self.waiting["uri"], *inside]
 
-def list_dataset(project: Project, name: str, known: Known | None = None) -> Listing:
+
+def list_dataset(
+    project: Project, name: str, known: Known | None = None, sources: pl.DataFrame | None = None
+) -> Listing:
     """List a dataset's folder. With `known`, an earlier listing, files that it lacks or that changed are `waiting`.
 
-    Raises CorpusError where the folder is missing or any part of it cannot be listed.
+    Archives that are as `sources`, the dataset's rows of Sources, has them are not opened. Raises CorpusError where the
+    folder is missing or any part of it cannot be listed.
     """
     config = project.corpus.datasets[name]
     uri = config.uri
     try:
-        rows, empty, ignored = list_folder(uri, config.follow_links)
-    except CorpusError:
-        raise
+        rows, empty, ignored = list_folder(uri, config.follow_links, archives_of(config))
+        if any(row[2] == ARCHIVE for row in rows):
+            members = {} if sources is None else known_members(sources, config.parquet_column)
+            rows = [one for row in rows for one in opened(row, config.parquet_column, members, ignored)]
+    except CorpusError as error:
+        raise CorpusError(f"dataset {name}: {error}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         if str(error) != uri:  # a sub-folder that was there a moment ago
             raise CorpusError(f"dataset {name}: listing {uri} failed ({error!r}); nothing was changed") from error
@@ -78,17 +90,20 @@ def list_dataset(project: Project, name: str, known: Known | None = None) -> Lis
     return Listing(name, frame.filter(same), frame.filter(~same), ignored, tuple(empty))
 
 
-def list_folder(uri: str, followed: Sequence[str] = ()) -> tuple[list[Row], list[str], Counter[str]]:
+def list_folder(
+    uri: str, followed: Sequence[str] = (), archives: tuple[str, ...] = ()
+) -> tuple[list[Row], list[str], Counter[str]]:
     """The media files below a folder, its empty sub-folders, and how many other files there are by extension.
 
-    Links to folders lead below `followed` alone. Raises FileNotFoundError or NotADirectoryError where it is no folder.
+    Files of the extensions `archives` are rows of the kind ARCHIVE. Links to folders lead below `followed` alone.
+    Raises FileNotFoundError or NotADirectoryError where it is no folder.
     """
     rows: list[Row] = []
     empty: list[str] = []
     ignored: Counter[str] = Counter()
     _, top = remote.connect(uri)
     for info in _walk(uri, top, empty, followed):
-        row = _row(top, uri, info)
+        row = _row(top, uri, info, archives)
         if isinstance(row, str):
             ignored[row] += 1
         else:
@@ -118,14 +133,15 @@ def _update(
         for name in names:
             known = known_sources(project, name)
             try:
-                listing = list_dataset(project, name, _listed_before(project, name, known) if settle else None)
+                before = _listed_before(project, name, known) if settle else None
+                listing = list_dataset(project, name, before, known)
                 _refuse_vanished(project, listing, known)
             except CorpusError as error:
                 failed[name] = str(error)
                 continue
             config = project.corpus.datasets[name]
             now = datetime.now(UTC)
-            rows, changed = merge(known, listing.files, listing.waiting["uri"].to_list(), name, config, now)
+            rows, changed = merge(known, listing.files, listing.unseen(known), name, config, now)
             listings.append(listing)
             tables_after.append(rows.filter(pl.col("batch").is_in([change.batch for change in changed])))
             changes += changed
@@ -255,6 +271,8 @@ def _entries(uri: str, folder: str, *, is_top: bool) -> list[Mapping[str, Any]]:
         if is_top and not fs.isdir(folder):
             raise FileNotFoundError(uri)
         return list(fs.ls(folder, detail=True))
+    if is_top:  # the Hub's client keeps listings whatever it is told
+        remote.connect(uri)[0].invalidate_cache()
     try:
         found = remote.ask(uri, lambda fs, _: list(fs.ls(folder, detail=True)))
     except FileNotFoundError as error:
@@ -264,22 +282,22 @@ def _entries(uri: str, folder: str, *, is_top: bool) -> list[Mapping[str, Any]]:
     return found
 
 
-def _row(top: str, uri: str, info: Mapping[str, Any]) -> Row | str:
+def _row(top: str, uri: str, info: Mapping[str, Any], archives: tuple[str, ...]) -> Row | str:
     """A media file, or the word under which another file is counted: its extension, `hidden`, `link to a folder`."""
     name = str(info["name"])
     if (shown := name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) != name:
-        path = shown.removeprefix(top.rstrip("/") + "/")
-        return (f"{uri.rstrip('/')}/{path}", path, kind, 0, NOT_UTF8) if (kind := kind_of(shown)) else "no extension"
+        path, kind = shown.removeprefix(top.rstrip("/") + "/"), str(kind_of(shown) or "")
+        return (f"{uri.rstrip('/')}/{path}", path, kind, 0, NOT_UTF8) if kind else "no extension"
     path = name.removeprefix(top.rstrip("/") + "/")
     if any(part.startswith(".") for part in path.split("/")):
         return "hidden"
     if info.get("islink") and Path(name).is_dir():
         return "link to a folder"
-    kind = kind_of(name)
-    if kind is None or name.endswith("/"):
+    kind = ARCHIVE if path.endswith(archives) else str(kind_of(name) or "")
+    if not kind or name.endswith("/"):
         return PurePosixPath(path).suffix.lower() or "no extension"
     size = int(info.get("size") or 0)
-    fingerprint = next((f"{key} {info[key]}" for key in FINGERPRINTS if info.get(key) is not None), "none")
+    fingerprint = fingerprint_of(info)
     if is_local(uri):
         size, fingerprint, regular = _local(name)
         if not regular:

@@ -16,13 +16,14 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.corpus.sources import FINGERPRINTS, list_folder
+from nextvid.corpus.sources import list_folder
 from nextvid.features.encoder import ExportFacts, read_facts
 from nextvid.features.extract import Asked, Counts, SourceFile, extract
 from nextvid.features.output import Output
 from nextvid.machine import die_with, leased_devices
 from nextvid.making.progress import OnProgress, Progress, noting, silent
 from nextvid.train.export import WEIGHTS
+from nextvid.video.archives import fingerprint_of
 from nextvid.video.sandbox import Spawn
 from storage import remote
 from storage.digest import digest_file
@@ -72,7 +73,7 @@ def find_files(paths: Sequence[str]) -> pl.DataFrame:
             raise CorpusError(f"{path}: there is no such file or folder") from None
         except PermissionError as error:
             raise CorpusError(f"{path}: no permission to read it ({error})") from None
-        fingerprint = next((f"{key} {info[key]}" for key in FINGERPRINTS if info.get(key) is not None), "none")
+        fingerprint = fingerprint_of(info)
         if is_local(uri):
             fingerprint = f"mtime {os.stat(uri.removeprefix('file://')).st_mtime_ns}"  # noqa: PTH116 - as listings do
         found.append((uri, f"{info['size']} {fingerprint}"))

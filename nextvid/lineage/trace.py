@@ -223,6 +223,25 @@ def shares(lineage: pl.DataFrame, by: str, weights: dict[str, float]) -> tuple[D
     )
 
 
+def licences_of(project: Project, lineage: pl.DataFrame) -> dict[str, str]:
+    """Licences of a trainset's files by dataset, as tables and corpus.yaml have them, with files of each."""
+    found, here = dict[str, str](), set(project.root.batches("media"))
+    for dataset in lineage["dataset"].unique().sort():
+        if (config := project.corpus.datasets.get(dataset)) is None:
+            found[dataset] = "no longer configured"
+            continue
+        rows = lineage.filter(pl.col("dataset") == dataset)
+        batches = [batch for batch in rows["batch"].unique().sort() if batch in here]
+        if config.labels.licence_column is None or not batches:
+            found[dataset] = config.licence
+            continue
+        media = read_tables(project.root, "media", batches, Media).unique("media_id")
+        used = media.join(rows, on="media_id", how="semi").group_by("licence").len()
+        ordered = used.sort("len", "licence", descending=[True, False]).iter_rows()
+        found[dataset] = ", ".join(f"{licence} ({count:,} files)" for licence, count in ordered)
+    return found
+
+
 def _down(
     root: DataRoot,
     what: str,

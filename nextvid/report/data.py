@@ -10,7 +10,7 @@ from typing import Any, Literal
 import polars as pl
 
 from nextvid.config.project import Project
-from nextvid.lineage.trace import DatasetShare, shares
+from nextvid.lineage.trace import DatasetShare, licences_of, shares
 from nextvid.making.batches import dataset_of
 from nextvid.report.page import Block, Picture, Section, Table, Text
 from nextvid.train.run import Run
@@ -129,12 +129,11 @@ def _datasets(facts: DataFacts) -> Table:
     media = read_tables(root, "media", [b for b in batches if b in root.batches("media")], Media)
     shots = read_tables(root, "shots", [b for b in batches if b in root.batches("shots")], Shots)
     clips = read_tables(root, "clips", [b for b in batches if b in root.batches("clips")], Clips)
-    rows = []
+    rows, licences = [], licences_of(facts.project, facts.trainset.lineage())
     for share in facts.shares:
         own = [frame.filter(pl.col("dataset") == share.name) for frame in (media, shots, clips)]
         good = [frame.filter(pl.col("status") == "ok").height for frame in own]
         bad = own[0].filter(pl.col("status") != "ok").height
-        config = facts.project.corpus.datasets.get(share.name)
         rows.append(
             (
                 share.name,
@@ -146,7 +145,7 @@ def _datasets(facts: DataFacts) -> Table:
                 f"{share.files:,}",
                 f"{share.clips:,}",
                 f"{share.rows:,}",
-                config.licence if config else "no longer configured",
+                licences[share.name],
             )
         )
     return Table(

@@ -2,7 +2,7 @@
 
 from nextvid.config.project import Project
 from nextvid.features.card import Scored, TrainedOn, card
-from nextvid.lineage.trace import shares
+from nextvid.lineage.trace import licences_of, shares
 from nextvid.report.report import scores_of_run
 from nextvid.train.run import Run
 from nextvid.trainset.trainset import Trainset
@@ -13,16 +13,12 @@ def hub_card(project: Project, run: Run) -> str:
     """README.md of the exported encoder of a run. The data are left open where its trainset is not on this machine."""
     data = None
     if atomic.exists(project.root.pointed("trainset", run.trainset)):
-        trainset, configured = Trainset.open(project.root, run.trainset), project.corpus.datasets
+        trainset = Trainset.open(project.root, run.trainset)
+        lineage = trainset.lineage()
+        licences = licences_of(project, lineage)
         data = [
-            TrainedOn(
-                share.name,
-                configured[share.name].licence if share.name in configured else "no longer configured",
-                share.weight,
-                share.files,
-                share.clips,
-            )
-            for share in shares(trainset.lineage(), "dataset", trainset.weights)
+            TrainedOn(share.name, licences[share.name], share.weight, share.files, share.clips)
+            for share in shares(lineage, "dataset", trainset.weights)
         ]
     scores = []
     for benchmark, ordered in scores_of_run(project, run).items():

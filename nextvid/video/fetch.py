@@ -1,7 +1,7 @@
 """Source files as local files: decoders read local paths and never open a URL.
 
-A local file stays where it is; a file of an object store is copied into a folder while it is read. Errors name the
-file by its URI, wherever it was read.
+A local file stays where it is; a file of an object store, or one inside an archive, is copied into a folder while it is
+read. Errors name the file by its URI, wherever it was read.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from nextvid.video.archives import copy_member, split_uri
 from nextvid.video.sandbox import Sandbox
 from storage import remote
 from storage.digest import digest
@@ -68,11 +69,16 @@ def by_uri(message: str, path: Path, uri: str) -> str:
 
 
 def _fetch(uri: str, folder: Path) -> Path:
-    if remote.is_local(uri):
+    if _stays(uri):
         return Path(uri.removeprefix("file://"))
     path = folder / (digest(["copy of", uri]) + PurePosixPath(uri).suffix)
     try:
-        remote.get_file(uri, str(path))
+        if split_uri(uri):
+            copy_member(uri, path)
+        else:
+            remote.get_file(uri, str(path))
+    except MediaError:
+        raise
     except Exception as error:  # object stores raise their clients' own classes
         message = str(error) if isinstance(error, NExTVidError) else f"{uri}: {error!r}"
         raise MediaError("unreachable", f"{message}; list the dataset again or retry later") from error
@@ -80,5 +86,10 @@ def _fetch(uri: str, folder: Path) -> Path:
 
 
 def _release(uri: str, path: Path) -> None:
-    if not remote.is_local(uri):
+    if not _stays(uri):
         path.unlink(missing_ok=True)
+
+
+def _stays(uri: str) -> bool:
+    """Whether a file is read where it lies."""
+    return remote.is_local(uri) and split_uri(uri) is None
