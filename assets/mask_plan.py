@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.declare import asset
-from assets.reporting import readable_errors, result
+from assets.reporting import readable_errors, result, watched
 from assets.resources import ProjectResource
 
 
@@ -13,4 +13,4 @@ def mask_plan(context: dg.AssetExecutionContext, project: ProjectResource) -> dg
     from nextvid.trainset.mask_plan import make_mask_plan
 
     with readable_errors():
-        return result(make_mask_plan(project.open(), context.partition_key))
+        return result(make_mask_plan(project.open(), context.partition_key, watched(context)))

@@ -7,7 +7,7 @@ import dagster as dg
 
 from assets.compute import compute_of, tags
 from assets.declare import CRASHES, OWNERS, check_specs, described, follows
-from assets.reporting import readable_errors, traced
+from assets.reporting import readable_errors, traced, watched
 from assets.resources import ProjectResource
 from nextvid.graph import GRAPH
 from storage import schemas
@@ -46,7 +46,7 @@ def trainset(context: dg.AssetExecutionContext, project: ProjectResource) -> Ite
     with readable_errors():
         opened = project.open()
         try:
-            outcome = make_trainset(opened)
+            outcome = make_trainset(opened, watched(context))
         except UpstreamError as error:
             if "dagster/from_automation_condition" not in context.run.tags:
                 raise

@@ -197,19 +197,17 @@ def make_one(project: Project, asset: Asset, partition: str | None, request: Req
     make_it: Callable[..., Outcome] = maker(asset)
     how = (*request.how, *(() if request.ranks is None else (f"ranks={request.ranks}",)))
     match asset:
-        case "sources" | "latent_stats" | "trainset":
+        case "sources":
             return make_it(project)
-        case "duplicates":
+        case "latent_stats" | "duplicates" | "trainset":
             return make_it(project, request.on_progress)
-        case "media" | "shots" | "clips":
+        case "media" | "shots" | "clips" | "mask_plan":
             return make_it(project, partition, request.on_progress)
         case "latents":
             from nextvid.planning.acceptance import ensure_accepted
 
             ensure_accepted(project)  # accepts the first encoding, or a changed one under `reencode: auto`
             return make_it(project, partition, request.on_progress)
-        case "mask_plan":
-            return make_it(project, partition)
         case "pretrain":
             from nextvid.train.pretrain import default_ranks
 

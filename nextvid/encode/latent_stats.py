@@ -20,6 +20,7 @@ from nextvid.config.project import Project
 from nextvid.encode.plan import accepted_spec
 from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.outcome import Check, Number, Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import addressed, publish_latest
 from storage.atomic import publish_json
 from storage.digest import digest_config
@@ -98,7 +99,7 @@ def mixed(parts: list[tuple[float, Moments]]) -> tuple[Channels, Channels]:
     return mean, np.sqrt(variance)
 
 
-def make_latent_stats(project: Project) -> Outcome:
+def make_latent_stats(project: Project, on_progress: OnProgress = silent) -> Outcome:
     """Publish mean, deviation and posterior width by dataset and clip length, of all latents in the accepted encoding.
 
     Batches whose checks have not passed are left out. Raises UpstreamError where none has passed or no row is left.
@@ -111,7 +112,7 @@ def make_latent_stats(project: Project) -> Outcome:
         raise UpstreamError(
             "no batch of 'latents' has passed its checks in the accepted encoding: make 'latents' first"
         )
-    found = _by_dataset(LatentStore(root, spec), taken)
+    found = _by_dataset(LatentStore(root, spec), taken, on_progress)
     if not found:
         raise UpstreamError(
             f"no row of {', '.join(taken)} is encoded: no clip was cut, or every one failed; the column 'reason' of "
@@ -144,15 +145,16 @@ def make_latent_stats(project: Project) -> Outcome:
     return Outcome("latent_stats", None, made.new, rows, 0, seconds, digest=digest, numbers=numbers, checks=made.checks)
 
 
-def _by_dataset(store: LatentStore, batches: Sequence[str]) -> dict[str, dict[int, Moments]]:
+def _by_dataset(store: LatentStore, batches: Sequence[str], on_progress: OnProgress) -> dict[str, dict[int, Moments]]:
     """Moments by dataset and frames, both ascending."""
     found: dict[tuple[str, int], Moments] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         rows = store.commits(batch).filter(pl.col("status") == "ok").sort("frames", "row_id")
         for group in rows.partition_by("frames", maintain_order=True):
             key = dataset_of(batch), int(group["frames"][0])
             here = moments(group, store.spec)
             found[key] = united(found[key], here) if key in found else here
+        on_progress(Progress("latent_stats", number, len(batches)))
     by_dataset: dict[str, dict[int, Moments]] = {}
     for dataset, frames in sorted(found):
         by_dataset.setdefault(dataset, {})[frames] = found[dataset, frames]

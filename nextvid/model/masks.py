@@ -7,7 +7,7 @@ Axes: E entries, H and W cells, S = H*W cells, n visible cells, L visible tokens
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +41,10 @@ class MaskPlan:
     strategies: tuple[StrategyPlan, ...]
 
 
-def draw_plan(masks: MaskConfig, grid_height: int, grid_width: int) -> MaskPlan:
-    """Draw every entry of a mask configuration.
+def draw_plan(
+    masks: MaskConfig, grid_height: int, grid_width: int, on_drawn: Callable[[int], None] = lambda _: None
+) -> MaskPlan:
+    """Draw every entry of a mask configuration; `on_drawn` is told how many strategies are drawn.
 
     Raises ConfigError if a strategy's blocks hardly ever leave its budget visible.
     """
@@ -53,6 +55,7 @@ def draw_plan(masks: MaskConfig, grid_height: int, grid_width: int) -> MaskPlan:
             raw = draw_visible(strategy, grid_height, grid_width, masks.entries, (masks.seed, index), least)
             kept = thin(raw, strategy.budget, (masks.seed, index)) if masks.keep == "fixed" else None
             plans.append(StrategyPlan(strategy.name, raw, kept))
+            on_drawn(len(plans))
     return MaskPlan(grid_height, grid_width, tuple(plans))
 
 

@@ -7,12 +7,13 @@ other groups, pretraining keeps one file of each dataset. `trainset` leaves out 
 `contamination` counts what would have leaked, before anything is dropped: the report prints it.
 
 The search for near hashes (256-bit PDQ) is exact: with 16 bands of 16 bits, two hashes at most 31 bits apart agree in
-some band up to one bit (31 < 2 x 16), so looking up each band and its 16 one-bit neighbours finds every pair. Flat
-frames hash to noise: those below a quality floor are in no pair.
+some band up to one bit (31 < 2 x 16), so looking up each band and its 16 one-bit neighbours finds every pair. Bands are
+searched by threads. Flat frames hash to noise: those below a quality floor are in no pair.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 
 from nextvid.config.project import Project
 from nextvid.graph import GRAPH
+from nextvid.machine import memory_bytes, taken_cores
 from nextvid.making.batches import batch_state
 from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
@@ -36,7 +38,9 @@ LARGEST_GROUP = 1000  # files, our choice: in a larger group a threshold is wron
 HASH_BYTES = 32  # PDQ: 256 bits
 BANDS = 16
 MAX_DISTANCE = 2 * BANDS - 1  # up to here the search is exact
-CHUNK = 1 << 22  # candidate pairs compared at once: 4 M x 32 bytes
+CHUNK = 1 << 22  # candidate pairs compared at once by all threads: 4 M x 32 bytes
+BAND_BYTES = 32  # our measurement: what a thread holds of each hash, sorted, beside its candidates
+HASHES_A_THREAD = 5_000  # our choice: below it a search takes less than a second
 FILE = pl.struct("batch", "media_id")
 
 
@@ -60,7 +64,7 @@ def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outco
     with addressed(root, "duplicates", key) as made:
         if made.new:
             shots = _members(project, batches, on_progress)
-            found = _judged(shots, _grouped(shots, config.distance, config.quality_min))
+            found = _judged(shots, _grouped(shots, project, on_progress))
             table = found.select(Duplicates.column_names()).sort("group", "batch", "shot_id")
             tables.write_table(f"{made.path}/duplicates.parquet", table, Duplicates)
             facts = {"batches": batches, "inputs": inputs, "shots": shots.height}
@@ -112,26 +116,36 @@ _SHOT_COLUMNS = (
 )
 
 
-def _grouped(shots: pl.DataFrame, distance: int, quality_min: int) -> pl.DataFrame:
+def _grouped(shots: pl.DataFrame, project: Project, on_progress: OnProgress) -> pl.DataFrame:
     """Members that share their group with another file's: columns member, group (from 0, by first member).
 
     Members with one shot id are of the same file in several batches.
     """
     pairs = shots.select(pl.col("member").min().over("shot_id").alias("first"), "member")
     copies = pairs.filter(pl.col("first") != pl.col("member")).to_numpy().astype(np.int64).reshape(-1, 2)
-    joined = groups(shots.height, np.concatenate([copies, _look_alikes(shots, distance, quality_min)]))
+    joined = groups(shots.height, np.concatenate([copies, _look_alikes(shots, project, on_progress)]))
     grouped = shots.select("member", "batch", "media_id").with_columns(group=pl.Series(joined, dtype=pl.Int64))
     several = grouped.filter(FILE.n_unique().over("group") > 1)
     return several.select("member", (pl.col("group").rank("dense") - 1).cast(pl.Int64).alias("group"))
 
 
-def _look_alikes(shots: pl.DataFrame, distance: int, quality_min: int) -> np.ndarray:
+def _look_alikes(shots: pl.DataFrame, project: Project, on_progress: OnProgress) -> np.ndarray:
     """Pairs of members with near hashes; pairs within one file too, since they link what either looks like."""
     hashed = shots.select("member", "hashes", "hash_quality").explode("hashes", "hash_quality").drop_nulls()
     if hashed.is_empty():
         return np.empty((0, 2), np.int64)
     bits = np.frombuffer(b"".join(hashed["hashes"]), np.uint8).reshape(hashed.height, -1)
-    near = near_pairs(bits, distance, hashed["hash_quality"].to_numpy().astype(np.int64), quality_min)
+    quality, config = hashed["hash_quality"].to_numpy().astype(np.int64), project.corpus.curation.duplicates
+    room = memory_bytes() // 2 // (BAND_BYTES * len(bits))
+    with taken_cores(max(1, min(BANDS, len(bits) // HASHES_A_THREAD, room)), project.corpus.execution.cores) as threads:
+        near = near_pairs(
+            bits,
+            config.distance,
+            quality,
+            config.quality_min,
+            threads,
+            lambda done: on_progress(Progress("duplicates hashes", done, BANDS)),
+        )
     return np.unique(hashed["member"].to_numpy()[near], axis=0).reshape(-1, 2)
 
 
@@ -204,8 +218,12 @@ def near_pairs(
     distance: int,
     quality: Int64[np.ndarray, "N"] | None = None,
     quality_min: int = 0,
+    threads: int = 1,
+    on_band: Callable[[int], None] = lambda _: None,
 ) -> Int64[np.ndarray, "M 2"]:
     """Pairs (i, j), i < j, of hashes at most `distance` bits apart, sorted, each once.
+
+    On so many threads; `on_band` is told how many of the 16 bands were searched.
 
     Equal hashes are paired with the first of them only, and only the first is compared with others: the groups are the
     same, and a still picture of an hour does not make millions of pairs. Raises ConfigError above 31 bits.
@@ -221,7 +239,7 @@ def near_pairs(
     _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
     every = np.arange(len(words))
     copies = np.stack([first[inverse], every], axis=1)[first[inverse] != every]
-    near = first[_distinct_pairs(words[first], distance)]
+    near = first[_distinct_pairs(words[first], distance, threads, on_band)]
     pairs = usable[np.sort(np.concatenate([copies, near]), axis=1)].astype(np.int64)
     ordered: Int64[np.ndarray, "M 2"] = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     return ordered
@@ -236,19 +254,34 @@ def groups(n: int, pairs: Int64[np.ndarray, "M 2"]) -> Int64[np.ndarray, "n"]:
     return smallest
 
 
-def _distinct_pairs(words: UInt8[np.ndarray, "n 32"], distance: int) -> Int64[np.ndarray, "M 2"]:
+def _distinct_pairs(
+    words: UInt8[np.ndarray, "n 32"], distance: int, threads: int, on_band: Callable[[int], None]
+) -> Int64[np.ndarray, "M 2"]:
     """Pairs of positions among distinct hashes."""
     bits = words.view(np.uint64)
     bands = words.view(np.uint16)
-    found = [np.empty((0, 2), np.int64)]
-    for band in range(BANDS):
-        for left, right in _candidates(bands[:, band], probe=distance >= BANDS):
-            near = np.bitwise_count(bits[left] ^ bits[right]).sum(axis=1, dtype=np.int64) <= distance
+
+    def search(band: int) -> np.ndarray:
+        found = [np.empty((0, 2), np.int64)]
+        for left, right in _candidates(bands[:, band], CHUNK // threads, probe=distance >= BANDS):
+            near = (
+                np.bitwise_count(bits.take(left, axis=0) ^ bits.take(right, axis=0)).sum(axis=1, dtype=np.int64)
+                <= distance
+            )
             found.append(np.stack([left[near], right[near]], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+        return np.concatenate(found)
+
+    pairs = []
+    with ThreadPoolExecutor(threads, "bands") as pool:  # each of these operations lets others run
+        for done, found in enumerate(pool.map(search, range(BANDS)), 1):
+            pairs.append(found)
+            on_band(done)
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
-def _candidates(keys: np.ndarray, *, probe: bool) -> Iterator[tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]]:
+def _candidates(
+    keys: np.ndarray, chunk: int, *, probe: bool
+) -> Iterator[tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]]:
     """Positions left < right whose 16-bit keys are equal or, with `probe`, one bit apart; in bounded pieces."""
     order = np.argsort(keys, kind="stable")
     table = keys[order]
@@ -256,7 +289,7 @@ def _candidates(keys: np.ndarray, *, probe: bool) -> Iterator[tuple[Int64[np.nda
         wanted = keys ^ np.uint16(flip)
         start = np.searchsorted(table, wanted, "left")
         count = np.searchsorted(table, wanted, "right") - start
-        for lefts in _pieces(count):
+        for lefts in _pieces(count, chunk):
             sizes = count[lefts]
             left = np.repeat(lefts, sizes)
             within = np.arange(len(left)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -265,11 +298,11 @@ def _candidates(keys: np.ndarray, *, probe: bool) -> Iterator[tuple[Int64[np.nda
             yield left[ahead], right[ahead]
 
 
-def _pieces(count: Int64[np.ndarray, "n"]) -> Iterator[Int64[np.ndarray, "k"]]:
-    """Positions with candidates, split so that each piece has about CHUNK candidates."""
+def _pieces(count: Int64[np.ndarray, "n"], chunk: int) -> Iterator[Int64[np.ndarray, "k"]]:
+    """Positions with candidates, split so that each piece has about `chunk` candidates."""
     present = np.flatnonzero(count)
     if len(present) == 0:
         return
     total = np.cumsum(count[present])
-    cuts = np.searchsorted(total, np.arange(CHUNK, total[-1], CHUNK))
+    cuts = np.searchsorted(total, np.arange(chunk, total[-1], chunk))
     yield from (piece for piece in np.split(present, cuts) if len(piece))

@@ -22,6 +22,7 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import MaskConfig, MaskStrategy, ModelConfig, RecipeConfig
 from nextvid.graph import GRAPH
 from nextvid.making.outcome import Check, Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import addressed
 from nextvid.model.masks import cells_of, draw_plan, draw_visible, pack, statistics, unpack
 from nextvid.pictures import SHEET_BACKGROUND, SHEET_INK, sheet_png
@@ -73,19 +74,20 @@ def grid_of(model: ModelConfig) -> tuple[int, int]:
     return model.grid_height, model.grid_width
 
 
-def make_mask_plan(project: Project, recipe: str) -> Outcome:
+def make_mask_plan(project: Project, recipe: str, on_progress: OnProgress = silent) -> Outcome:
     """Draw the plan of a recipe, unless it is there."""
-    return make_plan(project.root, project.recipe(recipe))
+    return make_plan(project.root, project.recipe(recipe), on_progress)
 
 
-def make_plan(root: DataRoot, recipe: RecipeConfig) -> Outcome:
+def make_plan(root: DataRoot, recipe: RecipeConfig, on_progress: OnProgress = silent) -> Outcome:
     """Draw, check and write the plan of a recipe's masks, unless it is there."""
     started = time.perf_counter()
     masks, grid = recipe.masks, grid_of(recipe.model)
     name = plan_digest(masks, grid)
     with addressed(root, "mask_plan", name) as made:
         if made.new:
-            strategies = draw_plan(masks, *grid).strategies
+            total, about = len(masks.strategies), f"mask_plan {recipe.name}"
+            strategies = draw_plan(masks, *grid, lambda done: on_progress(Progress(about, done, total))).strategies
             raw = {strategy.name: strategy.raw for strategy in strategies}
             kept = {strategy.name: strategy.kept for strategy in strategies if strategy.kept is not None}
             opened = OpenedPlan(name, masks, grid, raw, kept)

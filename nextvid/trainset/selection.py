@@ -19,6 +19,7 @@ from nextvid.encode.cap import below_bound
 from nextvid.encode.latent_stats import Moments, moments
 from nextvid.encode.plan import UNSTABLE, accepted_spec, is_unstable, wanted_clips, within_cap
 from nextvid.making.batches import batch_state, dataset_of
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import read_latest
 from storage import reader
 from storage.atomic import read_bytes, read_json
@@ -64,20 +65,23 @@ class Selection:
         return sorted({name for offsets in self.offsets.values() for name in offsets})
 
 
-def select(project: Project) -> Selection:
+def select(project: Project, on_progress: OnProgress = silent) -> Selection:
     """Choose the rows that a trainset made now would take: one pass over the batches, a few at a time.
 
     Raises UpstreamError where `duplicates` is missing or outdated, too few batches are ready, or no row is left.
     """
     root, spec = project.root, accepted_spec(project)
-    digest, known, tested = _known_to_duplicates(root)
+    digest, known, tested = _known_to_duplicates(root, on_progress)
     table = read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
     weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
     batches = [batch for batch in sorted({*root.batches(), *root.batches("clips")}) if dataset_of(batch) in weighted]
     leaking, gone = _near(tested, table), pl.Series(sorted(withdrawn_rows(root)), dtype=pl.Binary)
     with ThreadPoolExecutor(AT_ONCE, "select") as pool:
         passed_over = pool.map(lambda batch: _read(project, spec, batch, batch in known, table, gone, leaking), batches)
-        found = dict(zip(batches, passed_over, strict=True))
+        found: dict[str, _Batch] = {}
+        for batch, one in zip(batches, passed_over, strict=True):
+            found[batch] = one
+            on_progress(Progress("trainset rows", len(found), len(batches)))
     taken = tuple(batch for batch in batches if found[batch].reason is None)
     left_out = {batch: reason for batch in batches if (reason := found[batch].reason) is not None}
     passed = sum(one.counts for one in found.values())
@@ -167,7 +171,7 @@ def _sorted(read: Sequence[_Batch]) -> tuple[dict[int, np.ndarray], dict[int, di
     return addresses, offsets
 
 
-def _known_to_duplicates(root: DataRoot) -> tuple[str, set[str], pl.Series]:
+def _known_to_duplicates(root: DataRoot, on_progress: OnProgress) -> tuple[str, set[str], pl.Series]:
     """The latest `duplicates`, the batches whose tables it searched as they are, and the shots of probes' test clips.
 
     Raises UpstreamError where a batch with such clips is not among these batches: then it is not known what pretraining
@@ -194,7 +198,8 @@ def _known_to_duplicates(root: DataRoot) -> tuple[str, set[str], pl.Series]:
     tested = [Clips.create_empty()["shot_id"]]
     batches = root.batches("clips")
     with ThreadPoolExecutor(AT_ONCE, "select") as pool:
-        for batch, (is_known, shots) in zip(batches, pool.map(look, batches), strict=True):
+        for number, (batch, (is_known, shots)) in enumerate(zip(batches, pool.map(look, batches), strict=True), 1):
+            on_progress(Progress("trainset clips", number, len(batches)))
             if not is_known and len(shots) and batch_state(root, batch, "clips").usable:
                 raise UpstreamError(
                     f"batch {batch} holds probe test clips that 'duplicates' has not seen: make it again"

@@ -22,6 +22,7 @@ from nextvid.encode.latent_stats import mixed
 from nextvid.encode.plan import wanted_clips
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Check, Number, Outcome
+from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import publish_latest, publish_verdict, read_latest
 from nextvid.trainset.files import LINEAGE, RECORD, Frozen, gone_shards, read_sealed, rows_name, write_trainset
 from nextvid.trainset.selection import Selection, select
@@ -44,7 +45,7 @@ NAMED = 20  # our choice: batches that a message or an event names one by one
 KEPT = ("parent", "mean", "std")  # facts of a trainset that stay where its files are written again
 
 
-def make_trainset(project: Project) -> Outcome:
+def make_trainset(project: Project, on_progress: OnProgress = silent) -> Outcome:
     """Freeze the rows of every batch that is complete, passed its checks and was searched by the latest `duplicates`.
 
     Where the same rows were frozen before, nothing is written, unless files are missing or rows moved within the store.
@@ -52,13 +53,13 @@ def make_trainset(project: Project) -> Outcome:
     changed.
     """
     began = time.perf_counter()
-    chosen = select(project)
+    chosen = select(project, on_progress)
     positive = {name: weight for name, weight in sorted(project.corpus.weights().items()) if weight > 0}
     written = {name: weight for name, weight in positive.items() if name in chosen.datasets}
     weights = {name: weight / sum(written.values()) for name, weight in written.items()}  # they sum to one
     digest = _digest(chosen, weights)
     folder = project.root.pointed("trainset", digest)
-    lacking = _stored(project, chosen, weights, digest, folder)
+    lacking = _stored(project, chosen, weights, digest, folder, on_progress)
     total = sum(weights.values())
     checks = (
         Check("no_test_duplicate", chosen.leaked == 0, {"rows": chosen.height, "leaked": chosen.leaked}),
@@ -186,7 +187,14 @@ class Trainset:
         return {name: self._record[name] for name in KEPT}
 
 
-def _stored(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> str | None:
+def _stored(
+    project: Project,
+    chosen: Selection,
+    weights: Mapping[str, float],
+    digest: str,
+    folder: str,
+    on_progress: OnProgress,
+) -> str | None:
     """Freeze what was chosen, if it is not frozen yet; why it was written, None where it was there."""
     if _lacking(project.root, chosen, digest, folder) is None:
         return None  # asked before the lock, which a read-only root does not allow
@@ -195,7 +203,7 @@ def _stored(project: Project, chosen: Selection, weights: Mapping[str, float], d
         if lacking is None:
             return None  # another process wrote it meanwhile
         try:
-            _freeze(project, chosen, weights, digest, folder)
+            _freeze(project, chosen, weights, digest, folder, on_progress)
         except ConflictError:
             if exists(folder) and _lacking(project.root, chosen, digest, folder) is None:
                 return None  # as above, where there are no locks
@@ -255,7 +263,14 @@ def statistics(chosen: Selection, weights: Mapping[str, float]) -> tuple[np.ndar
     return mixed(parts)
 
 
-def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], digest: str, folder: str) -> None:
+def _freeze(
+    project: Project,
+    chosen: Selection,
+    weights: Mapping[str, float],
+    digest: str,
+    folder: str,
+    on_progress: OnProgress,
+) -> None:
     """Write the folder's files; over those of the same trainset where it is there."""
     mean, std = statistics(chosen, weights)
     latest = read_latest(project.root, "trainset")
@@ -280,10 +295,10 @@ def _freeze(project: Project, chosen: Selection, weights: Mapping[str, float], d
         for name in listing.files(folder):
             if name.startswith("pixels.") and name.endswith(".json"):
                 remove_tree(f"{folder}/{name}")  # they count batches as the rows did; frozen again when asked for
-    write_trainset(folder, record, chosen.addresses, _lineage(project, chosen), over=there)
+    write_trainset(folder, record, chosen.addresses, _lineage(project, chosen, on_progress), over=there)
 
 
-def _lineage(project: Project, chosen: Selection) -> Iterator[pl.DataFrame]:
+def _lineage(project: Project, chosen: Selection, on_progress: OnProgress) -> Iterator[pl.DataFrame]:
     """Lineage of the chosen rows, one batch at a time, sorted by row id; read again, since it is too large to keep.
 
     Raises ConflictError where a batch's clips are no longer those that were chosen.
@@ -301,3 +316,4 @@ def _lineage(project: Project, chosen: Selection) -> Iterator[pl.DataFrame]:
         if lines["row_id"].to_list() != sorted(ids):
             raise ConflictError(f"batch {batch} changed while its rows were frozen: make 'trainset' again")
         yield lines
+        on_progress(Progress("trainset lineage", number + 1, len(chosen.batches)))

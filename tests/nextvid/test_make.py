@@ -207,6 +207,7 @@ def test_who_waits_is_told_how_far_each_maker_of_curation_is(project: Project) -
         *[(f"clips {FIRST}", done, 2) for done in (1, 2)],
         (f"clips {SECOND}", 1, 1),
         *[("duplicates", done, 2) for done in (1, 2)],
+        *[("duplicates hashes", done, 16) for done in range(1, 17)],
         *[(f"media {FIRST}", done, 2) for done in (1, 2)],
         (f"media {SECOND}", 1, 1),
         *[(f"shots {FIRST}", done, 2) for done in (1, 2)],
@@ -326,6 +327,7 @@ def test_training_and_evaluation_need_no_media_files(tmp_path: Path) -> None:
         "report",
     ]
     assert (outcomes["trainset"].digest, outcomes["trainset"].made) == (held, False)
+    assert {"latent_stats", f"mask_plan {RECIPE}", "trainset clips", "trainset rows"} <= {one.name for one in told}
     (note,) = (one.note for one in told if one.name == "sources")
     assert note.startswith(f"dataset films: {tmp_path}/films is not a folder; correct its 'uri' or mount it. Going on")
 

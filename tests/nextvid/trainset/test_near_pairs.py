@@ -30,7 +30,10 @@ def test_pairs_of_distinct_hashes_are_those_of_brute_force(seed: int, distance: 
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 256, (6, 32), dtype=np.uint8)
     hashes = np.unique(np.concatenate([base, *(altered(base, bits, rng) for bits in turned)]), axis=0)
-    found = near_pairs(hashes, distance)
+    told: list[int] = []
+    found = near_pairs(hashes, distance, threads=3, on_band=told.append)
+    assert told == list(range(1, 17))
+    assert np.array_equal(found, near_pairs(hashes, distance))
     assert found.dtype == np.int64
     assert {tuple(pair) for pair in found.tolist()} == brute_force(hashes, distance)
     assert len(found) == len({tuple(pair) for pair in found.tolist()})
