@@ -86,6 +86,13 @@ class Part(Generic[S]):
                 return str(found)
         return "/" if atomic.exists(f"{self.array_path}/c") else "."
 
+    def files(self) -> dict[str, int]:
+        """Path and size in bytes of every file of the part, by one listing, which also tells the separator."""
+        found = listing.files_below(self.path)
+        if any(path.startswith(f"{self.array_path}/c.") for path in found):
+            self.separator = "."
+        return found
+
     def shard_path(self, number: int) -> str:
         """The file of a shard's rows, named as Zarr names its chunk."""
         before, after = self._chunk_name

@@ -31,7 +31,7 @@ from storage.jpeg import decode_clip
 from storage.part import OTHER_BYTES, PixelPart
 from storage.remote import is_local
 from storage.root import DataRoot
-from storage.shard_files import ADDRESSES_CHANGED, OPEN_MAPS, Key, MappedShard, Maps, ShardFiles, cited_shards
+from storage.shard_files import ADDRESSES_CHANGED, AHEAD_ROWS, Key, MappedShard, Maps, ShardFiles, cited_shards
 from storage.spec import EncodingSpec, PixelSpec
 from storage.store import LatentStore, PixelStore
 
@@ -62,7 +62,8 @@ class RowReader:
     """Reads rows of one spec; `batches` are the keys that the addresses' `batch` counts.
 
     `stored`, ADDRESS [n] by frames, are all rows that are read again and again: of an object store their shards are
-    copied here if all of them fit the cache. Raises ConfigError for a cache that is too small for one shard.
+    copied here if all of them fit the cache. `ahead_rows`: how many are announced and not read at a time. Raises
+    ConfigError for a cache that is too small for one shard.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class RowReader:
         spec: EncodingSpec,
         batches: Sequence[str],
         stored: Mapping[int, np.ndarray] | None = None,
-        open_maps: int = OPEN_MAPS,
+        ahead_rows: int = AHEAD_ROWS,
     ) -> None:
         self._spec = spec
         store, copied = LatentStore(root, spec), None
@@ -81,9 +82,9 @@ class RowReader:
             # a bound below a full shard is left to `fits`, which explains it
             if rows_bytes <= root.cache_bytes or root.cache_bytes < shard.shard_bytes(shard.ROWS_PER_SHARD, largest):
                 cited = cited_shards(store, batches, stored)
-                copied = cited if fits(root, cited) else None
-        self._files = ShardFiles(store, batches, lambda _, address: row_id(address).hex(), copied)
-        self._maps: Maps[_Rows] = Maps(open_maps)
+                copied = cited if fits(root, cited.sizes) else None
+        self._files = ShardFiles(store, batches, lambda _, address: row_id(address).hex(), copied, ahead_rows)
+        self._maps: Maps[_Rows] = Maps(ahead_rows)
 
     def rows(self, frames: int, addresses: np.ndarray) -> list[Float16[np.ndarray, "F C h w"]]:
         """Rows, ADDRESS [n] -> n arrays: views of their maps, valid as long as they are held and not to be written.
@@ -202,7 +203,7 @@ class PixelReader:
     """Reads rows of one spec; `batches` are the keys that the addresses' `batch` counts.
 
     `stored`, PIXEL_ADDRESS [n] by frames, are all rows that are read again and again: of an object store their shards
-    are copied here if all of them fit the cache.
+    are copied here if all of them fit the cache. `ahead_rows`: how many are announced and not read at a time.
     """
 
     def __init__(
@@ -211,16 +212,16 @@ class PixelReader:
         spec: PixelSpec,
         batches: Sequence[str],
         stored: Mapping[int, np.ndarray] | None = None,
-        open_maps: int = OPEN_MAPS,
+        ahead_rows: int = AHEAD_ROWS,
     ) -> None:
         self._spec = spec
         store, copied = PixelStore(root, spec), None
         if stored is not None and not is_local(root.url) and not _exceed(stored, root.cache_bytes):
             cited = cited_shards(store, batches, stored)
             # not `fits`: a bound that holds shards of latents and none of pixels is no mistake
-            copied = cited if fits_beside(root, cited) else None
-        self._files = ShardFiles(store, batches, _row_at, copied)
-        self._maps: Maps[MappedShard] = Maps(open_maps)
+            copied = cited if fits_beside(root, cited.sizes) else None
+        self._files = ShardFiles(store, batches, _row_at, copied, ahead_rows)
+        self._maps: Maps[MappedShard] = Maps(ahead_rows)
 
     def read_into(self, frames: int, address: np.void, out: UInt8[np.ndarray, "F H W 3"]) -> None:
         """Decode one row into `out`; DamagedError where its file or its bytes are not as committed."""
@@ -270,11 +271,15 @@ class PixelReader:
 
 
 def open_reader(
-    root: DataRoot, spec: EncodingSpec, batches: Sequence[str], stored: Mapping[int, np.ndarray] | None = None
+    root: DataRoot,
+    spec: EncodingSpec,
+    batches: Sequence[str],
+    stored: Mapping[int, np.ndarray] | None = None,
+    ahead_rows: int = AHEAD_ROWS,
 ) -> RowReader:
     """RowReader of a store that is there; UpstreamError where it is gone, DamagedError where its spec was changed."""
     LatentStore(root, spec).refuse_gone()
-    return RowReader(root, spec, batches, stored)
+    return RowReader(root, spec, batches, stored, ahead_rows)
 
 
 def _fields(addresses: np.ndarray) -> list[Fields]:

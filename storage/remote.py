@@ -6,7 +6,9 @@ left is one error of ours. Listings are not remembered, since other processes wr
 """
 
 import errno
+import itertools
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,10 @@ Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
 WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # our choice: six tries in 8 s and the client's own timeouts (s3fs: 15 s a read)
-SMALL_AT_ONCE = 16  # our choice: batches looked at, or tables read, at a time; s3fs sends 10 requests each
+BUSY_WAITS_S = (*WAITS_S, *(8.0,) * 30)  # our choice: four minutes for a store that answers 503 or 429
+_BUSY = ("429", "503")  # HTTP status: too many requests; slow down
+CONNECTIONS = 32  # of a process to a store at most; s3fs alone opens 10: docs/performance.md, "A bucket"
+SMALL_AT_ONCE = 16  # our choice: batches looked at, or tables read, at a time
 BUCKETED = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # protocols of fsspec whose first path segment is a bucket
 # by name, since the client that raises them may not be installed
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
@@ -67,9 +72,12 @@ def connect(path: str) -> tuple[AbstractFileSystem, str]:
     protocol = "file" if is_local(path) else path.partition("://")[0]
     refuse_credentials(path, f"a path of protocol '{protocol}'")
     options: dict[str, Any] = {} if is_local(path) else {"use_listings_cache": False}
-    if protocol in ("s3", "s3a"):  # we repeat, and know then that an answer may have been lost
+    if protocol in ("s3", "s3a"):
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options["config_kwargs"] = {**configured, "retries": {"total_max_attempts": 1}}
+        # we repeat, and know then that an answer may have been lost
+        once = {"retries": {"total_max_attempts": 1}}
+        options["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **configured, **once}
+        options["max_concurrency"] = 1  # an object is read by one GET; s3fs would ask for its size first
     try:
         client = fsspec.get_filesystem_class(protocol)
         fs = client(**client._get_kwargs_from_urls(path), **options)
@@ -83,13 +91,14 @@ def connect(path: str) -> tuple[AbstractFileSystem, str]:
 
 
 def ask(path: str, question: Callable[[AbstractFileSystem, str], Answer]) -> Answer:
-    """Answer of an object store; asked again after a passing failure, as often as WAITS_S says.
+    """Answer of an object store; asked again after a passing failure: for minutes where it says that it is busy.
 
     FileNotFoundError and FileExistsError pass through. ConfigError where credentials, permission or the bucket are
     missing, StoreError where it does not answer.
     """
     fs, key = connect(path)
-    for wait_s in (*WAITS_S, None):
+    patience = _Patience()
+    for tries in itertools.count(1):
         try:
             return question(fs, key)
         except FileNotFoundError:
@@ -100,10 +109,11 @@ def ask(path: str, question: Callable[[AbstractFileSystem, str], Answer]) -> Ans
         except Exception as error:  # each client raises classes of its own
             if not _passing(error):
                 raise _explained(path, error) from error
+            wait_s = patience.wait_s(error)
             if wait_s is None:
-                tries = f"{len(WAITS_S) + 1} tries failed, the last with {_message(error)}"
-                raise StoreError(f"{path}: {tries}. Check network and endpoint, then run again") from error
-        time.sleep(wait_s * random.uniform(0.5, 1.5))
+                failed = f"{tries} tries failed, the last with {_message(error)}"
+                raise StoreError(f"{path}: {failed}. Check network and endpoint, then run again") from error
+        time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
 
 
@@ -165,28 +175,43 @@ def read_exactly(
 
     DamagedError where every answer is, FileNotFoundError where there is no such object.
     """
-    wrong: str | None = None
-    for wait_s in (*WAITS_S, None):
+    patience = _Patience()
+    for tries in itertools.count(1):
         data = read(path, start, None if start is None else start + size_bytes)
         wrong = f"{len(data)} bytes came where {size_bytes} are stored" if len(data) != size_bytes else None
         wrong = wrong or (fault(data) if fault else None)
         if wrong is None:
             return data
-        if wait_s is not None:
-            time.sleep(wait_s * random.uniform(0.5, 1.5))
-    raise DamagedError(f"{path}: {wrong}, in {len(WAITS_S) + 1} tries")
+        wait_s = patience.wait_s()
+        if wait_s is None:
+            raise DamagedError(f"{path}: {wrong}, in {tries} tries")
+        time.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
 
 
-def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+def read_ranges(ranges: Sequence[tuple[str, int, int]], closing: threading.Event) -> list[bytes | None]:
     """Ranges (path, start, size in bytes) of objects of one store, each requested once, all at once; None if it failed.
 
-    An answer may still be short.
+    Those that a busy store refused are requested again, for minutes, until `closing` is set. An answer may still be
+    short.
     """
     fs, _ = connect(ranges[0][0])
-    keys, starts = [fs._strip_protocol(path) for path, _, _ in ranges], [start for _, start, _ in ranges]
-    ends = [start + size_bytes for _, start, size_bytes in ranges]
-    found = fs.cat_ranges(keys, starts, ends, on_error="return")
-    return [None if isinstance(piece, Exception) else bytes(piece) for piece in found]
+    found: list[bytes | None] = [None] * len(ranges)
+    asked, patience = list(enumerate(ranges)), _Patience()
+    while asked:
+        keys, starts = [fs._strip_protocol(path) for _, (path, _, _) in asked], [start for _, (_, start, _) in asked]
+        ends = [start + size_bytes for _, (_, start, size_bytes) in asked]
+        busy: list[tuple[tuple[int, tuple[str, int, int]], Exception]] = []
+        for one, piece in zip(asked, fs.cat_ranges(keys, starts, ends, on_error="return"), strict=True):
+            if not isinstance(piece, Exception):
+                found[one[0]] = bytes(piece)
+            elif _busy(piece):
+                busy.append((one, piece))
+        wait_s = patience.wait_s(busy[0][1]) if busy else None
+        if wait_s is None or closing.wait(wait_s):
+            break
+        asked = [one for one, _ in busy]
+    return found
 
 
 def refuse_missing_bucket(path: str) -> None:
@@ -203,6 +228,26 @@ def refuse_missing_bucket(path: str) -> None:
         raise ConfigError(message) from error
     except Exception as error:  # as above
         raise _explained(path, error) from error
+
+
+class _Patience:
+    """The waits between the tries of one question."""
+
+    def __init__(self) -> None:
+        self._waits = {True: iter(BUSY_WAITS_S), False: iter(WAITS_S)}  # by whether the store was busy
+
+    def wait_s(self, error: Exception | None = None) -> float | None:
+        """Seconds to wait after this failure, spread so that many processes do not return at once; None: give up."""
+        wait_s = next(self._waits[error is not None and _busy(error)], None)
+        return None if wait_s is None else wait_s * random.uniform(0.5, 1.5)
+
+
+def _busy(error: Exception) -> bool:
+    """Whether the store asked for patience."""
+    response = getattr(error.__cause__, "response", None)  # of botocore, which s3fs translates
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    found = status, getattr(error, "code", None), getattr(error, "status_code", None)  # the latter of gcsfs and adlfs
+    return getattr(error, "errno", None) == errno.EBUSY or any(str(one) in _BUSY for one in found)
 
 
 def _passing(error: Exception) -> bool:

@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from storage import atomic, listing, remote, shard
+from storage import atomic, remote, shard
 from storage.cache import Cache
 from storage.digest import crc32c
 from storage.errors import DamagedError, is_damage
@@ -30,9 +30,9 @@ from storage.part import OTHER_BYTES, Part, S
 from storage.remote import is_local
 from storage.store import Store
 
-AT_ONCE = 8  # our choice: shards copied, parts listed, groups of ranges read at a time; s3fs sends 10 requests each
-AHEAD_BYTES = 1 << 28  # our choice: ranges announced and not read; 4 batches of 256 rows of 262 KB
-OPEN_MAPS = 512  # Linux allows 65530 maps a process (vm.max_map_count); opening one costs 20 us (measured)
+AT_ONCE = 8  # our choice: shards copied, parts listed, groups of ranges read at a time; `CONNECTIONS` bounds them all
+AHEAD_ROWS = 4096  # our choice where a caller names no number; the loader does where its batches are larger
+MOST_MAPS = 30_000  # Linux allows 65530 maps a process (vm.max_map_count): latents and pixels have as many each
 ADDRESSES_CHANGED = "the trainset's file of rows is not what was frozen, 'nextvid verify' names it"
 
 Range = tuple[str, int, int]  # path, start and size in bytes
@@ -72,10 +72,14 @@ def _in_memory(start: int, size_bytes: int) -> bool:
 
 
 class Maps(Generic[M]):
-    """At most `most` maps of shards, the least recently used are dropped first. Threads may share it."""
+    """Maps of shards, the least recently used are dropped first. Threads may share it.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    As many are kept as rows are announced and not read at a time, since each may be in another shard. Opening one costs
+    20 us (measured).
+    """
+
+    def __init__(self, ahead_rows: int) -> None:
+        self._most = min(ahead_rows, MOST_MAPS)
         self._held: OrderedDict[Key, M] = OrderedDict()
         self._guard = threading.Lock()
 
@@ -115,12 +119,16 @@ class Maps(Generic[M]):
 
 
 class Ranges:
-    """Reads ranges of objects; `announce` only saves time, and what is never read is dropped. Threads may share it."""
+    """Reads ranges of objects; `announce` only saves time. Threads may share it.
 
-    def __init__(self) -> None:
+    Of more than `ahead_rows` that are announced and not read the oldest are dropped: nobody reads them any more.
+    """
+
+    def __init__(self, ahead_rows: int) -> None:
+        self._most = ahead_rows
         self._ahead: OrderedDict[Range, tuple[Future[list[bytes | None]], int]] = OrderedDict()  # group, place in it
-        self._ahead_bytes = 0
         self._guard = threading.Lock()
+        self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(AT_ONCE, "ranges")
 
     def announce(self, ranges: Iterable[Range]) -> None:
@@ -129,12 +137,10 @@ class Ranges:
             new = [place for place in dict.fromkeys(ranges) if place not in self._ahead]
             if not new:
                 return
-            asked = self._pool.submit(remote.read_ranges, new)
+            asked = self._pool.submit(remote.read_ranges, new, self._closing)
             self._ahead |= {place: (asked, number) for number, place in enumerate(new)}
-            self._ahead_bytes += sum(size_bytes for _, _, size_bytes in new)
-            while self._ahead_bytes > AHEAD_BYTES and len(self._ahead) > len(new):
-                dropped, _ = self._ahead.popitem(last=False)
-                self._ahead_bytes -= dropped[2]
+            while len(self._ahead) > max(self._most, len(new)):
+                self._ahead.popitem(last=False)
 
     def read(self, wanted: Range, crc: int, damaged: Callable[[str], DamagedError]) -> bytes:
         """Bytes of a range with this crc32c.
@@ -148,7 +154,6 @@ class Ranges:
         path, start, size_bytes = wanted
         with self._guard:
             asked = self._ahead.pop(wanted, None)
-            self._ahead_bytes -= 0 if asked is None else size_bytes
         if asked is not None:
             group, number = asked
             with suppress(Exception):  # asked again alone, which explains what fails
@@ -165,16 +170,17 @@ class Ranges:
 
     def close(self) -> None:
         """Drop what was announced, wait for what is under way."""
+        self._closing.set()
         with self._guard:
             self._ahead.clear()
-            self._ahead_bytes = 0
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class ShardFiles(Generic[S]):
     """The shards of a store, by the numbers in addresses; `batches` are the keys that an address' `batch` counts.
 
-    `row_of` names the row of an address in messages. `copied`: path and size of the shards to be copied here first.
+    `row_of` names the row of an address in messages. `copied` are shards to be copied here first; of others on an
+    object store, `ahead_rows` are announced and not read at a time.
     """
 
     def __init__(
@@ -182,18 +188,20 @@ class ShardFiles(Generic[S]):
         store: Store[S],
         batches: Sequence[str],
         row_of: Callable[[Part[S], np.void], str],
-        copied: Mapping[str, int] | None = None,
+        copied: "Cited[S] | None" = None,
+        ahead_rows: int = AHEAD_ROWS,
     ) -> None:
         self._store, self._batches, self._row_of = store, tuple(batches), row_of
-        self._parts: dict[tuple[int, int, int], Part[S]] = {}  # one lookup a row, and their paths are remembered
+        # one lookup a row, and their paths are remembered
+        self._parts: dict[tuple[int, int, int], Part[S]] = {} if copied is None else copied.parts
         self._facts_of: dict[tuple[int, int, int], tuple[bool, bool]] = {}
         self.cache: Cache | None = None
         self.ranges: Ranges | None = None
         if copied is not None:
-            self.cache = Cache(store.root, copied)
+            self.cache = Cache(store.root, copied.sizes)
             self.cache.hold()
         elif not is_local(store.root.url):
-            self.ranges = Ranges()
+            self.ranges = Ranges(ahead_rows)
 
     def part(self, key: Key) -> Part[S]:
         """The part of a shard; DamagedError where its batch is none of this reader's."""
@@ -207,11 +215,12 @@ class ShardFiles(Generic[S]):
     def _facts(self, key: Key, part: Part[S]) -> tuple[bool, bool]:
         """Of a shard's part, asked once, with its first shard that is mapped: whether it has a seal, and `pages_known`.
 
-        Less than `read_seal` asks: a row is compared with its own checksum, and a listing grows with the shards.
+        Less than `read_seal` asks: a row is compared with its own checksum, and a listing grows with the shards. Of a
+        copy nothing is asked: it was compared with the shard's commit before it took its name.
         """
         if (known := self._facts_of.get(key[:3])) is None:
             file = self._store.root.cache_folder if self.cache else part.shard_path(key[3])
-            found = atomic.exists(part.seal_path), os.access(file, os.W_OK)
+            found = self.cache is not None or atomic.exists(part.seal_path), os.access(file, os.W_OK)
             known = self._facts_of.setdefault(key[:3], found)
         return known
 
@@ -289,14 +298,25 @@ def cited_parts(
         for (batch, number), shards in shards_of(rows).items()
     ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield from pool.map(lambda one: (*one, listing.files_below(one[0].path)), cited)
+        yield from pool.map(lambda one: (*one, one[0].files()), cited)
 
 
-def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> dict[str, int]:
-    """Path and size in bytes of every shard that rows (addresses [n] by frames) are in, if it is there."""
-    cited = cited_parts(store, batches, stored)
-    paths = ((part.shard_path(number), files) for part, numbers, files in cited for number in numbers)
-    return {path: files[path] for path, files in paths if path in files}
+@dataclass(frozen=True)
+class Cited(Generic[S]):
+    """Shards that rows are in: size in bytes by path, and their parts by frames, number of the batch, and part."""
+
+    sizes: dict[str, int]
+    parts: dict[tuple[int, int, int], Part[S]]
+
+
+def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> Cited[S]:
+    """Every shard that rows (addresses [n] by frames) are in, if it is listed."""
+    found: Cited[S] = Cited({}, {})
+    numbers_of = {batch: number for number, batch in enumerate(batches)}
+    for part, numbers, files in cited_parts(store, batches, stored):
+        found.parts[part.frames, numbers_of[part.batch], part.number] = part
+        found.sizes.update((path, files[path]) for path in map(part.shard_path, numbers) if path in files)
+    return found
 
 
 def shard_fault(part: Part[S], number: int, data: bytes) -> str | None:

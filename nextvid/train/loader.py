@@ -33,10 +33,12 @@ from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, RefusedError
 from storage.reader import PixelReader, open_reader
 from storage.root import DataRoot
+from storage.shard_files import AHEAD_ROWS
 from storage.store import PixelStore
 
 READ_AHEAD = 4  # batches drawn and hinted before they are filled: our choice, 33 MB at 32 clips
 FILLED_AHEAD = 2  # or as many as threads: filled before their step; more would push ready ones out of the CPU's cache
+MOST_AHEAD = 2 * (READ_AHEAD + 1)  # batches whose rows are hinted and not filled: drawn ahead, and being filled
 
 RowKind = Literal["latents", "pixels"]  # fields of Batch
 T = TypeVar("T")
@@ -231,11 +233,12 @@ def open_loader(
     order = Order(trainset, recipe)
     trainset.refuse_withdrawn(order.lengths)
     largest = max(stage.batch // ranks.count * stage.frames for stage in recipe.stages)
+    ahead_rows = max(AHEAD_ROWS, *(stage.batch // ranks.count * MOST_AHEAD for stage in recipe.stages))
     with ExitStack() as stack:
         rows: dict[RowKind, Rows] = {}
         if recipe.reads_latents:
             stored = {frames: trainset.rows(frames) for frames in trainset.lengths}
-            reader = open_reader(root, trainset.spec, trainset.batches, stored)
+            reader = open_reader(root, trainset.spec, trainset.batches, stored, ahead_rows)
             stack.callback(reader.close)
             latents = Latents(reader, trainset, fold(trainset, recipe), ranks.device)
             rows["latents"] = placed(latents, largest, ranks.device)
@@ -243,7 +246,7 @@ def open_loader(
             assert pixels is not None, "a recipe that reads pixels was given none"
             PixelStore(root, pixels.spec).refuse_gone()
             stored = {frames: pixels.rows(frames) for frames in trainset.lengths}
-            jpegs = PixelReader(root, pixels.spec, trainset.batches, stored)
+            jpegs = PixelReader(root, pixels.spec, trainset.batches, stored, ahead_rows)
             stack.callback(jpegs.close)
             rows["pixels"] = placed(Pixels(jpegs, pixels.spec, stored), largest, ranks.device)
         yield Loader(recipe, order, Masks(recipe, plan), rows, ranks)

@@ -242,7 +242,7 @@ def test_few_maps_stay_open_and_threads_share_them(data_root: DataRoot) -> None:
     store.create()
     for number in range(4):
         write_pixels(store.plan_part(BATCH, FRAMES, ids(6, first=6 * number)), 0)
-    reader, found = PixelReader(data_root, store.spec, [BATCH], open_maps=2), addresses(store)
+    reader, found = PixelReader(data_root, store.spec, [BATCH], ahead_rows=2), addresses(store)
 
     def read(seed: int) -> None:
         out = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
@@ -289,7 +289,7 @@ def test_the_store_is_a_dictionary_of_clips(
     assert set(good["row_id"]) == set(known)
     assert set(commits["row_id"]) - set(known) == lost
     assert len(store.verify()) == len([number for number in dying if number < len(parts)])
-    reader = PixelReader(root, store.spec, [BATCH], open_maps=2)
+    reader = PixelReader(root, store.spec, [BATCH], ahead_rows=2)
     for row, address in zip(good.iter_rows(named=True), pixel_addresses(good, [BATCH]), strict=True):
         out, wanted = (np.empty(store.spec.row_shape(row["frames"]), np.uint8) for _ in range(2))
         decode_clip(known[row["row_id"]], wanted)

@@ -60,7 +60,7 @@ def test_addresses_say_where(filled: tuple[LatentStore, np.ndarray]) -> None:
 @given(st.lists(st.integers(0, 302), max_size=30), st.integers(1, 3))
 def test_read_equals_the_oracle(filled: tuple[LatentStore, np.ndarray], wanted: list[int], open_maps: int) -> None:
     store, found = filled
-    reader = RowReader(store.root, store.spec, BATCHES, open_maps=open_maps)
+    reader = RowReader(store.root, store.spec, BATCHES, ahead_rows=open_maps)
     reader.will_need(FRAMES, found[wanted])
     out = empty()
     for n in wanted:
@@ -79,7 +79,7 @@ def test_views_are_the_rows_and_outlive_their_maps(
     filled: tuple[LatentStore, np.ndarray], wanted: list[int], open_maps: int
 ) -> None:
     store, found = filled
-    reader = RowReader(store.root, store.spec, BATCHES, open_maps=open_maps)
+    reader = RowReader(store.root, store.spec, BATCHES, ahead_rows=open_maps)
     views = reader.rows(FRAMES, found[wanted])
     reader.close()
     assert len(views) == len(wanted)
@@ -183,7 +183,7 @@ def test_wrong_buffers_are_programmers_errors(filled: tuple[LatentStore, np.ndar
 
 def test_threads_share_a_reader(filled: tuple[LatentStore, np.ndarray]) -> None:
     store, found = filled
-    reader = RowReader(store.root, store.spec, BATCHES, open_maps=1)
+    reader = RowReader(store.root, store.spec, BATCHES, ahead_rows=1)
 
     def read(seed: int) -> None:
         out = empty()

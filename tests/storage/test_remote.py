@@ -1,5 +1,7 @@
 """storage/remote.py and listing.py: bounded repetition, one clear error, no answer that was lost counted as a loss."""
 
+import errno
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,39 @@ def test_a_passing_failure_passes(bucket: str, monkeypatch: pytest.MonkeyPatch, 
     assert len(waited) == TRIES - 1
     for asked, wait_s in zip(waited, remote.WAITS_S, strict=True):
         assert 0.5 * wait_s <= asked <= 1.5 * wait_s
+
+
+BUSY = OSError(errno.EBUSY, "Please reduce your request rate.")  # what s3fs makes of 503
+
+
+def test_a_storm_of_a_minute_is_survived(bucket: str, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
+    atomic.publish_bytes(f"{bucket}/x", b"data")
+    monkeypatch.setattr("storage.remote.random.uniform", lambda low, _: low)  # the least patience
+    left = 60.0
+
+    def cat_file(self: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        if sum(waited) < left:
+            raise BUSY
+        return b"data"[start:end]
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    assert atomic.read_bytes(f"{bucket}/x") == b"data"
+    assert sum(waited) >= left
+    closing = threading.Event()
+    monkeypatch.setattr(closing, "wait", lambda wait_s: waited.append(wait_s))
+    waited.clear()
+    assert remote.read_ranges([(f"{bucket}/x", 0, 2), (f"{bucket}/x", 1, 2)], closing) == [b"da", b"at"]
+
+
+def test_patience_ends(bucket: str, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
+    failing("cat_file", monkeypatch, 1000, BUSY)
+    with pytest.raises(StoreError, match="36 tries failed, the last with OSError.*reduce your request rate"):
+        atomic.read_bytes(f"{bucket}/x")
+    assert 120 < sum(waited) < 480
+    assert len({round(wait_s, 6) for wait_s in waited[5:]}) > 20  # many processes do not come back at once
+    closing = threading.Event()
+    closing.set()
+    assert remote.read_ranges([(f"{bucket}/x", 0, 2)], closing) == [None]
 
 
 def test_repetition_is_bounded_and_told(bucket: str, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:

@@ -251,10 +251,60 @@ def test_withdrawn_rows_do_not_hinder_a_copy(tmp_path: Path, way: Way) -> None:
     reader.close()
 
 
-def test_what_is_announced_and_never_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every question that is asked of the object store from now on, but for rows announced together."""
+    found: list[str] = []
+    real = remote.ask
+
+    def spied(path: str, question: Callable[..., Any]) -> Any:
+        found.append(path)
+        return real(path, question)
+
+    monkeypatch.setattr(remote, "ask", spied)
+    return found
+
+
+def test_verified_copies_ask_the_server_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, stored = filled(tmp_path)
-    monkeypatch.setattr("storage.shard_files.AHEAD_BYTES", 20 * ROW_BYTES)
-    reader = RowReader(store.root, store.spec, BATCHES)
+    first = opened(store, stored, "copies")
+    first.will_need(FRAMES, stored[FRAMES])
+    reader = RowReader(store.root, store.spec, BATCHES, stored, ahead_rows=1)  # maps again and again
+    questions = asked(monkeypatch)
+    np.testing.assert_array_equal(read_each(reader, stored[FRAMES][::-20]), wanted(stored[FRAMES][::-20]))
+    assert questions == []
+    reader.close()
+
+
+def ranges_read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Ranges of shards that are read from now on, one for each request."""
+    real, found = MemoryFileSystem.cat_file, list[Any]()
+
+    def cat_file(self: MemoryFileSystem, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
+        found.extend([(path, start)] if "/c." in path else [])
+        return bytes(real(self, path, start=start, end=end, **kwargs))
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    return found
+
+
+@pytest.mark.parametrize("ahead", [1, 10])
+def test_a_row_announced_ahead_is_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """As the loader does: so many batches are announced before the first of them is read, however large they are."""
+    store, stored = filled(tmp_path)
+    reader, rows = RowReader(store.root, store.spec, BATCHES, ahead_rows=(ahead + 1) * 30), stored[FRAMES][:300]
+    shares, requests = np.split(rows, 10), ranges_read(monkeypatch)
+    for number, share in enumerate([*shares, *[rows[:0]] * ahead]):
+        reader.will_need(FRAMES, share)
+        if number >= ahead:
+            one = shares[number - ahead]
+            np.testing.assert_array_equal(np.stack(reader.rows(FRAMES, one)), wanted(one))
+    reader.close()
+    assert len(requests) == len(set(requests)) == len(rows)
+
+
+def test_what_is_announced_and_never_read_is_dropped(tmp_path: Path) -> None:
+    store, stored = filled(tmp_path)
+    reader = RowReader(store.root, store.spec, BATCHES, ahead_rows=20)
     ranges = reader._files.ranges
     assert ranges is not None
     for first in range(0, 300, 10):

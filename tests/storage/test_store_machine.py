@@ -139,7 +139,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 2**32))
     def read(self, seed: int) -> None:
         random = np.random.default_rng(seed)
-        reader = RowReader(self.root, self.store.spec, BATCHES, open_maps=2)
+        reader = RowReader(self.root, self.store.spec, BATCHES, ahead_rows=2)
         for batch in BATCHES:
             for frames in self.store.frames_of(batch):
                 known = addresses(self.store.commits(batch, frames), BATCHES)

@@ -85,6 +85,7 @@ def anything(asked: Asked) -> bool:
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same number of tries, sooner."""
     monkeypatch.setattr(remote, "WAITS_S", (0.01,) * len(remote.WAITS_S))
+    monkeypatch.setattr(remote, "BUSY_WAITS_S", (0.01,) * len(remote.BUSY_WAITS_S))
 
 
 @pytest.fixture
@@ -139,6 +140,40 @@ def test_a_ranged_row_is_one_request(root: DataRoot, proxy: Proxy) -> None:
     ranges = {asked.range for asked in proxy.asked}
     assert f"bytes={ROW_BYTES}-{2 * ROW_BYTES - 1}" in ranges
     assert len(ranges) == 39
+
+
+def test_requests_of_an_epoch(root: DataRoot, proxy: Proxy) -> None:
+    """Copies: a shard and its commit are one GET each, once; a second reader asks for neither."""
+    store, part = full_store(root, ROWS_PER_SHARD + 40)
+    found = addresses(store.commits(BATCH), [BATCH])
+
+    def epoch() -> list[str]:
+        proxy.clear()
+        reader = open_reader(root, store.spec, [BATCH], {FRAMES: found})
+        reader.will_need(FRAMES, found)
+        reader.rows(FRAMES, found)
+        reader.close()
+        return sorted(f"{asked.method} {asked.path.rpartition('/')[2].partition('?')[0]}" for asked in proxy.asked)
+
+    shards = [path.rpartition("/")[2] for path in map(part.shard_path, range(2))]
+    names = ["000000.parquet", "000001.parquet", *shards, "plan.parquet", "spec.json"]
+    listed = ["GET " + root.url.split("/")[2]]
+    assert epoch() == sorted(listed + [f"GET {name}" for name in names])
+    assert epoch() == sorted([*listed, "GET spec.json"])
+
+
+def test_a_storm_of_503_is_survived(root: DataRoot, proxy: Proxy) -> None:
+    """Longer than a store that does not answer at all is asked."""
+    store, _ = full_store(root, 12)
+    found, count = addresses(store.commits(BATCH), [BATCH]), len(remote.WAITS_S) + 9
+    for stored in ({FRAMES: found}, None):
+        reader = open_reader(root, store.spec, [BATCH], stored)
+        proxy.clear()
+        proxy.faults.append(Fault(gets, count, status=503, code="SlowDown"))
+        reader.will_need(FRAMES, found[:1])
+        np.testing.assert_array_equal(read_each(reader, found), values(ids(12)).astype(np.float16))
+        reader.close()
+        assert proxy.used.total() == count
 
 
 def test_two_processes_on_one_part(root: DataRoot, environment: dict[str, str], repository: Path) -> None:
