@@ -79,7 +79,7 @@ def test_a_storm_of_a_minute_is_survived(bucket: str, monkeypatch: pytest.Monkey
 
 def test_patience_ends(bucket: str, monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
     failing("cat_file", monkeypatch, 1000, BUSY)
-    with pytest.raises(StoreError, match="36 tries failed, the last with OSError.*reduce your request rate"):
+    with pytest.raises(StoreError, match=r"36 tries failed, the last with OSError.*reduce your request rate"):
         atomic.read_bytes(f"{bucket}/x")
     assert 120 < sum(waited) < 480
     assert len({round(wait_s, 6) for wait_s in waited[5:]}) > 20  # many processes do not come back at once
