@@ -7,13 +7,14 @@ Axes: E entries, H and W cells, S = H*W cells, n visible cells, L visible tokens
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from nextvid.config.recipe import ConfigError, MaskConfig, MaskStrategy
+from nextvid.model.seeding import generators
 
 ATTEMPTS = 1000  # draws of an entry before the configuration is refused; 97 % succeed at once (docs/method.md 2.4)
 CHUNK = 8192  # entries drawn at once: our choice, about 70 MB on a 16x16 grid
@@ -116,28 +117,37 @@ def statistics(bits: Bits) -> dict[str, float | int]:
     return {**spread, "least": int(counts.min()), "most": int(counts.max())}
 
 
-def levels_of(raw: Bits) -> Int[np.ndarray, " E"]:
-    """Visible cells of each entry in multiples of GRID, rounded down; once a plan, since it reads all of it."""
-    return raw.sum(axis=1) // GRID
+@dataclass(frozen=True)
+class Buckets:
+    """What `bucket` draws from: a plan's entries, sorted by how many cells are visible in multiples of GRID."""
+
+    raw: Bits
+    levels: Int[np.ndarray, " E"]  # visible cells of each entry over GRID, rounded down
+    members: tuple[Int[np.ndarray, " _"], ...]  # entries of each level, ascending
+
+    @classmethod
+    def of(cls, raw: Bits) -> "Buckets":
+        """Sort the entries; once a plan, since it reads all of it."""
+        levels = raw.sum(axis=1) // GRID
+        starts = np.cumsum(np.bincount(levels))
+        return cls(raw, levels, tuple(np.split(np.argsort(levels, kind="stable"), starts[:-1])))
 
 
-def step_bucket(levels: Int[np.ndarray, " E"], key: tuple[int, int], step: int) -> int:
+def step_bucket(buckets: Buckets, key: tuple[int, int], step: int) -> int:
     """Cells that every clip keeps at this step under `bucket`: the count of a random entry, down to a multiple of 8.
 
     It depends on (seed, strategy, step) alone, so all ranks have the same shapes.
     """
     rng = np.random.default_rng([*key, ATTEMPTS + 1, step])
-    return int(levels[rng.integers(len(levels))]) * GRID
+    return int(buckets.levels[rng.integers(len(buckets.levels))]) * GRID
 
 
-def bucket_entries(
-    raw: Bits, levels: Int[np.ndarray, " E"], bucket: int, key: tuple[int, int], draws: Sequence[int]
-) -> Int[np.ndarray, "B n"]:
+def bucket_entries(buckets: Buckets, bucket: int, key: tuple[int, int], draws: Sequence[int]) -> Int[np.ndarray, "B n"]:
     """The `bucket` cells of each draw number: a random entry of that bucket, thinned to it; ascending, int64."""
-    members = np.flatnonzero(levels == bucket // GRID)
-    rngs = [np.random.default_rng([*key, ATTEMPTS + 2, draw]) for draw in draws]
-    entries = raw[members[[rng.integers(len(members)) for rng in rngs]]]
-    return cells_of(_subset(entries, bucket, np.stack([rng.random(raw.shape[1]) for rng in rngs])))
+    members = buckets.members[bucket // GRID]
+    rngs = generators((*key, ATTEMPTS + 2), draws)
+    entries = buckets.raw[members[[rng.integers(len(members)) for rng in rngs]]]
+    return np.sort(_chosen(entries, bucket, _uniform(rngs, entries.shape[1])), axis=1)
 
 
 def flat_ids(
@@ -155,20 +165,22 @@ def flat_ids(
     micro-batches change it. A clip's own blocks are drawn from (step, draw) until at least that many cells are visible,
     and the sorted list of (t, h, w) is cut to a prefix, which empties late tubelets.
     """
-    shape = np.random.default_rng([*key, ATTEMPTS + 3, step]).random(1)
+    shape = np.random.default_rng([*key, ATTEMPTS + 3, step]).random()
 
-    def entries(purpose: int, numbers: Iterable[int], least: int) -> Bits:
+    def entries(purpose: int, numbers: Sequence[int], least: int) -> Bits:
         """One entry a number, each drawn from its own generator until enough cells are visible."""
-        rngs = [np.random.default_rng([*key, ATTEMPTS + purpose, step, number]) for number in numbers]
+        rngs = generators((*key, ATTEMPTS + purpose, step), numbers)
         found, todo = np.empty((len(rngs), height * width), dtype=bool), np.arange(len(rngs))
         while todo.size:
-            uniform = [np.concatenate([shape, rngs[each].random(2 * strategy.blocks)]) for each in todo]
-            found[todo] = _blocks(strategy, height, width, np.stack(uniform))
+            uniform = np.full((todo.size, 1 + 2 * strategy.blocks), shape)
+            uniform[:, 1:] = _uniform([rngs[each] for each in todo], 2 * strategy.blocks)
+            found[todo] = _blocks(strategy, height, width, uniform)
             todo = todo[found[todo].sum(axis=1) < least]
         return found
 
     least = int(entries(4, range(FLAT_BATCH), 1).sum(axis=1).min())
-    tubes = [np.flatnonzero(np.tile(entry, tubelets)) for entry in entries(5, draws, least)]
+    starts = height * width * np.arange(tubelets)[:, None]
+    tubes = [(starts + np.flatnonzero(entry)).ravel() for entry in entries(5, draws, least)]
     return np.stack([tube[: least * tubelets] for tube in tubes])
 
 
@@ -190,12 +202,23 @@ def _blocks(strategy: MaskStrategy, height: int, width: int, uniform: Float[np.n
     return ~hidden.reshape(len(uniform), -1)
 
 
+def _uniform(rngs: Sequence[np.random.Generator], count: int) -> Float[np.ndarray, "E u"]:
+    """The next uniform numbers of each generator."""
+    found = np.empty((len(rngs), count))
+    for rng, row in zip(rngs, found, strict=True):
+        rng.random(out=row)
+    return found
+
+
+def _chosen(raw: Bits, budget: int, uniform: Float[np.ndarray, "E S"]) -> Int[np.ndarray, "E n"]:
+    """The `budget` visible cells with the smallest random numbers, in no order."""
+    return np.argpartition(np.where(raw, uniform, math.inf), budget - 1, axis=1)[:, :budget]
+
+
 def _subset(raw: Bits, budget: int, uniform: Float[np.ndarray, "E S"]) -> Bits:
-    """Keep the `budget` visible cells with the smallest random numbers."""
-    order = np.where(raw, uniform, math.inf)
-    chosen = np.argpartition(order, budget - 1, axis=1)[:, :budget]
+    """Keep these cells only."""
     kept = np.zeros_like(raw)
-    np.put_along_axis(kept, chosen, values=True, axis=1)
+    np.put_along_axis(kept, _chosen(raw, budget, uniform), values=True, axis=1)
     return kept
 
 

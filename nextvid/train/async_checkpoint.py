@@ -42,7 +42,7 @@ class AsyncCheckpoints:
         """`thread` writes whole checkpoints; `cut`: FSDP2 cut the model, and all ranks write."""
         self._ranks, self._identity, self._thread = ranks, identity, thread
         # for these writes alone: on the step's group, a write beside all_reduce hung (docs/decisions/0006)
-        self._group = dist.new_group(backend="gloo") if cut else None
+        self._group = dist.new_group(timeout=ranks.limit, backend="gloo") if cut else None
         self._writing: _Writing | None = None
         self._whole: Future[Path] | None = None  # rank 0's
 

@@ -26,11 +26,12 @@ from storage.errors import ConfigError, LostError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank, how many there are, and its device."""
+    """This process's rank, how many there are, its device, and for how long ranks wait (None: as torch does)."""
 
     rank: int
     count: int
     device: torch.device
+    limit: timedelta | None = None
 
     @property
     def first(self) -> bool:
@@ -112,14 +113,14 @@ def join(how: ExecutionConfig) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    limit = timedelta(seconds=how.timeout_s) if how.nodes > 1 else None
     try:
         if count > 1:
             backend, bound = (
                 ("nccl", device) if device.type == "cuda" else ("gloo", None)
             )  # NCCL binds its device early
-            limit = timedelta(seconds=how.timeout_s) if how.nodes > 1 else None  # else torch's own
             dist.init_process_group(backend, device_id=bound, timeout=limit)
-        yield Ranks(rank, count, device)
+        yield Ranks(rank, count, device, limit)
     except RuntimeError as error:  # on one machine torchrun knows which rank failed first
         if how.nodes > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             lines = [line for line in str(error).splitlines() if line.strip()]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nextvid.machine import Tell
+from nextvid.machine import CORES, Tell
 from nextvid.train.events import describe, read_events
 from nextvid.train.node import PreparedRun, reported, write_prepared
 from storage import atomic
@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 
 SLURM = "slurm"
 RUN = "nextvid/run"  # metadata of a Ray job: what it makes, of which training run
-PASSED_ON = ("PYTHONPATH", "NEXTVID_CORPUS", *S3_PLACE)  # no credentials: others can read a Ray job's environment
+# no credentials: others can read a Ray job's environment; TRACKIO_SERVER_URL may carry a token
+PASSED_ON = (
+    "PYTHONPATH",
+    "NEXTVID_CORPUS",
+    CORES,
+    *S3_PLACE,
+    "WANDB_MODE",
+    "WANDB_BASE_URL",
+    "WANDB_ENTITY",
+    "TRACKIO_SPACE_ID",
+)
 POLL_S = 2.0  # our choice: Ray's job server and Slurm's controller answer one short question each time
 STOP_S = 30.0  # our choice: Ray kills what a stopped job leaves after 3 s (RAY_JOB_STOP_WAIT_TIME_S)
 ENDED = re.compile(r"exit code (\d+)")  # ray/dashboard/modules/job/job_supervisor.py, and our own job file

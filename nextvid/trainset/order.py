@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
-from nextvid.model.masks import bucket_entries, flat_ids, levels_of, step_bucket
+from nextvid.model.masks import Buckets, bucket_entries, flat_ids, step_bucket
 from nextvid.trainset.mask_plan import OpenedPlan
 from nextvid.trainset.trainset import Trainset
 from storage.draws import BLOCK, Draws, mask_entries
@@ -96,9 +96,9 @@ class Masks:
     """Visible ids of drawn clips, by strategy, for every way of thinning."""
 
     def __init__(self, recipe: RecipeConfig, plan: OpenedPlan) -> None:
-        self._recipe, self._plan = recipe, plan
+        self._recipe = recipe
         self._cells = {name: plan.cells(name) for name in plan.kept}
-        self._levels = {name: levels_of(raw) for name, raw in plan.raw.items() if recipe.masks.keep == "bucket"}
+        self._buckets = {name: Buckets.of(raw) for name, raw in plan.raw.items() if recipe.masks.keep == "bucket"}
 
     def visible(self, step: int, draws: range) -> list[Int[np.ndarray, "B L"]]:
         """Sorted flat ids over all tubelets of the step's stage, int64, one array a strategy."""
@@ -117,8 +117,8 @@ class Masks:
             if masks.keep == "fixed":
                 kept = self._cells[strategy.name][self.entries(index, draws)]
             else:
-                raw, levels = self._plan.raw[strategy.name], self._levels[strategy.name]
-                kept = bucket_entries(raw, levels, step_bucket(levels, key, step), key, draws)
+                buckets = self._buckets[strategy.name]
+                kept = bucket_entries(buckets, step_bucket(buckets, key, step), key, draws)
             found.append(in_every_tubelet(kept, tubelets, cells))
         return found
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from nextvid.config.recipe import ConfigError, MaskConfig, MaskStrategy
 from nextvid.model.masks import (
+    Buckets,
     bucket_entries,
     cells_of,
     draw_plan,
     draw_visible,
     flat_ids,
-    levels_of,
     pack,
     statistics,
     step_bucket,
@@ -149,9 +149,9 @@ def test_cells_ascend() -> None:
 def test_trap_25_bucket_is_a_function_of_the_step_and_follows_the_counts() -> None:
     plan = draw_plan(MaskConfig(keep="bucket", entries=4096), 16, 16).strategies[0]
     assert plan.kept is None
-    levels = levels_of(plan.raw)
-    steps = [step_bucket(levels, (0, 0), step) for step in range(400)]
-    assert steps == [step_bucket(levels, (0, 0), step) for step in range(400)]
+    buckets = Buckets.of(plan.raw)
+    steps = [step_bucket(buckets, (0, 0), step) for step in range(400)]
+    assert steps == [step_bucket(buckets, (0, 0), step) for step in range(400)]
     assert {bucket % 8 for bucket in steps} == {0}
     assert np.mean(steps) == pytest.approx(float(plan.raw.sum(axis=1).mean()) - 3.5, abs=4)  # 400 of sd 19: error 1
 
@@ -167,13 +167,31 @@ def one_by_one(raw: np.ndarray, bucket: int, key: tuple[int, int], draw: int) ->
 
 def test_bucket_entries_keep_the_bucket_and_differ_by_draw() -> None:
     plan = draw_plan(MaskConfig(keep="bucket", entries=1024), 16, 16).strategies[0]
-    found = bucket_entries(plan.raw, levels_of(plan.raw), 96, (0, 0), range(20))
+    found = bucket_entries(Buckets.of(plan.raw), 96, (0, 0), range(20))
     assert all(len(cells) == 96 and (np.diff(cells) > 0).all() for cells in found)
     assert len({tuple(cells) for cells in found}) == 20
     assert all(np.array_equal(cells, one_by_one(plan.raw, 96, (0, 0), draw)) for draw, cells in enumerate(found))
     raws = {tuple(row) for row in plan.raw.tolist()}
     inside = [any(all(row[cell] for cell in cells) for row in raws) for cells in found[:3]]
     assert all(inside)
+
+
+def one_entry(strategy: MaskStrategy, key: tuple[int, ...], shape: float, least: int) -> np.ndarray:
+    """Blocks of a generator of its own until enough cells are visible."""
+    rng = np.random.default_rng(key)
+    while True:
+        entry = by_hand(strategy, 16, 16, np.array([shape, *rng.random(2 * strategy.blocks)]))
+        if entry.sum() >= least:
+            return entry
+
+
+def test_flat_draws_each_clip_from_a_generator_of_its_own() -> None:
+    shape = np.random.default_rng([7, 1, 1003, 5]).random()
+    least = min(int(one_entry(LONG, (7, 1, 1004, 5, number), shape, 1).sum()) for number in range(32))
+    for draw, found in enumerate(flat_ids(LONG, 16, 16, 8, (7, 1), 5, range(4))):
+        entry = one_entry(LONG, (7, 1, 1005, 5, draw), shape, least)
+        ids = [tubelet * 256 + cell for tubelet in range(8) for cell in np.flatnonzero(entry)]
+        assert found.tolist() == ids[: least * 8]
 
 
 def test_flat_is_the_ancestors_prefix_and_independent_of_the_batch() -> None:

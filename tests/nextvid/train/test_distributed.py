@@ -4,7 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,8 +18,10 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.features.encoder import load_encoder
 from nextvid.model.reference import reference_encoder
-from nextvid.train import checkpoint
-from nextvid.train.distributed import like, local, whole
+from nextvid.train import async_checkpoint, checkpoint, distributed
+from nextvid.train.async_checkpoint import AsyncCheckpoints
+from nextvid.train.checkpoint import Identity
+from nextvid.train.distributed import join, like, local, whole
 from nextvid.train.events import Event, read_events
 from nextvid.train.optim import build_optimizer
 from nextvid.train.pretrain import make_pretrain
@@ -142,3 +147,17 @@ def test_tensors_that_are_not_cut_are_themselves() -> None:
     assert local(tensor) is tensor
     assert whole(tensor) is tensor
     assert torch.equal(like(tensor.clone(), tensor), tensor)
+
+
+@pytest.mark.parametrize(("nodes", "limit"), [(1, None), (2, timedelta(seconds=7))])
+def test_every_group_waits_as_long_as_how_says(
+    nodes: int, limit: timedelta | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    joined, made = Mock(), Mock()
+    monkeypatch.setattr(distributed.dist, "init_process_group", joined)
+    monkeypatch.setattr(async_checkpoint.dist, "new_group", made)
+    how = ExecutionConfig(device="cpu", ranks=2, nodes=nodes, timeout_s=7)
+    with join(how) as ranks, ThreadPoolExecutor() as thread:
+        AsyncCheckpoints(ranks, Identity("r", "d", "t", "m"), thread, cut=True)
+    assert [call.kwargs["timeout"] for call in (joined.call_args, made.call_args)] == [limit, limit]
