@@ -39,7 +39,8 @@ def generators(key: Sequence[int], last: Sequence[int]) -> list[np.random.Genera
     if max(last, default=0) >= WORD:  # two words; no training draws so many clips
         return [np.random.default_rng([*key, number]) for number in last]
     states = _states(key, np.array(last, np.uint32))
-    return [np.random.Generator(np.random.PCG64(_Mixed(state))) for state in states]
+    # numpy's stubs know SeedSequence alone; its documentation takes every ISeedSequence
+    return [np.random.Generator(np.random.PCG64(_Mixed(state))) for state in states]  # type: ignore[arg-type]
 
 
 def _states(key: Sequence[int], last: UInt32[np.ndarray, " n"]) -> UInt64[np.ndarray, "n 4"]:
@@ -82,5 +83,5 @@ def _hashed(values: UInt32[np.ndarray, "*k n"], constants: UInt32[np.ndarray, "k
 
 
 def _mixed(left: UInt32[np.ndarray, "k n"], right: UInt32[np.ndarray, "k n"]) -> UInt32[np.ndarray, "k n"]:
-    found = MIX_LEFT * left - MIX_RIGHT * right
+    found: UInt32[np.ndarray, "k n"] = MIX_LEFT * left - MIX_RIGHT * right
     return found ^ (found >> SHIFT)

@@ -8,7 +8,7 @@ follows from its draw number, so ranks change speed alone.
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -31,7 +31,7 @@ class Ranks:
     rank: int
     count: int
     device: torch.device
-    limit: timedelta | None = None
+    limit: timedelta | None = field(default=None, kw_only=True)
 
     @property
     def first(self) -> bool:

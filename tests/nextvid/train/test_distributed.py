@@ -18,7 +18,7 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.features.encoder import load_encoder
 from nextvid.model.reference import reference_encoder
-from nextvid.train import async_checkpoint, checkpoint, distributed
+from nextvid.train import checkpoint
 from nextvid.train.async_checkpoint import AsyncCheckpoints
 from nextvid.train.checkpoint import Identity
 from nextvid.train.distributed import join, like, local, whole
@@ -155,8 +155,8 @@ def test_every_group_waits_as_long_as_how_says(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     joined, made = Mock(), Mock()
-    monkeypatch.setattr(distributed.dist, "init_process_group", joined)
-    monkeypatch.setattr(async_checkpoint.dist, "new_group", made)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined)
+    monkeypatch.setattr(torch.distributed, "new_group", made)
     how = ExecutionConfig(device="cpu", ranks=2, nodes=nodes, timeout_s=7)
     with join(how) as ranks, ThreadPoolExecutor() as thread:
         AsyncCheckpoints(ranks, Identity("r", "d", "t", "m"), thread, cut=True)
