@@ -120,7 +120,7 @@ def join(how: ExecutionConfig) -> Iterator[Ranks]:
                 ("nccl", device) if device.type == "cuda" else ("gloo", None)
             )  # NCCL binds its device early
             dist.init_process_group(backend, device_id=bound, timeout=limit)
-        yield Ranks(rank, count, device, limit)
+        yield Ranks(rank, count, device, limit=limit)
     except RuntimeError as error:  # on one machine torchrun knows which rank failed first
         if how.nodes > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             lines = [line for line in str(error).splitlines() if line.strip()]
