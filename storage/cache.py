@@ -1,32 +1,33 @@
 """Local copies of what never changes in an object store: whole shards and row files, in a folder of bounded size.
 
 A copy takes its name only when it is whole: its length and, for a shard, index and checksums were compared with the
-commit. A copy that proves wrong later is copied again, once: this disk changed it. Room is made by removing the copies
-of other runs, least recently used first; copies held in this process are never removed, so that latents and pixels of a
-run share the bound. Any number of processes share a folder. When a set is copied at all: shard_files.py.
+commit. A copy that proves wrong later is copied again, once: this disk changed it. Room is made by removing copies that
+no process of this machine holds, least recently used first (cache_index.py); nothing else in the folder is touched. A
+set is held only where it fits beside what others hold, so two runs never copy each other's shards again. When a set is
+copied at all: shard_files.py.
 """
 
 import errno
 import io
 import os
-import threading
+import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
-from weakref import WeakSet
 
 import numpy as np
 
 from storage import atomic, listing, remote
+from storage.cache_index import Index
 from storage.digest import crc32c, digest
-from storage.errors import ConfigError, StoreError, UnwritableError, UpstreamError
+from storage.errors import ConfigError, DamagedError, StoreError, UnwritableError, UpstreamError
 from storage.locks import locked
 from storage.remote import is_local
 from storage.root import DataRoot
 
-LEFTOVER_AGE_S = 3600.0  # our choice: a download of a shard (67 MB) that took longer has died
 PATIENCE_S = 60.0  # our choice: copies in the making, 67 MB each, are files by then
 _LOOK_S = 0.1
 # errors of a disk that can keep no copy; others pass through
@@ -44,26 +45,14 @@ _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _LOCKS = 64  # our choice: so many copies are made at once by all processes of a machine
 
 
-def fits(root: DataRoot, needed: Mapping[str, int]) -> bool:
-    """Whether files (path: size in bytes) fit the cache's bound; ConfigError for a bound that holds none of them.
-
-    Room that other openers of this process need is not counted as free. A bound of 0 switches the cache off.
-    """
+def refuse_too_small(root: DataRoot, needed: Mapping[str, int]) -> None:
+    """ConfigError for a bound that holds not one of these files (path: size in bytes); 0 switches the cache off."""
     largest = max(needed.values(), default=0)
     if 0 < root.cache_bytes < largest:
         raise ConfigError(
             f"cache.size_gb: {root.cache_bytes / 1e9:g} GB hold no shard of {largest / 1e9:g} GB. Raise it to the size "
             f"of the set ({sum(needed.values()) / 1e9:g} GB), or set 0 to read rows from the object store"
         )
-    return fits_beside(root, needed)
-
-
-def fits_beside(root: DataRoot, needed: Mapping[str, int]) -> bool:
-    """Whether files fit beside what other openers of this process need."""
-    places = {place_of(root, path) for path in needed}
-    top = Path(root.cache_folder)
-    others = {place: size for place, size in _needed_now().items() if place not in places and top in place.parents}
-    return sum(needed.values()) + sum(others.values()) <= root.cache_bytes
 
 
 def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
@@ -82,12 +71,14 @@ def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
     def fault(data: bytes) -> str | None:
         return None if crc is None or crc32c(data) == crc else "its bytes differ from their checksum"
 
-    if fits_beside(root, {path: size_bytes}):
-        cache = Cache(root, {path: size_bytes}, version="" if crc is None else f".{crc:08x}")
+    cache = Cache(root, {path: size_bytes}, version="" if crc is None else f".{crc:08x}")
+    if cache.hold():
         place = cache.local(path, size_bytes, fault)
         while crc is not None and not _as_copied(place, crc) and cache.distrust(path, place.stat().st_ino):
             place = cache.local(path, size_bytes, fault)
-        return np.load(place, mmap_mode="r", allow_pickle=False)
+        rows: np.ndarray = np.load(place, mmap_mode="r", allow_pickle=False)
+        weakref.finalize(rows, cache.release)
+        return rows
     return np.load(io.BytesIO(remote.read_exactly(path, size_bytes, fault=fault)), allow_pickle=False)
 
 
@@ -106,17 +97,40 @@ class Cache:
         self._root, self._version = root, version
         self._top = Path(root.cache_folder)
         self._distrusted: set[str] = set()
-        self.needed = {self._place(path): size_bytes for path, size_bytes in needed.items()}
+        self._needed = {self._place(path): size_bytes for path, size_bytes in needed.items()}
+        self._index = Index(self._top, root.cache_bytes, self._lock_path)
+        self._lease: tuple[str, int, weakref.finalize[..., Cache]] | None = None  # holder, process, how it ends
 
-    def hold(self) -> None:
-        """Keep other openers of this process from removing what this one needs, and from counting on its room."""
-        with _held_guard:
-            _held.add(self)
+    def hold(self) -> bool:
+        """Keep what this opener needs from being removed by anybody on this machine, until it is released.
+
+        False, and nothing kept, where it does not fit beside what others keep. In a folder that may only be read
+        nothing is kept, since nothing is removed.
+        """
+        if sum(self._needed.values()) > self._root.cache_bytes:
+            return False
+        if not self._needed or (self._top.is_dir() and not os.access(self._top, os.W_OK)):
+            return True
+        with self._naming_the_folder(), ExitStack() as lease:
+            holder = f"lease.{secrets.token_hex(6)}.lock"
+            lease.callback((self._top / holder).unlink, missing_ok=True)
+            lease.enter_context(locked(str(self._top / holder)))
+            if not self._index.lease(holder, {self._name(place): size for place, size in self._needed.items()}):
+                return False
+            ends = weakref.finalize(self, _end, lease.pop_all(), os.getpid())
+            self._lease = holder, os.getpid(), ends
+        return True
 
     def release(self) -> None:
-        """Undo `hold`; a cache that is garbage collected is released by itself."""
-        with _held_guard:
-            _held.discard(self)
+        """Undo `hold`; for a cache that is garbage collected, or whose process ends, the system does."""
+        if self._lease is None:
+            return
+        holder, process, ends = self._lease
+        self._lease = None
+        if os.getpid() == process:
+            with suppress(UnwritableError, ConfigError):  # the folder is gone, and with it the lease
+                self._index.release(holder)
+        ends()
 
     def local(self, path: str, size_bytes: int, fault: Callable[[bytes], str | None] | None = None) -> Path:
         """The copy of an object of this size, made now if there is none.
@@ -135,7 +149,7 @@ class Cache:
 
     def open(self, path: str, fault: Callable[[bytes], str | None]) -> BinaryIO:
         """The copy of a shard, opened; the opener of this cache or a listing says its size. Raises as `local`."""
-        size_bytes = self.needed.get(self._place(path)) or listing.size_bytes(path)
+        size_bytes = self._needed.get(self._place(path)) or listing.size_bytes(path)
         if size_bytes is None:
             raise UpstreamError(f"{path} does not exist")
         with suppress(FileNotFoundError):  # others may make room between the two
@@ -159,31 +173,42 @@ class Cache:
                 return False
             self._distrusted.add(path)
             place.unlink()
+            self._index.gone(self._name(place))
         return True
 
     def _fetch(self, path: str, place: Path, size_bytes: int, fault: Callable[[bytes], str | None] | None) -> None:
-        with ExitStack() as naming, atomic.staged_file(str(place)) as temporary:
-            self._reserve(temporary, size_bytes)
-            try:
-                data = remote.read_exactly(path, size_bytes, fault=fault)
-            except FileNotFoundError as error:
-                raise UpstreamError(f"{path} does not exist") from error
-            with temporary.open("r+b") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # here, so that the lock is held for a rename only
-            naming.enter_context(self._lock("room"))  # a process that adds up sizes would miss a file renamed meanwhile
+        """Make a copy. The caller holds its lock."""
+        self._reserve(self._name(place), size_bytes)
+        try:
+            with atomic.staged_file(str(place)) as temporary, temporary.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, size_bytes)  # a full disk says so now
+                file.write(self._read(path, size_bytes, fault))
+        except BaseException:
+            with suppress(UnwritableError, ConfigError):  # the first error says more
+                self._index.gone(self._name(place))
+            raise
+        self._index.made(self._name(place))
 
-    def _reserve(self, temporary: Path, size_bytes: int) -> None:
-        """Create a file of this size within the bound; waits for copies that others are making, which end as files."""
+    def _read(self, path: str, size_bytes: int, fault: Callable[[bytes], str | None] | None) -> bytes:
+        try:
+            return remote.read_exactly(path, size_bytes, fault=fault)
+        except FileNotFoundError as error:
+            raise UpstreamError(f"{path} does not exist") from error
+        except DamagedError as error:
+            if (found := listing.size_bytes(path)) in (None, size_bytes):
+                raise
+            raise StoreError(
+                f"{path} has {found} bytes and was listed with {size_bytes}: the object store's listings are not of "
+                "this moment. Nothing is damaged: run again, and if it stays so, use a store whose listings are exact"
+            ) from error
+
+    def _reserve(self, name: str, size_bytes: int) -> None:
+        """Count a file of this size within the bound; waits for copies that others are making, which end as files."""
         for _ in range(round(PATIENCE_S / _LOOK_S)):
-            with self._lock("room"):
-                over, in_the_making = self._make_room(size_bytes)
-                if over <= 0:
-                    with temporary.open("xb") as file:
-                        os.posix_fallocate(file.fileno(), 0, size_bytes)  # others count it, and a full disk says so now
-                    return
-            if not in_the_making:
+            has_room, some_end = self._index.reserve(name, size_bytes)
+            if has_room:
+                return
+            if not some_end:
                 break
             time.sleep(_LOOK_S)
         raise StoreError(
@@ -191,26 +216,20 @@ class Cache:
             "another cache.folder"
         )
 
-    def _make_room(self, size_bytes: int) -> tuple[int, int]:
-        """Remove copies that no opener here needs until so many bytes fit; (bytes that do not, temporaries)."""
-        atomic.remove_leftovers(str(self._top), LEFTOVER_AGE_S)
-        found, kept = [], self.needed | _needed_now()
-        for path in self._top.glob("*/**/*"):
-            with suppress(FileNotFoundError):  # a copy was given up
-                found += [(path, path.stat())] if path.is_file() else []
-        over = sum(stat.st_size for _, stat in found) + size_bytes - self._root.cache_bytes
-        for path, stat in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
-            if over > 0 and path not in kept and path.suffix != atomic.SUFFIX:
-                path.unlink(missing_ok=True)  # a process that has it mapped keeps the bytes
-                over -= stat.st_size
-        return over, sum(path.suffix == atomic.SUFFIX for path, _ in found)
+    def _name(self, place: Path) -> str:
+        """Of a copy in the index."""
+        return str(place.relative_to(self._top))
 
     def _place(self, path: str) -> Path:
         place = place_of(self._root, path)
         return place.with_name(place.name + self._version)
 
     def _copying(self, path: str) -> AbstractContextManager[None]:
-        return self._lock(f"copy.{int(digest(path)[:4], 16) % _LOCKS:02d}")
+        """Exclusive among threads and processes of this machine."""
+        return locked(str(self._lock_path(self._name(self._place(path)))))
+
+    def _lock_path(self, name: str) -> Path:
+        return self._top / f"copy.{int(digest(name)[:4], 16) % _LOCKS:02d}.lock"
 
     @contextmanager
     def _naming_the_folder(self) -> Iterator[None]:
@@ -226,19 +245,11 @@ class Cache:
                 "another cache.folder, or set cache.size_gb to 0 to read from the object store"
             ) from error
 
-    def _lock(self, name: str) -> AbstractContextManager[None]:
-        """Exclusive among threads and processes of this machine."""
-        return locked(str(self._top / f"{name}.lock"))
 
-
-_held: WeakSet[Cache] = WeakSet()
-_held_guard = threading.Lock()
-
-
-def _needed_now() -> dict[Path, int]:
-    """Every copy that is held for an opener of this process, made or not, and its size in bytes."""
-    with _held_guard:
-        return {place: size_bytes for cache in _held for place, size_bytes in cache.needed.items()}
+def _end(lease: ExitStack, process: int) -> None:
+    """Let go of the lock, not of one that this process has from its parent."""
+    if os.getpid() == process:
+        lease.close()
 
 
 def _is_copied(place: Path, size_bytes: int) -> bool:

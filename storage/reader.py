@@ -24,7 +24,7 @@ import polars as pl
 from jaxtyping import Float16, UInt8
 
 from storage import shard
-from storage.cache import fits, fits_beside
+from storage.cache import refuse_too_small
 from storage.digest import crc32c
 from storage.errors import DamagedError
 from storage.jpeg import decode_clip
@@ -79,10 +79,9 @@ class RowReader:
         if stored is not None and root.cache_bytes > 0 and not is_local(root.url):
             rows_bytes = sum(len(rows) * spec.row_bytes(frames) for frames, rows in stored.items())
             largest = max((spec.row_bytes(frames) for frames in stored), default=0)
-            # a bound below a full shard is left to `fits`, which explains it
             if rows_bytes <= root.cache_bytes or root.cache_bytes < shard.shard_bytes(shard.ROWS_PER_SHARD, largest):
-                cited = cited_shards(store, batches, stored)
-                copied = cited if fits(root, cited.sizes) else None
+                copied = cited_shards(store, batches, stored)
+                refuse_too_small(root, copied.sizes)
         self._files = ShardFiles(store, batches, lambda _, address: row_id(address).hex(), copied, ahead_rows)
         self._maps: Maps[_Rows] = Maps(ahead_rows)
 
@@ -217,9 +216,7 @@ class PixelReader:
         self._spec = spec
         store, copied = PixelStore(root, spec), None
         if stored is not None and not is_local(root.url) and not _exceed(stored, root.cache_bytes):
-            cited = cited_shards(store, batches, stored)
-            # not `fits`: a bound that holds shards of latents and none of pixels is no mistake
-            copied = cited if fits_beside(root, cited.sizes) else None
+            copied = cited_shards(store, batches, stored)  # a bound that holds shards of latents alone is no mistake
         self._files = ShardFiles(store, batches, _row_at, copied, ahead_rows)
         self._maps: Maps[MappedShard] = Maps(ahead_rows)
 

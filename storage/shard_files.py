@@ -179,8 +179,9 @@ class Ranges:
 class ShardFiles(Generic[S]):
     """The shards of a store, by the numbers in addresses; `batches` are the keys that an address' `batch` counts.
 
-    `row_of` names the row of an address in messages. `copied` are shards to be copied here first; of others on an
-    object store, `ahead_rows` are announced and not read at a time.
+    `row_of` names the row of an address in messages. `copied` are shards to be copied here if all of them fit the
+    cache beside what other processes hold there; of others on an object store, `ahead_rows` are announced and not read
+    at a time.
     """
 
     def __init__(
@@ -198,9 +199,9 @@ class ShardFiles(Generic[S]):
         self.cache: Cache | None = None
         self.ranges: Ranges | None = None
         if copied is not None:
-            self.cache = Cache(store.root, copied.sizes)
-            self.cache.hold()
-        elif not is_local(store.root.url):
+            cache = Cache(store.root, copied.sizes)
+            self.cache = cache if cache.hold() else None
+        if self.cache is None and not is_local(store.root.url):
             self.ranges = Ranges(ahead_rows)
 
     def part(self, key: Key) -> Part[S]:

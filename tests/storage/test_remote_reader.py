@@ -1,10 +1,9 @@
-"""Latents on an object store, and cache.py: equal to the store's rows, bounded, nothing damaged comes out of them.
+"""Latents on an object store: equal to the store's rows, bounded, nothing damaged comes out of them.
 
 fsspec's memory file system stands for the bucket; what fails, answers too little or lies is put in front of it.
 """
 
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import atomic, remote
-from storage.cache import Cache, fits, open_rows
 from storage.errors import ConfigError, DamagedError, StoreError
 from storage.reader import RowReader, addresses, open_reader, row_id
 from storage.root import DataRoot
@@ -314,113 +312,17 @@ def test_what_is_announced_and_never_read_is_dropped(tmp_path: Path) -> None:
     reader.close()
 
 
-# the cache itself
-
-
-def bucket(folder: Path, cache_bytes: int, count: int) -> tuple[DataRoot, dict[str, int]]:
-    """A root and `count` files of 1000 bytes in it."""
-    root = DataRoot.open(f"memory://{folder.name}", str(folder / "runs"), str(folder / "cache"), cache_bytes)
-    paths = [f"{root.url}/file{number}" for number in range(count)]
-    for number, path in enumerate(paths):
-        atomic.publish_bytes(path, bytes([number]) * 1000)
-    return root, dict.fromkeys(paths, 1000)
-
-
-def held(root: DataRoot) -> set[str]:
-    return {path.name for path in copies(Path(root.cache_folder))}
-
-
-def test_a_copy_is_whole_and_made_once(tmp_path: Path) -> None:
-    root, files = bucket(tmp_path, 5000, 2)
-    cache = Cache(root, files)
-    for number, path in enumerate(files):
-        assert cache.local(path, 1000).read_bytes() == bytes([number]) * 1000
-    copy = cache.local(next(iter(files)), 1000)
-    before = copy.stat().st_ino
-    assert cache.local(next(iter(files)), 1000).stat().st_ino == before
-    copy.write_bytes(b"cut")  # a copy of another size is no copy
-    assert cache.local(next(iter(files)), 1000).read_bytes() == bytes(1000)
-
-
-def test_others_copies_go_oldest_first(tmp_path: Path) -> None:
-    root, files = bucket(tmp_path, 3500, 6)
-    paths = list(files)
-    others = Cache(root, dict.fromkeys(paths[:3], 1000))
-    for age, path in enumerate(paths[:3]):
-        os.utime(others.local(path, 1000), (1000 + age, 1000 + age))
-    others.local(paths[0], 1000)  # used again
-    ours = Cache(root, dict.fromkeys(paths[3:], 1000))
-    ours.local(paths[3], 1000)
-    assert held(root) == {"file0", "file2", "file3"}
-    ours.local(paths[4], 1000)
-    ours.local(paths[5], 1000)
-    assert held(root) == {"file3", "file4", "file5"}
-    with pytest.raises(StoreError, match=r"is full.*Raise cache.size_gb"):
-        ours.local(paths[0], 1000)  # our own are never given up
-    assert held(root) == {"file3", "file4", "file5"}
-
-
-def test_two_roots_share_a_folder(tmp_path: Path) -> None:
-    root, files = bucket(tmp_path, 5000, 1)
-    other = DataRoot.open(f"{root.url}/other", root.runs_url, root.cache_folder, 5000)
-    atomic.publish_bytes(f"{other.url}/file0", b"o" * 1000)
-    assert Cache(root, files).local(f"{root.url}/file0", 1000).read_bytes() == bytes(1000)
-    assert Cache(other, files).local(f"{other.url}/file0", 1000).read_bytes() == b"o" * 1000
-
-
-def test_the_bound_holds_while_threads_copy(tmp_path: Path) -> None:
-    root, files = bucket(tmp_path, 4000, 12)
-    sizes: list[int] = []
-
-    paths = list(files)
-
-    def copy(number: int) -> None:
-        cache = Cache(root, {paths[number]: 1000})
-        cache.local(paths[number], 1000)
-        with cache._lock("room"):  # else a file is counted under both its names, or under none
-            sizes.append(len(held(root)))
-
-    in_threads(copy, 12)
-    assert len(sizes) == 12  # each waited for room
-    assert max(sizes) <= 4
-
-
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, files = bucket(tmp_path, 5000, 1)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
-        Cache(root, files).local(next(iter(files)), 1000)
-    assert held(root) == set()
-
-
-def test_fits(tmp_path: Path) -> None:
-    def root(cache_bytes: int) -> DataRoot:
-        return DataRoot.open("memory://x", str(tmp_path), str(tmp_path), cache_bytes)
-
-    assert fits(root(30), {"a": 10, "b": 20})
-    assert not fits(root(29), {"a": 10, "b": 20})
-    assert not fits(root(0), {"a": 10})
-    assert fits(root(0), {})
-    with pytest.raises(ConfigError, match=r"cache\.size_gb"):
-        fits(root(19), {"a": 10, "b": 20})
-
-
-@pytest.mark.parametrize("cache_bytes", [0, 10**6])
-def test_row_files(tmp_path: Path, cache_bytes: int) -> None:
-    root, _ = bucket(tmp_path, cache_bytes, 0)
-    array = np.arange(12, dtype="<u4").reshape(3, 4)
-    np.save(tmp_path / "rows.npy", array)
-    with atomic.staged_file(f"{root.url}/rows.npy") as temporary:
-        temporary.write_bytes((tmp_path / "rows.npy").read_bytes())
-    for path in (f"{root.url}/rows.npy", str(tmp_path / "rows.npy")):
-        np.testing.assert_array_equal(open_rows(root, path), array)
-    assert isinstance(open_rows(root, f"{root.url}/rows.npy"), np.memmap) == (cache_bytes > 0)
-    with pytest.raises(ValueError, match="does not exist"):
-        open_rows(root, f"{root.url}/none.npy")
-    atomic.publish_bytes(f"{root.url}/rows.npy", b"no array")
-    with pytest.raises(ValueError):
-        open_rows(root, f"{root.url}/rows.npy")
+def test_a_bucket_whose_listings_are_not_of_this_moment(tmp_path: Path) -> None:
+    """Neither an old size nor a file that is left out is taken for damage, whose remedy removes files."""
+    store, stored = filled(tmp_path)
+    part = store.part(BATCH, FRAMES, 0)
+    reader = opened(store, stored, "copies")
+    cache = reader._files.cache
+    assert cache is not None
+    cache._needed[cache._place(part.shard_path(0))] -= 100
+    with pytest.raises(StoreError, match=r"listings are not of this moment\. Nothing is damaged") as caught:
+        reader.rows(FRAMES, stored[FRAMES][:1])
+    assert not isinstance(caught.value, DamagedError)
+    del cache._needed[cache._place(part.shard_path(0))]
+    np.testing.assert_array_equal(np.stack(reader.rows(FRAMES, stored[FRAMES][:3])), wanted(stored[FRAMES][:3]))
+    reader.close()
