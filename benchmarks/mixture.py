@@ -35,6 +35,10 @@ MIXTURE = {
     "internvid": (234_000_000, 760_000.0, 0.20),
     "ttvideo": (115_000_000, 958_000.0, 0.32),
 }
+HOUR_GB = 0.24  # of a video-hour: our measurement, the median of seven real videos of 360 to 1080 lines
+CORES = (1, 64, 1000)
+STEP_CPU_S = 7.0  # CPU seconds that a step on Ray takes beside its work: our measurement (docs/scale.md)
+ROW_S = 16.5e-6  # CPU seconds of `trainset` (15 us) and `latent_stats` (1.5) for a row (docs/performance.md, manifests)
 RECIPE = "nextvid_l"  # all three of the paper's draw as much
 CUT_AS = {"ttvideo": "internvid"}
 # VA-VAE at 256 pixels: 32 channels of 16 x 16 cells (docs/method.md 1).
@@ -87,7 +91,7 @@ def size(name: str, config: DatasetConfig, *, capped: bool = False) -> Size:
     """Clips, rows, bytes and objects of one dataset; `capped`: with `cap: auto`, which leaves clips as they are."""
     files, hours, _ = MIXTURE[name]
     capacity = config.max_batch_videos if hours else config.max_batch_images
-    batches = math.ceil(files / capacity)
+    batches = max(math.ceil(files / capacity), math.ceil(hours * HOUR_GB / config.max_batch_gb))
     clips = rows = frames = size_bytes = longest_bytes = shards = 0
     longest = max(policy.frames for policy in config.clips)
     for policy in config.clips:
@@ -162,6 +166,25 @@ def hours(of: Size, rates: dict[str, Any]) -> Iterator[tuple[str, str, str, str]
         yield f"{asset}, tables alone", number(seconds / 3600), "-", "ms a batch of ten files: measured"
 
 
+def walls(of: Size, rates: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """(work, the time it takes on each of CORES, what bends it); only what the rates are of, GPUs aside."""
+    first, decode = (rates[name] * of.hours for name in ("first_pass_cpu_s_per_hour", "decode_cpu_s_per_hour"))
+    terabytes = of.hours * HOUR_GB / 1000
+    for work, cpu_s in (("shots", first), ("latents, decoding", decode)):
+        gb_per_s = terabytes * 1000 / (cpu_s / CORES[-1])
+        bends = f"reading {number(terabytes)} TB: {gb_per_s:.1f} GB/s at {CORES[-1]:,} cores"
+        yield work, *(duration(cpu_s / cores) for cores in CORES), bends
+    steps_s = 4 * of.batches * STEP_CPU_S
+    bends = f"{STEP_CPU_S:.0f} CPU-s a step, four steps a batch"
+    yield "starting steps", *(duration(steps_s / cores) for cores in CORES), bends
+    alone = ("listing", "plan", "latent_stats", "trainset, made")
+    serial_s = sum(rates["ms_per_batch"][name] for name in alone) * of.batches / 1000 + of.rows * ROW_S
+    bends = f"one process each, {number(of.rows)} rows: " + ", ".join(alone).replace(", made", "")
+    yield "tables of all batches", *([duration(serial_s)] * len(CORES)), bends
+    together = first + decode + steps_s
+    yield "together", *(duration(together / cores + serial_s) for cores in CORES), ""
+
+
 def machinery(of: Size, rates: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(piece of work, ms a batch as measured, how long at the mixture's batches)."""
     for name, ms in rates["ms_per_batch"].items():
@@ -176,10 +199,13 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
+    """Seconds, minutes, hours, days or years, whichever reads best."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    days = seconds / 86400
+    return f"{seconds / 3600:.1f} h" if days < 3 else f"{days:.0f} days" if days < 700 else f"{days / 365:.1f} years"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -212,6 +238,9 @@ def tables(rates: dict[str, Any]) -> str:
             ),
             table(("asset", "CPU-hours", "GPU-hours (H200)", "from"), list(hours(whole, rates))),
             table(("work", "ms a batch", f"at {number(whole.batches)} batches"), list(machinery(whole, rates))),
+            table(
+                ("curation", *(f"{n:,} core{'s' * (n > 1)}" for n in CORES), "what bends"), list(walls(whole, rates))
+            ),
             f"{whole.longest_bytes / whole.size_bytes:.0%} of the bytes are the cool-down's longest clips.",
             _provenance(rates),
         ]

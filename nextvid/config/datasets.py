@@ -177,8 +177,12 @@ class DatasetConfig(Strict):
     licences: tuple[str, ...] = Field(
         (), description="licences that are used: a file of another one is rejected as `licence`; by default all are"
     )
-    max_batch_videos: Count = Field(1000, description="files of a batch, the unit of work, for videos")
-    max_batch_images: Count = Field(10000, description="files of a batch for images")
+    max_batch_gb: Positive = Field(
+        16.0,
+        description="most gigabytes of a batch, the unit of work (docs/decisions/0058); a larger file is one alone",
+    )
+    max_batch_videos: Count = Field(50000, description="most files of a batch, for videos")
+    max_batch_images: Count = Field(50000, description="most files of a batch, for images")
 
     @field_validator("cap", mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """Assignment of files to batches, and how it is published: a URI keeps its batch for ever.
 
-New URIs, sorted, fill the last open batch of their kind (video or image), then open the next; the capacity of a batch
-comes from corpus.yaml. So what was made of a batch stays valid.
+New URIs, sorted, fill the last open batch of their kind (video or image), then open the next; how many bytes and files
+a batch has at most comes from corpus.yaml. So what was made of a batch stays valid.
 
 The tables change by transactions: numbered change files, created exclusively, then applied to the tables. A change
 holds the new tables of the batches that one listing touched. Its number is one above that which the writer read; a name
@@ -11,7 +11,7 @@ changes are emptied but keep their names, so that no number is used twice.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -25,6 +25,8 @@ from storage.root import DataRoot
 from storage.schemas import Sources
 
 MediaKind = Literal["video", "image"]
+# Files of a batch by default until batches were bounded by bytes: one of so many is full, and stays as it is.
+ONCE_FULL: Mapping[MediaKind, int] = {"video": 1000, "image": 10000}
 _APPLIED: dict[str, int] = {}  # by root, the newest change that this process has applied
 
 
@@ -44,27 +46,29 @@ def latest(sources: pl.DataFrame) -> pl.DataFrame:
     return sources.filter(pl.col("revision") == pl.col("revision").max().over("uri"))
 
 
-def assign(uris: list[str], kind: MediaKind, dataset: str, known: pl.DataFrame, capacity: int) -> dict[str, str]:
+def assign(
+    sizes_bytes: Mapping[str, int], kind: MediaKind, dataset: str, known: pl.DataFrame, config: DatasetConfig
+) -> dict[str, str]:
     """The batch of each URI of one kind; none of them is in `known`, the dataset's rows of Sources.
 
-    Fills the last batch of the kind up to `capacity` files, then opens batches after the highest number.
+    Fills the last batch of the kind up to its most bytes or files, then opens batches after the highest number.
     """
-    slots = _open_slots(kind, dataset, known, capacity)
-    return {uri: next(slots) for uri in sorted(uris)}
-
-
-def _open_slots(kind: MediaKind, dataset: str, known: pl.DataFrame, capacity: int) -> Iterator[str]:
-    counts = known.group_by("batch", "kind").agg(pl.col("uri").n_unique())
-    numbers = [batch_number(batch) for batch in counts["batch"]]
+    most_files = config.max_batch_videos if kind == "video" else config.max_batch_images
+    most_bytes = round(config.max_batch_gb * 1e9)
+    counts = latest(known).group_by("batch", "kind").agg(pl.len(), pl.col("size_bytes").sum())
+    number = max((batch_number(batch) for batch in counts["batch"]), default=-1)
     last = counts.filter(pl.col("kind").cast(pl.String) == kind).sort("batch").tail(1)
-    for batch, files in zip(last["batch"], last["uri"], strict=True):
-        for _ in range(capacity - files):
-            yield batch
-    number = max(numbers, default=-1)
-    while True:
-        number += 1
-        for _ in range(capacity):
-            yield batch_key(dataset, number)
+    batch, _, files, size_bytes = last.row(0) if last.height else ("", kind, most_files, 0)
+    if files == ONCE_FULL[kind] and f"max_batch_{kind}s" not in config.model_fields_set:
+        files = most_files
+    found = {}
+    for uri in sorted(sizes_bytes):
+        if files >= most_files or (files and size_bytes + sizes_bytes[uri] > most_bytes):
+            number += 1
+            batch, files, size_bytes = batch_key(dataset, number), 0, 0
+        found[uri] = batch
+        files, size_bytes = files + 1, size_bytes + sizes_bytes[uri]
+    return found
 
 
 def merge(
@@ -88,11 +92,10 @@ def merge(
     rows = known
     kinds: tuple[MediaKind, ...] = ("image", "video")
     for kind in kinds:
-        uris = new.filter(pl.col("kind").cast(pl.String) == kind)["uri"].to_list()
-        capacity = config.max_batch_videos if kind == "video" else config.max_batch_images
-        assigned = assign(uris, kind, dataset, rows, capacity)
+        files = new.filter(pl.col("kind").cast(pl.String) == kind)
+        assigned = assign(dict(files.select("uri", "size_bytes").iter_rows()), kind, dataset, rows, config)
         batches |= assigned
-        rows = pl.concat([rows, _rows(new.filter(pl.col("uri").is_in(uris)), assigned, dataset, now, known)])
+        rows = pl.concat([rows, _rows(files, assigned, dataset, now, known)])
     again = changed.with_columns(pl.col("revision") + 1)
     rows = pl.concat(
         [rows, _rows(again, dict(zip(changed["uri"], changed["batch"], strict=True)), dataset, now, known)]

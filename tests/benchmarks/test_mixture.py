@@ -24,11 +24,11 @@ def test_clips_of_a_file() -> None:
 
 def test_sizes_of_a_data_set_by_head() -> None:
     images = next(each for each in mixture.sizes() if each.name == "imagenet1k")
-    assert images.batches == 128  # 1.28 million by 10,000
+    assert images.batches == 26  # 1.28 million by 50,000
     assert images.rows == 4 * 1_280_000  # four views each
     assert images.size_bytes == images.rows * 2 * 32 * 16 * 16
-    assert images.shards == 128 * 157  # 40,000 rows a batch by 256
-    assert mixture.objects(images) == 9 * 128 + 2 * images.shards + 4 * 128
+    assert images.shards == 26 * 770  # 196,923 rows a batch by 256
+    assert mixture.objects(images) == 9 * 26 + 2 * images.shards + 4 * 26
 
 
 def test_numbers_read_well() -> None:
@@ -39,3 +39,4 @@ def test_numbers_read_well() -> None:
         "350,000,000",
     ]
     assert [mixture.duration(x) for x in (7.4, 700.0, 9000.0)] == ["7 s", "12 min", "2.5 h"]
+    assert [mixture.duration(24 * 3600.0 * days) for days in (2, 20, 800)] == ["48.0 h", "20 days", "2.2 years"]

@@ -27,7 +27,9 @@ from nextvid.trainset.mask_plan import make_plan
 from orchestration.definitions import build_defs
 from storage import atomic, remote
 from storage.errors import LostError
+from storage.schemas import Shots
 from storage.store import LatentStore
+from storage.tables import read_table
 from tests.factories import DEMO
 from tests.nextvid.tiny_project import OVERRIDES
 from tests.services.conftest import Live, instance_settings, live_dagster, trainset_project, wait_for
@@ -113,7 +115,9 @@ def scaled(
     """Webserver and daemon with deploy/ray/dagster.yaml: Postgres holds the history, Ray runs the steps."""
     assert POSTGRES is not None
     compute = tmp_path_factory.mktemp("compute") / "compute.yaml"
-    compute.write_text("latents: {cpus: 1, memory_gib: 0.1}")  # and one GPU
+    compute.write_text(
+        "latents: {cpus: 1, memory_gib: 0.1}\nshots: {cpus: 1, memory_gib: 0.1}"
+    )  # latents: one GPU, too
     variables = {
         "NEXTVID_STEPS": "ray", "RAY_ADDRESS": cluster.address, "NEXTVID_TRAIN_ON": cluster.address,
         "NEXTVID_COMPUTE": str(compute),
@@ -166,6 +170,34 @@ def test_an_encode_over_ray_into_a_bucket_equals_the_local_one_and_survives_a_ki
     assert {(found or {}).get("GPU") for found in asked} in ({1.0}, {1.0, None})
     assert rows(there).equals(rows(here))
     assert LatentStore(there.root, accepted_spec(there)).verify() == []
+
+
+@pytest.mark.faults
+def test_a_worker_killed_in_shots_costs_a_retry_and_no_row(
+    projects: tuple[Project, Project], cluster: RayCluster, scaled: Live
+) -> None:
+    here, there = projects
+    batches = there.root.batches("clips")[:3]
+    for batch in batches:
+        atomic.remove_tree(there.root.table("shots", batch))
+        atomic.remove_tree(there.root.checks("shots", batch))
+    runs = []
+    for batch in batches:
+        scaled.add_batch(batch)
+        runs.append(scaled.launch("shots", batch)["run"]["runId"])
+
+    def steps() -> list[str]:
+        return [event["__typename"] for run in runs for event in scaled.events(run)]
+
+    wait_for(lambda: "ExecutionStepStartEvent" in steps(), 400, every_s=0.2)
+    cluster.kill()
+    for _ in range(2):
+        cluster.add()
+    wait_for(lambda: {scaled.run(run)["status"] for run in runs} == {"SUCCESS"}, 600)
+    assert "ExecutionStepUpForRetryEvent" in steps(), "what ran on the killed worker was tried again"
+    for batch in batches:
+        made, known = (read_table(project.root.table("shots", batch), Shots) for project in (there, here))
+        assert made.equals(known)
 
 
 def test_the_history_is_in_postgres(scaled: Live) -> None:

@@ -12,7 +12,7 @@ from nextvid.corpus.assignment import assign, merge
 from nextvid.making.batches import batch_key
 from storage.schemas import Sources
 
-CONFIG = DatasetConfig(uri="/nowhere", max_batch_videos=3, max_batch_images=4)
+CONFIG = DatasetConfig(uri="/nowhere", max_batch_gb=9e-9, max_batch_videos=3, max_batch_images=4)  # 9 bytes
 FILES = st.dictionaries(
     st.builds(lambda n, kind: f"f{n:02d}.{kind}", st.integers(0, 30), st.sampled_from(["mp4", "jpg"])),
     st.tuples(st.integers(0, 5), st.sampled_from(["a", "b"])),
@@ -32,20 +32,23 @@ def listed(files: dict[str, tuple[int, str]]) -> pl.DataFrame:
 
 
 def reference(listings: list[dict[str, tuple[int, str]]]) -> dict[str, str]:
-    """URI -> batch by the rule: keep, else fill the last open batch of the kind, sorted, else the
-    next."""
+    """URI -> batch by the rule: keep, else fill the last batch of the kind while it has room, sorted, else the next."""
     batch_of: dict[str, int] = {}
     kind_of: dict[int, str] = {}
+    bytes_of: dict[str, int] = {}  # by file, as the listing before has it
     for listing in listings:
         for kind in ("jpg", "mp4"):
             limit = {"mp4": CONFIG.max_batch_videos, "jpg": CONFIG.max_batch_images}[kind]
             for name in sorted(n for n in listing if n.endswith(kind) and n not in batch_of):
                 mine = [number for number, of in kind_of.items() if of == kind]
                 last = max(mine, default=None)
-                if last is None or sum(b == last for b in batch_of.values()) >= limit:
+                inside = [other for other, batch in batch_of.items() if batch == last]
+                size = sum(bytes_of[other] for other in inside) + listing[name][0]
+                if last is None or len(inside) >= limit or (inside and size > 9):
                     last = max(kind_of, default=-1) + 1
                     kind_of[last] = kind
-                batch_of[name] = last
+                batch_of[name], bytes_of[name] = last, listing[name][0]
+        bytes_of |= {name: size for name, (size, _) in listing.items()}
     return {f"/d/{name}": batch_key("d", number) for name, number in batch_of.items()}
 
 
@@ -102,8 +105,25 @@ def test_a_batch_keeps_its_number_when_a_kind_has_room() -> None:
     known, _ = merge(
         Sources.create_empty(), listed({"a.mp4": (1, "a"), "b.jpg": (1, "a")}), [], "d", CONFIG, datetime.now(UTC)
     )
-    assert assign(["/d/x", "/d/y", "/d/z"], "video", "d", known, 3) == {
+    assert assign(dict.fromkeys(("/d/x", "/d/y", "/d/z"), 1), "video", "d", known, CONFIG) == {
         "/d/x": "d.000001",
         "/d/y": "d.000001",
         "/d/z": "d.000002",
     }
+
+
+def test_a_file_above_the_most_bytes_is_one_alone() -> None:
+    sizes = {"/d/a": 1, "/d/b": 50, "/d/c": 9, "/d/d": 0}
+    found = assign(sizes, "video", "d", Sources.create_empty(), CONFIG)
+    assert [int(batch[-1]) for batch in found.values()] == [0, 1, 2, 2]
+
+
+def test_batches_that_were_full_by_files_alone_stay_as_they_are() -> None:
+    """By default; who writes a capacity gets that."""
+    files = {f"{number:04d}.mp4": (1, "a") for number in range(1000)}
+    known, _ = merge(Sources.create_empty(), listed(files), [], "d", DatasetConfig(uri="/d"), datetime.now(UTC))
+    assert set(known["batch"]) == {"d.000000"}
+    written = DatasetConfig(uri="/d", max_batch_videos=2000)
+    assert assign({"/d/x": 1}, "video", "d", known, DatasetConfig(uri="/d")) == {"/d/x": "d.000001"}
+    assert assign({"/d/x": 1}, "video", "d", known, written) == {"/d/x": "d.000000"}
+    assert assign({"/d/x": 1}, "video", "d", known[:999], DatasetConfig(uri="/d")) == {"/d/x": "d.000000"}
