@@ -7,7 +7,7 @@ DEMO := $(CURDIR)/examples/demo/corpus.yaml
 export DAGSTER_HOME := $(CURDIR)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo ui test lint test-services test-benchmarks gpu faults autoencoder clean
+.PHONY: demo study ui test lint test-services test-benchmarks gpu faults autoencoder clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/torch:
@@ -30,6 +30,9 @@ $(VENV)/services: $(VENV)/test
 
 demo: $(VENV)/ui ## the whole graph on a small labelled corpus, through Dagster
 	NEXTVID_CORPUS=$(DEMO) $(BIN)/python -m examples.demo.run
+
+study: $(VENV)/ui ## what masks, moving average and parts do: at most three hours, goes on where it was; QUICK=--quick
+	$(BIN)/python -m examples.study.run $(QUICK)
 
 ui: $(VENV)/ui ## the Dagster UI on the demo's instance
 	NEXTVID_CORPUS=$(DEMO) $(BIN)/dagster dev
