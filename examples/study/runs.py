@@ -4,6 +4,7 @@ Training and scoring are the functions that `nextvid make pretrain` and `nextvid
 and one thread. A run that was killed goes on from its newest checkpoint; its result file is published whole.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -104,7 +105,9 @@ def _shown(run: Run) -> dict[str, Any]:
     events, steps = read_events(run.folder), run.recipe.steps
     lines, looks = ([e for e in events if e["kind"] == kind] for kind in ("step", "diagnostics"))
     losses: dict[str, Any] = {
-        name: {"first": lines[0][name], "last": lines[-1][name]} for name in ("flow", "align") if name in lines[-1]
+        name: {"first": float(lines[0][name]), "last": float(lines[-1][name])}
+        for name in ("flow", "align")
+        if math.isfinite(float(lines[-1][name]))  # "nan" where the recipe has no such loss
     }
     curve = [[look["step"], look["effective_rank"], look["online_effective_rank"]] for look in looks]
     return {"run": run.id, **losses, "rank": curve, "collapsed": collapsed(curve[-1][1], curve[0][1], steps, steps)}

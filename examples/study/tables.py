@@ -75,11 +75,12 @@ class Cell:
     seed: int
 
     def settings(self, size: Size) -> dict[str, object]:
-        """All that its result depends on beside the code."""
-        return {
-            "version": VERSION, "frames": FRAMES, **asdict(self), "size": asdict(size),
-            "arm_is": asdict(ARMS[self.arm]), "data_is": asdict(DATA[self.data]),
-        }  # fmt: skip
+        """All that its result depends on beside the code; how many others there are is no part of it."""
+        arm, data = asdict(ARMS[self.arm]), asdict(DATA[self.data])
+        others = ("meaning", "seeds", "fewer_seeds", "looks", "data")
+        parts = {"size": asdict(size), "arm_is": arm, "data_is": data}
+        kept = {name: {k: v for k, v in part.items() if k not in others} for name, part in parts.items()}
+        return {"version": VERSION, "frames": FRAMES, **asdict(self), **kept}
 
     def file(self, size: Size) -> str:
         """Name of its result; one with other settings has another name."""

@@ -61,6 +61,7 @@ def test_every_declared_run_has_a_recipe_and_its_own_result() -> None:
     assert len({cell.file(FULL) for cell in wanted}) == len(wanted)
     assert {arm for table in TABLES.values() for arm in table.arms} == {cell.arm for cell in wanted}
     assert wanted[0].file(FULL) != wanted[0].file(replace(FULL, steps=330))
+    assert wanted[0].file(FULL) == wanted[0].file(replace(FULL, seeds=9))  # more seeds keep what there is
     for cell in {cell.arm: cell for cell in wanted}.values():
         assert apply_overrides(recipe("demo"), overrides(cell, FULL)).steps == FULL.steps
 
