@@ -69,6 +69,9 @@ encoding:
 datasets:
   {{ name }}:
     uri: {{ uri }}
+    {%- if tar %}
+    tar: true # its files are members of tar files
+    {%- endif %}
     weight: 1.0 # share of training draws, relative to the other datasets
     clips:
       # {{ spans }}
@@ -140,14 +143,18 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     uri = folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser().absolute())
     name = re.sub(r"[^a-z0-9]+", "_", PurePosixPath(uri).name.lower()).strip("_") or "media"
     root = _root(name, uri, path.parent)
-    corpus = CorpusConfig(
-        root=root, encoding=EncodingConfig(autoencoder=weights), datasets={name: DatasetConfig(uri=uri)}
-    )
-    listing = list_dataset(Project(corpus, DataRoot.open(root), path, corpus), name)
+    for tar in (False, True):
+        datasets = {name: DatasetConfig(uri=uri, tar=tar)}
+        corpus = CorpusConfig(root=root, encoding=EncodingConfig(autoencoder=weights), datasets=datasets)
+        listing = list_dataset(Project(corpus, DataRoot.open(root), path, corpus), name)
+        if listing.files.height or ".tar" not in listing.ignored:
+            break
     paths = listing.files["path"].to_list()
     if not paths:
         ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.most_common(5))
-        raise CorpusError(f"{uri} holds no video and no image ({f'it has {ignored}' if ignored else 'it is empty'})")
+        what = f"it has {ignored}" if ignored else "it is empty"
+        what += "; pictures in parquet files need 'parquet_column'" if ".parquet" in listing.ignored else ""
+        raise CorpusError(f"{uri} holds no video and no image ({what})")
     facts, unreadable = _sample(listing.files)
     labels, labelled, targets = _labels(uri, paths)
     policy, spans = _policy(facts)
@@ -166,6 +173,7 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
         .render(
             uri=_quoted(uri),
             name=name,
+            tar=tar,
             root=_quoted(os.path.relpath(root, path.parent)),
             autoencoder=_quoted(weights),
             seen=_seen(kinds, facts),

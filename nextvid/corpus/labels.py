@@ -18,6 +18,7 @@ import polars as pl
 from nextvid.config.datasets import DatasetConfig, LabelConfig
 from nextvid.corpus.layouts import in_class_folder, read_lines, split_words
 from nextvid.making.outcome import Check, Number
+from nextvid.video.archives import PARQUET, split_uri
 from storage import atomic
 from storage.digest import digest_stream
 from storage.errors import CorpusError, UpstreamError
@@ -70,7 +71,11 @@ def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
 
 def _from_folders(path: str, labels: LabelConfig) -> Iterator[tuple[str, None, None, str, str]]:
     """The class of a file, which is its last folder, and with `split_names` the split that another folder names."""
-    *above, last = ("", *PurePosixPath(path).parts[:-1])
+    folders = PurePosixPath(path).parts[:-1]
+    if inside := split_uri(path):  # an archive is no folder, and rows of a table have none
+        archive, member = map(PurePosixPath, inside)
+        folders = archive.parts[:-1] + (() if archive.suffix == PARQUET else member.parts[:-1])
+    *above, last = ("", *folders)
     if last:  # at the top there is no class
         yield path, None, None, labels.target, last
     words = split_words(labels)

@@ -238,7 +238,7 @@ def licences_of(project: Project, lineage: pl.DataFrame) -> dict[str, str]:
         media = read_tables(project.root, "media", batches, Media).unique("media_id")
         used = media.join(rows, on="media_id", how="semi").group_by("licence").len()
         ordered = used.sort("len", "licence", descending=[True, False]).iter_rows()
-        found[dataset] = ", ".join(f"{licence} ({count:,} files)" for licence, count in ordered)
+        found[dataset] = ", ".join(f"{licence} ({count:,} file{'s' * (count != 1)})" for licence, count in ordered)
     return found
 
 

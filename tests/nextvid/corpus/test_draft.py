@@ -15,6 +15,7 @@ from nextvid.corpus.labels import read_labels
 from nextvid.corpus.media import make_media
 from nextvid.corpus.sources import known_sources, make_sources
 from storage.errors import CorpusError, RefusedError
+from tests.nextvid.corpus.archives import write_parquet, write_tar
 from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture
 from tests.nextvid.video import film
 
@@ -173,3 +174,26 @@ def test_names_that_yaml_would_read_otherwise_are_quoted(tmp_path: Path) -> None
     draft_corpus(str(folder), str(tmp_path / "corpus.yaml"))
     values = yaml.safe_load((tmp_path / "corpus.yaml").read_text())
     assert values["datasets"]["a_b_1"]["uri"] == str(folder)
+
+
+def test_a_folder_of_tar_files_is_drafted_by_what_is_in_them(tmp_path: Path) -> None:
+    names = [f"{name}/{n}.jpg" for name in "ab" for n in range(3)]
+    pictures(tmp_path / "plain", *names)
+    members = [(name, (tmp_path / "plain" / name).read_bytes()) for name in names]
+    for number in range(2):
+        write_tar(tmp_path / "pets" / f"{number}.tar", members[number::2])
+    draft = draft_corpus(str(tmp_path / "pets"), str(tmp_path / "corpus.yaml"))
+    assert (draft.files, draft.labels, draft.labelled, draft.targets) == ({"image": 6}, "folders", 6, ("class",))
+    dataset = load_corpus(tmp_path / "corpus.yaml").datasets["pets"]
+    assert dataset.tar
+    paths = known_paths(tmp_path / "corpus.yaml", "pets")
+    assert set(read_labels(dataset, paths)["value"]) == {"a", "b"}
+    write_parquet(tmp_path / "cells" / "x.parquet", [("a.jpg", b"1")])
+    with pytest.raises(CorpusError, match=r"it has 1 .parquet; pictures in parquet files need 'parquet_column'"):
+        draft_corpus(str(tmp_path / "cells"), str(tmp_path / "other.yaml"))
+
+
+def known_paths(corpus: Path, dataset: str) -> list[str]:
+    project = open_project(corpus)
+    make_sources(project)
+    return known_sources(project, dataset)["path"].to_list()

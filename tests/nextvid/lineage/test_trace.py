@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from nextvid.config.project import Project
-from nextvid.lineage.trace import trace
+from nextvid.lineage.trace import licences_of, trace
 from nextvid.train.run import find_run
+from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError
+from storage.schemas import Media
+from storage.tables import read_table, write_table
+from tests.factories import edit_project
 from tests.nextvid.tiny_project import CLIPS_A_VIDEO, IMAGES, RECIPE, probe, uri_of
 
 
@@ -101,3 +106,20 @@ def test_text_names_what_was_found(evaluated: Project) -> None:
 def test_the_unknown_says_what_would_be_known(evaluated: Project) -> None:
     with pytest.raises(ConfigError, match="is no run, checkpoint"):
         trace(evaluated, "/nowhere/else.mp4")
+
+
+def test_licences_of_files_are_counted_where_a_column_names_them(own_copy: Project) -> None:
+    (own_copy.path.parent / "list.csv").write_text("path,terms")
+    labels = {"layout": "csv", "file": "list.csv", "licence_column": "terms"}
+    lineage = Trainset.open(own_copy.root).lineage()
+    assert licences_of(own_copy, lineage) == {"pets": "CC0-1.0", "stills": "unknown"}
+    project = edit_project(own_copy.path, lambda said: said["datasets"]["pets"].update(labels=labels))
+    files = lineage.filter(dataset="pets")["media_id"].unique().sort()
+    path = project.root.table("media", "pets.000000")
+    media = read_table(path, Media)
+    other = pl.when(pl.col("media_id") == files[0]).then(pl.lit("CC-BY-4.0")).otherwise("licence")
+    write_table(path, media.with_columns(licence=other), Media)
+    found = licences_of(project, lineage)["pets"]
+    assert found == f"CC0-1.0 ({len(files) - 1} files), CC-BY-4.0 (1 file)"
+    named = edit_project(own_copy.path, lambda said: said["datasets"].pop("stills"))
+    assert licences_of(named, lineage)["stills"] == "no longer configured"
