@@ -165,7 +165,7 @@ def _open_mds(folder: Path) -> Read:
 def _mds_batches(folder: Path, _order: Sequence[int], workers: int) -> Iterable[Tensor]:
     from streaming import StreamingDataset
 
-    return loaded(StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True), workers, _stacked_bytes)
+    return loaded(StreamingDataset(local=str(folder), batch_size=BATCH, shuffle=True), workers, stacked_bytes)
 
 
 def _write_litdata(clips: Clips, folder: Path) -> None:
@@ -195,16 +195,16 @@ def _litdata_batches(folder: Path, _order: Sequence[int], workers: int) -> Itera
 
     data = StreamingDataset(str(folder), shuffle=True, batch_decode=False)
     found: Iterable[Tensor] = StreamingDataLoader(
-        data, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0, collate_fn=_stacked_arrays
+        data, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0, collate_fn=stacked_arrays
     )
     return found
 
 
-def _stacked_bytes(samples: Sequence[dict[str, bytes]]) -> Tensor:
+def stacked_bytes(samples: Sequence[dict[str, bytes]]) -> Tensor:
     return stacked([_clip(sample["clip"]) for sample in samples])
 
 
-def _stacked_arrays(samples: Sequence[dict[str, np.ndarray]]) -> Tensor:
+def stacked_arrays(samples: Sequence[dict[str, np.ndarray]]) -> Tensor:
     return stacked([sample["clip"] for sample in samples])
 
 

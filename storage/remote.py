@@ -8,6 +8,7 @@ left is one error of ours. Listings are not remembered, since other processes wr
 import errno
 import itertools
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,9 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
+
+EXCLUSIVE = "exclusive"  # the name of an object below a root that no writer may replace
+_creates_exclusively: set[str] = set()  # roots whose store was asked
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -154,6 +158,29 @@ def put(path: str, source: bytes | Path, *, exclusive: bool = False) -> None:
         raise ConflictError(f"{path} exists already: somebody else was first") from error
     except FileNotFoundError as error:
         raise StoreError(f"{path} cannot be written ({error})") from error
+
+
+def refuse_overwriting(url: str) -> None:
+    """ConfigError where the store of a data root creates a name that is taken: two writers of a shard would both win.
+
+    Asked once in a process, by an object that stays. Where this user may write nothing, nobody asks.
+    """
+    if url in _creates_exclusively or is_local(url):
+        return
+    try:
+        for _ in range(2):  # the first ever makes it
+            put(f"{url}/{EXCLUSIVE}", secrets.token_bytes(16), exclusive=True)
+    except ConflictError:
+        _creates_exclusively.add(url)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+    else:
+        raise ConfigError(
+            f"{url}: this object store replaces an object that is not to be replaced (it ignores the header "
+            "If-None-Match), so two writers would both commit a shard. Update it, use another such as Amazon S3, "
+            "or put the root on a file system"
+        )
 
 
 def get_file(path: str, local: str) -> None:

@@ -14,6 +14,7 @@ import polars as pl
 from storage import atomic, listing, shard
 from storage.errors import ConfigError, ConflictError, DamagedError, UpstreamError
 from storage.part import Part, S
+from storage.remote import refuse_overwriting
 from storage.root import DataRoot, Stored
 from storage.seal import commits_of, is_finished, seal_part, seals_of
 from storage.spec import EncodingSpec, PixelSpec
@@ -54,7 +55,11 @@ class Store(Generic[S]):
         return [cls.open(root, digest) for digest in listing.folders(root.folder(cls.noun), r"[0-9a-f]{32}")]
 
     def create(self) -> None:
-        """Write the spec as JSON; nothing to do where it exists already."""
+        """Write the spec as JSON; nothing to do where it exists already.
+
+        ConfigError on an object store that cannot tell which of two writers was first.
+        """
+        refuse_overwriting(self.root.url)
         path = f"{self._folder}/spec.json"
         if not atomic.exists(path):  # asked first: what exists may be used where nothing may be written
             with suppress(ConflictError):

@@ -22,7 +22,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to requests that `hits`: an error status, a wait, a body that is cut or changed.
+    """What happens to requests that `hits`: an error status, a wait, a body that is cut or changed, a header left out.
 
     `cut` says the true length and ends early; `change` says the length of what it sends. `after`: the server has acted.
     """
@@ -36,6 +36,7 @@ class Fault:
     change: Callable[[bytes], bytes] | None = None
     reset: bool = False
     after: bool = False
+    ignores: str | None = None  # a header
 
 
 @dataclass
@@ -87,7 +88,9 @@ def serve(server_port: int) -> tuple[ThreadingHTTPServer, Proxy]:
                     return
             onward = http.client.HTTPConnection("127.0.0.1", server_port, timeout=60)
             try:
-                onward.request(self.command, self.path, body, dict(self.headers.items()))
+                ignored = ((fault and fault.ignores) or "").lower()
+                headers = {name: value for name, value in self.headers.items() if name.lower() != ignored}
+                onward.request(self.command, self.path, body, headers)
                 found = onward.getresponse()
                 data = found.read()
             finally:

@@ -142,6 +142,19 @@ def test_a_ranged_row_is_one_request(root: DataRoot, proxy: Proxy) -> None:
     assert len(ranges) == 39
 
 
+def test_a_store_that_replaces_what_is_there_is_refused(root: DataRoot, proxy: Proxy) -> None:
+    """Asked once a process, before anything is written."""
+    proxy.faults.append(Fault(puts, ignores="If-None-Match"))
+    with pytest.raises(ConfigError, match=r"ignores the header If-None-Match.*put the root on a file system"):
+        new_store(root)
+    assert listing.files_below(root.folder("latents")) == {}
+    proxy.clear()
+    new_store(root)
+    assert proxy.seen["PUT"] == 2
+    new_store(root)
+    assert proxy.seen["PUT"] == 2
+
+
 def test_requests_of_an_epoch(root: DataRoot, proxy: Proxy) -> None:
     """Copies: a shard and its commit are one GET each, once; a second reader asks for neither."""
     store, part = full_store(root, ROWS_PER_SHARD + 40)
