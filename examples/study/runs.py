@@ -81,7 +81,9 @@ def _prepared(project: Project, cell: Cell, size: Size) -> Run:
         micro_batch=0, log_every_steps=every, diagnose_every_steps=every, keep_last=1,
         checkpoint_every_steps=max(1, size.steps // 2), sinks=(), device=project.corpus.execution.device,
     )  # fmt: skip
-    return open_run(Path(prepare_run(project, RECIPE, overrides(cell, size), how).folder))
+    untrained = {"random": 1, "mae": 2}  # repeats of the recipe `full`, so that no run has its folder
+    repeat = untrained.get(ARMS[cell.arm].kind, 0)
+    return open_run(Path(prepare_run(project, RECIPE, overrides(cell, size), how, repeat=repeat).folder))
 
 
 def _encoder(project: Project, cell: Cell, size: Size, run: Run) -> tuple[Encoder, dict[str, Any]]:
