@@ -77,7 +77,7 @@ GRAPH: dict[Asset, Node] = {
         "corpus", "corpus", "batch", ("shots",),
         "the curated manifest, one row per view: times, crop, flip, uses, split, or the reason why not",
         checks={
-            "no_clip_crosses_a_cut": "The times of every clip are inside its shot",
+            "no_clip_crosses_a_cut": "The times of every clip are inside its shot, or its file (`cut_from: file`)",
             "ids_derive_from_content": "Ids computed again from media, times and crops are the same, and none repeats",
             "every_shot_has_a_row": "Every shot has a row: a clip, or the reason why not",
         },

@@ -52,7 +52,7 @@ _VIDEO = _EVERY | {
     "augment": "video",
     "sweep": ({"rates": (5e-3, 3e-3, 1e-3, 3e-4, 1e-4), "weight_decays": (0.01, 0.1, 0.4, 0.8)},),
 }
-_CLIPS: dict[str, Any] = {"frames": 16, "stride": 4, "views": 3, "crop": "centre"}
+_CLIPS: dict[str, Any] = {"frames": 16, "stride": 4, "views": 3, "crop": "centre", "cut_from": "file"}
 PROTOCOLS: Mapping[str, dict[str, Any]] = {
     "k400": _VIDEO | {"policy": _CLIPS | {"clips_per_shot": 8}, "batch": 192},
     "ssv2": _VIDEO | {"policy": _CLIPS | {"clips_per_shot": 2}, "batch": 96},
@@ -146,7 +146,9 @@ class BenchmarkConfig(Strict):
     )
     levels: Count = Field(1, description="blocks of the encoder whose outputs the probe reads; 4 by `diving48`")
     train_views: Literal["all", "one"] = Field(
-        "all", description="views of a shot that heads learn from: every one, or one drawn from the shot's id"
+        "all",
+        description="views that heads learn from: every one, or one: drawn anew in each epoch where clips are varied, "
+        "else once, from the id of the shot or file",
     )
 
     judged: Literal["shot", "file"] = Field(
@@ -180,6 +182,12 @@ class BenchmarkConfig(Strict):
         if policy.flip:
             raise ValueError("clips of a benchmark are never flipped: leave 'flip' out")
         return policy if "crop" in policy.model_fields_set else policy.model_copy(update={"crop": "centre"})
+
+    @model_validator(mode="after")
+    def _answers_of_files(self) -> Self:
+        if self.policy.cut_from == "file" and self.judged == "shot":
+            raise ValueError("segments of whole files have one answer a file: write 'judged: file' too")
+        return self
 
     @model_validator(mode="after")
     def _one_training(self) -> Self:

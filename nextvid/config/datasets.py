@@ -1,8 +1,8 @@
 """The blocks of corpus.yaml that decide rows: `datasets`, and `curation` of shots and near-duplicates."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from nextvid.config.strict import AtLeastZero, Count, Positive, Share, Strict
 
@@ -17,7 +17,14 @@ class ClipPolicy(Strict):
     frames: Count = Field(description="frames of a clip; 1 for images")
     fps: Positive | None = Field(None, description="frames a second; a clip of several names this or `stride`")
     stride: Count | None = Field(None, description="every how many source frames, in the place of `fps`")
-    clips_per_shot: Count = Field(1, description="clips of each shot; a benchmark's are the segments of a video")
+    clips_per_shot: Count = Field(
+        1, description="clips of each shot, or of each file by `cut_from: file`; a benchmark's are its segments"
+    )
+    cut_from: Literal["shot", "file"] = Field(
+        "shot",
+        description="what is cut into equal segments: each shot, or the whole file, across its cuts. `file` in "
+        "benchmarks alone; the paper's protocols of videos have it",
+    )
     starts: Literal["tile", "random"] = Field(
         "tile",
         description="tile: in the middle of equal segments of the shot; random: anywhere, drawn from the clip's id",
@@ -43,6 +50,12 @@ class ClipPolicy(Strict):
         if self.crop == "centre" and self.views not in (1, 3):
             raise ValueError(f"crop 'centre' has 1 or 3 views, not {self.views}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_younger_default(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Digests of policies that are accepted know no `cut_from`, which is younger."""
+        found: dict[str, Any] = values(self)
+        return {name: value for name, value in found.items() if name != "cut_from" or value != "shot"}
 
 
 class SplitConfig(Strict):
@@ -207,6 +220,8 @@ class DatasetConfig(Strict):
     def _weight_needs_clips(self) -> Self:
         if self.weight is not None and not self.clips:
             raise ValueError("a dataset with a weight needs at least one clip policy under 'clips'")
+        if any(policy.cut_from == "file" for policy in self.clips):
+            raise ValueError("clips for training never cross a cut: 'cut_from: file' is for the policy of a benchmark")
         return self
 
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 
 import polars as pl
 
+from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.datasets import DatasetConfig, FilterConfig
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.cutting import View, clip_id, row_id
 from nextvid.corpus.gallery import Histogram, histograms_png, read_pictures, rejected_sheet
-from nextvid.corpus.manifest import ClipRow, Label, MediaNow, hold_quota, rows_of, split_of
+from nextvid.corpus.manifest import ClipRow, Label, MediaNow, WholeFile, hold_quota, rows_of, split_of
 from nextvid.corpus.shots import facts_of
 from nextvid.graph import GRAPH
 from nextvid.making.batches import config_of, dataset_of
@@ -39,10 +40,14 @@ def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -
     media = _media_now(project, batch, config)
     benchmarks = {n: b for n, b in project.corpus.benchmarks.items() if dataset_of(batch) in b.datasets}
     good = shots.filter(pl.col("status") == "ok")
+    files = {}
+    if any(benchmark.policy.cut_from == "file" for benchmark in benchmarks.values()):
+        files = {media_id: WholeFile.of(of.to_dicts()) for (media_id,), of in good.group_by("media_id")}
     rows: list[ClipRow] = []
     unlabelled: Counter[str] = Counter()
     for number, shot in enumerate(good.iter_rows(named=True), 1):
-        made = rows_of(shot, media[shot["media_id"]], config, project.corpus.curation.filters, benchmarks)
+        filters, file = project.corpus.curation.filters, files.get(shot["media_id"])
+        made = rows_of(shot, media[shot["media_id"]], config, filters, benchmarks, file)
         rows += made.rows
         unlabelled.update(made.unlabelled)
         on_progress(Progress(f"clips {batch}", number, good.height))
@@ -51,7 +56,7 @@ def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -
     clips = pl.DataFrame(rows, Clips.create_empty().schema, orient="row")
     clips = clips.sort("media_id", "shot_id", "frames", "row_id", "reason")
     curation, version = project.corpus.curation_digest(dataset_of(batch)), str(GRAPH["clips"].version)
-    checks, made_from = _checks(clips, shots, media), {"curation": curation, "version": version}
+    checks, made_from = _checks(clips, shots, media, benchmarks), {"curation": curation, "version": version}
     written = publish_table(root, "clips", batch, clips, Clips)
     written |= publish_verdict(root.checks("clips", batch), "clips", checks, made_from)
     if written or not atomic.exists(root.preview("clips", batch, "scores")):
@@ -95,9 +100,19 @@ def _media_now(project: Project, batch: str, config: DatasetConfig) -> dict[byte
     return found
 
 
-def _checks(clips: pl.DataFrame, shots: pl.DataFrame, media: Mapping[bytes, MediaNow]) -> tuple[Check, ...]:
+def _checks(
+    clips: pl.DataFrame, shots: pl.DataFrame, media: Mapping[bytes, MediaNow], benchmarks: Mapping[str, BenchmarkConfig]
+) -> tuple[Check, ...]:
     good = clips.filter(pl.col("status") == "ok")
-    joined = good.join(shots.select("shot_id", "start_us", "end_us"), on="shot_id", how="left")
+    spans = shots.select(
+        "shot_id",
+        own=pl.struct("start_us", "end_us"),
+        file=pl.struct(pl.col("start_us").min(), pl.col("end_us").max()).over("media_id"),
+    )
+    whole = [name for name, benchmark in benchmarks.items() if benchmark.policy.cut_from == "file"]
+    of_file = pl.col("uses").list.eval(pl.element().is_in(whole)).list.all()  # others are used by shot as well
+    joined = good.join(spans, on="shot_id", how="left")
+    joined = joined.with_columns(span=pl.when(of_file).then("file").otherwise("own")).unnest("span")
     first, last, end = pl.col("times_us").list.first(), pl.col("times_us").list.last(), pl.col("end_us")
     moving = pl.col("end_us") > pl.col("start_us")  # an image is one moment, which ends where it starts
     after = pl.when(moving).then(last >= end).otherwise(last > end)

@@ -6,8 +6,9 @@ target has one value for it. The split of a file is its official one, else drawn
 adding files moves no other file to another split.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import polars as pl
@@ -48,6 +49,30 @@ class MediaNow:
     group: str | None
     labels: tuple[Label, ...]
     refused: str | None = None
+
+
+@dataclass(frozen=True)
+class WholeFile:
+    """A file across its cuts: as one shot, with the box that holds those of its shots; and where these begin."""
+
+    scores: ShotScores
+    box: Box
+    starts_us: tuple[int, ...]  # ascending
+
+    @classmethod
+    def of(cls, shots: Sequence[Mapping[str, Any]]) -> "WholeFile":
+        """From the file's rows of Shots with status ok, at least one."""
+        starts = sorted(shot["start_us"] for shot in shots)
+        end_us = max(shot["end_us"] for shot in shots)
+        scores = replace(ShotScores.of(shots[0]), start_us=starts[0], end_us=end_us, cut_in="edge", cut_out="edge")
+        left, top = (min(shot[name] for shot in shots) for name in ("crop_x", "crop_y"))
+        right = max(shot["crop_x"] + shot["crop_w"] for shot in shots)
+        bottom = max(shot["crop_y"] + shot["crop_h"] for shot in shots)
+        return cls(scores, Box(left, top, right - left, bottom - top), tuple(starts))
+
+    def begins_in(self, start_us: int, times_us: Sequence[int]) -> bool:
+        """Whether a clip begins in the shot that begins at `start_us`, or after it and before the next one."""
+        return self.starts_us[bisect_right(self.starts_us, times_us[0]) - 1] == start_us
 
 
 @dataclass
@@ -107,11 +132,15 @@ def rows_of(
     dataset: DatasetConfig,
     filters: FilterConfig,
     benchmarks: Mapping[str, BenchmarkConfig],
+    file: WholeFile | None = None,
 ) -> ShotRows:
-    """Every row of one shot. A view with several uses is one row; a shot without a clip is one row with its reason."""
+    """Every row of one shot. A view with several uses is one row; a shot without a clip is one row with its reason.
+
+    `file`: the whole file of the shot, if it has others: clips of it that begin in this shot are this shot's rows.
+    """
     if media.refused is not None:
         return ShotRows([_refused(shot, media, media.refused, [])], {})
-    scores, found = ShotScores.of(shot), _Found(shot, media, filters.trim_s)
+    scores, found = ShotScores.of(shot), _Found(shot, media, file or WholeFile.of([shot]), filters.trim_s)
     reason = _not_pretrained(dataset, media, scores, filters)
     for_pretraining = dataset.weight is not None and media.split == "train"
     if reason is None:
@@ -153,8 +182,8 @@ def hold_quota(rows: Sequence[ClipRow], clips_per_media: int) -> None:
 class _Found:
     """Collects the rows of a shot by row id, one policy after the other."""
 
-    def __init__(self, shot: Mapping[str, Any], media: MediaNow, trim_s: float) -> None:
-        self.shot, self.media, self.trim_s = shot, media, trim_s
+    def __init__(self, shot: Mapping[str, Any], media: MediaNow, file: WholeFile, trim_s: float) -> None:
+        self.shot, self.media, self.file, self.trim_s = shot, media, file, trim_s
         self.scores = ShotScores.of(shot)
         self.rows: dict[bytes, ClipRow] = {}
         self.unlabelled: dict[str, int] = {}
@@ -162,9 +191,13 @@ class _Found:
     def add(self, use: str, policy: ClipPolicy, target: str | None) -> None:
         """Add the policy's views; with a target, only of clips that have one value of it."""
         media_hex = self.shot["media_id"].hex()
+        whole = policy.cut_from == "file"
         box = Box(*(self.shot[name] for name in ("crop_x", "crop_y", "crop_w", "crop_h")))
+        scores, box = (self.file.scores, self.file.box) if whole else (self.scores, box)
         fps_hz = self.media.fps_hz or 1.0  # an image has no rate, and its one time needs none
-        for times in clips_of(media_hex, self.scores, policy, self.trim_s, fps_hz):
+        for times in clips_of(media_hex, scores, policy, self.trim_s, fps_hz):
+            if whole and not self.file.begins_in(self.shot["start_us"], times):
+                continue
             if target is not None and value_of(self.media.labels, target, times) is None:
                 self.unlabelled[use] = self.unlabelled.get(use, 0) + 1
                 continue

@@ -196,6 +196,7 @@ def _described(task: Task, scores: Mapping[str, Scored], seconds: float) -> dict
         },
         "limit": task.config.limit,
         **{name: getattr(task.config, name) for name in ("protocol", "levels", "judged", "train_views")},
+        "cut_from": task.config.policy.cut_from,
         "finetune": None if task.config.finetune is None else task.config.finetune.model_dump(mode="json"),
         "segments": rows.segments,
         "left_out": dict(rows.left_out),

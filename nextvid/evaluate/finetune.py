@@ -26,7 +26,7 @@ from nextvid.evaluate.attentive import LN_EPS, ProbeSettings
 from nextvid.evaluate.benchmark_rows import BenchmarkRows, per_sample
 from nextvid.evaluate.features import FrozenEncoder, Input, Parts
 from nextvid.evaluate.fitting import answered_rightly, batch_of, rate_at, voted, whole_groups
-from nextvid.evaluate.stream import CLIPS_AT_ONCE, Clips, Samples, Streamed, shared
+from nextvid.evaluate.stream import CLIPS_AT_ONCE, Clips, OneView, Samples, Streamed, shared
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity, Progress
 from nextvid.train.distributed import Ranks
@@ -132,16 +132,21 @@ class Tuning:
 
 
 class OneSegment:
-    """Clips that fine-tuning is given: of each sample one segment, drawn anew in each epoch."""
+    """Clips that fine-tuning is given: of each sample one segment, and perhaps one view, drawn anew in each epoch."""
 
-    def __init__(self, streamed: Streamed, samples: int, segments: int) -> None:
-        self._streamed, self._samples, self._segments = streamed, samples, segments
+    def __init__(self, streamed: Streamed, samples: int, segments: int, views: OneView | None = None) -> None:
+        self._streamed, self._samples, self._segments, self._views = streamed, samples, segments, views
 
     def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Input]:
         """What the encoder reads of each group of samples."""
         assert epoch is not None, "fine-tuning reads epoch by epoch"
         drawn = np.random.default_rng([SEGMENTS, epoch]).integers(self._segments, size=self._samples)
-        return self._streamed.read((samples * self._segments + drawn[samples] for samples in asked), epoch)
+
+        def clips(samples: Samples) -> Samples:
+            seen = samples if self._views is None else self._views.drawn(samples, epoch)
+            return seen * self._segments + drawn[samples]
+
+        return self._streamed.read(map(clips, asked), epoch)
 
 
 def layer_of(name: str, parts: Parts, depth: int) -> int:

@@ -20,7 +20,7 @@ from nextvid.config.overrides import apply_how
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.encode.plan import accepted_spec, pixel_spec
-from nextvid.evaluate.attentive import probe_settings
+from nextvid.evaluate.attentive import ProbeSettings, probe_settings
 from nextvid.evaluate.benchmark_rows import BenchmarkRows, benchmark_rows, refuse_unlearnable
 from nextvid.evaluate.encoders import encoder_digest, encoder_width, frames_of
 from nextvid.evaluate.features import level_blocks
@@ -231,12 +231,14 @@ def _task(
             f"benchmark '{benchmark}'"
         )
     store = LatentStore(project.root, spec) if pixels is None else PixelStore(project.root, pixels)
-    rows = _rows(store, benchmark, config, settings.held_out)
+    rows = _rows(store, benchmark, config, settings)
     refuse_unlearnable(rows, config)
     return Task(spec, config, settings, rows, pixels, trainset)
 
 
-def _rows(store: LatentStore | PixelStore, name: str, config: BenchmarkConfig, held_out: float) -> BenchmarkRows:
+def _rows(
+    store: LatentStore | PixelStore, name: str, config: BenchmarkConfig, settings: ProbeSettings
+) -> BenchmarkRows:
     """The benchmark's rows from the tables of its datasets and the commits of what the encoder reads."""
     root = store.root
     batches = [batch for batch in root.batches("clips") if dataset_of(batch) in config.datasets]
@@ -249,4 +251,5 @@ def _rows(store: LatentStore | PixelStore, name: str, config: BenchmarkConfig, h
     if digest is None:
         raise UpstreamError(f"benchmark '{name}': near-duplicates are unknown; make 'duplicates' first")
     duplicates = tables.read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
-    return benchmark_rows(name, config, clips, labels, duplicates, commits, held_out)
+    every_view = settings.augment != "none"  # else features are kept, and do not change from epoch to epoch
+    return benchmark_rows(name, config, clips, labels, duplicates, commits, settings.held_out, every_view)

@@ -41,6 +41,7 @@ from nextvid.evaluate.stream import (
     CLIPS_AT_ONCE,
     Clips,
     Features,
+    OneView,
     Samples,
     Stored,
     Streamed,
@@ -172,7 +173,9 @@ def _finetuned(
     labels, held = (per_sample(rows.part("train"), column) for column in ("label", "held_out"))
     samples = np.flatnonzero(~held)
     varied = None if settings.augment == "none" else Variation(settings.augment, task.seeds[0])
-    given = OneSegment(Streamed(encoder, clips, "train", varied), len(labels), rows.segments)
+    streamed = Streamed(encoder, clips, "train", varied)
+    views = None if rows.other_views.is_empty() else OneView(streamed, rows, task.seeds[0])
+    given = OneSegment(streamed, len(labels), rows.segments, views)
     identity = Identity(encoder.name, task.digest(), task.opened.digest if task.opened else "", mask_plan="")
     tuned = Tuned(encoder, len(rows.classes), task.seeds[0])
     tuning = Tuning(tuned, encoder, config, settings, labels, samples, place, identity, ranks.device)
@@ -220,6 +223,8 @@ def _learn(
     learnt: Features = plain
     if varied:
         learnt = Streamed(encoder, clips, "train", Variation(settings.augment, task.seeds[0]))
+        if not rows.other_views.is_empty():
+            learnt = OneView(learnt, rows, task.seeds[0])
     probes = fit(
         Lesson(learnt, labels, np.flatnonzero(~held), len(rows.classes), kept.tokens, encoder.width),
         settings,

@@ -38,12 +38,13 @@ from storage.store import PixelStore
 
 # measured on the demo encoder, one thread: 6.8 ms a clip against 7.9 for 8, 8.0 for 32, 8.5 for 64
 CLIPS_AT_ONCE = 16
-Samples = Int[np.ndarray, " n"]  # numbers of samples in their split
+VIEWS = 4  # stream of random numbers, beside those of finetune.py
+Samples = Int[np.ndarray, " n"]  # numbers of samples in their split; above them, of the other views of train
 
 
 @dataclass(frozen=True)
 class Clips:
-    """The rows of a benchmark as one encoder reads them, sorted by sample and segment."""
+    """The rows of a benchmark as one encoder reads them, by sample and segment; then the other views of train."""
 
     kind: Latents | Pixels
     frame: pl.DataFrame
@@ -69,7 +70,8 @@ def open_clips(
 
     `crop` is `test_crop` of the benchmark; latents are whole.
     """
-    frame, batches = rows.frame, rows.frame["batch"].unique().sort().to_list()
+    frame = pl.concat([rows.frame, rows.other_views]) if rows.other_views.height else rows.frame
+    batches = frame["batch"].unique().sort().to_list()
     kind: Latents | Pixels
     if encoder.reads == "latents":
         assert trainset is not None, f"{encoder.name} reads latents, which a trainset's statistics normalise"
@@ -187,7 +189,31 @@ class Stored:
             yield torch.from_numpy(found).to(self.device)
 
 
-Features = Streamed | Stored
+class OneView:
+    """Of each sample of train one of its views, drawn anew in each epoch; a function of seed, epoch and sample."""
+
+    def __init__(self, streamed: Streamed, rows: BenchmarkRows, seed: int) -> None:
+        self._streamed, self._seed = streamed, seed
+        first, segments = int(rows.frame.filter(split="train")["sample"].to_numpy().min()), rows.segments
+        self._samples = rows.part("train").height // segments
+        varied = rows.other_views["sample"].to_numpy()[::segments] - first
+        self._others = np.bincount(varied, minlength=self._samples)
+        # the number in the split of the one before each sample's first other view
+        self._before = rows.frame.height // segments - first + np.cumsum(self._others) - self._others - 1
+
+    def drawn(self, samples: Samples, epoch: int) -> Samples:
+        """The samples in whose place these are read."""
+        uniform = np.random.default_rng([VIEWS, self._seed, epoch]).random(self._samples)
+        view = (uniform * (1 + self._others)).astype(np.int64)[samples]
+        return np.where(view == 0, samples, self._before[samples] + view)
+
+    def of(self, asked: Iterable[Samples], epoch: int | None = None) -> Iterator[Float[Tensor, "n L D"]]:
+        """Features of each group of samples, in order, on the encoder's device."""
+        assert epoch is not None, "views are drawn epoch by epoch"
+        return self._streamed.of((self.drawn(samples, epoch) for samples in asked), epoch)
+
+
+Features = Streamed | Stored | OneView
 
 
 def shared(features: Features, asked: Iterable[Samples], ranks: Ranks) -> Iterator[tuple[Samples, Tensor]]:

@@ -171,8 +171,9 @@ def _protocol(record: Mapping[str, Any]) -> str:
     """What was asked beyond one answer a shot from the last block. Older records do not say it."""
     words = [f"protocol {record['protocol']}"] if record.get("protocol") else []
     words += [f"{record['levels']} levels of the encoder"] if record.get("levels", 1) > 1 else []
+    words += ["segments of whole files"] if record.get("cut_from") == "file" else []
     words += ["one answer a file"] if record.get("judged") == "file" else []
-    words += ["heads learn from one view of a shot"] if record.get("train_views") == "one" else []
+    words += ["heads learn from one view of a clip"] if record.get("train_views") == "one" else []
     return f"{', '.join(words).capitalize()}. " if words else ""
 
 

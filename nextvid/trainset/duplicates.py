@@ -93,18 +93,26 @@ def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outco
 
 
 def _members(project: Project, batches: Sequence[str], on_progress: OnProgress) -> pl.DataFrame:
-    """One row for each ok shot and batch: ids, hashes, and what its clips are used for."""
+    """One row for each ok shot and batch: ids, hashes, and what its clips are used for.
+
+    A clip of a whole file may show any of its shots: a benchmark that cuts files uses all shots of a file.
+    """
     frames = []
+    whole = [name for name, b in project.corpus.benchmarks.items() if b.policy.cut_from == "file"]
     for number, batch in enumerate(batches, 1):
         shots = tables.read_table(project.root.table("shots", batch), Shots).filter(pl.col("status") == "ok")
         clips = tables.read_table(project.root.table("clips", batch), Clips)
         used = pl.col("uses").filter(pl.col("status") == "ok").list.explode(keep_nulls=False, empty_as_null=False)
+        of_file = clips.group_by("media_id").agg(used.filter(used.is_in(whole)).unique().alias("of_file"))
         uses = clips.group_by("shot_id").agg(
-            pl.col("split").first(),
+            pl.col("media_id", "split").first(),
             (used == "pretrain").any().alias("pretrain"),
-            used.filter(used != "pretrain").unique().sort().alias("benchmarks"),
+            used.filter(used != "pretrain").alias("benchmarks"),
         )
-        frames.append(shots.select(_SHOT_COLUMNS).join(uses, on="shot_id", how="inner"))
+        uses = uses.join(of_file, on="media_id").with_columns(
+            benchmarks=pl.concat_list("benchmarks", "of_file").list.unique().list.sort()
+        )
+        frames.append(shots.select(_SHOT_COLUMNS).join(uses.drop("media_id", "of_file"), on="shot_id", how="inner"))
         on_progress(Progress("duplicates", number, len(batches)))
     shots = pl.concat(frames).sort("batch", "shot_id").with_row_index("member")
     return shots.with_columns(pl.col("member").cast(pl.Int64))

@@ -38,6 +38,7 @@ def test_a_protocol_is_that_of_the_paper(
     assert found.augment == ("image" if name == "in1k" else "video")
     assert found.test_crop == (256 / 292 if name == "in1k" else 1)
     assert (found.target, found.train_views, found.judged, policy.crop) == ("class", "one", "file", "centre")
+    assert policy.cut_from == ("shot" if name == "in1k" else "file"), "an image has no cut"
 
 
 def test_every_field_of_a_protocol_can_be_written_beside_it() -> None:
@@ -63,6 +64,7 @@ def test_every_field_of_a_protocol_can_be_written_beside_it() -> None:
         ({"protocol": "k400", "policy": 3}, "'policy'"),
         ({"protocol": "k400", "sweep": [{"rates": [], "weight_decays": [0.1]}]}, "'sweep.0.rates'"),
         ({}, "'target': Field required"),
+        ({"protocol": "k400", "judged": "shot"}, "segments of whole files have one answer a file"),
         ({"protocol": "finetune", "seeds": 3}, "one seed and one level: 'seeds' has 3"),
         ({"protocol": "finetune", "levels": 4}, "'levels' has 4"),
         ({"protocol": "k400", "finetune": {}}, "'sweep' has 20"),

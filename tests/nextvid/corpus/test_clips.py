@@ -116,6 +116,21 @@ def test_a_threshold_drops_shots_from_pretraining_only(own_copy: Callable[..., P
     assert Path(project.root.table("shots", FILMS)).stat().st_mtime_ns == shots
 
 
+def test_a_benchmark_of_whole_files_crosses_cuts_and_pretraining_does_not(own_copy: Callable[..., Project]) -> None:
+    policy = {"frames": 4, "fps": 4, "cut_from": "file"}
+    benchmark = {"datasets": ["films"], "target": "group", "policy": policy, "judged": "file"}
+    project = own_copy(benchmarks={"people": benchmark})
+    outcome = make_clips(project, FILMS)
+    assert outcome.passed, outcome.checks
+    one = named(project)["one.mp4"].filter(pl.col("uses").list.contains("people"))
+    assert one["times_us"].to_list()[0][0] < 2_000_000 <= one["times_us"].to_list()[0][-1]
+    shots, media = (
+        tables.read_table(project.root.table("shots", FILMS), Shots),
+        _media_now(project, FILMS, config_of(project, FILMS)),
+    )
+    assert not _checks(clips_of(project), shots, media, {})[0].passed, "of shots, the same clips would cross a cut"
+
+
 def test_a_policy_that_no_shot_is_long_enough_for(own_copy: Callable[..., Project], small_files: Path) -> None:
     films = films_of(small_files) | {"clips": [{"frames": 64, "fps": 4, "pad": "skip"}]}
     project = own_copy(datasets={"films": films}, benchmarks={})
@@ -227,5 +242,5 @@ def test_checks_find_what_they_are_for(small_corpus: Made, spoil: Any, names: li
     project = small_corpus.project
     shots = tables.read_table(project.root.table("shots", FILMS), Shots)
     media = _media_now(project, FILMS, config_of(project, FILMS))
-    checks = _checks(spoil(clips_of(project)), shots, media)
+    checks = _checks(spoil(clips_of(project)), shots, media, project.corpus.benchmarks)
     assert [check.name for check in checks if not check.passed] == names

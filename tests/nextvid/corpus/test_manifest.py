@@ -15,6 +15,7 @@ from nextvid.corpus.manifest import (
     Label,
     MediaNow,
     Split,
+    WholeFile,
     hold_quota,
     rows_of,
     split_of,
@@ -117,6 +118,35 @@ def test_benchmarks_share_rows_and_count_what_has_no_label() -> None:
     found = rows_of(SHOT, media(labels=(Label("action", "run", 0, 2_500_000),)), dataset, FilterConfig(), both)
     assert sorted(row["uses"] for row in found.rows) == [["acts", "pretrain"], ["pretrain"]]
     assert found.unlabelled == {"acts": 1, "moods": 2}
+
+
+def test_segments_of_whole_files_cross_cuts_and_are_rows_of_the_shot_that_they_begin_in() -> None:
+    """Two of three segments begin in the first shot, of 3.5 s; the second crosses the cut."""
+    first = SHOT | {"end_us": 3_500_000, "cut_out": "hard"}
+    second = SHOT | {"shot_id": b"t" * 16, "start_us": 3_500_000, "end_us": 7_500_000, "cut_in": "hard", "crop_y": 0}
+    policy = ClipPolicy(frames=4, stride=4, clips_per_shot=3, crop="whole", cut_from="file")
+    benchmarks = {"acts": BenchmarkConfig(datasets=("d",), target="action", policy=policy, judged="file")}
+    file, labels = WholeFile.of([second, first]), (Label("action", "run", None, None),)
+    found = [
+        rows_of(shot, media(labels=labels), DatasetConfig(uri="/d"), FilterConfig(), benchmarks, file).rows
+        for shot in (first, second)
+    ]
+    starts = [[row["times_us"][0] for row in rows] for rows in found]
+    assert starts == [[437_500, 2_937_500], [5_437_500]], "in the middle of thirds of 7.5 s"
+    assert found[0][1]["times_us"][-1] > first["end_us"]
+    assert [row["shot_id"] for rows in found for row in rows] == [b"s" * 16, b"s" * 16, b"t" * 16]
+    assert {(row["crop_y"], row["crop_h"]) for rows in found for row in rows} == {(0, 60)}, "both shots' boxes"
+
+
+def test_a_file_of_one_shot_has_the_same_rows_cut_from_either() -> None:
+    rows = []
+    for cut_from in ("shot", "file"):
+        policy = ClipPolicy(frames=4, stride=2, clips_per_shot=3, views=3, crop="centre", cut_from=cut_from)
+        benchmarks = {"acts": BenchmarkConfig(datasets=("d",), target="action", policy=policy, judged="file")}
+        labels = (Label("action", "run", None, None),)
+        rows.append(rows_of(SHOT, media(labels=labels), DatasetConfig(uri="/d"), FilterConfig(), benchmarks).rows)
+    assert len(rows[0]) == 3 * 3
+    assert rows[0] == rows[1]
 
 
 def row(media: int, clip: int, frames: int = 16, uses: tuple[str, ...] = (PRETRAIN,), view: int = 0) -> dict[str, Any]:

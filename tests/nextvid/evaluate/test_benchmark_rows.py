@@ -54,22 +54,23 @@ def build(
     clips: pl.DataFrame, labels: pl.DataFrame, segments: int = 1, limit: int | None = None,
     dropped: Sequence[str] = (), commits: pl.DataFrame | None = None, held_out: float = 0.2,
     train_views: Literal["all", "one"] = "all", judged: Literal["shot", "file"] = "shot",
+    cut_from: Literal["shot", "file"] = "shot", every_view: bool = False,
 ) -> BenchmarkRows:  # fmt: skip
-    policy = ClipPolicy(frames=2, fps=2, clips_per_shot=segments)
+    policy = ClipPolicy(frames=2, fps=2, clips_per_shot=segments, cut_from=cut_from)
     config = BenchmarkConfig(
         datasets=("pets",), target="animal", policy=policy, train_views=train_views, judged=judged, limit=limit
     )
     duplicates: pl.DataFrame = Duplicates.create_empty()
     if dropped:
         rows = [
-            {"shot_id": key(shot), "media_id": key("m"), "dataset": "pets", "batch": "pets.000000", "group": 0,
+            {"shot_id": key(shot), "media_id": key(f"m{shot}"), "dataset": "pets", "batch": "pets.000000", "group": 0,
              "split": "train", "benchmarks": ["species"], "pretrain": True, "dropped_from": ["probe_train"],
              "reason": "copy"}
             for shot in dropped
         ]  # fmt: skip
         duplicates = pl.DataFrame(rows, schema=duplicates.schema)
     commits = commits_of(clips) if commits is None else commits
-    return benchmark_rows("species", config, clips, labels, duplicates, commits, held_out)
+    return benchmark_rows("species", config, clips, labels, duplicates, commits, held_out, every_view)
 
 
 def test_a_plain_task() -> None:
@@ -221,3 +222,35 @@ def test_one_answer_is_given_for_each_shot_or_file(judged: Literal["shot", "file
     assert all(len(set(labels[groups == group])) == 1 for group in range(answers))
     names = ["media_id" if judged == "file" else "shot_id", "clip_group"]
     assert found.frame.select(names).unique().height == answers
+
+
+def test_segments_of_a_whole_file_are_one_sample_and_a_copied_shot_takes_all_of_it_along() -> None:
+    rows = [clip("ms1", "s1", 0), clip("ms1", "s2", 5), clip("ms3", "s3", 0), clip("ms3", "s3", 9)]
+    labels = labels_table(("ms1", None, None, "cat"), ("ms3", None, None, "dog"))
+    whole = build(clips_table(rows), labels, segments=2, judged="file", cut_from="file")
+    assert whole.frame["shot_id"].to_list() == [key("s1"), key("s2"), key("s3"), key("s3")]
+    assert whole.frame["sample"].to_list() == whole.frame["clip_group"].to_list() == [0, 0, 1, 1]
+    assert build(clips_table(rows), labels, segments=2).frame["sample"].n_unique() == 3
+    left = build(clips_table(rows), labels, segments=2, judged="file", cut_from="file", dropped=["s1"])
+    assert left.frame["media_id"].unique().to_list() == [key("ms3")]
+
+
+def test_the_other_views_of_train_stand_beside_the_one_that_is_drawn() -> None:
+    rows = [
+        clip(f"m{number}", f"s{number}", segment, view, split="test" if number < 2 else "train")
+        for number in range(6)
+        for segment in range(2)
+        for view in range(1 if number == 5 else 3)
+    ]
+    labels = labels_table(*[(f"m{number}", None, None, "cat" if number % 2 else "dog") for number in range(6)])
+    once = build(clips_table(rows), labels, segments=2, train_views="one")
+    found = build(clips_table(rows), labels, segments=2, train_views="one", every_view=True)
+    assert found.frame.equals(once.frame)
+    assert once.other_views.is_empty()
+    assert found.digest() != once.digest()
+    assert (once.left_out["other_views"], found.left_out["other_views"]) == (12, 0)
+    both = pl.concat([found.part("train"), found.other_views])
+    assert found.other_views.height == 3 * 2 * 2
+    assert both.group_by("sample", "shot_id", "label").len()["len"].sort().to_list() == [2, 6, 6, 6]
+    assert both.group_by("sample").agg(pl.col("view_index").n_unique())["view_index"].sort().to_list() == [1, 3, 3, 3]
+    assert found.other_views["segment"].to_list() == [0, 1] * 6, "segments of a view follow one another"

@@ -49,6 +49,7 @@ def tunes(project: Project, **more: Any) -> Project:
         kept = {name: said["benchmarks"]["species"][name] for name in ("datasets", "target", "policy")}
         short = {"protocol": "finetune", "epochs": 4, "batch": 8, "judged": "shot", "sweep": SWEEP}
         said["benchmarks"]["species"] = kept | short | more
+        said["benchmarks"]["species"]["policy"] |= {"cut_from": "shot"}
 
     return edit_project(project.path, change)
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from einops import rearrange
@@ -15,7 +16,7 @@ from nextvid.evaluate.fitting import ALONE, Lesson, fit
 from nextvid.evaluate.kept import keep, scratch, vectors_of
 from nextvid.evaluate.probes import plan_task
 from nextvid.evaluate.scoring import Task
-from nextvid.evaluate.stream import Stored, Streamed, open_clips
+from nextvid.evaluate.stream import OneView, Stored, Streamed, open_clips
 from nextvid.model.reference import reference_features
 from nextvid.model.tokens import latent_tokens
 from nextvid.train.run import find_run
@@ -126,3 +127,37 @@ def test_features_of_scores_that_nobody_computes_make_room(evaluated: Project, t
         with scratch(root, "newest", ALONE) as newest:
             assert keep(streamed, 4, 1, encoder, newest, size_bytes, ALONE).features is not None
         assert not old.exists()
+
+
+def test_each_epoch_reads_one_view_of_every_sample(evaluated: Project, task: Task) -> None:
+    """Test rows play the other views: sample 0 has three more, sample 2 has one, the others none."""
+    segments, train = task.rows.segments, task.rows.part("train")
+    firsts = train["sample"].unique().sort()
+    owners = [int(firsts[0])] * 3 + [int(firsts[2])]
+    others = (
+        task.rows.part("test")
+        .head(4 * segments)
+        .with_columns(sample=pl.Series(np.repeat(owners, segments)), split=pl.lit("train").cast(train["split"].dtype))
+    )
+    rows = replace(task.rows, other_views=others)
+    encoder = plain_encoder("latents", FRAMES)
+    with open_clips(evaluated.root, task.trainset, None, rows, encoder, CPU) as clips:
+        streamed = Streamed(encoder, clips, "train")
+        views = OneView(streamed, rows, seed=0)
+        samples = np.arange(len(firsts))
+        drawn = np.stack([views.drawn(samples, epoch) for epoch in range(60)])
+        (found,) = views.of([samples[:3]], 5)
+    tested = len(task.rows.frame) // segments - int(firsts[0])
+    assert np.unique(drawn[:, 0]).tolist() == [0, tested, tested + 1, tested + 2]
+    assert np.unique(drawn[:, 2]).tolist() == [2, tested + 3]
+    assert (np.delete(drawn, [0, 2], axis=1) == np.delete(samples, [0, 2])).all()
+    assert np.array_equal(views.drawn(samples[[2, 0]], 7), drawn[7][[2, 0]]), "a sample's view hangs on no other"
+    frame = pl.concat([rows.frame, others])
+    place = (int(firsts[0]) + views.drawn(samples[:3], 5)) * segments
+    store = LatentStore(evaluated.root, task.trainset.spec)
+    stored = [
+        read_row(store, r["batch"], r["frames"], r["part"], r["slot"])
+        for r in frame[place.tolist()].iter_rows(named=True)
+    ]
+    wanted = rearrange(torch.from_numpy(np.stack(stored)), "n f c h w -> n (f h w) c")
+    assert torch.equal(found[:, : wanted.shape[1]].float(), wanted.float())

@@ -146,9 +146,10 @@ def test_encoders_of_others_are_in_the_same_table(scored: Project) -> None:
     assert [row[2].split(" ")[0] for row in found.rows[2:]] == ["", gain, ""]
     assert found.sources == (score.path, "/control/score.json", "/elsewhere/score.json")
     assert found.rows[0][7] == f"{numbers['rate']:g} and {numbers['weight_decay']:g}"
-    protocol = {"protocol": "diving48", "levels": 4, "judged": "file", "train_views": "one"}
+    protocol = {"protocol": "diving48", "levels": 4, "cut_from": "file", "judged": "file", "train_views": "one"}
     told = scores.table(replace(score, record={**score.record, **protocol})).caption
-    assert "Protocol diving48, 4 levels of the encoder, one answer a file, heads learn from one view of a shot." in told
+    words = "segments of whole files, one answer a file, heads learn from one view of a clip."
+    assert f"Protocol diving48, 4 levels of the encoder, {words}" in told
     assert "rotocol" not in found.caption
     assert found.head[4:7] == ("k-NN, mean of all tokens", "k-NN, by time", "k-NN, changes")
     assert found.rows[0][6].startswith(f"{numbers['knn_by_change']:.3f}".removeprefix("0"))
