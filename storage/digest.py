@@ -64,6 +64,12 @@ def crc32c(data: "bytes | memoryview | np.ndarray[Any, Any]") -> int:
     return _hardware(data.data if isinstance(data, np.ndarray) else data)
 
 
+def file_sums(path: Path) -> dict[str, int]:
+    """`size_bytes` and `crc32c` of a local file."""
+    size_bytes = path.stat().st_size
+    return {"size_bytes": size_bytes, "crc32c": crc32c(np.memmap(path, np.uint8, "r") if size_bytes else b"")}
+
+
 def _with_floats(value: object, written: Callable[[float], object]) -> object:
     """A JSON value with each of its floats as `written` has it; keys are strings."""
     match value:

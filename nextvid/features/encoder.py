@@ -9,6 +9,7 @@ D width.
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ from nextvid.model.encoder import Encoder
 from nextvid.model.incremental import IncrementalEncoder
 from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
 from nextvid.train.checkpoint import fill, load_tensors
-from nextvid.train.export import AUTOENCODER, FORMAT, WEIGHTS
+from nextvid.train.export import AUTOENCODER, CONFIG, REMEDY, WEIGHTS, check_files, publish_config, read_config
 from storage import atomic
-from storage.errors import ConfigError, ConflictError, MediaError, RefusedError, UpstreamError
+from storage.errors import ConfigError, ConflictError, DamagedError, MediaError, RefusedError, UpstreamError
 
 Clips = UInt8[Tensor, "B F R R 3"]
 
@@ -211,12 +212,14 @@ class NExTVidEncoder(nn.Module, PyTorchModelHubMixin, library_name="nextvid", pa
             shutil.copytree(self.folder / AUTOENCODER, save_directory / AUTOENCODER, dirs_exist_ok=True)
         if (self.folder / CARD).is_file():
             shutil.copy(self.folder / CARD, save_directory / CARD)
-        shutil.copy(self.folder / "config.json", save_directory / "config.json")
+        config = read_config(self.folder)
+        config.pop("files", None)
+        publish_config(save_directory, config)
 
     def generate_model_card(self, *_: object, **__: object) -> ModelCard:
         """The card of an encoder whose folder has none: what config.json says."""
         assert self.folder is not None, "an encoder that was loaded"
-        return ModelCard(card(atomic.read_json(str(self.folder / "config.json"))))
+        return ModelCard(card(read_config(self.folder)))
 
     def stream(self) -> "FeatureStream":
         """Features of tubelets as they come, for a camera or a file that is being written."""
@@ -306,7 +309,7 @@ def copy_encoder(folder: Path, out: Path, readme: str | None = None, onnx: bool 
 
     Raises what `load_encoder` does, and ConflictError if `out` exists.
     """
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise UpstreamError(f"{folder} has no exported encoder yet: the run writes it when it is complete")
     with atomic.staged_folder(str(out.absolute())) as staged:
         shutil.copytree(folder, staged, dirs_exist_ok=True)
@@ -324,44 +327,52 @@ class ExportFacts:
 
     model: ModelConfig
     carries_autoencoder: bool
+    encoded_by: str  # digest of the autoencoder that made the latents of training
     resolution: int  # pixels a side of the frames of training
     precision: str  # of the autoencoder
     clip: ClipPolicy | None  # of training: frames, rate, crop; None in folders of earlier versions
 
 
 def read_facts(folder: Path) -> ExportFacts:
-    """The facts of an exported encoder, without its weights. Raises UpstreamError, ConfigError as `load_encoder`."""
-    place = f"{folder}/config.json"
-    if not Path(place).is_file():
-        raise UpstreamError(f"{folder} has no exported encoder: config.json is missing")
-    config: dict[str, Any] = atomic.read_json(place)
-    if config.get("format") != FORMAT:
-        raise ConfigError(
-            f"{folder}: format {config.get('format')!r}, and this version reads {FORMAT}: export it again"
-        )
+    """The facts of an exported encoder, without its weights. Raises as `load_encoder` does."""
+    return facts_of(read_config(folder), f"{folder}/{CONFIG}")
+
+
+def facts_of(config: Mapping[str, Any], place: str) -> ExportFacts:
+    """The facts that a config.json has. `place` is for messages only."""
     try:
         model, autoencoder = config["model"], config["autoencoder"]
         resolution, precision = config["encoding"]["resolution"], config["encoding"]["precision"]
+        encoded_by = str(config["encoding"]["autoencoder"])
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{place}: {error} is missing: export the run again") from error
     if autoencoder not in (None, AUTOENCODER):  # any other path could lead out of the folder
         raise ConfigError(f"{place}: the autoencoder must be in '{AUTOENCODER}', not {autoencoder!r}")
     clip = parse(ClipPolicy, config["clip"], f"{place}, clip") if config.get("clip") else None
-    return ExportFacts(parse(ModelConfig, model, place), autoencoder is not None, resolution, precision, clip)
+    return ExportFacts(
+        parse(ModelConfig, model, place), autoencoder is not None, encoded_by, resolution, precision, clip
+    )
 
 
 def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
     """Open an exported encoder: frozen, in evaluation mode, fp32.
 
-    Raises UpstreamError if there is none, ConfigError for another format, DamagedError for weights that cannot be read.
+    Every byte is compared with its checksum first. Raises UpstreamError if there is none, ConfigError for another
+    format, DamagedError for a file that was changed or is another encoder's.
     """
     folder = Path(path)
-    facts = read_facts(folder)
+    config = read_config(folder)
+    facts = facts_of(config, f"{folder}/{CONFIG}")
+    check_files(folder, config)
     tensors = load_tensors(folder / WEIGHTS)
     model = facts.model.model_copy(update={"attention": "loop"})  # which every device has; the results agree
+    if absent := {"mean", "std"} - tensors.keys():
+        raise DamagedError(f"{folder / WEIGHTS} has no {' and no '.join(sorted(absent))}; {REMEDY}")
     found = NExTVidEncoder(model, tensors["mean"], tensors["std"])
     fill(found, folder / WEIGHTS)
     if facts.carries_autoencoder:
         found.autoencoder = Autoencoder.load(folder / AUTOENCODER, device, facts.precision)
+        if found.autoencoder.digest != facts.encoded_by:
+            raise DamagedError(f"{folder / AUTOENCODER} did not make the latents that this encoder reads; {REMEDY}")
     found.resolution, found.clip, found.folder = facts.resolution, facts.clip, folder
     return found.to(device)

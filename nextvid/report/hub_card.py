@@ -4,6 +4,7 @@ from nextvid.config.project import Project
 from nextvid.features.card import Scored, TrainedOn, card
 from nextvid.lineage.trace import licences_of, shares
 from nextvid.report.report import scores_of_run
+from nextvid.train.export import read_config
 from nextvid.train.run import Run
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
@@ -27,4 +28,4 @@ def hub_card(project: Project, run: Run) -> str:
         scores.append(
             Scored(benchmark, ema["accuracy"], ema["standard_error"], random["accuracy"], record["clips"]["test"])
         )
-    return card(atomic.read_json(str(run.folder / "encoder" / "config.json")), data, scores)
+    return card(read_config(run.folder / "encoder"), data, scores)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 
 from nextvid.train.distributed import from_first, like, local
 from storage import atomic
-from storage.digest import crc32c
+from storage.digest import file_sums
 from storage.errors import DamagedError, RefusedError, UpstreamError
 
 STATE = "state.json"
@@ -136,7 +136,7 @@ def describe(staged: Path, identity: Identity, progress: Progress) -> None:
     state = {
         "identity": dataclasses.asdict(identity),
         "progress": dataclasses.asdict(progress),
-        "files": {path.name: _facts(path) for path in sorted(staged.iterdir())},
+        "files": {path.name: file_sums(path) for path in sorted(staged.iterdir())},
     }
     atomic.publish_json(str(staged / STATE), state)
 
@@ -163,7 +163,7 @@ def read_progress(path: Path) -> Progress:
 def verify(path: Path, part: int = 0, parts: int = 1) -> None:
     """Compare every file, or every `parts`-th from `part` on, with its checksum; raises DamagedError."""
     for name, facts in itertools.islice(_require(path)["files"].items(), part, None, parts):
-        if _facts(path / name) != facts:
+        if file_sums(path / name) != facts:
             raise DamagedError(
                 f"{path / name}: bytes differ from their checksum; delete the folder {path} and ask again: "
                 "the run resumes from the checkpoint before it"
@@ -360,11 +360,6 @@ def _state(path: Path) -> dict[str, Any] | None:
     except (UpstreamError, FileNotFoundError):
         return None
     return state if all(sizes[name] == facts["size_bytes"] for name, facts in state["files"].items()) else None
-
-
-def _facts(path: Path) -> dict[str, int]:
-    data = path.read_bytes()
-    return {"size_bytes": len(data), "crc32c": crc32c(data)}
 
 
 def _set_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:

@@ -1,9 +1,13 @@
 """A trained encoder as a folder of its own: config.json, model.safetensors and, if it has one, its autoencoder.
 
-`nextvid.load_encoder(path)` (nextvid/features/encoder.py) opens it without corpus, store or Dagster.
+`nextvid.load_encoder(path)` (nextvid/features/encoder.py) opens it without corpus, store or Dagster. config.json has
+the size and crc32c of each other file, and its own digest as `seal`: whoever reads the folder checks them first.
+Encoders exported before there were such sums are read as they are, with a warning.
 """
 
+import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,19 @@ from nextvid.config.corpus import CorpusConfig
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.encoder import Encoder
 from nextvid.train.run import Run
+from nextvid.trainset.files import publish_sealed, read_sealed
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
+from storage.digest import file_sums
+from storage.errors import ConfigError, DamagedError, UpstreamError
 
 FORMAT = 1  # raise it when a reader of the old format would misread the folder
 WEIGHTS = "model.safetensors"
 AUTOENCODER = "autoencoder"
+CONFIG = "config.json"
+REMEDY = "export the run again, or copy the folder again from where it came"
+
+_log = logging.getLogger(__name__)
 
 
 def export_encoder(folder: Path, encoder: Encoder, trainset: Trainset, run: Run, corpus: CorpusConfig) -> None:
@@ -55,7 +66,45 @@ def export_encoder(folder: Path, encoder: Encoder, trainset: Trainset, run: Run,
         )
         if carried:
             shutil.copytree(source, staged / AUTOENCODER)
-        atomic.publish_json(str(staged / "config.json"), config)
+        publish_config(staged, config)
+
+
+def publish_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json of a folder whose other files are there, with their sums."""
+    carried = sorted(path for path in (folder / AUTOENCODER).rglob("*") if path.suffix in (".json", ".safetensors"))
+    paths = [folder / WEIGHTS, *carried]
+    files = {path.relative_to(folder).as_posix(): file_sums(path) for path in paths}
+    publish_sealed(str(folder / CONFIG), {**config, "files": files})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of an exported encoder, checked against its seal; files: `check_files`.
+
+    Raises UpstreamError where there is none, ConfigError for another format, DamagedError where it was changed.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UpstreamError(f"{folder} has no exported encoder: {CONFIG} is missing")
+    config: Any = atomic.read_json(str(path))
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "a newer version of nextvid wrote it: update nextvid" if newer else "export the run again"
+        raise ConfigError(f"{folder}: format {found!r}, and this version reads {FORMAT}: {remedy}")
+    return read_sealed(str(path), REMEDY) if {"seal", "files"} & config.keys() else config
+
+
+def check_files(folder: Path, config: Mapping[str, Any]) -> None:
+    """DamagedError where a file of an exported encoder is not the one that `config` names: `read_config` gave it."""
+    if "files" not in config:
+        _log.warning("%s was exported without checksums, so its files cannot be checked: export the run again", folder)
+        return
+    for name, sums in config["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing; {REMEDY}")
+        if file_sums(path) != sums:
+            raise DamagedError(f"{path}: its bytes differ from their checksum in {CONFIG}; {REMEDY}")
 
 
 def _clip(run: Run, corpus: CorpusConfig) -> dict[str, Any] | None:

@@ -1,14 +1,17 @@
 """An exported encoder needs nothing but its folder: latents, frames, arrays and files in, features out."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import nextvid
 from nextvid.config.project import Project
@@ -19,6 +22,7 @@ from nextvid.model.tokens import latent_tokens
 from nextvid.train.step import build_model
 from nextvid.trainset.trainset import Trainset
 from storage.errors import ConfigError, ConflictError, DamagedError, MediaError, RefusedError, UpstreamError
+from tests.factories import flip
 from tests.nextvid.corpus.small_media import write_picture
 from tests.nextvid.features.exported import (
     export,
@@ -74,12 +78,61 @@ def test_config_says_where_it_comes_from(project: Project, tmp_path: Path) -> No
     assert config["encoding"] == trainset.spec.to_json()
 
 
+def before_sums(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as release 0.1.0 wrote it."""
+    return {name: value for name, value in config.items() if name not in ("seal", "files")}
+
+
+def test_whatever_byte_of_the_folder_changed_nothing_is_computed(tmp_path: Path) -> None:
+    folder = export_with_autoencoder(tmp_path)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) == 4
+    for path in files:
+        data = path.read_bytes()
+        for at in (0, len(data) // 2, len(data) - 2):
+            flip(path, at)
+            with pytest.raises((DamagedError, ConfigError), match=re.escape(path.name)):
+                load_encoder(folder)
+            path.write_bytes(data)
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises((DamagedError, ConfigError), match=re.escape(path.name)):
+            load_encoder(folder)
+        path.unlink()
+        with pytest.raises((DamagedError, UpstreamError), match=re.escape(path.name)):
+            load_encoder(folder)
+        path.write_bytes(data)
+    load_encoder(folder)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, other / "model.safetensors")
+    with pytest.raises(DamagedError, match="differ from their checksum"):
+        copy_encoder(other, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_an_encoder_exported_without_sums_is_read_with_a_line(tmp_path: Path, caplog: Any) -> None:
+    folder = export_with_autoencoder(tmp_path)
+    path = folder / "config.json"
+    path.write_text(json.dumps(before_sums(json.loads(path.read_text()))))
+    load_encoder(folder)
+    assert "without checksums" in caplog.text
+    again = tmp_path / "again"
+    load_encoder(folder).save_pretrained(again)
+    assert set(json.loads((again / "config.json").read_text())["files"]) == {
+        "model.safetensors", "autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    flip(folder / "autoencoder" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(DamagedError, match="did not make the latents"):
+        load_encoder(folder)
+
+
 def test_what_cannot_be_opened_says_why(project: Project, tmp_path: Path) -> None:
     with pytest.raises(UpstreamError, match="no exported encoder"):
         load_encoder(tmp_path)
     folder = export(project, tmp_path / "encoder")
     config = folder / "config.json"
-    text = config.read_text()
+    text = json.dumps(before_sums(json.loads(config.read_text())))  # whose fields may be edited
     config.write_text(text.replace('"format": 1', '"format": 2'))
     with pytest.raises(ConfigError, match="format 2"):
         load_encoder(folder)
@@ -219,7 +272,7 @@ class TestClips:
 
     def test_an_export_of_an_earlier_version_needs_to_be_told(self, film: Path, tmp_path: Path) -> None:
         folder = export_of_pixels(tmp_path)
-        config = json.loads((folder / "config.json").read_text())
+        config = before_sums(json.loads((folder / "config.json").read_text()))
         del config["clip"]
         (folder / "config.json").write_text(json.dumps(config))
         encoder = load_encoder(folder)

@@ -23,6 +23,7 @@ from nextvid.train.checkpoint import Identity, Progress
 from nextvid.train.optim import build_optimizer
 from nextvid.train.step import build_model
 from storage import atomic
+from storage.digest import file_sums
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from tests.factories import flip
 from tests.nextvid.train.tiny import tiny_recipe
@@ -166,7 +167,7 @@ def test_hostile_bytes_execute_nothing(tmp_path: Path) -> None:
     state = json.loads((path / "state.json").read_text())
     evil = b"cos\nsystem\n(S'touch owned'\ntR."
     (path / "model.safetensors").write_bytes(evil)
-    state["files"]["model.safetensors"] = checkpoint._facts(path / "model.safetensors")
+    state["files"]["model.safetensors"] = file_sums(path / "model.safetensors")
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(DamagedError, match="not readable as safetensors"):
         checkpoint.load(path, IDENTITY, *_parts(0))
