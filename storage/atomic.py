@@ -24,7 +24,6 @@ from storage.errors import ConfigError, ConflictError, DamagedError, StoreError,
 from storage.remote import is_local
 
 SUFFIX = ".partial"
-READ_BYTES = 1 << 20  # our choice: small rows come from so large a buffer, larger ones past it
 _FORBIDDEN = {
     errno.EROFS: "is on a read-only file system",
     errno.EACCES: "lets this user write nothing",
@@ -65,17 +64,17 @@ def read_bytes(path: str) -> bytes:
 
 
 @contextmanager
-def reading(path: str) -> Iterator[tuple[io.BufferedIOBase, int]]:
+def reading(path: str) -> Iterator[tuple[io.RawIOBase | io.BytesIO, int]]:
     """A file to be read once from its beginning to its end, and its size in bytes.
 
-    A local one piece by piece, so that no more is in memory; an object comes whole. UpstreamError or an OSError of the
-    system where it cannot be opened.
+    A local one as it is asked for, unbuffered, so that no more is in memory; an object comes whole. UpstreamError or
+    an OSError of the system where it cannot be opened.
     """
     if not is_local(path):
         data = read_bytes(path)
         yield io.BytesIO(data), len(data)
         return
-    with io.BufferedReader(io.FileIO(_local(path)), READ_BYTES) as file:
+    with io.FileIO(_local(path)) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # Linux reads twice as far ahead then
         yield file, os.fstat(file.fileno()).st_size
 

@@ -177,7 +177,10 @@ class Part(Generic[S]):
 
     def rows(self, number: int) -> list[StoredRow]:
         """Where the file of a committed shard holds its rows, by slot. Raises as `commit` does."""
-        commits = self.commit(number)
+        return self.rows_in(self.commit(number))
+
+    def rows_in(self, commits: pl.DataFrame) -> list[StoredRow]:
+        """Where a shard's file holds its rows, by its commit."""
         described = commits.select("row_id", "status", "reason", "crc32c").iter_rows()
         return [
             StoredRow(row_id, status, reason, offset, size_bytes, crc)

@@ -2,27 +2,33 @@
 
 Reports, never repairs: each problem names the file, the row where it concerns one row, and the remedy. A store that
 does not answer is no damage (`is_damage`) and ends the reading; what a living writer has under way is no problem.
-Shards are read by a few threads (one waits while another computes), each row into the same memory.
+Shards are read by a few threads (one waits while another computes), some rows at a time into the same memory, straight
+from the kernel. A part's commits are read together; whatever is not sound by them is judged again by its own commit.
 """
 
+import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from storage import atomic, listing, shard
 from storage.digest import crc32c
-from storage.errors import DamagedError, TableError, UpstreamError, is_damage
+from storage.errors import is_damage
 from storage.part import SEPARATORS, SWEPT, Part, StoredRow
 from storage.seal import read_seal, sealed_commits
 
 LEFTOVER_AGE_S = 3600.0  # our choice, as the cache's: what a writer left untouched for so long is not being written
+READ_BYTES = (
+    1 << 19
+)  # at a time: half of a core's cache of 1 MB, where the sum then finds them (256 kB to 2 MB: within 5 %)
 AT_ONCE = 4  # our choice: shards at a time; of an object store so many are in memory, 67 MB each
 
 
@@ -62,9 +68,17 @@ def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
     named = {path[len(part.array_path) + 2 :][:1] for path in files if path.startswith(f"{part.array_path}/c")}
     if len(found := named & set(SEPARATORS)) == 1:  # where the metadata says otherwise, that is the problem
         part.separator = found.pop()
-    problems += [*_metadata(part), *_leftovers(part, shards, files), *_seal(part)]
+    commits: pl.DataFrame | None = None
+    with reported([], part.path, ""):  # damage is reported shard by shard
+        commits = part.commits()  # together: 20 times faster than one by one
+    problems += [*_metadata(part), *_leftovers(part, shards, files), *_seal(part, commits)]
+
+    def judged(number: int) -> list[Problem]:
+        sound = commits is not None and _is_sound(part, number, commits, withdrawn)
+        return [] if sound else _shard(part, number, files, withdrawn)
+
     with ThreadPoolExecutor(AT_ONCE, "verify") as pool:
-        for some in pool.map(lambda number: _shard(part, number, files, withdrawn), range(shards)):
+        for some in pool.map(judged, range(shards)):
             problems += some
     return problems
 
@@ -84,7 +98,7 @@ def _metadata(part: Part[Any]) -> list[Problem]:
             before = len(problems)
             with reported(problems, path, remedy, "cannot be read: "):
                 found.write_bytes(data := atomic.read_bytes(path))
-            if len(problems) > before:
+            if len(problems) > before or data == wanted.read_bytes():
                 continue
             try:
                 stored, known = (zarr.open(file.parent, mode="r").metadata.to_dict() for file in (found, wanted))
@@ -118,8 +132,8 @@ def _leftovers(part: Part[Any], shards: int, files: Iterable[str]) -> list[Probl
     return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 
 
-def _seal(part: Part[Any]) -> list[Problem]:
-    """Problems of a seal that counts: its table is to say what the commits say."""
+def _seal(part: Part[Any], commits: pl.DataFrame | None) -> list[Problem]:
+    """Problems of a seal that counts: its table is to say what the commits say (None: one of them is damaged)."""
     problems: list[Problem] = []
     remedy = f"remove {part.seal_path}, and make the latents of the batch again to seal the part anew"
     with reported(problems, part.seal_path, remedy):
@@ -129,10 +143,22 @@ def _seal(part: Part[Any]) -> list[Problem]:
         return problems
     with reported(problems, part.sealed_path, remedy):
         sealed = sealed_commits(part, part.format.schema.column_names())
-        with suppress(DamagedError, TableError, UpstreamError):  # commits are reported shard by shard
-            if sealed is None or not sealed.equals(part.commits()):
-                problems.append(Problem(part.sealed_path, None, "differs from the commits that it seals", remedy))
+        if sealed is None or (commits is not None and not sealed.equals(commits)):
+            problems.append(Problem(part.sealed_path, None, "differs from the commits that it seals", remedy))
     return problems
+
+
+def _is_sound(part: Part[Any], number: int, commits: pl.DataFrame, withdrawn: frozenset[bytes]) -> bool:
+    """Whether a shard is as these commits, all of the part, say; False too where they say nothing of it."""
+    first, count = number * shard.ROWS_PER_SHARD, part.rows_of(number).height
+    place = commits["slot"].search_sorted(first)
+    own = commits[place : place + count]
+    if own.height != count or own["slot"][0] != first or (own["reason"] == SWEPT).any():
+        return False
+    path, problems = part.shard_path(number), list[Problem]()
+    with reported(problems, path, ""):
+        problems += _rows(part, path, part.rows_in(own), withdrawn, "")
+    return not problems
 
 
 def _shard(part: Part[Any], number: int, files: Mapping[str, int], withdrawn: frozenset[bytes]) -> list[Problem]:
@@ -159,25 +185,55 @@ def _shard(part: Part[Any], number: int, files: Mapping[str, int], withdrawn: fr
 def _rows(part: Part[Any], path: str, rows: list[StoredRow], withdrawn: frozenset[bytes], remedy: str) -> list[Problem]:
     """Problems of the bytes of a committed shard, whose file is `path`."""
     committed_bytes = max(row.offset + row.size_bytes for row in rows) + shard.INDEX_BYTES
-    memory = np.empty(max(row.size_bytes for row in rows), np.uint8)
+    ended = Problem(path, None, "committed, but cannot be read: it ended while it was read", remedy)
     problems = []
     with atomic.reading(path) as (file, size_bytes):
         if size_bytes != committed_bytes:
             return [Problem(path, None, f"{size_bytes} bytes where {committed_bytes} were committed", remedy)]
-        for row in rows:
-            data = memory[: row.size_bytes]
-            file.seek(row.offset if row.size_bytes else file.tell())  # it is there already, if the commit is right
-            if file.readinto(data.data) != row.size_bytes:
-                return [Problem(path, None, "committed, but cannot be read: it ended while it was read", remedy)]
-            what = None
-            if row.row_id in withdrawn:
-                what = "withdrawn, but its bytes are still here: withdraw the file again" if data.any() else None
-            elif row.status != "ok":
-                what = None if part.format.is_blank(data) else f"{row.status}, but its slot holds values"
-            elif crc32c(data) != row.crc32c:
-                what = "its bytes differ from their checksum"
-            if what is not None:
-                problems.append(Problem(path, row.row_id.hex(), what, remedy))
-        if file.read() != shard.index_of([(row.offset, row.size_bytes) for row in rows]):
+        memory = np.empty(max(READ_BYTES, *(row.size_bytes for row in rows)), np.uint8)
+        for block in _blocks(rows):
+            start = block[0].offset
+            if not _read_into(file, start, memory[: block[-1].offset + block[-1].size_bytes - start]):
+                return [ended]
+            for row in block:
+                what = _fault(part, row, memory[row.offset - start :][: row.size_bytes], withdrawn)
+                if what is not None:
+                    problems.append(Problem(path, row.row_id.hex(), what, remedy))
+        found = np.empty(shard.INDEX_BYTES, np.uint8)
+        if not _read_into(file, size_bytes - shard.INDEX_BYTES, found):
+            return [ended]
+        if found.tobytes() != shard.index_of([(row.offset, row.size_bytes) for row in rows]):
             problems.append(Problem(path, None, "the index at its end was changed", remedy))
     return problems
+
+
+def _fault(part: Part[Any], row: StoredRow, data: np.ndarray, withdrawn: frozenset[bytes]) -> str | None:
+    """What is wrong with the bytes of a row."""
+    if row.row_id in withdrawn:
+        return "withdrawn, but its bytes are still here: withdraw the file again" if data.any() else None
+    if row.status != "ok":
+        return None if part.format.is_blank(data) else f"{row.status}, but its slot holds values"
+    return None if crc32c(data) == row.crc32c else "its bytes differ from their checksum"
+
+
+def _blocks(rows: Sequence[StoredRow]) -> Iterator[list[StoredRow]]:
+    """Rows that follow one another in the file, READ_BYTES or one row at a time. Each row is in one of them."""
+    block: list[StoredRow] = []
+    for row in rows:
+        if block and (
+            row.offset != block[-1].offset + block[-1].size_bytes
+            or row.offset + row.size_bytes - block[0].offset > READ_BYTES
+        ):
+            yield block
+            block = []
+        block.append(row)
+    yield block
+
+
+def _read_into(file: io.RawIOBase | io.BytesIO, start: int, memory: np.ndarray) -> bool:
+    """Fill memory (uint8) from this byte of a file on; whether there was so much."""
+    file.seek(start)
+    left = memory.data
+    while left and (count := file.readinto(left)):
+        left = left[count:]
+    return not left
