@@ -26,7 +26,7 @@ from nextvid.config.datasets import RESERVED_TARGETS, DatasetConfig, LabelConfig
 from nextvid.config.project import Project
 from nextvid.corpus.labels import label_bytes, read_labels
 from nextvid.corpus.layouts import SPLIT_NAMES, WNID
-from nextvid.corpus.sources import list_dataset
+from nextvid.corpus.sources import Listing, list_dataset
 from nextvid.machine import taken_cores
 from nextvid.video.fetch import map_files
 from nextvid.video.probe import Inspection, MediaFacts, inspect_file
@@ -143,18 +143,8 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     uri = folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser().absolute())
     name = re.sub(r"[^a-z0-9]+", "_", PurePosixPath(uri).name.lower()).strip("_") or "media"
     root = _root(name, uri, path.parent)
-    for tar in (False, True):
-        datasets = {name: DatasetConfig(uri=uri, tar=tar)}
-        corpus = CorpusConfig(root=root, encoding=EncodingConfig(autoencoder=weights), datasets=datasets)
-        listing = list_dataset(Project(corpus, DataRoot.open(root), path, corpus), name)
-        if listing.files.height or ".tar" not in listing.ignored:
-            break
+    tar, listing = _listed(uri, name, root, weights, path)
     paths = listing.files["path"].to_list()
-    if not paths:
-        ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.most_common(5))
-        what = f"it has {ignored}" if ignored else "it is empty"
-        what += "; pictures in parquet files need 'parquet_column'" if ".parquet" in listing.ignored else ""
-        raise CorpusError(f"{uri} holds no video and no image ({what})")
     facts, unreadable = _sample(listing.files)
     labels, labelled, targets = _labels(uri, paths)
     policy, spans = _policy(facts)
@@ -191,6 +181,22 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     asset = "report" if targets else "samples"
     command = f"nextvid make {asset} --recipe demo --corpus {out}"
     return Draft(str(path), name, dict(kinds), unreadable, labels.layout, labelled, targets, tuple(notes), command)
+
+
+def _listed(uri: str, name: str, root: str, weights: str, path: Path) -> tuple[bool, Listing]:
+    """Whether the files are members of tar files, and the files. Raises CorpusError where there are none."""
+    for tar in (False, True):
+        datasets = {name: DatasetConfig(uri=uri, tar=tar)}
+        corpus = CorpusConfig(root=root, encoding=EncodingConfig(autoencoder=weights), datasets=datasets)
+        listing = list_dataset(Project(corpus, DataRoot.open(root), path, corpus), name)
+        if listing.files.height:
+            return tar, listing
+        if ".tar" not in listing.ignored:
+            break
+    ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.most_common(5))
+    what = f"it has {ignored}" if ignored else "it is empty"
+    what += "; pictures in parquet files need 'parquet_column'" if ".parquet" in listing.ignored else ""
+    raise CorpusError(f"{uri} holds no video and no image ({what})")
 
 
 def _environment() -> Environment:

@@ -6,6 +6,8 @@ they lie; one of an object store is copied whole to a temporary folder, and the 
 since batches are in the order of their files. Members never name a path that is written.
 """
 
+import atexit
+import shutil
 import tarfile
 import tempfile
 import threading
@@ -38,7 +40,7 @@ FINGERPRINTS = (
     "created",
 )
 KEPT_COPIES = 4  # our choice: WebDataset's shards have about 1 GB, parquet files of the Hub 0.5
-PIECE_BYTES = 1 << 23
+PIECE_BYTES = 1 << 23  # our choice: a film is not held in memory
 BLOCK_BYTES = 512  # of a tar file (POSIX ustar)
 
 
@@ -72,7 +74,7 @@ def index(path: Path, column: str | None) -> Index:
     Raises CorpusError for a parquet file without the column; a damaged archive gives what can be read and its `damage`.
     """
     if path.suffix == TAR:
-        return _tar_index(path)
+        return _tar_index(path, path.stat().st_mtime_ns)[0]
     assert column is not None, "parquet files are listed where their column is named"
     return _parquet_index(path, column)
 
@@ -85,7 +87,8 @@ def copy_member(uri: str, target: Path) -> None:
     with local_archive(archive) as path:
         try:
             if path.suffix == TAR:
-                _copy_from_tar(path, name, target)
+                found, offsets = _tar_index(path, path.stat().st_mtime_ns)
+                _copy_range(path, offsets[name], found.sizes_bytes[name], target)
             else:
                 target.write_bytes(_cell(path, name))
         except (LookupError, ValueError, OSError, pl.exceptions.PolarsError) as error:
@@ -132,55 +135,43 @@ _COPIES: dict[str, _Copy] = {}
 
 @lru_cache(maxsize=1)
 def _folder() -> Path:
-    _folder_held.append(held := tempfile.TemporaryDirectory(prefix="nextvid-"))  # removed when the process ends
-    return Path(held.name)
-
-
-_folder_held: list[tempfile.TemporaryDirectory[str]] = []
-
-
-def _tar_index(path: Path) -> Index:
-    places, doubled, ignored, damage = _places(path, path.stat().st_mtime_ns)
-    return Index({name: size for name, (_, size) in places.items()}, doubled, ignored, damage)
+    folder = tempfile.mkdtemp(prefix="nextvid-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @lru_cache(maxsize=8)
-def _places(
-    path: Path, changed_ns: int
-) -> tuple[dict[str, tuple[int, int]], frozenset[str], tuple[str, ...], str | None]:
-    """(offset, size in bytes) of the media files of a tar file by name, and the rest as in Index."""
-    places: dict[str, tuple[int, int]] = {}
+def _tar_index(path: Path, changed_ns: int) -> tuple[Index, Mapping[str, int]]:
+    """The index of a tar file, and the byte at which each member begins."""
+    offsets, sizes_bytes = dict[str, int](), dict[str, int]()
     doubled, ignored = set[str](), list[str]()
-    whole = path.stat().st_size
+    damage, end, whole_bytes = None, 0, path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isreg():
+                if not member.isreg() or member.issparse():
                     continue
-                name = (
-                    member.name.removeprefix("./")
-                    .encode("utf-8", "surrogateescape")
-                    .decode("utf-8", "backslashreplace")
-                )
-                if kind_of(name) is None or any(part.startswith(".") for part in name.split("/")):
-                    ignored.append(PurePosixPath(name).suffix.lower() or "no extension")
-                    continue
-                if member.offset_data + member.size > whole:
-                    return places, frozenset(doubled), tuple(ignored), f"it is cut off within {name}"
-                doubled |= {name} & places.keys()
-                places[name] = member.offset_data, member.size
+                name = member.name.removeprefix("./").encode("utf-8", "surrogateescape")
+                shown = name.decode("utf-8", "backslashreplace")
+                if kind_of(shown) is None or any(part.startswith(".") for part in shown.split("/")):
+                    ignored.append(PurePosixPath(shown).suffix.lower() or "no extension")
+                elif member.offset_data + member.size > whole_bytes:
+                    damage = f"it is cut off within {shown}"
+                    break
+                else:
+                    doubled |= {shown} & sizes_bytes.keys()
+                    offsets[shown], sizes_bytes[shown] = member.offset_data, member.size
             end = tar.offset
-        with path.open("rb") as file:  # the module takes any damage behind the first member for the end
-            file.seek(end)
-            damage = None if file.read(BLOCK_BYTES) == bytes(BLOCK_BYTES) else f"it has no end mark after byte {end}"
+        if damage is None:  # the module takes any damage behind the first member for the end
+            with path.open("rb") as file:
+                file.seek(end)
+                damage = None if file.read(BLOCK_BYTES) == bytes(BLOCK_BYTES) else f"it has no end mark at byte {end}"
     except (tarfile.TarError, OSError, ValueError) as error:
-        damage = str(error)
-    return places, frozenset(doubled), tuple(ignored), damage
+        damage = damage or str(error)
+    return Index(sizes_bytes, frozenset(doubled), tuple(ignored), damage), offsets
 
 
-def _copy_from_tar(path: Path, name: str, target: Path) -> None:
-    places, *_ = _places(path, path.stat().st_mtime_ns)
-    offset, left = places[name]
+def _copy_range(path: Path, offset: int, left: int, target: Path) -> None:
     with path.open("rb") as source, target.open("wb") as copy:
         source.seek(offset)
         while left and (piece := source.read(min(left, PIECE_BYTES))):
