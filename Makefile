@@ -29,7 +29,7 @@ $(VENV)/services: $(VENV)/test
 	touch $@
 
 demo: $(VENV)/ui ## the whole graph on a small labelled corpus, through Dagster
-	NEXTVID_CORPUS=$(DEMO) $(BIN)/python -m examples.demo.run
+	NEXTVID_CORPUS=$(DEMO) $(BIN)/python -m examples.demo
 
 study: $(VENV)/ui ## what masks, moving average and parts do: at most three hours, goes on where it was; QUICK=--quick
 	$(BIN)/python -m examples.study.run $(QUICK)

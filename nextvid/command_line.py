@@ -39,6 +39,7 @@ exit codes:
   4  a store, table or trainset is damaged
   5  the system refused: disk full, no permission
  75  a process or machine of the same work is gone: ask again, and it resumes
+130  stopped by Ctrl-C; 143 by SIGTERM, 129 by a closed terminal
 """
 
 EXAMPLES = {

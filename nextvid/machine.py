@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from nextvid.stopping import OUTSIDE
 from storage.errors import LOST, ConfigError, NExTVidError, RefusedError, exit_code
 from storage.locks import locked_or_holder
 
@@ -261,7 +262,7 @@ def visible_gpus() -> list[str]:
 def _lock(stack: ExitStack, name: str, who: str) -> str | None:
     """Hold the lock of this name until the stack closes; if another process does, say which."""
     # a local folder, since a home may be shared between machines; another user may have created one of this name
-    folder = Path(tempfile.gettempdir(), f"nextvid-devices-{os.getuid()}")
+    folder = Path(os.environ.get(OUTSIDE) or tempfile.gettempdir(), f"nextvid-devices-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

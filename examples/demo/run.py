@@ -6,6 +6,7 @@ data root has the same numbers. A second run finds everything made.
 
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from nextvid.graph import GRAPH
 from nextvid.making.progress import shown
 from nextvid.planning.acceptance import ensure_accepted
 from nextvid.planning.waiting import standard, waiting
+from nextvid.stopping import when_stopped
 from nextvid.train.events import read_events
 from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions, observation
@@ -69,8 +71,18 @@ class Totals:
         )
 
 
-def main() -> None:
-    """Make the demo and print what was measured."""
+def run_demo() -> None:
+    """Make the demo; an error ends the program with what to do."""
+    try:
+        make_demo()
+    except NExTVidError as error:
+        sys.exit(f"{error.kind}: {error}\n{WHAT_TO_DO}")
+    except OSError as error:
+        sys.exit(f"system: {error}\n{WHAT_TO_DO}")
+
+
+def make_demo() -> None:
+    """Write the corpus, make every asset and print what was measured."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     began = time.monotonic()
     project = open_project()
@@ -120,23 +132,31 @@ def execute(
     """Run a job, or one asset, in this process and print what it materialised; exit where a step failed."""
     single = name in GRAPH
     job = defs.resolve_implicit_global_asset_job_def() if single else defs.resolve_job_def(name)
-    result = job.execute_in_process(
-        instance=instance,
-        partition_key=partition,
-        asset_selection=[dg.AssetKey(name)] if single else None,
-        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # our own lines are enough
-        raise_on_error=False,
-    )
+    run = str(uuid.uuid4())
+    with when_stopped(lambda: cancel(instance, run)):
+        result = job.execute_in_process(
+            instance=instance,
+            run_id=run,
+            partition_key=partition,
+            asset_selection=[dg.AssetKey(name)] if single else None,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},  # our own lines are enough
+            raise_on_error=False,
+        )
     for event in result.get_asset_materialization_events():
         totals.add(event.materialization)
     if not result.success:
         for failure in result.filter_events(lambda event: event.is_step_failure):
             data = failure.step_failure_data
-            if data.error and data.error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
-                raise KeyboardInterrupt
             message = data.user_failure_data.description if data.user_failure_data else data.error
             totals.console.print(f"{failure.step_key}: {message}", style="red", soft_wrap=True)
         sys.exit(WHAT_TO_DO)
+
+
+def cancel(instance: dg.DagsterInstance, run: str) -> None:
+    """Record that a run was stopped: else Dagster shows it as running, and counts its places in the pools as taken."""
+    if found := instance.get_run_by_id(run):
+        instance.report_run_canceled(found)
+    instance.event_log_storage.free_concurrency_slots_for_run(run)
 
 
 def collect(project: Project, totals: Totals, seconds: float) -> dict[str, Any]:
@@ -193,12 +213,3 @@ def describe_score(score: Mapping[str, Any]) -> str:
     found = score["encoders"]
     parts = [f"{name} {found[name]['accuracy']:.3f} +- {found[name]['standard_error']:.3f}" for name in found]
     return f"{', '.join(parts)} on {score['clips']['test']} test clips"
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except NExTVidError as error:
-        sys.exit(f"{error.kind}: {error}\n{WHAT_TO_DO}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; `make demo` continues from here")

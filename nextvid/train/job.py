@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nextvid.machine import CORES, Tell
+from nextvid.stopping import OUTSIDE, when_stopped
 from nextvid.train.events import describe, read_events
 from nextvid.train.node import PreparedRun, reported, write_prepared
 from storage import atomic
@@ -129,7 +130,8 @@ def _ray_job(
         return Ended(_error(f"{client.get_job_logs(job)}\n{message}", otherwise))
 
     try:
-        yield ended
+        with when_stopped(lambda: client.stop_job(job)):
+            yield ended
     except BaseException:  # cancelled, or the process of a Dagster run is gone
         client.stop_job(job)
         raise
@@ -177,7 +179,8 @@ def _slurm_job(prepared: PreparedRun, env: Mapping[str, str], tell: Tell) -> Ite
         return None
 
     try:
-        yield ended
+        with when_stopped(lambda: _slurm(["scancel", str(job)], {})):
+            yield ended
     except BaseException:
         _slurm(["scancel", job], {})
         raise
@@ -217,7 +220,8 @@ def _slurm_error(prepared: PreparedRun, job: str) -> NExTVidError | None:
 
 def _slurm(command: list[str], env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     try:
-        return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+        place = {"TMPDIR": os.environ[OUTSIDE]} if OUTSIDE in os.environ else {}  # a job outlives this command
+        return subprocess.run(command, env={**os.environ, **place, **env}, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise ConfigError(
             f"'{command[0]}' is not on PATH: ask on a machine from which Slurm jobs are submitted"

@@ -25,7 +25,7 @@ from nextvid.config.strict import parse
 from nextvid.machine import VISIBLE, WATCH_S, Tell, available_cores, launcher_id, leased_gpus, run_rank
 from storage import atomic
 from storage.digest import digest
-from storage.errors import LOST, ConfigError, LostError, NExTVidError, RefusedError
+from storage.errors import LOST, ConfigError, ConflictError, LostError, NExTVidError, RefusedError
 
 GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
 # our choice: torchrun ends its other ranks in less. Where it asks a machine that is silent for the state of the others,
@@ -172,6 +172,8 @@ def why(prepared: PreparedRun, code: int, output: str) -> NExTVidError:
     if (signalled := min(code, int(first[1]) if first else 0)) < 0:
         return LostError(f"{title}: signal {-signalled} ended a rank, see {prepared.log}; asking again resumes it")
     kind, said = reported(output) or ("", f"see {prepared.log}")
+    if kind == "conflict":  # another process is at work on the same run; asking again would meet it again
+        return ConflictError(f"{title}: {said}")
     error = LostError if kind == "lost" else RefusedError
     return error(f"{title} ended with exit code {code} ({said}); asking again resumes it")
 

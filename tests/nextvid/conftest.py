@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.__main__ import main
+from nextvid.commands import main
 from nextvid.config.corpus import MachineConfig
 from nextvid.config.project import Project
 from nextvid.machine import VISIBLE, leased_gpus

@@ -125,7 +125,7 @@ class TestPlan:
         assert (notice["what"], notice["rows"]["latents"]) == ("accepted: encoding", 4)
 
     def test_making_says_what_waits(self, nextvid: Command, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("nextvid.__main__.make", lambda project, request: iter(()))
+        monkeypatch.setattr("nextvid.commands.make", lambda project, request: iter(()))
         where = ("--corpus", str(corpus.project.path))
         assert nextvid("plan", "--accept", *where)[0] == 0
         assert nextvid("make", "clips", *where) == (0, "", "")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-import nextvid.__main__ as command_line
+import nextvid.commands as command_line
 from nextvid import store_commands
 from nextvid.command_line import EXAMPLES
 from nextvid.config.corpus import load_corpus

@@ -228,7 +228,7 @@ def test_a_kill_costs_no_row_that_was_kept(nextvid: Command, encoder: str, media
     out = tmp_path / "out.parquet"
     words = ["features", str(folder), "--encoder", encoder, "--out", str(out), "--batch", "1"]
     code = (
-        "import sys; from nextvid.features import extract; from nextvid.__main__ import main; extract.KEPT_S = 0.0; "
+        "import sys; from nextvid.features import extract; from nextvid.commands import main; extract.KEPT_S = 0.0; "
         f"sys.argv = ['nextvid', *{words!r}]; main()"
     )
     running = subprocess.Popen([sys.executable, "-c", code])

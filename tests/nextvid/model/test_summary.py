@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nextvid.__main__ import inspect
+from nextvid.commands import inspect
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.recipes import recipe
 from nextvid.model.cost import cost, summary
