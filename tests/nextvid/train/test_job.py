@@ -18,7 +18,7 @@ from nextvid.train.node import PreparedRun, reported, why
 from nextvid.train.pretrain import make_pretrain, prepare_run
 from nextvid.train.run import open_run
 from nextvid.trainset.mask_plan import make_plan
-from storage.errors import ConfigError, LostError, NExTVidError, RefusedError
+from storage.errors import ConfigError, ConflictError, LostError, NExTVidError, RefusedError
 from tests.forked import alive
 from tests.nextvid.train import slurm
 from tests.nextvid.train.corpus import make_project
@@ -130,6 +130,7 @@ SUMMARY = "Failures:\n  exitcode  : -15 (pid: 2)\nRoot Cause (first observed fai
     [
         (SUMMARY.format(-9), LostError, "signal 9 ended a rank"),
         (SUMMARY.format(1), RefusedError, "exit code 1 (see "),
+        ("conflict: another process (id 4) is at work\n" + SUMMARY.format(1), ConflictError, "(id 4) is at work"),
         ("refused: no\nlost: rank 1 misses another node: x\n" + SUMMARY.format(1), RefusedError, "(no)"),
         ("lost: rank 1 misses another node: x\n" + SUMMARY.format(75), LostError, "(rank 1 misses another node: x)"),
         ("RendezvousTimeoutError", RefusedError, "1 of 2 nodes (all but"),
