@@ -129,6 +129,13 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
         _sync(target.parent)
 
 
+def publish_file(temporary: Path, target: Path) -> None:
+    """Give a local file that is complete its name, replacing what was there in one step; both in one folder."""
+    _sync(temporary)
+    os.replace(temporary, target)
+    _sync(target.parent)
+
+
 @contextmanager
 def written_aside(path: str, pieces: Iterable[bytes | memoryview]) -> Iterator[Callable[[], None]]:
     """Write a local file under a temporary name, synced; gives what publishes it as `path`, a name that must be new.

@@ -42,6 +42,7 @@ _KEEPS_NONE = {
     errno.ENOTDIR,
 }
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+Fault = Callable[[bytes | memoryview], str | None]  # what is wrong with the bytes of a file
 _LOCKS = 64  # our choice: so many copies are made at once by all processes of a machine
 
 
@@ -68,7 +69,7 @@ def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
     if size_bytes is None:
         raise UpstreamError(f"{path} does not exist")
 
-    def fault(data: bytes) -> str | None:
+    def fault(data: bytes | memoryview) -> str | None:
         return None if crc is None or crc32c(data) == crc else "its bytes differ from their checksum"
 
     cache = Cache(root, {path: size_bytes}, version="" if crc is None else f".{crc:08x}")
@@ -79,7 +80,10 @@ def open_rows(root: DataRoot, path: str, crc: int | None = None) -> np.ndarray:
         rows: np.ndarray = np.load(place, mmap_mode="r", allow_pickle=False)
         weakref.finalize(rows, cache.release)
         return rows
-    return np.load(io.BytesIO(remote.read_exactly(path, size_bytes, fault=fault)), allow_pickle=False)
+    data = b"".join(remote.read_pieces(path, size_bytes))
+    if fault(data) is not None:
+        data = remote.read_exactly(path, size_bytes, fault=fault)
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def place_of(root: DataRoot, path: str) -> Path:
@@ -132,7 +136,7 @@ class Cache:
                 self._index.release(holder)
         ends()
 
-    def local(self, path: str, size_bytes: int, fault: Callable[[bytes], str | None] | None = None) -> Path:
+    def local(self, path: str, size_bytes: int, fault: Fault | None = None) -> Path:
         """The copy of an object of this size, made now if there is none.
 
         UpstreamError where there is no object; DamagedError where it is short, or `fault` says what is wrong with its
@@ -147,7 +151,7 @@ class Cache:
                     self._fetch(path, place, size_bytes, fault)
         return place
 
-    def open(self, path: str, fault: Callable[[bytes], str | None]) -> BinaryIO:
+    def open(self, path: str, fault: Fault) -> BinaryIO:
         """The copy of a shard, opened; the opener of this cache or a listing says its size. Raises as `local`."""
         size_bytes = self._needed.get(self._place(path)) or listing.size_bytes(path)
         if size_bytes is None:
@@ -176,20 +180,47 @@ class Cache:
             self._index.gone(self._name(place))
         return True
 
-    def _fetch(self, path: str, place: Path, size_bytes: int, fault: Callable[[bytes], str | None] | None) -> None:
+    def _fetch(self, path: str, place: Path, size_bytes: int, fault: Fault | None) -> None:
         """Make a copy. The caller holds its lock."""
         self._reserve(self._name(place), size_bytes)
-        try:
-            with atomic.staged_file(str(place)) as temporary, temporary.open("xb") as file:
-                os.posix_fallocate(file.fileno(), 0, size_bytes)  # a full disk says so now
-                file.write(self._read(path, size_bytes, fault))
-        except BaseException:
-            with suppress(UnwritableError, ConfigError):  # the first error says more
-                self._index.gone(self._name(place))
-            raise
+        if size_bytes > remote.PIECE_BYTES:
+            self._fetch_pieces(path, place, size_bytes, fault)
+        else:
+            try:
+                with atomic.staged_file(str(place)) as temporary, temporary.open("xb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size_bytes)  # a full disk says so now
+                    file.write(self._read(path, size_bytes, fault))
+            except BaseException:
+                with suppress(UnwritableError, ConfigError):  # the first error says more
+                    self._index.gone(self._name(place))
+                raise
         self._index.made(self._name(place))
 
-    def _read(self, path: str, size_bytes: int, fault: Callable[[bytes], str | None] | None) -> bytes:
+    def _fetch_pieces(self, path: str, place: Path, size_bytes: int, fault: Fault | None) -> None:
+        """Make a large copy piece by piece. Stopped at any point, the next process goes on where this one was.
+
+        What is there keeps its room in the index, until that is needed for others.
+        """
+        temporary = place.with_name(f".{place.name}.pieces{atomic.SUFFIX}")
+        atomic.make_folder(place.parent)
+        while True:
+            with temporary.open("ab") as file:
+                there = file.tell() // remote.PIECE_BYTES * remote.PIECE_BYTES
+                file.truncate(there)
+                try:
+                    for piece in remote.read_pieces(path, size_bytes, there):
+                        file.write(piece)
+                except FileNotFoundError as error:
+                    raise UpstreamError(f"{path} does not exist") from error
+            wrong = fault(np.memmap(temporary, np.uint8, "r").data) if fault else None
+            if wrong is None:
+                atomic.publish_file(temporary, place)
+                return
+            temporary.unlink()
+            if there == 0:  # else this disk may have changed what was there
+                raise DamagedError(f"{path}: {wrong}")
+
+    def _read(self, path: str, size_bytes: int, fault: Fault | None) -> bytes:
         try:
             return remote.read_exactly(path, size_bytes, fault=fault)
         except FileNotFoundError as error:

@@ -11,7 +11,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +33,10 @@ WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # our choice: six tries in 8 s and the cli
 BUSY_WAITS_S = (*WAITS_S, *(8.0,) * 30)  # our choice: four minutes for a store that answers 503 or 429
 _BUSY = ("429", "503")  # HTTP status: too many requests; slow down
 CONNECTIONS = 32  # of a process to a store at most; s3fs alone opens 10: docs/performance.md, "A bucket"
+PIECE_BYTES, PIECES = (
+    1 << 26,
+    4,
+)  # our choice: of a larger object so many bytes at a time, and so many times that at once
 SMALL_AT_ONCE = 16  # our choice: batches looked at, or tables read, at a time
 BUCKETED = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # protocols of fsspec whose first path segment is a bucket
 # by name, since the client that raises them may not be installed
@@ -214,6 +218,16 @@ def read_exactly(
             raise DamagedError(f"{path}: {wrong}, in {tries} tries")
         time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
+
+
+def read_pieces(path: str, size_bytes: int, start: int = 0) -> Iterator[bytes]:
+    """Bytes of a large object from `start` on, in order, some pieces at a time. Raises as `read_exactly`."""
+    with ThreadPoolExecutor(PIECES) as pool:
+        for first in range(start, size_bytes, PIECES * PIECE_BYTES):
+            starts = range(first, min(first + PIECES * PIECE_BYTES, size_bytes), PIECE_BYTES)
+            yield from pool.map(
+                lambda place: read_exactly(path, min(PIECE_BYTES, size_bytes - place), start=place), starts
+            )
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]], closing: threading.Event) -> list[bytes | None]:

@@ -320,7 +320,7 @@ def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, n
     return found
 
 
-def shard_fault(part: Part[S], number: int, data: bytes) -> str | None:
+def shard_fault(part: Part[S], number: int, data: bytes | memoryview) -> str | None:
     """What is wrong with the bytes of a committed shard; withdrawn rows are zeros, which nobody reads."""
     rows = part.rows(number)
     end = max(row.offset + row.size_bytes for row in rows)

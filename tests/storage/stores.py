@@ -100,7 +100,7 @@ def read_each(reader: RowReader, rows: np.ndarray, frames: int = FRAMES) -> np.n
 
 def copies(cache: Path) -> list[Path]:
     """The copies that a cache's folder holds."""
-    return sorted(path for path in cache.rglob("*") if path.is_file() and path.parent != cache)
+    return sorted(path for path in cache.rglob("*") if path.is_file() and path.suffix not in (".lock", ".sqlite"))
 
 
 def mapped_files(folder: str) -> int:

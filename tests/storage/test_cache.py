@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage import atomic
+from storage import atomic, remote
 from storage.cache import Cache, open_rows, refuse_too_small
 from storage.cache_index import _OLDEST
-from storage.errors import ConfigError, StoreError
+from storage.digest import crc32c
+from storage.errors import ConfigError, DamagedError, StoreError
 from storage.root import DataRoot
+from tests.factories import flip
 from tests.storage.stores import copies, in_threads
 
 
@@ -240,3 +242,35 @@ def test_row_files(tmp_path: Path, cache_bytes: int) -> None:
     atomic.publish_bytes(f"{root.url}/rows.npy", b"no array")
     with pytest.raises(ValueError):
         open_rows(root, f"{root.url}/rows.npy")
+
+
+def test_row_files_are_fetched_in_pieces_once_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, _ = bucket(tmp_path, 10**6, 0)
+    monkeypatch.setattr(remote, "PIECE_BYTES", 1000)
+    array = np.arange(2500, dtype="<u4")
+    np.save(tmp_path / "rows.npy", array)
+    data, path = (tmp_path / "rows.npy").read_bytes(), f"{root.url}/rows.npy"
+    atomic.publish_bytes(path, data)
+    real, starts = remote.read, list[int | None]()
+
+    def read(path: str, start: int | None = None, end: int | None = None) -> bytes:
+        starts.append(start)
+        if start == 6000 and starts.count(6000) == 1:
+            raise KeyboardInterrupt
+        return real(path, start, end)
+
+    monkeypatch.setattr(remote, "read", read)
+    with pytest.raises(KeyboardInterrupt):
+        open_rows(root, path, crc32c(data))
+    before = len(starts)
+    for _ in range(2):
+        np.testing.assert_array_equal(open_rows(root, path, crc32c(data)), array)
+        assert sorted(start or 0 for start in starts[before:]) == [6000, 7000, 8000, 9000, 10000]
+    (copy,) = copies(Path(root.cache_folder))
+    copy.rename(copy.with_name(f".{copy.name}.pieces{atomic.SUFFIX}"))
+    flip(next(copy.parent.glob(".*")), 200)  # this disk changed it: all is fetched again
+    np.testing.assert_array_equal(open_rows(root, path, crc32c(data)), array)
+    whole = DataRoot.open(root.url, root.runs_url, root.cache_folder, 0)
+    np.testing.assert_array_equal(open_rows(whole, path, crc32c(data)), array)
+    with pytest.raises(DamagedError, match="differ from their checksum"):
+        open_rows(root, path, crc32c(data) ^ 1)
