@@ -19,6 +19,7 @@ from nextvid.config.datasets import ShotConfig
 from nextvid.video.probe import HOLE_FRAMES, HOLE_S
 
 Kind = Literal["hard", "dissolve", "fade"]
+Luma = UInt8[np.ndarray, "h w"]
 
 BESIDE = 3  # frames on either side of a cut that it is compared with
 NOISE = 4.0  # our choice: grey levels of a step that coding alone makes
@@ -123,18 +124,22 @@ class Transitions:
         before, middle, after = (_luma(self._recent[at]) for at in (-2 * self.lag - 1, -self.lag - 1, -1))
         change = _difference(before, after)
         self._change.append(change)
-        if change <= self.config.dissolve_change:
-            self._blend.append(False)
-            return
-        residual = _difference(middle, cv2.addWeighted(before, 0.5, after, 0.5, 0)) / change
-        spread = float(cv2.meanStdDev(cv2.subtract(before, after, dtype=cv2.CV_16S))[1][0, 0])
-        ends = (self.std[-2 * self.lag - 1] ** 2 + self.std[-1] ** 2) / 2
-        dip = (ends - self.std[-self.lag - 1] ** 2) / (spread**2 / 4 + 1e-3)
         self._blend.append(
-            residual < self.config.dissolve_residual
-            and residual + self.config.dissolve_dip < dip < DIP_MAX
+            change > self.config.dissolve_change
             and max(self._step[-2 * self.lag :]) < ONE_STEP * change
+            and self._is_mean(before, middle, after, change)
         )
+
+    def _is_mean(self, before: Luma, middle: Luma, after: Luma, change: float) -> bool:
+        """By the formula; the deviation of `before - after` without the 16-bit picture of it, which is dear."""
+        residual = _difference(middle, cv2.addWeighted(before, 0.5, after, 0.5, 0)) / change
+        if residual >= self.config.dissolve_residual:
+            return False
+        mean = self.luma[-2 * self.lag - 1] - self.luma[-1]
+        variance = max(cv2.norm(before, after, cv2.NORM_L2SQR) / before.size - mean * mean, 0.0)
+        ends = (self.std[-2 * self.lag - 1] ** 2 + self.std[-1] ** 2) / 2
+        dip = (ends - self.std[-self.lag - 1] ** 2) / (variance / 4 + 1e-3)
+        return bool(residual + self.config.dissolve_dip < dip < DIP_MAX)
 
     def _dissolves(self) -> list[tuple[int, int]]:
         hits = [index + self.lag for index, hit in enumerate(self._blend) if hit]
