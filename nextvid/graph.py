@@ -61,7 +61,7 @@ GRAPH: dict[Asset, Node] = {
             "labels_meet_files": "Of the names in label files, and of the files, no more than half lack the other",
             "spans_inside_video": "Every labelled span overlaps its video; one that does not labels nothing",
         },
-        version=4,
+        version=5,
     ),
     "shots": Node(
         "corpus", "corpus", "batch", ("media",),

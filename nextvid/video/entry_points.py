@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 H264_IDR, H264_SEI = 5, 6  # ITU-T H.264, table 7-1
 H264_SLICES, H264_SPS = (1, 5), 7  # likewise
 H264_HIGH_PROFILES = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135})  # 7.3.2.1.1
-HEADER_BYTES = 24  # hold what is read of a slice's or sequence's header
+HEADER_BYTES, HEVC_HEADER_BYTES = 24, 128  # hold what is read of a slice's or sequence's header
 HEVC_IRAP = range(16, 24)  # ITU-T H.265, table 7-1: BLA, IDR, CRA and their reserved numbers
 START_CODE = b"\0\0\1"  # ITU-T H.264, annex B
 RECOVERY_POINT = 6  # payload type of the SEI message, ITU-T H.264, D.1.8
@@ -26,7 +26,11 @@ MPEG_PICTURE, MPEG4_VOP = START_CODE + b"\0", START_CODE + b"\xb6"  # ISO 13818-
 BEGIN_AT_ENTRY = frozenset({
     "h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9", "av1", "flv1", "wmv1", "wmv2", "wmv3", "vc1",
 })  # fmt: skip
-AV1_FRAME_HEADER, AV1_FRAME = 3, 6  # types of open bitstream units, AV1 specification 6.2.2
+# Of these a lost picture leaves a trace: an error (HEVC), or a gap in the numbers (ReferencePictures).
+TELL_OF_LOSS = frozenset({"h264", "hevc"})
+AV1_SEQUENCE, AV1_FRAME_HEADER, AV1_FRAME = 1, 3, 6  # types of open bitstream units, AV1 specification 6.2.2
+MPEG_SEQUENCE, HEVC_SPS = START_CODE + b"\xb3", 33  # ISO 13818-2, table 6-1; ITU-T H.265, table 7-1
+MPEG4_LAYER = tuple(START_CODE + bytes([code]) for code in range(0x20, 0x30))  # ISO 14496-2, table 6-3
 
 
 def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
@@ -61,6 +65,34 @@ def must_begin_at_entry(stream: VideoStream) -> bool:
     return stream.codec_context.codec.canonical_name in BEGIN_AT_ENTRY
 
 
+def size_header(packet: "Packet[VideoStream]", stream: VideoStream) -> bytes:
+    """What an entry point says of the size of its pictures, with little else; empty where it says nothing.
+
+    Of H.264 `ReferencePictures.sizes` tells it.
+    """
+    codec, extradata = stream.codec_context.codec.canonical_name, stream.codec_context.extradata or b""
+    data = bytes(packet)
+    match codec:
+        case "hevc":
+            sets = [u for u in _units(data, _length_bytes(extradata, 21)) if u[0] >> 1 & 63 == HEVC_SPS]
+            return b"".join(_size_of_hevc(unit) for unit in sets)
+        case "mpeg1video" | "mpeg2video":  # 12 bits each of width and height
+            return data.partition(MPEG_SEQUENCE)[2][:3]
+        case "mpeg4":  # the header of the video object layer
+            found = min((at for code in MPEG4_LAYER if (at := data.find(code)) >= 0), default=None)
+            return b"" if found is None else data[found + 4 :].partition(START_CODE)[0]
+        case "vp8":  # RFC 6386, 9.1
+            return data[6:10]
+        case "vp9":  # 6.2: 32 bits of size behind those of colours, of which each profile has its own number
+            profile = (data[0] >> 5 & 1) + 2 * (data[0] >> 4 & 1)
+            more = (profile >= 2) + 3 * (profile % 2)
+            return (int.from_bytes(data[4:9], "big") >> 4 - more & 0xFFFFFFFF).to_bytes(4, "big")
+        case "av1":
+            return b"".join(data[start:end] for kind, start, end in _av1_units(data) if kind == AV1_SEQUENCE)
+        case _:
+            return b""
+
+
 class ReferencePictures:
     """Whether an H.264 stream has every picture that others refer to: they are numbered (ITU-T H.264, 7.4.3).
 
@@ -72,6 +104,7 @@ class ReferencePictures:
         self.length_bytes = _length_bytes(extradata, 4)
         self.before: int | None = None  # number of the reference picture before
         self.number_bits = 0  # unknown
+        self.sizes: set[tuple[int, ...]] = set()  # different ones in its parameter sets, in macroblocks
         at = 8  # of the first set, behind its size (ISO/IEC 14496-15, 5.3.3.1)
         for unit in [extradata[at:]] if self.length_bytes else _units(extradata, 0):
             self._read_parameters(unit)
@@ -118,13 +151,32 @@ class ReferencePictures:
                 return
         bits.golomb()  # max_num_ref_frames
         self.number_bits = 0 if bits.take(1) else number_bits  # gaps_in_frame_num_value_allowed_flag
+        # pic_width_in_mbs_minus1, pic_height_in_map_units_minus1, frame_mbs_only_flag
+        self.sizes.add((bits.golomb(), bits.golomb(), bits.take(1)))
+
+
+def _size_of_hevc(unit: bytes) -> bytes:
+    """Width and height in a sequence parameter set (ITU-T H.265, 7.3.2.2.1)."""
+    bits = _Bits(unit[2:], HEVC_HEADER_BYTES)
+    bits.take(4)  # sps_video_parameter_set_id
+    layers = bits.take(3)  # sps_max_sub_layers_minus1
+    bits.take(1), bits.take(96)  # sps_temporal_id_nesting_flag; profile and level, 7.3.3
+    present = [(bits.take(1), bits.take(1)) for _ in range(layers)]
+    for _ in range(layers, 8 if layers else 0):
+        bits.take(2)
+    for profile, level in present:
+        bits.take(88 * profile + 8 * level)
+    bits.golomb()  # sps_seq_parameter_set_id
+    if bits.golomb() == 3:  # chroma_format_idc
+        bits.take(1)
+    return b"".join(bits.golomb().to_bytes(4, "big") for _ in range(2))
 
 
 class _Bits:
     """The first bits of a unit's payload, without emulation prevention (7.4.1.1); zeros behind its end."""
 
-    def __init__(self, payload: bytes) -> None:
-        self._bits = "".join(f"{byte:08b}" for byte in payload[:HEADER_BYTES].replace(b"\0\0\3", b"\0\0"))
+    def __init__(self, payload: bytes, size_bytes: int = HEADER_BYTES) -> None:
+        self._bits = "".join(f"{byte:08b}" for byte in payload[:size_bytes].replace(b"\0\0\3", b"\0\0"))
         self._at = 0
 
     def take(self, count: int) -> int:
@@ -187,6 +239,14 @@ def _is_whole_h264(unit: bytes) -> bool:
 
 def _is_key_av1(data: bytes) -> bool:
     """Whether the first frame of a temporal unit is a key frame (AV1 specification 5.3 and 5.9.2)."""
+    for kind, start, _ in _av1_units(data):
+        if kind in (AV1_FRAME_HEADER, AV1_FRAME):
+            return start < len(data) and data[start] >> 5 == 0  # show_existing_frame, then two bits of frame_type
+    return False
+
+
+def _av1_units(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Type, start and end of each open bitstream unit's payload."""
     at = 0
     while at < len(data):
         header = data[at]
@@ -196,7 +256,6 @@ def _is_key_av1(data: bytes) -> bool:
             size, shift, at = size | (data[at] & 127) << shift, shift + 7, at + 1
             if data[at - 1] < 128:
                 break
-        if header >> 3 & 15 in (AV1_FRAME_HEADER, AV1_FRAME):
-            return at < len(data) and data[at] >> 5 == 0  # show_existing_frame, then two bits of frame_type
-        at += size if header & 2 else len(data)
-    return False
+        end = at + size if header & 2 else len(data)
+        yield header >> 3 & 15, at, end
+        at = end

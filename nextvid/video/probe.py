@@ -19,7 +19,14 @@ from jaxtyping import Bool, Int64
 from nextvid.video.container import Video, micros, opened
 from nextvid.video.decode import decord_reader
 from nextvid.video.display import Display, has_alpha
-from nextvid.video.entry_points import ReferencePictures, is_entry_point, must_begin_at_entry
+from nextvid.video.entry_points import (
+    BEGIN_AT_ENTRY,
+    TELL_OF_LOSS,
+    ReferencePictures,
+    is_entry_point,
+    must_begin_at_entry,
+    size_header,
+)
 from nextvid.video.images import MAX_PIXELS, animation_times, head_of, open_image, upright_image_size
 from storage.digest import digest_file
 from storage.errors import MediaError
@@ -44,9 +51,11 @@ LOST_US, LOST_SHARE = 150_000, 0.02  # our choice: our 22 clean Matroska files o
 HOLE_S = Fraction(1, 2)  # our choice: no frame for this long, where several were due, is a hole and not motion
 HOLE_FRAMES = 2.5  # our choice: so that slow sequences (1 fps) have no holes
 MAX_ASPECT = 1000  # parts of a pixel's aspect as a fraction; MPEG-4 and H.264 have 1:1 to 160:99
+UNEVEN = 0.1  # ours: share of a picture's time by which times of a constant rate may be off, beside a tick
+LOST_MOST = 0.05  # our choice: share of holes above which a rate varies on purpose
 TIE_S = 1e-3  # Matroska's tick
 VFR_RATIO = 1.5  # our choice: longest over median frame gap
-# Files that gave other pictures at the same times and crops before version 4 of `media` (docs/decisions/0040).
+# Files that gave other pictures at the same times and crops before version 5 of `media` (docs/decisions/0040).
 READ_ANEW = frozenset({
     "alpha", "changing_size", "container_mpeg", "decord_index", "late_key", "no_idr", "pixel_aspect", "several_streams",
 })  # fmt: skip
@@ -115,7 +124,7 @@ class Packets:
     entry: Bool[np.ndarray, "n"]  # where decoding may begin: key, and by its bits a whole picture
     discard: Bool[np.ndarray, "n"]
     late: int  # packets before the first entry point, left out here: a recording that begins within a group
-    sizes: int  # different ones of key pictures, of VP8 alone, whose packets tell (RFC 6386, 9.1)
+    sizes: int  # different ones that entry points declare
 
     @property
     def shown(self) -> Int64[np.ndarray, "m"]:
@@ -265,8 +274,8 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
         pts.append(time)
         key.append(packet.is_keyframe)
         entry.append(begins)
-        if begins and video.codec == "vp8":
-            sizes.add(bytes(packet)[6:10])
+        if begins and (declared := size_header(packet, video.stream)):
+            sizes.add(declared)
         discard.append(packet.is_discard)
     if untimed and not pts:
         raise MediaError("no_times", f"{path}: a raw stream without times; remux it, for instance to MP4")
@@ -274,7 +283,8 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
         raise MediaError("no_key", f"{path}: none of its {late} pictures can be decoded without another")
     if frame is None or all(discard):
         raise MediaError("empty", f"{path}: no frame can be decoded from it")
-    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard), late, len(sizes))
+    count = len(pictures.sizes) if pictures else len(sizes)
+    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard), late, count)
 
 
 def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...]:
@@ -302,6 +312,11 @@ def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...
     gaps = np.diff(shown)
     if gaps.size and gaps.max() > VFR_RATIO * np.median(gaps):
         found.add("vfr")
+    if (
+        video.codec in BEGIN_AT_ENTRY - TELL_OF_LOSS
+        and is_missing(shown, packets.pts[packets.entry], video.family).any()
+    ):
+        found.add("lost_pictures")
     if shown[0] != 0:
         found.add("start_offset")
     if packets.late:
@@ -313,6 +328,27 @@ def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...
     if display.pixel_aspect != 1:
         found.add("pixel_aspect")
     return tuple(sorted(found))
+
+
+def is_missing(times: Int64[np.ndarray, "n"], entries: Int64[np.ndarray, "m"], container: str) -> Bool[np.ndarray, "n"]:
+    """Before which pictures others seem to be lost: a hole of whole pictures in an otherwise constant rate.
+
+    Behind it is no entry point, so that what is lost may be seen until the next one. A rate that varies tells nothing:
+    cameras and screen recorders leave out what they like.
+    """
+    missing = np.zeros(len(times), bool)
+    gaps = np.diff(times)
+    if len(gaps) < 2:
+        return missing
+    rate = float(np.mean(gaps[gaps <= VFR_RATIO * np.median(gaps)]))  # ticks may be coarse
+    whole = np.round(gaps / rate)
+    holes = whole >= 2
+    even = np.abs(gaps - whole * rate) <= max(1.0, UNEVEN * rate)
+    if even.all() and holes.mean() <= LOST_MOST:
+        missing[1:] = holes & ~np.isin(times[1:], entries)
+    if container == "avi":  # which counts chunks: encoders of B-pictures leave out some behind the first one
+        missing[1] = False
+    return missing
 
 
 def _decord_agrees(path: Path, video: Video, packets: Packets) -> bool:

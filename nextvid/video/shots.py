@@ -19,7 +19,7 @@ from nextvid.video.decode import stream
 from nextvid.video.display import DISPLAYED_AS_STORED
 from nextvid.video.images import load_image
 from nextvid.video.planes import Look, PlaneReader
-from nextvid.video.probe import MediaFacts
+from nextvid.video.probe import MediaFacts, is_missing
 from nextvid.video.quality import GREY_SIDE, Box, Sample, Sampler, crop_box, perceptual_hash, scores
 from nextvid.video.transitions import Transition, Transitions
 from storage.errors import MediaError
@@ -89,7 +89,8 @@ def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFa
     grid, sampler = _Grid(facts.start_us, config), Sampler(facts.display)
     samples: list[Sample] = []
     pictures: dict[int, Look] = {}
-    reduced = _reduced(path, config, grid, sampler)
+    keys_us: list[int] = []
+    reduced = _reduced(path, config, grid, sampler, keys_us)
     while burst := list(itertools.islice(reduced, BURST)):
         for one in burst:
             transitions.see(one.time_us, one.thumb)
@@ -105,7 +106,10 @@ def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFa
             "short", f"{path}: {seen} frames decode, {facts.frames} packets are there; fetch the file again"
         )
     end_us = min(transitions.times_us[-1] + round(1e6 / facts.fps_hz), facts.start_us + facts.duration_us)
-    spans = _spans(transitions.times_us[0], end_us, transitions.found(end_us))
+    found = transitions.found(end_us)
+    if "lost_pictures" in facts.hazards:
+        found = sorted([*found, *_losses(transitions.times_us, keys_us, facts, end_us)], key=lambda t: t.start_us)
+    spans = _spans(transitions.times_us[0], end_us, found)
     return [
         _shot(span, inside, pictures, facts, config)
         for span in spans
@@ -113,8 +117,8 @@ def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFa
     ]
 
 
-def _reduced(path: Path, config: ShotConfig, grid: "_Grid", sampler: Sampler) -> Iterator[_Small]:
-    """Every frame reduced, at once, while its planes are in the CPU's cache.
+def _reduced(path: Path, config: ShotConfig, grid: "_Grid", sampler: Sampler, keys_us: list[int]) -> Iterator[_Small]:
+    """Every frame reduced, at once, while its planes are in the CPU's cache; times of key pictures go to `keys_us`.
 
     Frames of another size are scaled to the first's. Raises MediaError where they are of another shape, which would be
     squeezed.
@@ -129,9 +133,19 @@ def _reduced(path: Path, config: ShotConfig, grid: "_Grid", sampler: Sampler) ->
                 f"{path}: {first[0]} x {first[1]} pixels a frame, from {time_us} us on {now[0]} x {now[1]}: cut it "
                 "there",
             )
+        if frame.key_frame:
+            keys_us.append(time_us)
         planes = read(frame)
         grey = sampler.grey(planes) if grid.wants(time_us) else None
         yield _Small(time_us, planes.thumbnail(config.thumb_width, config.thumb_height), grey)
+
+
+def _losses(times_us: list[int], keys_us: list[int], facts: MediaFacts, end_us: int) -> Iterator[Transition]:
+    """Where pictures are lost, up to the next key picture: what is between may refer to them, and belongs to no shot."""
+    times = np.array(times_us, np.int64)
+    for at in np.flatnonzero(is_missing(times, np.array(keys_us, np.int64), facts.container)):
+        whole_us = next((key_us for key_us in keys_us if key_us > times_us[at]), end_us)
+        yield Transition(times_us[at - 1] + round(1e6 / facts.fps_hz), whole_us, "hard", 0.0)
 
 
 def image_shot(path: Path, facts: MediaFacts, config: ShotConfig) -> ShotFacts:

@@ -118,11 +118,21 @@ def test_pixels_are_stretched_in_their_shorter_direction() -> None:
     assert Display(turns=1, pixel_aspect=Fraction(8, 9)).size(720, 480) == (540, 720)
 
 
+CODERS = {
+    "vp8": ("libvpx", {"deadline": "realtime", "cpu-used": "8"}),
+    "vp9": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+    "h264": ("libx264", {"bf": "0", "preset": "ultrafast"}),
+    "hevc": ("libx265", {"x265-params": "bframes=0:log-level=none", "preset": "ultrafast"}),
+    "mpeg4": ("mpeg4", {}),
+    "av1": ("libsvtav1", {"preset": "12"}),
+}
+
+
 def changing(path: Path, second: tuple[int, int]) -> Path:
-    """40 barcodes of 192 x 128, then 40 of another size (width, height), in one VP8 or VP9 stream."""
-    codec = "libvpx" if path.stem.startswith("vp8") else "libvpx-vp9"
+    """40 barcodes of 192 x 128, then 40 of another size (width, height), in one stream of the codec in its name."""
+    codec, options = CODERS[path.stem]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
+        stream = container.add_stream(codec, rate=10, options=dict(options))
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 192, 128, "yuv420p", 2_000_000
         coder: av.VideoCodecContext = stream.codec_context
@@ -132,6 +142,7 @@ def changing(path: Path, second: tuple[int, int]) -> Path:
                 coder = av.CodecContext.create(codec, "w")  # type: ignore[assignment]  # a video codec by its name
                 coder.width, coder.height, coder.pix_fmt = *second, "yuv420p"
                 coder.time_base, coder.framerate, coder.bit_rate = Fraction(1, 10), Fraction(10), 4_000_000
+                coder.options = dict(options)
             size = (192, 128) if number < 40 else second
             frame = av.VideoFrame.from_ndarray(barcode(number, *size), format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, 10)
@@ -145,17 +156,26 @@ def changing(path: Path, second: tuple[int, int]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["vp8.webm", "vp9.webm"])
+@pytest.mark.parametrize("name", ["vp8.webm", "vp9.webm", "h264.ts", "h264.flv", "hevc.ts", "mpeg4.ts", "av1.webm"])
 def test_frames_of_another_size_are_scaled_to_the_first(tmp_path: Path, name: str) -> None:
     path = changing(tmp_path / name, (384, 256))
     facts = probe(path)
-    assert ("changing_size" in facts.hazards) == (name == "vp8.webm")
-    frames, _ = frames_at(path, [100_000 * n for n in (0, 39, 40, 79)], facts.decoder)
+    assert "changing_size" in facts.hazards
+    assert facts.reading == 2  # older versions cut the crops of the first size out of the second
+    at = facts.start_us
+    frames, _ = frames_at(path, [at + 100_000 * n for n in (0, 39, 40, 79)], facts.decoder)
     assert frames.shape == (4, 128, 192, 3)
     assert numbers(frames) == [0, 39, 40, 79]
     for n in (3, 77):  # the size is the file's, not that of the frame where decoding begins
-        assert numbers(frames_at(path, [100_000 * n], facts.decoder)[0]) == [n]
+        assert numbers(frames_at(path, [at + 100_000 * n], facts.decoder)[0]) == [n]
     assert {(shot.crop_w, shot.crop_h) for shot in first_pass(path, facts, ShotConfig())} == {(192, 128)}
+
+
+@pytest.mark.parametrize("name", ["vp9.webm", "h264.ts", "hevc.ts", "mpeg4.ts", "av1.webm"])
+def test_one_size_is_no_change(tmp_path: Path, name: str) -> None:
+    facts = probe(changing(tmp_path / name, (192, 128)))
+    assert "changing_size" not in facts.hazards
+    assert facts.reading == 1
 
 
 def test_frames_of_another_shape_have_a_reason(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import av
 import numpy as np
 import pytest
 
+from nextvid.config.datasets import ShotConfig
 from nextvid.video.container import opened
 from nextvid.video.decode import stream as frames_of
 from nextvid.video.entry_points import _is_whole_h264, _units, is_entry_point
-from nextvid.video.probe import decord_installed, probe
+from nextvid.video.probe import decord_installed, is_missing, probe
+from nextvid.video.shots import first_pass
 from storage.errors import MediaError
 from tests.nextvid.video.boxes import all_sync_fragments, with_edits, with_sync_samples, without_sync_table
 from tests.nextvid.video.film import X265_OPEN, clips_at, frames_at, numbers, write_barcodes
@@ -330,3 +332,38 @@ def test_without_any_one_packet_a_film_is_refused_or_right(tmp_path: Path, param
             continue
         assert all(place == number for place, number in numbers_and_places(path, facts.start_us)), lost
     assert refused > 5
+
+
+@pytest.mark.parametrize("lost", [range(0), range(28, 30), range(45, 55), range(36, 37), range(30, 36)])
+@pytest.mark.parametrize("name", ["vp8.webm", "vp9.webm", "mpeg4.avi"])
+def test_behind_a_lost_packet_nothing_is_shown_up_to_the_next_key_picture(
+    tmp_path: Path, name: str, lost: range
+) -> None:
+    codec = {"vp8": "libvpx", "vp9": "libvpx-vp9", "mpeg4": "mpeg4"}[name.split(".")[0]]
+    options = {"g": "12"} | ({"deadline": "realtime", "cpu-used": "8"} if codec != "mpeg4" else {})
+    whole = write_barcodes(tmp_path / f"whole.{name}", 72, codec=codec, fps=10, options=options, crf=None)
+    path = without(whole, tmp_path / name, lost)
+    facts = probe(path)
+    needed = len(lost) > 0 and lost.stop % 12 != 0  # by pictures that are left
+    assert ("lost_pictures" in facts.hazards) == needed
+    shots = first_pass(path, facts, ShotConfig())
+    gap_s = (lost.start / 10, -(-lost.stop // 12) * 1.2)
+    inside = [(shot.start_us / 1e6, shot.end_us / 1e6) for shot in shots]
+    assert sum(end - start for start, end in inside) > 4
+    if needed:
+        assert all(end <= gap_s[0] + 0.01 or start >= gap_s[1] - 0.01 for start, end in inside), inside
+    shown = [pair for pair in numbers_and_places(path, 0) if any(s <= pair[0] / 10 + 0.01 < e for s, e in inside)]
+    assert all(place == number for place, number in shown), shown
+
+
+def test_a_rate_that_varies_and_pauses_tell_of_no_loss() -> None:
+    steady, rng = np.arange(100) * 33_333 // 1000 * 1000, np.random.default_rng(0)
+    keys = steady[::25]
+    assert not is_missing(steady, keys, "mp4").any()
+    hole = np.delete(steady, [40, 41])
+    assert np.flatnonzero(is_missing(hole, keys, "mp4")).tolist() == [40]
+    assert not is_missing(np.delete(steady, range(10, 25)), keys, "mp4").any(), "it ends at an entry point"
+    assert not is_missing(np.sort(hole + rng.integers(-9000, 9000, len(hole))), keys, "mp4").any(), "it varies"
+    assert not is_missing(np.delete(steady, np.s_[3::7]), keys, "mp4").any(), "pictures are left out on purpose"
+    assert not is_missing(np.delete(steady, [1, 2]), keys, "avi").any(), "the delay of B-pictures"
+    assert not is_missing(steady[:2], keys, "mp4").any()
