@@ -141,7 +141,7 @@ def _reduced(path: Path, config: ShotConfig, grid: "_Grid", sampler: Sampler, ke
 
 
 def _losses(times_us: list[int], keys_us: list[int], facts: MediaFacts, end_us: int) -> Iterator[Transition]:
-    """Where pictures are lost, up to the next key picture: what is between may refer to them, and belongs to no shot."""
+    """From a hole to the next key picture: what is between may refer to what is lost, and belongs to no shot."""
     times = np.array(times_us, np.int64)
     for at in np.flatnonzero(is_missing(times, np.array(keys_us, np.int64), facts.container)):
         whole_us = next((key_us for key_us in keys_us if key_us > times_us[at]), end_us)
