@@ -43,7 +43,8 @@ def write_settings(folder: Path, datasets: Mapping[str, Any], **more: Any) -> Pa
     encoding = {"autoencoder": "none", "resolution": SIDE}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "corpus.yaml"
-    path.write_text(yaml.safe_dump({"root": "root", "encoding": encoding, "datasets": datasets} | more))
+    known = {"root": "root", "encoding": encoding, "datasets": datasets, "protocols": ["memory", "s3", "hf"]}
+    path.write_text(yaml.safe_dump(known | more))
     return path
 
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -102,6 +103,11 @@ class CorpusConfig(Strict):
         description="a URL that a JSON message is posted to, or a command and its arguments that read it, when a run "
         "of Dagster fails for good; variables of the environment, such as ${SLACK_PATH}, are replaced in the URL",
     )
+    protocols: tuple[str, ...] = Field(
+        ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "http", "https"),
+        description="protocols of fsspec that URLs here may have; others, such as `simplecache::` and `github://`, are "
+        "refused, since they may read what nobody meant",
+    )
     min_complete: Share = Field(1.0, description="share of the batches that must be complete before a trainset is made")
 
     @field_validator("datasets", "benchmarks", "encoders")
@@ -183,12 +189,29 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
         ]
         raise ConfigError("\n".join(lines))
     corpus = parse(CorpusConfig, values, str(file))
-    refuse_credentials(corpus.root, f"{file}, root")
-    for name, dataset in corpus.datasets.items():
-        refuse_credentials(dataset.uri, f"{file}, datasets.{name}.uri")
+    for where, url in _urls(corpus):
+        protocol = url.partition("://")[0]
+        if "::" in protocol or protocol not in ("file", *corpus.protocols):
+            raise ConfigError(
+                f"{file}, {where}: protocol '{protocol}' is not among 'protocols: [{', '.join(corpus.protocols)}]': "
+                "copy the files to a folder or bucket, or add the protocol there"
+            )
+        refuse_credentials(url, f"{file}, {where}")
     corpus = _without_needless_tests(_absolute(corpus, file.parent))
     _refuse_shared_files(corpus, file)
     return corpus
+
+
+def _urls(corpus: CorpusConfig) -> Iterator[tuple[str, str]]:
+    """The key and value of each URL; what has no `://` is a path."""
+    found = [("root", corpus.root), ("runs_root", corpus.runs_root or "")]
+    found.append(("encoding.autoencoder", corpus.encoding.autoencoder))
+    for name, dataset in corpus.datasets.items():
+        found.append((f"datasets.{name}.uri", dataset.uri))
+        files = [dataset.labels.file or "", *dataset.labels.files.values(), dataset.labels.path_base or ""]
+        found += [(f"datasets.{name}.labels", file) for file in files]
+    found += [(f"encoders.{name}.folder", encoder.folder or "") for name, encoder in corpus.encoders.items()]
+    yield from ((where, url) for where, url in found if "://" in url)
 
 
 def encoder_names(path: Path) -> tuple[str, ...]:
@@ -212,7 +235,12 @@ def _without_needless_tests(corpus: CorpusConfig) -> CorpusConfig:
 
 
 def _refuse_shared_files(corpus: CorpusConfig, file: Path) -> None:
-    """A file belongs to one dataset: its batch, split and labels do."""
+    """A file belongs to one dataset: its batch, split and labels do. And what is made is no source."""
+    for name, dataset in corpus.datasets.items():
+        if corpus.root.rstrip("/") == dataset.uri.rstrip("/"):
+            raise ConfigError(
+                f"{file}: 'root' is the folder of dataset '{name}': name another folder, such as 'root: data'"
+            )
     folders = sorted((f"{dataset.uri.rstrip('/')}/", name) for name, dataset in corpus.datasets.items())
     for (outer, one), (inner, other) in itertools.pairwise(folders):
         if inner.startswith(outer):

@@ -70,6 +70,9 @@ def list_dataset(
     uri = config.uri
     try:
         rows, empty, ignored = list_folder(uri, config.follow_links, archives_of(config))
+        below, roots = f"{uri.rstrip('/')}/", (project.root.url, project.root.runs_url)
+        made = tuple(f"{url}/" for url in roots if url.startswith(below))  # previews and reports are no sources
+        rows = [row for row in rows if not row[0].startswith(made)]
         if any(row[2] == ARCHIVE for row in rows):
             members = {} if sources is None else known_members(sources, config.parquet_column)
             rows = [one for row in rows for one in opened(row, config.parquet_column, members, ignored)]

@@ -207,7 +207,7 @@ def test_contradictory_labels_reject_their_file_alone(tmp_path: Path) -> None:
 def test_a_dataset_that_cannot_be_listed_is_one_error_and_the_others_are_listed(tmp_path: Path, uri: str) -> None:
     film(tmp_path / "d" / "a.mp4")
     datasets = {"bad": {"uri": uri}, "good": {"uri": "d"}, "worse": {"uri": "nowhere"}}
-    project = write_project(tmp_path, datasets)
+    project = write_project(tmp_path, datasets, protocols=["memory", "no-such-protocol"])
     with pytest.raises(CorpusError) as caught:
         update_sources(project)
     assert str(caught.value).count("dataset bad") == 1

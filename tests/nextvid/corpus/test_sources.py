@@ -312,3 +312,9 @@ def test_tables_of_sources_keep_their_schema(project: Project) -> None:
     update_sources(project)
     for batch in project.root.batches():
         Sources.validate(tables.read_table(project.root.table("sources", batch), Sources))
+
+
+def test_what_is_made_within_a_datasets_folder_is_no_source(tmp_path: Path) -> None:
+    write(tmp_path, "d/b.mp4", "d/made/previews/x.jpg", "d/made2/c.mp4")
+    project = write_project(tmp_path, {"d": {"uri": "d"}}, root=str(tmp_path / "d" / "made"))
+    assert list_dataset(project, "d").files["path"].to_list() == ["b.mp4", "made2/c.mp4"]
