@@ -31,6 +31,7 @@ from benchmarks.sources import DATALOADER, MEMMAP, NPY, OWN, VIEW, ZARR
 QUICK_CLIPS, CLIPS = 256, 4000  # 4000 is 1 GB a format; 256 is 67 MB a format, one shard
 QUICK_TURNS, TURNS = 2, 3
 STILL_CACHED = 0.05  # share of pages above which a cold turn is not called one; our choice
+LIMIT_S = 900.0  # our aim: no turn is begun that would end later, so that a slow disk has fewer turns
 QUICK_PASSES, PASSES = 4, 2  # over the clips in a warm turn: 4000 clips warm are 0.05 s of ours
 EVICTIONS = 3  # tries: what a process of the arm before still maps cannot be dropped until it ends
 WARM, COLD = "warm", "cold"
@@ -78,10 +79,11 @@ def main(
         json: file for the results.
         clips: how many, instead of 4000 (256 with --quick); at least 32.
         workers: numbers of worker processes of others to try, instead of 0 and 2 (0 with --quick).
-        turns: how many, instead of 3 (2 with --quick).
+        turns: how many, instead of 3 (2 with --quick), which a slow disk may have no time for.
         folder: keeps the clips, 262 KB each and format, and finds them again; default: temporary, removed at the end.
         only: formats to measure beside ours, by parts of their names; default: all.
     """
+    began = time.monotonic()
     torch.set_num_threads(1)  # both sides alike: arithmetic is not what is measured
     count = max(BATCH, clips or (QUICK_CLIPS if quick else CLIPS)) // BATCH * BATCH
     numbers = workers or ((0,) if quick else (0, 2))
@@ -94,10 +96,13 @@ def main(
         made.cache_clear()
         lines = [line for arm in all_arms for line in _lines(arm, quick)]
         lines.sort(key=lambda line: (line.arm.group, line.state))
-        asked = range(turns or (QUICK_TURNS if quick else TURNS))
-        order = [line for turn in asked for line in (lines if turn % 2 == 0 else lines[::-1])]
-        for line in shown(order, "loader"):  # turn by turn: no arm always follows the same one
-            line.took.append(_measure(line))
+        for turn in range(turns or (QUICK_TURNS if quick else TURNS)):
+            turn_began = time.monotonic()
+            for line in shown(lines if turn % 2 == 0 else lines[::-1], f"loader, turn {turn + 1}"):
+                line.took.append(_measure(line))  # turn by turn: no arm always follows the same one
+            now = time.monotonic()
+            if turns is None and now + (now - turn_began) > began + LIMIT_S:
+                break
     results = _results(lines, count, quick, absent)
     _print(results)
     write(json, results)
@@ -175,6 +180,7 @@ def _results(lines: list[Line], clips: int, quick: bool, absent: list[dict[str, 
         "benchmark": "loader",
         "quick": quick,
         "machine": machine() | {"torch": torch.__version__},
+        "turns": len(lines[0].took),
         "clips": clips,
         "clip_bytes": CLIP_BYTES,
         "batch": BATCH,

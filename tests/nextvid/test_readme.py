@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,10 @@ from nextvid.config.recipes import recipe
 from nextvid.make import Request
 from nextvid.making.outcome import Outcome
 from nextvid.train.run import find_run
+from nextvid.trainset.dataset import open_latents
+from nextvid.trainset.exported import export_latents
 from storage.errors import UpstreamError
+from storage.store import LatentStore
 from tests.nextvid.corpus.small_media import scene, write_film, write_picture
 from tests.nextvid.tiny_project import FRAMES, RECIPE, uri_of
 
@@ -153,6 +157,38 @@ def test_stored_latents_of_the_example(own_copy: Project) -> None:
     exec(compile(example, str(README), "exec"), names)  # the README's own lines
     assert len(names["clip"]) == FRAMES == len(names["facts"].times_us)
     assert len(names["batches"]) == own_copy.recipe(RECIPE).steps
+
+
+@pytest.mark.filterwarnings("ignore:Object at .* is not recognized")  # by zarr, of the part's tables
+@pytest.mark.parametrize("reader", ["torch", "zarr", "xarray", "datasets"])
+def test_stored_latents_by_other_readers(
+    own_copy: Project, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block of the README gives the rows that `open_latents` gives; xarray and datasets only where installed."""
+    pytest.importorskip(reader)
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in blocks("python") if re.search(rf"^import {reader}$", block, re.MULTILINE)]
+    latents = open_latents(own_copy.path, FRAMES)
+    wanted = {latents.row(n).row_id: latents[n].numpy() for n in range(len(latents))}
+    store = LatentStore(own_copy.root, latents.spec)
+    part = next(part for batch in store.batches() for part in store.parts_of(batch, FRAMES))
+    if reader == "datasets":
+        export_latents(latents, tmp_path / "exported", "parquet")
+    names: dict[str, Any] = {"latents": latents, "clip": latents[0], "torch": torch}
+    example = example.replace("PART", part.path).replace("num_workers=4", "num_workers=0")
+    exec(compile(example, str(README), "exec"), names)  # the README's own lines
+    match reader:
+        case "torch":
+            assert names["normalised"].shape[1:] == latents.spec.row_shape(FRAMES)
+        case "datasets":
+            assert names["first"].numpy().tobytes() == wanted[names["rows"][0]["row_id"]].tobytes()
+            assert sorted(names["rows"]["row_id"]) == sorted(wanted)
+        case _:
+            ids = [row_id.hex() for row_id in part.plan["row_id"]]
+            read = [n for n, row_id in enumerate(ids) if row_id in wanted]
+            assert read
+            for n in read:
+                np.testing.assert_array_equal(np.asarray(names["array"][n]), wanted[ids[n]])
 
 
 def named_commands() -> list[str]:
