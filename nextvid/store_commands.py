@@ -14,9 +14,9 @@ from storage.errors import UpstreamError
 
 @app.command
 def verify(batch: Batch = None, corpus: Corpus = None) -> None:
-    """Read every committed byte of latents, pixels and trainsets, and list what is damaged."""
+    """Read every byte of stores, tables, trainsets, runs, encoders and scores, and list what is damaged."""
     from nextvid.corpus.sources import refuse_unknown
-    from nextvid.lineage.trace import damaged_trainsets
+    from nextvid.lineage.verify import damaged_records
     from storage.store import every_store
 
     project = open_project(corpus)
@@ -26,12 +26,13 @@ def verify(batch: Batch = None, corpus: Corpus = None) -> None:
     if not stores:
         raise UpstreamError("there are no latents yet: 'nextvid make latents' makes them")
     problems = [str(problem) for store in stores for problem in store.verify(batch)]
-    problems += damaged_trainsets(project.root) if batch is None else []
+    problems += damaged_records(project.root) if batch is None else []
     for problem in problems:
         print(problem)
     if problems:
         sys.exit(4)
-    print("every committed row is as it was written")
+    what = "row" if batch is not None else "row, table, record and weight"
+    print(f"every committed {what} is as it was written")
 
 
 @app.command

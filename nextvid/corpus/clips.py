@@ -24,13 +24,15 @@ from nextvid.making.outcome import Check, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import counts, publish_table, publish_verdict, table_digest
 from storage import atomic, tables
+from storage.errors import TableError
 from storage.schemas import Clips, Labels, Media, Shots, Sources
 
 
 def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -> Outcome:
     """Cut the batch's shots into clips and views for pretraining and each benchmark; publish table and checks.
 
-    Raises UpstreamError where `media` or `shots` is missing or failed its checks.
+    Raises UpstreamError where `media` or `shots` is missing or failed its checks, TableError where they are of two
+    batches.
     """
     started_s = time.perf_counter()
     root, config = project.root, config_of(project, batch)
@@ -40,6 +42,11 @@ def make_clips(project: Project, batch: str, on_progress: OnProgress = silent) -
     media = _media_now(project, batch, config)
     benchmarks = {n: b for n, b in project.corpus.benchmarks.items() if dataset_of(batch) in b.datasets}
     good = shots.filter(pl.col("status") == "ok")
+    if unknown := set(good["media_id"]) - media.keys():
+        raise TableError(
+            f"{root.table('shots', batch)} has shots of {len(unknown)} files that the table 'media' of the batch does "
+            "not have, as another batch's would: remove it and make 'shots' again"
+        )
     files = {}
     if any(benchmark.policy.cut_from == "file" for benchmark in benchmarks.values()):
         files = {media_id: WholeFile.of(of.to_dicts()) for (media_id,), of in good.group_by("media_id")}

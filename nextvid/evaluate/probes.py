@@ -6,7 +6,6 @@ calls `prepare_probes` and `finish_probes` and starts the children itself. What 
 nextvid/evaluate/compute.py.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
 from storage.digest import digest_config
-from storage.errors import RefusedError, UpstreamError
+from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.schemas import Clips, Duplicates, Labels
 from storage.spec import EncodingSpec, PixelSpec
 from storage.store import LatentStore, PixelStore
@@ -151,7 +150,12 @@ def finish_probes(planned: Planned, *, made: bool, seconds: float) -> Outcome:
     for benchmark, folder in planned.folders.items():
         path = f"{folder}/score.json"
         written = atomic.read_bytes(path)
-        score = json.loads(written)
+        score = atomic.read_json(path)
+        if not isinstance(score, dict) or (score.get("run"), score.get("benchmark")) != (planned.identity, benchmark):
+            raise DamagedError(
+                f"{path} is not the score of {planned.identity} on {benchmark}: remove the folder {folder} and make "
+                "'probes' again"
+            )
         rows += score["clips"]["test"]
         size_bytes += len(written)
         numbers[f"{benchmark}_score"] = path

@@ -1,0 +1,171 @@
+"""What `nextvid verify` finds in records and tables: everything under the roots but the bytes of stores.
+
+Each file is read as its reader does, and compared with the name it has: tables hold rows of their batch, and what is
+kept under a digest has that digest. Nothing is repaired. Stores: storage/verify.py.
+"""
+
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nextvid.config.accepted import accepted
+from nextvid.lineage.trace import damaged_trainsets, scores_of
+from nextvid.making.publishing import CHECKS, read_latest
+from nextvid.train import checkpoint
+from nextvid.train.events import read_events
+from nextvid.train.export import check_files, read_config
+from nextvid.train.run import CONFIG, Run, open_run
+from storage import atomic, listing, tables
+from storage.digest import digest_bytes, digest_config
+from storage.errors import DamagedError, NExTVidError, StoreError, TableError, is_damage
+from storage.remote import is_local
+from storage.root import DataRoot, Pointed, Table
+from storage.schemas import Clips, Duplicates, Labels, Media, Pictures, ProbeRows, Shots, Sources
+from storage.verify import Problem
+
+SCHEMAS: dict[Table, Any] = {"sources": Sources, "media": Media, "labels": Labels, "shots": Shots, "clips": Clips}
+FILES = (".parquet", ".json", ".jsonl", ".npy", ".npz", ".safetensors")  # endings that no folder of ours has
+_DIGEST = r"[0-9a-f]{32}"
+
+
+def damaged_records(root: DataRoot) -> list[str]:
+    """What is wrong with tables, records, trainsets, runs and scores, one message each: file, finding, remedy."""
+    problems: list[Problem] = []
+    with _found(problems, root.accepted(), "remove it; 'nextvid plan --accept' accepts what corpus.yaml asks for"):
+        accepted(root)
+    _tables(root, problems)
+    for noun in ("latent_stats", "duplicates", "mask_plan"):
+        _pointed(root, noun, problems)
+    lines = [*map(str, problems), *damaged_trainsets(root)]
+    problems.clear()
+    for config in sorted(Path(root.runs_url, "pretrain").glob(f"*/*/{CONFIG}")):
+        _run(config.parent, problems)
+    for path in scores_of(root):
+        _score(path, problems)
+    for top in sorted({root.url, root.runs_url}):
+        for place, folders, _ in os.walk(top) if is_local(top) else ():
+            named = [f"{place}/{name}" for name in folders if name.endswith(FILES)]
+            problems += [Problem(path, None, "is a folder where a file should be", "remove it") for path in named]
+    return [*lines, *map(str, problems)]
+
+
+@contextmanager
+def _found(problems: list[Problem], file: str, remedy: str) -> Iterator[None]:
+    """Whatever ends the block because of what the file is, is one more problem of it."""
+    try:
+        yield
+    except (NExTVidError, OSError, ValueError, EOFError) as error:
+        if not is_damage(error) and not isinstance(error, NExTVidError):
+            raise
+        problems.append(Problem(file, None, str(error), remedy))
+    except (AttributeError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        what = f"is not what was written ({type(error).__name__}: {error})"
+        problems.append(Problem(file, None, what, remedy))
+
+
+def _tables(root: DataRoot, problems: list[Problem]) -> None:
+    """Tables of every batch, their checks, and the checks of latents."""
+    for noun, schema in SCHEMAS.items():
+        for batch in root.batches(noun):
+            path = root.table(noun, batch)
+            maker = "sources" if noun == "sources" else "media" if noun == "labels" else noun
+            with _found(problems, path, f"remove it and make '{maker}' of batch {batch} again"):
+                held = tables.read_table(path, schema)
+                others = set(held["batch"].unique()) - {batch} if "batch" in held.columns else set()
+                if others:
+                    raise TableError(f"holds rows of batch {', '.join(sorted(map(str, others)))}")
+            if noun not in ("sources", "labels"):
+                _checks(root.checks(noun, batch), noun, problems)
+    for name in listing.files(f"{root.folder('shots')}/pictures", r".*\.parquet"):
+        path = f"{root.folder('shots')}/pictures/{name}"
+        with _found(problems, path, "remove it and make 'shots' again"):
+            tables.read_table(path, Pictures)
+    for spec in listing.folders(root.folder("latents"), _DIGEST):
+        folder = root.spec_folder(spec)
+        for name in listing.files(folder, r"[a-z0-9_]+\.[0-9]{6}\.json"):
+            _checks(f"{folder}/{name}", "latents", problems)
+
+
+def _checks(path: str, asset: str, problems: list[Problem]) -> None:
+    with _found(problems, path, f"remove it and make '{asset}' again"):
+        found = tables.read_checks(path)
+        if found is not None and found["asset"] != asset:
+            raise TableError(f"holds the checks of '{found['asset']}'")
+
+
+def _pointed(root: DataRoot, noun: Pointed, problems: list[Problem]) -> None:
+    """Everything kept under a digest, and the pointer to the newest."""
+    latest = root.latest(noun)
+    with _found(problems, latest, f"remove it and make '{noun}' again"):
+        digest = read_latest(root, noun)
+        if digest is not None and not atomic.exists(root.pointed(noun, digest)):
+            raise DamagedError(f"names {digest}, which is not there")
+    for digest in listing.folders(f"{root.url}/{noun}", _DIGEST):
+        folder = root.pointed(noun, digest)
+        _checks(f"{folder}/{CHECKS}", noun, problems)
+        with _found(problems, folder, f"remove the folder and make '{noun}' again"):
+            match noun:
+                case "latent_stats":
+                    held = digest_config(atomic.read_json(f"{folder}/stats.json"))
+                case "mask_plan":
+                    plan = atomic.read_json(f"{folder}/plan.json")
+                    held = digest_config({name: plan[name] for name in ("masks", "grid", "sampler")})
+                    for file, sums in plan["files"].items():
+                        if digest_bytes(atomic.read_bytes(f"{folder}/{file}")) != sums:
+                            raise DamagedError(f"{folder}/{file}: bytes differ from plan.json")
+                case _:
+                    tables.read_table(f"{folder}/duplicates.parquet", Duplicates)
+                    held = digest if isinstance(atomic.read_json(f"{folder}/duplicates.json"), dict) else "none"
+            if held != digest:
+                raise DamagedError(f"what is recorded there has the digest {held}")
+
+
+def _run(folder: Path, problems: list[Problem]) -> None:
+    """A run's config.json, events, checkpoints and exported encoders."""
+    place, run = str(folder / CONFIG), list[Run]()
+    with _found(problems, place, "restore it from a copy; without it the run cannot go on"):
+        run.append(open_run(folder))
+        if run[0].id != folder.name:
+            raise StoreError(f"describes run {run[0].id}")
+    if not run:
+        return
+    with _found(problems, str(folder / "events.jsonl"), "restore it from a copy, or remove it: curves begin anew"):
+        others = {event["run"] for event in read_events(folder) if "run" in event} - {folder.name}
+        if others:
+            raise DamagedError(f"holds events of run {', '.join(sorted(others))}")
+    for path in sorted((folder / "checkpoints").glob("step_*")):
+        remedy = "remove the folder and train again: the run goes on from the checkpoint before it"
+        with _found(problems, str(path), remedy):
+            checkpoint.refuse_other(path, run[0].identity)
+            checkpoint.verify(path)
+    for path in (folder / "encoder", folder / "encoder_online"):
+        if path.is_dir():
+            with _found(problems, str(path), "remove the folder and train again: the run exports it again"):
+                config = read_config(path)
+                if config["run"] != folder.name:
+                    raise DamagedError(f"is the encoder of run {config['run']}")
+                check_files(path, config)
+
+
+def _score(path: Path, problems: list[Problem]) -> None:
+    """A score.json, the rows that were scored, and the features of pictures."""
+    remedy = f"remove the folder {path.parent} and make 'probes' again"
+    with _found(problems, str(path), remedy):
+        record = atomic.read_json(str(path))
+        if record["run"] not in path.parts or record["benchmark"] not in path.parts:
+            raise DamagedError(f"is the score of run {record['run']} on {record['benchmark']}")
+    with _found(problems, str(path.with_name("rows.parquet")), remedy):
+        tables.read_table(str(path.with_name("rows.parquet")), ProbeRows)
+    file = path.with_name("features.npz")
+    with (
+        _found(problems, str(file), remedy),
+        np.load(io.BytesIO(atomic.read_bytes(str(file))), allow_pickle=False) as arrays,
+    ):
+        dict(arrays.items())
