@@ -1,7 +1,7 @@
 """What release 0.1.0 wrote is read: a store, trainset, mask plan, run, checkpoint, exported encoder and score.
 
-The files in tests/golden/release_0_1_0 (765 kB) are of tests/nextvid/tiny_project.py with widths of 16, as release 0.1.0
-made them. They are never written again: a version that cannot read them needs a way to.
+The files in tests/golden/release_0_1_0 (765 kB) are of tests/nextvid/tiny_project.py with widths of 16, and were made
+by release 0.1.0. They are never written again: a version that cannot read them needs a way to.
 """
 
 from pathlib import Path
