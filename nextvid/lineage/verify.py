@@ -137,7 +137,10 @@ def _run(folder: Path, problems: list[Problem]) -> None:
     if not run:
         return
     with _found(problems, str(folder / "events.jsonl"), "restore it from a copy, or remove it: curves begin anew"):
-        others = {event["run"] for event in read_events(folder) if "run" in event} - {folder.name}
+        events = read_events(folder)
+        if not events:
+            raise DamagedError("holds no event")
+        others = {event["run"] for event in events if "run" in event} - {folder.name}
         if others:
             raise DamagedError(f"holds events of run {', '.join(sorted(others))}")
     for path in sorted((folder / "checkpoints").glob("step_*")):

@@ -62,10 +62,11 @@ def read_events(folder: Path) -> list[Event]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             event: Event = json.loads(line)
-        except json.JSONDecodeError:
-            raise DamagedError(f"{path}, line {number}: not JSON; another program changed the file") from None
-        if event["kind"] == "start":  # the attempts before took steps beyond this one in vain
-            at = event["step"]  # an attempt from step 0 does all of it again, what precedes its first step too
+            kind, at = event["kind"], event["step"]
+        except (ValueError, KeyError, TypeError):
+            raise DamagedError(f"{path}, line {number}: no event as JSON; another program changed the file") from None
+        if kind == "start":  # the attempts before took steps beyond this one in vain
+            # an attempt from step 0 does all of it again, what precedes its first step too
             kept = [
                 old
                 for old in kept
