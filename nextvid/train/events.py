@@ -58,7 +58,12 @@ def read_events(folder: Path) -> list[Event]:
     if not path.is_file():
         raise UpstreamError(f"{path}: no events; the run has not begun")
     kept: list[Event] = []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a kill cut short what follows the last newline
+    try:
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition(
+            "\n"
+        )  # a kill cut short what follows the last newline
+    except UnicodeDecodeError:
+        raise DamagedError(f"{path} is not text; another program changed the file: restore it") from None
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             event: Event = json.loads(line)
