@@ -138,8 +138,8 @@ def _run(folder: Path, problems: list[Problem]) -> None:
         return
     with _found(problems, str(folder / "events.jsonl"), "restore it from a copy, or remove it: curves begin anew"):
         events = read_events(folder)
-        if not events:
-            raise DamagedError("holds no event")
+        if not events or (run[0].complete and events[-1]["kind"] != "end"):
+            raise DamagedError("lacks its last events")
         others = {event["run"] for event in events if "run" in event} - {folder.name}
         if others:
             raise DamagedError(f"holds events of run {', '.join(sorted(others))}")
