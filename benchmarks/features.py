@@ -28,7 +28,7 @@ from nextvid.config.recipe import EncoderConfig, ModelConfig
 from nextvid.encode.frames import Decoding
 from nextvid.encode.pipeline import shares
 from nextvid.features.encoder import NExTVidEncoder, load_encoder
-from nextvid.features.extract import Asked, SourceFile, pooled, shown
+from nextvid.features.extract import Asked, SourceFile, batch_on, pooled, shown
 from nextvid.features.make import find_files, make_features
 from nextvid.features.windows import Windows
 from nextvid.machine import device_of
@@ -114,8 +114,9 @@ def _views(load: Load, asked: Asked) -> list[np.ndarray]:
 def _encode(clips: Sequence[np.ndarray], asked: Asked, device: str) -> None:
     torch.set_num_threads(shares(device, 1)[1])
     encoder = load_encoder(asked.encoder, device)
-    for first in range(0, len(clips), asked.batch):
-        frames = torch.from_numpy(np.stack(clips[first : first + asked.batch]))
+    batch = batch_on(device, asked)
+    for first in range(0, len(clips), batch):
+        frames = torch.from_numpy(np.stack(clips[first : first + batch]))
         pooled(encoder(frames), FRAMES // 2, asked.pool).cpu()
 
 
