@@ -106,6 +106,12 @@ def put(path: str, value: Any) -> Change:
     return change
 
 
+def whole_files(said: dict[str, Any]) -> None:
+    """Cut the benchmark's segments from whole files."""
+    said["benchmarks"]["actions"] |= {"judged": "file"}
+    said["benchmarks"]["actions"]["policy"] |= {"cut_from": "file"}
+
+
 def refuse_others(project: Project, batch: str, wanted: pl.Expr) -> BatchPlan[EncodingSpec]:
     """The plan encodes exactly the wanted rows of the new clips table and keeps every other one."""
     plan, clips = plan_encode(project, batch, encoding_spec(project)), wanted_clips(project, batch)
@@ -205,6 +211,7 @@ CLIPS: dict[str, tuple[Change, pl.Expr]] = {
     "licence": (put("datasets.films.licence", "CC0"), NONE),
     "quarantine_budget": (put("datasets.films.quarantine_budget", 0.9), NONE),
     "benchmark's frames": (put("benchmarks.actions.policy.frames", 2), pl.col("uses").list.contains("actions")),
+    "cut_from": (whole_files, NONE),  # files of one shot have the same clips; labels of the other end at its cut
     "benchmark's epochs": (put("benchmarks.actions.epochs", 3), NONE),
     "no benchmark": (put("benchmarks", {}), NONE),
     "reencode": (put("reencode", "auto"), NONE),
