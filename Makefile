@@ -7,26 +7,28 @@ DEMO := $(CURDIR)/examples/demo/corpus.yaml
 export DAGSTER_HOME := $(CURDIR)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo study ui test lint test-services test-benchmarks gpu faults autoencoder clean
+.PHONY: demo study ui test lint test-services test-benchmarks audit gpu faults autoencoder clean
 .DEFAULT_GOAL := demo
 
-$(VENV)/torch:
+# locked/ has the hash of each file and lists all that is needed, so nothing is resolved and nothing pulls another torch.
+$(VENV)/ui: pyproject.toml constraints.txt locked/ui.txt
 	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --no-deps --require-hashes -r locked/ui.txt
 	$(INSTALL) -c constraints.txt torch
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
 
-# torch stands first and alone, so that nothing that follows can pull another build of it.
-$(VENV)/ui: $(VENV)/torch pyproject.toml constraints.txt
-	$(INSTALL) -c constraints.txt -e ".[ui]"
+$(VENV)/test: $(VENV)/ui locked/test.txt
+	$(INSTALL) --no-deps --require-hashes -r locked/test.txt
 	touch $@
 
-$(VENV)/test: $(VENV)/torch pyproject.toml constraints.txt
-	$(INSTALL) -c constraints.txt -e ".[ui,test]"
-	touch $@ $(VENV)/ui
-
-$(VENV)/services: $(VENV)/test
-	$(INSTALL) -c constraints.txt -e ".[ui,test,ray,postgres,kubernetes,services]"
+$(VENV)/services: $(VENV)/test locked/services.txt
+	$(INSTALL) --no-deps --require-hashes -r locked/services.txt
 	touch $@
+
+audit: $(VENV)/services ## known vulnerabilities of what is installed, by pip-audit where it is installed
+	@if command -v pip-audit > /dev/null; then pip-audit --disable-pip --no-deps -r locked/ui.txt -r locked/test.txt -r locked/services.txt; \
+	else echo "pip-audit is not installed here: 'pipx install pip-audit', then 'make audit' again"; exit 1; fi
 
 demo: $(VENV)/ui ## the whole graph on a small labelled corpus, through Dagster
 	NEXTVID_CORPUS=$(DEMO) $(BIN)/python -m examples.demo
