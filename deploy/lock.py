@@ -1,8 +1,8 @@
 """Write `locked/`, what the Makefile installs with the hash of each file, and its licences: `python deploy/lock.py`.
 
 Versions are those of constraints.txt; requirements, hashes and licences are those of PyPI. Each list holds what its
-extras need and the lists before it do not. Torch is in none, nor what its CUDA builds add: builds differ by platform, so it is pinned by
-version alone.
+extras need and the lists before it do not. Torch is in none, nor what its CUDA builds add: builds differ by platform,
+so it is pinned by version alone.
 """
 
 import email
