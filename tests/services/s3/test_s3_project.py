@@ -73,8 +73,9 @@ def trained(project: Project, overrides: Sequence[str] = OVERRIDES) -> list[floa
 
 
 def copies(folder: Path) -> list[Path]:
-    """What stands in a project's cache."""
-    return [path for path in (folder / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    """The copies in a project's cache."""
+    kept = (path for path in (folder / "cache").rglob("*") if path.is_file())
+    return [path for path in kept if path.suffix not in (".lock", ".sqlite")]
 
 
 def rows(project: Project, noun: str, batch: str) -> pl.DataFrame:
