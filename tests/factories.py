@@ -29,7 +29,7 @@ from nextvid.trainset.files import write_trainset
 from storage import atomic
 from storage.digest import digest, digest_bytes, digest_config, digest_file
 from storage.reader import addresses
-from storage.schemas import Clips, Commits, Duplicates, Lineage
+from storage.schemas import Clips, Commits, Duplicates, Lineage, Shots
 from storage.store import LatentStore
 from storage.tables import publish_checks, write_table
 
@@ -296,7 +296,7 @@ class Corpus:
         """Publish a batch's shots and clips."""
         publish_clips(self.project, batch, rows)
         passed(self.project.root.checks("shots", batch), "shots")
-        atomic.publish_bytes(self.project.root.table("shots", batch), b"shots of " + batch.encode())
+        write_table(self.project.root.table("shots", batch), Shots.create_empty(), Shots)
 
     def encode(
         self,

@@ -139,6 +139,7 @@ def test_a_data_set_of_the_hub_is_a_folder(
     files = {"data/x.parquet": parquet, "data/c.jpg": pictures["c.jpg"], "README.md": b"a card"}
     with hub(files) as endpoint:
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint})
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # this server is on this machine
         project = write_project(tmp_path, {"d": {"uri": "hf://datasets/me/pets", "parquet_column": "image"}})
         update_sources(project)
         media = media_of(project)
