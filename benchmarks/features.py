@@ -7,7 +7,6 @@ encoders with random weights, one that limits and one that decoding limits. Star
 arms, as a user meets it.
 """
 
-import json as json_module
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from nextvid.features.extract import Asked, SourceFile, batch_on, pooled, shown
 from nextvid.features.make import find_files, make_features
 from nextvid.features.windows import Windows
 from nextvid.machine import device_of
-from nextvid.train.export import FORMAT, WEIGHTS
+from nextvid.train.export import FORMAT, WEIGHTS, publish_config
 
 TARGET = 0.9  # our aim
 SIDE, FRAMES = 128, 16  # pixels a side of a clip, frames at 8 a second
@@ -129,10 +128,11 @@ def _export(folder: Path, config: EncoderConfig) -> Path:
     save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, folder / WEIGHTS)
     said = {
         "format": FORMAT, "model": model.model_dump(mode="json"), "recipe": "random", "run": "random",
-        "trainset": "none", "encoding": {"resolution": SIDE, "precision": "fp32"}, "autoencoder": None,
+        "trainset": "none", "autoencoder": None,
+        "encoding": {"resolution": SIDE, "precision": "fp32", "autoencoder": "none"},
         "clip": POLICY.model_dump(mode="json", include={"frames", "fps", "stride", "crop", "pad"}),
     }  # fmt: skip
-    (folder / "config.json").write_text(json_module.dumps(said))
+    publish_config(folder, said)
     return folder
 
 

@@ -97,7 +97,7 @@ def _epoch(clips: int, turns: int, quick: bool) -> dict[str, Any]:
         with open_clips(root, task.trainset, None, task.rows, encoder, ALONE.device) as opened:
             plain = replace(encoder, encode=lambda given: given.flatten(1)[:, None])
             read = Streamed(plain, opened, "train").of(np.split(everything, pieces))
-            raw = [given.view(-1, *SHAPE) for given in read]
+            raw = [given.float().view(-1, *SHAPE) for given in read]  # read as features are kept, in float16
             streamed = Streamed(encoder, opened, "train")
             labels, settings = task.rows.frame["label"].to_numpy()[:clips], task.settings
             tokens = encoder.encode(raw[0][:1]).shape[1]
