@@ -33,10 +33,8 @@ WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # our choice: six tries in 8 s and the cli
 BUSY_WAITS_S = (*WAITS_S, *(8.0,) * 30)  # our choice: four minutes for a store that answers 503 or 429
 _BUSY = ("429", "503")  # HTTP status: too many requests; slow down
 CONNECTIONS = 32  # of a process to a store at most; s3fs alone opens 10: docs/performance.md, "A bucket"
-PIECE_BYTES, PIECES = (
-    1 << 26,
-    4,
-)  # our choice: of a larger object so many bytes at a time, and so many times that at once
+# Our choice: of a larger object so many bytes at a time, and so many times that at once.
+PIECE_BYTES, PIECES = 1 << 26, 4
 SMALL_AT_ONCE = 16  # our choice: batches looked at, or tables read, at a time
 BUCKETED = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # protocols of fsspec whose first path segment is a bucket
 # by name, since the client that raises them may not be installed

@@ -14,6 +14,8 @@ import mmap
 import os
 import re
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +28,7 @@ from polars.exceptions import PolarsError
 
 from storage import atomic, remote
 from storage.digest import crc32c
-from storage.errors import TableError, UpstreamError
+from storage.errors import DamagedError, TableError, UpstreamError
 from storage.root import DataRoot, Table
 
 _KEY = "nextvid.crc32c"
@@ -160,6 +162,16 @@ def decode_columns(data: bytes, schema: type[dy.Schema], columns: Sequence[str],
 def missing_rows(wanted: pl.DataFrame, done: pl.DataFrame, on: str | Sequence[str]) -> pl.DataFrame:
     """Rows of `wanted`, in their order, whose key `on` is not in `done`."""
     return wanted.join(done.select(on), on=on, how="anti", maintain_order="left")
+
+
+def read_arrays(path: str, remedy: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, whose parts have checksums. DamagedError with the remedy where it is not one."""
+    data = atomic.read_bytes(path)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return dict(arrays.items())
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
 
 
 def publish_checks(

@@ -26,9 +26,8 @@ from storage.part import SEPARATORS, SWEPT, Part, StoredRow
 from storage.seal import read_seal, sealed_commits
 
 LEFTOVER_AGE_S = 3600.0  # our choice, as the cache's: what a writer left untouched for so long is not being written
-READ_BYTES = (
-    1 << 19
-)  # at a time: half of a core's cache of 1 MB, where the sum then finds them (256 kB to 2 MB: within 5 %)
+# At a time: half of a core's cache of 1 MB, where the sum then finds them (256 kB to 2 MB: within 5 %).
+READ_BYTES = 1 << 19
 AT_ONCE = 4  # our choice: shards at a time; of an object store so many are in memory, 67 MB each
 
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def run_all(root: Path, wanted: Sequence[Cell], size: Size, workers: int) -> Non
     print(f"{len(wanted) - len(left)} of {len(wanted)} runs are there", flush=True)
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (os.getpid(),)) as pool:
         while left:
-            data = left[0].data
-            together = [cell for cell in left if cell.data == data][: _stretch(left, data)]
+            data, following = next(groupby(left, lambda cell: cell.data))
+            together = list(following)
             began = time.monotonic()
             make_project(root, data, size)
             print(f"{data}: clips to trainset {time.monotonic() - began:.0f} s", flush=True)
@@ -63,12 +64,7 @@ def run_all(root: Path, wanted: Sequence[Cell], size: Size, workers: int) -> Non
                 cell, result = running[done], done.result()
                 right = ", ".join(f"{name} {found['accuracy']:.3f}" for name, found in result["scores"].items())
                 print(f"{cell.data:12} {cell.arm:12} {cell.seed} {right}  {result['cpu_s']:.0f} cpu-s", flush=True)
-            left = [cell for cell in left if cell not in together]
-
-
-def _stretch(left: Sequence[Cell], data: str) -> int:
-    """How many runs follow one another on this data set."""
-    return next((number for number, cell in enumerate(left) if cell.data != data), len(left))
+            left = left[len(together) :]
 
 
 def _begin(parent: int) -> None:

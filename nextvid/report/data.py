@@ -37,6 +37,7 @@ class DataFacts:
     trainset: Trainset
     record: Mapping[str, Any]  # trainset.json
     shares: tuple[DatasetShare, ...]
+    licences: Mapping[str, str]  # of the files of each dataset
 
     @property
     def pixels(self) -> TrainsetPixels | None:
@@ -54,7 +55,9 @@ def read_facts(project: Project, run: Run) -> DataFacts:
     """Facts of a run's trainset."""
     trainset = Trainset.open(project.root, run.trainset)
     record = atomic.read_json(f"{project.root.pointed('trainset', run.trainset)}/trainset.json")
-    return DataFacts(project, run, trainset, record, shares(trainset.lineage(), "dataset", trainset.weights))
+    lineage = trainset.lineage()
+    found = shares(lineage, "dataset", trainset.weights)
+    return DataFacts(project, run, trainset, record, found, licences_of(project, lineage))
 
 
 def data_section(facts: DataFacts) -> Section:
@@ -129,7 +132,7 @@ def _datasets(facts: DataFacts) -> Table:
     media = read_tables(root, "media", [b for b in batches if b in root.batches("media")], Media)
     shots = read_tables(root, "shots", [b for b in batches if b in root.batches("shots")], Shots)
     clips = read_tables(root, "clips", [b for b in batches if b in root.batches("clips")], Clips)
-    rows, licences = [], licences_of(facts.project, facts.trainset.lineage())
+    rows = []
     for share in facts.shares:
         own = [frame.filter(pl.col("dataset") == share.name) for frame in (media, shots, clips)]
         good = [frame.filter(pl.col("status") == "ok").height for frame in own]
@@ -145,7 +148,7 @@ def _datasets(facts: DataFacts) -> Table:
                 f"{share.files:,}",
                 f"{share.clips:,}",
                 f"{share.rows:,}",
-                licences[share.name],
+                facts.licences[share.name],
             )
         )
     return Table(

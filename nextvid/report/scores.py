@@ -7,10 +7,7 @@ gives k-NN accuracy beside it.
 Axes: N clips, D width.
 """
 
-import io
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +21,7 @@ from nextvid.pictures import INK, png, quiet
 from nextvid.report.curves import Scored, over_clips_png
 from nextvid.report.page import Block, Picture, Section, Table, Text
 from storage import atomic
-from storage.errors import DamagedError, NExTVidError
+from storage.tables import read_arrays
 
 LEARNT = {  # what heads learn from; it matters to the score where features are read once (docs/method.md 9)
     "none": "learn from stored views, whose features are read once",
@@ -59,16 +56,9 @@ class Score:
 
 def read_score(path: str) -> Score:
     """A score.json and the arrays of the features.npz beside it. DamagedError where these cannot be read."""
-    file = path.replace("score.json", "features.npz")
-    data = atomic.read_bytes(file)
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return Score(atomic.read_json(path), path, dict(arrays.items()))
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, ValueError) as error:
-        if isinstance(error, NExTVidError):
-            raise
-        remedy = f"remove the folder {file.rpartition('/')[0]} and make 'probes' again"
-        raise DamagedError(f"{file} is damaged ({type(error).__name__}: {error}): {remedy}") from error
+    folder, _, _ = path.rpartition("/")
+    arrays = read_arrays(f"{folder}/features.npz", f"remove the folder {folder} and make 'probes' again")
+    return Score(atomic.read_json(path), path, arrays)
 
 
 def section(

@@ -59,9 +59,8 @@ def read_events(folder: Path) -> list[Event]:
         raise UpstreamError(f"{path}: no events; the run has not begun")
     kept: list[Event] = []
     try:
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition(
-            "\n"
-        )  # a kill cut short what follows the last newline
+        # a kill cut short what follows the last newline
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     except UnicodeDecodeError:
         raise DamagedError(f"{path} is not text; another program changed the file: restore it") from None
     for number, line in enumerate(whole.splitlines(), start=1):

@@ -10,8 +10,9 @@ Axes: E entries, S cells.
 import io
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -121,16 +122,22 @@ def open_mask_plan(root: DataRoot, masks: MaskConfig, grid: tuple[int, int]) -> 
     tables.require_checks(f"{folder}/checks.json", "mask_plan")
     raw: dict[str, Bits] = {}
     kept: dict[str, Bits] = {}
-    for file, digest in atomic.read_json(f"{folder}/plan.json")["files"].items():
+    for file, data in read_files(folder, atomic.read_json(f"{folder}/plan.json")):
+        bits = unpack(np.load(io.BytesIO(data), allow_pickle=False), grid[0] * grid[1])
+        strategy, _, stage = file.removesuffix(".npy").partition(".")
+        (raw if stage == "raw" else kept)[strategy] = bits
+    return OpenedPlan(name, masks, grid, raw, kept)
+
+
+def read_files(folder: str, plan: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file that a plan.json names. DamagedError where one changed."""
+    for file, digest in plan["files"].items():
         data = atomic.read_bytes(f"{folder}/{file}")
         if digest_bytes(data) != digest:
             raise DamagedError(
                 f"{folder}/{file}: bytes differ from plan.json; remove the folder and make mask_plan again"
             )
-        bits = unpack(np.load(io.BytesIO(data), allow_pickle=False), grid[0] * grid[1])
-        strategy, _, stage = file.removesuffix(".npy").partition(".")
-        (raw if stage == "raw" else kept)[strategy] = bits
-    return OpenedPlan(name, masks, grid, raw, kept)
+        yield file, data
 
 
 def _write(plan: OpenedPlan, folder: str) -> None:

@@ -59,7 +59,7 @@ def make_trainset(project: Project, on_progress: OnProgress = silent) -> Outcome
     weights = {name: weight / sum(written.values()) for name, weight in written.items()}  # they sum to one
     digest = _digest(chosen, weights)
     folder = project.root.pointed("trainset", digest)
-    lacking = _stored(project, chosen, weights, digest, folder, on_progress)
+    lacking = _stored(project, chosen, weights, digest, on_progress)
     total = sum(weights.values())
     checks = (
         Check("no_test_duplicate", chosen.leaked == 0, {"rows": chosen.height, "leaked": chosen.leaked}),
@@ -192,10 +192,10 @@ def _stored(
     chosen: Selection,
     weights: Mapping[str, float],
     digest: str,
-    folder: str,
     on_progress: OnProgress,
 ) -> str | None:
     """Freeze what was chosen, if it is not frozen yet; why it was written, None where it was there."""
+    folder = project.root.pointed("trainset", digest)
     if _lacking(project.root, chosen, digest, folder) is None:
         return None  # asked before the lock, which a read-only root does not allow
     with locked(f"{project.root.url}/trainset/lock"):
@@ -203,7 +203,7 @@ def _stored(
         if lacking is None:
             return None  # another process wrote it meanwhile
         try:
-            _freeze(project, chosen, weights, digest, folder, on_progress)
+            _freeze(project, chosen, weights, digest, on_progress)
         except ConflictError:
             if exists(folder) and _lacking(project.root, chosen, digest, folder) is None:
                 return None  # as above, where there are no locks
@@ -268,10 +268,10 @@ def _freeze(
     chosen: Selection,
     weights: Mapping[str, float],
     digest: str,
-    folder: str,
     on_progress: OnProgress,
 ) -> None:
     """Write the folder's files; over those of the same trainset where it is there."""
+    folder = project.root.pointed("trainset", digest)
     mean, std = statistics(chosen, weights)
     latest = read_latest(project.root, "trainset")
     record: dict[str, Any] = {
