@@ -17,9 +17,21 @@ with warnings.catch_warnings():
         **{key: value for key, value in described("sources", schemas.Sources).items() if key != "deps"},
         tags={"dagster/kind/parquet": ""},
     )
-    def sources(project: ProjectResource) -> dg.DataVersionsByPartition:
-        """Observe every batch on request; the sensor does the same by itself."""
+    def sources(context: dg.AssetExecutionContext, project: ProjectResource) -> dg.DataVersionsByPartition:
+        """Observe every batch on request, but for those whose label files cannot be read; so does the sensor."""
+        from nextvid.corpus.labels import readable_labels
         from nextvid.corpus.sources import batch_fingerprint
+        from nextvid.making.batches import dataset_of
 
         opened = project.open()
-        return dg.DataVersionsByPartition({batch: batch_fingerprint(opened, batch) for batch in opened.root.batches()})
+        labels, unreadable = readable_labels(opened.corpus.datasets)
+        for why in unreadable.values():
+            context.log.error(why)
+        datasets = {batch: dataset_of(batch) for batch in opened.root.batches()}
+        return dg.DataVersionsByPartition(
+            {
+                batch: batch_fingerprint(opened, batch, labels.get(dataset))
+                for batch, dataset in datasets.items()
+                if dataset not in unreadable
+            }
+        )

@@ -15,7 +15,7 @@ from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome, detail
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.train.sinks import refuse_missing
-from storage.errors import ConfigError, CorpusError, UnlistedError, UpstreamError
+from storage.errors import ConfigError, CorpusError, LabelError, UpstreamError
 
 # Assets of which several batches are made at once. Encoding is not one: a batch's autoencoder fills CPU or GPUs.
 SIDE_BY_SIDE = ("media", "shots", "clips")
@@ -43,12 +43,13 @@ class Request:
 def make(project: Project, request: Request) -> Iterator[Outcome]:
     """Make the asset and whatever it lacks upstream; yields outcomes as they are known, of batches in any order.
 
-    A batch that fails does not stop the other batches; what reads all batches decides which of them it can use. What is
-    not made batch by batch needs no media files: where a dataset's folder cannot be listed, its batches are used as the
-    root holds them, so a machine with tables and stores alone can train and probe. Raises UpstreamError where a
-    blocking check of anything else failed, or, at the end, where a batch did not get as far as the asset; CorpusError
-    where no dataset holds a file, or one that the root holds nothing of cannot be listed; ConfigError for an unknown
-    batch, recipe or benchmark.
+    A batch that fails does not stop the other batches, nor does a dataset whose folder or label files cannot be read:
+    it stays as it is. What reads all batches decides which of them it can use, and needs no media files: it takes those
+    of such a dataset as the root holds them, so a machine with tables and stores alone can train and probe. Raises
+    UpstreamError where a blocking check of anything else failed; at the end, where a batch did not get as far as the
+    asset, UpstreamError, or CorpusError where only label files and folders are to blame; CorpusError where no dataset
+    holds a file, or one that the root holds nothing of cannot be read; ConfigError for an unknown batch, recipe or
+    benchmark.
     """
     from nextvid.video.probe import decord_installed  # here, since the command line needs no FFmpeg for its help
 
@@ -56,39 +57,38 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
     if "media" in steps(request) and not decord_installed():
         note = "decord is not installed, as on platforms that it has no wheel for: PyAV reads all videos"
         request.on_progress(Progress("media", 0, 0, note=note))
-    stopped: dict[str, str] = {}  # batch -> why
-    unlisted: Mapping[str, str] = {}  # dataset -> why
+    stopped: dict[str, UpstreamError | LabelError] = {}  # batch -> why
+    unreadable: Mapping[str, str] = {}  # dataset -> why
     for name in steps(request, _others(project, request)):
         left = [
             key
             for key in partitions(project, name, request)
-            if key not in stopped and not (name in BY_BATCH and dataset_of(str(key)) in unlisted)
+            if key not in stopped and not (name in BY_BATCH and dataset_of(str(key)) in unreadable)
         ]
         for key, found in _made(project, name, left, request):
+            why: UpstreamError | LabelError | None
             match found:
                 case Outcome():
                     yield found
                     why = _refused(found)
                     if name == "pretrain":  # what follows looks at this run
                         request = replace(request, run=found.run)
-                case UnlistedError():
-                    unlisted, why = found.reasons, None
-                    held = {dataset_of(batch) for batch in project.root.batches()}
-                    if GRAPH[request.asset].partition == "batch" or not held.issuperset(unlisted):
-                        raise found
-                    note = f"{found}. Going on with what {project.corpus.root} holds of {', '.join(unlisted)}"
-                    request.on_progress(Progress("sources", 0, 0, note=note))
+                    if name == "sources":
+                        unreadable = found.unreadable
+                case LabelError():
+                    left_as_it_was = {dataset_of(str(key)): str(found)}
+                    yield Outcome(name, key, made=False, rows=0, size_bytes=0, seconds=0.0, unreadable=left_as_it_was)
+                    why = found
                 case _:
                     why = found
             if why is not None:
                 if name not in BY_BATCH:
                     raise why
-                stopped[str(key)] = str(why)
+                stopped[str(key)] = why
         if name == "sources" and request.asset != "sources":
-            _refuse_nothing(project, request)
-        if stopped and name in BY_BATCH and (name == request.asset or request.batch is not None):
-            listed = "; ".join(f"{batch}: {why}" for batch, why in sorted(stopped.items()))
-            raise UpstreamError(f"{request.asset} was not made for {len(stopped)} batches: {listed}")
+            _refuse_to_go_on(project, request, unreadable)
+        if GRAPH[name].partition == "batch" and (name == request.asset or (stopped and request.batch is not None)):
+            _refuse_left_out(request, stopped, unreadable)
 
 
 def steps(request: Request, others: Family | None = None) -> list[Asset]:
@@ -107,7 +107,7 @@ def steps(request: Request, others: Family | None = None) -> list[Asset]:
 
 def _made(
     project: Project, asset: Asset, keys: Sequence[str | None], request: Request
-) -> Iterator[tuple[str | None, Outcome | UpstreamError | UnlistedError]]:
+) -> Iterator[tuple[str | None, Outcome | UpstreamError | LabelError]]:
     """Make these partitions: each with its outcome, or with the error of its data, as they end.
 
     Batches of SIDE_BY_SIDE are made by threads, as many as there are cores; their workers share the cores
@@ -121,10 +121,10 @@ def _made(
             raise CancelledError
         request.on_progress(progress)
 
-    def attempt(key: str | None) -> tuple[str | None, Outcome | UpstreamError | UnlistedError]:
+    def attempt(key: str | None) -> tuple[str | None, Outcome | UpstreamError | LabelError]:
         try:
             return key, make_one(project, asset, key, replace(request, on_progress=told))
-        except (UpstreamError, UnlistedError) as error:
+        except (UpstreamError, LabelError) as error:
             return key, error
 
     if at_once <= 1:  # in this thread, which has torch's threads and gets the signals
@@ -170,22 +170,52 @@ def _refuse_names(project: Project, request: Request) -> None:
         project.benchmark(request.benchmark)
 
 
-def _refuse_nothing(project: Project, request: Request) -> None:
-    """Refuse a corpus without files, and an unknown batch: with nothing to do, all would seem well."""
+def _refuse_to_go_on(project: Project, request: Request, unreadable: Mapping[str, str]) -> None:
+    """Refuse a corpus without files, and an unknown batch: with nothing to do, all would seem well.
+
+    And unreadable datasets, where nothing else is requested, or where what is requested would lack them.
+    """
     from nextvid.corpus.sources import refuse_unknown
 
-    if not project.root.batches():
+    held = {dataset_of(batch) for batch in project.root.batches()}
+    if request.batch is not None and (why := unreadable.get(dataset_of(request.batch))):
+        raise CorpusError(why)
+    if GRAPH[request.asset].partition != "batch" and unreadable:
+        if not held.issuperset(unreadable):
+            raise CorpusError("; ".join(unreadable.values()))
+        going_on = f"Going on with what {project.corpus.root} holds of {', '.join(unreadable)}"
+        note = f"{'; '.join(unreadable.values())}. {going_on}"
+        request.on_progress(Progress("sources", 0, 0, note=note))
+    if not held and not unreadable:
         places = ", ".join(f"{name}: {dataset.uri}" for name, dataset in sorted(project.corpus.datasets.items()))
         raise CorpusError(f"no dataset holds a video or image ({places}): correct their 'uri', or put files there")
     if request.batch is not None:
         refuse_unknown(project, request.batch)
 
 
+def _refuse_left_out(
+    request: Request, stopped: Mapping[str, UpstreamError | LabelError], unreadable: Mapping[str, str]
+) -> None:
+    """Raise where batches did not get as far as the asset, or datasets are unreadable."""
+    by_reason: dict[str, list[str]] = {}
+    for batch, why in sorted(stopped.items()):
+        by_reason.setdefault(str(why), []).append(batch)
+    told = [f"{', '.join(batches)}: {why}" for why, batches in by_reason.items()]
+    if told:
+        told[0] = f"{request.asset} was not made for {len(stopped)} batches: {told[0]}"
+    if request.batch is None:
+        told += unreadable.values()
+    if told:
+        kind = UpstreamError if any(isinstance(why, UpstreamError) for why in stopped.values()) else CorpusError
+        raise kind("; ".join(told))
+
+
 def partitions(project: Project, asset: Asset, request: Request) -> Sequence[str | None]:
     """Keys of the asset's partitions to make; None stands for the whole asset."""
     match GRAPH[asset].partition:
         case "batch" if asset != "sources":
-            return [request.batch] if request.batch else project.root.batches()
+            held = [batch for batch in project.root.batches() if dataset_of(batch) in project.corpus.datasets]
+            return [request.batch] if request.batch else held
         case "recipe":
             return [_recipe(request)]
         case _:

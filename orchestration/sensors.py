@@ -91,9 +91,10 @@ def list_datasets(instance: dg.DagsterInstance, project: Project, *, settle: boo
 
     Raises CorpusError where the root is empty and Dagster knows batches of it: then it is not mounted.
     """
+    from nextvid.corpus.labels import readable_labels
     from nextvid.corpus.sources import update_sources
     from nextvid.planning.acceptance import ensure_accepted
-    from nextvid.planning.waiting import readable_labels, standard
+    from nextvid.planning.waiting import standard
 
     known = 0 if project.root.batches() else len(known_batches(instance))
     if known:
@@ -101,7 +102,7 @@ def list_datasets(instance: dg.DagsterInstance, project: Project, *, settle: boo
             f"root {project.root.url} holds no batch, but Dagster knows {known}: mount it. If it was emptied on "
             "purpose, run 'nextvid make sources'"
         )
-    labels, unreadable = readable_labels(project)
+    labels, unreadable = readable_labels(project.corpus.datasets)
     changes: list[BatchChange] = []
     errors = list(unreadable.values())
     for name in sorted(labels):

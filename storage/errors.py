@@ -18,7 +18,6 @@ damage, whose remedy removes files, is decided here alone (`is_damage`).
 """
 
 import errno
-from collections.abc import Mapping
 
 
 class NExTVidError(ValueError):
@@ -39,12 +38,8 @@ class CorpusError(NExTVidError):
     kind = "corpus"
 
 
-class UnlistedError(CorpusError):
-    """The folders of some datasets cannot be listed, such as unmounted ones. `reasons` says why, by dataset."""
-
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        super().__init__("; ".join(reasons.values()))
-        self.reasons = reasons
+class LabelError(CorpusError):
+    """A label file cannot be read, or a line of it cannot be used."""
 
 
 class MediaError(NExTVidError):

@@ -7,7 +7,7 @@ file and line.
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from unicodedata import normalize
@@ -21,7 +21,7 @@ from nextvid.making.outcome import Check, Number
 from nextvid.video.archives import PARQUET, split_uri
 from storage import atomic
 from storage.digest import digest_stream
-from storage.errors import CorpusError, UpstreamError
+from storage.errors import LabelError, UpstreamError
 from storage.schemas import SPLITS
 
 NAMED = 3  # names without a file that a message shows; our choice
@@ -29,7 +29,7 @@ SCHEMA = {"path": pl.String, "start_us": pl.Int64, "end_us": pl.Int64, "target":
 
 
 def label_bytes(file: str) -> bytes:
-    """A label file's bytes. Raises CorpusError."""
+    """A label file's bytes. Raises LabelError."""
     try:
         return atomic.read_bytes(file)
     except (UpstreamError, OSError) as error:
@@ -37,7 +37,7 @@ def label_bytes(file: str) -> bytes:
 
 
 def label_digests(labels: LabelConfig) -> list[str]:
-    """Digests of the label files' bytes, read in pieces, since some have 45 GB. Raises CorpusError."""
+    """Digests of the label files' bytes, read in pieces, since some have 45 GB. Raises LabelError."""
     digests = []
     for file in labels.every_file():
         try:
@@ -48,14 +48,26 @@ def label_digests(labels: LabelConfig) -> list[str]:
     return digests
 
 
-def _unreadable(file: str, error: Exception) -> CorpusError:
-    return CorpusError(f"label file {file} cannot be read: {error}; correct 'labels: file:' in corpus.yaml")
+def readable_labels(datasets: Mapping[str, DatasetConfig]) -> tuple[dict[str, Sequence[str]], dict[str, str]]:
+    """Digests of label files by dataset, and by dataset why its label files cannot be read."""
+    found: dict[str, Sequence[str]] = {}
+    errors: dict[str, str] = {}
+    for name, dataset in datasets.items():
+        try:
+            found[name] = label_digests(dataset.labels)
+        except LabelError as error:
+            errors[name] = f"dataset {name}: {error}"
+    return found, errors
+
+
+def _unreadable(file: str, error: Exception) -> LabelError:
+    return LabelError(f"label file {file} cannot be read: {error}; put it back, or correct 'labels' in corpus.yaml")
 
 
 def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
     """Labels of the files at `paths` (relative to the dataset's URI): columns path, start_us, end_us, target, value.
 
-    Unique and sorted. Raises CorpusError for a file that cannot be read or lacks a column, and for wrong cells.
+    Unique and sorted. Raises LabelError for a file that cannot be read or lacks a column, and for wrong cells.
     """
     match config.labels.layout:
         case "none":
@@ -243,7 +255,7 @@ def _column(table: pl.DataFrame, column: str, target: str) -> pl.DataFrame:
 
 
 def _table(labels: LabelConfig) -> pl.DataFrame:
-    """The csv file, all cells as text, with a column `_line`. CorpusError where a configured column is missing."""
+    """The csv file, all cells as text, with a column `_line`. LabelError where a configured column is missing."""
     assert labels.file is not None
     data = label_bytes(labels.file)
     lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "replace", newline=""))
@@ -253,14 +265,14 @@ def _table(labels: LabelConfig) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         longer = next((f"line {lines.line_num} has {len(line)} cells" for line in lines if len(line) > len(header)), "")
         fault = f"{longer}, its header {len(header)}" if longer else str(error).splitlines()[0]
-        raise CorpusError(f"label file {labels.file} is no csv table with a header: {fault}") from None
+        raise LabelError(f"label file {labels.file} is no csv table with a header: {fault}") from None
     columns = [labels.split_column, labels.group_column, labels.licence_column]
     named = {labels.path_column, *labels.targets.values(), *(name for name in columns if name is not None)}
     if twice := sorted(name for name in {*named, labels.start_column, labels.end_column} if header.count(name) > 1):
-        raise CorpusError(f"label file {labels.file} has the column {', '.join(twice)} twice; rename one")
+        raise LabelError(f"label file {labels.file} has the column {', '.join(twice)} twice; rename one")
     missing = sorted(named - set(table.columns))
     if missing:
-        raise CorpusError(
+        raise LabelError(
             f"label file {labels.file} has no column {', '.join(missing)}; it has {', '.join(table.columns)}"
         )
     # header is line 1
@@ -290,7 +302,7 @@ def _micros(table: pl.DataFrame, column: str, file: str) -> pl.Series:
     wrong = (seconds.is_null() & text.is_not_null()) | ~seconds.is_finite().fill_null(True)
     if wrong.any():
         row = table.filter(wrong).row(0, named=True)
-        raise CorpusError(f"{file}, line {row['_line']}: {column} is {row[column]!r}; seconds were expected")
+        raise LabelError(f"{file}, line {row['_line']}: {column} is {row[column]!r}; seconds were expected")
     return (seconds * 1_000_000).round(0, mode="half_to_even").cast(pl.Int64)
 
 
@@ -298,7 +310,7 @@ def _check_spans(table: pl.DataFrame, file: str) -> None:
     half = table["start_us"].is_null() != table["end_us"].is_null()
     wrong = table.filter(half | (table["end_us"] <= table["start_us"]).fill_null(False))
     if wrong.height:
-        raise CorpusError(
+        raise LabelError(
             f"{file}, line {wrong['_line'][0]}: a span needs a start and a later end, found "
             f"{wrong['start_us'][0]} to {wrong['end_us'][0]} microseconds"
         )
@@ -310,7 +322,7 @@ def _splits(rows: pl.DataFrame, file: str, labels: LabelConfig) -> pl.DataFrame:
     named = rows.with_columns(value.alias("value"))
     wrong = named.filter(pl.col("value").is_not_null() & ~pl.col("value").is_in([*SPLITS, ""]))
     if wrong.height:
-        raise CorpusError(
+        raise LabelError(
             f"{file}: {wrong['path'][0]} has the split {wrong['value'][0]!r}; expected one of {', '.join(SPLITS)} or "
             f"{', '.join(sorted(split_words(labels)))}"
         )

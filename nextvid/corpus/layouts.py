@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import fsspec
 
 from nextvid.config.datasets import LabelConfig
-from storage.errors import CorpusError
+from storage.errors import LabelError
 from storage.schemas import SPLITS
 
 WNID = re.compile(r"n\d{8}")  # WordNet's synset ids, ImageNet's class folders
@@ -52,7 +52,7 @@ class Line:
 def read_lines(labels: LabelConfig, paths: Sequence[str], stems: Set[str] | None) -> Iterator[Line]:
     """Lines with one of `stems` (None: all); for ImageNet, whose folders are labels, also a line for each of `paths`.
 
-    Lists are read line by line where the format allows it. Raises CorpusError.
+    Lists are read line by line where the format allows it. Raises LabelError.
     """
     match labels.layout:
         case "imagenet":
@@ -76,16 +76,18 @@ Parser = Callable[[TextIO, str, str | None], Iterator[Line]]  # (open file, its 
 
 @contextmanager
 def _text(file: str) -> Iterator[TextIO]:
-    """A label file, local or by URL, as text. Raises CorpusError where it cannot be read or is not UTF-8."""
+    """A label file, local or by URL, as text. Raises LabelError where it cannot be read or is not UTF-8."""
     try:
         opened: TextIO = fsspec.open(file, "rt", encoding="utf-8-sig", newline="").open()
     except Exception as error:  # object stores raise their clients' own classes
-        raise CorpusError(f"label file {file} cannot be read: {error}; correct 'labels: files:'") from None
+        raise LabelError(
+            f"label file {file} cannot be read: {error}; put it back, or correct 'labels' in corpus.yaml"
+        ) from None
     with opened:
         try:
             yield opened
         except UnicodeDecodeError as error:
-            raise CorpusError(f"label file {file} is not UTF-8 text: {error}") from None
+            raise LabelError(f"label file {file} is not UTF-8 text: {error}") from None
 
 
 def _each(labels: LabelConfig, parse: Parser) -> Iterator[Line]:
@@ -117,7 +119,7 @@ def _imagenet(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
     for number, row in _rows(opened, file, ("ImageId", "PredictionString"), ","):
         value = row["PredictionString"].split(" ")[0]
         if not WNID.fullmatch(value):
-            raise CorpusError(f"{file}, line {number}: {value!r} is not a class of ImageNet, such as n01440764")
+            raise LabelError(f"{file}, line {number}: {value!r} is not a class of ImageNet, such as n01440764")
         yield Line((row["ImageId"],), value, split)
 
 
@@ -143,10 +145,10 @@ def _something(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
         for number, entry in enumerate(_entries(entries, file), 1):
             value = entry.get("template")
             if not isinstance(entry.get("id"), str) or not isinstance(value, str | None):
-                raise CorpusError(f"{file}, entry {number}: 'id' and 'template' were expected, found {_short(entry)}")
+                raise LabelError(f"{file}, entry {number}: 'id' and 'template' were expected, found {_short(entry)}")
             value = value.replace("[", "").replace("]", "") if value is not None else None
             if known is not None and value is not None and value not in known:
-                raise CorpusError(f"{file}, entry {number}: {value!r} is not among the classes")
+                raise LabelError(f"{file}, entry {number}: {value!r} is not among the classes")
             yield Line((entry["id"],), value, split)
 
     return parse
@@ -159,11 +161,9 @@ def _diving(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
         for number, entry in enumerate(_entries(_json(opened, file), file), 1):
             name, label = entry.get("vid_name"), entry.get("label")
             if not isinstance(name, str) or not isinstance(label, int):
-                raise CorpusError(
-                    f"{file}, entry {number}: 'vid_name' and 'label' were expected, found {_short(entry)}"
-                )
+                raise LabelError(f"{file}, entry {number}: 'vid_name' and 'label' were expected, found {_short(entry)}")
             if classes is not None and not (isinstance(classes, list) and 0 <= label < len(classes)):
-                raise CorpusError(f"{file}, entry {number}: label {label} is not among the {len(classes)} classes")
+                raise LabelError(f"{file}, entry {number}: label {label} is not among the {len(classes)} classes")
             value = str(label) if classes is None else "_".join(classes[label])
             competition = name.rsplit("_", 1)[0]  # the video that the dive was cut from
             yield Line((name,), value, split, competition)
@@ -179,12 +179,12 @@ def _internvid(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
         try:
             entry = json.loads(text)
         except ValueError as error:
-            raise CorpusError(f"{file}, line {number}: no JSON object: {error}") from None
+            raise LabelError(f"{file}, line {number}: no JSON object: {error}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("YoutubeID"), str):
-            raise CorpusError(f"{file}, line {number}: 'YoutubeID' was expected, found {_short(entry)}")
+            raise LabelError(f"{file}, line {number}: 'YoutubeID' was expected, found {_short(entry)}")
         start_us, end_us = (_clock(entry, key, file, number) for key in ("Start_timestamp", "End_timestamp"))
         if end_us <= start_us:
-            raise CorpusError(f"{file}, line {number}: a span needs a later end, found {start_us} to {end_us} us")
+            raise LabelError(f"{file}, line {number}: a span needs a later end, found {start_us} to {end_us} us")
         caption = entry.get("Caption")
         yield Line((entry["YoutubeID"],), str(caption) if caption else None, split, None, start_us, end_us)
 
@@ -202,15 +202,15 @@ def _json(opened: TextIO, file: str) -> Any:  # noqa: ANN401 - JSON is Any
     except UnicodeDecodeError:
         raise
     except ValueError as error:
-        raise CorpusError(f"label file {file} is not JSON: {error}") from None
+        raise LabelError(f"label file {file} is not JSON: {error}") from None
 
 
 def _entries(value: Any, file: str) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON is Any
     if not isinstance(value, list):
-        raise CorpusError(f"label file {file}: a list was expected, found {_short(value)}")
+        raise LabelError(f"label file {file}: a list was expected, found {_short(value)}")
     for number, entry in enumerate(value, 1):
         if not isinstance(entry, dict):
-            raise CorpusError(f"{file}, entry {number}: an object was expected, found {_short(entry)}")
+            raise LabelError(f"{file}, entry {number}: an object was expected, found {_short(entry)}")
         yield entry
 
 
@@ -219,19 +219,19 @@ def _rows(opened: TextIO, file: str, needed: Sequence[str], mark: str) -> Iterat
     missing = [name for name in needed if name not in (reader.fieldnames or ())]
     if missing:
         found = ", ".join(reader.fieldnames or ())
-        raise CorpusError(f"label file {file} has no column {', '.join(missing)}; it has {found or 'none'}")
+        raise LabelError(f"label file {file} has no column {', '.join(missing)}; it has {found or 'none'}")
     try:
         for row in reader:
             if None in row or None in row.values():
-                raise CorpusError(f"{file}, line {reader.line_num}: another number of cells than the header has")
+                raise LabelError(f"{file}, line {reader.line_num}: another number of cells than the header has")
             yield reader.line_num, row
     except csv.Error as error:
-        raise CorpusError(f"{file}, line {reader.line_num}: {error}") from None
+        raise LabelError(f"{file}, line {reader.line_num}: {error}") from None
 
 
 def _whole(text: str, file: str, number: int, column: str) -> int:
     if not text.isdecimal():
-        raise CorpusError(f"{file}, line {number}: {column} is {text!r}; whole seconds were expected")
+        raise LabelError(f"{file}, line {number}: {column} is {text!r}; whole seconds were expected")
     return int(text)
 
 
@@ -239,7 +239,7 @@ def _clock(entry: dict[str, Any], key: str, file: str, number: int) -> int:
     """`00:03:10.567` in microseconds."""
     found = CLOCK.fullmatch(str(entry.get(key)))
     if found is None:
-        raise CorpusError(f"{file}, line {number}: {key} is {entry.get(key)!r}; a time like 00:03:10.567 was expected")
+        raise LabelError(f"{file}, line {number}: {key} is {entry.get(key)!r}; a time like 00:03:10.567 was expected")
     hours, minutes, seconds, part = found.groups()
     return (int(hours) * 3600 + int(minutes) * 60 + int(seconds)) * 1_000_000 + int((part or "").ljust(6, "0"))
 

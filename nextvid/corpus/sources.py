@@ -22,7 +22,7 @@ import polars as pl
 from nextvid.config.project import Project
 from nextvid.corpus import assignment
 from nextvid.corpus.assignment import BatchChange, latest, merge
-from nextvid.corpus.labels import label_digests, label_files
+from nextvid.corpus.labels import label_digests, label_files, readable_labels
 from nextvid.corpus.members import ARCHIVE, DAMAGED, Row, archives_of, known_members, opened
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
@@ -30,7 +30,7 @@ from nextvid.video.archives import fingerprint_of, split_uri
 from nextvid.video.probe import kind_of
 from storage import atomic, remote, tables
 from storage.digest import digest
-from storage.errors import ConfigError, ConflictError, CorpusError, NExTVidError, UnlistedError
+from storage.errors import ConfigError, ConflictError, CorpusError, LabelError, NExTVidError
 from storage.remote import is_local
 from storage.schemas import Sources
 
@@ -119,16 +119,19 @@ def update_sources(project: Project, settle: bool = False, datasets: Sequence[st
 
     With `settle`, a new or changed file is taken only once two such listings in a row saw the same size and
     fingerprint, since it may still be written. A dataset that cannot be listed stays as it was and does not stop the
-    others: UnlistedError names it after they are written.
+    others: CorpusError names it after they are written.
     """
-    return _update(project, settle, datasets)[0]
+    changes, _, failed = _update(project, settle, project.corpus.datasets if datasets is None else datasets)
+    if failed:
+        raise CorpusError("; ".join(failed.values()))
+    return changes
 
 
 def _update(
-    project: Project, settle: bool = False, datasets: Sequence[str] | None = None
-) -> tuple[list[BatchChange], list[Listing]]:
-    """`update_sources`, with the listings."""
-    names = sorted(datasets if datasets is not None else project.corpus.datasets)
+    project: Project, settle: bool, datasets: Iterable[str]
+) -> tuple[list[BatchChange], list[Listing], dict[str, str]]:
+    """What changed, the listings, and by dataset why it cannot be listed."""
+    names = sorted(datasets)
     for _ in range(TRIES):
         read = assignment.catch_up(project.root)
         listings, tables_after, changes = [], [], []
@@ -155,16 +158,21 @@ def _update(
             continue
         if settle:
             _remember(project, listings)
-        if failed:
-            raise UnlistedError(failed)
-        return sorted(changes, key=lambda change: change.batch), listings
+        return sorted(changes, key=lambda change: change.batch), listings, failed
     raise CorpusError(f"{project.root.folder('sources')}: {TRIES} other writers were faster; list again later")
 
 
 def make_sources(project: Project) -> Outcome:
-    """List all datasets without waiting for files to settle. Raises CorpusError."""
+    """List all datasets without waiting for files to settle.
+
+    One whose folder or label files cannot be read stays as it was, as it does in the sensor: the outcome says why.
+    """
     started_s = time.perf_counter()
-    changes, listings = _update(project)
+    labels, unreadable = readable_labels(project.corpus.datasets)
+    changes, listings, unlisted = _update(project, False, labels)
+    unreadable |= unlisted
+    without, faults = _labels_without_file(project, [name for name in labels if name not in unlisted])
+    unreadable |= faults
     ignored = sum((listing.ignored for listing in listings), Counter[str]())
     rows = tables.read_tables(project.root, "sources", None, Sources)
     return Outcome(
@@ -181,20 +189,30 @@ def make_sources(project: Project) -> Outcome:
             "gone": sum(change.gone for change in changes),
             "ignored": ignored.total(),
             **{f"ignored_{extension}": count for extension, count in ignored.most_common()},
-            **_labels_without_file(project),
+            **without,
         },
+        unreadable=unreadable,
     )
 
 
-def _labels_without_file(project: Project) -> dict[str, int | float | str]:
-    """How many names in the datasets' label files no listed file has, and the first of each dataset."""
-    examples, count = [], 0
-    for dataset, config in sorted(project.corpus.datasets.items()):
-        files = label_files(config, known_sources(project, dataset)["path"].to_list())
+def _labels_without_file(
+    project: Project, datasets: Iterable[str]
+) -> tuple[dict[str, int | float | str], dict[str, str]]:
+    """How many names in label files no listed file has, and the first of each dataset; by dataset why nobody knows."""
+    examples, count, faults = [], 0, dict[str, str]()
+    for dataset in sorted(datasets):
+        paths = known_sources(project, dataset)["path"].to_list()
+        try:
+            files = label_files(project.corpus.datasets[dataset], paths)
+        except LabelError as error:
+            faults[dataset] = f"dataset {dataset}: {error}"
+            continue
         if without := sorted({name for file in files for name in file.without}):
             count += len(without)
             examples.append(f"{dataset}: {without[0]!r}")
-    return {"labels_without_file": count, "labels_without_file_such_as": ", ".join(examples)} if count else {}
+    if not count:
+        return {}, faults
+    return {"labels_without_file": count, "labels_without_file_such_as": ", ".join(examples)}, faults
 
 
 def known_sources(project: Project, name: str) -> pl.DataFrame:

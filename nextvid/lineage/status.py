@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nextvid.config.project import Project
+from nextvid.corpus.labels import readable_labels
 from nextvid.lineage.trace import runs_of, scores_of
 from nextvid.making.batches import BatchAsset, batch_state, dataset_of
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import read_latest
 from nextvid.planning.acceptance import difference, outdated
-from nextvid.planning.waiting import Standard, left_behind, readable_labels, standard, waiting
+from nextvid.planning.waiting import Standard, left_behind, standard, waiting
 from nextvid.train.run import open_run
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
@@ -99,7 +100,7 @@ class Status:
 
 def read_status(project: Project, on_progress: OnProgress = silent) -> Status:
     """The state of a project, from its files. Raises CorpusError or TableError for a damaged pointer or trainset."""
-    labels, unreadable = readable_labels(project)
+    labels, unreadable = readable_labels(project.corpus.datasets)
     batches, reasons = project.root.batches(), dict[str, str]()
     broken, found = list(unreadable.values()), list[DatasetStatus]()
     broken += [fault] if (fault := lock_fault(project.root.accepted())) else []

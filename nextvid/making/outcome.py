@@ -51,6 +51,7 @@ class Outcome:
     made_from: Mapping[str, str] = field(default_factory=dict)  # digests of what it depends on beside upstream tables
     pictures: Mapping[str, str] = field(default_factory=dict)  # title -> path of a PNG
     checks: tuple[Check, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # of `sources`: dataset left as it was -> why
 
     @property
     def passed(self) -> bool:
@@ -74,12 +75,13 @@ NAMED = 5  # checks that the last line names; our choice
 
 def line(outcome: Outcome) -> str:
     """One outcome on one line, with lines below it for warnings and for what was left out and why."""
-    state = "made" if outcome.made else "up to date"
+    state = "made" if outcome.made else "not made" if outcome.unreadable and outcome.partition else "up to date"
     bad = f", {outcome.quarantined} quarantined" if outcome.quarantined else ""
     failed = [check.name for check in outcome.checks if check.blocking and not check.passed]
     verdict = f", failed: {', '.join(failed)}" if failed else ""
     lines = [f"{_name(outcome):38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}"]
     lines += [f"warning: {check.name}: {detail(check)}" for check in outcome.checks if check.warns]
+    lines += [f"left as it was: {why}" for why in outcome.unreadable.values()]
     numbers, parts = outcome.numbers, []
     found = [(f"{numbers[name]} {what}", prefix) for name, (what, prefix) in LEFT_OUT.items() if numbers.get(name)]
     for prefix, group in groupby(found, lambda pair: pair[1]):  # what has the same reasons, as one phrase
@@ -96,6 +98,7 @@ def to_look_at(outcomes: Sequence[Outcome]) -> str:
     checks = [(f"{_name(outcome)}: {check.name}", check) for outcome in outcomes for check in outcome.checks]
     parts = []
     for what, names in (
+        ("unreadable dataset", [name for outcome in outcomes for name in outcome.unreadable]),
         ("failed check", [name for name, check in checks if check.blocking and not check.passed]),
         ("warning", [name for name, check in checks if check.warns]),
     ):

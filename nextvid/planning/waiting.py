@@ -15,7 +15,7 @@ import polars as pl
 
 from nextvid.config.accepted import accepted, pixels_digest
 from nextvid.config.project import Project
-from nextvid.corpus.labels import label_digests
+from nextvid.corpus.labels import readable_labels
 from nextvid.corpus.sources import batch_fingerprint
 from nextvid.encode.cap import bounds_of, cap_changed, caps_of
 from nextvid.encode.plan import encoding_spec, pixel_spec, plan_batch
@@ -89,18 +89,6 @@ class Standard:
         return ":".join(filter(None, [batch, self.listing(batch), *made_by]))
 
 
-def readable_labels(project: Project) -> tuple[dict[str, Sequence[str]], dict[str, str]]:
-    """Digests of label files by dataset, and by dataset why its label files cannot be read."""
-    found: dict[str, Sequence[str]] = {}
-    errors: dict[str, str] = {}
-    for name, dataset in project.corpus.datasets.items():
-        try:
-            found[name] = label_digests(dataset.labels)
-        except NExTVidError as error:
-            errors[name] = f"dataset {name}: {error}"
-    return found, errors
-
-
 def standard(project: Project, labels: Mapping[str, Sequence[str]] | None = None) -> Standard:
     """What batches are compared with now, with label files as `readable_labels` found them.
 
@@ -121,7 +109,7 @@ def standard(project: Project, labels: Mapping[str, Sequence[str]] | None = None
             for name in project.corpus.datasets
         },
         {name for name in project.corpus.datasets if cap_changed(project, name)},
-        readable_labels(project)[0] if labels is None else labels,
+        readable_labels(project.corpus.datasets)[0] if labels is None else labels,
     )
 
 

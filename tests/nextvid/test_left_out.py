@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
+from nextvid.config.project import open_project
+from storage.schemas import Labels, Media
+from storage.tables import read_table
 from tests.factories import write_settings
 from tests.nextvid.conftest import Command
-from tests.nextvid.corpus.small_media import FPS, scene, write_film
+from tests.nextvid.corpus.small_media import FPS, scene, write_film, write_picture
 
 POLICY = {"frames": 4, "fps": 4}
 
@@ -102,6 +105,77 @@ def test_one_dataset_with_wrong_labels_does_not_stop_another(nextvid: Command, f
     assert "clips films.000000" in out
     assert "clips others.000000" not in out
     assert "others.000000: media: blocking checks failed: labels_name_files" in error
+
+
+def test_a_label_file_that_is_away_leaves_its_dataset_as_it_is_and_another_grows(
+    nextvid: Command, tmp_path: Path
+) -> None:
+    """Once it is back, all is as if it had never been away."""
+    labels, away = tmp_path / "labels.csv", tmp_path / "away.csv"
+    labels.write_text("path,class\na.jpg,cat\nb.jpg,dog\nd.jpg,cat\n")
+    both: dict[str, Any] = {
+        name: {"uri": name, "weight": 1.0, "clips": [{"frames": 1}], "split": {"val": 0.0, "test": 0.0}}
+        for name in ("named", "others")
+    }
+    both["named"]["labels"] = {"layout": "csv", "file": "labels.csv", "targets": {"class": "class"}}
+    for name in ("named/a", "named/b", "others/c"):
+        write_picture(tmp_path / f"{name}.jpg", name)
+    where = ("--corpus", str(write_settings(tmp_path, both)))
+    root = open_project(where[1]).root
+    assert nextvid("make", "media", *where)[0] == 0
+    labels.rename(away)
+    for name in ("named/d", "others/e"):
+        write_picture(tmp_path / f"{name}.jpg", name)
+    before = {path: path.read_bytes() for path in Path(root.url).rglob("*named.000000*") if path.is_file()}
+    assert len(before) >= 4, "tables and checks"
+    for asset in ("media", "sources"):
+        code, out, error = nextvid("make", asset, *where)
+        first, second, *_, last = out.splitlines()
+        assert first.startswith("sources")
+        assert second.startswith(f"    left as it was: dataset named: label file {labels} cannot be read: ")
+        assert second.endswith("; put it back, or correct 'labels' in corpus.yaml")
+        assert (code, last) == (2, "to look at: 1 unreadable dataset (named)")
+        assert error.startswith("corpus: dataset named: label file")
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(read_table(root.table("media", "others.000000"), Media)["path"]) == ["c.jpg", "e.jpg"]
+    away.rename(labels)
+    code, out, _ = nextvid("make", "media", *where)
+    assert (code, out.splitlines()[-1]) == (0, "nothing to look at: all checks passed, nothing was left out")
+    control = ("--corpus", str(write_settings(tmp_path, both, root="control")))
+    assert nextvid("make", "media", *control)[0] == 0
+    never = open_project(control[1]).root
+    batch = "named.000000"
+    assert read_table(root.table("media", batch), Media).equals(read_table(never.table("media", batch), Media))
+    found = read_table(root.table("labels", batch), Labels)
+    assert found.equals(read_table(never.table("labels", batch), Labels))
+    assert found.height == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,class,start_s,end_s\na.jpg,cat,0,x\n", "line 2: end_s is 'x'"),
+        ("path,kind\na.jpg,cat\n", "has no column class"),
+    ],
+    ids=["cell", "column"],
+)
+def test_a_label_file_with_a_mistake_stops_its_own_dataset_alone(
+    nextvid: Command, tmp_path: Path, text: str, message: str
+) -> None:
+    for name in ("named/a", "others/c"):
+        write_picture(tmp_path / f"{name}.jpg", name)
+    both: dict[str, Any] = {
+        name: {"uri": name, "weight": 1.0, "clips": [{"frames": 1}]} for name in ("named", "others")
+    }
+    both["named"]["labels"] = {"layout": "csv", "file": "labels.csv", "targets": {"class": "class"}}
+    (tmp_path / "labels.csv").write_text(text)
+    code, out, error = nextvid("make", "clips", "--corpus", str(write_settings(tmp_path, both)))
+    assert (code, error.startswith("corpus: ")) == (2, True)
+    assert message in error
+    assert message in out
+    assert "clips others.000000" in out
+    assert "clips named.000000" not in out
+    assert "1 unreadable dataset (named)" in out.splitlines()[-1]
 
 
 def test_unreadable_films_are_said_with_their_reason(nextvid: Command, folder: Path) -> None:

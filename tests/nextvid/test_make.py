@@ -317,6 +317,7 @@ def test_training_and_evaluation_need_no_media_files(tmp_path: Path) -> None:
     asked = Request("report", recipe=RECIPE, overrides=OVERRIDES, on_progress=told.append)
     outcomes = {one.asset: one for one in make(project, asked)}
     assert list(outcomes) == [
+        "sources",
         "latent_stats",
         "duplicates",
         "mask_plan",
@@ -345,6 +346,33 @@ def test_what_is_made_of_media_files_needs_them(project: Project, calls: list[tu
     list(make(project, Request("trainset")))
     assert calls[-1] == ("trainset", None)
     assert ("latents", FIRST) not in calls
+
+
+def test_a_label_file_that_is_away_stops_no_trainset(project: Project, calls: list[tuple[str, str | None]]) -> None:
+    """Its batches are used as the root holds them; those of a dataset that corpus.yaml no longer names are left."""
+    labels = project.path.parent / "labels.csv"
+    labels.write_text("path,class\n0.jpg,cat\n")
+    described = {"layout": "csv", "file": str(labels), "targets": {"class": "class"}}
+    edit_project(project.path, lambda said: said["datasets"]["stills"].update(labels=described))
+    write_picture(project.path.parent / "others" / "a.jpg", "a")
+    others = {"uri": str(project.path.parent / "others"), "weight": 1.0, "clips": [{"frames": 1}]}
+    both = edit_project(project.path, lambda said: said["datasets"].update(others=others))
+    list(make(both, Request("sources")))
+    labels.unlink()
+    told: list[Progress] = []
+    list(make(both, Request("trainset", on_progress=told.append)))
+    assert {batch for asset, batch in calls if asset in BY_BATCH} == {"others.000000"}
+    assert calls[-1] == ("trainset", None)
+    (note,) = (one.note for one in told if one.note)
+    assert note.startswith(f"dataset stills: label file {labels} cannot be read: ")
+    assert note.endswith(f"Going on with what {both.corpus.root} holds of stills")
+    with pytest.raises(CorpusError, match="dataset stills: label file"):
+        list(make(both, Request("clips", batch=FIRST)))
+    calls.clear()
+    list(make(both, Request("media", batch="others.000000")))
+    alone = edit_project(project.path, lambda said: said["datasets"].pop("stills"))
+    list(make(alone, Request("media")))
+    assert calls == [("media", "others.000000")] * 2
 
 
 def test_a_platform_without_decord_is_told_once(

@@ -126,7 +126,7 @@ def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_label_file_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="correct 'labels: file:'"):
+    with pytest.raises(CorpusError, match="correct 'labels'"):
         label_bytes(str(tmp_path / "none.csv"))
 
 
