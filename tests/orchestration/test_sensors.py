@@ -15,6 +15,7 @@ import pytest
 
 from assets.declare import BATCHES
 from assets.resources import ProjectResource
+from assets.sources import sources
 from benchmarks.registered import register
 from nextvid.config.project import Project, open_project
 from nextvid.graph import GRAPH
@@ -82,6 +83,7 @@ def night(project: Project, instance: dg.DagsterInstance, hour: int = 3) -> list
     return [request for request in found if isinstance(request, dg.RunRequest)]
 
 
+@pytest.mark.filterwarnings("ignore::dagster.BetaWarning")  # of DataVersionsByPartition
 def test_a_label_file_that_is_away_stops_its_own_dataset_alone(
     project: Project, instance: dg.DagsterInstance, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +98,12 @@ def test_a_label_file_that_is_away_stops_its_own_dataset_alone(
     assert asked(look(away, instance)) == ["others.000000"]
     assert "dataset pictures: " in capfd.readouterr().err
     apply_partitions(instance, away)
+    job = dg.define_asset_job("observe", [sources])
+    resources = {"project": ProjectResource(corpus=str(away.path))}
+    defs = dg.Definitions([sources], jobs=[job], resources=resources)
+    assert defs.resolve_job_def("observe").execute_in_process(instance=instance).success
+    seen = instance.fetch_observations(dg.AssetKey("sources"), limit=10).records
+    assert [record.partition_key for record in seen] == ["others.000000"]
     alone = edit_project(away.path, lambda said: said["datasets"].pop("others"))
     with pytest.raises(CorpusError, match=r"dataset pictures: .*labels.csv"):  # nothing is left to ask for
         look(alone, instance)
