@@ -91,9 +91,16 @@ class Store(Generic[S]):
         for length in self.frames_of(batch) if frames is None else [frames]:
             yield from (self.part(batch, length, number) for number in self.parts(batch, length))
 
-    def plan_part(self, batch: str, frames: int, row_ids: Sequence[bytes]) -> Part[S]:
-        """Open the next part for these rows, in this order; ConflictError if another planner took its number."""
-        part = self.part(batch, frames, max(self.parts(batch, frames), default=-1) + 1)
+    def plan_part(
+        self, batch: str, frames: int, row_ids: Sequence[bytes], known: Sequence[int] | None = None
+    ) -> Part[S]:
+        """Open the next part for these rows, in this order; ConflictError if another planner took its number.
+
+        `known` are the parts that were there before the rows were chosen, as writers that share a batch must say: the
+        rows of a part that was planned since may be the same.
+        """
+        known = self.parts(batch, frames) if known is None else known
+        part = self.part(batch, frames, max(known, default=-1) + 1)
         part.create(row_ids)
         return part
 

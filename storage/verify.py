@@ -57,7 +57,7 @@ def reported(problems: list[Problem], file: str, remedy: str, what: str = "") ->
 
 
 def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
-    """Problems of one part; rows in `withdrawn` must be zeros."""
+    """Problems of one part; rows in `withdrawn` must be zeros, or have none."""
     problems: list[Problem] = []
     with reported(problems, part.plan_path, f"remove {part.path} and make the latents again"):
         shards = part.shards
@@ -208,8 +208,10 @@ def _rows(part: Part[Any], path: str, rows: list[StoredRow], withdrawn: frozense
 
 def _fault(part: Part[Any], row: StoredRow, data: np.ndarray, withdrawn: frozenset[bytes]) -> str | None:
     """What is wrong with the bytes of a row."""
-    if row.row_id in withdrawn:
-        return "withdrawn, but its bytes are still here: withdraw the file again" if data.any() else None
+    if row.row_id in withdrawn and not data.any():
+        return None
+    if row.row_id in withdrawn and row.status == "ok":
+        return "withdrawn, but its bytes are still here: withdraw the file again"
     if row.status != "ok":
         return None if part.format.is_blank(data) else f"{row.status}, but its slot holds values"
     return None if crc32c(data) == row.crc32c else "its bytes differ from their checksum"

@@ -7,6 +7,8 @@ in place, the one exception to write-once.
 import re
 from collections.abc import Iterable
 
+import polars as pl
+
 from storage import atomic, listing
 from storage.errors import DamagedError
 from storage.root import DataRoot
@@ -27,6 +29,11 @@ def withdrawn_media(root: DataRoot) -> frozenset[bytes]:
     """Ids (16 bytes) of withdrawn media files: the names of their records; other files there are ignored."""
     names = (name.removesuffix(".json") for name in listing.files(root.withdrawn()) if name.endswith(".json"))
     return frozenset(bytes.fromhex(name) for name in names if _ID.fullmatch(name))
+
+
+def is_withdrawn(root: DataRoot) -> pl.Expr:
+    """Of a table with the column media_id, the rows of files that are withdrawn now, named in a record or not."""
+    return pl.col("media_id").is_in(pl.Series(sorted(withdrawn_media(root)), dtype=pl.Binary).implode())
 
 
 def withdrawn_rows(root: DataRoot) -> frozenset[bytes]:

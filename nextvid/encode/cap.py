@@ -29,7 +29,7 @@ from storage.locks import locked
 from storage.schemas import Clips, Duplicates
 from storage.store import LatentStore
 from storage.tables import read_table
-from storage.withdrawn import withdrawn_rows
+from storage.withdrawn import is_withdrawn
 
 MARGIN = 1.1  # of `auto`, our choice: 9 % of the rows may be duplicates or fail before files are decoded again
 STEADY = 2.0  # of `auto`, our choice: the bound falls when the dataset has grown so much that twice the draws are below
@@ -176,17 +176,17 @@ def _usable(project: Project, store: LatentStore, dataset: str) -> Iterator[pl.D
     path = f"{root.pointed('duplicates', digest)}/duplicates.parquet" if digest else ""
     found: pl.DataFrame = read_table(path, Duplicates) if path else Duplicates.create_empty()
     dropped = found.filter(pl.col("dropped_from").list.contains("pretrain"))
-    gone = pl.Series("row_id", sorted(withdrawn_rows(root)), pl.Binary).to_frame()
     for batch in _batches(project, dataset)[1]:
         clips = read_table(root.table("clips", batch), Clips)
-        clips = clips.filter((pl.col("status") == "ok") & pl.col("uses").list.contains("pretrain"))
+        clips = clips.filter(
+            (pl.col("status") == "ok") & pl.col("uses").list.contains("pretrain") & ~is_withdrawn(root)
+        )
         lost = store.commits(batch, columns=()).filter(pl.col("status") != "ok")
         changed = clips.join(lost.filter(pl.col("status") == "rejected"), on="row_id", how="semi")
         yield (
             clips.join(dropped.filter(pl.col("batch") == batch), on="shot_id", how="anti")
             .join(changed, on="media_id", how="anti")  # other frames at each decoding: no row of the file is used
             .join(lost, on="row_id", how="anti")
-            .join(gone, on="row_id", how="anti")
             .select("row_id", "frames")
         )
 

@@ -60,7 +60,7 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
     store.create()
     settle_cap(project, store, batch)
     plan = plan_encode(project, batch, store.spec)
-    machine, name, report, failed = project.corpus.execution, f"latents {batch}", Report(), set[bytes]()
+    machine, name, report = project.corpus.execution, f"latents {batch}", Report()
     if plan.rows.height or any(store.unfinished(batch, frames) for frames in store.frames_of(batch)):
         try:
             with (
@@ -69,9 +69,8 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
                     devices, Share(project, batch, plan.spec), _paced(plan, len(devices), on_progress)
                 ) as encode,
             ):
-                for part in open_parts(project, batch, store, failed):
+                for part in open_parts(project, batch, store):
                     report += encode(part)
-                    failed |= report.failed  # the next call tries them again
         except RefusedShardError as error:
             publish_refused(project, plan, error)
             raise
@@ -79,7 +78,7 @@ def make_latents(project: Project, batch: str, on_progress: OnProgress = silent)
             publish_bytes(project.root.preview("latents", batch), preview_png(report.pictures))
     threads, _ = shares(device_of(machine.device), 1, machine.cores)
     with PixelWriter(project, batch, pixel_spec(project, plan.spec), threads) as pixels:
-        report += Report(pixels=pixels.rest(failed))
+        report += Report(pixels=pixels.rest(report.failed))
         store.seal(batch)
         return publish_outcome(project, plan, report, pixels.plan(), time.perf_counter() - began)
 

@@ -21,13 +21,14 @@ from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.checks import Report, reported
 from nextvid.encode.frames import DecodedRow, Decoding, PendingRows
 from nextvid.encode.pixels import PixelShard, PixelWriter
-from nextvid.encode.plan import pixel_spec, wanted_clips
+from nextvid.encode.plan import committing, pixel_spec, wanted_clips
 from nextvid.encode.preview import Shown
 from nextvid.encode.roundtrip import Difference, Trip, checksums, round_trip, sampled, unlike
-from nextvid.encode.shard import NOT_WANTED, EncodedShard, RoundTripError, commit_table, encode_rows
+from nextvid.encode.shard import NOT_WANTED, WITHDRAWN, EncodedShard, RoundTripError, commit_table, encode_rows
 from nextvid.machine import available_cores, workers
 from storage.errors import ConflictError, RefusedError
 from storage.part import LatentPart
+from storage.root import DataRoot
 from storage.spec import EncodingSpec
 
 AHEAD = 32  # rows encoded before the shard before them is committed, an eighth of one (docs/decisions/0027)
@@ -62,13 +63,14 @@ class Pipeline:
     def __init__(
         self,
         model: Autoencoder,
+        root: DataRoot,
         clips: pl.DataFrame,
         decoding: Decoding,
         pixels: PixelWriter,
         writer: ThreadPoolExecutor,
         tell: Tell,
     ) -> None:
-        self._model, self._clips, self._decoding = model, clips, decoding
+        self._model, self._root, self._clips, self._decoding = model, root, clips, decoding
         self._pixels, self._writer, self._tell = pixels, writer, tell
         self._unstable: dict[bytes, str] = {}  # why files give no rows, by media id
 
@@ -91,7 +93,7 @@ class Pipeline:
                     if judging.done():
                         judging.result()  # raises where the row did not come back
             report += commit.result()
-            commit = self._writer.submit(self._commit, part, shard, encoded, judged, jpegs)
+            commit = self._writer.submit(self._finish, part, shard, encoded, judged, jpegs)
         return report + commit.result()
 
     def _open_shards(self, part: LatentPart, numbers: Iterable[int]) -> Iterator[OpenShard]:
@@ -152,6 +154,20 @@ class Pipeline:
             )
         return trip, shown
 
+    def _finish(
+        self,
+        part: LatentPart,
+        shard: OpenShard,
+        encoded: EncodedShard,
+        judged: Mapping[bytes, "Future[Verdict]"],
+        jpegs: PixelShard | None,
+    ) -> Report:
+        """Commit a shard, then its pixels. Runs on the writer thread."""
+        with committing(self._root, part, shard.number, self._clips) as withdrawn:
+            encoded.reject(withdrawn, WITHDRAWN)
+            report = self._commit(part, shard, encoded, judged, jpegs)
+        return report + Report(pixels=0 if jpegs is None else self._pixels.publish(jpegs))
+
     def _commit(
         self,
         part: LatentPart,
@@ -160,7 +176,7 @@ class Pipeline:
         judged: Mapping[bytes, "Future[Verdict]"],
         jpegs: PixelShard | None,
     ) -> Report:
-        """Write a shard whose sampled rows came back, then its pixels. Runs on the writer thread.
+        """Write a shard whose sampled rows came back.
 
         A file whose frames differ when they are decoded again gives no rows, the others are committed.
         """
@@ -175,10 +191,9 @@ class Pipeline:
             part.write_shard(
                 shard.number, encoded.latents, commit_table(encoded, shard.rows["slot"].to_list(), psnr_db)
             )
-            report = reported(encoded, found.values())
         except ConflictError:  # another writer committed it first
-            report = Report()
-        return report + Report(pixels=0 if jpegs is None else jpegs.publish())
+            return Report()
+        return reported(encoded, found.values())
 
     def _of_sound_files(
         self, verdicts: Mapping[bytes, Verdict], encoded: EncodedShard, jpegs: PixelShard | None
@@ -224,7 +239,7 @@ def pipeline(
             Advance(note=f"the device's memory is full: from now on {frames} frames a batch")
         )
         pixels = stack.enter_context(PixelWriter(project, batch, pixel_spec(project, spec), decoders))
-        yield Pipeline(model, clips, decoding, pixels, stack.enter_context(_writer(decoders)), tell)
+        yield Pipeline(model, project.root, clips, decoding, pixels, stack.enter_context(_writer(decoders)), tell)
 
 
 def shares(device: str, sharers: int, cores: int | None = None) -> tuple[int, int]:

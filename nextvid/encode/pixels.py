@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from types import TracebackType
 from typing import Self
@@ -18,9 +19,9 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.encode.frames import DecodedRow, Decoding
-from nextvid.encode.plan import BatchPlan, open_parts, plan_batch
+from nextvid.encode.plan import BatchPlan, committing, open_parts, plan_batch, usable_clips
 from nextvid.encode.roundtrip import psnr_db
-from nextvid.encode.shard import NOT_WANTED, status
+from nextvid.encode.shard import NOT_WANTED, WITHDRAWN, status
 from nextvid.making.outcome import Check, Number
 from storage.errors import ConflictError
 from storage.jpeg import decode_clip, encode_clip
@@ -70,6 +71,19 @@ class PixelWriter:
         part = None if self._store is None else self._twin(self._store, latents)
         return None if part is None or part.committed(number) else PixelShard(part, number, self._threads)
 
+    def publish(self, shard: "PixelShard") -> int:
+        """Write a shard, all of whose rows were added, without those of files that were withdrawn meanwhile.
+
+        The rows written, none where another writer was first.
+        """
+        with committing(self._project.root, shard.part, shard.number, self._clips) as withdrawn:
+            shard.reject(withdrawn, WITHDRAWN)
+            return shard.publish()
+
+    @cached_property
+    def _clips(self) -> pl.DataFrame:
+        return usable_clips(self._project, self._batch)
+
     def rest(self, failed: Collection[bytes] = ()) -> int:
         """Decode and write what has no pixels yet, except rows that have failed in this call; the rows written.
 
@@ -77,12 +91,12 @@ class PixelWriter:
         """
         if (store := self._store) is None:
             return 0
-        written = self._rest(store, set(failed))
+        written = self._rest(store, failed)
         store.seal(self._batch)
         return written
 
-    def _rest(self, store: PixelStore, done: set[bytes]) -> int:
-        written, parts = 0, open_parts(self._project, self._batch, store, done)
+    def _rest(self, store: PixelStore, failed: Collection[bytes]) -> int:
+        written, parts = 0, open_parts(self._project, self._batch, store, failed)
         first = next(parts, None)
         if first is None:
             return 0
@@ -96,8 +110,7 @@ class PixelWriter:
                     frames = decoding.start(clips, part.spec.resolution)
                     for row in ids["row_id"].to_list():
                         shard.add({row: frames.take([row]).get(row, DecodedRow(None, 0.0, NOT_WANTED))})
-                    written += shard.publish()
-                done |= set(part.plan["row_id"].to_list())
+                    written += self.publish(shard)
         return written
 
     def _twin(self, store: PixelStore, latents: LatentPart) -> PixelPart | None:
@@ -105,7 +118,8 @@ class PixelWriter:
         ids = latents.plan["row_id"].to_list()
         for _ in range(2):
             taken: set[bytes] = set()
-            for number in store.parts(self._batch, latents.frames):
+            known = store.parts(self._batch, latents.frames)
+            for number in known:
                 part = store.part(self._batch, latents.frames, number)
                 if part.plan.equals(latents.plan):
                     return part
@@ -113,7 +127,7 @@ class PixelWriter:
             if not taken.isdisjoint(ids):
                 return None
             try:
-                return store.plan_part(self._batch, latents.frames, ids)
+                return store.plan_part(self._batch, latents.frames, ids, known)
             except ConflictError:
                 continue  # another process planned a part at the same moment, most likely the very same
         return None
@@ -123,7 +137,7 @@ class PixelShard:
     """One shard of pixels: frames of its rows are compressed as they come, and written once all are there."""
 
     def __init__(self, part: PixelPart, number: int, threads: ThreadPoolExecutor) -> None:
-        self._part, self._number, self._threads = part, number, threads
+        self.part, self.number, self._threads = part, number, threads
         self._rows = part.rows_of(number)
         self._measured = frozenset(sorted(self._rows["row_id"].to_list())[:MEASURED])
         self._coming: dict[bytes, Future[_Compressed]] = {}
@@ -131,7 +145,7 @@ class PixelShard:
     def add(self, seen: Mapping[bytes, DecodedRow]) -> None:
         """Begin to compress rows; waits where too many wait for a thread."""
         for row, one in seen.items():
-            self._coming[row] = self._threads.submit(_compress, one, self._part.spec, row in self._measured)
+            self._coming[row] = self._threads.submit(_compress, one, self.part.spec, row in self._measured)
         waiting = [future for future in self._coming.values() if not future.done()]
         for future in waiting[:-WAITING]:
             future.result()
@@ -157,7 +171,7 @@ class PixelShard:
         schema = PixelCommits.create_empty().schema
         commits = pl.DataFrame({**self._rows.to_dict(), **columns}, schema_overrides=schema)
         try:
-            self._part.write_shard(self._number, [row.chunk for row in rows], commits)
+            self.part.write_shard(self.number, [row.chunk for row in rows], commits)
         except ConflictError:
             return 0
         return len(rows)

@@ -6,6 +6,7 @@ committed stays: nothing is deleted here.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic
 
@@ -19,10 +20,12 @@ from nextvid.graph import GRAPH
 from nextvid.making.batches import dataset_of
 from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError
 from storage.part import Part, S
+from storage.root import DataRoot
 from storage.schemas import Clips
 from storage.spec import EncodingSpec, PixelSpec
 from storage.store import LatentStore, Store
 from storage.tables import read_table
+from storage.withdrawn import is_withdrawn
 
 UNSTABLE = "unstable"  # first word of the reason of a row whose file gave other frames when it was decoded again
 
@@ -155,8 +158,28 @@ def plan_batch(project: Project, batch: str, store: Store[S]) -> BatchPlan[S]:
 
 def wanted_clips(project: Project, batch: str) -> pl.DataFrame:
     """Rows of the clips table that can be stored, whatever the cap."""
+    return usable_clips(project, batch).filter(~is_withdrawn(project.root))
+
+
+def usable_clips(project: Project, batch: str) -> pl.DataFrame:
+    """Rows of the clips table that have a use, those of withdrawn files too."""
     clips = read_table(project.root.table("clips", batch), Clips)
     return clips.filter((pl.col("status") == "ok") & (pl.col("uses").list.len() > 0))
+
+
+@contextmanager
+def committing(root: DataRoot, part: Part[S], number: int, clips: pl.DataFrame) -> Iterator[set[bytes]]:
+    """Gives the rows of withdrawn files, which the block may not commit in this shard; `clips` are the batch's.
+
+    A file that is withdrawn while the block commits may be missed by its withdrawal, which looks at committed shards
+    once it is recorded: its rows are zeroed here. One of the two sees the other.
+    """
+    here = part.rows_of(number).join(clips.select("row_id", "media_id"), on="row_id")
+    before = set(here.filter(is_withdrawn(root))["row_id"].to_list())
+    yield before
+    late = here.filter(is_withdrawn(root) & ~pl.col("row_id").is_in(list(before)))
+    if late.height:
+        part.erase(late["slot"].to_list())
 
 
 def within_cap(project: Project, batch: str) -> pl.Expr:
@@ -170,26 +193,30 @@ def is_unstable() -> pl.Expr:
     return (pl.col("status") == "rejected") & pl.col("reason").str.starts_with(UNSTABLE)
 
 
-def open_parts(project: Project, batch: str, store: Store[S], failed: Collection[bytes]) -> Iterator[Part[S]]:
+def open_parts(project: Project, batch: str, store: Store[S], failed: Collection[bytes] = ()) -> Iterator[Part[S]]:
     """Parts of a batch with shards to write, by clip length: the unfinished ones, then new ones for missing rows.
 
-    Rows in `failed`, to which the caller adds as it goes on, get no new part. The caller writes all shards of a part
-    before it asks for the next. Raises DamagedError where a shard of it can never be committed.
+    Rows in `failed`, and those of a part that this gave before, get no new part: what failed is tried again by the next
+    call. The caller writes all shards of a part before it asks for the next. Any number of processes may do so at once,
+    and no row is planned twice. Raises DamagedError where a shard can never be committed.
     """
+    tried = set(failed)
     for frames in sorted({*plan_batch(project, batch, store).by_frames, *store.frames_of(batch)}):
         while True:
-            part, known = store.unfinished(batch, frames), store.parts(batch, frames)
+            known = store.parts(batch, frames)  # first: rows of these parts are planned, rows of later ones may be
+            part = store.unfinished(batch, frames)
             if part is None:
                 missing = plan_batch(project, batch, store).rows.filter(pl.col("frames") == frames)
-                ids = [row for row in missing["row_id"].to_list() if row not in failed]
+                ids = [row for row in missing["row_id"].to_list() if row not in tried]
                 if not ids:
                     break
                 try:
-                    part = store.plan_part(batch, frames, ids)
+                    part = store.plan_part(batch, frames, ids, known)
                 except ConflictError:
                     if store.parts(batch, frames) == known:
                         raise  # something other than a part has its name
                     continue  # another process planned it first: help with theirs
             yield part
+            tried |= set(part.plan["row_id"].to_list())
             if left := sorted(set(range(part.shards)) - set(part.committed_shards())):
                 raise DamagedError(f"{part.commit_path(left[0])} is not a file: remove it and make 'latents' again")

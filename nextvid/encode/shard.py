@@ -22,6 +22,7 @@ from storage.schemas import Commits
 from storage.spec import EncodingSpec
 
 NOT_WANTED = "not_wanted"  # planned, but the clips table changed before the row was encoded
+WITHDRAWN = "withdrawn"  # its file was, before the row was committed
 
 
 class RefusedShardError(StoreError):
@@ -176,4 +177,4 @@ def status(reason: str | None) -> str:
     """Status of a committed row by the first word of its reason. Quarantined rows are tried again by the next call."""
     if reason is None:
         return "ok"
-    return "rejected" if reason.split(":")[0] in (NOT_WANTED, UNSTABLE) else "quarantined"
+    return "rejected" if reason.split(":")[0] in (NOT_WANTED, UNSTABLE, WITHDRAWN) else "quarantined"

@@ -17,7 +17,7 @@ import polars as pl
 from nextvid.config.project import Project
 from nextvid.encode.cap import below_bound
 from nextvid.encode.latent_stats import Moments, moments
-from nextvid.encode.plan import UNSTABLE, accepted_spec, is_unstable, wanted_clips, within_cap
+from nextvid.encode.plan import UNSTABLE, accepted_spec, is_unstable, usable_clips, within_cap
 from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import read_latest
@@ -32,7 +32,7 @@ from storage.shard import ROWS_PER_SHARD
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
 from storage.tables import decode_columns, read_table, require_checks
-from storage.withdrawn import withdrawn_rows
+from storage.withdrawn import is_withdrawn
 
 AT_ONCE = 2  # our choice: batches, of which one waits for its files while another is computed; each takes 150 MB
 
@@ -75,7 +75,7 @@ def select(project: Project, on_progress: OnProgress = silent) -> Selection:
     table = read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
     weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
     batches = [batch for batch in sorted({*root.batches(), *root.batches("clips")}) if dataset_of(batch) in weighted]
-    leaking, gone = _near(tested, table), pl.Series(sorted(withdrawn_rows(root)), dtype=pl.Binary)
+    leaking, gone = _near(tested, table), is_withdrawn(root)
     with ThreadPoolExecutor(AT_ONCE, "select") as pool:
         passed_over = pool.map(lambda batch: _read(project, spec, batch, batch in known, table, gone, leaking), batches)
         found: dict[str, _Batch] = {}
@@ -119,7 +119,7 @@ def _read(
     batch: str,
     known: bool,
     duplicates: pl.DataFrame,
-    gone: pl.Series,
+    gone: pl.Expr,
     leaking: pl.Series,
 ) -> _Batch:
     """Judge one batch and read the rows that are taken: its clips and its commits once."""
@@ -130,8 +130,8 @@ def _read(
         return _Batch(False, "its clips are not made yet")
     if "latents" in state.not_made:
         return _Batch(True, "it has no latents in the accepted encoding")
-    wanted, stored = wanted_clips(project, batch), LatentStore(project.root, spec).commits(batch, columns=_STORED)
-    needed = wanted.filter(within_cap(project, batch))
+    wanted, stored = usable_clips(project, batch), LatentStore(project.root, spec).commits(batch, columns=_STORED)
+    needed = wanted.filter(within_cap(project, batch) & ~gone)
     if missing := needed.join(stored, on="row_id", how="anti").height:
         return _Batch(True, f"{missing} of its {needed.height} rows are not encoded yet")
     if not known:
@@ -210,13 +210,13 @@ def _known_to_duplicates(root: DataRoot, on_progress: OnProgress) -> tuple[str, 
 
 
 def rows_of(
-    wanted: pl.DataFrame, stored: pl.DataFrame, duplicates: pl.DataFrame, gone: pl.Series, below: pl.Expr
+    wanted: pl.DataFrame, stored: pl.DataFrame, duplicates: pl.DataFrame, gone: pl.Expr, below: pl.Expr
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(rows taken, rows for pretraining that are not, with `why`) of one batch.
 
-    From its wanted clips, their commits (`LatentStore.commits`), its lines of `duplicates`, the withdrawn row ids and
-    which rows are `below` the dataset's cap. Columns of the rows taken: those of Lineage, and status, part, shard, slot
-    (within the shard), crc32c, sums, sums_squared, posterior_std.
+    From its clips with a use, their commits (`LatentStore.commits`), its lines of `duplicates`, and which rows are
+    withdrawn (`gone`) and `below` the dataset's cap. Columns of the rows taken: those of Lineage, and status, part,
+    shard, slot (within the shard), crc32c, sums, sums_squared, posterior_std.
     """
     asked = wanted.filter(pl.col("uses").list.contains("pretrain"))
     # rows of earlier shards too
@@ -232,10 +232,10 @@ def rows_of(
         .then(pl.lit("split"))
         .when(pl.col("media_id").is_in(unstable.implode()))
         .then(pl.lit(UNSTABLE))
+        .when(gone)
+        .then(pl.lit("withdrawn"))
         .when(pl.col("committed").ne_missing("ok"))
         .then(pl.lit("not_encoded"))
-        .when(pl.col("row_id").is_in(gone.implode()))
-        .then(pl.lit("withdrawn"))
         .otherwise(pl.col("why"))
     )
     judged = (

@@ -19,7 +19,7 @@ from polars.exceptions import PolarsError
 from nextvid.config.project import Project
 from nextvid.encode.cap import settle_cap
 from nextvid.encode.latent_stats import mixed
-from nextvid.encode.plan import wanted_clips
+from nextvid.encode.plan import usable_clips
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
@@ -310,7 +310,7 @@ def _lineage(project: Project, chosen: Selection, on_progress: OnProgress) -> It
             first, last = np.searchsorted(rows["batch"], (number, number + 1), sorter=order[frames])
             data = rows["row_id"][order[frames][first:last]].astype(">u8").tobytes()
             ids += [data[start : start + ID_BYTES] for start in range(0, len(data), ID_BYTES)]
-        wanted = wanted_clips(project, batch).filter(pl.col("uses").list.contains("pretrain"))
+        wanted = usable_clips(project, batch).filter(pl.col("uses").list.contains("pretrain"))
         taken = pl.DataFrame({"row_id": ids}, schema={"row_id": pl.Binary})
         lines = wanted.select(Lineage.column_names()).join(taken, on="row_id", how="semi").sort("row_id")
         if lines["row_id"].to_list() != sorted(ids):

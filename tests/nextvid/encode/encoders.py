@@ -1,7 +1,9 @@
-"""An encoder that runs in a process of its own, to be killed (tests/forked.py calls it by name)."""
+"""Encoders that run in processes of their own, to be killed or to race (tests/forked.py calls them by name)."""
 
 import os
+import sys
 import time
+from pathlib import Path
 
 from nextvid.config.project import open_project
 from nextvid.encode.latents import make_latents
@@ -22,3 +24,18 @@ def encode(corpus: str) -> None:
     os.fsync = fsync  # type: ignore[assignment]
     with shards_of_four():
         make_latents(open_project(corpus), FILMS)
+
+
+def race(corpus: str, start: str) -> None:
+    """Make the latents of the films in shards of four rows, once the file `start` is there."""
+    project = open_project(corpus)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    while not Path(start).exists():
+        time.sleep(0.001)
+    with shards_of_four():
+        make_latents(project, FILMS)
+
+
+if __name__ == "__main__":
+    race(*sys.argv[1:])

@@ -117,7 +117,11 @@ class TestCap:
         copy, gone = rows[smallest[0]], rows[smallest[9]]
         record_withdrawal(project.root, gone["media_id"].hex(), [gone["row_id"]])
         corpus.duplicates([doubled(copy, 1, drop=True, reason="test_file")])
-        lost = {row for row in smallest[:10] if rows[row]["shot_id"] == copy["shot_id"]} | {gone["row_id"]}
+        lost = {
+            row
+            for row in smallest[:10]
+            if rows[row]["shot_id"] == copy["shot_id"] or rows[row]["media_id"] == gone["media_id"]
+        }
         first = make_trainset(project)
         assert first.numbers[f"rows_f{FRAMES}"] == 10 - len(lost)
         missing = {batch: plan_encode(project, batch).rows.height for batch in (FILMS, MORE)}

@@ -16,14 +16,16 @@ from nextvid.encode.decode_task import CropBox
 from nextvid.encode.frames import DecodedRow
 from nextvid.encode.latent_stats import moments
 from nextvid.encode.latents import make_latents
-from nextvid.encode.plan import accepted_spec, plan_encode
+from nextvid.encode.plan import accepted_spec, plan_encode, wanted_clips
 from nextvid.making.outcome import Outcome
-from nextvid.making.progress import Progress
+from nextvid.making.progress import Progress, silent
+from storage.digest import digest_file
 from storage.errors import UpstreamError
-from storage.part import LatentPart
+from storage.part import LatentPart, Part
 from storage.seal import read_seal
-from storage.store import LatentStore
+from storage.store import LatentStore, every_store
 from storage.tables import require_checks
+from storage.withdrawn import record_withdrawal
 from tests.factories import clip_row, publish_clips, unchanged
 from tests.nextvid.encode.small_corpus import (
     FILMS,
@@ -365,3 +367,41 @@ def test_one_time_asked_twice_gives_two_equal_frames(tmp_path: Path) -> None:
     assert (frames[2] != frames[1]).any()
     assert frames.shape == (3, 32, 32, 3)
     assert seconds > 0
+
+
+class TestWithdrawn:
+    @pytest.mark.parametrize("late", [False, True], ids=["before its shard is committed", "while it is"])
+    def test_a_file_that_is_withdrawn_meanwhile_leaves_no_bytes(
+        self, tmp_path: Path, cosine_autoencoder: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, late: bool
+    ) -> None:
+        """Neither latents nor pixels: the withdrawal sees what is committed, and the encoder what is withdrawn."""
+        project = begin(tmp_path, cosine_autoencoder, pixels={"quality": 90})
+        media = bytes.fromhex(digest_file(films(tmp_path)[1]))
+        store, clips = LatentStore(project.root, accepted_spec(project)), wanted_clips(project, FILMS)
+        gone = set(clips.filter(pl.col("media_id") == media)["row_id"].to_list())
+        write = LatentPart.write_shard
+
+        def withdraw(*_: object) -> None:
+            record_withdrawal(project.root, media.hex(), gone)
+
+        def withdrawing(self: LatentPart, *given: Any) -> None:
+            withdraw()
+            write(self, *given)
+
+        if late:
+            monkeypatch.setattr(Part, "write_shard", withdrawing)
+        outcome = make_latents(project, FILMS, silent if late else withdraw)
+        assert outcome.passed
+        assert outcome.rows == 8
+        assert len(gone) == 4
+        for one in every_store(project.root):
+            assert one.verify() == []  # withdrawn rows are zeros
+            commits = one.commits(FILMS).filter(pl.col("row_id").is_in(list(gone)))
+            assert commits.height == 4
+            if not late or one.noun == "pixels":
+                assert commits.select("status", "reason").unique().rows() == [("rejected", "withdrawn")]
+        held = stored(project, FILMS)
+        assert all(values.any() == (row not in gone) for row, values in held.items())
+        assert set(wanted_clips(project, FILMS)["row_id"]) == set(held) - gone
+        assert not make_latents(project, FILMS).made
+        assert store.parts(FILMS, F) == [0]

@@ -1,16 +1,19 @@
 """Planning: the spec says what decides bytes and nothing else; rows wanted are the ok rows with a use."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nextvid.config.accepted import accept
 from nextvid.config.project import Project
-from nextvid.encode.plan import accepted_spec, encoding_spec, plan_encode, wanted_clips
+from nextvid.encode.plan import accepted_spec, encoding_spec, open_parts, plan_encode, wanted_clips
 from storage.errors import ConfigError, RefusedError, UpstreamError
-from storage.store import LatentStore
-from tests.factories import clip_row, publish_clips, put_latents
+from storage.part import LatentPart
+from storage.store import LatentStore, Store
+from tests.factories import clip_row, commits, publish_clips, put_latents
 from tests.nextvid.encode.small_corpus import F, write_corpus
 
 FILMS = "films.000000"
@@ -112,3 +115,54 @@ class TestPlan:
     def test_missing_clips_are_named(self, project: Project) -> None:
         with pytest.raises(UpstreamError, match="clips"):
             plan_encode(project, FILMS)
+
+
+def write(part: LatentPart, failed: list[bytes]) -> None:
+    """Commit what a part lacks."""
+    for number in (number for number in range(part.shards) if not part.committed(number)):
+        planned = part.rows_of(number)
+        part.write_shard(
+            number, np.ones((planned.height, *part.spec.row_shape(F)), np.float32), commits(planned, failed)
+        )
+
+
+class TestTwoPlanners:
+    @pytest.mark.parametrize("moment", range(8))
+    @pytest.mark.parametrize("ends", [True, False], ids=["which ends its part", "which has only planned its part"])
+    def test_a_row_is_planned_once_whenever_the_other_one_plans(
+        self, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int, ends: bool
+    ) -> None:
+        """The other one takes its turn at the n-th question that the first asks its store; later ones are not asked."""
+        rows = rows_of(tmp_path, 4)
+        publish_clips(project, FILMS, rows)
+        failed, asked, inside = [rows[1]["row_id"]], 0, False
+        store = LatentStore(project.root, encoding_spec(project))
+        store.create()
+
+        def the_other() -> None:
+            other = LatentStore(project.root, store.spec)
+            if ends:
+                for part in open_parts(project, FILMS, other):
+                    write(part, failed)  # type: ignore[arg-type]
+            else:
+                next(open_parts(project, FILMS, other))
+
+        def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(self: LatentStore, *given: Any, **named: Any) -> Any:
+                nonlocal asked, inside
+                if self is store and not inside and (asked := asked + 1) == moment + 1:
+                    inside = True
+                    the_other()
+                return real(self, *given, **named)
+
+            return call
+
+        for name in ("frames_of", "parts", "unfinished", "commits", "plan_part"):
+            monkeypatch.setattr(Store, name, interrupted(getattr(Store, name)))
+        for part in open_parts(project, FILMS, store):
+            write(part, failed)  # type: ignore[arg-type]
+        planned = [row for part in store.parts_of(FILMS) for row in part.plan["row_id"].to_list()]
+        good = [row for row in planned if row not in failed]
+        assert sorted(good) == sorted(row["row_id"] for row in rows if row["row_id"] not in failed)  # type: ignore[type-var]
+        assert 1 <= planned.count(failed[0]) <= 2  # a planner that begins later tries it again
+        assert plan_encode(project, FILMS).rows["row_id"].to_list() == failed

@@ -1,5 +1,7 @@
 """Several devices: processes on CPU stand in for GPUs, and share a part's shards without writing one twice."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +10,13 @@ import pytest
 from nextvid.config.project import Project
 from nextvid.encode.latents import make_latents
 from nextvid.encode.pipeline import shares
-from nextvid.encode.plan import plan_encode
+from nextvid.encode.plan import accepted_spec, plan_encode
 from nextvid.making.progress import Progress
 from storage.errors import ConfigError
 from storage.shard import ROWS_PER_SHARD
+from storage.store import LatentStore
 from tests.factories import clip_row, publish_clips
-from tests.nextvid.encode.small_corpus import STILLS, stills, stored, write_corpus
+from tests.nextvid.encode.small_corpus import FILMS, STILLS, films, stills, stored, write_corpus
 
 
 def begin(folder: Path, autoencoder: Path, count: int) -> Project:
@@ -67,3 +70,29 @@ def test_sharers_together_take_no_more_cores_than_there_are(monkeypatch: pytest.
         assert workers >= 1
         assert threads >= 1
         assert sharers * (workers + threads) <= 64
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("turn", range(2))
+def test_three_makers_at_once_commit_each_row_once(
+    tmp_path: Path, random_autoencoder: Path, small_shards: None, turn: int
+) -> None:
+    """A file that cannot be decoded among them: whoever begins before the others end does not try it again."""
+    project = write_corpus(tmp_path, random_autoencoder)
+    broken = tmp_path / "films" / "broken.mp4"
+    broken.write_bytes(b"no film")
+    rows = [clip_row(path, index, view) for path in films(tmp_path) for index in range(6) for view in (0, 1)]
+    publish_clips(project, FILMS, [*rows, clip_row(broken, 0)])
+    command = [sys.executable, "-m", "tests.nextvid.encode.encoders", str(project.path), str(tmp_path / "start")]
+    makers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for maker in makers:
+        assert maker.stdout is not None
+        assert maker.stdout.readline() == "ready\n"
+    (tmp_path / "start").touch()
+    said = [maker.communicate(timeout=300)[1] for maker in makers]
+    assert [maker.returncode for maker in makers] == [0, 0, 0], said
+    store = LatentStore(project.root, accepted_spec(project))
+    planned = [row for part in store.parts_of(FILMS) for row in part.plan["row_id"].to_list()]
+    good = [row["row_id"] for row in rows]
+    assert sorted(row for row in planned if row in set(good)) == sorted(good)
+    assert [problem for problem in store.verify(FILMS) if not problem.file.endswith(".partial")] == []

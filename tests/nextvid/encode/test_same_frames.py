@@ -207,8 +207,8 @@ class TestLyingDecoder:
         )
         assert make_latents(project, FILMS).rows == 6
         stored = LatentStore(project.root, accepted_spec(project)).commits(FILMS)
-        nothing, nobody = Duplicates.create_empty(), pl.Series([], dtype=pl.Binary)
-        kept, lost = rows_of(wanted_clips(project, FILMS), stored, nothing, nobody, pl.lit(value=True))
+        nothing = Duplicates.create_empty()
+        kept, lost = rows_of(wanted_clips(project, FILMS), stored, nothing, pl.lit(False), pl.lit(True))
         assert set(kept["uri"]) == {str(other)}
         assert dict(lost.group_by("why").len().iter_rows()) == {"unstable": 6}
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.encode.latent_stats import make_latent_stats, mixed, moments, united
-from nextvid.encode.plan import encoding_spec, wanted_clips
+from nextvid.encode.plan import encoding_spec, usable_clips
 from nextvid.making.publishing import read_latest
 from nextvid.trainset import selection, trainset
 from nextvid.trainset.trainset import Trainset, make_trainset
@@ -115,11 +115,20 @@ class TestRows:
         gone = corpus.row(FILMS, 0)
         record_withdrawal(corpus.project.root, gone["media_id"].hex(), [gone["row_id"]])
         second = make_trainset(corpus.project)
-        assert second.rows == 15
+        assert second.rows == 14  # every clip of the file, also one that the record does not name
         assert second.digest != first.digest
         assert gone["row_id"] not in Trainset.open(corpus.project.root).lineage()["row_id"].to_list()
         said = atomic.read_json(f"{corpus.project.root.pointed('trainset', str(second.digest))}/trainset.json")
         assert said["parent"] == first.digest
+
+    def test_a_file_that_is_withdrawn_before_it_is_encoded_keeps_no_batch_back(self, corpus: Corpus) -> None:
+        """Clips that were cut after the record was written are not named in it; their file is."""
+        corpus.clips(FILMS, corpus.rows(FILMS, 11))
+        corpus.duplicates()
+        record_withdrawal(corpus.project.root, corpus.row(FILMS, 10)["media_id"].hex(), [])
+        outcome = make_trainset(corpus.project)
+        assert outcome.rows == 16
+        assert outcome.numbers["dropped_withdrawn"] == 1
 
     def test_nothing_left_is_an_error_that_says_why(self, corpus: Corpus) -> None:
         for batch, count in ((FILMS, 10), (STILLS, 6)):
@@ -142,7 +151,7 @@ class TestRows:
     def test_a_batch_that_changes_while_it_is_frozen_stops_it(
         self, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(trainset, "wanted_clips", lambda *given: wanted_clips(*given)[1:])
+        monkeypatch.setattr(trainset, "usable_clips", lambda *given: usable_clips(*given)[1:])
         with pytest.raises(ConflictError, match=f"batch {FILMS} changed"):
             make_trainset(corpus.project)
         assert read_latest(corpus.project.root, "trainset") is None
