@@ -19,7 +19,7 @@ from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
 from nextvid.making.progress import SHOWING, Lines, OnProgress, Progress
 from storage import atomic
-from storage.errors import NExTVidError
+from storage.limits import explained
 from storage.root import Table
 from storage.tables import read_table
 
@@ -40,10 +40,10 @@ def readable_errors() -> Iterator[None]:
         yield
     except dg.Failure:
         raise
-    except NExTVidError as error:
-        raise dg.Failure(description=f"{error.kind}: {error}", allow_retries=False) from error
     except Exception as error:
-        raise dg.Failure(description=f"{type(error).__name__}: {error}", allow_retries=False) from error
+        known = explained(error)
+        said = f"{type(error).__name__}: {error}" if known is None else f"{known.kind}: {known}"
+        raise dg.Failure(description=said, allow_retries=False) from error
 
 
 def result(outcome: Outcome) -> dg.MaterializeResult:  # type: ignore[type-arg]

@@ -20,7 +20,8 @@ from nextvid.graph import Asset
 from nextvid.make import Request, make
 from nextvid.making.outcome import Outcome, line, to_look_at
 from nextvid.making.progress import shown
-from storage.errors import ConfigError, NExTVidError, exit_code
+from storage.errors import ConfigError, exit_code
+from storage.limits import explained
 
 
 @app.command(name="make")
@@ -304,9 +305,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except NExTVidError as error:
-        print(f"{error.kind}: {error}", file=sys.stderr)
-        sys.exit(exit_code(error))
-    except OSError as error:
-        print(f"system: {error}; what was written before is complete: run the command again", file=sys.stderr)
-        sys.exit(exit_code(error))
+    except Exception as error:
+        if (known := explained(error)) is None:
+            raise
+        print(f"{known.kind}: {known}", file=sys.stderr)
+        sys.exit(exit_code(known))

@@ -21,7 +21,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nextvid.stopping import OUTSIDE
-from storage.errors import LOST, ConfigError, NExTVidError, RefusedError, exit_code
+from storage.errors import LOST, ConfigError, RefusedError, exit_code
+from storage.limits import explained
 from storage.locks import locked_or_holder
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -159,12 +160,11 @@ def run_rank(main: Callable[..., None], module: str) -> None:
 
     try:
         tyro.cli(main, prog=f"python -m {module}")
-    except NExTVidError as error:
-        sys.stderr.write(f"{error.kind}: {error}\n")
-        sys.exit(exit_code(error))
-    except OSError as error:
-        sys.stderr.write(f"system: {error}\n")
-        sys.exit(exit_code(error))
+    except Exception as error:
+        if (known := explained(error)) is None:
+            raise
+        sys.stderr.write(f"{known.kind}: {known}\n")
+        sys.exit(exit_code(known))
 
 
 def die_with(launcher: int) -> None:

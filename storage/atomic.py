@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from storage import remote
-from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UnwritableError, UpstreamError
+from storage.errors import (
+    ConfigError,
+    ConflictError,
+    DamagedError,
+    NExTVidError,
+    StoreError,
+    UnwritableError,
+    UpstreamError,
+)
+from storage.limits import GO_ON, code_of, limit_met
 from storage.remote import is_local
 
 SUFFIX = ".partial"
@@ -104,11 +113,11 @@ def staged_file(path: str, *, exclusive: bool = False) -> Iterator[Path]:
     """A temporary local file that becomes `path` when the block ends well and vanishes when it does not.
 
     The block writes and closes the file; bytes and folder are synced here. With `exclusive` a taken name is a
-    ConflictError, a place where nothing may be written an UnwritableError. Any other OSError of the system (no space, a
-    broken disk) passes through, the old bytes untouched.
+    ConflictError, a place where nothing may be written or nothing has room an UnwritableError. Any other OSError of the
+    system (a broken disk) passes through. The old bytes are untouched.
     """
     if not is_local(path):
-        with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
+        with tempfile.TemporaryDirectory(prefix="nextvid-") as folder, writing(f"{folder}/staged"):
             temporary = Path(folder) / "staged"
             yield temporary
             remote.put(path, temporary, exclusive=exclusive)
@@ -173,7 +182,8 @@ def staged_folder(path: str, *, last: str | None = None, over: bool = False) -> 
         if last is None:
             raise ConfigError(f"{path} is on an object store: this folder must be on a file system")
         with tempfile.TemporaryDirectory(prefix="nextvid-") as folder:
-            yield Path(folder)
+            with writing(f"{folder}/staged"):
+                yield Path(folder)
             if not over and exists(f"{path}/{last}"):
                 raise ConflictError(f"{path} exists already")
             for name in _names(Path(folder), last):
@@ -220,21 +230,27 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Whatever the block does to write `path`: UnwritableError where the system forbids it.
+    """Whatever the block does to write `path`: UnwritableError where the system forbids it or has no room.
 
     What it forbids elsewhere, such as reading a file of somebody else's, passes through.
     """
     try:
         yield
-    except OSError as error:
-        why, target = _FORBIDDEN.get(error.errno or 0), _local(path)
+    except NExTVidError:
+        raise
+    except Exception as error:  # of any library that writes the file
+        target = _local(path)
         folder = next(above for above in target.parents if above.exists() or above == above.parent)
-        if why is None or not (error.filename is None or Path(error.filename).is_relative_to(folder)):
-            raise
-        raise UnwritableError(
-            f"{path} cannot be written: {folder} {why}. Make it writable for this user, or name another folder, "
-            "and run again; everything written before is complete"
-        ) from error
+        named = error.filename if isinstance(error, OSError) else None
+        here = named is None or Path(named).is_relative_to(folder)
+        if here and (why := _FORBIDDEN.get(code_of(error) or 0)):
+            raise UnwritableError(
+                f"{path} cannot be written: {folder} {why}. Make it writable for this user, or name another folder, "
+                f"{GO_ON}"
+            ) from error
+        if (met := limit_met(error, path if here else str(named))) is not None:
+            raise met from error
+        raise
 
 
 def zero(path: str, extents: Sequence[tuple[int, int]]) -> None:

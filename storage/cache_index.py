@@ -17,6 +17,7 @@ from pathlib import Path
 from storage import atomic
 from storage.digest import digest
 from storage.errors import ConfigError, UnwritableError
+from storage.limits import limit_met
 from storage.locks import is_locked
 
 NAME = "index.sqlite"
@@ -173,7 +174,9 @@ class Index:
                 if db.in_transaction:
                     db.execute("COMMIT")  # left out by an error, SQLite rolls back
         except sqlite3.OperationalError as error:
-            raise UnwritableError(f"{path}: {error}") from error
+            raise limit_met(error, str(path)) or UnwritableError(
+                f"{path}: {error}. Let this user write there, or name another cache.folder"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise ConfigError(
                 f"{path} is damaged or no index of copies ({error}): remove it, it is made again"

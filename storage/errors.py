@@ -8,7 +8,8 @@
     +-- StoreError       store       a latent store is not what its metadata says
     |   +-- DamagedError damaged     bytes differ from their checksum, or a committed shard is missing or short
     |   +-- ConflictError conflict   somebody else created this name first (also FileExistsError)
-    +-- UnwritableError  unwritable  the system allows no writing there (also OSError)
+    +-- UnwritableError  unwritable  the system allows no writing there: no permission, no room (also OSError)
+    +-- MachineError     system      memory, open files or processes are used up, or a file's disk fails
     +-- UpstreamError    upstream    what this step reads is missing or failed its checks
     +-- RefusedError     refused     a run, checkpoint or trainset does not fit what was asked
     +-- LostError        lost        a process or machine of the same work is gone: starting again resumes
@@ -77,9 +78,15 @@ class ConflictError(StoreError, FileExistsError):
 
 
 class UnwritableError(NExTVidError, OSError):
-    """A read-only disk, no permission to write, or a disk that keeps no more copies; nothing was written."""
+    """A read-only disk, no permission to write, or no room; what was there before is as it was."""
 
     kind = "unwritable"
+
+
+class MachineError(NExTVidError):
+    """The system gives no more memory, open files or processes, or refuses a file; running again goes on."""
+
+    kind = "system"
 
 
 class UpstreamError(NExTVidError):
@@ -112,7 +119,7 @@ def exit_code(error: NExTVidError | OSError) -> int:
             return 3
         case DamagedError() | TableError():
             return 4
-        case UnwritableError():
+        case UnwritableError() | MachineError():
             return 5
         case LostError():
             return LOST

@@ -22,6 +22,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from storage.errors import ConfigError, ConflictError, DamagedError, NExTVidError, StoreError
+from storage.limits import limit_met
 
 EXCLUSIVE = "exclusive"  # the name of an object below a root that no writer may replace
 _creates_exclusively: set[str] = set()  # roots whose store was asked
@@ -113,6 +114,8 @@ def ask(path: str, question: Callable[[AbstractFileSystem, str], Answer]) -> Ans
         except (FileExistsError, NotADirectoryError, IsADirectoryError, NExTVidError):
             raise
         except Exception as error:  # each client raises classes of its own
+            if isinstance(error, (OSError, MemoryError)) and (met := limit_met(error)) is not None:
+                raise met from error  # of this machine, such as a disk that is full of copies
             if not _passing(error):
                 raise _explained(path, error) from error
             wait_s = patience.wait_s(error)

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import mmap
-import os
 import re
 import tempfile
 import zipfile
@@ -36,7 +35,6 @@ _BLANK = b"crc32c=00000000"
 _FIELD = re.compile(rb"crc32c=[0-9a-f]{8}")
 _NOT_WRITTEN = "Nothing was written: what is to be stored is at fault, not the disk; please report it"
 _OTHER_WRITER = "Another version or program wrote it: remove it and make it again"
-_REFUSED = re.compile(r"\(os error ([0-9]+)\)")  # how Rust's standard library writes an error of the system
 
 
 def write_table(path: str, frame: pl.DataFrame, schema: type[dy.Schema]) -> None:
@@ -80,13 +78,7 @@ def write_tables(path: str, frames: Iterable[pl.DataFrame], schema: type[dy.Sche
             parts.append(f"{folder}/{number}.parquet")
             write_table(parts[-1], frame, schema)
         with atomic.staged_file(path) as temporary:
-            try:
-                pl.scan_parquet(parts).sink_parquet(temporary, metadata={_KEY: _BLANK.decode()})
-            except PolarsError as error:
-                if refused := _REFUSED.search(str(error)):  # as it was before polars made a text of it
-                    code = int(refused.group(1))
-                    raise OSError(code, os.strerror(code), str(temporary)) from error
-                raise
+            pl.scan_parquet(parts).sink_parquet(temporary, metadata={_KEY: _BLANK.decode()})
             found = crc32c(np.memmap(temporary, np.uint8, "r"))
             with atomic.naming(temporary), temporary.open("r+b") as file:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:

@@ -32,6 +32,7 @@ from nextvid.making.progress import OnProgress, Progress, noting, silent
 from nextvid.video.sandbox import Spawn
 from storage.atomic import publish_bytes
 from storage.errors import StoreError
+from storage.limits import KILLED
 from storage.part import LatentPart
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
@@ -142,7 +143,7 @@ def _dealt(pools: Sequence[ProcessPoolExecutor], part: LatentPart) -> Report:
             report += future.result()
         except BrokenProcessPool as error:
             raise StoreError(
-                f"a process that encoded {part.batch} died ({error}); what it committed is kept: make 'latents' again"
+                f"a process that encoded {part.batch} died; what it committed is kept: make 'latents' again; {KILLED}"
             ) from error
         except StoreError as error:
             errors.append(error)

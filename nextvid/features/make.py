@@ -28,6 +28,7 @@ from nextvid.video.sandbox import Spawn
 from storage import remote
 from storage.digest import digest_file
 from storage.errors import CorpusError, RefusedError, StoreError
+from storage.limits import KILLED
 from storage.locks import locked_or_holder
 from storage.remote import is_local
 
@@ -180,7 +181,9 @@ def _extract_on(
         for future in running:
             future.result()
     except BrokenProcessPool as error:
-        raise StoreError(f"a process died ({error}); what it finished is kept: run the same command again") from error
+        raise StoreError(
+            f"a process died; what it finished is kept: run the same command again; {KILLED} (--batch, --ranks)"
+        ) from error
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)

@@ -26,6 +26,7 @@ from nextvid.machine import VISIBLE, WATCH_S, Tell, available_cores, launcher_id
 from storage import atomic
 from storage.digest import digest
 from storage.errors import LOST, ConfigError, ConflictError, LostError, NExTVidError, RefusedError
+from storage.limits import KILLED
 
 GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
 # our choice: torchrun ends its other ranks in less. Where it asks a machine that is silent for the state of the others,
@@ -34,7 +35,8 @@ AGENT_S = 40.0
 LOG = "trainer.log"
 STDERR = 2  # the trainer's progress goes to stderr: stdout is for the command's result
 # What a process of ours ended with (nextvid/machine.py, `run_rank`)
-SAID = re.compile(r"^(config|corpus|upstream|damaged|table|conflict|refused|system|lost): (.*)$", re.M)
+KINDS = "config|corpus|upstream|damaged|table|store|conflict|unwritable|refused|system|lost"
+SAID = re.compile(rf"^({KINDS}): (.*)$", re.M)
 # torchrun's summary of a rank that a signal ended first: "exitcode  : -9 (pid: 4711)" (torch.distributed.elastic)
 SIGNALLED = re.compile(r"Root Cause[^:]*:.*?exitcode\s*: (-?\d+)", re.S)
 # glibc keeps freed pages: 3.30 instead of 4.04 s for 11 steps of `demo`, 2 cores
@@ -170,7 +172,10 @@ def why(prepared: PreparedRun, code: int, output: str) -> NExTVidError:
         )
     first = SIGNALLED.search(output)
     if (signalled := min(code, int(first[1]) if first else 0)) < 0:
-        return LostError(f"{title}: signal {-signalled} ended a rank, see {prepared.log}; asking again resumes it")
+        killed = f"; {KILLED} (`how.micro_batch`, `ranks`)" if -signalled == signal.SIGKILL else ""
+        return LostError(
+            f"{title}: signal {-signalled} ended a rank, see {prepared.log}; asking again resumes it{killed}"
+        )
     kind, said = reported(output) or ("", f"see {prepared.log}")
     if kind == "conflict":  # another process is at work on the same run; asking again would meet it again
         return ConflictError(f"{title}: {said}")

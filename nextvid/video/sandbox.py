@@ -6,6 +6,7 @@ inherited locks, no torch, no `__main__`), and start in 0.1 to 0.4 s beside othe
 process, since processes that share a pipe can damage it for each other by dying. worker.py sets the limits.
 """
 
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,6 +23,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from nextvid.video import worker
 from storage.errors import MediaError
+from storage.limits import KILLED
 
 T = TypeVar("T")
 Arguments = TypeVar("Arguments", bound=tuple[object, ...])
@@ -128,7 +130,8 @@ def _outcome(task: "ProcessFuture[worker.Outcome]", timeout_s: float) -> worker.
     except (FutureTimeoutError, TimeoutError):
         raise MediaError("timeout", f"took longer than {timeout_s} s and was stopped") from None
     except ProcessExpired as error:
-        raise MediaError("crashed", f"the process that read it died with exit code {error.exitcode}") from None
+        killed = f"; {KILLED}" if error.exitcode == -signal.SIGKILL else ""
+        raise MediaError("crashed", f"the process that read it died with exit code {error.exitcode}{killed}") from None
     except BrokenProcessPool as error:
         raise MediaError("crashed", f"the process that read it died: {error}") from None
 

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from storage import atomic
-from storage.errors import ConfigError, ConflictError, DamagedError, StoreError, UpstreamError
+from storage.errors import (
+    ConfigError,
+    ConflictError,
+    DamagedError,
+    StoreError,
+    UnwritableError,
+    UpstreamError,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -129,10 +136,10 @@ def test_a_full_disk_leaves_the_old_bytes(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with pytest.raises(UnwritableError, match=f"{target} cannot be written: its disk is full .* are free at") as caught:
         act(str(target), b"new" * 1000)
     monkeypatch.undo()
-    assert caught.value.filename is not None
+    assert caught.value.errno == errno.ENOSPC
     assert (tmp_path / "table").read_bytes() == b"old"
     assert names(tmp_path) == ["table"]
 
@@ -148,7 +155,7 @@ def test_a_disk_that_fills_after_some_bytes(tmp_path: Path, monkeypatch: pytest.
         return sizes[-1]
 
     monkeypatch.setattr(os, "write", short)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UnwritableError, match="disk is full"):
         atomic.publish_bytes(str(tmp_path / "table"), b"0123456789abcdef")
     assert sizes == [5, 5]
     assert names(tmp_path) == []

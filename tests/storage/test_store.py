@@ -353,7 +353,7 @@ def test_a_full_disk_leaves_no_commit(data_root: DataRoot, monkeypatch: pytest.M
         real(path)
 
     monkeypatch.setattr(atomic, "_sync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="cannot be written: its disk is full"):
         write(part, 0)
     monkeypatch.undo()
     assert not part.committed(0)

@@ -250,7 +250,7 @@ def write_here(folder: str) -> None:
                 write(str(staged))
         except OSError as error:
             left = [path.name for path in Path(folder).iterdir()]
-            sys.stdout.write(f"{name} {error.errno} {error.filename is not None} {left}\n")
+            sys.stdout.write(f"{name} {error.errno} {folder in str(error)} {left}\n")
 
 
 def test_a_full_disk(tmp_path: Path, repository: Path) -> None:

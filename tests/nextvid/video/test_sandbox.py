@@ -1,5 +1,6 @@
 """A hang, a crash and a memory hog cost one task each; the next task works, and nothing stays behind."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from nextvid.video.probe import probe
 from nextvid.video.sandbox import Sandbox
-from storage.errors import MediaError
+from storage.errors import MachineError, MediaError, UnwritableError
 from tests.nextvid.video.film import write_barcodes
 
 GIB = 1 << 30
@@ -99,6 +100,26 @@ def test_open_files_are_limited(sandbox: Sandbox) -> None:
 
     soft, _ = sandbox.call(resource.getrlimit, resource.RLIMIT_NOFILE, timeout_s=30)
     assert soft <= 256
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.ENFILE])
+def test_no_file_is_blamed_for_a_limit_of_the_machine(sandbox: Sandbox, code: int) -> None:
+    with pytest.raises((UnwritableError, MachineError), match="and run again"):
+        sandbox.call(unreadable, code, timeout_s=30)
+
+
+def test_limits_that_a_sandbox_sets_are_met_by_files(sandbox: Sandbox) -> None:
+    with pytest.raises(MediaError) as caught:
+        sandbox.call(unreadable, errno.EMFILE, timeout_s=30)
+    assert caught.value.reason == "unreadable"
+
+
+def unreadable(code: int) -> None:
+    """What a reader makes of an answer of the system."""
+    try:
+        raise OSError(code, os.strerror(code), "/a/b.mp4")
+    except OSError as error:
+        raise MediaError("unreadable", str(error)) from None
 
 
 def test_map_gives_every_item_its_result_or_error(tmp_path: Path) -> None:
