@@ -28,8 +28,10 @@ from nextvid.stopping import when_stopped
 from nextvid.train.events import read_events
 from orchestration.definitions import build_defs
 from orchestration.sensors import apply_partitions, observation
+from storage import atomic
 from storage.atomic import exists, publish_json, read_json
-from storage.errors import NExTVidError
+from storage.limits import explained
+from storage.locks import locked_or_holder
 from storage.schemas import Clips, Media, Shots
 from storage.tables import read_tables
 
@@ -74,11 +76,17 @@ class Totals:
 def run_demo() -> None:
     """Make the demo; an error ends the program with what to do."""
     try:
-        make_demo()
-    except NExTVidError as error:
-        sys.exit(f"{error.kind}: {error}\n{WHAT_TO_DO}")
-    except OSError as error:
-        sys.exit(f"system: {error}\n{WHAT_TO_DO}")
+        root = Path(open_project().root.url)
+        with atomic.writing(str(root)):
+            atomic.make_folder(root)
+        with locked_or_holder(root / "demo.lock", who="make demo") as holder:
+            if holder is not None:
+                sys.exit(f"conflict: process {holder} is at work on {root}: wait until it has ended")
+            make_demo()
+    except Exception as error:
+        if (known := explained(error)) is None:
+            raise
+        sys.exit(f"{known.kind}: {known}\n{WHAT_TO_DO}")
 
 
 def make_demo() -> None:
