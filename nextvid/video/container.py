@@ -48,17 +48,13 @@ class Video:
     decoder: VideoCodecContext
     time_base: Fraction  # seconds a tick of the stream's timestamps
     codec: str
+    stored_size: tuple[int, int]  # (width, height) of frames by the header; the codec's own is that of the last frame
 
     @property
     def family(self) -> str:
         """Short name of the container: mp4, matroska, avi, mpegts, ... ."""
         name = self.container.format.name
         return {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "matroska"}.get(name, name.split(",")[0])
-
-    @property
-    def stored_size(self) -> tuple[int, int]:
-        """(width, height) of stored frames by the header, wherever decoding begins."""
-        return self.stream.codec_context.width, self.stream.codec_context.height
 
     @property
     def seekable(self) -> bool:
@@ -103,7 +99,8 @@ def opened(path: Path, *, strict: bool) -> Iterator[Video]:
         decoder.thread_type = "NONE"
         decoder.thread_count = 1  # a worker has one core
         decoder.options = {"err_detect": ERROR_DETECTION + (STRICT if strict else "")}
-        yield Video(container, stream, decoder, stream.time_base, codec)
+        size = (stream.codec_context.width, stream.codec_context.height)
+        yield Video(container, stream, decoder, stream.time_base, codec, size)
     except MemoryError:
         raise
     except (av.FFmpegError, OverflowError, UnicodeError) as error:
