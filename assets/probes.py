@@ -23,7 +23,7 @@ def probes(
 
     def make(opened: Project, recipe: str, run: str | None = None) -> Outcome:
         started = time.perf_counter()
-        planned = plan_probes(opened, recipe, run, config.benchmarks, config.checkpoint or None)
+        planned = plan_probes(opened, recipe, run, config.benchmarks, config.checkpoint)
         made = bool(planned.missing)
         if made:
             device = opened.corpus.execution.device

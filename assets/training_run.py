@@ -36,9 +36,10 @@ class WhichScores(WhichRun):
     """Options in the launchpad of `probes`."""
 
     benchmarks: list[str] = Field(default=[], description="Benchmarks of corpus.yaml; empty: all of them")
-    checkpoint: int = Field(
-        default=0,
-        description="Step of the run's checkpoint; 0: the newest. A run that `run_id` names need not have ended",
+    checkpoint: int | None = Field(
+        default=None,
+        description="Step of the run's checkpoint; without one the newest. A run that `run_id` names need not have "
+        "ended",
     )
     how: dict[str, Any] = Field(default={}, description="How they are computed, such as `ranks: 8` or `device: cpu`")
 

@@ -106,6 +106,10 @@ class BenchmarkConfig(Strict):
     """
 
     model_config = ConfigDict(json_schema_extra=_by_protocol)
+    YOUNGER = frozenset(
+        {"sweep", "attention_heads", "held_out", "augment", "test_crop", "levels", "train_views", "judged", "limit"}
+        | {"finetune"}
+    )
 
     datasets: tuple[str, ...] = Field(min_length=1, description="names of the datasets whose clips are probed")
     protocol: Literal["k400", "in1k", "ssv2", "diving48", "finetune"] | None = Field(
@@ -203,20 +207,7 @@ class BenchmarkConfig(Strict):
 
     def values(self) -> dict[str, Any]:
         """What a score depends on, as plain values, by whatever name or protocol it was written."""
-        younger = {
-            "sweep",
-            "attention_heads",
-            "held_out",
-            "augment",
-            "test_crop",
-            "levels",
-            "train_views",
-            "judged",
-            "limit",
-            "finetune",
-        }  # than scores that are kept
-        found, fields = self.model_dump(mode="json", exclude={"protocol"}), type(self).model_fields
-        return {k: v for k, v in found.items() if k not in younger or getattr(self, k) != fields[k].default}
+        return self.digested(exclude={"protocol"})
 
 
 Family = Literal["vjepa2", "dinov2", "dinov3", "videomae", "vit_mae", "pixels", "latents"]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from nextvid.config.benchmarks import BenchmarkConfig, ProbedEncoderConfig
-from nextvid.config.datasets import CurationConfig, DatasetConfig, LabelConfig, SplitConfig
+from nextvid.config.datasets import CurationConfig, DatasetConfig, SplitConfig
 from nextvid.config.strict import AtLeastZero, Count, Share, Strict, parse
 from nextvid.config.yaml_file import read_yaml
 from storage.digest import digest_config
@@ -146,28 +146,19 @@ class CorpusConfig(Strict):
         With `dataset`, of what decides that one's rows: another dataset comes and goes without it.
         """
         datasets = {
-            n: d.model_dump(mode="json", include={"clips", "clips_per_media", "split", "labels", "licences"})
+            n: d.digested({"clips", "clips_per_media", "split", "labels", "licences"})
             for n, d in self.datasets.items()
             if dataset in (None, n)
         }
         for value in datasets.values():
             for place in ("file", "files", "path_base"):  # a path changes no row; its content belongs to the listing
                 value["labels"].pop(place)
-            if value["labels"]["clock"] == LabelConfig().clock:
-                value["labels"].pop("clock")  # younger than digests that are accepted, as are the licences
-            if value["labels"]["licence_column"] is None:
-                value["labels"].pop("licence_column")
-            if not value["licences"]:
-                value.pop("licences")
         benchmarks = {
-            n: b.model_dump(mode="json", include={"target", "policy"})
-            | {"datasets": [name for name in b.datasets if name in datasets]}
+            n: b.digested({"target", "policy"}) | {"datasets": [name for name in b.datasets if name in datasets]}
             for n, b in self.benchmarks.items()
             if datasets.keys() & set(b.datasets)
         }
-        return digest_config(
-            {"curation": self.curation.model_dump(mode="json"), "datasets": datasets, "benchmarks": benchmarks}
-        )
+        return digest_config({"curation": self.curation.digested(), "datasets": datasets, "benchmarks": benchmarks})
 
 
 def corpus_path(given: str | None = None) -> Path:

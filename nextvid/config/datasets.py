@@ -1,8 +1,8 @@
 """The blocks of corpus.yaml that decide rows: `datasets`, and `curation` of shots and near-duplicates."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nextvid.config.strict import AtLeastZero, Count, Positive, Share, Strict
 
@@ -14,6 +14,7 @@ Threshold = Annotated[float, Field(allow_inf_nan=False)] | None
 class ClipPolicy(Strict):
     """How clips are cut from a shot: F frames at `fps` or every `stride`-th source frame."""
 
+    YOUNGER = frozenset({"cut_from"})
     frames: Count = Field(description="frames of a clip; 1 for images")
     fps: Positive | None = Field(None, description="frames a second; a clip of several names this or `stride`")
     stride: Count | None = Field(None, description="every how many source frames, in the place of `fps`")
@@ -51,12 +52,6 @@ class ClipPolicy(Strict):
             raise ValueError(f"crop 'centre' has 1 or 3 views, not {self.views}")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_younger_default(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Digests of policies that are accepted know no `cut_from`, which is younger."""
-        found: dict[str, Any] = values(self)
-        return {name: value for name, value in found.items() if name != "cut_from" or value != "shot"}
-
 
 class SplitConfig(Strict):
     """Shares of the split by hash, for files without an official split; the rest is train.
@@ -83,6 +78,7 @@ class LabelConfig(Strict):
     as classes), diving48 (json; the vocabulary as classes), internvid (jsonl, a caption a span).
     """
 
+    YOUNGER = frozenset({"clock", "licence_column"})
     layout: Literal["none", "folders", "csv", "imagenet", "kinetics400", "ssv2", "diving48", "internvid"] = Field(
         "none", description="how labels are written, see above"
     )
@@ -153,6 +149,7 @@ class LabelConfig(Strict):
 class DatasetConfig(Strict):
     """One dataset. With a weight it is pretrained on, by its clip policies; benchmarks name it for probing."""
 
+    YOUNGER = frozenset({"licences"})
     uri: str = Field(description="folder or fsspec URL of the files, relative to corpus.yaml")
     follow_links: tuple[str, ...] = Field(
         (),

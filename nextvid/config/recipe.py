@@ -10,7 +10,6 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from nextvid.config.strict import Count, Positive, Share, Strict, Weight
-from storage.digest import digest_config
 from storage.errors import ConfigError as ConfigError  # re-exported: nextvid.model imports no storage
 
 
@@ -149,6 +148,7 @@ class SpikeConfig(Strict):
 class OptimConfig(Strict):
     """AdamW, gradient clipping and the average of the weights (Tab. 8, docs/method.md 7)."""
 
+    YOUNGER = frozenset({"spikes"})
     beta1: Share = Field(0.9, description="AdamW's first beta")
     beta2: Share = Field(0.95, description="AdamW's second beta")
     eps: Weight = Field(1e-8, description="AdamW's epsilon")
@@ -219,6 +219,7 @@ class StageConfig(Strict):
 class RecipeConfig(Strict):
     """A complete training configuration. Every field is part of its digest, `init` where it is given."""
 
+    YOUNGER = frozenset({"init"})
     name: str = Field(description="name of the recipe")
     model: ModelConfig = Field(ModelConfig(), description="the model")
     masks: MaskConfig = Field(MaskConfig(), description="the masks")
@@ -253,14 +254,6 @@ class RecipeConfig(Strict):
         if problems := list(_disagreements(self)):
             raise ValueError("; ".join(problems))
         return self
-
-    def digest(self) -> str:
-        """As of any configuration; fields that came later are part of it only where they are set, so runs keep ids."""
-        values = self.model_dump(mode="json")
-        for holder, name in ((values, "init"), (values["optim"], "spikes")):
-            if holder[name] is None:
-                del holder[name]
-        return digest_config(values)
 
     @property
     def steps(self) -> int:

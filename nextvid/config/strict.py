@@ -6,9 +6,17 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from pydantic_core import ErrorDetails
 
 from storage.digest import digest_config
@@ -22,6 +30,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 SHOWN_PROBLEMS = 10
+DIGESTED: dict[str, Any] = {}  # the context of `Strict.digested`
 CREDENTIALS = re.compile(r"://[^/\s]*@")  # of a URL: messages end in logs
 
 
@@ -29,10 +38,28 @@ class Strict(BaseModel):
     """Base of every configuration: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    YOUNGER: ClassVar[frozenset[str]] = frozenset()  # fields that came after digests were kept
+
+    @model_serializer(mode="wrap")
+    def _values(self, values: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """All fields; for digests without the younger ones that have their defaults, so that kept digests stay."""
+        found: dict[str, Any] = values(self)
+        if info.context is not DIGESTED:
+            return found
+        plain = {
+            name
+            for name in self.YOUNGER
+            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True)
+        }
+        return {name: value for name, value in found.items() if name not in plain}
+
+    def digested(self, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
+        """The plain values that a digest is of, all of them or of some fields."""
+        return self.model_dump(mode="json", include=include, exclude=exclude, context=DIGESTED)
 
     def digest(self) -> str:
         """Id of this configuration: canonical JSON with floats as `repr`."""
-        return digest_config(self.model_dump(mode="json"))
+        return digest_config(self.digested())
 
 
 def parse(model: type[Model], values: Mapping[str, Any], where: str) -> Model:

@@ -34,8 +34,7 @@ from nextvid.features.windows import Windows
 from nextvid.model.encoder import Encoder
 from nextvid.model.incremental import IncrementalEncoder
 from nextvid.model.tokens import latent_tokens, normalise, pixel_tokens, pixel_values, space_to_depth
-from nextvid.train.checkpoint import fill, load_tensors
-from nextvid.train.export import AUTOENCODER, CONFIG, REMEDY, WEIGHTS, check_files, publish_config, read_config
+from nextvid.train.export import AUTOENCODER, CONFIG, REMEDY, WEIGHTS, publish_config, read_config, read_weights
 from storage import atomic
 from storage.errors import ConfigError, ConflictError, DamagedError, MediaError, RefusedError, UpstreamError
 
@@ -363,13 +362,16 @@ def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
     folder = Path(path)
     config = read_config(folder)
     facts = facts_of(config, f"{folder}/{CONFIG}")
-    check_files(folder, config)
-    tensors = load_tensors(folder / WEIGHTS)
+    tensors = read_weights(folder, config)
     model = facts.model.model_copy(update={"attention": "loop"})  # which every device has; the results agree
     if absent := {"mean", "std"} - tensors.keys():
         raise DamagedError(f"{folder / WEIGHTS} has no {' and no '.join(sorted(absent))}; {REMEDY}")
     found = NExTVidEncoder(model, tensors["mean"], tensors["std"])
-    fill(found, folder / WEIGHTS)
+    try:
+        found.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()[:200]
+        raise DamagedError(f"{folder / WEIGHTS} is of another model than {CONFIG} says: {first}; {REMEDY}") from None
     if facts.carries_autoencoder:
         found.autoencoder = Autoencoder.load(folder / AUTOENCODER, device, facts.precision)
         if found.autoencoder.digest != facts.encoded_by:

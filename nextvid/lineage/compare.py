@@ -1,9 +1,11 @@
 """Runs side by side: fields of config.json and of scores in which they differ, and accuracy by the encoder's size.
 
 Records are read as flat fields with dotted names, whose values are compared. Scores are comparable only over the same
-rows, so a score is named by benchmark and rows digest; where a run has no such score, its place is empty.
+rows, so a score is named by benchmark and rows digest; where a run has no such score, its place is empty. Where a run
+has several, as with frozen and fine-tuned encoders, the digest of how heads learned is part of the name.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,14 @@ from nextvid.config.recipe import draws_before
 from nextvid.lineage.trace import RunFacts, runs_of, scores_of
 from nextvid.train.run import CONFIG, open_run
 from storage.atomic import read_json
+from storage.digest import digest_config
 from storage.errors import ConfigError
 from storage.root import DataRoot
 
 # Fields of scores that are in config.json too, or are no result.
 NOT_COMPARED = ("run", "recipe_digest", "checkpoint", "seconds", "trainset", "mask_plan", "recipe")
+# Fields that say how a score was made: scores of one run that differ in them are all kept.
+HOW = ("settings", "seeds", "neighbours", "finetune", "levels", "judged", "train_views", "limit")
 ROWS_DIGITS = 12  # as many as a run id has: enough to tell rows apart on a line
 
 
@@ -74,7 +79,7 @@ def compare(project: Project, runs: Sequence[str]) -> Comparison:
         raise ConfigError("name two runs or more to compare")
     found = [find(project, run) for run in runs]
     configs = [_fields(read_json(str(Path(run.folder, CONFIG))), ("run", "recipe_digest")) for run in found]
-    scores = [_scores(project.root, run) for run in found]
+    scores = _named([_scores(project.root, run) for run in found])
     config, config_same = _differences(configs)
     score, score_same = _differences(scores)
     reached = sorted((_reached(run, own) for run, own in zip(found, scores, strict=True)), key=lambda r: r.parameters)
@@ -101,14 +106,30 @@ def find(project: Project, what: str) -> RunFacts:
     raise ConfigError(f"'{what}' is no run of {project.path}; there are: {known}")
 
 
-def _scores(root: DataRoot, run: RunFacts) -> dict[str, Any]:
-    """Fields of every score of a run, their names prefixed by benchmark and rows."""
-    found: dict[str, Any] = {}
+def _scores(root: DataRoot, run: RunFacts) -> dict[tuple[str, str], dict[str, Any]]:
+    """Fields of every score of a run, by benchmark with rows, and by the digest of how heads learned."""
+    found = {}
     records = [record for path in scores_of(root) if (record := read_json(str(path)))["run"] == run.run]
     for record in sorted(records, key=lambda record: str(record.get("checkpoint"))):  # the last one's stay
-        prefix = f"{record['benchmark']}[{record['rows'][:ROWS_DIGITS]}]"
-        found |= {f"{prefix}.{name}": value for name, value in _fields(record, NOT_COMPARED).items()}
+        how = digest_config({name: record.get(name) for name in HOW})[:ROWS_DIGITS]
+        place = f"{record['benchmark']}[{record['rows'][:ROWS_DIGITS]}]", how
+        found[place] = _fields(record, NOT_COMPARED)
     return found
+
+
+def _named(found: Sequence[Mapping[tuple[str, str], Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The fields of each run's scores, their names prefixed alike in all of them."""
+    most = Counter[str]()
+    for scores in found:
+        most |= Counter(benchmark for benchmark, _ in scores)
+    return [
+        {
+            f"{benchmark if most[benchmark] == 1 else f'{benchmark[:-1]}, {how}]'}.{name}": value
+            for (benchmark, how), fields in scores.items()
+            for name, value in fields.items()
+        }
+        for scores in found
+    ]
 
 
 def _differences(found: Sequence[Mapping[str, Any]]) -> tuple[tuple[Difference, ...], int]:

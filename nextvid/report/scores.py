@@ -101,8 +101,13 @@ def headline(score: Score) -> str:
         verdict = f"a difference of {points(gain)} points, within two standard errors ({2 * 100 * error:.1f})"
     else:
         verdict = f"{points(gain)} points, {abs(gain) / error:.1f} standard errors"
-    how = "fine-tuned" if score.tuned else "frozen"
-    return f"{score.benchmark}: the {how} EMA encoder reaches {numbers}: {verdict}."
+    how, limit = "fine-tuned" if score.tuned else "frozen", limited(score.record)
+    return f"{score.benchmark}: {f'on {limit}, ' if limit else ''}the {how} EMA encoder reaches {numbers}: {verdict}."
+
+
+def limited(record: Mapping[str, Any]) -> str:
+    """What of the benchmark was scored where that is not all of it, in words; else nothing."""
+    return f"at most {record['limit']:,} shots of each split (`limit`)" if record.get("limit") else ""
 
 
 def difference(record: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[float, float]:
@@ -142,7 +147,7 @@ def table(score: Score, others: Sequence[Score] = ()) -> Table:
     learnt = f"Heads {LEARNT[augment]}"
     if score.tuned:
         learnt = f"The encoder and its head {LEARNT[augment].removesuffix(', whose features are read once')}"
-    limit = f"at most {record['limit']:,} shots of each split (`limit`), " if record.get("limit") else ""
+    limit = f"{limited(record)}, " if record.get("limit") else ""
     return Table(
         head=(
             "",

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
 
 from nextvid.config.corpus import CorpusConfig
 from nextvid.encode.weights import autoencoder_digest
@@ -22,7 +24,7 @@ from nextvid.train.run import Run
 from nextvid.trainset.files import publish_sealed, read_sealed
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
-from storage.digest import file_sums
+from storage.digest import crc32c, file_sums
 from storage.errors import ConfigError, DamagedError, UpstreamError
 
 FORMAT = 1  # raise it when a reader of the old format would misread the folder
@@ -100,11 +102,33 @@ def check_files(folder: Path, config: Mapping[str, Any]) -> None:
         _log.warning("%s was exported without checksums, so its files cannot be checked: export the run again", folder)
         return
     for name, sums in config["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedError(f"{path} is missing; {REMEDY}")
-        if file_sums(path) != sums:
-            raise DamagedError(f"{path}: its bytes differ from their checksum in {CONFIG}; {REMEDY}")
+        _refuse_missing(folder / name)
+        _refuse_changed(folder / name, sums, file_sums(folder / name))
+
+
+def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an exported encoder, after `check_files`. Their file is read once: what is checked is returned."""
+    path, files = folder / WEIGHTS, config.get("files", {})
+    others = {name: sums for name, sums in files.items() if name != WEIGHTS}
+    check_files(folder, {**config, "files": others} if "files" in config else config)
+    _refuse_missing(path)
+    data = path.read_bytes()
+    if "files" in config:
+        _refuse_changed(path, files.get(WEIGHTS), {"size_bytes": len(data), "crc32c": crc32c(data)})
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise DamagedError(f"{path}: not readable as safetensors: {error}; {REMEDY}") from None
+
+
+def _refuse_missing(path: Path) -> None:
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing; {REMEDY}")
+
+
+def _refuse_changed(path: Path, recorded: Mapping[str, int] | None, found: Mapping[str, int]) -> None:
+    if recorded != found:
+        raise DamagedError(f"{path}: its bytes differ from their checksum in {CONFIG}; {REMEDY}")
 
 
 def _clip(run: Run, corpus: CorpusConfig) -> dict[str, Any] | None:

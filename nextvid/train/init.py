@@ -12,7 +12,7 @@ from nextvid.model.nextvid import NExTVid
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import STATE
 from nextvid.train.distributed import like, local
-from nextvid.train.export import WEIGHTS, check_files, read_config
+from nextvid.train.export import WEIGHTS, read_config, read_weights
 from nextvid.train.run import CONFIG, Source, open_run
 from nextvid.train.step import Trained
 from storage import atomic
@@ -85,8 +85,7 @@ def start_from(source: Source, trained: Trained) -> None:
     if not folder.is_dir():
         raise UpstreamError(f"init: {folder} is gone; the run cannot start without it")
     if init.encoder is not None:
-        check_files(folder, read_config(folder))
-        tensors = checkpoint.load_tensors(folder / WEIGHTS)
+        tensors = read_weights(folder, read_config(folder))
     else:
         tensors = checkpoint.weights(folder, "model")
     reference = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}

@@ -201,6 +201,9 @@ def test_what_does_not_fit_is_one_line(graph: Graph) -> None:
     assert failure(graph.run("pretrain", pretrain=training(trainset="f" * 32))) == (
         f"config: there is no trainset '{'f' * 32}': correct the digest, or leave it out for the newest"
     )
+    assert failure(graph.run("probes", probes={"run_id": run, "checkpoint": 0})).startswith(
+        f"upstream: run {run} has no checkpoint of step 0; there are those of "
+    )
     lineage = trainset.lineage()
     record_withdrawal(graph.project.root, lineage["media_id"][0].hex(), [lineage["row_id"][0]])
     refused = failure(graph.run("mask_plan", "pretrain", pretrain=training(trainset=trainset.digest)))

@@ -27,7 +27,9 @@ def second_run(project: Project, name: str = OTHER, **recipe: Any) -> str:
     return name
 
 
-def add_score(project: Project, run: str, rows: str, accuracy: float, step: int = 5, digest: str | None = None) -> None:
+def add_score(
+    project: Project, run: str, rows: str, accuracy: float, step: int = 5, digest: str | None = None, **more: Any
+) -> None:
     folder = Path(project.root.probe(RECIPE, run, None, "species", digest or rows))
     folder.mkdir(parents=True)
     encoders = {"ema": {"accuracy": accuracy, "knn": 0.5}}
@@ -39,6 +41,7 @@ def add_score(project: Project, run: str, rows: str, accuracy: float, step: int 
         "rows": rows,
         "seconds": accuracy,
         "encoders": encoders,
+        **more,
     }
     (folder / "score.json").write_text(json.dumps(said))
 
@@ -81,6 +84,19 @@ def test_scores_on_other_rows_stand_against_nothing(own_copy: Project) -> None:
     accuracies = [d.values for d in found.scores if d.field.endswith("accuracy")]
     assert accuracies == [(0.5, None), (None, 0.5)]
     assert " - " in found.text()
+
+
+def test_scores_of_one_checkpoint_with_other_settings_are_all_shown(own_copy: Project) -> None:
+    run, other = find_run(own_copy, RECIPE).id, second_run(own_copy)
+    for name, frozen, tuned in ((run, 0.5, 0.75), (other, 0.25, None)):
+        add_score(own_copy, name, "ab" * 16, frozen)
+        if tuned is not None:
+            add_score(own_copy, name, "ab" * 16, tuned, digest="cd" * 16, finetune={"layer_decay": 0.75})
+    found = compare(own_copy, [run, other])
+    accuracies = {d.field: d.values for d in found.scores if d.field.endswith("ema.accuracy")}
+    assert sorted(accuracies.values()) == [(0.5, 0.25), (0.75, None)]
+    assert all(field.startswith("species[abababababab, ") for field in accuracies)
+    assert sorted(found.reached[0].accuracy.values()) == [0.5, 0.75]
 
 
 def test_an_unknown_run_is_an_error_that_names_the_known(own_copy: Project) -> None:

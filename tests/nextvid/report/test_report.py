@@ -106,6 +106,16 @@ def test_a_gain_is_claimed_beyond_two_standard_errors_only() -> None:
     assert "+12.4 points, 6.3 standard errors" in clear
     assert "within two standard errors (4.4)" in unclear
     assert "−12.4" in scores.headline(score(0.659, 0.783, 0.014))
+    assert "limit" not in clear
+
+
+def test_a_score_on_a_part_of_the_benchmark_says_so_in_headline_and_table(scored: Project) -> None:
+    whole = gather(scored, find_run(scored, RECIPE)).scores[0]
+    part = replace(whole, record={**whole.record, "limit": 1000})
+    words = "at most 1,000 shots of each split (`limit`), "
+    assert f"{whole.benchmark}: on {words}the frozen EMA encoder reaches " in scores.headline(part)
+    assert f": {words}" in scores.table(part).caption
+    assert "limit" not in scores.headline(whole) + scores.table(whole).caption
 
 
 def test_scores_of_earlier_checkpoints_become_a_curve_over_clips(scored: Project, own_copy: Project) -> None:
