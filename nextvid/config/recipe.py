@@ -144,6 +144,19 @@ class SpikeConfig(Strict):
     window: Count = Field(100, description="steps of the running mean; before as many were taken none is skipped")
     stop_after: Count = Field(10, description="skipped steps in a row that end the run")
 
+    @model_validator(mode="after")
+    def _admits_steps(self) -> Self:
+        if self.deviations <= 1:  # of what is left below the bound, the next bound is lower: so on, down to no step
+            raise ValueError(
+                f"deviations {self.deviations:g} would skip every step in the end: each skipped loss lowers mean and "
+                "deviation of the rest, and up to 1 nothing stops that; 5 is usual"
+            )
+        if self.window == 1:
+            raise ValueError(
+                "a window of 1 step has no deviation, and every loss above it would be skipped; 100 is usual"
+            )
+        return self
+
 
 class OptimConfig(Strict):
     """AdamW, gradient clipping and the average of the weights (Tab. 8, docs/method.md 7)."""
@@ -384,6 +397,12 @@ def _disagreements(recipe: RecipeConfig) -> Iterator[str]:
         yield "predictor.support 'masked' needs masked tubes: masks.keep 'fixed' or 'bucket'"
     if model.encoder.input == "latents" and losses.target != "latents":
         yield "encoder.input 'latents' needs losses.target = 'latents'"
+    spikes = recipe.optim.spikes
+    if spikes is not None and 0 < recipe.steps - spikes.window < spikes.stop_after:
+        yield (
+            f"optim.spikes.stop_after = {spikes.stop_after} never ends these {recipe.steps} steps, of which all after "
+            f"the first {spikes.window} could be skipped: choose at most {recipe.steps - spikes.window}"
+        )
     for taken in () if recipe.init is None else recipe.init.taken:
         if not used[taken]:
             yield f"init.parts names the {taken}, which this recipe does not have"

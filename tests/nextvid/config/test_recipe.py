@@ -63,6 +63,9 @@ def test_an_impossible_value_names_its_place() -> None:
         (("losses", "target"), "pixels", r"frame_channels = 3 \* patch\^2 = 192"),
         (("masks", "strategies", 0, "budget"), 65, "budget 65 is not within 1..64 cells"),
         (("stages", 0, "frames"), 7, "7 frames are not whole tubelets of 2"),
+        (("optim", "spikes"), {"deviations": 1.0}, "deviations 1 would skip every step in the end"),
+        (("optim", "spikes"), {"window": 1}, "a window of 1 step has no deviation"),
+        (("optim", "spikes"), {"stop_after": 1000}, "stop_after = 1000 never ends these 1000 steps, .* at most 900"),
     ],
 )
 def test_contradictions_are_refused(path: tuple[Any, ...], value: object, says: str) -> None:
