@@ -142,15 +142,20 @@ def _by_benchmark(scored: Sequence[Event], way: str) -> list[Curve]:
 
 
 def _mark_stages(panels: Sequence[Axes], events: Sequence[Event]) -> None:
-    """Shade each stage as the paper's Fig. 6 does, and name it in the first panel."""
+    """Shade each stage as the paper's Fig. 6 does, and name it in the first panel, above its curves and legend."""
     stages = {event["step"]: event for event in events if event["kind"] == "stage"}  # a resumed run repeats one
     ends = [*list(stages)[1:], max((event["step"] for event in events), default=0)]
+    named = panels[0]
+    named.set_ylim(top=1.15 * named.get_ylim()[1])
+    if (legend := named.get_legend()) is not None:
+        legend.set_loc("upper right")
+        legend.set_bbox_to_anchor((1, 0.91))
     for (start, event), end, colour in zip(stages.items(), ends, COLOURS, strict=False):
         for panel in panels:
             panel.axvspan(start, end, color=colour, alpha=0.09, linewidth=0)
-        place = panels[0].get_xaxis_transform()
         name = str(event.get("name", "")).replace("_", " ")
-        panels[0].text((start + end) / 2, 0.97, name, transform=place, fontsize=7, color=INK, ha="center", va="top")
+        place = named.get_xaxis_transform()
+        named.text((start + end) / 2, 0.98, name, transform=place, fontsize=7, color=INK, ha="center", va="top")
 
 
 def _panel(axes: Axes, title: str, curves: Iterable[Curve], log: bool = False) -> None:
