@@ -26,13 +26,15 @@ class TrainedOn:
 
 @dataclass(frozen=True)
 class Scored:
-    """The attentive probe on one benchmark, as shares of its test clips."""
+    """An encoder on one benchmark, as shares of its test clips: frozen under an attentive probe, or fine-tuned."""
 
     benchmark: str
     accuracy: float
     standard_error: float
     random: float  # of the run's own random initialisation
     clips: int
+    tuned: bool = False
+    limit: int | None = None  # shots of each split, where not all were taken
 
 
 def card(config: Mapping[str, Any], data: Sequence[TrainedOn] | None = None, scores: Sequence[Scored] = ()) -> str:
@@ -95,7 +97,10 @@ def _header(config: Mapping[str, Any], data: Sequence[TrainedOn] | None, scores:
     if scores:
         results = [
             {
-                "task": {"type": "video-classification", "name": "frozen attentive probe"},
+                "task": {
+                    "type": "video-classification",
+                    "name": "fine-tuned" if one.tuned else "frozen attentive probe",
+                },
                 "dataset": {"name": one.benchmark, "type": one.benchmark},
                 "metrics": [{"type": "accuracy", "value": round(one.accuracy, 4)}],
             }
@@ -119,12 +124,13 @@ def _scores(scores: Sequence[Scored]) -> str:
     if not scores:
         return "None was recorded."
     lines = [
-        "A frozen attentive probe on test clips, beside the same architecture with random weights.",
+        "Frozen under an attentive probe unless fine-tuned; on test clips, beside the same model with random weights.",
         "",
         "| benchmark | accuracy | random weights | test clips |",
         "|---|---|---|---|",
     ]
     for one in scores:
         accuracy = f"{one.accuracy:.3f} ± {one.standard_error:.3f}"
-        lines.append(f"| {one.benchmark} | {accuracy} | {one.random:.3f} | {one.clips:,} |")
+        how = f"{', fine-tuned' * one.tuned}{f', at most {one.limit:,} shots of each split' if one.limit else ''}"
+        lines.append(f"| {one.benchmark}{how} | {accuracy} | {one.random:.3f} | {one.clips:,} |")
     return "\n".join(lines)

@@ -26,6 +26,14 @@ def hub_card(project: Project, run: Run) -> str:
         record = ordered[-1][-1]
         ema, random = record["encoders"]["ema"], record["encoders"]["random"]
         scores.append(
-            Scored(benchmark, ema["accuracy"], ema["standard_error"], random["accuracy"], record["clips"]["test"])
+            Scored(
+                benchmark,
+                ema["accuracy"],
+                ema["standard_error"],
+                random["accuracy"],
+                record["clips"]["test"],
+                record.get("finetune") is not None,
+                record.get("limit"),
+            )
         )
     return card(read_config(run.folder / "encoder"), data, scores)

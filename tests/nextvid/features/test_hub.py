@@ -90,5 +90,10 @@ def test_the_card_names_data_licences_scores_and_trainset(own_copy: Project, nex
         assert heading in found.text
     load_encoder(tmp_path / "out").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text() == (tmp_path / "out" / "README.md").read_text()
+    tuned = score | {"finetune": {}, "limit": 1000}
+    atomic.publish_json(f"{own_copy.root.probe(RECIPE, run.id, 5, 'species', 'b' * 32)}/score.json", tuned)
+    text = hub_card(own_copy, run)
+    assert "| species, fine-tuned, at most 1,000 shots of each split | 0.750 ± 0.020 | 0.500 | 40 |" in text
+    assert "name: fine-tuned\n" in text
     shutil.rmtree(own_copy.root.pointed("trainset", run.trainset))
     assert "Not recorded in this folder" in hub_card(own_copy, run)
