@@ -164,7 +164,9 @@ def linear_labels(
 ) -> Int[np.ndarray, " n"]:
     """Labels by least squares on one-hot labels, with the ridge of RIDGES whose leave-one-out error is the least.
 
-    Vectors are centred and scaled as the known are. Solved by the kernel, m x m, since P may be thousands.
+    Vectors are centred and scaled as the known are. Solved by the kernel, m x m, since P may be thousands. How frequent
+    a class is among the known is left out of the answer: of equally many clips of each class those of the asked ones
+    are rarest among the known, so that vectors which say nothing would be answered worse than by chance.
     """
     classes, targets = np.unique(labels, return_inverse=True)
     mean, std = known.mean(0, dtype=np.float64), known.std(0, dtype=np.float64)
@@ -181,4 +183,4 @@ def linear_labels(
         error = float(np.square(left / own[:, None]).sum())
         if error < best:
             best, weights = error, left
-    return classes[(asked @ (seen.T @ weights) + wanted.mean(0)).argmax(1)]
+    return classes[(asked @ (seen.T @ weights)).argmax(1)]

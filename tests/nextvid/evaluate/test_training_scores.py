@@ -148,11 +148,15 @@ def slow_labels(known: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> n
         weights = np.linalg.solve(
             (x - centre).T @ (x - centre) + ridge * np.eye(x.shape[1]), (x - centre).T @ (y - mean)
         )
-        return lambda asked: (asked - centre) @ weights + mean
+        return lambda asked: (asked - centre) @ weights
 
     def error(ridge: float) -> float:
         rest = [np.arange(len(known)) != one for one in range(len(known))]
-        return sum(np.square(fitted(known[r], wanted[r], ridge)(known[~r]) - wanted[~r]).sum() for r in rest)
+        means = [wanted[r].mean(0) for r in rest]
+        return sum(
+            np.square(fitted(known[r], wanted[r], ridge)(known[~r]) + mean - wanted[~r]).sum()
+            for r, mean in zip(rest, means, strict=True)
+        )
 
     best = min(RIDGES * scale, key=error)
     return fitted(known, wanted, best)(queries).argmax(1)
@@ -166,6 +170,13 @@ def test_the_linear_probe_is_a_ridge_chosen_by_leaving_one_out(clips: int, width
     known, queries = draw() + 0.4 * labels[:, None], draw() + 0.4 * labels[:, None]
     found = linear_labels(known.astype(np.float32), labels, queries.astype(np.float32))
     assert (found == slow_labels(known, labels, queries)).mean() > 0.9
+
+
+def test_vectors_that_say_nothing_are_answered_by_chance_and_no_worse() -> None:
+    rng = np.random.default_rng(0)
+    labels, folds = np.repeat(np.arange(10), 40), rng.integers(0, 4, size=400)
+    found = answered(rng.normal(size=(400, 2, 32)), labels, folds)
+    assert 0.07 <= found["linear"] <= 0.13  # 2 standard errors of a tenth
 
 
 def test_what_moves_is_found_by_changes_and_a_collapsed_encoder_scores_chance() -> None:
