@@ -26,7 +26,7 @@ ATTENTION = 7  # input and output of the norm, rotated q and k, v, the attention
 CROSS_ATTENTION = 5  # as above without keys and values, which are counted by context token
 FEED_FORWARD = 2  # input and output of the norm; beside it the hidden layer before and after GELU
 MODULATED = 2  # normalised and gated inputs that AdaLN multiplies
-TERA = 1e12  # the summary's TFLOP
+TERA, GIGA = 1e12, 1e9  # the summary's units
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,17 @@ def _stage_lines(stage: StageCost) -> list[str]:
     """One clip of a stage: tokens and forward FLOPs by part, then the totals."""
     lines = [f"stage {stage.name}: {stage.clips} clips of {stage.frames} frames"]
     if stage.reference:
-        lines.append(f"  {'reference encoder':32}{'':>9}       {stage.reference / TERA:8.3f} TFLOP forward")
+        lines.append(f"  {'reference encoder':32}{'':>9}       {_flops(stage.reference)} forward")
     for each in stage.passes:
         for name, part in (("encoder", each.encoder), ("predictor", each.predictor), ("decoder", each.decoder)):
             if part.tokens:
                 title = f"{each.name} ({each.visible} cells), {name}"
-                lines.append(f"  {title:32}{part.tokens:>9} tokens{part.flops / TERA:8.3f} TFLOP forward")
-    lines.append(f"  {'a clip, forward and backward':48}{stage.clip_flops / TERA:8.3f} TFLOP")
-    return [*lines, f"  {'a step':48}{stage.step_flops / TERA:8.0f} TFLOP", ""]
+                lines.append(f"  {title:32}{part.tokens:>9} tokens{_flops(part.flops)} forward")
+    lines.append(f"  {'a clip, forward and backward':48}{_flops(stage.clip_flops)}")
+    return [*lines, f"  {'a step':48}{_flops(stage.step_flops)}", ""]
+
+
+def _flops(count: int) -> str:
+    """In TFLOP, or in GFLOP where a model is so small that its TFLOP would read as zero."""
+    unit, size = ("TFLOP", TERA) if count >= TERA / 100 else ("GFLOP", GIGA)
+    return f"{count / size:8.3f} {unit}"

@@ -44,6 +44,13 @@ def test_parts_that_are_not_there_are_not_listed() -> None:
     assert ", decoder" in text
 
 
+def test_flops_of_a_small_model_do_not_read_as_zero() -> None:
+    found = cost(recipe("demo"))
+    text = summary(recipe("demo"), found)
+    assert f"{found.stages[0].clip_flops / 1e9:.3f} GFLOP" in text
+    assert not re.search(r" 0\.000 [TG]FLOP", text)
+
+
 def test_command_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     inspect("demo")
     assert capsys.readouterr().out.startswith("demo  ")
