@@ -18,6 +18,7 @@ from nextvid.machine import available_cores, batches_at_once
 from nextvid.making.batches import dataset_of
 from nextvid.making.outcome import Outcome
 from nextvid.making.progress import SHOWING, Lines, OnProgress, Progress
+from nextvid.plain_text import in_markdown
 from storage import atomic
 from storage.limits import explained
 from storage.root import Table
@@ -168,11 +169,11 @@ def _cell(value: object) -> str:
         case float():
             return f"{value:.4g}"
         case str() if len(value) > PREVIEW_CHARACTERS:  # the end of a path tells more than its beginning
-            return "..." + value[-PREVIEW_CHARACTERS:].replace("|", "\\|")
+            return in_markdown("..." + value[-PREVIEW_CHARACTERS:])
         case list():
             return f"{len(value)} values" if len(value) > 3 else ", ".join(map(_cell, value))
         case _:
-            return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+            return "" if value is None else in_markdown(str(value))
 
 
 def picture_markdown(png: bytes, title: str) -> str:
@@ -183,7 +184,7 @@ def picture_markdown(png: bytes, title: str) -> str:
         picture = picture.resize((PREVIEW_WIDTH, max(1, picture.height * PREVIEW_WIDTH // picture.width)))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=80)
-    return f"![{title}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"
+    return f"![{in_markdown(title)}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"
 
 
 def _values(numbers: Mapping[str, int | float | str]) -> dict[str, Any]:

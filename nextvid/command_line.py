@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Protocol
 import tyro
 from tyro.extras import SubcommandApp
 
+from nextvid.plain_text import printable
+
 app = SubcommandApp()
 
 Corpus = Annotated[
@@ -74,7 +76,7 @@ class Result(Protocol):
 
 def show(found: Result, json_: bool) -> None:
     """Print a result for people or as JSON."""
-    print(json.dumps(asdict(found), default=str, indent=2) if json_ else found.text())
+    print(json.dumps(asdict(found), default=str, indent=2) if json_ else printable(found.text(), keep="\n"))
 
 
 def example_of(words: list[str]) -> str | None:

@@ -3,8 +3,10 @@
 Results go to stdout; progress, notes and errors go to stderr.
 """
 
+import io
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +22,11 @@ from nextvid.graph import Asset
 from nextvid.make import Request, make
 from nextvid.making.outcome import Outcome, line, to_look_at
 from nextvid.making.progress import shown
+from nextvid.plain_text import printable
 from storage.errors import ConfigError, exit_code
 from storage.limits import explained
+
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # what Python makes of the bytes of an argument that are not UTF-8
 
 
 @app.command(name="make")
@@ -162,7 +167,7 @@ def draws(
     project = open_project(corpus)
     config = project.recipe(recipe)
     for drawn in listed_draws(project, recipe, range(start, start + first)):
-        print(json.dumps(drawn) if json_ else "  ".join(f"{k}={v}" for k, v in drawn.items()))
+        print(json.dumps(drawn) if json_ else printable("  ".join(f"{k}={v}" for k, v in drawn.items())))
     if (made := draws_before(config.stages, config.steps)) < start + first:
         print(f"training makes {made} draws, the last is number {made - 1}", file=sys.stderr)
     if config.masks.keep != "fixed":
@@ -295,8 +300,12 @@ def features(
 
 def main() -> None:
     """Carry out the command: an error becomes one message on stderr and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of letters that the terminal's encoding lacks
     try:
         try:
+            if other := next((word for word in sys.argv[1:] if HALF_PAIR.search(word)), None):
+                raise ConfigError(f"{other} is not UTF-8: rename the file or folder")
             app.cli(prog="nextvid", description=ABOUT)
         finally:
             if example := example_of(sys.argv[1:]):
@@ -308,5 +317,5 @@ def main() -> None:
     except Exception as error:
         if (known := explained(error)) is None:
             raise
-        print(f"{known.kind}: {known}", file=sys.stderr)
+        print(printable(f"{known.kind}: {known}", keep="\n"), file=sys.stderr)
         sys.exit(exit_code(known))

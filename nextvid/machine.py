@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from nextvid.plain_text import printable
 from nextvid.stopping import OUTSIDE
 from storage.errors import LOST, ConfigError, RefusedError, exit_code
 from storage.limits import explained
@@ -163,7 +164,7 @@ def run_rank(main: Callable[..., None], module: str) -> None:
     except Exception as error:
         if (known := explained(error)) is None:
             raise
-        sys.stderr.write(f"{known.kind}: {known}\n")
+        sys.stderr.write(printable(f"{known.kind}: {known}\n", keep="\n"))
         sys.exit(exit_code(known))
 
 

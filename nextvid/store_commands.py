@@ -9,6 +9,7 @@ import tyro
 from nextvid.command_line import Batch, Corpus, Json, Yes, app, show
 from nextvid.config.project import open_project
 from nextvid.making.progress import shown
+from nextvid.plain_text import printable
 from storage.errors import UpstreamError
 
 
@@ -28,7 +29,7 @@ def verify(batch: Batch = None, corpus: Corpus = None) -> None:
     problems = [str(problem) for store in stores for problem in store.verify(batch)]
     problems += damaged_records(project.root) if batch is None else []
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     if problems:
         sys.exit(4)
     what = "row" if batch is not None else "row, table, record and weight"

@@ -12,6 +12,7 @@ from pydantic import Field
 from assets.compute import Compute, tags
 from assets.resources import ProjectResource
 from nextvid.graph import BY_BATCH, assets
+from nextvid.plain_text import in_markdown
 
 ingest = dg.define_asset_job(
     "ingest",
@@ -78,7 +79,9 @@ def draw(context: dg.OpExecutionContext, config: ShowConfig, project: ProjectRes
     with readable_errors(), TemporaryDirectory() as folder:
         out = f"{folder}/shown.png"
         found = show_one(project.open(), config.what, out, config.recipe or None, features=config.features)
-        metadata = {"facts": dg.MetadataValue.md("\n\n".join([f"{found.kind} {found.what}", *found.facts]))}
+        metadata = {
+            "facts": dg.MetadataValue.md("\n\n".join(map(in_markdown, [f"{found.kind} {found.what}", *found.facts])))
+        }
         if found.picture is not None:
             png = Path(found.picture).read_bytes()
             metadata["picture"] = dg.MetadataValue.md(picture_markdown(png, found.what))

@@ -93,7 +93,7 @@ def read_json(path: str) -> Any:  # noqa: ANN401 - JSON is Any
     data = read_bytes(path)
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is not JSON ({error}): restore it, or remove it and make it again") from error
 
 

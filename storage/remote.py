@@ -37,6 +37,8 @@ CONNECTIONS = 32  # of a process to a store at most; s3fs alone opens 10: docs/p
 # Our choice: of a larger object so many bytes at a time, and so many times that at once.
 PIECE_BYTES, PIECES = 1 << 26, 4
 SMALL_AT_ONCE = 16  # our choice: batches looked at, or tables read, at a time
+# What URLs may have unless corpus.yaml says otherwise: object stores, the Hub, web servers.
+PROTOCOLS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "http", "https")
 BUCKETED = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # protocols of fsspec whose first path segment is a bucket
 # by name, since the client that raises them may not be installed
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
@@ -71,6 +73,24 @@ def refuse_credentials(url: str, where: str) -> None:
         raise ConfigError(f"{where}: the URL carries credentials or a query. Write it without them, and {_SET}")
 
 
+def refuse_protocol(url: str, where: str, allowed: Sequence[str] = PROTOCOLS) -> None:
+    """ConfigError for a URL of a protocol that is not `allowed`, and for a local file of another machine.
+
+    fsspec knows protocols that read what nobody meant, such as `github://`, or wrap others, as `simplecache::` does.
+    """
+    protocol, mark, rest = url.partition("://")
+    if not mark or protocol == "memory":  # which is within this process
+        return
+    if protocol == "file":
+        if not rest.startswith("/"):
+            raise ConfigError(f"{where}: {url} names a file of a machine '{rest.partition('/')[0]}': write file:///...")
+    elif protocol not in allowed:
+        raise ConfigError(
+            f"{where}: protocol '{protocol}' is not among {', '.join(allowed)}: copy the files to a folder or bucket, "
+            "or name the protocol under 'protocols' in corpus.yaml"
+        )
+
+
 def connect(path: str) -> tuple[AbstractFileSystem, str]:
     """Client and key of a path. ConfigError where the package of its protocol is missing.
 
@@ -89,7 +109,7 @@ def connect(path: str) -> tuple[AbstractFileSystem, str]:
         client = fsspec.get_filesystem_class(protocol)
         fs = client(**client._get_kwargs_from_urls(path), **options)
         key = client._strip_protocol(path)
-    except (ImportError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:  # TypeError: a client that needs to be told more
         extra = "pip install 'nextvid[s3]'" if protocol in ("s3", "s3a") else "install the package that it names"
         raise ConfigError(f"{path}: {error}; {extra}") from error
     if protocol in ("s3", "s3a"):

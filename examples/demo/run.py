@@ -22,6 +22,7 @@ from nextvid.config.project import Project, open_project
 from nextvid.corpus.sources import batch_fingerprint, update_sources
 from nextvid.graph import GRAPH
 from nextvid.making.progress import shown
+from nextvid.plain_text import printable
 from nextvid.planning.acceptance import ensure_accepted
 from nextvid.planning.waiting import standard, waiting
 from nextvid.stopping import when_stopped
@@ -156,7 +157,8 @@ def execute(
         for failure in result.filter_events(lambda event: event.is_step_failure):
             data = failure.step_failure_data
             message = data.user_failure_data.description if data.user_failure_data else data.error
-            totals.console.print(f"{failure.step_key}: {message}", style="red", soft_wrap=True)
+            told = printable(f"{failure.step_key}: {message}", keep="\n")
+            totals.console.print(told, style="red", markup=False, soft_wrap=True)
         sys.exit(WHAT_TO_DO)
 
 

@@ -11,11 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from nextvid.config.benchmarks import BenchmarkConfig, ProbedEncoderConfig
 from nextvid.config.datasets import CurationConfig, DatasetConfig, SplitConfig
-from nextvid.config.strict import AtLeastZero, Count, Share, Strict, parse
+from nextvid.config.strict import SHOWN_CHARACTERS, AtLeastZero, Count, Share, Strict, parse
 from nextvid.config.yaml_file import read_yaml
 from storage.digest import digest_config
 from storage.errors import ConfigError
-from storage.remote import refuse_credentials
+from storage.remote import PROTOCOLS, refuse_credentials, refuse_protocol
 from storage.root import CACHE_FOLDER
 
 Command = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -104,7 +104,7 @@ class CorpusConfig(Strict):
         "of Dagster fails for good; variables of the environment, such as ${SLACK_PATH}, are replaced in the URL",
     )
     protocols: tuple[str, ...] = Field(
-        ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "http", "https"),
+        PROTOCOLS,
         description="protocols of fsspec that URLs here may have; others, such as `simplecache::` and `github://`, are "
         "refused, since they may read what nobody meant",
     )
@@ -181,12 +181,7 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
         raise ConfigError("\n".join(lines))
     corpus = parse(CorpusConfig, values, str(file))
     for where, url in _urls(corpus):
-        protocol = url.partition("://")[0]
-        if "::" in protocol or protocol not in ("file", *corpus.protocols):
-            raise ConfigError(
-                f"{file}, {where}: protocol '{protocol}' is not among 'protocols: [{', '.join(corpus.protocols)}]': "
-                "copy the files to a folder or bucket, or add the protocol there"
-            )
+        refuse_protocol(url, f"{file}, {where}", corpus.protocols)
         refuse_credentials(url, f"{file}, {where}")
     corpus = _without_needless_tests(_absolute(corpus, file.parent))
     _refuse_shared_files(corpus, file)
@@ -246,7 +241,10 @@ def _absolute(corpus: CorpusConfig, base: Path) -> CorpusConfig:
     """Resolve every relative path against the folder of corpus.yaml; URLs stay as they are."""
 
     def resolve(path: str) -> str:
-        return path if "://" in path else str((base / Path(path).expanduser()).resolve())
+        try:
+            return path if "://" in path else str((base / Path(path).expanduser()).resolve())
+        except (RuntimeError, OSError) as error:  # `~` of a user that there is not, a name that is too long
+            raise ConfigError(f"{base}: {path[:SHOWN_CHARACTERS]} is no path: {error}") from None
 
     datasets = {
         name: dataset.model_copy(

@@ -31,6 +31,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 SHOWN_PROBLEMS = 10
 DIGESTED: dict[str, Any] = {}  # the context of `Strict.digested`
+SHOWN_CHARACTERS = 1000  # our choice: of one problem; a key may have as many as the file
 CREDENTIALS = re.compile(r"://[^/\s]*@")  # of a URL: messages end in logs
 
 
@@ -71,7 +72,7 @@ def parse(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        lines = [f"{where}: {_explain(model, problem)}" for problem in problems[:SHOWN_PROBLEMS]]
+        lines = [f"{where}: {_explain(model, problem)[:SHOWN_CHARACTERS]}" for problem in problems[:SHOWN_PROBLEMS]]
         if more := len(problems) - len(lines):
             lines.append(f"{where}: and {more} problems more")
         raise ConfigError("\n".join(lines)) from None
@@ -85,7 +86,7 @@ def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
             found = holder.model_fields[part].annotation if part in getattr(holder, "model_fields", {}) else holder
             holder = inner_model(found) or holder
         known = sorted(holder.model_fields)
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        near = difflib.get_close_matches(str(problem["loc"][-1])[:SHOWN_CHARACTERS], known, n=1)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{path}'; {remedy}"
     got = CREDENTIALS.sub("://***@", reprlib.repr(problem["input"]))

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +29,7 @@ from nextvid.corpus.labels import label_bytes, read_labels
 from nextvid.corpus.layouts import SPLIT_NAMES, WNID
 from nextvid.corpus.sources import Listing, list_dataset
 from nextvid.machine import taken_cores
+from nextvid.plain_text import printable
 from nextvid.video.fetch import map_files
 from nextvid.video.probe import Inspection, MediaFacts, inspect_file
 from nextvid.video.sandbox import Sandbox
@@ -51,7 +53,7 @@ CLASS_COLUMNS = frozenset(
 ROLES = {**SPLIT_WORDS, "vali": "val"}  # in names of label files, such as something-something-v2-validation.json
 
 TEMPLATE = """\
-# A first project for {{ uri }}, drafted by `nextvid init`. Every key: docs/corpus.md.
+# A first project for {{ shown }}, drafted by `nextvid init`. Every key: docs/corpus.md.
 # {{ seen }}
 {%- for note in notes %}
 # {{ note }}
@@ -134,6 +136,7 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     Raises RefusedError where `out` exists, ConfigError without an autoencoder, CorpusError for a folder that cannot be
     listed or holds no media files.
     """
+    remote.refuse_protocol(folder, "folder")
     path = Path(out).absolute()
     if path.exists():
         raise RefusedError(f"{path} exists: name another file with --out, or remove it")
@@ -152,7 +155,8 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     kinds = Counter(listing.files["kind"].to_list())
     notes = []
     if listing.ignored:
-        notes.append("ignored: " + ", ".join(f"{n} {extension}" for extension, n in listing.ignored.most_common(5)))
+        ignored = ", ".join(f"{n} {printable(extension)}" for extension, n in listing.ignored.most_common(5))
+        notes.append(f"ignored: {ignored}")
     if unreadable:
         notes.append(f"{unreadable} of {len(facts) + unreadable} sampled files cannot be read; `media` says why")
     if labels.layout != "none" and labelled < len(paths):
@@ -162,6 +166,7 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
         .from_string(TEMPLATE)
         .render(
             uri=_quoted(uri),
+            shown=printable(uri),
             name=name,
             tar=tar,
             root=_quoted(os.path.relpath(root, path.parent)),
@@ -294,10 +299,11 @@ def _candidates(uri: str, paths: Sequence[str]) -> Iterator[LabelConfig]:
     names = {PurePosixPath(path).name for path in paths}
     lists: dict[str, dict[str, str]] = {}  # layout of a public data set -> role -> file
     for file, text in _label_files(uri):
-        if layout := _layout(file, text):
-            lists.setdefault(layout, {})[_role(file)] = file
-        elif file.lower().endswith(".csv"):
-            yield from _csv_candidates(file, text, names)
+        with suppress(csv.Error):  # no table
+            if layout := _layout(file, text):
+                lists.setdefault(layout, {})[_role(file)] = file
+            elif file.lower().endswith(".csv"):
+                yield from _csv_candidates(file, text, names)
     for layout, files in sorted(lists.items()):
         yield LabelConfig.model_validate({"layout": layout, "files": files})
     if any(WNID.fullmatch(part) for path in paths[:1000] for part in PurePosixPath(path).parts[:-1]):
@@ -338,7 +344,7 @@ def _layout(file: str, text: str) -> str | None:
         return "imagenet" if {"ImageId", "PredictionString"} <= header else None
     try:
         first: Any = json.loads(text.split("\n", 1)[0] if file.lower().endswith(".jsonl") else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     entry = first[0] if isinstance(first, list) and first else first
     keys = {"YoutubeID": "internvid", "vid_name": "diving48", "id": "ssv2"}

@@ -8,43 +8,43 @@ file and line.
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from unicodedata import normalize
 
-import fsspec
 import polars as pl
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.layouts import in_class_folder, read_lines, split_words
+from nextvid.corpus.layouts import in_class_folder, named_columns, opened_bytes, read_lines, split_words
 from nextvid.making.outcome import Check, Number
 from nextvid.video.archives import PARQUET, split_uri
-from storage import atomic
 from storage.digest import digest_stream
-from storage.errors import LabelError, UpstreamError
+from storage.errors import LabelError
 from storage.schemas import SPLITS
 
 NAMED = 3  # names without a file that a message shows; our choice
+# Our choices: of a csv table, which is in memory as a whole
+LARGEST_BYTES, MOST_COLUMNS, LONGEST_CELL = 2_000_000_000, 10_000, 100_000
+LATEST_S = 1e9  # of a span in seconds, 30 years: microseconds have to fit 64 bits
 SCHEMA = {"path": pl.String, "start_us": pl.Int64, "end_us": pl.Int64, "target": pl.String, "value": pl.String}
 
 
 def label_bytes(file: str) -> bytes:
-    """A label file's bytes. Raises LabelError."""
-    try:
-        return atomic.read_bytes(file)
-    except (UpstreamError, OSError) as error:
-        raise _unreadable(file, error) from None
+    """A label file's bytes. Raises LabelError where it cannot be read, or is larger than what is read at once."""
+    with opened_bytes(file) as opened:
+        data = opened.read(LARGEST_BYTES + 1)
+    if len(data) > LARGEST_BYTES:
+        raise LabelError(f"label file {file}: more than {LARGEST_BYTES} bytes, which a csv table needs at once")
+    return data
 
 
 def label_digests(labels: LabelConfig) -> list[str]:
     """Digests of the label files' bytes, read in pieces, since some have 45 GB. Raises LabelError."""
     digests = []
     for file in labels.every_file():
-        try:
-            with fsspec.open(file, "rb") as opened:
-                digests.append(digest_stream(opened))
-        except Exception as error:  # object stores raise their clients' own classes
-            raise _unreadable(file, error) from None
+        with opened_bytes(file) as opened:
+            digests.append(digest_stream(opened))
     return digests
 
 
@@ -58,10 +58,6 @@ def readable_labels(datasets: Mapping[str, DatasetConfig]) -> tuple[dict[str, Se
         except LabelError as error:
             errors[name] = f"dataset {name}: {error}"
     return found, errors
-
-
-def _unreadable(file: str, error: Exception) -> LabelError:
-    return LabelError(f"label file {file} cannot be read: {error}; put it back, or correct 'labels' in corpus.yaml")
 
 
 def read_labels(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
@@ -259,24 +255,34 @@ def _table(labels: LabelConfig) -> pl.DataFrame:
     assert labels.file is not None
     data = label_bytes(labels.file)
     lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "replace", newline=""))
-    header = next(lines, [])
+    header: list[str] = []
     try:
+        header = next(lines, [])
+        if len(header) > MOST_COLUMNS:
+            raise LabelError(f"label file {labels.file} has {len(header)} columns, more than {MOST_COLUMNS}")
         table = pl.read_csv(io.BytesIO(data), infer_schema=False)
-    except pl.exceptions.PolarsError as error:
-        longer = next((f"line {lines.line_num} has {len(line)} cells" for line in lines if len(line) > len(header)), "")
-        fault = f"{longer}, its header {len(header)}" if longer else str(error).splitlines()[0]
+    except (csv.Error, pl.exceptions.PolarsError) as error:
+        fault = str(error).splitlines()[0]
+        with suppress(csv.Error):
+            longer = (f"line {lines.line_num} has {len(line)} cells" for line in lines if len(line) > len(header))
+            fault = next((f"{found}, its header {len(header)}" for found in longer if header), fault)
         raise LabelError(f"label file {labels.file} is no csv table with a header: {fault}") from None
     columns = [labels.split_column, labels.group_column, labels.licence_column]
     named = {labels.path_column, *labels.targets.values(), *(name for name in columns if name is not None)}
-    if twice := sorted(name for name in {*named, labels.start_column, labels.end_column} if header.count(name) > 1):
+    spans = {labels.start_column, labels.end_column}
+    if twice := sorted(name for name in named | spans if header.count(name) > 1):
         raise LabelError(f"label file {labels.file} has the column {', '.join(twice)} twice; rename one")
-    missing = sorted(named - set(table.columns))
-    if missing:
+    if missing := sorted(named - set(table.columns)):
         raise LabelError(
-            f"label file {labels.file} has no column {', '.join(missing)}; it has {', '.join(table.columns)}"
+            f"label file {labels.file} has no column {', '.join(missing)}; it has {named_columns(table.columns)}"
         )
+    read = table.select(name for name in table.columns if name in named | spans)
     # header is line 1
-    return table.with_columns(pl.all().str.strip_chars(), (pl.int_range(pl.len()) + 2).alias("_line"))
+    read = read.with_columns(pl.all().str.strip_chars(), (pl.int_range(pl.len()) + 2).alias("_line"))
+    long = read.filter(pl.any_horizontal(pl.exclude("_line").str.len_bytes() > LONGEST_CELL))
+    if long.height:
+        raise LabelError(f"{labels.file}, line {long['_line'][0]}: a cell has more than {LONGEST_CELL} bytes")
+    return read
 
 
 def _relative(paths: pl.Series, labels: LabelConfig, uri: str) -> pl.Series:
@@ -299,7 +305,8 @@ def _micros(table: pl.DataFrame, column: str, file: str) -> pl.Series:
         return pl.Series(column, [None] * table.height, pl.Int64)
     text = table[column].replace("", None)
     seconds = text.cast(pl.Float64, strict=False)
-    wrong = (seconds.is_null() & text.is_not_null()) | ~seconds.is_finite().fill_null(True)
+    # nothing that is not finite is between these
+    wrong = (seconds.is_null() & text.is_not_null()) | ~seconds.is_between(-LATEST_S, LATEST_S).fill_null(True)
     if wrong.any():
         row = table.filter(wrong).row(0, named=True)
         raise LabelError(f"{file}, line {row['_line']}: {column} is {row[column]!r}; seconds were expected")

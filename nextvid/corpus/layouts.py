@@ -5,22 +5,27 @@ requires is an error that names file and line.
 """
 
 import csv
+import io
 import json
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any, TextIO
-
-import fsspec
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TextIO
 
 from nextvid.config.datasets import LabelConfig
 from storage.errors import LabelError
+from storage.remote import connect, is_local
 from storage.schemas import SPLITS
 
 WNID = re.compile(r"n\d{8}")  # WordNet's synset ids, ImageNet's class folders
-CLOCK = re.compile(r"(\d+):([0-5]\d):([0-5]\d)(?:\.(\d{1,6}))?")  # InternVid: 00:03:10.567
+CLOCK = re.compile(r"(\d{1,6}):([0-5]\d):([0-5]\d)(?:\.(\d{1,6}))?")  # InternVid: 00:03:10.567
+
+LONGEST_LINE, LONGEST_NUMBER = 1 << 20, 9  # our choice, in characters; captions of InternVid have hundreds
+LARGEST_JSON = 200_000_000  # our choice: SSv2's list has 25 MB; each character takes about ten bytes while it is read
+COLUMNS_NAMED = 20  # our choice
 
 # Names of official splits in public data sets (ImageNet, Kinetics, SSv2, Diving48) besides train, val and test.
 # fmt: off
@@ -75,19 +80,37 @@ Parser = Callable[[TextIO, str, str | None], Iterator[Line]]  # (open file, its 
 
 
 @contextmanager
-def _text(file: str) -> Iterator[TextIO]:
-    """A label file, local or by URL, as text. Raises LabelError where it cannot be read or is not UTF-8."""
+def opened_bytes(file: str) -> Iterator[BinaryIO]:
+    """A label file, local or by URL, whose `::` is no chain of file systems. Raises LabelError."""
     try:
-        opened: TextIO = fsspec.open(file, "rt", encoding="utf-8-sig", newline="").open()
+        if is_local(file) and not stat.S_ISREG(Path(file.removeprefix("file://")).stat().st_mode):
+            raise LabelError("it is a folder, pipe or device, not a file")
+        fs, key = connect(file)
+        opened = fs.open(key, "rb")
     except Exception as error:  # object stores raise their clients' own classes
         raise LabelError(
             f"label file {file} cannot be read: {error}; put it back, or correct 'labels' in corpus.yaml"
         ) from None
     with opened:
+        yield opened
+
+
+@contextmanager
+def _text(file: str) -> Iterator[TextIO]:
+    """A label file as text. Raises LabelError where it cannot be read or is not UTF-8."""
+    with opened_bytes(file) as opened, io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text:
         try:
-            yield opened
+            yield text
         except UnicodeDecodeError as error:
             raise LabelError(f"label file {file} is not UTF-8 text: {error}") from None
+
+
+def _lines(opened: TextIO, file: str) -> Iterator[str]:
+    """Lines of a label file. Raises LabelError for one that is too long: it may be all of a file of 45 GB."""
+    for number, line in enumerate(iter(lambda: opened.readline(LONGEST_LINE), ""), 1):
+        if len(line) == LONGEST_LINE:
+            raise LabelError(f"{file}, line {number}: more than {LONGEST_LINE} characters: is it the right file?")
+        yield line
 
 
 def _each(labels: LabelConfig, parse: Parser) -> Iterator[Line]:
@@ -138,8 +161,11 @@ def _something(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
 
     def parse(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
         if file.endswith(".csv"):
-            reader = csv.reader(opened, delimiter=";")
-            entries = [{"id": row[0], "template": row[1]} if len(row) == 2 else row for row in reader if row]
+            reader = csv.reader(_lines(opened, file), delimiter=";")
+            try:
+                entries = [{"id": row[0], "template": row[1]} if len(row) == 2 else row for row in reader if row]
+            except csv.Error as error:
+                raise LabelError(f"{file}, line {reader.line_num}: {error}") from None
         else:
             entries = _json(opened, file)
         for number, entry in enumerate(_entries(entries, file), 1):
@@ -164,7 +190,10 @@ def _diving(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
                 raise LabelError(f"{file}, entry {number}: 'vid_name' and 'label' were expected, found {_short(entry)}")
             if classes is not None and not (isinstance(classes, list) and 0 <= label < len(classes)):
                 raise LabelError(f"{file}, entry {number}: label {label} is not among the {len(classes)} classes")
-            value = str(label) if classes is None else "_".join(classes[label])
+            words: Any = [str(label)] if classes is None else classes[label]
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise LabelError(f"the class {label} of {file} is no list of words but {_short(words)}")
+            value = "_".join(words)
             competition = name.rsplit("_", 1)[0]  # the video that the dive was cut from
             yield Line((name,), value, split, competition)
 
@@ -173,12 +202,12 @@ def _diving(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
 
 def _internvid(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
     """One JSON object on each line: YoutubeID, Start_timestamp, End_timestamp, Caption and scores."""
-    for number, text in enumerate(opened, 1):
+    for number, text in enumerate(_lines(opened, file), 1):
         if not text.strip():
             continue
         try:
             entry = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LabelError(f"{file}, line {number}: no JSON object: {error}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("YoutubeID"), str):
             raise LabelError(f"{file}, line {number}: 'YoutubeID' was expected, found {_short(entry)}")
@@ -197,11 +226,12 @@ def _classes(labels: LabelConfig) -> Any:  # noqa: ANN401 - JSON is Any
 
 
 def _json(opened: TextIO, file: str) -> Any:  # noqa: ANN401 - JSON is Any
+    text = opened.read(LARGEST_JSON + 1)
+    if len(text) > LARGEST_JSON:
+        raise LabelError(f"label file {file}: more than {LARGEST_JSON} characters, which JSON would need at once")
     try:
-        return json.load(opened)
-    except UnicodeDecodeError:
-        raise
-    except ValueError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise LabelError(f"label file {file} is not JSON: {error}") from None
 
 
@@ -215,12 +245,12 @@ def _entries(value: Any, file: str) -> Iterator[dict[str, Any]]:  # noqa: ANN401
 
 
 def _rows(opened: TextIO, file: str, needed: Sequence[str], mark: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(opened, delimiter=mark, strict=True)
-    missing = [name for name in needed if name not in (reader.fieldnames or ())]
-    if missing:
-        found = ", ".join(reader.fieldnames or ())
-        raise LabelError(f"label file {file} has no column {', '.join(missing)}; it has {found or 'none'}")
+    reader = csv.DictReader(_lines(opened, file), delimiter=mark, strict=True)
     try:
+        missing = [name for name in needed if name not in (reader.fieldnames or ())]
+        if missing:
+            found = named_columns(reader.fieldnames or ())
+            raise LabelError(f"label file {file} has no column {', '.join(missing)}; it has {found}")
         for row in reader:
             if None in row or None in row.values():
                 raise LabelError(f"{file}, line {reader.line_num}: another number of cells than the header has")
@@ -230,7 +260,7 @@ def _rows(opened: TextIO, file: str, needed: Sequence[str], mark: str) -> Iterat
 
 
 def _whole(text: str, file: str, number: int, column: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > LONGEST_NUMBER:
         raise LabelError(f"{file}, line {number}: {column} is {text!r}; whole seconds were expected")
     return int(text)
 
@@ -242,6 +272,11 @@ def _clock(entry: dict[str, Any], key: str, file: str, number: int) -> int:
         raise LabelError(f"{file}, line {number}: {key} is {entry.get(key)!r}; a time like 00:03:10.567 was expected")
     hours, minutes, seconds, part = found.groups()
     return (int(hours) * 3600 + int(minutes) * 60 + int(seconds)) * 1_000_000 + int((part or "").ljust(6, "0"))
+
+
+def named_columns(columns: Sequence[str]) -> str:
+    """The first columns of a table, for a message."""
+    return _short(", ".join(columns[:COLUMNS_NAMED])) if columns else "none"
 
 
 def _short(value: object) -> str:

@@ -38,6 +38,7 @@ Known = Mapping[str, tuple[int, str]]  # URI -> (size in bytes, fingerprint) in 
 
 NOT_UTF8 = "name is not UTF-8"  # the fingerprint of a file whose name no table can hold; media.py rejects it
 NAMED = 5  # our choice: batches that a message names
+EXTENSIONS = 50  # our choice: of ignored files, the most frequent ones are counted one by one
 TRIES = 8  # our choice: how often other writers may be faster before we give up
 
 
@@ -188,7 +189,7 @@ def make_sources(project: Project) -> Outcome:
             "changed": sum(change.changed for change in changes),
             "gone": sum(change.gone for change in changes),
             "ignored": ignored.total(),
-            **{f"ignored_{extension}": count for extension, count in ignored.most_common()},
+            **{f"ignored_{extension}": count for extension, count in ignored.most_common(EXTENSIONS)},
             **without,
         },
         unreadable=unreadable,
@@ -306,7 +307,7 @@ def _entries(uri: str, folder: str, *, is_top: bool) -> list[Mapping[str, Any]]:
 def _row(top: str, uri: str, info: Mapping[str, Any], archives: tuple[str, ...]) -> Row | str:
     """A media file, or the word under which another file is counted: its extension, `hidden`, `link to a folder`."""
     name = str(info["name"])
-    if (shown := name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")) != name:
+    if (shown := _utf8(name)) != name:
         path, kind = shown.removeprefix(top.rstrip("/") + "/"), str(kind_of(shown) or "")
         return (f"{uri.rstrip('/')}/{path}", path, kind, 0, NOT_UTF8) if kind else "no extension"
     path = name.removeprefix(top.rstrip("/") + "/")
@@ -324,6 +325,11 @@ def _row(top: str, uri: str, info: Mapping[str, Any], archives: tuple[str, ...])
         if not regular:
             return "no regular file"
     return f"{uri.rstrip('/')}/{path}", path, kind, size, fingerprint
+
+
+def _utf8(name: str) -> str:
+    """A name as tables can hold it: bytes that are no UTF-8 as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _local(path: str) -> tuple[int, str, bool]:
@@ -347,7 +353,7 @@ def _refuse_vanished(project: Project, listing: Listing, known: pl.DataFrame) ->
             f"dataset {listing.dataset}: {uri} holds none of its {present.height} files; mount it, or, if they were "
             "deleted on purpose, remove the dataset from corpus.yaml"
         )
-    for folder in filter(None, listing.empty):
+    for folder in map(_utf8, filter(None, listing.empty)):
         if missed := present.filter(pl.col("path").str.starts_with(f"{folder}/")).height:
             raise CorpusError(
                 f"dataset {listing.dataset}: {uri.rstrip('/')}/{folder} is empty, or a link that is not followed, "

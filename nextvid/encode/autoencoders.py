@@ -7,8 +7,8 @@ Axes: n clips, F frames of one, N = n F, f latent frames of one, M = n f, R H W 
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -17,16 +17,19 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Float32, UInt8
+from safetensors import safe_open
 from torch import Tensor
 
 from nextvid.encode.decode_task import Frames
-from nextvid.encode.weights import Facts, autoencoder_digest, facts, read_folder
+from nextvid.encode.weights import DIFFUSERS, Facts, autoencoder_digest, facts, read_folder, weight_files
 from nextvid.machine import device_of
 from storage.errors import ConfigError
 from storage.spec import frames_shown
 
 FRAMES_AT_ONCE = 64  # as MachineConfig.batch_frames: on CPU larger batches are no faster, so memory decides
 OF_THE_TEXT = ("text_model.", "logit_scale", "logit_bias")  # in a whole SigLIP checkpoint, beside its image encoder
+
+TOLD = 500  # our choice: characters of a library's message
 
 Result = TypeVar("Result")
 Pixels = Float[Tensor, "N 3 H W"]  # from -1 to 1
@@ -230,7 +233,53 @@ def load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         case "siglip":
             return from_transformers(folder, "SiglipVisionModel", dtype, OF_THE_TEXT)
     name = read_folder(folder)[0]["_class_name"]
+    _refuse_other_shapes(folder, name)
     return _loaded(folder, "diffusers", name, (), torch_dtype=dtype, low_cpu_mem_usage=False)
+
+
+def _refuse_other_shapes(folder: Path, kind: str) -> None:
+    """ConfigError unless config.json describes a model whose tensors are those of the weights.
+
+    By a model without memory: one that is described as larger would take all of this machine's before it is compared.
+    """
+    config = read_folder(folder)[0]
+    there: dict[str, tuple[int, ...]] = {}
+    with _explained(folder, "diffusers"):
+        for file in weight_files(folder, DIFFUSERS):
+            with safe_open(file, framework="pt") as opened:
+                there |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        for key, value in config.items():
+            layers = sum(value) if isinstance(value, list) and all(type(n) is int for n in value) else value
+            if ("layers" in key or key.endswith("_blocks")) and type(layers) is int and layers > len(there):
+                raise ConfigError(
+                    f"{folder}/config.json: '{key}' is {value}, and the weights have {len(there)} tensors"
+                )
+        with torch.device("meta"):
+            model = getattr(import_module("diffusers"), kind).from_config(config)
+    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _refuse_unlike(
+        folder, {name for name, shape in here.items() if there.get(name) != shape}, there.keys() - here.keys()
+    )
+
+
+def _refuse_unlike(folder: Path, missing: Set[str], unknown: Set[str]) -> None:
+    if missing or unknown:
+        raise ConfigError(
+            f"{folder}: the weights do not fit config.json: {len(missing)} tensors missing {sorted(missing)[:3]}, "
+            f"{len(unknown)} unknown {sorted(unknown)[:3]}; put the whole checkpoint there"
+        )
+
+
+@contextmanager
+def _explained(folder: Path, library: str) -> Iterator[None]:
+    """Whatever a library raises for what is in a folder, as a ConfigError; ImportError passes through."""
+    try:
+        yield
+    except (ImportError, ConfigError):
+        raise
+    except Exception as error:  # each of its classes raises what it meets
+        told = (str(error).splitlines() or [""])[0][:TOLD]
+        raise ConfigError(f"{folder}: {library} cannot load this encoder: {type(error).__name__}: {told}") from error
 
 
 def from_transformers(folder: Path, kind: str, dtype: torch.dtype, known: tuple[str, ...]) -> torch.nn.Module:
@@ -250,22 +299,16 @@ def _loaded(folder: Path, name: str, kind: str, known: tuple[str, ...], **given:
     logging.disable_progress_bar()
     model: torch.nn.Module
     try:
-        model, told = getattr(library, kind).from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{folder}: {name} cannot load this encoder: {error}") from error
+        with _explained(folder, name):
+            model, told = getattr(library, kind).from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
+            )
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     # loaders only warn, and leave missing tensors at random values (docs/method.md 13, trap 18)
     missing = {*told["missing_keys"], *(found[0] for found in told["mismatched_keys"])}
-    unknown = {key for key in told["unexpected_keys"] if not key.startswith(known)}
-    if missing or unknown:
-        raise ConfigError(
-            f"{folder}: the weights do not fit config.json: {len(missing)} tensors missing {sorted(missing)[:3]}, "
-            f"{len(unknown)} unknown {sorted(unknown)[:3]}; put the whole checkpoint there"
-        )
+    _refuse_unlike(folder, missing, {key for key in told["unexpected_keys"] if not key.startswith(known)})
     return model
 
 

@@ -30,6 +30,11 @@ FAMILIES: dict[str, Family] = {
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
 }
+LARGEST_JSON = 8_000_000  # bytes, our choice: the index of a model of 100,000 tensors
+# Keys of config.json for which diffusers and transformers import modules of the folder, of the Hub, or of quantizers;
+# and those whose value is a repository of kernels where it has a slash.
+FOREIGN_CODE = ("auto_map", "quantization_config")
+NAMES_OF_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 # The names of diffusers and transformers for their files; each may come in several, with an `.index.json`.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 
@@ -120,14 +125,33 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Wrapper]:
         if wrapper.kind == "pixels":
             return {}, wrapper
         raise ConfigError(f"{folder}: no config.json, so this is no folder of a diffusers autoencoder")
-    return read_json(file), wrapper
+    return read_model_config(file), wrapper
+
+
+def read_model_config(file: Path) -> dict[str, Any]:
+    """config.json of a model. Raises ConfigError where it asks a library for code that is not its own."""
+    found = read_json(file)
+    nested = [found]
+    for keys in nested:  # grows meanwhile
+        nested += [value for value in keys.values() if isinstance(value, dict)]
+        for key, value in keys.items():
+            foreign = "/" in str(value) if key in NAMES_OF_CODE else key in FOREIGN_CODE and value is not None
+            if foreign:
+                raise ConfigError(
+                    f"{file}: '{key}' asks for code or kernels of others, which are never loaded: remove it"
+                )
+    return found
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint's folder. Raises ConfigError where it holds no keys."""
+    with file.open("rb") as opened:
+        data = opened.read(LARGEST_JSON + 1)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if len(data) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON} bytes")
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not readable as JSON ({error}): put the checkpoint's own file there") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: holds {type(found).__name__}, keys were expected")
@@ -148,23 +172,33 @@ def _family(config: dict[str, Any], wrapper: Wrapper, folder: Path) -> Family:
     return family
 
 
-def weight_digests(folder: Path, name: str) -> list[str]:
-    """Digests of the weights that would be loaded, sorted; `name` is that of a single file.
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The weights that would be loaded; `name` is that of a single file.
 
     Raises ConfigError where there are none of safetensors.
     """
     index = folder / f"{name}.index.json"
+    names = [name]
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(part, str) for part in places.values()):
+            raise ConfigError(
+                f"{index}: 'weight_map' does not name a file of each tensor; put the checkpoint's own there"
+            )
+        names = sorted(set(places.values()))
         if outside := [part for part in names if Path(part).name != part]:
             raise ConfigError(f"{index}: names {outside[0]!r}, which is no file of its folder; put the weights there")
-        files = [folder / part for part in names]
-    else:
-        files = [folder / name]
+    files = [folder / part for part in names]
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file}: missing; weights are read from safetensors only, never from a pickle")
-    facts_of = [(file, file.stat()) for file in files]  # of which the time of the last change cannot be set back
+    return files
+
+
+def weight_digests(folder: Path, name: str) -> list[str]:
+    """Digests of `weight_files`, sorted. Raises ConfigError."""
+    facts_of = [(file, file.stat()) for file in weight_files(folder, name)]
+    # of which the time of the last change cannot be set back
     return sorted(_file_digest(str(file), at.st_ino, at.st_ctime_ns, at.st_size) for file, at in facts_of)
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from nextvid.config.benchmarks import Family, ProbedEncoderConfig
 from nextvid.encode.autoencoders import from_transformers
-from nextvid.encode.weights import TRANSFORMERS, decisive, read_json, weight_digests
+from nextvid.encode.weights import TRANSFORMERS, decisive, read_json, read_model_config, weight_digests
 from nextvid.evaluate.features import FrozenEncoder, Input, Parts, level_blocks
 from storage.digest import digest_config
 from storage.errors import ConfigError, RefusedError
@@ -87,7 +87,7 @@ def shape_of(config: ProbedEncoderConfig) -> Shape:
     folder = Path(config.folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json, so this is no folder of an encoder that transformers saved")
-    said = read_json(folder / "config.json")
+    said = read_model_config(folder / "config.json")
     known = KNOWN.get(str(said.get("model_type")))
     if known is None or known.family != config.family:
         raise ConfigError(

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from nextvid.plain_text import in_markdown
+
 CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2512.21004"
 
@@ -116,7 +118,9 @@ def _data(data: Sequence[TrainedOn] | None) -> str:
     lines = ["| data set | licence | share of draws | files | clips |", "|---|---|---|---|---|"]
     for one in data:
         share = "" if one.weight is None else f"{one.weight:.3g}"
-        lines.append(f"| {one.name} | {one.licence} | {share} | {one.files:,} | {one.clips:,} |")
+        lines.append(
+            f"| {in_markdown(one.name)} | {in_markdown(one.licence)} | {share} | {one.files:,} | {one.clips:,} |"
+        )
     return "\n".join(lines)
 
 
@@ -132,5 +136,5 @@ def _scores(scores: Sequence[Scored]) -> str:
     for one in scores:
         accuracy = f"{one.accuracy:.3f} ± {one.standard_error:.3f}"
         how = f"{', fine-tuned' * one.tuned}{f', at most {one.limit:,} shots of each split' if one.limit else ''}"
-        lines.append(f"| {one.benchmark}{how} | {accuracy} | {one.random:.3f} | {one.clips:,} |")
+        lines.append(f"| {in_markdown(one.benchmark)}{how} | {accuracy} | {one.random:.3f} | {one.clips:,} |")
     return "\n".join(lines)

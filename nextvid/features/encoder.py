@@ -345,6 +345,10 @@ def facts_of(config: Mapping[str, Any], place: str) -> ExportFacts:
         encoded_by = str(config["encoding"]["autoencoder"])
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{place}: {error} is missing: export the run again") from error
+    if type(resolution) is not int or resolution < 1 or precision not in ("fp32", "bf16"):
+        raise ConfigError(
+            f"{place}: resolution {resolution!r} or precision {precision!r} is none: export the run again"
+        )
     if autoencoder not in (None, AUTOENCODER):  # any other path could lead out of the folder
         raise ConfigError(f"{place}: the autoencoder must be in '{AUTOENCODER}', not {autoencoder!r}")
     clip = parse(ClipPolicy, config["clip"], f"{place}, clip") if config.get("clip") else None
@@ -363,12 +367,16 @@ def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
     config = read_config(folder)
     facts = facts_of(config, f"{folder}/{CONFIG}")
     tensors = read_weights(folder, config)
-    model = facts.model.model_copy(update={"attention": "loop"})  # which every device has; the results agree
     if absent := {"mean", "std"} - tensors.keys():
         raise DamagedError(f"{folder / WEIGHTS} has no {' and no '.join(sorted(absent))}; {REMEDY}")
-    found = NExTVidEncoder(model, tensors["mean"], tensors["std"])
+    if (depth := facts.model.encoder.depth) > len(tensors):
+        raise DamagedError(f"{folder / WEIGHTS} has fewer tensors than the {depth} blocks that {CONFIG} says; {REMEDY}")
+    model = facts.model.model_copy(update={"attention": "loop"})  # which every device has; the results agree
+    with torch.device("meta"):  # without memory, of which a model that is described as larger would take all
+        found = NExTVidEncoder(model, tensors["mean"], tensors["std"])
     try:
-        found.load_state_dict(tensors)
+        found.load_state_dict(tensors, assign=True)
+        found.float()
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()[:200]
         raise DamagedError(f"{folder / WEIGHTS} is of another model than {CONFIG} says: {first}; {REMEDY}") from None

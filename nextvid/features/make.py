@@ -22,6 +22,7 @@ from nextvid.features.extract import Asked, Counts, SourceFile, extract
 from nextvid.features.output import Output
 from nextvid.machine import die_with, leased_devices
 from nextvid.making.progress import OnProgress, Progress, noting, silent
+from nextvid.plain_text import printable
 from nextvid.train.export import WEIGHTS
 from nextvid.video.archives import fingerprint_of
 from nextvid.video.sandbox import Spawn
@@ -52,7 +53,7 @@ class Summary:
         return (
             f"{self.counts.clips} clips of {self.counts.files} files, {self.counts.failed} failed; {self.present} "
             f"files were there before\n{rate:.1f} clips/s, encoder busy {busy:.0%}; {self.out}"
-        ) + "".join(f"\nfailed: {error}" for error in self.counts.errors)
+        ) + "".join(f"\nfailed: {printable(error)}" for error in self.counts.errors)
 
 
 def find_files(paths: Sequence[str]) -> pl.DataFrame:
@@ -63,6 +64,7 @@ def find_files(paths: Sequence[str]) -> pl.DataFrame:
     """
     found: list[tuple[str, str]] = []
     for path in paths:
+        remote.refuse_protocol(path, "path")
         uri = path if "://" in path else str(Path(path).absolute())
         try:
             fs, key = remote.connect(uri)

@@ -15,6 +15,7 @@ from nextvid.config.overrides import flat
 from nextvid.config.project import Project
 from nextvid.config.recipe import draws_before
 from nextvid.lineage.trace import RunFacts, runs_of, scores_of
+from nextvid.plain_text import printable
 from nextvid.train.run import CONFIG, open_run
 from storage.atomic import read_json
 from storage.digest import digest_config
@@ -152,4 +153,4 @@ def _shown(value: object) -> str:
         case float():
             return f"{value:.6g}"
         case _:
-            return str(value)
+            return printable(str(value))

@@ -30,6 +30,7 @@ from nextvid.features.encoder import load_encoder, repeated
 from nextvid.lineage.trace import runs_of, trainsets_of
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import existing
+from nextvid.plain_text import printable
 from nextvid.train.run import Run, find_run
 from nextvid.train.step import build_model
 from nextvid.trainset.mask_plan import open_mask_plan
@@ -59,9 +60,8 @@ class Shown:
 
     def text(self) -> str:
         """The facts and the picture's path, for people."""
-        return "\n".join(
-            [f"{self.kind} {self.what}", *self.facts, *([f"picture: {self.picture}"] if self.picture else [])]
-        )
+        lines = [f"{self.kind} {self.what}", *self.facts, *([f"picture: {self.picture}"] if self.picture else [])]
+        return "\n".join(map(printable, lines))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nextvid.lineage.trace import runs_of, scores_of
 from nextvid.making.batches import BatchAsset, batch_state, dataset_of
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import read_latest
+from nextvid.plain_text import printable
 from nextvid.planning.acceptance import difference, outdated
 from nextvid.planning.waiting import Standard, left_behind, standard, waiting
 from nextvid.train.run import open_run
@@ -46,7 +47,7 @@ class DatasetStatus:
             if counts:
                 bad = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items()) if status != "ok")
                 line += f"; {counts.get('ok', 0):,} {what}" + (f" ({bad})" if bad else "")
-        return line + "".join(f"\n      {count} waiting: {why}" for why, count in self.waiting.items())
+        return line + "".join(f"\n      {count} waiting: {printable(why)}" for why, count in self.waiting.items())
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Status:
         if self.broken:
             shown = self.broken[:NAMED]
             more = [f"  and {len(self.broken) - NAMED} more"] if len(self.broken) > NAMED else []
-            lines += ["broken", *(f"  {line}" for line in shown), *more]
+            lines += ["broken", *(f"  {printable(line)}" for line in shown), *more]
         return "\n".join([*lines, f"next: {self.next}"])
 
 

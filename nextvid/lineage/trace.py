@@ -13,6 +13,7 @@ from typing import Any, Literal
 import polars as pl
 
 from nextvid.config.project import Project
+from nextvid.plain_text import in_markdown, printable
 from nextvid.train.run import CONFIG
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset
@@ -105,7 +106,7 @@ class Trace:
 
     def text(self) -> str:
         """As text: one line for each fact, indented under its kind."""
-        lines = [f"{self.kind} {self.what}"]
+        lines = [printable(f"{self.kind} {self.what}")]
         for title, facts in (
             ("media", self.media),
             ("run", self.runs),
@@ -118,31 +119,29 @@ class Trace:
         ):
             for fact in facts:
                 fields = "  ".join(f"{key}={_short(value)}" for key, value in asdict(fact).items() if value is not None)
-                lines.append(f"  {title:8} {fields}")
+                lines.append(printable(f"  {title:8} {fields}"))
         if self.every_file:
             lines.append(f"  every file: {self.every_file}")
         return "\n".join(lines)
 
     def markdown(self) -> str:
         """As Markdown for the UI, without single batches: they are many, and the command line lists them."""
-        lines = [f"{self.kind} `{self.what}`", ""]
+        lines = [f"{self.kind} {in_markdown(self.what)}", ""]
         for facts in self.runs:
-            overrides = f", overrides {_short(facts.overrides)}" if facts.overrides else ""
+            overrides = f", overrides {in_markdown(_short(facts.overrides))}" if facts.overrides else ""
             lines.append(f"- run `{facts.run}` of recipe {facts.recipe}{overrides}, mask plan `{facts.mask_plan}`")
         lines += [
             f"- it started from run `{f.run}` of recipe {f.recipe}, trainset `{f.trainset}`" for f in self.sources
         ]
         lines += [f"- run `{f.run}` of recipe {f.recipe} started from it" for f in self.started]
         lines += [f"- trainset `{t.digest}`: {t.rows} rows, encoding `{t.encoding_spec}`" for t in self.trainsets]
-        lines += [f"- score on {s.benchmark}, clips {_short(s.clips)}: `{s.path}`" for s in self.scores]
+        lines += [f"- score on {s.benchmark}, clips {_short(s.clips)}: {in_markdown(s.path)}" for s in self.scores]
         if self.datasets:
             lines += ["", "| dataset | weight | files | clips | rows |", "|---|---|---|---|---|"]
             lines += [f"| {d.name} | {d.weight or 0:.3g} | {d.files} | {d.clips} | {d.rows} |" for d in self.datasets]
         if self.every_file:
-            lines += [
-                "",
-                f"Every file: `{self.every_file}`; on the command line: `nextvid lineage {self.what}`.",
-            ]
+            command = f"on the command line: nextvid lineage {in_markdown(self.what)}"
+            lines += ["", f"Every file: {in_markdown(self.every_file)}; {command}"]
         return "\n".join(lines)
 
 

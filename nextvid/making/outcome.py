@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from nextvid.graph import NON_BLOCKING
+from nextvid.plain_text import printable
 
 Number = int | float | str
 
@@ -90,7 +91,7 @@ def line(outcome: Outcome) -> str:
         parts.append(" and ".join(what for what, _ in group) + (f" ({', '.join(why)})" if why else ""))
     if parts:
         lines.append(f"left out: {'; '.join(parts)}")
-    return "\n    ".join(lines)
+    return "\n    ".join(map(printable, lines))
 
 
 def to_look_at(outcomes: Sequence[Outcome]) -> str:
@@ -109,7 +110,11 @@ def to_look_at(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         counts.update({f"{LEFT_OUT[n][0]} ({outcome.asset})": int(outcome.numbers.get(n, 0)) for n in LEFT_OUT})
     parts += [f"{count} {what}" for what, count in counts.items() if count]
-    return f"to look at: {'; '.join(parts)}" if parts else "nothing to look at: all checks passed, nothing was left out"
+    return (
+        printable(f"to look at: {'; '.join(parts)}")
+        if parts
+        else "nothing to look at: all checks passed, nothing was left out"
+    )
 
 
 def detail(check: Check) -> str:

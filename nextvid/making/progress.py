@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from rich import progress as rich
 from rich.console import Console
 
+from nextvid.plain_text import printable
+
 LOG_EVERY_S = 15.0  # our choice: a line that a person can read before the next one
 
 
@@ -89,7 +91,7 @@ class Lines:
         now, per_s = time.monotonic(), self._pace.per_s(progress)
         ended = bool(progress.rate) and progress.done == progress.total
         if progress.note or ended or now - self._last_s.setdefault(progress.name, self._newest_s) >= self._every_s:
-            self._write(progress.line(per_s))
+            self._write(printable(progress.line(per_s)))
             if not progress.note:
                 self._last_s[progress.name] = self._newest_s = now
 
@@ -115,7 +117,8 @@ def _shown(console: Console) -> Iterator[OnProgress]:
     if not console.is_terminal:
         yield Lines(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
         return
-    columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[rate]}")
+    names, rates = (rich.TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[rate]"))
+    columns = (names, rich.BarColumn(), rich.MofNCompleteColumn(), rates)
     with rich.Progress(*columns, rich.TimeRemainingColumn(), console=console, transient=True) as bars:
         tasks: dict[str, rich.TaskID] = {}
         pace = Pace()
@@ -123,12 +126,12 @@ def _shown(console: Console) -> Iterator[OnProgress]:
         def show(progress: Progress) -> None:
             name = progress.name
             if name not in tasks:
-                tasks[name] = bars.add_task(name, rate="")
+                tasks[name] = bars.add_task(printable(name), rate="")
             rate = progress.rate or (f"{per_s:.3g}/s" if (per_s := pace.per_s(progress)) else "")
-            words = ", ".join(part for part in (progress.detail, rate) if part)
+            words = printable(", ".join(part for part in (progress.detail, rate) if part))
             bars.update(tasks[name], completed=progress.done, total=progress.total, rate=words)
             if progress.note:
-                bars.console.print(progress.line(), highlight=False, markup=False)
+                bars.console.print(printable(progress.line()), highlight=False, markup=False)
             if progress.done >= progress.total:
                 bars.remove_task(tasks.pop(name))  # the line of the outcome follows
 

@@ -1,7 +1,8 @@
 """The page of a report: sections of text, tables and pictures, rendered as one HTML file.
 
 Each block names the files its numbers come from; the page numbers them. The file needs nothing else: style and pictures
-are inside, there is no script. Names of files and classes come from outside, so every text is escaped.
+are inside, there is no script. Names of files and classes come from outside, so every text is escaped, and codes are
+shown for what would turn the direction of writing.
 """
 
 import base64
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from nextvid.plain_text import printable
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def render_html(card: Card) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

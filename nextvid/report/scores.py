@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
-from nextvid.pictures import INK, png, quiet
+from nextvid.pictures import INK, plot_text, png, quiet
 from nextvid.report.curves import Scored, over_clips_png
 from nextvid.report.page import Block, Picture, Section, Table, Text
 from storage import atomic
@@ -238,7 +238,9 @@ def scatter_png(
         places = tsne(found[:TSNE_CLIPS])
         for number, name in enumerate(classes):
             own = places[shown == number]
-            axes.scatter(own[:, 0], own[:, 1], s=11, color=colour(number, len(classes)), linewidths=0, label=name)
+            axes.scatter(
+                own[:, 0], own[:, 1], s=11, color=colour(number, len(classes)), linewidths=0, label=plot_text(name)
+            )
         quiet(axes, title)
         axes.spines[:].set_visible(False)
         axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")

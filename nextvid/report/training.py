@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextvid.pictures import COLOURS, INK, png, quiet
+from nextvid.pictures import COLOURS, INK, plot_text, png, quiet
 from nextvid.report.page import Block, Picture, Section, Table, Text
 from nextvid.train.diagnose import ALARM_AFTER, ALARM_RATIO, collapsed
 from nextvid.train.events import Event
@@ -153,7 +153,7 @@ def _mark_stages(panels: Sequence[Axes], events: Sequence[Event]) -> None:
     for (start, event), end, colour in zip(stages.items(), ends, COLOURS, strict=False):
         for panel in panels:
             panel.axvspan(start, end, color=colour, alpha=0.09, linewidth=0)
-        name = str(event.get("name", "")).replace("_", " ")
+        name = plot_text(str(event.get("name", "")).replace("_", " "))
         place = named.get_xaxis_transform()
         named.text((start + end) / 2, 0.98, name, transform=place, fontsize=7, color=INK, ha="center", va="top")
 

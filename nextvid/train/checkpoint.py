@@ -356,10 +356,17 @@ def _state(path: Path) -> dict[str, Any] | None:
     """`state.json` of a complete checkpoint, else None, also if its run removes it meanwhile."""
     try:
         state: dict[str, Any] = atomic.read_json(str(path / STATE))
+        if absent := {"identity", "progress", "files"} - state.keys():
+            raise KeyError(*absent)
+        if outside := [name for name in state["files"] if Path(name).name != name]:
+            raise DamagedError(f"{path / STATE} names {outside[0]!r}, which is no file of its folder: restore it")
         sizes = {name: (path / name).stat().st_size for name in state["files"]}
+        whole = all(sizes[name] == facts["size_bytes"] for name, facts in state["files"].items())
     except (UpstreamError, FileNotFoundError):
         return None
-    return state if all(sizes[name] == facts["size_bytes"] for name, facts in state["files"].items()) else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path / STATE} describes no checkpoint ({error}): restore it, or remove {path}") from None
+    return state if whole else None
 
 
 def _set_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:

@@ -67,7 +67,7 @@ def read_events(folder: Path) -> list[Event]:
         try:
             event: Event = json.loads(line)
             kind, at = event["kind"], event["step"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DamagedError(f"{path}, line {number}: no event as JSON; another program changed the file") from None
         if kind == "start":  # the attempts before took steps beyond this one in vain
             # an attempt from step 0 does all of it again, what precedes its first step too

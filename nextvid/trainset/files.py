@@ -107,6 +107,9 @@ def read_sealed(path: str, remedy: str) -> dict[str, Any]:
         same = False
     if not same:
         raise DamagedError(f"{path} was changed after it was written; {remedy}")
+    files = record.get("files", {})  # a seal proves no origin
+    if not isinstance(files, dict) or any(name.startswith("/") or ".." in name.split("/") for name in files):
+        raise DamagedError(f"{path} names files that are not in its folder; {remedy}")
     return record
 
 

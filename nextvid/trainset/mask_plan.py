@@ -132,6 +132,10 @@ def open_mask_plan(root: DataRoot, masks: MaskConfig, grid: tuple[int, int]) -> 
 def read_files(folder: str, plan: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Name and content of each file that a plan.json names. DamagedError where one changed."""
     for file, digest in plan["files"].items():
+        if "/" in file:
+            raise DamagedError(
+                f"{folder}/plan.json names {file!r}, which is no file of its folder: make mask_plan again"
+            )
         data = atomic.read_bytes(f"{folder}/{file}")
         if digest_bytes(data) != digest:
             raise DamagedError(

@@ -21,7 +21,7 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing
 from storage.errors import ConfigError, ConflictError, DamagedError
 from storage.part import Part
-from storage.remote import is_local, read_exactly
+from storage.remote import is_local, read_exactly, refuse_protocol
 from storage.root import DataRoot
 from storage.shard_files import AT_ONCE, cited_parts, shard_fault, shards_of
 from storage.store import LatentStore, PixelStore, Store
@@ -55,6 +55,7 @@ def pull(project: Project, trainset: str, url: str, on_progress: OnProgress = si
     UpstreamError where there is no such trainset, DamagedError where bytes of it are not as committed, RefusedError if
     one of its rows was withdrawn in either root.
     """
+    refuse_protocol(url, "URL", project.asked.protocols)
     source, root = DataRoot.open(url, project.root.runs_url), project.root
     if source.url == root.url:
         raise ConfigError(f"{url} is this project's own root: name the root to copy from")

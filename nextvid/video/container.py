@@ -26,6 +26,7 @@ from jaxtyping import UInt8
 
 from nextvid.video.display import DISPLAYED_AS_STORED, Display, over_black
 from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
+from nextvid.video.images import MAX_PIXELS
 from storage.errors import MediaError
 
 # libavformat's demuxers of VIDEO_EXTENSIONS; everything else (hls, concat, sdp, image sequences, lavfi) is refused.
@@ -77,7 +78,8 @@ def opened(path: Path, *, strict: bool) -> Iterator[Video]:
 
     `strict` is for passes from the start, which decide whether a file is sound; seeking needs it off.
     """
-    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    # `max_pixels`: to learn a stream's format FFmpeg decodes a picture of it already here
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_pixels": str(MAX_PIXELS)}
     try:
         container = av.open(f"file:{path.absolute()}", options=options)
     except FileNotFoundError:
@@ -90,6 +92,11 @@ def opened(path: Path, *, strict: bool) -> Iterator[Video]:
         stream = next((s for s in container.streams.video if s.codec_context and not s.disposition & PICTURES), None)
         if stream is None or stream.time_base is None:
             raise MediaError("no_video", f"{path}: holds no video stream that can be decoded")
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise MediaError(
+                "too_large", f"{path}: {width} x {height} pixels a frame; at most {MAX_PIXELS} are decoded"
+            )
         decoder, codec = stream.codec_context, stream.codec_context.codec.canonical_name
         if codec in WITH_ALPHA and stream.metadata.get("alpha_mode") == "1":
             other = VideoCodecContext.create(WITH_ALPHA[codec], "r")
@@ -98,9 +105,11 @@ def opened(path: Path, *, strict: bool) -> Iterator[Video]:
             decoder.extradata = stream.codec_context.extradata
         decoder.thread_type = "NONE"
         decoder.thread_count = 1  # a worker has one core
-        decoder.options = {"err_detect": ERROR_DETECTION + (STRICT if strict else "")}
-        size = (stream.codec_context.width, stream.codec_context.height)
-        yield Video(container, stream, decoder, stream.time_base, codec, size)
+        decoder.options = {
+            "err_detect": ERROR_DETECTION + (STRICT if strict else ""),
+            "max_pixels": str(MAX_PIXELS),
+        }
+        yield Video(container, stream, decoder, stream.time_base, codec, (width, height))
     except MemoryError:
         raise
     except (av.FFmpegError, OverflowError, UnicodeError) as error:

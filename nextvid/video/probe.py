@@ -153,6 +153,8 @@ def inspect_file(path: Path) -> Inspection:
 def identify(path: Path) -> tuple[str, int]:
     """A file's id in hex and its size in bytes. Raises MediaError."""
     try:
+        if path.exists() and not path.is_file():  # it was one when it was listed
+            raise MediaError("unreadable", f"{path}: a pipe, device or folder, which may never end")
         return digest_file(path), path.stat().st_size
     except FileNotFoundError:
         raise MediaError("missing", f"{path}: no such file; list the dataset again") from None

@@ -1,8 +1,5 @@
 """YAML that users write: what is read, and one line for what could cost a value, memory or hours."""
 
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,8 +33,8 @@ def test_values_are_those_of_safe_yaml(tmp_path: Path) -> None:
         ("a: [", "not readable as YAML"),
         ("a: !!python/object/apply:os.system [true]", "not readable as YAML"),
         ("a: 2026-13-45", "not readable as YAML: month must be in 1..12"),
-        (f"a: {'9' * 6000}", "not readable as YAML: Exceeds the limit"),
-        ('a: "film\\0.mp4"', "a NUL character in line 1"),
+        (f"a: {'9' * 6000}", "not readable as YAML: a number of 6000 characters in line 1"),
+        ('a: "film\\0.mp4"', "the character U+0000 in line 1, which is no text"),
         ("a: &a [*a]", "one contains itself"),
         (f"a: {'[' * 5000}", "nested too deeply"),
         (BOMB, "more than 100000 values with its aliases written out"),
@@ -58,19 +55,3 @@ def test_a_file_that_is_no_utf8_is_one_line(tmp_path: Path, encoding: str) -> No
     with pytest.raises(ConfigError, match="save the file as UTF-8") as caught:
         read_yaml(tmp_path / "settings.yaml")
     assert "\n" not in str(caught.value)
-
-
-def test_a_bomb_takes_no_memory(tmp_path: Path) -> None:
-    """11 levels of 9 aliases are 3e10 values: the command ends within an address space of 4 GB."""
-    (tmp_path / "corpus.yaml").write_text(f"root: a\nencoding: {{autoencoder: a}}\ndatasets: {{}}\n{BOMB}")
-    done = subprocess.run(
-        [sys.executable, "-m", "nextvid", "plan", "--corpus", str(tmp_path / "corpus.yaml")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)),
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("config: ")
-    assert done.stderr.count("\n") == 1
