@@ -25,7 +25,7 @@ CLOCK = re.compile(r"(\d{1,6}):([0-5]\d):([0-5]\d)(?:\.(\d{1,6}))?")  # InternVi
 
 LONGEST_LINE, LONGEST_NUMBER = 1 << 20, 9  # our choice, in characters; captions of InternVid have hundreds
 LARGEST_JSON = 200_000_000  # our choice: SSv2's list has 25 MB; each character takes about ten bytes while it is read
-COLUMNS_NAMED = 20  # our choice
+COLUMNS_NAMED, COLUMN_SHOWN = 20, 80  # our choice: columns that a message names, characters of each
 
 # Names of official splits in public data sets (ImageNet, Kinetics, SSv2, Diving48) besides train, val and test.
 # fmt: off
@@ -276,7 +276,7 @@ def _clock(entry: dict[str, Any], key: str, file: str, number: int) -> int:
 
 def named_columns(columns: Sequence[str]) -> str:
     """The first columns of a table, for a message."""
-    return _short(", ".join(columns[:COLUMNS_NAMED])) if columns else "none"
+    return ", ".join(column[:COLUMN_SHOWN] for column in columns[:COLUMNS_NAMED]) or "none"
 
 
 def _short(value: object) -> str:

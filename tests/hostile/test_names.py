@@ -86,7 +86,17 @@ def test_errors_name_arguments_safely(
 
 
 def test_bytes_that_are_no_text_as_an_argument(repository: Path) -> None:
-    command = [sys.executable, "-m", "nextvid", "features", b"caf\xe9.mp4", "--encoder", "e", "--out", "o.npz"]
+    command: list[str | bytes] = [
+        sys.executable,
+        "-m",
+        "nextvid",
+        "features",
+        b"caf\xe9.mp4",
+        "--encoder",
+        "e",
+        "--out",
+        "o.npz",
+    ]
     done = subprocess.run(command, capture_output=True, check=False, cwd=repository)
     assert done.stderr == b"config: caf\\udce9.mp4 is not UTF-8: rename the file or folder\n"
 
