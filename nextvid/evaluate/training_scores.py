@@ -37,7 +37,7 @@ from nextvid.trainset.trainset import Trainset
 from storage.digest import digest
 from storage.errors import NExTVidError
 
-CLASSES = 10  # our choice: of Kinetics' 400 classes, 128 clips would leave a third of one for each
+CLASSES = 10  # our choice: of Kinetics' 400 classes, 400 clips would leave one for each
 FOLDS = 4  # our choice: a clip is answered by three quarters of the clips
 RIDGES = np.logspace(-4, 2, 13)  # our choice, as multiples of the kernel's mean eigenvalue
 Groups = Mapping[int, tuple[pl.DataFrame, Clips]]  # rows to score and clips to encode, by the frames of a clip
