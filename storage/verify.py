@@ -125,9 +125,10 @@ def _keys(value: Any, above: str = "") -> set[str]:  # noqa: ANN401 - JSON is An
 def _leftovers(part: Part[Any], shards: int, files: Iterable[str]) -> list[Problem]:
     """Files that the plan does not know: temporary ones of dead writers, and shards or commits beyond the last."""
     known = {path for number in range(shards) for path in (part.shard_path(number), part.commit_path(number))}
-    known |= {*part.metadata_paths, part.plan_path, part.seal_path, part.sealed_path, f"{part.path}/lock"}
+    known |= {*part.metadata_paths, part.plan_path, part.seal_path, part.sealed_path}
     dead = atomic.leftovers(part.path, LEFTOVER_AGE_S)
-    strange = sorted(path for path in set(files) - known if path in dead or not atomic.is_temporary(path))
+    unknown = [path for path in set(files) - known if not path.startswith(f"{part.path}/lock")]  # and its owner file
+    strange = sorted(path for path in unknown if path in dead or not atomic.is_temporary(path))
     return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 
 
