@@ -228,10 +228,7 @@ class Cache:
         except DamagedError as error:
             if (found := listing.size_bytes(path)) in (None, size_bytes):
                 raise
-            raise StoreError(
-                f"{path} has {found} bytes and was listed with {size_bytes}: the object store's listings are not of "
-                "this moment. Nothing is damaged: run again, and if it stays so, use a store whose listings are exact"
-            ) from error
+            raise listing.untrue(f"{path} has {found} bytes and was listed with {size_bytes}") from error
 
     def _reserve(self, name: str, size_bytes: int) -> None:
         """Count a file of this size within the bound; waits for copies that others are making, which end as files."""

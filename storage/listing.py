@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from storage import remote
+from storage.errors import StoreError
 from storage.remote import is_local
 
 
@@ -60,6 +61,14 @@ def size_bytes(path: str) -> int | None:
         return int(remote.ask(path, lambda fs, key: fs.info(key))["size"])
     except FileNotFoundError:
         return None
+
+
+def untrue(what: str) -> StoreError:
+    """The error for a listing that is not of this moment; `what` it says and what is."""
+    return StoreError(
+        f"{what}: the object store's listings are not of this moment. Nothing is damaged: run again, and if it stays "
+        "so, use a store whose listings are exact"
+    )
 
 
 def _refuse_unlisted(error: OSError) -> None:

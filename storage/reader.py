@@ -13,11 +13,9 @@ Of an object store rows come from local copies or by ranged requests (shard_file
 Axes: F frames or latent frames, C channels, h w cells, H W pixels.
 """
 
-import itertools
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -44,18 +42,20 @@ PIXEL_ADDRESS = np.dtype(
     [("batch", "<u4"), ("part", "<u2"), ("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")]
 )
 _SUMMED = 1 << 20  # pixel addresses whose sizes are added at a time, 28 MB of them
-_FIELDS = struct.Struct("<16xIHIHI")  # an ADDRESS but for its row id: a sixth of the time of numpy's own conversion
-Fields = tuple[Any, ...]  # of an address as Python numbers, from `batch` on
+# Of an ADDRESS: batch, part and shard as a `Key` ends with them; slot; crc. A sixth of the time of numpy's conversion.
+_PLACE = struct.Struct("<16x10sHI")
+_SLOTS = struct.Struct("<16x12s4x")  # the same and the slot: those of a shard sort by slot, of which it has 256
+_PIXEL_PLACE = struct.Struct("<10sQII")  # of a PIXEL_ADDRESS: the same; offset; size; crc
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one mapped shard, and which of them passed their checksum in this map."""
+    """The rows of one mapped shard; `checked` has the crc32c that a row had in this map, by slot."""
 
     file: MappedShard
     stored: UInt8[np.ndarray, "n bytes"]
-    values: Float16[np.ndarray, "n F C h w"] | None  # the same bytes; None where each row must be unpacked
-    checked: np.ndarray  # bool [n]
+    values: np.ndarray  # the same bytes as float16 [n, F, C, h, w]; as they are where each row must be unpacked
+    checked: dict[int, int] = field(default_factory=dict)
 
 
 class RowReader:
@@ -74,7 +74,7 @@ class RowReader:
         stored: Mapping[int, np.ndarray] | None = None,
         ahead_rows: int = AHEAD_ROWS,
     ) -> None:
-        self._spec = spec
+        self._spec, self._are_packed = spec, spec.storage == "int8"
         store, copied = LatentStore(root, spec), None
         if stored is not None and root.cache_bytes > 0 and not is_local(root.url):
             rows_bytes = sum(len(rows) * spec.row_bytes(frames) for frames, rows in stored.items())
@@ -90,25 +90,32 @@ class RowReader:
 
         Raises DamagedError where a file or a row's bytes are not as committed.
         """
-        if self._files.ranges is not None:
-            self.will_need(frames, addresses)
-            return [self._requested(frames, address) for address in addresses]
-        return [self._row(frames, fields, addresses[n]) for n, fields in enumerate(_fields(addresses))]
+        if self._files.ranges is not None or self._are_packed:
+            packed = self.packed(frames, addresses)
+            return [shard.unpacked(row, self._spec.storage, self._spec.row_shape(frames)) for row in packed]
+        return [rows.values[slot] for rows, slot in self._checked(frames, addresses)]
 
     def packed(self, frames: int, addresses: np.ndarray) -> list[UInt8[np.ndarray, " bytes"]]:
         """The stored bytes of rows (`packed` of shard.py); the rest as `rows`."""
-        if self._files.ranges is not None:
-            self.will_need(frames, addresses)
-            return [self._asked_for(frames, address) for address in addresses]
-        found = (self._checked(frames, fields, addresses[n]) for n, fields in enumerate(_fields(addresses)))
-        return [mapped.stored[slot] for mapped, slot in found]
+        if self._files.ranges is None:
+            return [rows.stored[slot] for rows, slot in self._checked(frames, addresses)]
+        self.will_need(frames, addresses)
+        length, row_bytes = frames.to_bytes(4, "little"), self._spec.row_bytes(frames)
+        found: list[np.ndarray] = []
+        for address, (place, slot, _) in zip(addresses, _PLACE.iter_unpack(addresses.tobytes()), strict=True):
+            data = bytearray(self._files.read(length + place, address, slot * row_bytes, row_bytes))
+            # a bytearray, since torch takes writable memory only
+            found.append(np.frombuffer(data, np.uint8))
+        return found
 
     def read_into(self, frames: int, address: np.void, out: Float16[np.ndarray, "F C h w"]) -> None:
         """Copy one row into `out` (float16, C order), which keeps its values where DamagedError is raised."""
-        if self._files.ranges is not None:
-            row = self._requested(frames, address)
+        place, slot, crc = _PLACE.unpack_from(address)
+        rows = self._maps.get(frames.to_bytes(4, "little") + place)
+        if rows is None or rows.checked.get(slot) != crc or self._are_packed:
+            row = self.rows(frames, address.reshape(1))[0]
         else:
-            row = self._row(frames, _FIELDS.unpack(address.tobytes()), address)
+            row = rows.values[slot]
         assert out.dtype == np.float16, f"out is {out.dtype}"
         assert out.flags.c_contiguous, "out is not in C order"
         assert out.shape == row.shape, f"out has shape {out.shape}, not {row.shape}"
@@ -120,82 +127,71 @@ class RowReader:
 
         Waits at most for shards not mapped or copied yet, and where the disk's queue is full.
         """
-        row_bytes = self._spec.row_bytes(frames)
-        fields = _fields(addresses)
+        row_bytes, length, data = self._spec.row_bytes(frames), frames.to_bytes(4, "little"), addresses.tobytes()
         if self._files.ranges is not None:
-            self._files.announce([(_key(frames, one), one[3] * row_bytes, row_bytes) for one in fields])
+            asked = [(length + place, slot * row_bytes, row_bytes) for place, slot, _ in _PLACE.iter_unpack(data)]
+            self._files.announce(asked)
             return
         if self._files.cache is not None:
-            self._maps.add_all([_key(frames, one) for one in fields], addresses, self._map)
-        waiting: tuple[MappedShard, int, int] | None = None  # file, first and last slot + 1 of neighbours found so far
-        for (batch, part, number, slot, _), n in sorted(zip(fields, itertools.count(), strict=False)):
-            key = frames, batch, part, number
-            file = (self._maps.get(key) or self._maps.add(key, self._map(key, addresses[n]))).file
-            if waiting is not None and waiting[0] is file and slot <= waiting[2]:
-                waiting = file, waiting[1], slot + 1
+            self._maps.add_all([length + place for place, _, _ in _PLACE.iter_unpack(data)], addresses, self._map)
+        before: MappedShard | None = None
+        first = stop = 0  # slots of neighbours found so far, in the shard before
+        at = {place: n for n, (place,) in enumerate(_SLOTS.iter_unpack(data))}
+        for place in sorted(at):
+            key, slot = length + place[:10], int.from_bytes(place[10:], "little")
+            rows = self._maps.get(key) or self._maps.add(key, self._map(key, addresses[at[place]]))
+            if before is rows.file and slot == stop:
+                stop += 1
                 continue
-            if waiting is not None:
-                waiting[0].will_need(waiting[1] * row_bytes, waiting[2] * row_bytes)
-            waiting = file, slot, slot + 1
-        if waiting is not None:
-            waiting[0].will_need(waiting[1] * row_bytes, waiting[2] * row_bytes)
+            if before is not None:
+                before.will_need(first * row_bytes, stop * row_bytes)
+            before, first, stop = rows.file, slot, slot + 1
+        if before is not None:
+            before.will_need(first * row_bytes, stop * row_bytes)
 
     def close(self) -> None:
         """Drop all maps, copies and requests. A reader of maps stays usable and maps again."""
         self._files.close()
         self._maps.clear()
 
-    def _row(self, frames: int, fields: Fields, address: np.void) -> Float16[np.ndarray, "F C h w"]:
-        """View of one row, checked."""
-        mapped, slot = self._checked(frames, fields, address)
-        if mapped.values is not None:
-            row: np.ndarray = mapped.values[slot]
-            return row
-        return shard.unpacked(mapped.stored[slot], self._spec.storage, self._spec.row_shape(frames))
+    def _checked(self, frames: int, addresses: np.ndarray) -> list[tuple[_Rows, int]]:
+        """The shard of each row, checked, and its slot."""
+        length, found = frames.to_bytes(4, "little"), list[tuple[_Rows, int]]()
+        for n, (place, slot, crc) in enumerate(_PLACE.iter_unpack(addresses.tobytes())):
+            rows = self._maps.get(length + place)
+            if rows is None or rows.checked.get(slot) != crc:
+                rows = self._check(length + place, slot, crc, addresses[n])
+            found.append((rows, slot))
+        return found
 
-    def _checked(self, frames: int, fields: Fields, address: np.void) -> tuple[_Rows, int]:
-        """The shard of a row, checked, and its slot; `fields` are those of the address, which serves messages."""
-        batch, part, number, slot, crc = fields
-        key = frames, batch, part, number
-        mapped = self._maps.get(key)
-        if mapped is None:
-            mapped = self._maps.add(key, self._map(key, address))  # not under a lock: it waits for the disk
-        if slot >= len(mapped.stored):
-            what = f"has {len(mapped.stored)} rows, none in slot {slot}: {ADDRESSES_CHANGED}"
+    def _check(self, key: Key, slot: int, crc: int, address: np.void) -> _Rows:
+        """The shard of a row, both compared with what was committed."""
+        # not under a lock: it waits for the disk
+        rows = self._maps.get(key) or self._maps.add(key, self._map(key, address))
+        if slot >= len(rows.stored):
+            what = f"has {len(rows.stored)} rows, none in slot {slot}: {ADDRESSES_CHANGED}"
             raise self._files.damaged(key, address, what)
-        if not mapped.checked[slot]:
-            if crc32c(mapped.stored[slot]) != crc:
-                if self._files.is_stale(key, mapped.file.inode):
-                    self._maps.forget(key, mapped)
-                    return self._checked(frames, fields, address)
-                raise self._files.damaged(key, address, OTHER_BYTES)
-            mapped.checked[slot] = True
-        return mapped, slot
-
-    def _requested(self, frames: int, address: np.void) -> Float16[np.ndarray, "F C h w"]:
-        """One row by a ranged request, checked."""
-        return shard.unpacked(self._asked_for(frames, address), self._spec.storage, self._spec.row_shape(frames))
-
-    def _asked_for(self, frames: int, address: np.void) -> UInt8[np.ndarray, " bytes"]:
-        """The bytes of one row by a ranged request, checked."""
-        fields, row_bytes = _FIELDS.unpack(address.tobytes()), self._spec.row_bytes(frames)
-        data = bytearray(self._files.read(_key(frames, fields), address, fields[3] * row_bytes, row_bytes))
-        # a bytearray, since torch takes writable memory only
-        return np.frombuffer(data, np.uint8)
+        if crc32c(rows.stored[slot]) != crc:
+            if self._files.is_stale(key, rows.file.inode):
+                self._maps.forget(key, rows)
+                return self._check(key, slot, crc, address)
+            raise self._files.damaged(key, address, OTHER_BYTES)
+        rows.checked[slot] = crc
+        return rows
 
     def _map(self, key: Key, address: np.void) -> _Rows:
         """The rows of a shard; DamagedError where its size or its index is not that of a dense shard."""
-        file, row_bytes = self._files.map(key, address), self._spec.row_bytes(key[0])
+        file, frames = self._files.map(key, address), int.from_bytes(key[:4], "little")
+        row_bytes = self._spec.row_bytes(frames)
         rows = shard.rows_in(len(file.memory), row_bytes)
-        if rows is None or file.memory[rows * row_bytes :] != shard.index(rows, row_bytes):
+        if rows is None or file.memory[rows * row_bytes :].tobytes() != shard.index(rows, row_bytes):
             if self._files.is_stale(key, file.inode):
                 return self._map(key, address)
             raise self._files.damaged(key, address, f"is short or its index was changed ({len(file.memory)} bytes)")
-        stored = np.frombuffer(file.memory, np.uint8, rows * row_bytes).reshape(rows, row_bytes)
-        values = None
-        if self._spec.storage != "int8":
-            values = shard.unpacked(stored, self._spec.storage, self._spec.row_shape(key[0]))
-        return _Rows(file, stored, values, np.zeros(rows, dtype=bool))
+        stored = file.memory[: rows * row_bytes].reshape(rows, row_bytes)
+        if self._are_packed:
+            return _Rows(file, stored, stored)
+        return _Rows(file, stored, shard.unpacked(stored, self._spec.storage, self._spec.row_shape(frames)))
 
 
 class PixelReader:
@@ -223,18 +219,21 @@ class PixelReader:
     def read_into(self, frames: int, address: np.void, out: UInt8[np.ndarray, "F H W 3"]) -> None:
         """Decode one row into `out`; DamagedError where its file or its bytes are not as committed."""
         assert out.shape == self._spec.row_shape(frames), f"out has shape {out.shape}"
-        chunk = self._chunk(frames, address)
+        place, *where = _PIXEL_PLACE.unpack_from(address)
+        key = frames.to_bytes(4, "little") + place
+        chunk = self._chunk(key, address, *where)
         try:
             decode_clip(chunk, out)
         except DamagedError as error:
-            raise self._files.damaged(_key(frames, tuple(address.item())), address, str(error)) from error
+            raise self._files.damaged(key, address, str(error)) from error
 
     def will_need(self, frames: int, addresses: np.ndarray) -> None:
         """Announce that these rows (PIXEL_ADDRESS [n]) are read soon, to the kernel or the object store.
 
         Changes nothing but time. Waits at most for shards not mapped or copied yet.
         """
-        rows = [(_key(frames, fields), fields[3], fields[4]) for fields in addresses.tolist()]
+        length, places = frames.to_bytes(4, "little"), _PIXEL_PLACE.iter_unpack(addresses.tobytes())
+        rows = [(length + place, offset, size_bytes) for place, offset, size_bytes, _ in places]
         if self._files.ranges is not None:
             self._files.announce(rows)
             return
@@ -250,10 +249,8 @@ class PixelReader:
         self._files.close()
         self._maps.clear()
 
-    def _chunk(self, frames: int, address: np.void) -> bytes | memoryview:
+    def _chunk(self, key: Key, address: np.void, offset: int, size_bytes: int, crc: int) -> bytes | memoryview:
         """The bytes of one row, checked; those of a map are valid as long as they are held."""
-        fields = tuple(address.item())
-        key, (offset, size_bytes, crc) = _key(frames, fields), fields[3:]
         if self._files.ranges is not None:
             return self._files.read(key, address, offset, size_bytes)
         file = self._maps.get(key) or self._maps.add(key, self._files.map(key, address))
@@ -262,7 +259,7 @@ class PixelReader:
             return found
         if self._files.is_stale(key, file.inode):
             self._maps.forget(key, file)
-            return self._chunk(frames, address)
+            return self._chunk(key, address, offset, size_bytes, crc)
         what = OTHER_BYTES if len(found) == size_bytes else f"is short ({len(file.memory)} bytes)"
         raise self._files.damaged(key, address, what)
 
@@ -277,15 +274,6 @@ def open_reader(
     """RowReader of a store that is there; UpstreamError where it is gone, DamagedError where its spec was changed."""
     LatentStore(root, spec).refuse_gone()
     return RowReader(root, spec, batches, stored, ahead_rows)
-
-
-def _fields(addresses: np.ndarray) -> list[Fields]:
-    """Those of each address."""
-    return list(_FIELDS.iter_unpack(np.ascontiguousarray(addresses).data))
-
-
-def _key(frames: int, fields: Fields) -> Key:
-    return (frames, *fields[:3])
 
 
 def _exceed(stored: Mapping[int, np.ndarray], bound_bytes: int) -> bool:

@@ -39,7 +39,8 @@ class Seal:
 def read_seal(part: Part[Any]) -> Seal | None:
     """The seal of a part; None where it has none, or where its commits are not those that were sealed.
 
-    Two requests. StoreError for a seal of a newer version, DamagedError where the file was changed.
+    Two requests. StoreError for a seal of a newer version or a listing without a commit that is there, DamagedError
+    where the file was changed.
     """
     path = part.seal_path
     try:
@@ -62,7 +63,10 @@ def read_seal(part: Part[Any]) -> Seal | None:
         raise DamagedError(f"{path} was changed ({error}): remove it, the commits beside it are complete") from error
     found = listing.sizes(f"{part.path}/commits", COMMIT)
     names = [f"{number:06d}.parquet" for number in range(seal.shards)]
-    if not found.keys() >= set(names):
+    absent = [f"{part.path}/commits/{name}" for name in names if name not in found]
+    if hidden := next((path for path in absent if atomic.exists(path)), None):
+        raise listing.untrue(f"{hidden} is there, and its folder was listed without it")
+    if absent:
         return None
     sizes = [size for size in (found[name] for name in names) if size is not None]
     return None if sizes and sum(sizes) != seal.commits_bytes else seal

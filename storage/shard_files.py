@@ -12,7 +12,9 @@ import ctypes
 import io
 import mmap
 import os
+import struct
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +23,12 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+from jaxtyping import UInt8
 
 from storage import atomic, remote, shard
 from storage.cache import Cache
 from storage.digest import crc32c
-from storage.errors import DamagedError, is_damage
+from storage.errors import DamagedError, StoreError, is_damage
 from storage.part import OTHER_BYTES, Part, S
 from storage.remote import is_local
 from storage.store import Store
@@ -36,10 +39,16 @@ MOST_MAPS = 30_000  # Linux allows 65530 maps a process (vm.max_map_count): late
 ADDRESSES_CHANGED = "the trainset's file of rows is not what was frozen, 'nextvid verify' names it"
 
 Range = tuple[str, int, int]  # path, start and size in bytes
-Key = tuple[int, int, int, int]  # a shard: frames, number of its batch, part, shard
+KEY = struct.Struct("<IIHI")  # a shard: frames, then as an address has them its batch, part and number
+PART_BYTES = 10  # of a key: without the shard's number
+Key = bytes
 M = TypeVar("M")
 
-_madvise = ctypes.CDLL(None).madvise
+_libc = ctypes.CDLL(None, use_errno=True)
+_mmap, _munmap, _madvise = _libc.mmap, _libc.munmap, _libc.madvise
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_mmap.restype = ctypes.c_void_p
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _mincore = ctypes.PyDLL(None).mincore  # keeps the interpreter: it never waits, and giving it away costs as much
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
@@ -49,7 +58,7 @@ _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 class MappedShard:
     """A shard's file in memory."""
 
-    memory: mmap.mmap
+    memory: UInt8[np.ndarray, " bytes"]
     start: int  # address of the first byte, which begins a page
     pages_known: bool  # whether the kernel says which pages are in memory: it does to a user who may write the file
     inode: int  # of the file that is mapped
@@ -62,6 +71,28 @@ class MappedShard:
         first = self.start + start - start % mmap.PAGESIZE
         if not (self.pages_known and _in_memory(first, self.start + stop - first)):
             _madvise(first, self.start + stop - first, mmap.MADV_WILLNEED)  # a hint: failing changes nothing
+
+
+class _Pages:
+    """Pages of a mapped file, which numpy takes as bytes; unmapped with this."""
+
+    def __init__(self, start: int, size_bytes: int) -> None:
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "data": (start, False), "shape": (size_bytes,)}
+        weakref.finalize(self, _munmap, start, size_bytes).atexit = False  # a thread may still read then
+
+
+def mapped(file: int, size_bytes: int) -> UInt8[np.ndarray, " bytes"]:
+    """An open file in memory, until nobody has the array; the file may be closed. ValueError where it is empty.
+
+    Python's own mmap keeps a descriptor for each map, of which a process has 1,024 unless somebody asked for more.
+    """
+    if size_bytes == 0:
+        raise ValueError("it is empty")
+    # private: torch wants writable memory to read from, and what is written here never reaches the file
+    start = _mmap(None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, file, 0)
+    if start == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return np.asarray(_Pages(start, size_bytes))
 
 
 def _in_memory(start: int, size_bytes: int) -> bool:
@@ -129,10 +160,12 @@ class Ranges:
         self._ahead: OrderedDict[Range, tuple[Future[list[bytes | None]], int]] = OrderedDict()  # group, place in it
         self._guard = threading.Lock()
         self._closing = threading.Event()
+        self._process = os.getpid()
         self._pool = ThreadPoolExecutor(AT_ONCE, "ranges")
 
     def announce(self, ranges: Iterable[Range]) -> None:
         """Ask for these now; waits for nothing."""
+        self._refuse_fork()
         with self._guard:
             new = [place for place in dict.fromkeys(ranges) if place not in self._ahead]
             if not new:
@@ -152,6 +185,7 @@ class Ranges:
             return None if crc32c(data) == crc else OTHER_BYTES
 
         path, start, size_bytes = wanted
+        self._refuse_fork()
         with self._guard:
             asked = self._ahead.pop(wanted, None)
         if asked is not None:
@@ -170,10 +204,20 @@ class Ranges:
 
     def close(self) -> None:
         """Drop what was announced, wait for what is under way."""
+        if self._process != os.getpid():
+            return
         self._closing.set()
         with self._guard:
             self._ahead.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _refuse_fork(self) -> None:
+        """StoreError in a fork, which has none of the threads that read: it would wait for them for ever."""
+        if self._process != os.getpid():
+            raise StoreError(
+                f"this reader of an object store was opened by process {self._process}, of which this one is a fork: "
+                "open a reader in each process, as LatentDataset does"
+            )
 
 
 class ShardFiles(Generic[S]):
@@ -194,8 +238,8 @@ class ShardFiles(Generic[S]):
     ) -> None:
         self._store, self._batches, self._row_of = store, tuple(batches), row_of
         # one lookup a row, and their paths are remembered
-        self._parts: dict[tuple[int, int, int], Part[S]] = {} if copied is None else copied.parts
-        self._facts_of: dict[tuple[int, int, int], tuple[bool, bool]] = {}
+        self._parts: dict[bytes, Part[S]] = {} if copied is None else copied.parts  # by the key without the shard
+        self._sealed: dict[bytes, bool] = {}  # by the same
         self.cache: Cache | None = None
         self.ranges: Ranges | None = None
         if copied is not None:
@@ -206,63 +250,63 @@ class ShardFiles(Generic[S]):
 
     def part(self, key: Key) -> Part[S]:
         """The part of a shard; DamagedError where its batch is none of this reader's."""
-        frames, batch, part, _ = key
-        if (known := self._parts.get(key[:3])) is not None:
+        if (known := self._parts.get(key[:PART_BYTES])) is not None:
             return known
+        frames, batch, part, _ = KEY.unpack(key)
         if batch >= len(self._batches):
             raise DamagedError(f"an address names batch {batch} of {len(self._batches)}: {ADDRESSES_CHANGED}")
-        return self._parts.setdefault(key[:3], self._store.part(self._batches[batch], frames, part))
+        return self._parts.setdefault(key[:PART_BYTES], self._store.part(self._batches[batch], frames, part))
 
-    def _facts(self, key: Key, part: Part[S]) -> tuple[bool, bool]:
-        """Of a shard's part, asked once, with its first shard that is mapped: whether it has a seal, and `pages_known`.
+    def _committed(self, key: Key, part: Part[S]) -> bool:
+        """Whether a shard is committed: that a part is sealed is asked once, with its first shard that is mapped.
 
         Less than `read_seal` asks: a row is compared with its own checksum, and a listing grows with the shards. Of a
         copy nothing is asked: it was compared with the shard's commit before it took its name.
         """
-        if (known := self._facts_of.get(key[:3])) is None:
-            file = self._store.root.cache_folder if self.cache else part.shard_path(key[3])
-            found = self.cache is not None or atomic.exists(part.seal_path), os.access(file, os.W_OK)
-            known = self._facts_of.setdefault(key[:3], found)
-        return known
+        if self.cache is not None:
+            return True
+        if (sealed := self._sealed.get(key[:PART_BYTES])) is None:
+            sealed = self._sealed.setdefault(key[:PART_BYTES], atomic.exists(part.seal_path))
+        return sealed or part.committed(_number(key))
 
     def map(self, key: Key, address: np.void) -> MappedShard:
         """The map of a committed shard; DamagedError where there is none or it cannot be read."""
-        part, number = self.part(key), key[3]
-        sealed, pages_known = self._facts(key, part)
-        if not (sealed or part.committed(number)):
+        part, number = self.part(key), _number(key)
+        if not self._committed(key, part):
             raise self.damaged(key, address, "is not committed")
         path = part.shard_path(number)
         try:
             with (
                 self.cache.open(path, lambda data: shard_fault(part, number, data)) if self.cache else io.FileIO(path)
             ) as file:
-                inode = os.fstat(file.fileno()).st_ino
-                # private: torch wants writable memory to read from, and what is written here never reaches the file
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                found = os.fstat(file.fileno())
+                memory = mapped(file.fileno(), found.st_size)
         except (OSError, ValueError) as error:  # a plain ValueError: the file is empty
             if not is_damage(error):
                 raise
             raise self.damaged(key, address, f"cannot be read ({error})") from error
-        return MappedShard(memory, np.frombuffer(memory, np.uint8).ctypes.data, pages_known, inode)
+        # its owner may write it, whatever its mode
+        pages_known = found.st_uid == os.geteuid() or os.access(self._store.root.cache_folder if self.cache else path, os.W_OK)
+        return MappedShard(memory, memory.ctypes.data, pages_known, found.st_ino)
 
     def read(self, key: Key, address: np.void, offset: int, size_bytes: int) -> bytes:
         """A row by a ranged request, checked; DamagedError where every answer is wrong."""
         assert self.ranges is not None, "these files are mapped"
-        wanted = self.part(key).shard_path(key[3]), offset, size_bytes
+        wanted = self.part(key).shard_path(_number(key)), offset, size_bytes
         return self.ranges.read(wanted, int(address["crc"]), lambda what: self.damaged(key, address, what))
 
     def announce(self, rows: Sequence[tuple[Key, int, int]]) -> None:
         """Request rows (key, offset, size in bytes) now that are read soon; waits for nothing."""
         assert self.ranges is not None, "these files are mapped"
-        self.ranges.announce((self.part(key).shard_path(key[3]), offset, size) for key, offset, size in rows)
+        self.ranges.announce((self.part(key).shard_path(_number(key)), offset, size) for key, offset, size in rows)
 
     def is_stale(self, key: Key, inode: int) -> bool:
         """Whether a mapped file with wrong bytes was a copy: it is given up now, so that reading again may help."""
-        return self.cache is not None and self.cache.distrust(self.part(key).shard_path(key[3]), inode)
+        return self.cache is not None and self.cache.distrust(self.part(key).shard_path(_number(key)), inode)
 
     def damaged(self, key: Key, address: np.void, what: str) -> DamagedError:
         """The error that names file, row and remedy."""
-        part, number = self.part(key), key[3]
+        part, number = self.part(key), _number(key)
         row = self._row_of(part, address)
         return DamagedError(f"{part.shard_path(number)}, row {row}: {what}. Remedy: {part.remedy(number)}")
 
@@ -272,6 +316,11 @@ class ShardFiles(Generic[S]):
             self.cache.release()
         if self.ranges is not None:
             self.ranges.close()
+
+
+def _number(key: Key) -> int:
+    """Of the shard in its part."""
+    return int.from_bytes(key[PART_BYTES:], "little")
 
 
 def shards_of(rows: np.ndarray) -> dict[tuple[int, int], list[int]]:
@@ -304,10 +353,10 @@ def cited_parts(
 
 @dataclass(frozen=True)
 class Cited(Generic[S]):
-    """Shards that rows are in: size in bytes by path, and their parts by frames, number of the batch, and part."""
+    """Shards that rows are in: size in bytes by path, and their parts by the keys of their shards."""
 
     sizes: dict[str, int]
-    parts: dict[tuple[int, int, int], Part[S]]
+    parts: dict[bytes, Part[S]]
 
 
 def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, np.ndarray]) -> Cited[S]:
@@ -315,7 +364,7 @@ def cited_shards(store: Store[S], batches: Sequence[str], stored: Mapping[int, n
     found: Cited[S] = Cited({}, {})
     numbers_of = {batch: number for number, batch in enumerate(batches)}
     for part, numbers, files in cited_parts(store, batches, stored):
-        found.parts[part.frames, numbers_of[part.batch], part.number] = part
+        found.parts[KEY.pack(part.frames, numbers_of[part.batch], part.number, 0)[:PART_BYTES]] = part
         found.sizes.update((path, files[path]) for path in map(part.shard_path, numbers) if path in files)
     return found
 

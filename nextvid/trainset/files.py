@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from storage import atomic
+from storage import atomic, listing
 from storage.cache import open_rows
 from storage.digest import crc32c, digest_config
 from storage.errors import DamagedError, NExTVidError, UpstreamError
@@ -140,11 +140,15 @@ def gone_shards(
     """One line for each part that lacks shards in which rows (by frames) are: which, and what to do.
 
     Lists files only; `verify` reads them. `whose` names the rows; `then` is what to do once the shards are back.
+    Raises StoreError for a listing without a file that is there.
     """
     lines = []
     for part, shards, files in cited_parts(store, batches, rows):
         gone = [number for number in shards if not {part.shard_path(number), part.commit_path(number)} <= files.keys()]
         if gone:
+            absent = {path for number in gone for path in (part.shard_path(number), part.commit_path(number))} - files.keys()
+            if hidden := next(filter(atomic.exists, sorted(absent)), None):
+                raise listing.untrue(f"{hidden} is there, and its folder was listed without it")
             torn = [part.commit_path(number) for number in gone if part.commit_path(number) in files]
             first = f"remove {', '.join(torn)}, " if torn else ""
             lines.append(

@@ -111,6 +111,8 @@ def _copy_shard(part: Part[Any], files: Mapping[str, int], source: DataRoot, roo
     path, commit = part.shard_path(number), part.commit_path(number)
     size_bytes, place = files.get(path), _place(path, source, root)
     if size_bytes is None or commit not in files:
+        if atomic.exists(path) and atomic.exists(commit):
+            raise listing.untrue(f"{path} and its commit are there, and their folder was listed without them")
         raise DamagedError(f"{path} or its commit is not there. Remedy: {part.remedy(number)} in {source.url}")
     if listing.size_bytes(place) == size_bytes and atomic.exists(_place(commit, source, root)):
         return 0

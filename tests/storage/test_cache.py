@@ -18,7 +18,7 @@ from storage import atomic, remote
 from storage.cache import Cache, open_rows, refuse_too_small
 from storage.cache_index import _OLDEST
 from storage.digest import crc32c
-from storage.errors import ConfigError, DamagedError, StoreError
+from storage.errors import ConfigError, DamagedError, StoreError, UnwritableError
 from storage.root import DataRoot
 from tests.factories import flip
 from tests.storage.stores import copies, in_threads
@@ -102,6 +102,17 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="No space left"):
         Cache(root, files).local(next(iter(files)), 1000)
     assert held(root) == set()
+
+
+def test_a_full_disk_under_the_index_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, files = bucket(tmp_path, 5000, 1)
+
+    def full(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    with pytest.raises(UnwritableError, match=r"index\.sqlite: database or disk is full\. Make room in cache\.folder"):
+        Cache(root, files).hold()
 
 
 def test_what_fits(tmp_path: Path) -> None:

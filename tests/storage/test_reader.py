@@ -15,10 +15,10 @@ from storage import shard_files
 from storage.digest import crc32c
 from storage.errors import DamagedError
 from storage.part import LatentPart
-from storage.reader import ADDRESS, RowReader, _fields, addresses, read_row, row_id
+from storage.reader import _PIXEL_PLACE, _PLACE, ADDRESS, PIXEL_ADDRESS, RowReader, addresses, read_row, row_id
 from storage.root import DataRoot
 from storage.shard import INDEX_BYTES, ROWS_PER_SHARD
-from storage.shard_files import MappedShard, _in_memory
+from storage.shard_files import KEY, MappedShard, _in_memory, mapped
 from storage.store import LatentStore
 from tests.storage.stores import BATCH, FRAMES, full_store, ids, in_threads, mapped_files, new_store, values, write
 
@@ -111,11 +111,13 @@ def test_hints_cover_the_rows_and_only_once(filled: tuple[LatentStore, np.ndarra
     assert not rows & {(file, stop) for file, _, stop in hinted}  # neighbours in one call
 
 
-@given(arrays.arrays(ADDRESS, st.integers(0, 5)))
-def test_fields_are_those_of_the_addresses(found: np.ndarray) -> None:
-    names = ("batch", "part", "shard", "slot", "crc")
-    for taken in (found, found[::2]):
-        assert _fields(taken) == [tuple(row[name].item() for name in names) for row in taken]
+@given(arrays.arrays(ADDRESS, st.integers(0, 5)), arrays.arrays(PIXEL_ADDRESS, st.integers(0, 5)))
+def test_places_are_those_of_the_addresses(found: np.ndarray, pixels: np.ndarray) -> None:
+    for taken, place, names in ((found, _PLACE, ("slot", "crc")), (pixels, _PIXEL_PLACE, ("offset", "size", "crc"))):
+        for row, (shard, *others) in zip(taken, place.iter_unpack(taken.tobytes()), strict=True):
+            assert KEY.unpack(FRAMES.to_bytes(4, "little") + shard)[1:] == tuple(row.tolist())[-len(names) - 3 :][:3]
+            assert others == [row[name].item() for name in names]
+            assert place.unpack_from(row) == (shard, *others)
 
 
 def test_a_hint_reads_what_is_not_in_memory(tmp_path: Path) -> None:
@@ -124,8 +126,8 @@ def test_a_hint_reads_what_is_not_in_memory(tmp_path: Path) -> None:
     with path.open("rb") as file:
         os.fdatasync(file.fileno())  # what is not on the disk is not dropped
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = np.frombuffer(memory, np.uint8).ctypes.data
+        memory = mapped(file.fileno(), 1 << 23)
+    start = memory.ctypes.data
     page = start + (4 << 20)
     if _in_memory(page, 1 << 20):
         pytest.skip("this file system keeps its pages")
@@ -141,11 +143,11 @@ def test_a_hint_reads_what_is_not_in_memory(tmp_path: Path) -> None:
 def test_a_hint_is_spared_where_the_kernel_says_so(
     pages_known: bool, hints: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = mmap.mmap(-1, 1 << 16)
-    memory.write(b"x" * (1 << 16))
+    memory = np.frombuffer(mmap.mmap(-1, 1 << 16), np.uint8)
+    memory[:] = 1
     made: list[int] = []
     monkeypatch.setattr(shard_files, "_madvise", lambda _, size_bytes, __: made.append(size_bytes))
-    MappedShard(memory, np.frombuffer(memory, np.uint8).ctypes.data, pages_known, 0).will_need(0, 1 << 15)
+    MappedShard(memory, memory.ctypes.data, pages_known, 0).will_need(0, 1 << 15)
     assert len(made) == hints
 
 
@@ -154,6 +156,20 @@ def test_what_is_written_into_a_view_never_reaches_the_file(data_root: DataRoot)
     before = Path(part.shard_path(0)).read_bytes()
     RowReader(store.root, store.spec, [BATCH]).rows(FRAMES, found[:1])[0][:] = 0
     assert Path(part.shard_path(0)).read_bytes() == before
+
+
+def test_maps_keep_no_descriptor(filled: tuple[LatentStore, np.ndarray]) -> None:
+    """A process has 1,024 where nobody asked for more, and a trainset has more shards."""
+    store, found = filled
+    before, reader = len(os.listdir("/proc/self/fd")), RowReader(store.root, store.spec, BATCHES)
+    views = reader.rows(FRAMES, found)
+    assert mapped_files(store.root.url) == 3
+    assert len(os.listdir("/proc/self/fd")) == before
+    reader.close()
+    del reader
+    assert mapped_files(store.root.url) == 3, "views are still held"
+    views.clear()
+    assert mapped_files(store.root.url) == 0
 
 
 def test_other_lengths_and_batches(filled: tuple[LatentStore, np.ndarray]) -> None:

@@ -4,6 +4,7 @@ fsspec's memory file system stands for the bucket; what fails, answers too littl
 """
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,19 @@ def test_threads_share_a_reader(tmp_path: Path, way: Way) -> None:
         np.testing.assert_array_equal(read_each(reader, some), wanted(some))
 
     in_threads(read)
+    reader.close()
+
+
+def test_a_fork_is_told_to_open_a_reader_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, stored = filled(tmp_path)
+    reader, parent = opened(store, stored, "ranges"), os.getpid()
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: parent + 1)
+        for call in (reader.rows, reader.will_need):
+            with pytest.raises(StoreError, match=rf"opened by process {parent}, of which this one is a fork: open"):
+                call(FRAMES, stored[FRAMES][:2])
+        reader.close()
+    np.testing.assert_array_equal(read_each(reader, stored[FRAMES][:2]), wanted(stored[FRAMES][:2]))
     reader.close()
 
 

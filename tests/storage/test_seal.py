@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import atomic, tables
+from storage import atomic, listing, tables
 from storage.errors import DamagedError, StoreError, TableError
 from storage.part import Part
 from storage.root import DataRoot
@@ -231,6 +231,15 @@ def test_kill_at_each_step(tmp_path: Path, forks: Forks, what: str) -> None:
 
 
 class TestBadSeals:
+    def test_whose_commits_a_listing_does_not_show(
+        self, sealed: tuple[LatentStore, Part[Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store, _ = sealed
+        real = listing.sizes
+        monkeypatch.setattr(listing, "sizes", lambda *where: dict([*real(*where).items()][1:]))
+        with pytest.raises(StoreError, match=r"000000\.parquet is there, and its folder was listed without it: .*run again"):
+            store.commits(BATCH)
+
     def test_of_a_newer_version(self, sealed: tuple[LatentStore, Part[Any]]) -> None:
         store, part = sealed
         record = json.loads(Path(part.seal_path).read_text())

@@ -8,8 +8,8 @@ import pytest
 from nextvid.config.project import Project
 from nextvid.trainset.pull import pull
 from nextvid.trainset.trainset import Trainset
-from storage import atomic
-from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError, UpstreamError
+from storage import atomic, listing
+from storage.errors import ConfigError, ConflictError, DamagedError, RefusedError, StoreError, UpstreamError
 from storage.listing import files_below
 from storage.reader import row_id
 from storage.store import LatentStore
@@ -112,6 +112,20 @@ def test_a_batch_of_the_same_name_is_not_mixed_with(source: Project, tmp_path: P
         pull(mine, digest_of(source), source.root.url)
     assert LatentStore(mine.root, tiny_spec()).verify() == []
     assert digest_of(mine) == before
+
+
+def test_a_listing_that_lacks_a_file_is_no_damage(
+    source: Project, other: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = listing.files_below
+    monkeypatch.setattr(
+        listing, "files_below", lambda top: {path: size for path, size in real(top).items() if "/commits/" not in path}
+    )
+    with pytest.raises(StoreError, match=r"their folder was listed without them: .*Nothing is damaged") as caught:
+        pull(other, digest_of(source), source.root.url)
+    assert not isinstance(caught.value, DamagedError)
+    with pytest.raises(StoreError, match="listed without it"):
+        Trainset.open(source.root).gone()
 
 
 def test_what_cannot_be_pulled(source: Project, other: Project) -> None:
