@@ -63,14 +63,16 @@ class MappedShard:
     pages_known: bool  # whether the kernel says which pages are in memory: it does to a user who may write the file
     inode: int  # of the file that is mapped
 
-    def will_need(self, start: int, stop: int) -> None:
-        """Hint that these bytes are read soon, unless all are in memory: asking takes a tenth of a hint's time.
+    def will_need(self, start: int, stop: int) -> bool:
+        """Hint that these bytes are read soon, unless all are in memory: asking takes half of a hint's time.
 
-        Not mmap's own madvise: that holds the interpreter while it waits.
+        Returns whether a hint was given. Not mmap's own madvise: that holds the interpreter while it waits.
         """
         first = self.start + start - start % mmap.PAGESIZE
-        if not (self.pages_known and _in_memory(first, self.start + stop - first)):
-            _madvise(first, self.start + stop - first, mmap.MADV_WILLNEED)  # a hint: failing changes nothing
+        if self.pages_known and _in_memory(first, self.start + stop - first):
+            return False
+        _madvise(first, self.start + stop - first, mmap.MADV_WILLNEED)  # a hint: failing changes nothing
+        return True
 
 
 class _Pages:
@@ -286,7 +288,9 @@ class ShardFiles(Generic[S]):
                 raise
             raise self.damaged(key, address, f"cannot be read ({error})") from error
         # its owner may write it, whatever its mode
-        pages_known = found.st_uid == os.geteuid() or os.access(self._store.root.cache_folder if self.cache else path, os.W_OK)
+        pages_known = found.st_uid == os.geteuid() or os.access(
+            self._store.root.cache_folder if self.cache else path, os.W_OK
+        )
         return MappedShard(memory, memory.ctypes.data, pages_known, found.st_ino)
 
     def read(self, key: Key, address: np.void, offset: int, size_bytes: int) -> bytes:

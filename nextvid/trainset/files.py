@@ -16,8 +16,9 @@ import polars as pl
 
 from storage import atomic, listing
 from storage.cache import open_rows
-from storage.digest import crc32c, digest_config
+from storage.digest import crc32c, digest_config, file_sums
 from storage.errors import DamagedError, NExTVidError, UpstreamError
+from storage.remote import is_local
 from storage.root import DataRoot
 from storage.schemas import Lineage
 from storage.shard_files import cited_parts
@@ -59,8 +60,8 @@ class Frozen:
         for name, crc in self.files.items():
             path = f"{self.folder}/{name}"
             try:
-                found = crc32c(atomic.read_bytes(path))
-            except UpstreamError as error:
+                found = file_sums(Path(path))["crc32c"] if is_local(path) else crc32c(atomic.read_bytes(path))
+            except (UpstreamError, FileNotFoundError) as error:
                 raise DamagedError(f"{path} does not exist; {self.remedy}") from error
             if found != crc:
                 raise DamagedError(f"{path}: its bytes differ from their checksum; {self.remedy}")
@@ -146,7 +147,9 @@ def gone_shards(
     for part, shards, files in cited_parts(store, batches, rows):
         gone = [number for number in shards if not {part.shard_path(number), part.commit_path(number)} <= files.keys()]
         if gone:
-            absent = {path for number in gone for path in (part.shard_path(number), part.commit_path(number))} - files.keys()
+            absent = {
+                path for number in gone for path in (part.shard_path(number), part.commit_path(number))
+            } - files.keys()
             if hidden := next(filter(atomic.exists, sorted(absent)), None):
                 raise listing.untrue(f"{hidden} is there, and its folder was listed without it")
             torn = [part.commit_path(number) for number in gone if part.commit_path(number) in files]

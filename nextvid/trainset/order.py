@@ -10,6 +10,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int
@@ -44,6 +45,14 @@ class Drawn:
     def draws(self) -> range:
         """Numbers of the draws."""
         return range(self.first, self.first + len(self))
+
+    @cached_property
+    def by_frames(self) -> list[tuple[int, Int[np.ndarray, " n"], np.ndarray]]:
+        """Each number of stored frames, and the indices and addresses of the clips that have it."""
+        lengths = np.unique(self.frames).tolist()
+        if len(lengths) == 1:
+            return [(lengths[0], np.arange(len(self)), self.addresses)]
+        return [(frames, self.of_frames(frames), self.addresses[self.of_frames(frames)]) for frames in lengths]
 
     def of_frames(self, frames: int) -> Int[np.ndarray, " n"]:
         """Indices of the clips that are stored with so many frames."""

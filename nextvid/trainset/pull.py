@@ -19,9 +19,9 @@ from nextvid.trainset.files import RECORD
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing
-from storage.errors import ConfigError, ConflictError, DamagedError
+from storage.errors import ConfigError, ConflictError, DamagedError, UpstreamError
 from storage.part import Part
-from storage.remote import is_local, read_exactly, refuse_protocol
+from storage.remote import is_local, read_exactly, read_pieces, refuse_protocol
 from storage.root import DataRoot
 from storage.shard_files import AT_ONCE, cited_parts, shard_fault, shards_of
 from storage.store import LatentStore, PixelStore, Store
@@ -56,7 +56,8 @@ def pull(project: Project, trainset: str, url: str, on_progress: OnProgress = si
     one of its rows was withdrawn in either root.
     """
     refuse_protocol(url, "URL", project.asked.protocols)
-    source, root = DataRoot.open(url, project.root.runs_url), project.root
+    root = project.root
+    source = DataRoot.open(url, root.runs_url, root.cache_folder, root.cache_bytes)  # which keep its tables of rows
     if source.url == root.url:
         raise ConfigError(f"{url} is this project's own root: name the root to copy from")
     opened = Trainset.open(source, trainset)
@@ -101,7 +102,7 @@ def _copy_shards(
                     "Pull into a root that has none"
                 )
             for path in part.metadata_paths:
-                _copy_new(path, _place(path, store.root, root))
+                _copy_new(path, files.get(path), _place(path, store.root, root))
             if not is_planned:
                 atomic.publish_bytes(place, plan)
             yield from pool.map(partial(_copy_shard, part, files, store.root, root), numbers)
@@ -116,29 +117,37 @@ def _copy_shard(part: Part[Any], files: Mapping[str, int], source: DataRoot, roo
         raise DamagedError(f"{path} or its commit is not there. Remedy: {part.remedy(number)} in {source.url}")
     if listing.size_bytes(place) == size_bytes and atomic.exists(_place(commit, source, root)):
         return 0
-    if is_local(path):
-        data = atomic.read_bytes(path)
-        fault = shard_fault(part, number, data)
-        if fault is not None:
-            raise DamagedError(f"{path}: {fault}. Remedy: {part.remedy(number)} in {source.url}")
-    else:
-        data = read_exactly(path, size_bytes, fault=lambda found: shard_fault(part, number, found))
+    try:
+        if is_local(path):
+            data = atomic.read_bytes(path)
+            if fault := shard_fault(part, number, data):
+                raise DamagedError(f"{path}: {fault}")
+        else:
+            data = read_exactly(path, size_bytes, fault=partial(shard_fault, part, number))
+    except DamagedError as error:
+        raise DamagedError(f"{error}. Remedy: {part.remedy(number)} in {source.url}") from error
     atomic.publish_bytes(place, data)
-    _copy_new(commit, _place(commit, source, root))
+    _copy_new(commit, files[commit], _place(commit, source, root))
     return size_bytes
 
 
 def _copy_folder(source: DataRoot, root: DataRoot, trainset: str) -> None:
     """Copy the files of the trainset, its record last: without one a folder is not read."""
-    folder = source.pointed("trainset", trainset)
-    for name in sorted(listing.files(folder), key=lambda name: name == RECORD):
-        if not atomic.is_temporary(name):
-            _copy_new(f"{folder}/{name}", f"{root.pointed('trainset', trainset)}/{name}")
+    files = listing.files_below(source.pointed("trainset", trainset))
+    for path in sorted(files, key=lambda path: path.endswith(f"/{RECORD}")):
+        if not atomic.is_temporary(path):
+            _copy_new(path, files[path], _place(path, source, root))
 
 
-def _copy_new(path: str, place: str) -> None:
-    if not atomic.exists(place):
-        atomic.publish_bytes(place, atomic.read_bytes(path))
+def _copy_new(path: str, size_bytes: int | None, place: str) -> None:
+    """Copy a file of any size that was listed, unless there is one."""
+    if atomic.exists(place):
+        return
+    if size_bytes is None:
+        raise UpstreamError(f"{path} does not exist: 'nextvid verify' at its root says what to do")
+    with atomic.staged_file(place) as temporary, temporary.open("xb") as file:
+        for piece in read_pieces(path, size_bytes):
+            file.write(piece)
 
 
 def _place(path: str, source: DataRoot, root: DataRoot) -> str:

@@ -101,9 +101,7 @@ def test_a_dead_owner_is_followed_by_one(tmp_path: Path, no_locks: None) -> None
     assert not owner.exists()
 
 
-def test_an_owner_that_works_long_stays_owner(
-    tmp_path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_owner_that_works_long_stays_owner(tmp_path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_RENEWED_S", 0.001)
     lock, until = tmp_path / "lock", time.monotonic() + 60
     with locked(str(lock)):
@@ -115,10 +113,12 @@ def test_an_owner_that_works_long_stays_owner(
 
 def test_a_lost_lease_is_told_and_the_next_owner_stays(tmp_path: Path, no_locks: None) -> None:
     lock = tmp_path / "lock"
-    with pytest.raises(StoreError, match="another took its turn meanwhile"), locked(str(lock)):
-        long_ago(tmp_path / "lock.owner")
-        other = locked_or_holder(lock)
-        assert other.__enter__() is None
+    slow, other = locked(str(lock)), locked_or_holder(lock)
+    slow.__enter__()
+    long_ago(tmp_path / "lock.owner")
+    assert other.__enter__() is None
+    with pytest.raises(StoreError, match="another took its turn meanwhile"):
+        slow.__exit__(None, None, None)
     assert is_locked(str(lock))
     other.__exit__(None, None, None)
     assert not is_locked(str(lock))
@@ -128,7 +128,10 @@ def test_a_claim_that_was_left_is_named(tmp_path: Path, no_locks: None) -> None:
     for name in ("lock.owner", "lock.owner.0123"):
         (tmp_path / name).write_text("0123 4711 on another machine")
         long_ago(tmp_path / name)
-    with pytest.raises(StoreError, match=r"lock\.owner\.0123 was left .*remove it, and"), locked(str(tmp_path / "lock")):
+    with (
+        pytest.raises(StoreError, match=r"lock\.owner\.0123 was left .*remove it, and"),
+        locked(str(tmp_path / "lock")),
+    ):
         raise AssertionError("nobody may think that it is locked")
 
 

@@ -161,10 +161,10 @@ def test_what_is_written_into_a_view_never_reaches_the_file(data_root: DataRoot)
 def test_maps_keep_no_descriptor(filled: tuple[LatentStore, np.ndarray]) -> None:
     """A process has 1,024 where nobody asked for more, and a trainset has more shards."""
     store, found = filled
-    before, reader = len(os.listdir("/proc/self/fd")), RowReader(store.root, store.spec, BATCHES)
+    before, reader = len(list(Path("/proc/self/fd").iterdir())), RowReader(store.root, store.spec, BATCHES)
     views = reader.rows(FRAMES, found)
     assert mapped_files(store.root.url) == 3
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     reader.close()
     del reader
     assert mapped_files(store.root.url) == 3, "views are still held"

@@ -237,7 +237,9 @@ class TestBadSeals:
         store, _ = sealed
         real = listing.sizes
         monkeypatch.setattr(listing, "sizes", lambda *where: dict([*real(*where).items()][1:]))
-        with pytest.raises(StoreError, match=r"000000\.parquet is there, and its folder was listed without it: .*run again"):
+        with pytest.raises(
+            StoreError, match=r"000000\.parquet is there, and its folder was listed without it: .*run again"
+        ):
             store.commits(BATCH)
 
     def test_of_a_newer_version(self, sealed: tuple[LatentStore, Part[Any]]) -> None:

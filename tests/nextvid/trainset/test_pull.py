@@ -1,6 +1,8 @@
 """A pulled trainset trains as the source does; damage, strangers and stops are told or repaired."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,17 +69,19 @@ def test_only_what_the_trainset_cites_is_copied(source: Project, other: Project)
 def test_stopped_after_any_file_it_goes_on(
     source: Project, other: Project, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish, count = atomic.publish_bytes, 0
+    staged, count = atomic.staged_file, 0
 
-    def stops(path: str, data: bytes) -> None:
+    @contextmanager
+    def stops(path: str, **more: bool) -> Iterator[Path]:
         nonlocal count
         count += 1
         if count > left:
             raise KeyboardInterrupt
-        publish(path, data)
+        with staged(path, **more) as temporary:
+            yield temporary
 
     with monkeypatch.context() as patched:
-        patched.setattr(atomic, "publish_bytes", stops)
+        patched.setattr(atomic, "staged_file", stops)
         with pytest.raises(KeyboardInterrupt):
             pull(other, digest_of(source), source.root.url)
     with pytest.raises(UpstreamError):

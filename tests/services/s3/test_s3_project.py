@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from nextvid.lineage.sweep import sweep
 from nextvid.lineage.trace import trace
 from nextvid.lineage.withdraw import withdraw
 from nextvid.make import Request, make
+from nextvid.trainset.pull import pull
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing, remote
 from storage.errors import CorpusError, NExTVidError, RefusedError
@@ -24,6 +25,8 @@ from storage.store import LatentStore, PixelStore, every_store
 from tests.factories import SIDE, write_project
 from tests.nextvid.encode.small_corpus import texture, write_video
 from tests.nextvid.tiny_project import FRAMES, OVERRIDES, train_steps
+from tests.nextvid.train.corpus import loading, make_project
+from tests.nextvid.train.tiny import latents_of, tiny_recipe
 from tests.services.s3.proxy import Asked, Fault, Proxy
 
 pytestmark = pytest.mark.services
@@ -136,6 +139,41 @@ def _withdraw_and_sweep(project: Project, uri: str) -> None:
         with pytest.raises(RefusedError, match="withdrawn"):
             trained(project, overrides)
     assert sweep(project, yes=True).deleted == ()
+
+
+def test_a_trainset_is_pulled_from_a_bucket_and_into_one(
+    bucket: str, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder into a bucket, from there into another, and into a folder: each trains as the first."""
+    before = make_project(tmp_path / "source")
+    trainset, publish = Trainset.open(before.root).digest, atomic.publish_bytes
+    with loading(before, tiny_recipe()) as loader:
+        wanted = [latents_of(batch).clone() for batch in loader.batches(0)]
+    for root in (f"{bucket}/pulled/1", f"{bucket}/pulled/2", str(tmp_path / "root")):
+        folder = tmp_path / root.rpartition("/")[2]
+        clips = {"weight": 1.0, "clips": [{"frames": FRAMES, "fps": 4}]}
+        encoding = {"autoencoder": "none", "resolution": SIDE}
+        project = write_project(
+            folder, {"films": {"uri": "films"} | clips}, root=root, runs_root=str(folder / "runs"), encoding=encoding
+        )
+        with monkeypatch.context() as stopped:
+            stopped.setattr(atomic, "publish_bytes", lambda path, data: _second_shard_stops(path, data, publish))
+            with pytest.raises(KeyboardInterrupt):
+                pull(project, trainset, before.root.url)
+        assert pull(project, trainset, before.root.url).shards == 3
+        assert [store.verify() for store in every_store(project.root)] == [[]]
+        proxy.clear()
+        assert pull(project, trainset, before.root.url).copied == 0
+        assert not [asked for asked in proxy.asked if "/c." in asked.path and asked.method == "GET"]
+        with loading(project, tiny_recipe()) as loader:
+            assert all(latents_of(batch).equal(one) for batch, one in zip(loader.batches(0), wanted, strict=True))
+        before = project
+
+
+def _second_shard_stops(path: str, data: bytes, publish: Callable[[str, bytes], None]) -> None:
+    if "/c." in path and "/pictures.000000/" in path:
+        raise KeyboardInterrupt
+    publish(path, data)
 
 
 def listed(project: Project) -> pl.DataFrame:
