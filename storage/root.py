@@ -13,6 +13,7 @@ from storage import listing
 from storage.errors import ConfigError
 from storage.remote import is_local, refuse_credentials
 
+RUN_CONFIG = "config.json"  # in the folder of a run: what it is
 CACHE_FOLDER = "~/.cache/nextvid"  # where the XDG base directory specification puts what can be made again
 Table = Literal["sources", "media", "labels", "shots", "clips"]
 Stored = Literal["latents", "pixels"]

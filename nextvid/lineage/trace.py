@@ -14,12 +14,11 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.plain_text import in_markdown, printable
-from nextvid.train.run import CONFIG
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing
 from storage.errors import ConfigError, NExTVidError
-from storage.root import DataRoot
+from storage.root import RUN_CONFIG, DataRoot
 from storage.schemas import Clips, Media, ProbeRows
 from storage.tables import read_table, read_tables
 
@@ -162,7 +161,7 @@ def trace(project: Project, what: str) -> Trace:
         run = _run_facts(Path(root.run(score.recipe, score.run)))
         return _down(root, str(path), "score", (run,), (score,))
     for folder in (path, *path.parents[:2]):  # checkpoints/step_n and encoder/ are inside the run's folder
-        if (folder / CONFIG).is_file() and folder.parent.parent.name == "pretrain":
+        if (folder / RUN_CONFIG).is_file() and folder.parent.parent.name == "pretrain":
             kind: Kind = "run" if folder == path else "checkpoint"
             facts = _run_facts(folder)
             return _down(root, what, kind, (facts,), _scores_of_runs(root, {facts.run}))
@@ -177,7 +176,7 @@ def trace(project: Project, what: str) -> Trace:
 
 def runs_of(root: DataRoot) -> Iterator[RunFacts]:
     """Every run that has begun, by recipe and id."""
-    for config in sorted(Path(root.runs_url, "pretrain").glob(f"*/*/{CONFIG}")):
+    for config in sorted(Path(root.runs_url, "pretrain").glob(f"*/*/{RUN_CONFIG}")):
         yield _run_facts(config.parent)
 
 
@@ -337,7 +336,7 @@ def _media_facts(row: dict[str, Any], clips: pl.DataFrame) -> MediaFacts:
 
 
 def _run_facts(folder: Path) -> RunFacts:
-    record = atomic.read_json(str(folder / CONFIG))
+    record = atomic.read_json(str(folder / RUN_CONFIG))
     return RunFacts(
         recipe=record["recipe"]["name"],
         run=record["run"],

@@ -16,13 +16,13 @@ from nextvid.making.publishing import CHECKS, read_latest
 from nextvid.train import checkpoint
 from nextvid.train.events import read_events
 from nextvid.train.export import check_files, read_config
-from nextvid.train.run import CONFIG, Run, open_run
+from nextvid.train.run import Run, open_run
 from nextvid.trainset import mask_plan
 from storage import atomic, listing, tables
 from storage.digest import digest_config
 from storage.errors import DamagedError, NExTVidError, StoreError, TableError, is_damage
 from storage.remote import is_local
-from storage.root import DataRoot, Pointed, Table
+from storage.root import RUN_CONFIG, DataRoot, Pointed, Table
 from storage.schemas import Clips, Duplicates, Labels, Media, Pictures, ProbeRows, Shots, Sources
 from storage.verify import Problem
 
@@ -41,7 +41,7 @@ def damaged_records(root: DataRoot) -> list[str]:
         _pointed(root, noun, problems)
     lines = [*map(str, problems), *damaged_trainsets(root)]
     problems.clear()
-    for config in sorted(Path(root.runs_url, "pretrain").glob(f"*/*/{CONFIG}")):
+    for config in sorted(Path(root.runs_url, "pretrain").glob(f"*/*/{RUN_CONFIG}")):
         _run(config.parent, problems)
     for path in scores_of(root):
         _score(path, problems)
@@ -124,7 +124,7 @@ def _pointed(root: DataRoot, noun: Pointed, problems: list[Problem]) -> None:
 
 def _run(folder: Path, problems: list[Problem]) -> None:
     """A run's config.json, events, checkpoints and exported encoders."""
-    place, run = str(folder / CONFIG), list[Run]()
+    place, run = str(folder / RUN_CONFIG), list[Run]()
     with _found(problems, place, "restore it from a copy; without it the run cannot go on"):
         run.append(open_run(folder))
         if run[0].id != folder.name:

@@ -26,11 +26,12 @@ from nextvid.report.scores import Score, read_score
 from nextvid.report.training import samples_section, training_section
 from nextvid.train.checkpoint import step_of
 from nextvid.train.events import Event, mean_speeds, read_events
-from nextvid.train.run import CONFIG, Run, find_run
+from nextvid.train.run import Run, find_run
 from nextvid.trainset.mask_plan import grid_of
 from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
+from storage.root import RUN_CONFIG
 
 SUBTITLE = (
     "A video encoder trained by masked next-frame prediction (NExT-Vid). What was measured, on which data, and where "
@@ -126,7 +127,7 @@ def gather(project: Project, run: Run) -> Gathered:
     return Gathered(
         project,
         run,
-        atomic.read_json(str(run.folder / CONFIG)),
+        atomic.read_json(str(run.folder / RUN_CONFIG)),
         read_events(run.folder),
         [read_score(str(path)) for path in newest.values()],
         history,
@@ -201,7 +202,7 @@ def _digest(gathered: Gathered) -> str:
         "history": gathered.history,
         "others": {name: [other.record for other in found] for name, found in gathered.others.items()},
         "events": digest_bytes((run.folder / "events.jsonl").read_bytes()),
-        "config": digest_bytes((run.folder / CONFIG).read_bytes()),
+        "config": digest_bytes((run.folder / RUN_CONFIG).read_bytes()),
         "duplicates": gathered.data.record["duplicates"],
     }
     if gathered.samples is not None:

@@ -13,11 +13,12 @@ from nextvid.train import checkpoint
 from nextvid.train.checkpoint import STATE
 from nextvid.train.distributed import like, local
 from nextvid.train.export import WEIGHTS, read_config, read_weights
-from nextvid.train.run import CONFIG, Source, open_run
+from nextvid.train.run import Source, open_run
 from nextvid.train.step import Trained
 from storage import atomic
 from storage.digest import digest, digest_file
 from storage.errors import RefusedError, UpstreamError
+from storage.root import RUN_CONFIG
 
 NOT_IN_WEIGHTS = ("attention",)  # fields of a model that may differ: how it is computed
 
@@ -38,7 +39,7 @@ def find_source(project: Project, recipe: RecipeConfig) -> Source | None:
             raise UpstreamError(f"init: {path} is no complete checkpoint; run {run.id} has those of steps {steps}")
         return Source(str(path), run.id, checkpoint.step_of(path), None)
     folder = project.path.parent / (init.checkpoint or init.encoder or "")
-    names = (STATE,) if init.checkpoint is not None else (CONFIG, WEIGHTS)
+    names = (STATE,) if init.checkpoint is not None else (RUN_CONFIG, WEIGHTS)
     for name in names:
         if not (folder / name).is_file():
             kind = "complete checkpoint" if init.checkpoint is not None else "exported encoder"
@@ -102,7 +103,7 @@ def start_from(source: Source, trained: Trained) -> None:
 
 def _model(folder: Path) -> dict[str, Any] | None:
     """The configuration of the model in a checkpoint's run or an exported encoder, where it is known."""
-    for config in (folder / CONFIG, folder.parent.parent / CONFIG):
+    for config in (folder / RUN_CONFIG, folder.parent.parent / RUN_CONFIG):
         if config.is_file():
             values: dict[str, Any] = atomic.read_json(str(config))
             found: dict[str, Any] | None = values.get("model") or values.get("recipe", {}).get("model")

@@ -22,10 +22,9 @@ from storage import atomic
 from storage.digest import digest
 from storage.errors import ConfigError, ConflictError, RefusedError, UpstreamError
 from storage.locks import locked_or_holder
-from storage.root import DataRoot
+from storage.root import RUN_CONFIG, DataRoot
 
 ID_DIGITS = 12  # our choice: 48 bits, short enough for a path and a command line
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -116,15 +115,15 @@ def plan_run(
 
 def write_run(run: Run) -> None:
     """Publish config.json; `how` may differ from an earlier attempt's. Raises RefusedError if its identity differs."""
-    if (run.folder / CONFIG).is_file():
+    if (run.folder / RUN_CONFIG).is_file():
         there = open_run(run.folder)
         if there.identity != run.identity:
             raise RefusedError(
-                f"{run.folder / CONFIG} describes another run: {there.identity} instead of {run.identity}; "
+                f"{run.folder / RUN_CONFIG} describes another run: {there.identity} instead of {run.identity}; "
                 "the file was edited: restore it, or remove the folder"
             )
     atomic.publish_json(
-        str(run.folder / CONFIG),
+        str(run.folder / RUN_CONFIG),
         {
             "run": run.id,
             "recipe_digest": run.recipe.digest(),
@@ -147,7 +146,7 @@ def write_run(run: Run) -> None:
 
 def open_run(folder: Path) -> Run:
     """Read config.json. Raises UpstreamError if it is missing, ConfigError if it is not valid."""
-    path = folder / CONFIG
+    path = folder / RUN_CONFIG
     if not path.is_file():
         raise UpstreamError(f"{path} does not exist: there is no such run; `nextvid make pretrain` makes one")
     values: dict[str, Any] = atomic.read_json(str(path))

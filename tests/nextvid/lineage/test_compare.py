@@ -9,8 +9,9 @@ import pytest
 
 from nextvid.config.project import Project
 from nextvid.lineage.compare import Difference, compare, find
-from nextvid.train.run import CONFIG, find_run
+from nextvid.train.run import find_run
 from storage.errors import ConfigError
+from storage.root import RUN_CONFIG
 from tests.nextvid.tiny_project import RECIPE
 
 OTHER = "0123456789ab"
@@ -20,10 +21,10 @@ def second_run(project: Project, name: str = OTHER, **recipe: Any) -> str:
     """A copy of the run's config.json under another id, with other values."""
     folder = find_run(project, RECIPE).folder
     (folder.parent / name).mkdir()
-    said = json.loads((folder / CONFIG).read_text())
+    said = json.loads((folder / RUN_CONFIG).read_text())
     said["recipe"] |= recipe
     said["run"] = name
-    (folder.parent / name / CONFIG).write_text(json.dumps(said))
+    (folder.parent / name / RUN_CONFIG).write_text(json.dumps(said))
     return name
 
 

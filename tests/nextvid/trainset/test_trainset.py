@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nextvid.encode.latent_stats import make_latent_stats, mixed, moments, united
 from nextvid.encode.plan import encoding_spec, usable_clips
+from nextvid.lineage import trace
 from nextvid.making.publishing import read_latest
 from nextvid.trainset import selection, trainset
 from nextvid.trainset.trainset import Trainset, make_trainset
@@ -434,7 +435,7 @@ def test_modules_load_without_torch() -> None:
     import subprocess
     import sys
 
-    names = ", ".join(module.__name__ for module in (trainset, selection))
+    names = ", ".join(module.__name__ for module in (trainset, selection, trace))
     code = f"import {names}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
