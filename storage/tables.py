@@ -161,8 +161,11 @@ def read_arrays(path: str, remedy: str) -> dict[str, np.ndarray]:
     data = atomic.read_bytes(path)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return dict(arrays.items())
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            found = dict(arrays.items())
+            if other := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{other[0]} is no array")
+            return found
+    except (OSError, EOFError, KeyError, ValueError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
 
 

@@ -16,7 +16,7 @@ from unicodedata import normalize
 import polars as pl
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.layouts import in_class_folder, named_columns, opened_bytes, read_lines, split_words
+from nextvid.corpus.layouts import in_class_folder, named_columns, opened_bytes, read_lines, short, split_words
 from nextvid.making.outcome import Check, Number
 from nextvid.video.archives import PARQUET, split_uri
 from storage.digest import digest_stream
@@ -26,6 +26,7 @@ from storage.schemas import SPLITS
 NAMED = 3  # names without a file that a message shows; our choice
 # Our choices: of a csv table, which is in memory as a whole
 LARGEST_BYTES, MOST_COLUMNS, LONGEST_CELL = 2_000_000_000, 10_000, 100_000
+FAULT_SHOWN = 300  # our choice: characters of a parser's message
 LATEST_S = 1e9  # of a span in seconds, 30 years: microseconds have to fit 64 bits
 SCHEMA = {"path": pl.String, "start_us": pl.Int64, "end_us": pl.Int64, "target": pl.String, "value": pl.String}
 
@@ -262,7 +263,7 @@ def _table(labels: LabelConfig) -> pl.DataFrame:
             raise LabelError(f"label file {labels.file} has {len(header)} columns, more than {MOST_COLUMNS}")
         table = pl.read_csv(io.BytesIO(data), infer_schema=False)
     except (csv.Error, pl.exceptions.PolarsError) as error:
-        fault = str(error).splitlines()[0]
+        fault = str(error).partition("\n")[0][:FAULT_SHOWN]  # the whole file may be in it
         with suppress(csv.Error):
             longer = (f"line {lines.line_num} has {len(line)} cells" for line in lines if len(line) > len(header))
             fault = next((f"{found}, its header {len(header)}" for found in longer if header), fault)
@@ -309,7 +310,7 @@ def _micros(table: pl.DataFrame, column: str, file: str) -> pl.Series:
     wrong = (seconds.is_null() & text.is_not_null()) | ~seconds.is_between(-LATEST_S, LATEST_S).fill_null(True)
     if wrong.any():
         row = table.filter(wrong).row(0, named=True)
-        raise LabelError(f"{file}, line {row['_line']}: {column} is {row[column]!r}; seconds were expected")
+        raise LabelError(f"{file}, line {row['_line']}: {column} is {short(row[column])}; seconds were expected")
     return (seconds * 1_000_000).round(0, mode="half_to_even").cast(pl.Int64)
 
 

@@ -142,7 +142,7 @@ def _imagenet(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
     for number, row in _rows(opened, file, ("ImageId", "PredictionString"), ","):
         value = row["PredictionString"].split(" ")[0]
         if not WNID.fullmatch(value):
-            raise LabelError(f"{file}, line {number}: {value!r} is not a class of ImageNet, such as n01440764")
+            raise LabelError(f"{file}, line {number}: {short(value)} is not a class of ImageNet, such as n01440764")
         yield Line((row["ImageId"],), value, split)
 
 
@@ -171,10 +171,10 @@ def _something(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
         for number, entry in enumerate(_entries(entries, file), 1):
             value = entry.get("template")
             if not isinstance(entry.get("id"), str) or not isinstance(value, str | None):
-                raise LabelError(f"{file}, entry {number}: 'id' and 'template' were expected, found {_short(entry)}")
+                raise LabelError(f"{file}, entry {number}: 'id' and 'template' were expected, found {short(entry)}")
             value = value.replace("[", "").replace("]", "") if value is not None else None
             if known is not None and value is not None and value not in known:
-                raise LabelError(f"{file}, entry {number}: {value!r} is not among the classes")
+                raise LabelError(f"{file}, entry {number}: {short(value)} is not among the classes")
             yield Line((entry["id"],), value, split)
 
     return parse
@@ -187,12 +187,12 @@ def _diving(classes: Any) -> Parser:  # noqa: ANN401 - JSON is Any
         for number, entry in enumerate(_entries(_json(opened, file), file), 1):
             name, label = entry.get("vid_name"), entry.get("label")
             if not isinstance(name, str) or not isinstance(label, int):
-                raise LabelError(f"{file}, entry {number}: 'vid_name' and 'label' were expected, found {_short(entry)}")
+                raise LabelError(f"{file}, entry {number}: 'vid_name' and 'label' were expected, found {short(entry)}")
             if classes is not None and not (isinstance(classes, list) and 0 <= label < len(classes)):
                 raise LabelError(f"{file}, entry {number}: label {label} is not among the {len(classes)} classes")
             words: Any = [str(label)] if classes is None else classes[label]
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                raise LabelError(f"the class {label} of {file} is no list of words but {_short(words)}")
+                raise LabelError(f"the class {label} of {file} is no list of words but {short(words)}")
             value = "_".join(words)
             competition = name.rsplit("_", 1)[0]  # the video that the dive was cut from
             yield Line((name,), value, split, competition)
@@ -210,7 +210,7 @@ def _internvid(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
         except (ValueError, RecursionError) as error:
             raise LabelError(f"{file}, line {number}: no JSON object: {error}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("YoutubeID"), str):
-            raise LabelError(f"{file}, line {number}: 'YoutubeID' was expected, found {_short(entry)}")
+            raise LabelError(f"{file}, line {number}: 'YoutubeID' was expected, found {short(entry)}")
         start_us, end_us = (_clock(entry, key, file, number) for key in ("Start_timestamp", "End_timestamp"))
         if end_us <= start_us:
             raise LabelError(f"{file}, line {number}: a span needs a later end, found {start_us} to {end_us} us")
@@ -237,10 +237,10 @@ def _json(opened: TextIO, file: str) -> Any:  # noqa: ANN401 - JSON is Any
 
 def _entries(value: Any, file: str) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON is Any
     if not isinstance(value, list):
-        raise LabelError(f"label file {file}: a list was expected, found {_short(value)}")
+        raise LabelError(f"label file {file}: a list was expected, found {short(value)}")
     for number, entry in enumerate(value, 1):
         if not isinstance(entry, dict):
-            raise LabelError(f"{file}, entry {number}: an object was expected, found {_short(entry)}")
+            raise LabelError(f"{file}, entry {number}: an object was expected, found {short(entry)}")
         yield entry
 
 
@@ -261,7 +261,7 @@ def _rows(opened: TextIO, file: str, needed: Sequence[str], mark: str) -> Iterat
 
 def _whole(text: str, file: str, number: int, column: str) -> int:
     if not text.isdecimal() or len(text) > LONGEST_NUMBER:
-        raise LabelError(f"{file}, line {number}: {column} is {text!r}; whole seconds were expected")
+        raise LabelError(f"{file}, line {number}: {column} is {short(text)}; whole seconds were expected")
     return int(text)
 
 
@@ -269,7 +269,9 @@ def _clock(entry: dict[str, Any], key: str, file: str, number: int) -> int:
     """`00:03:10.567` in microseconds."""
     found = CLOCK.fullmatch(str(entry.get(key)))
     if found is None:
-        raise LabelError(f"{file}, line {number}: {key} is {entry.get(key)!r}; a time like 00:03:10.567 was expected")
+        raise LabelError(
+            f"{file}, line {number}: {key} is {short(entry.get(key))}; a time like 00:03:10.567 was expected"
+        )
     hours, minutes, seconds, part = found.groups()
     return (int(hours) * 3600 + int(minutes) * 60 + int(seconds)) * 1_000_000 + int((part or "").ljust(6, "0"))
 
@@ -279,6 +281,7 @@ def named_columns(columns: Sequence[str]) -> str:
     return ", ".join(column[:COLUMN_SHOWN] for column in columns[:COLUMNS_NAMED]) or "none"
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

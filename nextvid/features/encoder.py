@@ -372,9 +372,9 @@ def load_encoder(path: str | Path, device: str = "cpu") -> NExTVidEncoder:
     if (depth := facts.model.encoder.depth) > len(tensors):
         raise DamagedError(f"{folder / WEIGHTS} has fewer tensors than the {depth} blocks that {CONFIG} says; {REMEDY}")
     model = facts.model.model_copy(update={"attention": "loop"})  # which every device has; the results agree
-    with torch.device("meta"):  # without memory, of which a model that is described as larger would take all
-        found = NExTVidEncoder(model, tensors["mean"], tensors["std"])
     try:
+        with torch.device("meta"):  # without memory, of which a model that is described as larger would take all
+            found = NExTVidEncoder(model, tensors["mean"], tensors["std"])
         found.load_state_dict(tensors, assign=True)
         found.float()
     except RuntimeError as error:

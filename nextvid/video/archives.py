@@ -188,6 +188,9 @@ def _parquet_index(path: Path, column: str) -> Index:
                 f"{path} has no column '{column}' of files, as bytes or as bytes and path; {there}: correct "
                 "'parquet_column' in corpus.yaml"
             )
+        rows = pl.scan_parquet(path).select(pl.len()).collect().item()  # of the footer
+        if rows > path.stat().st_size:  # one cell, packed: its names would not fit memory
+            return Index({}, damage=f"it has {rows} rows in {path.stat().st_size} bytes")
         data, given = _cell_parts(column, known)
         cells = pl.scan_parquet(path).select(
             name=given, size=data.bin.size(), head=data.bin.slice(0, 12)

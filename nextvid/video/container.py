@@ -72,6 +72,11 @@ def micros(value: int, time_base: Fraction) -> int:
     return round(Fraction(value * time_base.numerator * MICROSECONDS, time_base.denominator))
 
 
+def too_large(path: Path, width: int, height: int) -> MediaError:
+    """The error of a video whose frames have too many pixels."""
+    return MediaError("too_large", f"{path}: {width} x {height} pixels a frame; at most {MAX_PIXELS} are decoded")
+
+
 @contextmanager
 def opened(path: Path, *, strict: bool) -> Iterator[Video]:
     """The file with its video stream, single-threaded, without network; every FFmpeg error as MediaError.
@@ -94,9 +99,7 @@ def opened(path: Path, *, strict: bool) -> Iterator[Video]:
             raise MediaError("no_video", f"{path}: holds no video stream that can be decoded")
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > MAX_PIXELS:
-            raise MediaError(
-                "too_large", f"{path}: {width} x {height} pixels a frame; at most {MAX_PIXELS} are decoded"
-            )
+            raise too_large(path, width, height)
         decoder, codec = stream.codec_context, stream.codec_context.codec.canonical_name
         if codec in WITH_ALPHA and stream.metadata.get("alpha_mode") == "1":
             other = VideoCodecContext.create(WITH_ALPHA[codec], "r")

@@ -16,7 +16,7 @@ import av
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from nextvid.video.container import Video, micros, opened
+from nextvid.video.container import Video, micros, opened, too_large
 from nextvid.video.decode import decord_reader
 from nextvid.video.display import Display, has_alpha
 from nextvid.video.entry_points import (
@@ -167,7 +167,10 @@ def probe(path: Path) -> MediaFacts:
 
     What may move is a video by its content, whatever its name: GIF, animated WebP, PNG and AVIF.
     """
-    if head_of(path).startswith(b"GIF8"):
+    if (head := head_of(path)).startswith(b"GIF8"):
+        width, height = (int.from_bytes(head[at : at + 2], "little") for at in (6, 8))  # GIF89a, 18
+        if width * height > MAX_PIXELS:  # FFmpeg, which is told so too, calls it corrupt
+            raise too_large(path, width, height)
         return _probe_video(path)
     return _probe_image(path) if kind_of(path.name) == "image" or animation_times(path) else _probe_video(path)
 
@@ -218,7 +221,7 @@ def _probe_video(path: Path) -> MediaFacts:
         if plain and not _decord_agrees(path, video, packets):
             hazards, plain = ("decord_index",), False
     if width * height > MAX_PIXELS:
-        raise MediaError("too_large", f"{path}: {width} x {height} pixels a frame; at most {MAX_PIXELS} are decoded")
+        raise too_large(path, width, height)
     return MediaFacts(
         kind="video",
         container=name,

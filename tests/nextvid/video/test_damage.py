@@ -104,31 +104,3 @@ def test_clean_films_of_the_same_codecs_pass(tmp_path: Path) -> None:
         for name, how in CODECS.items():
             result = seen(sandbox, write_barcodes(tmp_path / name, FRAMES, (160, 96), **how))
             assert result == Seen(name, None, 0)
-
-
-@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "concat.mp4", "session.mp4", "frames.mp4"])
-def test_playlists_and_protocols_are_refused_whatever_they_are_called(tmp_path: Path, name: str) -> None:
-    secret = write_barcodes(tmp_path / "secret.mp4", 12)
-    texts = {
-        "list": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n",
-        "concat": f"ffconcat version 1.0\nfile {secret}\n",
-        "session": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 9999 RTP/AVP 96\n",
-        "frames": f"<?xml version='1.0'?><MPD><Period><BaseURL>http://127.0.0.1:9/{secret}</BaseURL></Period></MPD>",
-    }
-    path = tmp_path / name
-    path.write_text(texts[name.split(".")[0]])
-    with pytest.raises(MediaError) as caught:
-        probe(path)
-    assert caught.value.reason == "unknown_format"
-
-
-def test_a_url_as_a_name_opens_a_file_and_never_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("http://127.0.0.1:9/a.mp4", "tcp://127.0.0.1:9", "concat:a.mp4|b.mp4", "pipe:0", "data:video/mp4,x"):
-        with pytest.raises(MediaError) as caught:
-            probe(Path(name + ".mp4"))
-        assert caught.value.reason == "missing"
-    folder = tmp_path / "http:" / "127.0.0.1:9"
-    folder.mkdir(parents=True)
-    write_barcodes(tmp_path / "a.mp4", 12).rename(folder / "a.mp4")
-    assert probe(Path("http://127.0.0.1:9/a.mp4")).frames == 12
