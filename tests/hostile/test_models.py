@@ -247,7 +247,7 @@ ENCODERS = {
 
 @pytest.mark.parametrize("changes", ENCODERS.values(), ids=ENCODERS)
 def test_encoders_to_probe(tmp_path: Path, changes: Mapping[str, Any]) -> None:
-    said = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 1, "patch_size": 8} | changes
+    said = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 1, "patch_size": 8, **changes}
     (tmp_path / "config.json").write_text(json.dumps(said))
     (tmp_path / "model.safetensors").write_bytes(b"")
     config = ProbedEncoderConfig(family="dinov2", folder=str(tmp_path))
