@@ -22,7 +22,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from nextvid.video.display import DISPLAYED_AS_STORED, Display, over_black
 from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
@@ -37,6 +37,7 @@ MICROSECONDS = 1_000_000
 # FFmpeg's own decoders of VP8 and VP9 leave out the transparency that WebM has beside the pictures.
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails  # streams that are no video
+EDIT_GAP = 1.5  # our choice: in median gaps; the delay is one or more whole ones
 BACK_OFF_US = 1_000_000  # first step of an earlier seek, doubled each time; keyframes are at most some seconds apart
 
 
@@ -149,6 +150,24 @@ def decoded(video: Video, from_us: int | None = None) -> Iterator[tuple[int, Vid
         target_us, step_us = target_us - step_us, step_us * 2
     with opened(Path(video.container.name.removeprefix("file:")), strict=False) as again:
         yield from _checked(_frames(again, None))
+
+
+def misplaced_edit(
+    pts: Int64[np.ndarray, "n"], dts: Int64[np.ndarray, "n"], hidden: Bool[np.ndarray, "n"]
+) -> int | None:
+    """When the first edit begins that does not follow the one before, of MP4 packets in decode order; None without one.
+
+    FFmpeg's demuxer takes the delay of reordered pictures off the first edit's times alone: the others come late.
+    """
+    shown = pts[~hidden]
+    if (np.diff(shown) > 0).all():
+        return None
+    most = EDIT_GAP * float(np.median(np.diff(np.unique(shown))))
+    for start in np.flatnonzero(np.diff(dts) < 0) + 1:
+        before, after = pts[:start][~hidden[:start]], pts[start:][~hidden[start:]]
+        if len(before) and len(after) and not 0 < after.min() - before.max() <= most:
+            return int(after.min())
+    return None
 
 
 class Scaler:

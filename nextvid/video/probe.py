@@ -16,7 +16,7 @@ import av
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from nextvid.video.container import Video, micros, opened, too_large
+from nextvid.video.container import Video, micros, misplaced_edit, opened, too_large
 from nextvid.video.decode import decord_reader
 from nextvid.video.display import Display, has_alpha
 from nextvid.video.entry_points import (
@@ -247,6 +247,7 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
     key: list[bool] = []
     entry: list[bool] = []
     discard: list[bool] = []
+    dts: list[int] = []
     late = untimed = 0
     sizes: set[bytes] = set()
     pictures = ReferencePictures(video.stream) if video.codec == "h264" else None
@@ -282,14 +283,20 @@ def _demux(path: Path, video: Video) -> tuple[av.VideoFrame, Packets]:
         if begins and (declared := size_header(packet, video.stream)):
             sizes.add(declared)
         discard.append(packet.is_discard)
+        dts.append(time if packet.dts is None else packet.dts)
     if untimed and not pts:
         raise MediaError("no_times", f"{path}: a raw stream without times; remux it, for instance to MP4")
     if late and not pts:
         raise MediaError("no_key", f"{path}: none of its {late} pictures can be decoded without another")
     if frame is None or all(discard):
         raise MediaError("empty", f"{path}: no frame can be decoded from it")
+    hidden = np.array(discard)
+    if video.family == "mp4" and (at := misplaced_edit(np.array(pts, np.int64), np.array(dts, np.int64), hidden)):
+        raise MediaError(
+            "edits", f"{path}: an edit begins late, at {at} x {video.time_base} s; write the file again without edits"
+        )
     count = len(pictures.sizes) if pictures else len(sizes)
-    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), np.array(discard), late, count)
+    return frame, Packets(np.array(pts, np.int64), np.array(key), np.array(entry), hidden, late, count)
 
 
 def _hazards(video: Video, packets: Packets, display: Display) -> tuple[str, ...]:

@@ -189,6 +189,26 @@ def test_frames_at_the_end_of_the_first_of_two_edits(tmp_path: Path) -> None:
         assert numbers(frames_at(path, [times[n]], "pyav")[0]) == [expected[n]]
 
 
+@pytest.mark.parametrize(
+    ("edits", "late"),
+    [([(0, 1), (3, 3)], False), ([(0.7, 0.6), (2.9, 1.1)], True), ([(0.5, 1), (3, 1), (5, 2)], True)],
+)
+def test_later_edits_of_reordered_pictures_are_placed_right_or_have_a_reason(
+    tmp_path: Path, edits: list[tuple[float, float]], late: bool
+) -> None:
+    """FFmpeg shows some of them one or two pictures late."""
+    path = with_edits(film(tmp_path / "a.mp4", f"{X264}:bframes=2:b-pyramid=none"), edits)
+    if late:
+        with pytest.raises(MediaError, match="write the file again without edits") as caught:
+            probe(path)
+        assert caught.value.reason == "edits"
+        edits = edits[:1]
+        with_edits(film(path, f"{X264}:bframes=2:b-pyramid=none"), edits)
+    expected = [round(10 * begin) + n for begin, length in edits for n in range(round(10 * length))]
+    times = [100_000 * n for n in range(len(expected))]
+    assert numbers(frames_at(path, times, probe(path).decoder)[0]) == expected
+
+
 def sei(*messages: tuple[int, bytes]) -> bytes:
     """A unit with SEI messages: type, size, payload, each number as 255s and a rest."""
 
