@@ -21,6 +21,7 @@ from nextvid.making.outcome import Check, Number
 from nextvid.video.archives import PARQUET, split_uri
 from storage.digest import digest_stream
 from storage.errors import LabelError
+from storage.remote import is_local
 from storage.schemas import SPLITS
 
 NAMED = 3  # names without a file that a message shows; our choice
@@ -291,11 +292,13 @@ def _relative(paths: pl.Series, labels: LabelConfig, uri: str) -> pl.Series:
 
     A path may be absolute, as in the lists of VideoMAE, V-JEPA and mmaction2; others start from `path_base`.
     """
-    top = normalize("NFC", uri.rstrip("/") + "/")
+    top = normalize("NFC", uri.removeprefix("file://").rstrip("/") + "/")
     base = top if labels.path_base is None else labels.path_base.rstrip("/") + "/"
     given = pl.col("given")
     absolute = given.str.starts_with("/") | given.str.contains("://", literal=True)
     whole = pl.when(absolute).then(given).otherwise(pl.lit(base) + given.str.strip_prefix("./")).str.normalize("NFC")
+    if is_local(uri):  # on object stores `//` is a part of the key
+        whole = whole.str.strip_prefix("file://").str.replace_all(r"/(?:\.?/)+", "/")
     inside = pl.when(whole.str.starts_with(top)).then(whole.str.strip_prefix(top))
     return pl.DataFrame({"given": paths}).select(path=inside)["path"]
 

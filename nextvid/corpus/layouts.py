@@ -88,8 +88,9 @@ def opened_bytes(file: str) -> Iterator[BinaryIO]:
         fs, key = connect(file)
         opened = fs.open(key, "rb")
     except Exception as error:  # object stores raise their clients' own classes
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else error
         raise LabelError(
-            f"label file {file} cannot be read: {error}; put it back, or correct 'labels' in corpus.yaml"
+            f"label file {file} cannot be read: {why}; put it back, or correct 'labels' in corpus.yaml"
         ) from None
     with opened:
         yield opened

@@ -149,6 +149,16 @@ def test_absolute_paths_name_files_below_the_uri(tmp_path: Path, base: str | Non
     assert without_file(config, ["a/1.mp4"]) == []
 
 
+@pytest.mark.parametrize("uri", ["{}", "file://{}"])
+@pytest.mark.parametrize("name", ["{}/a/1.mp4", "file://{}/a/1.mp4", "{}//a/./1.mp4", "a//1.mp4"])
+def test_local_names_are_compared_however_they_are_written(tmp_path: Path, uri: str, name: str) -> None:
+    folder = tmp_path / "d"
+    config = dataset(tmp_path, f"path,label\n{name.format(folder)},run\n")
+    config = config.model_copy(update={"uri": uri.format(folder)})
+    assert [row[0] for row in rows(config, "a/1.mp4")] == ["a/1.mp4"]
+    assert without_file(config, ["a/1.mp4"]) == []
+
+
 def test_urls_name_files_below_the_uri(tmp_path: Path) -> None:
     config = dataset(tmp_path, "path,label\ns3://bucket/d/a.mp4,run\ns3://other/d/b.mp4,sit\nc.mp4,lie\n")
     config = config.model_copy(update={"uri": "s3://bucket/d"})
