@@ -88,12 +88,17 @@ def opened_bytes(file: str) -> Iterator[BinaryIO]:
         fs, key = connect(file)
         opened = fs.open(key, "rb")
     except Exception as error:  # object stores raise their clients' own classes
-        why = "there is no such file" if isinstance(error, FileNotFoundError) else error
-        raise LabelError(
-            f"label file {file} cannot be read: {why}; put it back, or correct 'labels' in corpus.yaml"
-        ) from None
+        raise _unreadable(file, error) from None
     with opened:
-        yield opened
+        try:
+            yield opened
+        except OSError as error:  # a disk or network that is lost meanwhile, or a right to list and not to read
+            raise _unreadable(file, error) from None
+
+
+def _unreadable(file: str, error: Exception) -> LabelError:
+    why = "there is no such file" if isinstance(error, FileNotFoundError) else error
+    return LabelError(f"label file {file} cannot be read: {why}; put it back, or correct 'labels' in corpus.yaml")
 
 
 @contextmanager

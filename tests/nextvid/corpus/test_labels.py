@@ -1,5 +1,6 @@
 """Label files: layouts, spans, reserved targets, contradictions, and cells that are wrong."""
 
+import errno
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -9,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextvid.config.datasets import DatasetConfig, LabelConfig
-from nextvid.corpus.labels import contradictions, label_bytes, label_checks, label_files, read_labels
+from nextvid.corpus.labels import (
+    contradictions,
+    label_bytes,
+    label_checks,
+    label_files,
+    read_labels,
+    readable_labels,
+)
 from storage.errors import CorpusError
 
 
@@ -157,6 +165,20 @@ def test_local_names_are_compared_however_they_are_written(tmp_path: Path, uri: 
     config = config.model_copy(update={"uri": uri.format(folder)})
     assert [row[0] for row in rows(config, "a/1.mp4")] == ["a/1.mp4"]
     assert without_file(config, ["a/1.mp4"]) == []
+
+
+def test_a_label_file_that_is_lost_while_it_is_read_is_told_like_one_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataset(tmp_path, "path,label\na.mp4,run\n")
+
+    def lost(opened: object) -> str:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr("nextvid.corpus.labels.digest_stream", lost)
+    found, errors = readable_labels({"d": config})
+    assert not found
+    assert "cannot be read: [Errno 5] the disk is gone; put it back" in errors["d"]
 
 
 def test_urls_name_files_below_the_uri(tmp_path: Path) -> None:
