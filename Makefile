@@ -57,8 +57,8 @@ test-benchmarks: $(VENV)/test ## each benchmark's quick run, 4 minutes
 gpu: $(VENV)/test ## what only a GPU can show, under ten minutes
 	$(BIN)/python -m benchmarks.gpu
 
-faults: $(VENV)/test ## slow proofs of crash safety
-	$(BIN)/python -m pytest -q -m faults
+faults: $(VENV)/services ## try every promise, slow proofs too, and write docs/reliability.md; less: NEXTVID_TRIES=20 LESS="--minutes 15"
+	$(BIN)/python -m tests.reliability $(LESS)
 
 autoencoder: $(VENV)/ui ## train the demo autoencoder again
 	$(BIN)/python -m examples.demo.train_autoencoder data/demo/autoencoder_corpus examples/demo/autoencoder

@@ -27,6 +27,7 @@ from storage.tables import read_table
 OBSERVE_S = 20.0  # our choice: three points a minute in the UI; events.jsonl and the run's log have more
 PREVIEW_ROWS, PREVIEW_DIGITS, PREVIEW_CHARACTERS = 5, 8, 40  # our choice: what fits a screen and 2 kB of an event
 BACKFILL = "dagster/backfill"  # tag of the runs of a backfill
+CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 PREVIEW_WIDTH = 960  # pixels, our choice: an event with a picture 640 pixels wide has 5 kB
 
 
@@ -35,10 +36,18 @@ def readable_errors() -> Iterator[None]:
     """Turn an exception into a step failure that shows its message, and that no retry policy retries.
 
     The same data would raise it again; the nightly schedule tries again. The policy CRASHES is for processes that were
-    killed and could raise nothing.
+    killed and could raise nothing. Dagster counts a signal as a crash, too: so it is where a node is drained, but a run
+    that somebody cancels does not begin its step again.
     """
     try:
         yield
+    except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError) as error:
+        context = dg.OpExecutionContext.get()
+        run = context.instance.get_run_by_id(context.run_id)
+        if run is None or run.status not in CANCELLED:
+            raise
+        said = "cancelled; what is made is kept, and the same run launched again goes on from there"
+        raise dg.Failure(description=said, allow_retries=False) from error
     except dg.Failure:
         raise
     except Exception as error:

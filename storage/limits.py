@@ -32,7 +32,8 @@ _WORDS = {
     r"File too large": errno.EFBIG,
     r"Read-only file system|readonly database": errno.EROFS,
     r"Too many open files|received \d+ items of ancdata": errno.EMFILE,
-    r"[Cc]an(no|')t allocate memory|Unable to allocate|Insufficient memory|out of memory": errno.ENOMEM,
+    r"[Cc]an(no|')t allocate memory|Unable to allocate|Insufficient memory|out of memory"
+    r"|failed to map segment from shared object": errno.ENOMEM,
     r"can't start new thread|Resource temporarily unavailable": errno.EAGAIN,
 }
 _NUMBER = re.compile(r"os error (\d+)")
@@ -81,6 +82,8 @@ def limit_met(error: BaseException, path: str | None = None) -> UnwritableError 
             case errno.ENOMEM:
                 return MachineError(_no_memory(found))
             case errno.EAGAIN if not isinstance(found, OSError) or found.filename is None:
+                if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+                    return MachineError(_no_memory(found))  # for the stack of a thread
                 return MachineError(
                     "this user may start no more processes or threads: end others, raise the limit with 'ulimit -u' or "
                     f"set NEXTVID_CORES to fewer, {GO_ON}"

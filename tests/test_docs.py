@@ -13,6 +13,7 @@ import yaml
 
 from nextvid.config.benchmarks import BenchmarkConfig
 from nextvid.config.corpus import load_corpus
+from tests.reliability import PROMISES
 
 FOLDERS = ("nextvid", "storage", "assets", "orchestration", "tests", "benchmarks", "examples", "deploy", "docs", ".ci")
 SUFFIXES = (".md", ".py", ".toml", ".yaml", ".yml")
@@ -150,6 +151,17 @@ def test_hooks_call_make_targets(repository: Path) -> None:
         make, target = hook["entry"].split()
         dry = subprocess.run([make, target, "--dry-run"], cwd=repository, capture_output=True, text=True, check=False)
         assert dry.returncode == 0, dry.stderr
+
+
+def test_every_slow_proof_tries_a_promise(repository: Path) -> None:
+    for test in {test for promise in PROMISES for test in promise.tests}:
+        path, _, function = test.partition("::")
+        assert (repository / path).exists(), test
+        assert not function or f"def {function}(" in (repository / path).read_text(), test
+    for path in (repository / "tests").rglob("test_*.py"):
+        if "mark.faults" in path.read_text() and path.name != "test_docs.py":
+            name = f"{path.relative_to(repository)}::"
+            assert any(promise.has(name) for promise in PROMISES), f"{path}: no promise of tests/reliability.py has it"
 
 
 def test_tests_that_are_named_exist(repository: Path) -> None:

@@ -77,8 +77,8 @@ class Output:
 
     def add(self, rows: pl.DataFrame, name: str) -> None:
         """Keep rows of schema `schema`, all of their files, under a name that no other writer uses."""
-        number = sum(path.name.startswith(name) for path in self.parts.glob("*.parquet"))
-        with atomic.staged_file(str(self.parts / f"{name}-{number:06d}.parquet"), exclusive=True) as staged:
+        number = sum(1 for _ in self.parts.glob("*.parquet"))
+        with atomic.staged_file(str(self.parts / f"{number:06d}-{name}.parquet"), exclusive=True) as staged:
             rows.write_parquet(staged)
 
     def merge(self) -> None:
@@ -93,9 +93,9 @@ class Output:
         atomic.remove_tree(str(self.parts))
 
     def _sources(self) -> list[pl.LazyFrame]:
-        """What there is, older first: the file, then parts by time."""
+        """What there is, older first: the file, then parts by number, not by a clock that may jump."""
         found = [self._read()] if self.path.exists() else []
-        parts = sorted(self.parts.glob("*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        parts = sorted(self.parts.glob("*.parquet"))
         return found + [pl.scan_parquet(part, glob=False) for part in parts]
 
     def _read(self) -> pl.LazyFrame:

@@ -225,6 +225,7 @@ def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
 
 
 def _seconds(events: Sequence[Event]) -> float:
-    """Seconds from the first to the last event of each attempt, added up."""
+    """Seconds from the first to the last event of each attempt, added up; none where the clock was set back."""
     pairs = itertools.pairwise(events)
-    return sum((after["time_s"] - before["time_s"] for before, after in pairs if after["kind"] != "start"), 0.0)
+    took = (after["time_s"] - before["time_s"] for before, after in pairs if after["kind"] != "start")
+    return sum((max(0.0, seconds) for seconds in took), 0.0)

@@ -1,5 +1,6 @@
 """An Outcome as Dagster sees it."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,36 @@ def test_an_error_of_ours_is_a_failure_that_is_not_retried() -> None:
     with pytest.raises(dg.Failure, match="upstream: 'clips' has not been made") as raised, reporting.readable_errors():
         raise UpstreamError("'clips' has not been made: make it first")
     assert raised.value.allow_retries is False
+
+
+def test_a_limit_of_the_machine_says_what_to_do() -> None:
+    full = pytest.raises(dg.Failure, match="unwritable: /x/y cannot be written: its disk is full")
+    with full, reporting.readable_errors():
+        raise OSError(errno.ENOSPC, "No space left on device", "/x/y")
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_cancelled_step_does_not_begin_again(cancelled: bool) -> None:
+    """A signal to a run that nobody cancels is a crash: of a node that is drained."""
+    begun = 0
+
+    @dg.asset(retry_policy=dg.RetryPolicy(max_retries=2))
+    def stopped(context: dg.AssetExecutionContext) -> None:
+        nonlocal begun
+        begun += 1
+        with reporting.readable_errors():
+            if cancelled:
+                context.instance.report_run_canceling(context.run)
+            if begun < 3:
+                raise dg.DagsterExecutionInterruptedError
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        found = dg.materialize([stopped], instance=instance, raise_on_error=False)
+    assert (begun, found.success) == ((1, False) if cancelled else (3, True))
+    if cancelled:
+        (event,) = found.filter_events(lambda event: event.is_step_failure)
+        assert event.step_failure_data.user_failure_data is not None
+        assert "goes on from there" in str(event.step_failure_data.user_failure_data.description)
 
 
 def test_an_error_of_the_program_keeps_its_trace() -> None:

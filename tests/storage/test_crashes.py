@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,11 +163,15 @@ def test_kill_in_the_middle(tmp_path: Path, forks: Forks, reference: dict[str, b
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
-def test_kill_at_many_moments(tmp_path: Path, forks: Forks, reference: dict[str, bytes]) -> None:
+def test_kill_at_many_moments(
+    tmp_path: Path, forks: Forks, reference: dict[str, bytes], record_property: Callable[[str, object], None]
+) -> None:
     """SIGKILL at 200 random moments of the time that a writer takes here, which is measured again and again."""
+    tries = int(os.environ.get("NEXTVID_TRIES", "200"))
+    record_property("tries", tries)
     found: dict[int, Killed] = {}
     duration_s = 0.0
-    for seed in range(200):
+    for seed in range(tries):
         if seed % 20 == 0:  # others use the machine too
             whole, _ = planned(tmp_path / f"whole{seed}")
             duration_s = forks.call("tests.storage.writers", "write_slowly", whole.root.url, str(tmp_path / "said"))
@@ -184,8 +188,9 @@ def test_kill_at_many_moments(tmp_path: Path, forks: Forks, reference: dict[str,
         shutil.rmtree(folder)
     middle = [seed for seed, killed in found.items() if 0 < killed.committed < SHARDS]
     littered = [seed for seed, killed in found.items() if killed.temporary or killed.uncommitted]
-    assert len(middle) > 100, f"{len(middle)} of 200 died between the first commit and the last: {found}"
-    assert len(littered) >= 10, f"{len(littered)} of 200 left litter: {found}"
+    if tries >= 100:
+        assert len(middle) > tries // 2, f"{len(middle)} of {tries} died between the first commit and the last: {found}"
+        assert len(littered) >= tries // 20, f"{len(littered)} of {tries} left temporary files: {found}"
 
 
 DIES = """

@@ -4,11 +4,12 @@ A kill falls at random into the time from the plan of the part to the last commi
 it. At steps that were chosen: test_killed.py.
 """
 
+import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,11 +145,17 @@ def test_an_encode_killed_at_some_moments(
 @pytest.mark.faults
 @pytest.mark.timeout(2400)
 def test_an_encode_killed_at_many_moments(
-    tmp_path: Path, cosine_autoencoder: Path, forks: Forks, unkilled: tuple[Path, Rows]
+    tmp_path: Path,
+    cosine_autoencoder: Path,
+    forks: Forks,
+    unkilled: tuple[Path, Rows],
+    record_property: Callable[[str, object], None],
 ) -> None:
-    found = list(kills(tmp_path, cosine_autoencoder, forks, unkilled, range(100, 300)))
+    tries = int(os.environ.get("NEXTVID_TRIES", "200"))
+    found = list(kills(tmp_path, cosine_autoencoder, forks, unkilled, range(100, 100 + tries)))
+    record_property("tries", len(found))
     between = sum(0 < one.commits < SHARDS for one in found)
     leftover = sum(one.temporary > 0 or one.uncommitted > 0 for one in found)
-    assert (between > 60, leftover > 30) == (True, True), (
+    assert (between > 0.3 * tries, leftover > 0.15 * tries) == (True, True) or tries < 100, (
         f"of {len(found)}: {between} between commits, {leftover} with leftover files"
     )
