@@ -9,7 +9,6 @@ import argparse
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -125,7 +124,12 @@ PROMISES = (
     Promise(
         "A machine of several that is lost ends the others with one line, and the same command resumes",
         "hosts in network namespaces that are killed, unplugged and absent; jobs of Slurm and Ray",
-        (f"{N}/train/test_nodes.py", f"{N}/train/test_job.py", f"{N}/train/test_pretrain.py", "tests/services/test_scaling.py"),
+        (
+            f"{N}/train/test_nodes.py",
+            f"{N}/train/test_job.py",
+            f"{N}/train/test_pretrain.py",
+            "tests/services/test_scaling.py",
+        ),
     ),
     Promise(
         "Features are computed once, however often the command is killed",
@@ -158,10 +162,12 @@ class Recorder:
 
     def __init__(self, minutes: float | None = None) -> None:
         self.by_test: dict[str, Tried] = {}
-        self._minutes, self._began = minutes, time.monotonic()
+        self._minutes = minutes
+        self._began: float | None = None
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Skip what would begin too late."""
+        self._began = self._began or time.monotonic()
         if self._minutes is not None:
             first = next(number for number, promise in enumerate(PROMISES, 1) if promise.has(item.nodeid))
             if time.monotonic() - self._began > 60 * self._minutes * first / len(PROMISES):
@@ -195,8 +201,6 @@ class Recorder:
 
 def page(recorder: Recorder, seconds: float) -> str:
     """docs/reliability.md."""
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     lines = [
         "# Reliability",
@@ -204,7 +208,7 @@ def page(recorder: Recorder, seconds: float) -> str:
         "What is promised, how it was tried, how often, and what was lost. `make faults` writes this page",
         "(`tests/reliability.py`); no number in it is written by hand.",
         "",
-        f"Tried on {datetime.now(UTC):%d %B %Y} at commit {commit}, in {seconds / 60:.0f} minutes on {os.cpu_count()}",
+        f"Tried on {datetime.now(UTC):%d %B %Y} in {seconds / 60:.0f} minutes on {os.cpu_count()}",
         f"cores and {memory_gb:.0f} GB (Linux {platform.release()}, Python {platform.python_version()}).",
         "",
         "| promise | tried by | tries | lost |",

@@ -158,10 +158,10 @@ def test_every_slow_proof_tries_a_promise(repository: Path) -> None:
         path, _, function = test.partition("::")
         assert (repository / path).exists(), test
         assert not function or f"def {function}(" in (repository / path).read_text(), test
-    for path in (repository / "tests").rglob("test_*.py"):
-        if "mark.faults" in path.read_text() and path.name != "test_docs.py":
-            name = f"{path.relative_to(repository)}::"
-            assert any(promise.has(name) for promise in PROMISES), f"{path}: no promise of tests/reliability.py has it"
+    for file in (repository / "tests").rglob("test_*.py"):
+        if "mark.faults" in file.read_text() and file.name != "test_docs.py":
+            name = f"{file.relative_to(repository)}::"
+            assert any(promise.has(name) for promise in PROMISES), f"{file}: no promise of tests/reliability.py has it"
 
 
 def test_tests_that_are_named_exist(repository: Path) -> None:
