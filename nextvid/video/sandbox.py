@@ -6,14 +6,16 @@ inherited locks, no torch, no `__main__`), and start in 0.1 to 0.4 s beside othe
 process, since processes that share a pipe can damage it for each other by dying. worker.py sets the limits.
 """
 
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import context, popen_forkserver, popen_spawn_posix, spawn
+from contextlib import ExitStack, contextmanager
+from multiprocessing import context, popen_forkserver, popen_spawn_posix, spawn, util
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from types import TracebackType
@@ -21,6 +23,7 @@ from typing import Any, Self, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from nextvid.stopping import when_stopped
 from nextvid.video import worker
 from storage.errors import MediaError
 from storage.limits import KILLED
@@ -32,6 +35,7 @@ MEMORY_BYTES = 4 << 30  # 16 frames of 8192 x 4320 as RGB are 1.7 GB; twice that
 OUTPUT_BYTES = 2 << 30  # what one task may return
 START_S = 60.0  # our measurement: the first is ready in 0.3 s on two idle cores, 1.9 s with ten busy processes
 PRELOADED = ["cv2", "nextvid.video.decode", "nextvid.video.shots", "nextvid.video.worker", "pebble"]
+LONGEST = 75  # bytes of TMPDIR: a socket's name has 107 (unix(7)), of which multiprocessing adds 32
 IN_FLIGHT = 2  # tasks waiting a process in map_unordered: keeps it busy, bounds memory
 
 
@@ -103,6 +107,7 @@ class Sandbox:
         pool = self._free.get()
         try:
             if pool is None:
+                _place_sockets()
                 forked = _Forked()
                 forked.set_forkserver_preload(PRELOADED)
                 pool = ProcessPool(1, initializer=worker.limit, initargs=self._limits, context=forked)
@@ -143,6 +148,21 @@ def _end(pool: ProcessPool | None) -> None:
 
 
 _LAUNCHING = threading.Lock()
+_SOCKETS = ExitStack()
+
+
+def _place_sockets() -> None:
+    """Where TMPDIR is too long for a socket's name, let multiprocessing put its sockets in a folder in /tmp."""
+    with _LAUNCHING:
+        temporary = tempfile.gettempdir()
+        if len(temporary) > LONGEST:
+            tempfile.tempdir = "/tmp"  # noqa: S108
+            try:
+                folder = util.get_temp_dir()  # which is kept for the process, and removed at its end
+            finally:
+                tempfile.tempdir = temporary
+            _SOCKETS.close()  # of an earlier sandbox: the folder is the same
+            _SOCKETS.enter_context(when_stopped(lambda: shutil.rmtree(folder, ignore_errors=True)))
 
 
 @contextmanager

@@ -122,6 +122,21 @@ def unreadable(code: int) -> None:
         raise MediaError("unreadable", str(error)) from None
 
 
+def test_a_temporary_folder_whose_name_is_too_long_for_a_socket(tmp_path: Path, film: Path, repository: Path) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    code = (
+        "from nextvid.video.sandbox import Sandbox; from nextvid.video.probe import probe; from pathlib import Path\n"
+    )
+    code += f"with Sandbox(1) as own: print(own.call(probe, Path({str(film)!r}), timeout_s=60).frames)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=repository, env={**os.environ, "TMPDIR": str(long)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "12\n", done.stderr
+    assert not list(long.iterdir())
+
+
 def test_map_gives_every_item_its_result_or_error(tmp_path: Path) -> None:
     paths = [write_barcodes(tmp_path / f"{n}.mp4", 6) for n in range(3)] + [tmp_path / "nothing.mp4"]
     with Sandbox(2) as sandbox:
