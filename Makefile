@@ -1,21 +1,29 @@
 # What a person types. `make demo` and `make ui` work on a fresh clone with Python 3.11 and make, without a compiler.
 PYTHON ?= python3
+FRESH ?= demo test
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 DEMO := $(CURDIR)/examples/demo/corpus.yaml
+INSTALLED_KB := 2500000 # as `make fresh` printed, and room for the demo
 export DAGSTER_HOME := $(CURDIR)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo study ui test lint test-services test-benchmarks audit gpu faults autoencoder clean
+.PHONY: demo study ui test lint test-services test-benchmarks audit gpu faults fresh autoencoder clean
 .DEFAULT_GOAL := demo
 
 # locked/ has the hash of each file and lists all that is needed, so nothing is resolved and nothing pulls another torch.
 $(VENV)/ui: pyproject.toml constraints.txt locked/ui.txt
-	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --no-deps --require-hashes -r locked/ui.txt
-	$(INSTALL) -c constraints.txt torch
-	$(INSTALL) --no-deps --no-build-isolation -e .
+	@$(PYTHON) -c "import ensurepip" 2> /dev/null || { echo "$(PYTHON) with venv is needed here: apt install python3-venv"; exit 1; }
+	@test -w . || { echo "$(CURDIR) cannot be written by this user: copy the checkout to a folder that can"; exit 1; }
+	@df -Pk . | awk 'NR == 2 && $$4 < $(INSTALLED_KB) { print "$(CURDIR) has " int($$4 / 1000) " MB free, and the install takes " \
+	  int($(INSTALLED_KB) / 1000) ": make room there, or copy the checkout elsewhere"; exit 1 }'
+	@exec 9> $(VENV).lock; $(PYTHON) -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)" 2> /dev/null || \
+	  { echo "another make installs in $(CURDIR): wait until it has ended, then make again"; exit 1; }; set -ex; \
+	$(PYTHON) -m venv $(VENV); \
+	$(INSTALL) --no-deps --require-hashes -r locked/ui.txt; \
+	$(INSTALL) -c constraints.txt torch; \
+	$(INSTALL) --no-deps --no-build-isolation -e .; \
 	touch $@
 
 $(VENV)/test: $(VENV)/ui locked/test.txt
@@ -40,7 +48,7 @@ ui: $(VENV)/ui ## the Dagster UI on the demo's instance
 	NEXTVID_CORPUS=$(DEMO) $(BIN)/dagster dev
 
 test: $(VENV)/test ## fast tests, as an ordinary user, without a network
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not services and not faults and not benchmarks"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not services and not faults and not benchmarks and not fresh"
 
 lint: $(VENV)/test ## format, style, types, layers
 	$(BIN)/ruff format --check .
@@ -59,6 +67,9 @@ gpu: $(VENV)/test ## what only a GPU can show, under ten minutes
 
 faults: $(VENV)/services ## try every promise, slow proofs too, and write docs/reliability.md; less: NEXTVID_TRIES=20 LESS="--minutes 15"
 	$(BIN)/python -m tests.reliability $(LESS)
+
+fresh: $(VENV)/test ## the demo and the tests in a fresh Debian, by debootstrap as root; FRESH=.venv/ui installs alone
+	FRESH="$(FRESH)" $(BIN)/python -m pytest -q -s -m fresh tests/test_fresh.py
 
 autoencoder: $(VENV)/ui ## train the demo autoencoder again
 	$(BIN)/python -m examples.demo.train_autoencoder data/demo/autoencoder_corpus examples/demo/autoencoder
