@@ -71,6 +71,25 @@ def assign(
     return found
 
 
+def placed(known: pl.DataFrame, listed: pl.DataFrame, uri: str) -> pl.DataFrame:
+    """Rows of a dataset under the URIs of the folder `uri`, where that is a copy of the one that they were listed in.
+
+    It is one if no file that is there was listed there, and most have their paths: a project that is copied with its
+    files keeps batches and rows (docs/decisions/0064). `listed` has columns uri and path.
+    """
+    place = f"{uri.rstrip('/')}/"
+    present = latest(known).filter(pl.col("gone_at").is_null())
+    if (
+        present.is_empty()
+        or known["uri"].str.starts_with(place).any()
+        or not known.select("path", "revision").is_unique().all()
+    ):
+        return known
+    if 2 * present["path"].is_in(listed["path"].implode()).sum() <= present.height:
+        return known
+    return known.with_columns(pl.concat_str(pl.lit(place), "path").alias("uri")).sort("uri", "revision")
+
+
 def merge(
     known: pl.DataFrame, listed: pl.DataFrame, waiting: list[str], dataset: str, config: DatasetConfig, now: datetime
 ) -> tuple[pl.DataFrame, list[BatchChange]]:

@@ -55,7 +55,7 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
     # before the tables are read: a file that is listed later asks for a new run
     listing, state = batch_fingerprint(project, batch), batch_state(root, batch, "media")
     sources = tables.read_table(root.table("sources", batch), Sources).sort("uri", "revision")
-    before = existing(root, "media", batch, Media)
+    before = _placed(existing(root, "media", batch, Media), sources)
     unread = _unread(before.clear() if made_by_older(project, state) else before, sources)
     kept = _kept(before, unread)
     made_from = {"listing": listing, "version": state.version_now("media", kept=kept.height > 0)}
@@ -104,6 +104,15 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
         made_from=made_from,
         checks=checks,
     )
+
+
+def _placed(before: pl.DataFrame, sources: pl.DataFrame) -> pl.DataFrame:
+    """Rows under the URIs of now, where the dataset's folder is a copy elsewhere (`assignment.placed`)."""
+    lost = before.join(sources, on=["uri", "revision"], how="anti")
+    now = sources.select("path", "revision", now="uri").unique(["path", "revision"], keep="none")
+    moved = lost.join(now, on=["path", "revision"], how="left", maintain_order="left")
+    moved = moved.with_columns(uri=pl.coalesce("now", "uri")).drop("now")
+    return pl.concat([before.join(sources, on=["uri", "revision"], how="semi"), moved])
 
 
 def _kept(before: pl.DataFrame, unread: pl.DataFrame) -> pl.DataFrame:

@@ -148,7 +148,12 @@ def _update(
                 continue
             config = project.corpus.datasets[name]
             now = datetime.now(UTC)
-            rows, changed = merge(known, listing.files, listing.unseen(known), name, config, now)
+            here = assignment.placed(known, pl.concat([listing.files, listing.waiting]), config.uri)
+            rows, changed = merge(here, listing.files, listing.unseen(here), name, config, now)
+            if here is not known:
+                told = {change.batch for change in changed}
+                files = here.filter(~pl.col("batch").is_in(list(told))).group_by("batch").len()
+                changed += [BatchChange(batch, 0, count, 0) for batch, count in files.sort("batch").iter_rows()]
             listings.append(listing)
             tables_after.append(rows.filter(pl.col("batch").is_in([change.batch for change in changed])))
             changes += changed

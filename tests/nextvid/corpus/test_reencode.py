@@ -21,17 +21,19 @@ import pytest
 from nextvid.config.corpus import EncodingConfig, MachineConfig
 from nextvid.config.datasets import ClipPolicy, CurationConfig, DuplicateConfig, FilterConfig, ShotConfig
 from nextvid.config.project import Project, open_project
+from nextvid.corpus.assignment import latest
 from nextvid.corpus.clips import make_clips
 from nextvid.corpus.media import make_media
 from nextvid.corpus.shots import make_shots
+from nextvid.corpus.sources import update_sources
 from nextvid.encode.plan import BatchPlan, encoding_spec, plan_encode, wanted_clips
 from nextvid.graph import GRAPH, Asset
 from nextvid.making.batches import VERSIONED, batch_state
-from storage.schemas import Media, Shots
+from storage.schemas import Media, Shots, Sources
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
 from storage.tables import read_table, write_table
-from tests.factories import edit_project, put_latents, write_autoencoder
+from tests.factories import edit_project, make_corpus, put_latents, write_autoencoder
 from tests.nextvid.corpus.conftest import Made
 
 FILMS, STILLS = "films.000000", "stills.000000"
@@ -311,6 +313,38 @@ def test_moved_folders_and_comments(encoded: Path, tmp_path: Path) -> None:
     project = open_project(file)
     for batch in (FILMS, STILLS):
         make_clips(project, batch)
+        refuse_others(project, batch, NONE)
+
+
+@pytest.mark.parametrize("with_times", [True, False], ids=["cp -a", "cp -r"])
+def test_a_project_that_is_copied_with_its_files(
+    encoded: Path, small_corpus: Made, tmp_path: Path, with_times: bool
+) -> None:
+    """Its files are known by their paths below the dataset: same batches, same rows, nothing is encoded again."""
+    base, copy = str(small_corpus.folder), tmp_path / "copy"
+    shutil.copytree(encoded, copy)
+    shutil.copytree(
+        base,
+        copy,
+        copy_function=shutil.copy2 if with_times else shutil.copyfile,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("root", "corpus.yaml"),
+    )
+    file = copy / "corpus.yaml"
+    file.write_text(file.read_text().replace(base, str(copy)))
+    project, old = open_project(file), open_project(encoded / "corpus.yaml")
+    outcomes = make_corpus(project)
+    assert project.root.batches() == old.root.batches() == [FILMS, STILLS]
+    assert update_sources(project) == []
+    for batch in (FILMS, STILLS):
+        assert outcomes[f"media {batch}"].passed
+        listed = latest(read_table(project.root.table("sources", batch), Sources))
+        before = latest(read_table(old.root.table("sources", batch), Sources))
+        assert listed["uri"].to_list() == [uri.replace(base, str(copy)) for uri in before["uri"]]
+        assert listed["gone_at"].null_count() == listed.height
+        made = outcomes[f"media {batch}"]
+        assert made.rows_made == (made.quarantined if with_times else listed.height)  # what failed is tried again
+        assert outcomes[f"shots {batch}"].rows_made == 0
         refuse_others(project, batch, NONE)
 
 
