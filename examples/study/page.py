@@ -21,9 +21,10 @@ Result = Mapping[str, Any]
 LEVEL = 0.95
 HEADER = """# The study: what masks, the moving average and each part of the method do on two cores
 
-`make study` makes this page from its results; [study_plan.md](study_plan.md) holds settings, predictions and sample
-sizes, which were written before the runs. The model has a million weights and sees 64 pixels: a sign that agrees with
-the paper is evidence for the mechanism, not for its numbers.
+`make study` makes this page from the results in `examples/study/results`, a file a run.
+[study_plan.md](study_plan.md) holds settings, predictions and sample sizes, which were written before the runs.
+The model has a million weights and sees 64 pixels: a sign that agrees with the paper is evidence for the mechanism,
+not for its numbers.
 
 Accuracy in points (%) of the frozen attentive probe on the averaged encoder; mean over seeds of training with its
 {level:.0f} % interval (t), which covers initialisation, order and noise, not the choice of clips. Differences are
@@ -66,12 +67,12 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int,
 class Results:
     """The results of a size that are on disk."""
 
-    def __init__(self, root: Path, size: Size) -> None:
+    def __init__(self, folder: Path, size: Size) -> None:
         self.size, self.wanted = size, list(cells(size))
         self._found: dict[Cell, Result] = {
             cell: atomic.read_json(str(file))
             for cell in self.wanted
-            if (file := result_file(root, cell, size)).is_file()
+            if (file := result_file(folder, cell, size)).is_file()
         }
 
     def cells(self) -> set[Cell]:
@@ -106,9 +107,9 @@ class Results:
         return next((min(r["tested"].values()) for cell, r in self._found.items() if cell.data == data), None)
 
 
-def write_page(root: Path, folder: Path, size: Size) -> None:
-    """Write study.md and study.png from the results in `root`."""
-    results = Results(root, size)
+def write_page(results_folder: Path, folder: Path, size: Size) -> None:
+    """Write study.md and study.png into `folder`, from the results of a size."""
+    results = Results(results_folder, size)
     folder.mkdir(parents=True, exist_ok=True)
     atomic.publish_bytes(str(folder / "study.png"), _picture(results))
     atomic.publish_bytes(str(folder / "study.md"), "\n".join([*_lines(results), ""]).encode())

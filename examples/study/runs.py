@@ -35,14 +35,14 @@ from storage import atomic
 RECIPE = "demo"
 
 
-def result_file(root: Path, cell: Cell, size: Size) -> Path:
+def result_file(results: Path, cell: Cell, size: Size) -> Path:
     """Where a run's result is, or will be."""
-    return root / "results" / cell.file(size)
+    return results / cell.file(size)
 
 
-def carry_out(root: Path, cell: Cell, size: Size) -> dict[str, Any]:
-    """Make one run and publish its result; the trainset of its data is there."""
-    file = result_file(root, cell, size)
+def carry_out(root: Path, results: Path, cell: Cell, size: Size) -> dict[str, Any]:
+    """Make one run and publish its result in `results`; the trainset of its data is in `root`."""
+    file = result_file(results, cell, size)
     if file.is_file():
         found: dict[str, Any] = atomic.read_json(str(file))
         return found
