@@ -112,7 +112,8 @@ def read_status(project: Project, on_progress: OnProgress = silent) -> Status:
         broken.append(str(error))
     if against is not None:
         judged = waiting(against)
-        reasons = dict(judged.reasons)
+        away = {batch: "its label files cannot be read" for batch in batches if dataset_of(batch) in unreadable}
+        reasons = {**judged.reasons, **away}
         broken += judged.errors
     for dataset in sorted(project.corpus.datasets):
         of_dataset = [batch for batch in batches if dataset_of(batch) == dataset]

@@ -154,13 +154,14 @@ def test_a_label_file_that_is_away_leaves_its_dataset_as_it_is_and_another_grows
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (None, "named is not a folder; correct its 'uri' or mount it"),
         ("path,class,start_s,end_s\na.jpg,cat,0,x\n", "line 2: end_s is 'x'"),
         ("path,kind\na.jpg,cat\n", "has no column class"),
     ],
-    ids=["cell", "column"],
+    ids=["folder", "cell", "column"],
 )
-def test_a_label_file_with_a_mistake_stops_its_own_dataset_alone(
-    nextvid: Command, tmp_path: Path, text: str, message: str
+def test_a_folder_that_is_away_or_a_mistake_in_a_label_file_stops_its_own_dataset_alone(
+    nextvid: Command, tmp_path: Path, text: str | None, message: str
 ) -> None:
     for name in ("named/a", "others/c"):
         write_picture(tmp_path / f"{name}.jpg", name)
@@ -168,7 +169,9 @@ def test_a_label_file_with_a_mistake_stops_its_own_dataset_alone(
         name: {"uri": name, "weight": 1.0, "clips": [{"frames": 1}]} for name in ("named", "others")
     }
     both["named"]["labels"] = {"layout": "csv", "file": "labels.csv", "targets": {"class": "class"}}
-    (tmp_path / "labels.csv").write_text(text)
+    (tmp_path / "labels.csv").write_text(text or "path,class\na.jpg,cat\n")
+    if text is None:
+        (tmp_path / "named").rename(tmp_path / "away")
     code, out, error = nextvid("make", "clips", "--corpus", str(write_settings(tmp_path, both)))
     assert (code, error.startswith("corpus: ")) == (2, True)
     assert message in error

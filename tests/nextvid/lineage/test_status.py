@@ -49,6 +49,16 @@ def test_a_project_is_followed_from_nothing_to_a_failed_check(stills: Project) -
     assert "2 files (1 quarantined)" in read.text()
 
 
+def test_a_dataset_whose_label_file_is_away_is_not_complete(stills: Project) -> None:
+    make_sources(stills)
+    labels = {"layout": "csv", "file": "away.csv", "targets": {"class": "class"}}
+    away = edit_project(stills.path, lambda values: values["datasets"]["stills"].update(labels=labels))
+    status = read_status(away)
+    assert status.datasets[0].complete == 0
+    assert dict(status.datasets[0].waiting) == {"its label files cannot be read": 1}
+    assert any(line.startswith("dataset stills: label file") for line in status.broken)
+
+
 def test_a_missing_autoencoder_is_named_and_the_rest_is_shown(stills: Project) -> None:
     make_sources(stills)
     broken = edit_project(stills.path, lambda values: values["encoding"].update(autoencoder="nowhere"))
