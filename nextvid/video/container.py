@@ -255,6 +255,8 @@ def _checked(frames: Iterator[tuple[int, VideoFrame]], last_us: int | None = Non
         if frame.is_corrupt:
             raise MediaError("corrupt", f"the frame at {pts_us} us is damaged")
         if last_us is not None and pts_us <= last_us:
-            raise MediaError("bad_times", f"the frame at {pts_us} us follows one at {last_us} us; remux the file")
+            raise MediaError(
+                "bad_times", f"the frame at {pts_us} us follows one at {last_us} us: joined or damaged; cut it there"
+            )
         last_us = pts_us
         yield pts_us, frame

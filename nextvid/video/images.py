@@ -26,7 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
 HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
 HEAD_BYTES = 64  # the brands of every HEIF file that we met
 SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF 2.3: orientations that swap width and height
-TWELVE_BITS = (1 << 12) - 1  # sensors' values in a 16-bit file, which are black if taken for 16 bits
+FOURTEEN_BITS = (1 << 14) - 1  # sensors' values (10 to 14 bits) in a 16-bit file, a quarter as bright if taken for 16
 DARKEST = 16  # the brightest float grey of 0..255, ours: below it is rather 0..1 with values beyond its end
 SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
@@ -85,8 +85,10 @@ def load_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
         sixteen_bits = ";16" in repr(getattr(image, "tile", ""))  # colours, of which Pillow keeps the upper byte alone
         image.load()
         pixels = np.array(_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
-        if sixteen_bits and 0 < pixels.max() <= TWELVE_BITS >> 8:
-            raise MediaError("unscaled_grey", f"{path}: 12 bits in 16, which is black: store them in all of 8 or 16")
+        if sixteen_bits and 0 < pixels.max() <= FOURTEEN_BITS >> 8:
+            raise MediaError(
+                "unscaled_grey", f"{path}: at most 14 bits in 16, too dark: store them in all of 8 or 16 bits"
+            )
         return pixels
 
 
@@ -175,7 +177,7 @@ def upright_image_size(image: Image.Image) -> tuple[int, int]:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT or image.mode == "I":
         values = np.asarray(image).astype(np.int64)  # mode I is what Pillow makes of some 16-bit files
-        if not TWELVE_BITS < values.max() < 1 << 16 and values.any():
+        if not FOURTEEN_BITS < values.max() < 1 << 16 and values.any():
             raise MediaError(
                 "unscaled_grey",
                 f"greys are from {values.min()} to {values.max()}: store them in all of 8 or 16 bits",

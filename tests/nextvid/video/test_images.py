@@ -205,9 +205,10 @@ def test_a_tiff_is_turned_once(tmp_path: Path, orientation: int) -> None:
         ("c.tif", np.full(64 * 64, np.nan, np.float32)),
         ("d.tif", np.linspace(0, 1.02, 64 * 64, dtype=np.float32)),
         ("a.png", np.linspace(0, 4095, 64 * 64).astype(np.uint16)),
+        ("b.png", np.linspace(0, 16383, 64 * 64).astype(np.uint16)),
         ("b.tif", np.linspace(0, 1 << 20, 64 * 64).astype(np.int32)),
     ],
-    ids=["floats", "no numbers", "a little over 1", "12 bits in 16", "32 bits"],
+    ids=["floats", "no numbers", "a little over 1", "12 bits in 16", "14 bits in 16", "32 bits"],
 )
 def test_greys_of_no_known_range_have_a_reason(tmp_path: Path, name: str, values: np.ndarray) -> None:
     Image.fromarray(values.reshape(64, 64)).save(tmp_path / name)
@@ -216,10 +217,11 @@ def test_greys_of_no_known_range_have_a_reason(tmp_path: Path, name: str, values
     assert caught.value.reason == "unscaled_grey"
 
 
+@pytest.mark.parametrize("bits", [12, 14])
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_colours_of_12_bits_in_16_have_a_reason_and_all_16_are_read(tmp_path: Path, name: str) -> None:
+def test_colours_of_fewer_bits_in_16_have_a_reason_and_all_16_are_read(tmp_path: Path, name: str, bits: int) -> None:
     colours = np.linspace(0, 255, 32 * 32 * 3).round().astype(np.uint16).reshape(32, 32, 3)
-    cv2.imwrite(str(tmp_path / name), colours * 16)
+    cv2.imwrite(str(tmp_path / name), colours << bits - 8)
     with pytest.raises(MediaError) as caught:
         load_image(tmp_path / name)
     assert caught.value.reason == "unscaled_grey"
