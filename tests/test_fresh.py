@@ -75,7 +75,9 @@ def entered(root: Path, command: str) -> tuple[int, float]:
     """Exit code and seconds of a shell command of the user in the checkout; what it prints is shown."""
     words = " ".join(value for name, value in os.environ.items() if name.startswith(PASSED))
     words += " ".join(path.read_text() for name in CONFIGURED if (path := Path(name).expanduser()).exists())
-    folders = sorted({place for place in PLACE.findall(words) if Path(place).is_dir()})
+    places = {Path(place) for place in PLACE.findall(words) if Path(place).is_dir()}
+    # an index in a folder names files beside it
+    folders = sorted(str(place.parent if len(place.parts) > 3 else place) for place in places)
     tops = [place for place in folders if not any(place.startswith(f"{other}/") for other in folders)]
     tops = [place for place in tops if not place.startswith("/etc")]
     known = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(PASSED)]
