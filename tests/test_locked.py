@@ -9,7 +9,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from deploy.lock import BUILD, PYTHONS, WITH_TORCH
+
 ROOT = Path(__file__).parent.parent
+LAYERS = ("storage", "nextvid", "assets", "orchestration", "examples")
 NOT_LOCKED = re.compile(r"torch$|pip$|nextvid$|nvidia-|cuda-|triton")  # torch's builds add to it: deploy/lock.py
 
 
@@ -48,6 +51,39 @@ def test_what_the_project_asks_for_is_listed() -> None:
         for one in map(Requirement, [*project["dependencies"], *extras[extra]]):
             name = canonicalize_name(one.name)
             assert NOT_LOCKED.match(name) or one.specifier.contains(next(iter(lists[name].specifier)).version), name
+
+
+def test_what_is_listed_is_what_the_project_needs() -> None:
+    """Followed through the installed packages, on any Python, it is the list: nothing is missing, nothing is unused."""
+    waiting = [("nextvid", extra) for extra in ("", "ui", "test")] + [(name, "") for name in BUILD]
+    needed = set[tuple[str, str]]()
+    while waiting:
+        package, extra = waiting.pop()
+        if (package, extra) in needed or package.startswith(WITH_TORCH):
+            continue
+        needed.add((package, extra))
+        try:
+            requirements = importlib.metadata.requires(package) or []
+        except importlib.metadata.PackageNotFoundError:  # of another Python, or a tool of the build
+            continue
+        for one in map(Requirement, requirements):
+            environments = ({"python_version": python, "extra": extra} for python in PYTHONS)
+            if one.marker is None or any(map(one.marker.evaluate, environments)):
+                waiting += [(canonicalize_name(one.name), of) for of in ("", *one.extras)]
+    assert {package for package, _ in needed} - {"nextvid", "torch"} == set(listed("ui")) | set(listed("test"))
+
+
+def test_each_dependency_is_imported_and_says_what_it_is_for() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    lines = text.partition("\ndependencies = [\n")[2].partition("\n]")[0].splitlines()
+    asked = [line for line in lines if not line.startswith("  #")]
+    assert [line for line in asked if " # " not in line] == []
+    sources = (path.read_text() for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+    imported = {name for source in sources for name in re.findall(r"^\s*(?:import|from) (\w+)", source, re.MULTILINE)}
+    modules = importlib.metadata.packages_distributions()
+    provided = {canonicalize_name(one) for name in imported for one in modules.get(name, ())}
+    names = {canonicalize_name(Requirement(line.split('"')[1]).name) for line in asked}
+    assert names - provided == {"tensorboard"}  # which torch.utils.tensorboard imports
 
 
 def test_every_licence_is_named() -> None:
