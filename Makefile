@@ -39,13 +39,13 @@ audit: ## known vulnerabilities of every package in constraints.txt, by pip-audi
 	pip-audit --strict --disable-pip --no-deps -r constraints.txt # strict: one that its database lacks is an error, not a pass
 
 demo: $(VENV)/ui ## the whole graph on a small labelled corpus, through Dagster
-	NEXTVID_CORPUS=$(DEMO) $(BIN)/python -m examples.demo
+	NEXTVID_CORPUS="$(DEMO)" $(BIN)/python -m examples.demo
 
 study: $(VENV)/ui ## what masks, moving average and parts do: at most three hours, goes on where it was; QUICK=--quick
 	$(BIN)/python -m examples.study.run $(QUICK)
 
 ui: $(VENV)/ui ## the Dagster UI on the demo's instance
-	NEXTVID_CORPUS=$(DEMO) $(BIN)/dagster dev
+	NEXTVID_CORPUS="$(DEMO)" $(BIN)/dagster dev
 
 test: $(VENV)/test ## fast tests, as an ordinary user, without a network
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not services and not faults and not benchmarks and not fresh"

@@ -1,4 +1,4 @@
-"""What `make` says in one line, before it installs anything, where a copy of the checkout lacks something."""
+"""`make` says in one line what a copy of the checkout lacks, before it installs, and works where a path has a space."""
 
 import fcntl
 import os
@@ -12,11 +12,12 @@ import pytest
 
 @pytest.fixture
 def copied(tmp_path: Path, repository: Path) -> Path:
-    """What make reads before it installs, in a folder of its own."""
+    """What make reads before it installs, in a folder whose name has a space."""
+    folder = tmp_path / "a folder"
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "locked/ui.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(repository / name, tmp_path / name)
-    return tmp_path
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repository / name, folder / name)
+    return folder
 
 
 def refused(folder: Path, *variables: str, within: tuple[str, ...] = ()) -> str:
@@ -48,17 +49,29 @@ def test_a_read_only_copy(copied: Path) -> None:
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-Urm", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system gives no namespaces to mount in")
-    mounted = f"mount --bind {copied} {copied} && mount -o remount,bind,ro {copied} && cd {copied} && exec"
-    within = (unshare, "-Urm", "sh", "-c", f'{mounted} "$@"', "sh")
+    mounted = f"mount --bind '{copied}' '{copied}' && mount -o remount,bind,ro '{copied}' && cd '{copied}'"
+    within = (unshare, "-Urm", "sh", "-c", f'{mounted} && exec "$@"', "sh")
     said = refused(copied, within=within)
     assert f"{copied} cannot be written by this user: copy the checkout to a folder that can\n" in said
+
+
+@pytest.mark.parametrize(("target", "told"), [("demo", "-m examples.demo"), ("ui", "dev")])
+def test_the_demo_is_configured_in_a_folder_with_a_space(copied: Path, target: str, told: str) -> None:
+    for name in ("python", "dagster"):
+        program = copied / "env" / "bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text('#!/bin/sh\necho "$DAGSTER_HOME|$NEXTVID_CORPUS|$*"\n')
+        program.chmod(0o755)
+    (copied / "env" / "ui").touch()
+    done = subprocess.run(["make", target, "VENV=env"], cwd=copied, capture_output=True, text=True, check=True)
+    assert f"{copied}|{copied}/examples/demo/corpus.yaml|{told}\n" in done.stdout
 
 
 def test_an_audit_covers_all_pins_and_fails_where_the_database_lacks_one(copied: Path) -> None:
     tool = copied / "pip-audit"
     tool.write_text("#!/bin/sh\n" + 'for word; do test "$word" = --strict && cat constraints.txt && exit 1; done\n')
     tool.chmod(0o755)
-    searched = {"PATH": f"{copied}:{os.environ['PATH']}"}
+    searched = os.environ | {"PATH": f"{copied}:{os.environ['PATH']}"}
     done = subprocess.run(["make", "audit"], cwd=copied, env=searched, capture_output=True, text=True, check=False)
     assert "\ntorch==" in done.stdout
     assert done.returncode
