@@ -49,10 +49,10 @@ class Drawn:
     @cached_property
     def by_frames(self) -> list[tuple[int, Int[np.ndarray, " n"], np.ndarray]]:
         """Each number of stored frames, and the indices and addresses of the clips that have it."""
-        lengths = np.unique(self.frames).tolist()
-        if len(lengths) == 1:
-            return [(lengths[0], np.arange(len(self)), self.addresses)]
-        return [(frames, self.of_frames(frames), self.addresses[self.of_frames(frames)]) for frames in lengths]
+        if len(self) and (self.frames == self.frames[0]).all():
+            return [(int(self.frames[0]), np.arange(len(self)), self.addresses)]
+        lengths = [(frames, self.of_frames(frames)) for frames in np.unique(self.frames).tolist()]
+        return [(frames, numbers, self.addresses[numbers]) for frames, numbers in lengths]
 
     def of_frames(self, frames: int) -> Int[np.ndarray, " n"]:
         """Indices of the clips that are stored with so many frames."""
@@ -64,13 +64,16 @@ class Order:
 
     def __init__(self, trainset: Trainset, recipe: RecipeConfig) -> None:
         self.lengths = sorted({*recipe.clip_lengths, *([IMAGE] if IMAGE in trainset.lengths else [])})
-        self._rows = {frames: trainset.rows(frames) for frames in self.lengths}
-        for rows in self._rows.values():
+        stored = {frames: trainset.rows(frames) for frames in self.lengths}
+        for rows in stored.values():
             if isinstance(rows.base, mmap.mmap):
                 # rows of draws are far apart: a cold read takes 0.08 ms, 0.5 with read-ahead
                 rows.base.madvise(mmap.MADV_RANDOM)
+        self._rows = {frames: np.asarray(rows) for frames, rows in stored.items()}  # a memmap costs more for each draw
         self._offsets = {frames: trainset.offsets(frames) for frames in self._rows}
         self._draws: dict[int, Draws] = {}
+        # by clip length: images of each dataset, and what makes a draw's row the place of an image, and of a clip
+        self._shifts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for frames in recipe.clip_lengths:
             sizes = {name: sum(self._count(length, name) for length in {IMAGE, frames}) for name in trainset.weights}
             lacking = sorted(name for name, size in sizes.items() if size == 0)
@@ -80,20 +83,27 @@ class Order:
                     f"{', '.join(lacking)}, which recipe {recipe.name} draws from: add clips of {frames} frames "
                     "in corpus.yaml, or longer videos"
                 )
-            self._draws[frames] = Draws(recipe.seed, trainset.weights, sizes)
+            draws = self._draws[frames] = Draws(recipe.seed, trainset.weights, sizes)
+            images = np.array([self._count(IMAGE, name) for name in draws.datasets])
+            of_image, of_clip = (
+                np.array([self._offsets.get(length, {}).get(name, (0, 0))[0] for name in draws.datasets])
+                for length in (IMAGE, frames)
+            )
+            self._shifts[frames] = images, of_image, of_clip - images
 
     def drawn(self, frames: int, first: int, count: int) -> Drawn:
         """Draws first..first+count-1 of a stage whose clips have `frames` frames."""
         draws = self._draws[frames]
         datasets, rows = draws.range(first, count)
-        images = np.array([self._count(IMAGE, name) for name in draws.datasets])[datasets]
-        stored = np.where(rows < images, IMAGE, frames)
-        places, addresses = np.empty(count, np.int64), np.empty(count, ADDRESS)
-        for length in np.unique(stored).tolist():
+        images, of_image, of_clip = self._shifts[frames]
+        are_images = rows < images[datasets]
+        stored = np.where(are_images, IMAGE, frames)
+        places = rows + np.where(are_images, of_image[datasets], of_clip[datasets])
+        if not are_images.any():
+            return Drawn(first, draws.datasets, datasets, stored, places, self._rows[frames][places])
+        addresses = np.empty(count, ADDRESS)
+        for length in (IMAGE, frames):
             of_length = stored == length
-            firsts = np.array([self._offsets[length].get(name, (0, 0))[0] for name in draws.datasets])
-            inside = rows - (images if length != IMAGE else 0)
-            places[of_length] = (firsts[datasets] + inside)[of_length]
             addresses[of_length] = self._rows[length][places[of_length]]
         return Drawn(first, draws.datasets, datasets, stored, places, addresses)
 
