@@ -80,10 +80,11 @@ class LatentDataset(Dataset[Row]):
         rows, reader = self._open()
         wanted = rows[[self._place(index) for index in indices]]
         reader.will_need(self.frames, wanted)
-        found = np.empty((len(wanted), *self.spec.row_shape(self.frames)), np.float16)
-        for address, out in zip(wanted, found, strict=True):
+        # torch's memory begins a cache line; into numpy's, 16 bytes after one, a copy takes a quarter longer
+        found = torch.empty((len(wanted), *self.spec.row_shape(self.frames)), dtype=torch.float16)
+        for address, out in zip(wanted, found.numpy(), strict=True):
             reader.read_into(self.frames, address, out)
-        return list(torch.from_numpy(found).unbind())
+        return list(found.unbind())
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(self._count))
