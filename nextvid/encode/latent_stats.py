@@ -22,9 +22,9 @@ from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import addressed, publish_latest
-from storage.atomic import publish_json
+from storage.atomic import publish_json, read_json
 from storage.digest import digest_config
-from storage.errors import UpstreamError
+from storage.errors import DamagedError, UpstreamError
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
 
@@ -102,7 +102,8 @@ def mixed(parts: list[tuple[float, Moments]]) -> tuple[Channels, Channels]:
 def make_latent_stats(project: Project, on_progress: OnProgress = silent) -> Outcome:
     """Publish mean, deviation and posterior width by dataset and clip length, of all latents in the accepted encoding.
 
-    Batches whose checks have not passed are left out. Raises UpstreamError where none has passed or no row is left.
+    Batches whose checks have not passed are left out. Raises UpstreamError where none has passed or no row is left,
+    DamagedError where the file that was made of them before is another now.
     """
     began = time.perf_counter()
     root, spec = project.root, accepted_spec(project)
@@ -131,6 +132,10 @@ def make_latent_stats(project: Project, on_progress: OnProgress = silent) -> Out
             made.checks = (
                 Check("std_positive", lowest > 0, {"lowest_std": lowest}),
                 Check("enough_rows", values >= ENOUGH_VALUES, enough),
+            )
+        elif digest_config(read_json(f"{made.path}/stats.json")) != digest:
+            raise DamagedError(
+                f"{made.path}/stats.json was changed: remove the folder {made.path} and make 'latent_stats' again"
             )
     if made.passed:
         publish_latest(root, "latent_stats", digest)

@@ -31,6 +31,7 @@ from nextvid.evaluate.scoring import UNFINISHED, Scored, Task, score_encoder, se
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import Reporter
 from nextvid.train.run import run_lock
+from nextvid.trainset.files import publish_sealed
 from storage import atomic, tables
 from storage.digest import digest_config
 from storage.errors import NExTVidError
@@ -169,7 +170,7 @@ def _score(
         np.savez(buffer, labels=labels, **pooled, **places)  # type: ignore[arg-type]
         atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
         described = about | _described(task, scores, time.perf_counter() - started)
-        atomic.publish_json(f"{folder}/score.json", described)
+        publish_sealed(f"{folder}/score.json", described)
         atomic.remove_tree(f"{folder}/{UNFINISHED}")
     ranks.wait()
 

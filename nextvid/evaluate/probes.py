@@ -32,6 +32,7 @@ from nextvid.making.publishing import read_latest
 from nextvid.train.checkpoint import step_of
 from nextvid.train.node import PreparedRun, carry_out, torchrun
 from nextvid.train.run import Run, find_checkpoint, find_run
+from nextvid.trainset.files import read_record
 from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
@@ -150,12 +151,10 @@ def finish_probes(planned: Planned, *, made: bool, seconds: float) -> Outcome:
     for benchmark, folder in planned.folders.items():
         path = f"{folder}/score.json"
         written = atomic.read_bytes(path)
-        score = atomic.read_json(path)
-        if not isinstance(score, dict) or (score.get("run"), score.get("benchmark")) != (planned.identity, benchmark):
-            raise DamagedError(
-                f"{path} is not the score of {planned.identity} on {benchmark}: remove the folder {folder} and make "
-                "'probes' again"
-            )
+        remedy = f"remove the folder {folder} and make 'probes' again"
+        score = read_record(path, remedy)
+        if (score.get("run"), score.get("benchmark")) != (planned.identity, benchmark):
+            raise DamagedError(f"{path} is not the score of {planned.identity} on {benchmark}: {remedy}")
         rows += score["clips"]["test"]
         size_bytes += len(written)
         numbers[f"{benchmark}_score"] = path

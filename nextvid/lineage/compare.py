@@ -14,7 +14,7 @@ from typing import Any
 from nextvid.config.overrides import flat
 from nextvid.config.project import Project
 from nextvid.config.recipe import draws_before
-from nextvid.lineage.trace import RunFacts, runs_of, scores_of
+from nextvid.lineage.trace import RunFacts, runs_of, score_record, scores_of
 from nextvid.plain_text import printable
 from nextvid.train.run import open_run
 from storage.atomic import read_json
@@ -110,7 +110,7 @@ def find(project: Project, what: str) -> RunFacts:
 def _scores(root: DataRoot, run: RunFacts) -> dict[tuple[str, str], dict[str, Any]]:
     """Fields of every score of a run, by benchmark with rows, and by the digest of how heads learned."""
     found = {}
-    records = [record for path in scores_of(root) if (record := read_json(str(path)))["run"] == run.run]
+    records = [record for path in scores_of(root) if (record := score_record(path))["run"] == run.run]
     for record in sorted(records, key=lambda record: str(record.get("checkpoint"))):  # the last one's stay
         how = digest_config({name: record.get(name) for name in HOW})[:ROWS_DIGITS]
         place = f"{record['benchmark']}[{record['rows'][:ROWS_DIGITS]}]", how

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nextvid.config.project import Project
 from nextvid.corpus.labels import readable_labels
-from nextvid.lineage.trace import runs_of, scores_of
+from nextvid.lineage.trace import runs_of, score_record, scores_of
 from nextvid.making.batches import BatchAsset, batch_state, dataset_of
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import read_latest
@@ -171,7 +171,7 @@ def _runs(project: Project) -> list[RunStatus]:
     """Every run that has begun, the newest checkpoint last."""
     scores: dict[str, dict[str, float]] = {}
     for path in scores_of(project.root):
-        record = atomic.read_json(str(path))
+        record = score_record(path)
         if "ema" in record["encoders"]:  # a run's: not of an encoder that others trained
             scores.setdefault(record["run"], {})[record["benchmark"]] = record["encoders"]["ema"]["accuracy"]
     found = []

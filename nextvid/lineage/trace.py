@@ -14,10 +14,11 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.plain_text import in_markdown, printable
+from nextvid.trainset.files import read_record
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing
-from storage.errors import ConfigError, NExTVidError
+from storage.errors import ConfigError, DamagedError, NExTVidError
 from storage.root import RUN_CONFIG, DataRoot
 from storage.schemas import Clips, Media, ProbeRows
 from storage.tables import read_table, read_tables
@@ -186,6 +187,16 @@ def scores_of(root: DataRoot) -> Iterator[Path]:
     yield from sorted([*folder.glob("*/*/*/*/score.json"), *folder.glob("*/*/*/*/*/score.json")])
 
 
+def score_record(path: Path) -> dict[str, Any]:
+    """What a score.json says. DamagedError where it was changed, or is that of another run, encoder or benchmark."""
+    remedy = f"remove the folder {path.parent} and make 'probes' again"
+    record = read_record(str(path), remedy)
+    run, benchmark = record.get("run"), record.get("benchmark")
+    if not {"encoders", "rows"} <= record.keys() or not {str(run), str(benchmark)} <= {*path.absolute().parts}:
+        raise DamagedError(f"{path} is the score of {run} on {benchmark}; {remedy}")
+    return record
+
+
 def trainsets_of(root: DataRoot) -> list[str]:
     """Digests of every trainset."""
     folder = f"{root.url}/trainset"
@@ -350,7 +361,7 @@ def _run_facts(folder: Path) -> RunFacts:
 
 
 def _score_facts(path: Path, clips: dict[str, int] | None = None) -> ScoreFacts:
-    record = atomic.read_json(str(path))
+    record = score_record(path)
     return ScoreFacts(
         path=str(path),
         recipe=record["recipe"],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nextvid.config.accepted import accepted
-from nextvid.lineage.trace import damaged_trainsets, scores_of
+from nextvid.lineage.trace import damaged_trainsets, score_record, scores_of
 from nextvid.making.publishing import CHECKS, read_latest
 from nextvid.train import checkpoint
 from nextvid.train.events import read_events
@@ -111,10 +111,9 @@ def _pointed(root: DataRoot, noun: Pointed, problems: list[Problem]) -> None:
                 case "latent_stats":
                     held = digest_config(atomic.read_json(f"{folder}/stats.json"))
                 case "mask_plan":
-                    plan = atomic.read_json(f"{folder}/plan.json")
-                    held = digest_config({name: plan[name] for name in ("masks", "grid", "sampler")})
-                    for _ in mask_plan.read_files(folder, plan):
+                    for _ in mask_plan.read_files(folder, mask_plan.read_plan(folder)):
                         pass
+                    held = digest
                 case _:
                     tables.read_table(f"{folder}/duplicates.parquet", Duplicates)
                     held = digest if isinstance(atomic.read_json(f"{folder}/duplicates.json"), dict) else "none"
@@ -156,9 +155,7 @@ def _score(path: Path, problems: list[Problem]) -> None:
     """A score.json, the rows that were scored, and the features of pictures."""
     remedy = f"remove the folder {path.parent} and make 'probes' again"
     with _found(problems, str(path), remedy):
-        record = atomic.read_json(str(path))
-        if record["run"] not in path.parts or record["benchmark"] not in path.parts:
-            raise DamagedError(f"is the score of run {record['run']} on {record['benchmark']}")
+        score_record(path)
     with _found(problems, str(path.with_name("rows.parquet")), remedy):
         tables.read_table(str(path.with_name("rows.parquet")), ProbeRows)
     file = str(path.with_name("features.npz"))

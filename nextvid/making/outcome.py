@@ -78,9 +78,10 @@ def line(outcome: Outcome) -> str:
     """One outcome on one line, with lines below it for warnings and for what was left out and why."""
     state = "made" if outcome.made else "not made" if outcome.unreadable and outcome.partition else "up to date"
     bad = f", {outcome.quarantined} quarantined" if outcome.quarantined else ""
-    failed = [check.name for check in outcome.checks if check.blocking and not check.passed]
-    verdict = f", failed: {', '.join(failed)}" if failed else ""
+    failed = [check for check in outcome.checks if check.blocking and not check.passed]
+    verdict = f", failed: {', '.join(check.name for check in failed)}" if failed else ""
     lines = [f"{_name(outcome):38} {state:11} {outcome.rows:>8} rows{bad}  {outcome.seconds:7.1f} s{verdict}"]
+    lines += [f"failed: {check.name}: {detail(check)}" for check in failed if detail(check)]
     lines += [f"warning: {check.name}: {detail(check)}" for check in outcome.checks if check.warns]
     lines += [f"left as it was: {why}" for why in outcome.unreadable.values()]
     numbers, parts = outcome.numbers, []

@@ -15,6 +15,7 @@ from typing import Any
 from nextvid.config.project import Project
 from nextvid.config.recipe import draws_before
 from nextvid.graph import GRAPH
+from nextvid.lineage.trace import score_record
 from nextvid.making.outcome import Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.report import scores
@@ -95,7 +96,7 @@ def scores_of_run(project: Project, run: Run) -> dict[str, list[tuple[int, Path,
     """By configured benchmark, the scores of a run as (step, path, record): of the last checkpoint, the newest last."""
     found: dict[str, list[tuple[int, int, Path, dict[str, Any]]]] = {}
     for path in Path(project.root.probes(run.recipe.name, run.id)).rglob("score.json"):
-        record = atomic.read_json(str(path))
+        record = score_record(path)
         if record["benchmark"] in project.corpus.benchmarks:
             one = (step_of(Path(record["checkpoint"])), path.stat().st_mtime_ns, path, record)
             found.setdefault(record["benchmark"], []).append(one)

@@ -10,6 +10,7 @@ Axes: N clips, D width.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from jaxtyping import Float, Int
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
+from nextvid.lineage.trace import score_record
 from nextvid.pictures import INK, plot_text, png, quiet
 from nextvid.report.curves import Scored, over_clips_png
 from nextvid.report.page import Block, Picture, Section, Table, Text
-from storage import atomic
 from storage.tables import read_arrays
 
 LEARNT = {  # what heads learn from; it matters to the score where features are read once (docs/method.md 9)
@@ -55,10 +56,10 @@ class Score:
 
 
 def read_score(path: str) -> Score:
-    """A score.json and the arrays of the features.npz beside it. DamagedError where these cannot be read."""
+    """A score.json and the arrays of the features.npz beside it. DamagedError where one is not what was written."""
     folder, _, _ = path.rpartition("/")
     arrays = read_arrays(f"{folder}/features.npz", f"remove the folder {folder} and make 'probes' again")
-    return Score(atomic.read_json(path), path, arrays)
+    return Score(score_record(Path(path)), path, arrays)
 
 
 def section(

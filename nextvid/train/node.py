@@ -25,7 +25,17 @@ from nextvid.config.strict import parse
 from nextvid.machine import VISIBLE, WATCH_S, Tell, available_cores, launcher_id, leased_gpus, run_rank
 from storage import atomic
 from storage.digest import digest
-from storage.errors import LOST, ConfigError, ConflictError, LostError, NExTVidError, RefusedError
+from storage.errors import (
+    LOST,
+    ConfigError,
+    ConflictError,
+    DamagedError,
+    LostError,
+    MachineError,
+    NExTVidError,
+    RefusedError,
+    UnwritableError,
+)
 from storage.limits import KILLED
 
 GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
@@ -179,8 +189,10 @@ def why(prepared: PreparedRun, code: int, output: str) -> NExTVidError:
     kind, said = reported(output) or ("", f"see {prepared.log}")
     if kind == "conflict":  # another process is at work on the same run; asking again would meet it again
         return ConflictError(f"{title}: {said}")
-    error = LostError if kind == "lost" else RefusedError
-    return error(f"{title} ended with exit code {code} ({said}); asking again resumes it")
+    if kind in ("damaged", "table"):  # the message names the file and the remedy
+        return DamagedError(f"{title}: {said}")
+    classes = {"lost": LostError, "unwritable": UnwritableError, "system": MachineError}
+    return classes.get(kind, RefusedError)(f"{title} ended with exit code {code} ({said}); asking again resumes it")
 
 
 def reported(output: str) -> tuple[str, str] | None:

@@ -27,7 +27,7 @@ from nextvid.train.micro_batch import CPU_SHARE
 from nextvid.train.node import LOG, PreparedRun, carry_out, torchrun
 from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.train.sinks import refuse_missing
-from nextvid.trainset.mask_plan import grid_of, make_plan, plan_digest
+from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.trainset.order import Order, refuse_unfit
 from nextvid.trainset.pixels import freeze_pixels
 from nextvid.trainset.trainset import Trainset
@@ -67,8 +67,7 @@ def prepare_run(
     refuse_unfit(opened, config)
     if overrides:  # no asset draws the mask plan of an overridden recipe
         make_plan(project.root, config)
-    plan = plan_digest(config.masks, grid_of(config.model))
-    tables.require_checks(f"{project.root.pointed('mask_plan', plan)}/checks.json", "mask_plan")
+    plan = open_mask_plan(project.root, config.masks, grid_of(config.model)).digest
     pixels = freeze_pixels(project, opened, config).digest if config.reads_pixels else None
     source = find_source(project, config)
     run = plan_run(project.root, config, how, trainset, plan, repeat, overrides, pixels, source)

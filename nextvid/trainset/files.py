@@ -42,8 +42,8 @@ class Frozen:
         path = f"{self.folder}/{name}"
         try:
             rows = open_rows(self.root, path, self.files.get(name))
-        except (UpstreamError, FileNotFoundError) as error:
-            raise DamagedError(f"{path} does not exist; {self.remedy}") from error
+        except (UpstreamError, FileNotFoundError, IsADirectoryError) as error:
+            raise DamagedError(f"{path} is no file; {self.remedy}") from error
         except DamagedError as error:
             raise DamagedError(f"{error}; {self.remedy}") from error
         except NExTVidError:
@@ -61,8 +61,8 @@ class Frozen:
             path = f"{self.folder}/{name}"
             try:
                 found = file_sums(Path(path))["crc32c"] if is_local(path) else crc32c(atomic.read_bytes(path))
-            except (UpstreamError, FileNotFoundError) as error:
-                raise DamagedError(f"{path} does not exist; {self.remedy}") from error
+            except (UpstreamError, FileNotFoundError, IsADirectoryError) as error:
+                raise DamagedError(f"{path} is no file; {self.remedy}") from error
             if found != crc:
                 raise DamagedError(f"{path}: its bytes differ from their checksum; {self.remedy}")
 
@@ -112,6 +112,14 @@ def read_sealed(path: str, remedy: str) -> dict[str, Any]:
     if not isinstance(files, dict) or any(name.startswith("/") or ".." in name.split("/") for name in files):
         raise DamagedError(f"{path} names files that are not in its folder; {remedy}")
     return record
+
+
+def read_record(path: str, remedy: str) -> dict[str, Any]:
+    """What `publish_sealed` wrote, or a record of release 0.1.0, which had no seal. Raises as `read_sealed` does."""
+    record: Any = atomic.read_json(path)
+    if isinstance(record, dict) and "seal" not in record:
+        return record
+    return read_sealed(path, remedy)
 
 
 def write_array(path: Path, rows: np.ndarray) -> int:

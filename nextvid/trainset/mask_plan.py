@@ -27,6 +27,7 @@ from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import addressed
 from nextvid.model.masks import cells_of, draw_plan, draw_visible, pack, statistics, unpack
 from nextvid.pictures import SHEET_BACKGROUND, SHEET_INK, sheet_png
+from nextvid.trainset.files import publish_sealed, read_record
 from storage import atomic, tables
 from storage.digest import digest_bytes, digest_config
 from storage.errors import DamagedError
@@ -96,14 +97,14 @@ def make_plan(root: DataRoot, recipe: RecipeConfig, on_progress: OnProgress = si
             _write(opened, made.path)
             atomic.publish_bytes(f"{made.path}/gallery.png", gallery(raw, kept, grid))
     folder = root.pointed("mask_plan", name)
-    plan = atomic.read_json(f"{folder}/plan.json")
-    found = plan["statistics"]
+    plan = read_plan(folder)
+    sizes, found = [len(data) for _, data in read_files(folder, plan)], plan["statistics"]
     return Outcome(
         asset="mask_plan",
         partition=recipe.name,
         made=made.new,
         rows=masks.entries * len(found),
-        size_bytes=sum(len(atomic.read_bytes(f"{folder}/{file}")) for file in plan["files"]) if made.new else 0,
+        size_bytes=sum(sizes) if made.new else 0,
         seconds=time.perf_counter() - started,
         digest=name,
         numbers={f"{strategy}_{key}": value for strategy, some in found.items() for key, value in some.items()},
@@ -122,11 +123,21 @@ def open_mask_plan(root: DataRoot, masks: MaskConfig, grid: tuple[int, int]) -> 
     tables.require_checks(f"{folder}/checks.json", "mask_plan")
     raw: dict[str, Bits] = {}
     kept: dict[str, Bits] = {}
-    for file, data in read_files(folder, atomic.read_json(f"{folder}/plan.json")):
+    for file, data in read_files(folder, read_plan(folder)):
         bits = unpack(np.load(io.BytesIO(data), allow_pickle=False), grid[0] * grid[1])
         strategy, _, stage = file.removesuffix(".npy").partition(".")
         (raw if stage == "raw" else kept)[strategy] = bits
     return OpenedPlan(name, masks, grid, raw, kept)
+
+
+def read_plan(folder: str) -> dict[str, Any]:
+    """plan.json of a mask plan's folder. DamagedError where it is not that of the digest which the folder has."""
+    remedy = f"remove the folder {folder} and make mask_plan again"
+    plan = read_record(f"{folder}/plan.json", remedy)
+    named = {name: plan.get(name) for name in ("masks", "grid", "sampler")}
+    if digest_config(named) != folder.rpartition("/")[2] or not {"files", "statistics"} <= plan.keys():
+        raise DamagedError(f"{folder}/plan.json describes another plan than the folder's name says; {remedy}")
+    return plan
 
 
 def read_files(folder: str, plan: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
@@ -139,7 +150,7 @@ def read_files(folder: str, plan: Mapping[str, Any]) -> Iterator[tuple[str, byte
         data = atomic.read_bytes(f"{folder}/{file}")
         if digest_bytes(data) != digest:
             raise DamagedError(
-                f"{folder}/{file}: bytes differ from plan.json; remove the folder and make mask_plan again"
+                f"{folder}/{file}: bytes differ from plan.json; remove the folder {folder} and make mask_plan again"
             )
         yield file, data
 
@@ -164,7 +175,7 @@ def _write(plan: OpenedPlan, folder: str) -> None:
         "files": files,
         "statistics": numbers,
     }
-    atomic.publish_json(f"{folder}/plan.json", described)
+    publish_sealed(f"{folder}/plan.json", described)
 
 
 def _checks(plan: OpenedPlan, recipe: RecipeConfig) -> tuple[Check, ...]:

@@ -33,7 +33,7 @@ from nextvid.train.distributed import Ranks
 from nextvid.train.events import read_events
 from nextvid.train.node import trainers
 from nextvid.train.run import find_run
-from storage.errors import ConfigError, RefusedError, UpstreamError
+from storage.errors import ConfigError, DamagedError, RefusedError, UpstreamError
 from storage.schemas import Labels, ProbeRows
 from storage.tables import read_table, write_table
 from tests.nextvid.tiny_project import FRAMES, RECIPE, probe
@@ -273,9 +273,7 @@ def test_children_say_what_is_wrong(own_copy: Project) -> None:
     assert planned.checkpoint is not None
     damaged = planned.checkpoint / "ema.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    with pytest.raises(
-        RefusedError, match=r"probes [0-9a-f]{12} ended with exit code .*ema\.safetensors: bytes differ"
-    ):
+    with pytest.raises(DamagedError, match=r"^probes [0-9a-f]{12}: .*ema\.safetensors: bytes differ .*; delete"):
         make_probes(own_copy, RECIPE)
 
 

@@ -25,6 +25,13 @@ def test_an_outcome_is_one_line() -> None:
     ]
 
 
+def test_a_failed_check_says_what_it_found() -> None:
+    failed = Check("checkpoint_loads", False, {"step": 5}, description="step_000000005/ema.safetensors: bytes differ")
+    (first, second) = line(Outcome("pretrain", "demo", False, 1, 1, 0.0, checks=(failed,))).splitlines()
+    assert first.endswith("failed: checkpoint_loads")
+    assert second == "    failed: checkpoint_loads: step_000000005/ema.safetensors: bytes differ"
+
+
 def test_what_was_left_out_is_a_second_line() -> None:
     numbers = {"ok": 4, "rejected": 3, "quarantined": 1, "reason_frozen": 3, "reason_corrupt": 1}
     clips = Outcome("clips", FILMS, True, rows=8, size_bytes=1, seconds=1.0, numbers=numbers)

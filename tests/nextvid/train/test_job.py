@@ -18,7 +18,16 @@ from nextvid.train.node import PreparedRun, reported, why
 from nextvid.train.pretrain import make_pretrain, prepare_run
 from nextvid.train.run import open_run
 from nextvid.trainset.mask_plan import make_plan
-from storage.errors import ConfigError, ConflictError, LostError, NExTVidError, RefusedError
+from storage.errors import (
+    ConfigError,
+    ConflictError,
+    DamagedError,
+    LostError,
+    MachineError,
+    NExTVidError,
+    RefusedError,
+    UnwritableError,
+)
 from tests.forked import alive
 from tests.nextvid.train import slurm
 from tests.nextvid.train.corpus import make_project
@@ -133,6 +142,9 @@ SUMMARY = "Failures:\n  exitcode  : -15 (pid: 2)\nRoot Cause (first observed fai
         ("conflict: another process (id 4) is at work\n" + SUMMARY.format(1), ConflictError, "(id 4) is at work"),
         ("refused: no\nlost: rank 1 misses another node: x\n" + SUMMARY.format(1), RefusedError, "(no)"),
         ("lost: rank 1 misses another node: x\n" + SUMMARY.format(75), LostError, "(rank 1 misses another node: x)"),
+        ("damaged: /a: bytes differ; remove it\n" + SUMMARY.format(4), DamagedError, "/a: bytes differ; remove it"),
+        ("unwritable: /a is full\n" + SUMMARY.format(5), UnwritableError, "(/a is full)"),
+        ("system: memory is used up\n" + SUMMARY.format(5), MachineError, "(memory is used up)"),
         ("RendezvousTimeoutError", RefusedError, "1 of 2 nodes (all but"),
         ("RendezvousConnectionError", RefusedError, "did not reach a:1, tried for at most 60 s"),
         ("num_nodes_waiting RendezvousConnectionError", LostError, "hears nothing more from a:1"),

@@ -24,7 +24,7 @@ from nextvid.train.pretrain import finish_run, make_pretrain, prepare_run
 from nextvid.train.run import open_run
 from nextvid.trainset.mask_plan import make_plan
 from storage import atomic
-from storage.errors import ConfigError, RefusedError, UpstreamError
+from storage.errors import ConfigError, DamagedError, RefusedError, UpstreamError
 from tests.factories import flip, passed
 from tests.forked import alive
 from tests.nextvid.train.corpus import make_project, tiny_spec, write_trainset
@@ -136,6 +136,14 @@ def test_upstream_is_asked_for(tmp_path: Path) -> None:
     passed(f"{project.root.pointed('trainset', trainset)}/checks.json", "trainset", False)
     with pytest.raises(UpstreamError, match="by hand"):
         prepare_run(project, "tiny")
+
+
+def test_a_damaged_mask_plan_is_named_before_a_run_begins(project: Project) -> None:
+    (damaged,) = Path(project.root.url).glob("mask_plan/*/long.npy")
+    flip(damaged)
+    with pytest.raises(DamagedError, match=f"^{damaged}: bytes differ .*; remove the folder {damaged.parent} and make"):
+        prepare_run(project, "tiny", how=HOW)
+    assert not list(Path(project.root.url).glob("pretrain/*/*"))
 
 
 def test_a_retry_of_a_launch_finds_the_first_attempts_trainset(project: Project) -> None:

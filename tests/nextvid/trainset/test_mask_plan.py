@@ -115,6 +115,21 @@ def test_a_changed_byte_is_an_error(root: DataRoot) -> None:
         _open(root, config)
 
 
+def test_a_changed_plan_is_not_up_to_date(root: DataRoot) -> None:
+    digest = make_plan(root, tiny_recipe()).digest
+    plan = Path(root.pointed("mask_plan", str(digest)), "plan.json")
+    kept = plan.read_text()
+    for changed in (kept.replace('"visible_mean": ', '"visible_mean": 1', 1), kept.replace('"seed": 0', '"seed": 1')):
+        assert changed != kept
+        plan.write_text(changed)
+        with pytest.raises(DamagedError, match=r"plan\.json .*; remove the folder .*mask_plan/"):
+            make_plan(root, tiny_recipe())
+    plan.write_text(kept)
+    flip(plan.with_name("long.npy"))
+    with pytest.raises(DamagedError, match=r"long\.npy: bytes differ from plan\.json"):
+        make_plan(root, tiny_recipe())
+
+
 def test_a_plan_that_was_not_made_is_upstream(root: DataRoot) -> None:
     with pytest.raises(UpstreamError):
         _open(root, tiny_recipe())

@@ -337,6 +337,13 @@ class TestStatistics:
         checks = {check.name: check.passed for check in outcome.checks}
         assert checks["std_positive"]
 
+    def test_latent_stats_that_were_changed_are_named(self, corpus: Corpus) -> None:
+        digest = make_latent_stats(corpus.project).digest
+        path = Path(corpus.project.root.pointed("latent_stats", str(digest)), "stats.json")
+        path.write_text(path.read_text().replace('"rows": ', '"rows": 1', 1))
+        with pytest.raises(DamagedError, match=r"stats\.json was changed: remove the folder .*/latent_stats/"):
+            make_latent_stats(corpus.project)
+
     def test_latent_stats_are_those_of_all_rows_in_one_table(self, corpus: Corpus) -> None:
         """The slow reference: every commit of every batch at once, as one table in memory."""
         corpus.add(MORE, 5)
