@@ -346,11 +346,10 @@ def cited_parts(
 
     Sizes are of every file of the part, by one listing.
     """
-    cited = [
-        (store.part(batches[batch], frames, number), shards)
-        for frames, rows in stored.items()
-        for (batch, number), shards in shards_of(rows).items()
-    ]
+    places = [(frames, place, shards) for frames, rows in stored.items() for place, shards in shards_of(rows).items()]
+    if (last := max((batch for _, (batch, _), _ in places), default=-1)) >= len(batches):
+        raise DamagedError(f"an address names batch {last} of {len(batches)}: {ADDRESSES_CHANGED}")
+    cited = [(store.part(batches[batch], frames, number), shards) for frames, (batch, number), shards in places]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield from pool.map(lambda one: (*one, one[0].files()), cited)
 

@@ -41,7 +41,7 @@ def data_root(tmp_path: Path) -> DataRoot:
     return DataRoot.open(str(tmp_path / "root"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout's top folder."""
     return Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ OF_THE_TEXT = ("text_model.", "logit_scale", "logit_bias")  # in a whole SigLIP 
 
 TOLD = 500  # our choice: characters of a library's message
 
+Library = Literal["diffusers", "transformers"]
 Result = TypeVar("Result")
 Pixels = Float[Tensor, "N 3 H W"]  # from -1 to 1
 Latents = Float[Tensor, "M C h w"]
@@ -271,7 +272,7 @@ def _refuse_unlike(folder: Path, missing: Set[str], unknown: Set[str]) -> None:
 
 
 @contextmanager
-def _explained(folder: Path, library: str) -> Iterator[None]:
+def _explained(folder: Path, library: Library) -> Iterator[None]:
     """Whatever a library raises for what is in a folder, as a ConfigError; ImportError passes through."""
     try:
         yield
@@ -290,7 +291,7 @@ def from_transformers(folder: Path, kind: str, dtype: torch.dtype, known: tuple[
         raise ConfigError(f"{folder} is a {kind}: pip install 'nextvid[targets]' ({error})") from error
 
 
-def _loaded(folder: Path, name: str, kind: str, known: tuple[str, ...], **given: Any) -> torch.nn.Module:  # noqa: ANN401
+def _loaded(folder: Path, name: Library, kind: str, known: tuple[str, ...], **given: Any) -> torch.nn.Module:  # noqa: ANN401
     """A model from safetensors alone, of this class of a library. Raises ConfigError, and ImportError without it."""
     library: Any = import_module(name)  # 2.7 s, so only where a model is loaded
     logging = library.utils.logging

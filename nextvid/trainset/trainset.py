@@ -7,6 +7,7 @@ Axes: C channels.
 
 import bisect
 import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
@@ -42,6 +43,7 @@ from storage.withdrawn import withdrawn_rows
 
 ASSET = "trainset"
 NAMED = 20  # our choice: batches that a message or an event names one by one
+LENGTH = re.compile(r"f[1-9][0-9]{0,8}")  # key of `offsets`: a clip length in frames
 KEPT = ("parent", "mean", "std")  # facts of a trainset that stay where its files are written again
 
 
@@ -97,6 +99,10 @@ class Trainset:
         self.parent: str | None = record.get("parent")  # the trainset that was the latest before
         self.weights: dict[str, float] = record["weights"]
         self.batches: tuple[str, ...] = tuple(record["batches"])  # an address's `batch` is an index into these
+        for batch in self.batches:
+            root.table("clips", batch)  # refuses what is no name
+        if odd := [name for name in record["offsets"] if not LENGTH.fullmatch(name)]:
+            raise ValueError(f"'offsets' has {odd[0]!r}, which is no clip length")
         self.mean: Float32[np.ndarray, " C"] = np.array(record["mean"], np.float32)
         self.std: Float32[np.ndarray, " C"] = np.array(record["std"], np.float32)
 
