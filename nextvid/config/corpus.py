@@ -170,7 +170,10 @@ def load_corpus(path: str | Path | None = None) -> CorpusConfig:
     """Read and check corpus.yaml; relative paths resolve against the file. Raises ConfigError."""
     file = corpus_path(str(path) if path else None)
     if not file.is_file():
-        raise ConfigError(f"{file}: there is no corpus.yaml; name it with --corpus or the variable NEXTVID_CORPUS")
+        raise ConfigError(
+            f"{file}: there is no corpus.yaml; name it with --corpus or the variable NEXTVID_CORPUS, "
+            "or write a first one: nextvid init FOLDER"
+        )
     values = read_yaml(file)
     encoding = values.get("encoding")
     moved = [key for key in MachineConfig.model_fields if isinstance(encoding, dict) and key in encoding]

@@ -144,6 +144,8 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
         raise ConfigError("the demo's autoencoder is not installed: name a folder of weights with --autoencoder")
     weights = str(Path(autoencoder).absolute()) if autoencoder else str(DEMO_AUTOENCODER)
     uri = folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser().absolute())
+    if remote.is_local(uri) and not (place := Path(uri.removeprefix("file://"))).is_dir():
+        raise CorpusError(f"{folder} is not a folder" + (": name the one that it is in" if place.exists() else ""))
     name = re.sub(r"[^a-z0-9]+", "_", PurePosixPath(uri).name.lower()).strip("_") or "media"
     root = _root(name, uri, path.parent)
     tar, listing = _listed(uri, name, root, weights, path)

@@ -128,10 +128,11 @@ def make_latent_stats(project: Project, on_progress: OnProgress = silent) -> Out
             every = [part for parts in found.values() for part in parts.values()]
             lowest, values = min(float(part.std.min()) for part in every), sum(part.values for part in every)
             fewest = min(part.values for part in every)
+            few = f"{values} latent values a channel, and {ENOUGH_VALUES} are needed: add files, or longer clips"
             enough = {"values": values, "fewest_of_a_dataset": fewest, "needed": ENOUGH_VALUES}
             made.checks = (
                 Check("std_positive", lowest > 0, {"lowest_std": lowest}),
-                Check("enough_rows", values >= ENOUGH_VALUES, enough),
+                Check("enough_rows", values >= ENOUGH_VALUES, enough, "" if values >= ENOUGH_VALUES else few),
             )
         elif digest_config(read_json(f"{made.path}/stats.json")) != digest:
             raise DamagedError(

@@ -134,7 +134,9 @@ def shown(decoding: Decoding, files: Sequence[SourceFile], windows: Windows, res
     source, most = iter(files), AHEAD * decoding.workers
     probing: deque[tuple[SourceFile, Future[Inspection]]] = deque()
     started: deque[tuple[SourceFile, pl.DataFrame | MediaError, PendingRows | None]] = deque()
-    while True:
+
+    def go_on() -> None:
+        """Probe further files, and begin to decode those that are probed: at each clip, so that no decoder waits."""
         while len(probing) + len(started) < most and (file := next(source, None)) is not None:
             probing.append((file, decoding.inspect(file.uri)))
         while probing and (not started or probing[0][1].done()):
@@ -144,17 +146,22 @@ def shown(decoding: Decoding, files: Sequence[SourceFile], windows: Windows, res
                 started.append((file, rows, decoding.start(rows, resolution)))
             except MediaError as error:
                 started.append((file, error, None))
+
+    while True:
+        go_on()
         if not started:
             return
-        file, found, pending = started.popleft()
+        file, found, pending = started[0]
         if isinstance(found, MediaError) or pending is None:
             assert isinstance(found, MediaError), "rows are on their way"
             yield Shown(file, (), None, found, last=True)
-            continue
-        for number, (row, times_us) in enumerate(found.select("row_id", "times_us").iter_rows(), start=1):
-            one = pending.take([row])[row]
-            lost = MediaError(one.reason or "failed", f"{file.uri}: {one.reason}") if one.frames is None else None
-            yield Shown(file, times_us, one.frames, lost, last=number == found.height)
+        else:
+            for number, (row, times_us) in enumerate(found.select("row_id", "times_us").iter_rows(), start=1):
+                one = pending.take([row])[row]
+                lost = MediaError(one.reason or "failed", f"{file.uri}: {one.reason}") if one.frames is None else None
+                go_on()
+                yield Shown(file, times_us, one.frames, lost, last=number == found.height)
+        started.popleft()
 
 
 def batches(clips: Iterator[Shown], size: int) -> Iterator[list[Shown]]:

@@ -86,7 +86,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise UpstreamError(f"{folder} has no exported encoder: {CONFIG} is missing")
+        what = f"has no exported encoder: {CONFIG} is missing" if folder.is_dir() else "is no folder"
+        raise UpstreamError(f"{folder} {what}; 'nextvid export RUN FOLDER' writes one")
     config: Any = atomic.read_json(str(path))
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:

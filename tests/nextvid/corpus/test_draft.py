@@ -159,8 +159,9 @@ def test_a_draft_never_writes_over_a_file_and_names_what_it_lacks(tmp_path: Path
     with pytest.raises(RefusedError, match="name another file with --out"):
         draft_corpus(str(tmp_path / "stills"), str(out))
     assert out.read_text() == "mine"
-    with pytest.raises(CorpusError, match="is not a folder"):
-        draft_corpus(str(tmp_path / "nowhere"), str(tmp_path / "other.yaml"))
+    for place, said in (("nowhere", "is not a folder$"), ("stills/1.jpg", "is not a folder: name the one")):
+        with pytest.raises(CorpusError, match=said):
+            draft_corpus(str(tmp_path / place), str(tmp_path / "other.yaml"))
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
     with pytest.raises(CorpusError, match=r"holds no video and no image \(it has 1 \.txt\)"):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nextvid.encode.frames import DecodedRow
 from nextvid.features import extract
 from nextvid.features.encoder import load_encoder
 from nextvid.features.output import Output
@@ -160,7 +162,8 @@ def test_urls_latents_safetensors_and_every_token(nextvid: Command, media: Path,
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        ({"--encoder": "nowhere"}, 3, "upstream: nowhere has no exported encoder"),
+        ({"--encoder": "nowhere"}, 3, "upstream: nowhere is no folder; 'nextvid export RUN FOLDER' writes one"),
+        ({"--encoder": "empty"}, 3, "upstream: empty has no exported encoder: config.json is missing; 'nextvid export"),
         ({"--out": "out.csv"}, 2, "the ending must be one of .parquet, .npz, .safetensors"),
         ({"--out": "notes.npz"}, 2, "is not a file that 'nextvid features' wrote"),
         ({"--out": "notes.parquet"}, 2, "is not a file that 'nextvid features' wrote"),
@@ -272,3 +275,42 @@ def test_help_ends_with_an_example_that_runs(
     assert words[0] == "nextvid"
     assert nextvid(*words[1:])[0] == 0
     assert Path("features.parquet").is_file()
+
+
+class SlowProbes:
+    """Decoding whose probes end one by one, and which notes what it was asked to decode."""
+
+    workers = 1
+
+    def __init__(self) -> None:
+        self.probes: list[Future[str]] = []
+        self.begun: list[str] = []
+
+    def inspect(self, uri: str) -> Future[str]:
+        self.probes.append(Future())
+        if len(self.probes) == 1:
+            self.probes[0].set_result(uri)
+        return self.probes[-1]
+
+    def start(self, rows: pl.DataFrame, resolution: int) -> "SlowProbes":
+        self.begun.append(rows["uri"][0])
+        return self
+
+    def take(self, rows: list[bytes]) -> dict[bytes, DecodedRow]:
+        return {row: DecodedRow(np.zeros((1, 1, 1, 3), np.uint8), 0.0) for row in rows}
+
+
+class TwoClips:
+    def rows(self, uri: str, found: str) -> pl.DataFrame:
+        return pl.DataFrame({"uri": [uri, uri], "row_id": [b"1", b"2"], "times_us": [[0], [1]]})
+
+
+def test_the_next_file_is_begun_as_soon_as_it_is_probed() -> None:
+    """Else the decoders would wait while an encoder is busy with the clips of a long film."""
+    slow: Any = SlowProbes()
+    windows: Any = TwoClips()
+    clips = extract.shown(slow, [extract.SourceFile(name, "") for name in "ab"], windows, 1)
+    assert (next(clips).last, slow.begun) == (False, ["a"])
+    slow.probes[1].set_result("b")
+    assert (next(clips).last, slow.begun) == (True, ["a", "b"])
+    assert [(clip.file.uri, clip.last) for clip in clips] == [("b", False), ("b", True)]
