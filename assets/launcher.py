@@ -46,7 +46,10 @@ def run_group(context: dg.AssetExecutionContext, run: PreparedRun) -> None:
     ):
         code = wait(context, run, process.poll, POLL_S)
     if code != 0:
-        output = _tail(log_path, began)
+        with log_path.open("rb") as file:  # the end of what this attempt wrote
+            file.seek(0, os.SEEK_END)
+            file.seek(max(began, file.tell() - 4000))
+            output = file.read().decode(errors="replace")
         crashed = isinstance(why(run, code, output), LostError)  # a retry resumes its run
         raise failure(run, f"the trainer ended with exit code {code}; the end of {log_path}:\n{output}", crashed)
 
@@ -120,11 +123,3 @@ def observe(context: dg.AssetExecutionContext, folder: Path, after: int) -> int:
     partition = context.partition_key if context.has_partition_key else None
     context.log_event(dg.AssetObservation(context.asset_key, metadata=values, partition=partition))
     return int(step["step"])
-
-
-def _tail(path: Path, began: int, size_bytes: int = 4000) -> str:
-    """The end of what this attempt wrote to the log."""
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(began, file.tell() - size_bytes))
-        return file.read().decode(errors="replace")

@@ -70,7 +70,9 @@ def make(project: Project, request: Request) -> Iterator[Outcome]:
             match found:
                 case Outcome():
                     yield found
-                    why = _refused(found)
+                    failed = [check for check in found.checks if check.blocking and not check.passed]
+                    listed = ", ".join(f"{check.name} ({detail(check)})" for check in failed)
+                    why = UpstreamError(f"{found.asset}: blocking checks failed: {listed}") if failed else None
                     if name == "pretrain":  # what follows looks at this run
                         request = replace(request, run=found.run)
                     if name == "sources":
@@ -137,13 +139,6 @@ def _made(
         finally:
             stopping.set()
             threads.shutdown(cancel_futures=True)
-
-
-def _refused(outcome: Outcome) -> UpstreamError | None:
-    """Why what reads this outcome may not: its blocking checks that failed."""
-    failed = [check for check in outcome.checks if check.blocking and not check.passed]
-    listed = (f"{check.name} ({detail(check)})" for check in failed)
-    return UpstreamError(f"{outcome.asset}: blocking checks failed: {', '.join(listed)}") if failed else None
 
 
 def _refuse_names(project: Project, request: Request) -> None:

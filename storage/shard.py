@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import dataframely as dy
 import numpy as np
 import polars as pl
-from jaxtyping import Float, Float16, Float32, UInt8
+from jaxtyping import Float, Float16, UInt8
 
 from storage.digest import crc32c
 from storage.errors import StoreError
@@ -77,8 +77,14 @@ def packed(latents: Float[np.ndarray, "n F C h w"], ok: np.ndarray, storage: str
     broken = [n for n, row in enumerate(stored) if (row.view("<u2") & _EXPONENT).max() == _EXPONENT]
     if broken:
         raise StoreError(f"rows {broken} of this shard are not finite as {storage}: give them a status other than ok")
-    if storage == "int8":
-        return _quantised(np.where(ok[:, None, None, None, None], latents, 0).astype(np.float32), ok)
+    if storage == "int8":  # 1/127 of each row's and channel's largest magnitude: no calibration, nothing is clipped
+        exact = np.where(ok[:, None, None, None, None], latents, 0).astype(np.float32)
+        largest = np.abs(exact).max(axis=(1, 3, 4))
+        scales = np.where(largest > _NOTHING, largest / _STEPS, 0).astype("<f4")
+        steps = scales[:, None, :, None, None]
+        values = np.rint(np.divide(exact, steps, out=np.zeros_like(exact), where=steps > 0)).astype(np.int8)
+        scales[~ok] = np.nan
+        return np.concatenate([values.reshape(len(exact), -1).view(np.uint8), scales.view(np.uint8)], axis=1)
     stored[~ok] = np.nan
     return stored.reshape(len(stored), -1).view(np.uint8)
 
@@ -104,16 +110,6 @@ def stored_values(
     """
     _, *shape = latents.shape
     return unpacked(packed(latents, ok, storage), storage, (shape[0], shape[1], shape[2], shape[3]))
-
-
-def _quantised(exact: Float32[np.ndarray, "n F C h w"], ok: np.ndarray) -> UInt8[np.ndarray, "n bytes"]:
-    """Symmetric steps of 1/127 of each row's and channel's largest magnitude: no calibration, nothing is clipped."""
-    largest = np.abs(exact).max(axis=(1, 3, 4))
-    scales = np.where(largest > _NOTHING, largest / _STEPS, 0).astype("<f4")
-    steps = scales[:, None, :, None, None]
-    values = np.rint(np.divide(exact, steps, out=np.zeros_like(exact), where=steps > 0)).astype(np.int8)
-    scales[~ok] = np.nan
-    return np.concatenate([values.reshape(len(exact), -1).view(np.uint8), scales.view(np.uint8)], axis=1)
 
 
 @dataclass(frozen=True)

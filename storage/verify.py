@@ -9,7 +9,7 @@ from the kernel. A part's commits are read together; whatever is not sound by th
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +70,14 @@ def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
     commits: pl.DataFrame | None = None
     with reported([], part.path, ""):  # damage is reported shard by shard
         commits = part.commits()  # together: 20 times faster than one by one
-    problems += [*_metadata(part), *_leftovers(part, shards, files), *_seal(part, commits)]
+    known = {path for number in range(shards) for path in (part.shard_path(number), part.commit_path(number))}
+    known |= {*part.metadata_paths, part.plan_path, part.seal_path, part.sealed_path}
+    dead = atomic.leftovers(part.path, LEFTOVER_AGE_S)
+    unknown = [path for path in set(files) - known if not path.startswith(f"{part.path}/lock")]  # and its owner file
+    strange = sorted(path for path in unknown if path in dead or not atomic.is_temporary(path))
+    problems += _metadata(part)
+    problems += [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
+    problems += _seal(part, commits)
 
     def judged(number: int) -> list[Problem]:
         sound = commits is not None and _is_sound(part, number, commits, withdrawn)
@@ -120,16 +127,6 @@ def _keys(value: Any, above: str = "") -> set[str]:  # noqa: ANN401 - JSON is An
     if not isinstance(value, dict):
         return set()
     return {f"{above}{name}" for name in value}.union(*(_keys(item, f"{above}{name}.") for name, item in value.items()))
-
-
-def _leftovers(part: Part[Any], shards: int, files: Iterable[str]) -> list[Problem]:
-    """Files that the plan does not know: temporary ones of dead writers, and shards or commits beyond the last."""
-    known = {path for number in range(shards) for path in (part.shard_path(number), part.commit_path(number))}
-    known |= {*part.metadata_paths, part.plan_path, part.seal_path, part.sealed_path}
-    dead = atomic.leftovers(part.path, LEFTOVER_AGE_S)
-    unknown = [path for path in set(files) - known if not path.startswith(f"{part.path}/lock")]  # and its owner file
-    strange = sorted(path for path in unknown if path in dead or not atomic.is_temporary(path))
-    return [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
 
 
 def _seal(part: Part[Any], commits: pl.DataFrame | None) -> list[Problem]:

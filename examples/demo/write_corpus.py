@@ -112,7 +112,9 @@ def _fill(folder: Path, seed: int, video_count: int, image_count: int) -> Corpus
     for derived in made:
         if derived.kind == "copy":
             shutil.copyfile(folder / "videos" / derived.of, folder / "videos" / derived.path)
-    made += _write_all_broken(folder / "videos", plan.one_in(video_count, plan.BROKEN_EVERY), _path(videos[0]))
+    for n in range(plan.one_in(video_count, plan.BROKEN_EVERY)):
+        broken = files.write_broken(folder / "videos", n, folder / "videos" / _path(videos[0]))
+        made.append(Derived(broken.name, "broken", _path(videos[0])))
     made_images = _derive_images(folder / "images", images)
     _write_tables(folder, videos, images, made, made_images)
     kinds = [d.kind for d in (*made, *made_images)]
@@ -165,11 +167,6 @@ def _plan_derived(seed: int, videos: Sequence[plan.VideoPlan]) -> list[Derived]:
     for n, of in enumerate(chosen[copies:]):
         made.append(Derived(f"recoded_{n:02d}.{'mp4' if n % 2 or of.endswith('webm') else 'webm'}", "recoded", of))
     return made + [Derived(f"leak_{n:02d}.mkv", "leak", of) for n, of in enumerate(leaked)]
-
-
-def _write_all_broken(folder: Path, count: int, sound: str) -> list[Derived]:
-    paths = [files.write_broken(folder, n, folder / sound) for n in range(count)]
-    return [Derived(path.name, "broken", sound) for path in paths]
 
 
 def _derive_images(folder: Path, images: Sequence[plan.ImagePlan]) -> list[Derived]:

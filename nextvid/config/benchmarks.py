@@ -93,11 +93,6 @@ PROTOCOLS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def _by_protocol(schema: dict[str, Any]) -> None:
-    """A protocol has a target and a policy, so that editors ask for neither."""
-    schema["required"] = ["datasets"]
-
-
 class BenchmarkConfig(Strict):
     """A probe task: which datasets, which target, which clips, how its heads learn.
 
@@ -105,7 +100,7 @@ class BenchmarkConfig(Strict):
     `policy` one by one.
     """
 
-    model_config = ConfigDict(json_schema_extra=_by_protocol)
+    model_config = ConfigDict(json_schema_extra={"required": ["datasets"]})  # a protocol has a target and a policy
     YOUNGER = frozenset(
         {"sweep", "attention_heads", "held_out", "augment", "test_crop", "levels", "train_views", "judged", "limit"}
         | {"finetune"}

@@ -64,7 +64,15 @@ def recipe(name: str, corpus: Path | None = None) -> RecipeConfig:
     """The recipe of that name; beside `corpus`, also a project's own. Raises ConfigError with the nearest name."""
     own = own_recipes(corpus) if corpus else ()
     if corpus and name in own:
-        return _own(name, corpus.parent / FOLDER / f"{name}.yaml")
+        file = corpus.parent / FOLDER / f"{name}.yaml"
+        if name in RECIPES:
+            raise ConfigError(f"{file}: there is a recipe '{name}' already: give yours another name")
+        values = parse(OwnRecipe, read_yaml(file), str(file))
+        try:
+            changed = apply_overrides(recipe(values.base), as_overrides(values.overrides))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
+        return changed.model_copy(update={"name": name})
     if name not in RECIPES:
         near = difflib.get_close_matches(name, (*RECIPES, *own), n=1)
         remedy = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join((*RECIPES, *own))}"
@@ -86,17 +94,6 @@ def recipe(name: str, corpus: Path | None = None) -> RecipeConfig:
             return _one_day(name, EncoderConfig(depth=12, width=384, heads=6, mlp_hidden=1536))
         case _:
             return demo()
-
-
-def _own(name: str, file: Path) -> RecipeConfig:
-    if name in RECIPES:
-        raise ConfigError(f"{file}: there is a recipe '{name}' already: give yours another name")
-    values = parse(OwnRecipe, read_yaml(file), str(file))
-    try:
-        changed = apply_overrides(recipe(values.base), as_overrides(values.overrides))
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
-    return changed.model_copy(update={"name": name})
 
 
 def latent(base: RecipeConfig) -> RecipeConfig:

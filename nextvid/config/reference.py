@@ -130,10 +130,14 @@ def documents() -> dict[str, str]:
     """The pages by file name."""
     corpus = [CORPUS, *_sections(CorpusConfig, "")]
     recipes = [RECIPES, *_sections(RecipeConfig, ""), EXECUTION, *_sections(ExecutionConfig, "")]
+    base, ablations = recipe(BASE), ABLATIONS
+    for row in ROWS:
+        changed = ", ".join(f"`{path}={value}`" for path, value in differences(recipe(row.recipe), base).items())
+        ablations += f"| {row.table} | {row.row} | {row.scores} | `{row.recipe}` | {changed or 'nothing'} |\n"
     return {
         "corpus.md": "\n\n".join(corpus) + "\n",
         "recipes.md": "\n\n".join(recipes) + "\n",
-        "ablations.md": ABLATIONS + "".join(_ablation_lines()),
+        "ablations.md": ablations,
     }
 
 
@@ -141,14 +145,6 @@ def differences(found: RecipeConfig, base: RecipeConfig) -> dict[str, Any]:
     """Fields, apart from the name, that have another value than in the base."""
     before = dict(flat(base.model_dump(mode="json")))
     return {path: v for path, v in flat(found.model_dump(mode="json")) if path != "name" and before.get(path) != v}
-
-
-def _ablation_lines() -> Iterator[str]:
-    """The rows of the table of ablations."""
-    base = recipe(BASE)
-    for row in ROWS:
-        changed = ", ".join(f"`{path}={value}`" for path, value in differences(recipe(row.recipe), base).items())
-        yield f"| {row.table} | {row.row} | {row.scores} | `{row.recipe}` | {changed or 'nothing'} |\n"
 
 
 def _sections(model: type[BaseModel], place: str) -> Iterator[str]:

@@ -124,7 +124,12 @@ def _checks(
     moving = pl.col("end_us") > pl.col("start_us")  # an image is one moment, which ends where it starts
     after = pl.when(moving).then(last >= end).otherwise(last > end)
     across = joined.filter(end.is_null() | (first < pl.col("start_us")) | after)
-    foreign = sum(not _own_ids(row, media[row["media_id"]].reading) for row in good.iter_rows(named=True))
+    foreign = 0
+    for row in good.iter_rows(named=True):
+        clip = clip_id(row["media_id"].hex(), row["times_us"])
+        view = View(row["crop_x"], row["crop_y"], row["crop_w"], row["crop_h"], row["flip"])
+        ids = clip, row_id(clip, view, media[row["media_id"]].reading)
+        foreign += (row["clip_id"].hex(), row["row_id"].hex()) != ids
     without = shots.filter(pl.col("status") == "ok").join(clips, on="shot_id", how="anti")
     return (
         Check(
@@ -143,12 +148,6 @@ def _checks(
             {"shots_without_row": without.height},
         ),
     )
-
-
-def _own_ids(row: ClipRow, reading: int) -> bool:
-    clip = clip_id(row["media_id"].hex(), row["times_us"])
-    view = View(row["crop_x"], row["crop_y"], row["crop_w"], row["crop_h"], row["flip"])
-    return bool(row["clip_id"].hex() == clip and row["row_id"].hex() == row_id(clip, view, reading))
 
 
 def _publish_pictures(project: Project, batch: str, clips: pl.DataFrame, shots: pl.DataFrame) -> None:

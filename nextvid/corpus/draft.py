@@ -164,7 +164,7 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     if labels.layout != "none" and labelled < len(paths):
         notes.append(f"{len(paths) - labelled:,} of {len(paths):,} files have no label in what was recognised")
     text = (
-        _environment()
+        Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - YAML
         .from_string(TEMPLATE)
         .render(
             uri=_quoted(uri),
@@ -204,10 +204,6 @@ def _listed(uri: str, name: str, root: str, weights: str, path: Path) -> tuple[b
     what = f"it has {ignored}" if ignored else "it is empty"
     what += "; pictures in parquet files need 'parquet_column'" if ".parquet" in listing.ignored else ""
     raise CorpusError(f"{uri} holds no video and no image ({what})")
-
-
-def _environment() -> Environment:
-    return Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - YAML
 
 
 def _quoted(text: str) -> str:
@@ -303,7 +299,9 @@ def _candidates(uri: str, paths: Sequence[str]) -> Iterator[LabelConfig]:
     for file, text in _label_files(uri):
         with suppress(csv.Error):  # no table
             if layout := _layout(file, text):
-                lists.setdefault(layout, {})[_role(file)] = file
+                parts = re.split(r"[^a-z]+", PurePosixPath(file).stem.lower())
+                role = next((ROLES[part] for part in parts if part in ROLES), "all")  # the split that its name names
+                lists.setdefault(layout, {})[role] = file
             elif file.lower().endswith(".csv"):
                 yield from _csv_candidates(file, text, names)
     for layout, files in sorted(lists.items()):
@@ -329,12 +327,6 @@ def _label_files(uri: str) -> Iterator[tuple[str, str]]:
             if small and name.lower().endswith((".csv", ".json", ".jsonl")):
                 file = f"{place}/{name}"
                 yield file, label_bytes(file).decode("utf-8-sig", "replace").lstrip()
-
-
-def _role(file: str) -> str:
-    """Which split a file's name names."""
-    words = re.split(r"[^a-z]+", PurePosixPath(file).stem.lower())
-    return next((ROLES[word] for word in words if word in ROLES), "all")
 
 
 def _layout(file: str, text: str) -> str | None:

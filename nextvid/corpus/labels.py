@@ -233,7 +233,13 @@ def _from_csv(config: DatasetConfig, paths: Sequence[str]) -> pl.DataFrame:
         _micros(table, labels.start_column, labels.file).alias("start_us"),
         _micros(table, labels.end_column, labels.file).alias("end_us"),
     )
-    _check_spans(spanned, labels.file)
+    half = spanned["start_us"].is_null() != spanned["end_us"].is_null()
+    wrong = spanned.filter(half | (spanned["end_us"] <= spanned["start_us"]).fill_null(False))
+    if wrong.height:
+        raise LabelError(
+            f"{labels.file}, line {wrong['_line'][0]}: a span needs a start and a later end, found "
+            f"{wrong['start_us'][0]} to {wrong['end_us'][0]} microseconds"
+        )
     whole = spanned.with_columns(pl.lit(None, pl.Int64).alias("start_us"), pl.lit(None, pl.Int64).alias("end_us"))
     parts = [_column(spanned, column, target) for target, column in labels.targets.items()]
     if labels.group_column:
@@ -315,16 +321,6 @@ def _micros(table: pl.DataFrame, column: str, file: str) -> pl.Series:
         row = table.filter(wrong).row(0, named=True)
         raise LabelError(f"{file}, line {row['_line']}: {column} is {short(row[column])}; seconds were expected")
     return (seconds * 1_000_000).round(0, mode="half_to_even").cast(pl.Int64)
-
-
-def _check_spans(table: pl.DataFrame, file: str) -> None:
-    half = table["start_us"].is_null() != table["end_us"].is_null()
-    wrong = table.filter(half | (table["end_us"] <= table["start_us"]).fill_null(False))
-    if wrong.height:
-        raise LabelError(
-            f"{file}, line {wrong['_line'][0]}: a span needs a start and a later end, found "
-            f"{wrong['start_us'][0]} to {wrong['end_us'][0]} microseconds"
-        )
 
 
 def _splits(rows: pl.DataFrame, file: str, labels: LabelConfig) -> pl.DataFrame:

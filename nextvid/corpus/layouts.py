@@ -156,8 +156,12 @@ def _kinetics(opened: TextIO, file: str, split: str | None) -> Iterator[Line]:
     """label,youtube_id,time_start,time_end,split[,is_cc]; files are named `id_start_end`, older copies `id`."""
     for number, row in _rows(opened, file, ("youtube_id", "time_start", "time_end"), ","):
         name = row["youtube_id"]
-        start, end = (_whole(row[column], file, number, column) for column in ("time_start", "time_end"))
-        names = (f"{name}_{start:06d}_{end:06d}", name)
+        for column in ("time_start", "time_end"):
+            if not row[column].isdecimal() or len(row[column]) > LONGEST_NUMBER:
+                raise LabelError(
+                    f"{file}, line {number}: {column} is {short(row[column])}; whole seconds were expected"
+                )
+        names = (f"{name}_{int(row['time_start']):06d}_{int(row['time_end']):06d}", name)
         yield Line(names, row.get("label") or None, split or row.get("split") or None, name)
 
 
@@ -263,12 +267,6 @@ def _rows(opened: TextIO, file: str, needed: Sequence[str], mark: str) -> Iterat
             yield reader.line_num, row
     except csv.Error as error:
         raise LabelError(f"{file}, line {reader.line_num}: {error}") from None
-
-
-def _whole(text: str, file: str, number: int, column: str) -> int:
-    if not text.isdecimal() or len(text) > LONGEST_NUMBER:
-        raise LabelError(f"{file}, line {number}: {column} is {short(text)}; whole seconds were expected")
-    return int(text)
 
 
 def _clock(entry: dict[str, Any], key: str, file: str, number: int) -> int:

@@ -141,8 +141,9 @@ def rows_of(
     if media.refused is not None:
         return ShotRows([_refused(shot, media, media.refused, [])], {})
     scores, found = ShotScores.of(shot), _Found(shot, media, file or WholeFile.of([shot]), filters.trim_s)
-    reason = _not_pretrained(dataset, media, scores, filters)
     for_pretraining = dataset.weight is not None and media.split == "train"
+    unused = "unused" if dataset.weight is None else HELD_OUT
+    reason = filter_reason(scores, filters) if for_pretraining else unused
     if reason is None:
         for policy in dataset.clips:
             found.add(PRETRAIN, policy, None)
@@ -221,15 +222,6 @@ class _Found:
                     }
                 if use not in self.rows[key]["uses"]:
                     self.rows[key]["uses"].append(use)
-
-
-def _not_pretrained(dataset: DatasetConfig, media: MediaNow, scores: ShotScores, filters: FilterConfig) -> str | None:
-    """Why pretraining leaves the shot out; None where it uses it."""
-    if dataset.weight is None:
-        return "unused"
-    if media.split != "train":
-        return HELD_OUT
-    return filter_reason(scores, filters)
 
 
 def _refused(shot: Mapping[str, Any], media: MediaNow, reason: str, uses: list[str]) -> ClipRow:

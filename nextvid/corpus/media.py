@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,9 @@ def _inspect(
         tasks = ((uri, ()) for uri in files)
         for uri, path, result in map_files(sandbox, inspect_file, tasks, Path(folder), timeout_s):
             if isinstance(result, MediaError) and path is not None:
-                result = _identity_of(sandbox, path, result, timeout_s)
+                with suppress(MediaError):  # it still gets an id, so that it can be withdrawn or recognised
+                    media, size_bytes = sandbox.call(identify, path, timeout_s=timeout_s)
+                    result = Inspection(media, size_bytes, None, result.reason, str(result))
             row = _inspected(files[uri], licence, result)
             if path is not None and row["error"] is not None:
                 row["error"] = by_uri(row["error"], path, uri)
@@ -196,31 +199,16 @@ def _refused(source: MediaRow, followed: Sequence[str]) -> tuple[str, str] | Non
         return "damaged_archive", f"{damage}; what can be read before is listed. Fetch or write it again"
     if mark.startswith(DOUBLED):
         return "doubled_member", "two members of its archive have this name; rename one"
-    if (target := _outside(source, followed)) is not None:
-        return (
-            "outside",
-            f"a link to {target}, outside of the dataset's folder; name the folder there under 'follow_links'",
-        )
+    if is_local(source["uri"]):
+        path = source["uri"].removeprefix("file://")
+        archive = split_uri(path)
+        real = os.path.realpath(archive[0] if archive else path)
+        if not is_below(real, (path.removesuffix(source["path"]), *followed)):
+            return (
+                "outside",
+                f"a link to {real}, outside of the dataset's folder; name the folder there under 'follow_links'",
+            )
     return None
-
-
-def _outside(source: MediaRow, followed: Sequence[str]) -> str | None:
-    """The real path of a local file, if a link leads out of its dataset's folder and those that links may lead to."""
-    if not is_local(source["uri"]):
-        return None
-    path = source["uri"].removeprefix("file://")
-    archive = split_uri(path)
-    real = os.path.realpath(archive[0] if archive else path)
-    return None if is_below(real, (path.removesuffix(source["path"]), *followed)) else real
-
-
-def _identity_of(sandbox: Sandbox, path: Path, error: MediaError, timeout_s: float) -> Inspection | MediaError:
-    """A file that crashed or hung the probe still gets an id, so that it can be withdrawn or recognised."""
-    try:
-        media, size_bytes = sandbox.call(identify, path, timeout_s=timeout_s)
-    except MediaError:
-        return error
-    return Inspection(media, size_bytes, None, error.reason, str(error))
 
 
 def _inspected(source: MediaRow, licence: str, result: Inspection | MediaError) -> MediaRow:

@@ -70,12 +70,17 @@ def make_shots(project: Project, batch: str, on_progress: OnProgress = silent) -
     rows = [_failed(row, "gone", "the file was removed before it was decoded", "rejected") for row in lost]
     pictured, kept = _Sheet([bytes(row["media_id"]) for row in new]), KeptPictures()
     for number, seen in enumerate(_first_passes(new, config, project.corpus.execution.cores), 1):
-        made = _rows(seen)
         pictured.add(seen)
-        if not isinstance(seen.result, MediaError):
-            for row, shot in zip(made, seen.result, strict=False):  # a file without a shot is one row, too
-                kept.add(row["shot_id"], shot)
-        rows += made
+        match seen.result:
+            case MediaError() as error:
+                rows.append(_failed(seen.media, error.reason, str(error), "quarantined"))
+            case []:
+                why = "every run of frames is too short to hold a sample"
+                rows.append(_failed(seen.media, "no_shot", why, "rejected"))
+            case found:
+                for index, shot in enumerate(found):
+                    rows.append(row := _row(seen.media, index, shot))
+                    kept.add(row["shot_id"], shot)
         on_progress(Progress(f"shots {batch}", number, len(new)))
     redone = pl.Series([row["media_id"] for row in rows], dtype=pl.Binary).unique()
     shots = pl.concat(
@@ -169,16 +174,6 @@ def facts_of(media: ShotRow) -> MediaFacts:
     """The properties in a row of Media with status ok."""
     names = MediaFacts.__dataclass_fields__
     return MediaFacts(**{name: media[name] for name in names if name != "hazards"}, hazards=tuple(media["hazards"]))
-
-
-def _rows(seen: _Seen) -> list[ShotRow]:
-    match seen.result:
-        case MediaError() as error:
-            return [_failed(seen.media, error.reason, str(error), "quarantined")]
-        case []:
-            return [_failed(seen.media, "no_shot", "every run of frames is too short to hold a sample", "rejected")]
-        case shots:
-            return [_row(seen.media, index, shot) for index, shot in enumerate(shots)]
 
 
 def _row(media: ShotRow, index: int, shot: ShotFacts) -> ShotRow:

@@ -110,11 +110,19 @@ class Probes(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "O B L D"]) -> Float[Tensor, "G R B Y"]:
         """Logits of every probe; `tokens` are normalised without affine (`normalise`)."""
-        p, pooled = self.parts, self._pool(tokens)  # pooled: [K, H, B, D]
+        p, clips = self.parts, tokens.shape[1]
+        # tokens weighted by attention, LN's affine part applied after the sum (the weights add up to one): [K, H, B, D]
+        pooled = self._weights(tokens) @ rearrange(tokens, "o b l d -> (o b) l d")
+        pooled = rearrange(pooled, "(o b) (r s h) d -> (r o s) h b d", b=clips, r=self.pairs, h=self.heads)
+        pooled = pooled * p["norm_weight"][:, None, None] + p["norm_bias"][:, None, None]
         values = einsum(pooled, self._by_head(p["value"]), "k h b d, k h e d -> k b h e")
         values = rearrange(values, "k b h e -> k b (h e)") + p["value_bias"][:, None]
         hidden = p["query"][:, None] + values  # [K, B, D]
-        hidden = hidden + self._mlp(hidden)
+        x = functional.layer_norm(hidden, hidden.shape[-1:], eps=LN_EPS) * p["mlp_norm_weight"][:, None]
+        x = x + p["mlp_norm_bias"][:, None]
+        x = torch.baddbmm(p["up_bias"][:, None], x, rearrange(p["up"], "k f d -> k d f"))
+        x = torch.baddbmm(p["down_bias"][:, None], functional.gelu(x), rearrange(p["down"], "k d f -> k f d"))
+        hidden = hidden + x
         logits = torch.baddbmm(p["last_bias"][:, None], hidden, rearrange(p["last"], "k y d -> k d y"))
         return rearrange(logits, "(r g) b y -> g r b y", r=self.pairs)
 
@@ -123,13 +131,6 @@ class Probes(nn.Module):
         weights = rearrange(self._weights(tokens), "(o b) (r s h) l -> (o s) r b h l", o=len(tokens), r=self.pairs,
                             h=self.heads)  # fmt: skip
         return weights.mean(3)
-
-    def _pool(self, tokens: Float[Tensor, "O B L D"]) -> Float[Tensor, "K H B D"]:
-        """Tokens weighted by attention, with LN's affine part applied after the sum (the weights add up to one)."""
-        p, clips = self.parts, tokens.shape[1]
-        pooled = self._weights(tokens) @ rearrange(tokens, "o b l d -> (o b) l d")
-        pooled = rearrange(pooled, "(o b) (r s h) d -> (r o s) h b d", b=clips, r=self.pairs, h=self.heads)
-        return pooled * p["norm_weight"][:, None, None] + p["norm_bias"][:, None, None]
 
     def _weights(self, tokens: Float[Tensor, "O B L D"]) -> Float[Tensor, "O*B R*S*H L"]:
         """Attention of every probe and head; S are the seeds that see the same batch."""
@@ -142,13 +143,6 @@ class Probes(nn.Module):
         key = rearrange(key, "(r o s) h d -> o d (r s h)", r=self.pairs, o=orders)
         logits = rearrange(tokens, "o b l d -> o (b l) d") @ key
         return rearrange(logits, "o (b l) q -> (o b) q l", b=clips).softmax(-1)
-
-    def _mlp(self, x: Float[Tensor, "K B D"]) -> Float[Tensor, "K B D"]:
-        p = self.parts
-        x = functional.layer_norm(x, x.shape[-1:], eps=LN_EPS) * p["mlp_norm_weight"][:, None]
-        x = x + p["mlp_norm_bias"][:, None]
-        x = torch.baddbmm(p["up_bias"][:, None], x, rearrange(p["up"], "k f d -> k d f"))
-        return torch.baddbmm(p["down_bias"][:, None], functional.gelu(x), rearrange(p["down"], "k d f -> k f d"))
 
     def _by_head(self, weight: Float[Tensor, "K D D"]) -> Float[Tensor, "K H E D"]:
         return rearrange(weight, "k (h e) d -> k h e d", h=self.heads)

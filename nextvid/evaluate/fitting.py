@@ -124,14 +124,17 @@ def learn(
         raise RefusedError(f"a batch of {batch} clips cannot be shared by {ranks.count} ranks: ask for fewer ranks")
     steps = len(samples) // batch
     first = learner.load()
-    for epoch, orders in enumerate(_orders(samples, batch, settings.epochs, seeds)):
+    generators = [np.random.default_rng([seed, 1]) for seed in seeds]  # 1: another stream than the start's
+    for epoch in range(settings.epochs):
+        orders = np.stack([samples[g.permutation(len(samples))[: steps * batch]] for g in generators])
         if epoch < first:
             continue
-        pieces = [
-            (step, chosen, last)
-            for step in range(steps)
-            for chosen, last in _pieces(np.array_split(orders[:, step], ranks.count, axis=1)[ranks.rank], at_once)
-        ]
+        pieces = list[tuple[int, Int[np.ndarray, "O c"], bool]]()
+        for step in range(steps):  # this rank's share, and whether a piece is the last of it
+            whole = orders[:, step * batch : (step + 1) * batch]
+            share = np.array_split(whole, ranks.count, axis=1)[ranks.rank]
+            starts = range(0, share.shape[1], at_once)
+            pieces += [(step, share[:, at : at + at_once], at == starts[-1]) for at in starts]
         found = given.of((chosen.ravel() for _, chosen, _ in pieces), epoch)
         total = torch.zeros((), device=ranks.device)
         for (step, chosen, last), piece in zip(pieces, found, strict=True):
@@ -149,12 +152,6 @@ def learn(
 def batch_of(samples: Samples, settings: ProbeSettings) -> int:
     """Samples of a step."""
     return min(settings.batch, len(samples))
-
-
-def _pieces(chosen: Int[np.ndarray, "O b"], at_once: int) -> Iterator[tuple[Int[np.ndarray, "O c"], bool]]:
-    """A rank's share of a batch in pieces, and whether each is the last."""
-    for first in range(0, chosen.shape[1], at_once):
-        yield chosen[:, first : first + at_once], first + at_once >= chosen.shape[1]
 
 
 class _Heads:
@@ -294,16 +291,6 @@ def nearest_labels(
 def _unit(vectors: np.ndarray, device: torch.device | str) -> Float[Tensor, "n P"]:
     """Vectors of length one."""
     return functional.normalize(torch.from_numpy(np.array(vectors, np.float32)).to(device), dim=1)
-
-
-def _orders(
-    samples: Int[np.ndarray, " n"], batch: int, epochs: int, seeds: Sequence[int]
-) -> Iterator[Int[np.ndarray, "O steps B"]]:
-    """Samples of every step by epoch: a new permutation for each seed, whole batches only."""
-    generators = [np.random.default_rng([seed, 1]) for seed in seeds]  # 1: another stream than the start's
-    whole = len(samples) // batch * batch
-    for _ in range(epochs):
-        yield np.stack([samples[g.permutation(len(samples))[:whole]].reshape(-1, batch) for g in generators])
 
 
 def rate_at(step: int, steps_per_epoch: int, pair: Pair, settings: ProbeSettings) -> float:

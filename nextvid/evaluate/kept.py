@@ -144,7 +144,8 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _room(folder: Path, needed: int, bound_bytes: int) -> bool:
     """Whether features of that size fit, once folders of scores that nobody computes now are removed."""
-    others = {other: _size(other) for other in folder.parent.iterdir() if other.is_dir() and other != folder}
+    folders = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder]
+    others = {other: sum(path.stat().st_size for path in other.iterdir()) for other in folders}
     for other in sorted(others, key=lambda path: path.stat().st_mtime):
         if needed + sum(others.values()) > bound_bytes >= needed:
             with locked_or_holder(other / LOCK) as holder:
@@ -152,7 +153,3 @@ def _room(folder: Path, needed: int, bound_bytes: int) -> bool:
                     atomic.remove_tree(str(other))
                     del others[other]
     return needed + sum(others.values()) <= bound_bytes and needed < shutil.disk_usage(folder).free
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())

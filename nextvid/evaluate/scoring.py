@@ -10,7 +10,7 @@ Axes: N samples of a split, n of a group, G seeds, R pairs of rate and weight de
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,6 @@ from nextvid.evaluate.stream import (
     Clips,
     Features,
     OneView,
-    Samples,
     Stored,
     Streamed,
     Variation,
@@ -234,7 +233,9 @@ def _learn(
         lambda epoch, loss: on_epoch(encoder.name, epoch, loss),
     )
     right = torch.zeros(len(task.seeds), len(settings.pairs), dtype=torch.int64, device=ranks.device)
-    for samples, features in shared(plain, _pieces(np.flatnonzero(held), _at_once(rows)), ranks):
+    judged, at_once = np.flatnonzero(held), _at_once(rows)
+    pieces = (judged[first : first + at_once] for first in range(0, len(judged), at_once))
+    for samples, features in shared(plain, pieces, ranks):
         right += right_answers(probes, features, labels[samples], samples)
     by_pair = ranks.sum(right).sum(0).cpu().numpy()  # whole numbers: of equals the first is taken
     shares = by_pair / (len(task.seeds) * max(1, int(held.sum())))
@@ -321,11 +322,6 @@ def standard_error(accuracy: float, clips: int) -> float:
 def _at_once(rows: BenchmarkRows) -> int:
     """Samples whose segments are encoded together."""
     return max(1, CLIPS_AT_ONCE // rows.segments)
-
-
-def _pieces(samples: Samples, at_once: int) -> Iterator[Samples]:
-    for first in range(0, len(samples), at_once):
-        yield samples[first : first + at_once]
 
 
 def _publish(scored: Scored, path: Path) -> None:

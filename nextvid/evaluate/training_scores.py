@@ -47,7 +47,11 @@ Groups = Mapping[int, tuple[pl.DataFrame, Clips]]  # rows to score and clips to 
 def open_scorer(project: Project, run: Run, reference: Encoder, ranks: Ranks) -> Iterator[Scorer]:
     """The scorer of a run, with the store's files open. Every rank calls this; rank 0 reads tables for all of them."""
     sample, left_out = _sample(project, run) if ranks.first else (pl.DataFrame(), {})
-    sample = _from_first(sample, ranks)
+    buffer = io.BytesIO()
+    sample.write_ipc(buffer)
+    sent = ranks.from_first(base64.b64encode(buffer.getvalue()).decode())
+    assert sent is not None, "rank 0 sends its rows"
+    sample = pl.read_ipc(io.BytesIO(base64.b64decode(sent)))
     trainset = Trainset.open(project.root, run.trainset)
     pixels = None if run.pixels is None else open_pixels(project.root, trainset, run.pixels).spec
     with ExitStack() as stack:
@@ -101,15 +105,6 @@ def sampled(rows: BenchmarkRows, clips: int) -> pl.DataFrame:
     chosen = ordered.filter(pl.col("nth") < share).join(taken.select("label"), on="label", how="semi")
     file = pl.coalesce("group", pl.col("media_id").bin.encode("hex"))
     return chosen.with_columns(fold=(file.rank("dense") - 1) % FOLDS).drop("nth").sort("sample")
-
-
-def _from_first(sample: pl.DataFrame, ranks: Ranks) -> pl.DataFrame:
-    """Rank 0's rows, on every rank."""
-    buffer = io.BytesIO()
-    sample.write_ipc(buffer)
-    sent = ranks.from_first(base64.b64encode(buffer.getvalue()).decode())
-    assert sent is not None, "rank 0 sends its rows"
-    return pl.read_ipc(io.BytesIO(base64.b64decode(sent)))
 
 
 def means_by_time(encoder: FrozenEncoder, clips: Clips, ranks: Ranks) -> Float[torch.Tensor, "N T D"]:

@@ -76,6 +76,8 @@ class Comparison:
 
 def compare(project: Project, runs: Sequence[str]) -> Comparison:
     """Compare two runs or more, by id or folder. Raises ConfigError where one is unknown, or there is but one."""
+    from nextvid.model.cost import count_parameters  # imports torch
+
     if len(runs) < 2:
         raise ConfigError("name two runs or more to compare")
     found = [find(project, run) for run in runs]
@@ -83,18 +85,14 @@ def compare(project: Project, runs: Sequence[str]) -> Comparison:
     scores = _named([_scores(project.root, run) for run in found])
     config, config_same = _differences(configs)
     score, score_same = _differences(scores)
-    reached = sorted((_reached(run, own) for run, own in zip(found, scores, strict=True)), key=lambda r: r.parameters)
-    names = tuple(run.run for run in found)
+    names, reached, last = tuple(run.run for run in found), list[Reached](), ".encoders.ema.accuracy"
+    for run, own in zip(found, scores, strict=True):
+        recipe = open_run(Path(run.folder)).recipe
+        accuracy = {name.removesuffix(last): value for name, value in own.items() if name.endswith(last)}
+        clips = draws_before(recipe.stages, recipe.steps)
+        reached.append(Reached(run.run, run.recipe, count_parameters(recipe)["encoder"], clips, accuracy))
+    reached.sort(key=lambda one: one.parameters)
     return Comparison(names, config, score, config_same + score_same, tuple(reached))
-
-
-def _reached(facts: RunFacts, scores: Mapping[str, Any]) -> Reached:
-    from nextvid.model.cost import count_parameters  # imports torch
-
-    recipe, last = open_run(Path(facts.folder)).recipe, ".encoders.ema.accuracy"
-    accuracy = {name.removesuffix(last): value for name, value in scores.items() if name.endswith(last)}
-    clips = draws_before(recipe.stages, recipe.steps)
-    return Reached(facts.run, facts.recipe, count_parameters(recipe)["encoder"], clips, accuracy)
 
 
 def find(project: Project, what: str) -> RunFacts:

@@ -100,8 +100,13 @@ def show(
         return Shown(what, found.kind, tuple(facts), None)
     with Decoding(1) as decoding:
         decoded = decoding.start(rows, project.corpus.encoding.resolution).collect()
-    stores, ids = dict(_stores(project)), rows["row_id"].to_list()
-    autoencoder = _decoder(project, stores["latents"])
+    spec, ids = encoding_spec(project), rows["row_id"].to_list()
+    stores: dict[str, LatentStore | PixelStore] = {"latents": LatentStore(project.root, spec)}
+    if pixels := pixel_spec(project, spec):
+        stores["pixels"] = PixelStore(project.root, pixels)
+    encoding = project.corpus.encoding
+    autoencoder = Autoencoder.load(encoding.autoencoder, "cpu", encoding.precision)
+    decoder = autoencoder if autoencoder.digest == spec.autoencoder and autoencoder.about.decoder else None
     dense = (
         {}
         if run is None
@@ -114,7 +119,7 @@ def show(
         facts.append(f"  trainsets: {', '.join(held[row['row_id']]) or 'none'}")
         listed = ", ".join(map(str, numbers[:FRAMES])) + (", ..." if len(numbers) > FRAMES else "")
         facts.append(f"  recipe {config.name}: {len(numbers)} {searched}" + (f" ({listed})" if numbers else ""))
-        lines += _lines(project, config, row, decoded[row["row_id"]].frames, stores, autoencoder, numbers[:1])
+        lines += _lines(project, config, row, decoded[row["row_id"]].frames, stores, decoder, numbers[:1])
         lines += [_line(header, frames) for header, frames in dense.get(row["row_id"], ())]
     left = found.clips.filter(pl.col("status") == "ok").height - rows.height
     facts += [f"and {left} rows more"] if left > 0 else []
@@ -184,21 +189,6 @@ def _row_facts(row: dict[str, Any], stores: Mapping[str, LatentStore | PixelStor
             )
         if commits.is_empty():
             yield f"  {noun} {store.digest}: not stored"
-
-
-def _stores(project: Project) -> Iterator[tuple[str, LatentStore | PixelStore]]:
-    spec = encoding_spec(project)
-    yield "latents", LatentStore(project.root, spec)
-    if pixels := pixel_spec(project, spec):
-        yield "pixels", PixelStore(project.root, pixels)
-
-
-def _decoder(project: Project, store: LatentStore | PixelStore) -> Autoencoder | None:
-    """The autoencoder of a store's latents; None where another one is configured, or it has no decoder."""
-    encoding = project.corpus.encoding
-    autoencoder = Autoencoder.load(encoding.autoencoder, "cpu", encoding.precision)
-    same = isinstance(store, LatentStore) and autoencoder.digest == store.spec.autoencoder
-    return autoencoder if same and autoencoder.about.decoder else None
 
 
 def _held(project: Project, ids: Sequence[bytes]) -> dict[bytes, list[str]]:

@@ -261,11 +261,16 @@ def _down(
 ) -> Trace:
     trainset = Trainset.open(root, digest or runs[0].trainset)
     lineage = trainset.lineage()
+    known, found = {facts.run: facts for facts in runs_of(root)}, list(runs)
+    for facts in found:  # what these runs started from, and what those did, the nearest first: the list grows meanwhile
+        source = known.get(facts.init or "")
+        if source is not None and source not in found:
+            found.append(source)
     return Trace(
         what,
         kind,
         runs=runs,
-        sources=_sources(root, runs),
+        sources=tuple(found[len(runs) :]),
         started=_started(root, runs),
         scores=scores,
         trainsets=(TrainsetFacts(trainset.digest, trainset.spec.digest(), lineage.height),),
@@ -307,16 +312,6 @@ def _of_file(project: Project, what: str) -> Trace:
         trainsets=tuple(holding.values()),
         media=tuple(_media_facts(row, clips) for row in found.iter_rows(named=True)),
     )
-
-
-def _sources(root: DataRoot, runs: tuple[RunFacts, ...]) -> tuple[RunFacts, ...]:
-    """Runs that these started from, and those that these did, the nearest first."""
-    known, found = {facts.run: facts for facts in runs_of(root)}, list(runs)
-    for facts in found:  # grows meanwhile
-        source = known.get(facts.init or "")
-        if source is not None and source not in found:
-            found.append(source)
-    return tuple(found[len(runs) :])
 
 
 def _started(root: DataRoot, runs: tuple[RunFacts, ...]) -> tuple[RunFacts, ...]:

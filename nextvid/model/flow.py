@@ -54,7 +54,8 @@ def draw_flow(
     indices, noises = [], []
     for copy in copies:
         for draw in key.draws:
-            generator.manual_seed(_hash(key.seed, key.step, draw, strategy, copy))
+            seed = hashlib.blake2b(f"{key.seed},{key.step},{draw},{strategy},{copy}".encode(), digest_size=8).digest()
+            generator.manual_seed(int.from_bytes(seed, "little") >> 1)  # 63 bits, the same on every machine
             shared = losses.tau_share == "clip"
             index = torch.randint(losses.timesteps, (1 if shared else frames,), generator=generator, device=device)
             indices.append(index.expand(frames))
@@ -127,9 +128,3 @@ class _FoldedMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: BackwardCFunction, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *torch._foreach_mul(ctx.saved_tensors, grads[0])
-
-
-def _hash(*parts: int) -> int:
-    """A 63-bit seed of the integers given; stable over machines and versions."""
-    text = ",".join(str(part) for part in parts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -90,7 +90,10 @@ def thin(raw: Bits, budget: int, key: tuple[int, int]) -> Bits:
     """A uniformly random subset of exactly `budget` visible cells in each entry. Every entry must have that many."""
     assert raw.sum(axis=1).min(initial=budget) >= budget, "an entry has fewer visible cells than the budget"
     rng = np.random.default_rng([*key, ATTEMPTS])  # no attempt of draw_visible has this number
-    return np.concatenate([_subset(part, budget, rng.random(part.shape)) for part in _chunks(raw)])
+    thinned = np.zeros_like(raw)
+    for kept, part in zip(_chunks(thinned), _chunks(raw), strict=True):
+        np.put_along_axis(kept, _chosen(part, budget, rng.random(part.shape)), values=True, axis=1)
+    return thinned
 
 
 def cells_of(kept: Bits) -> Int[np.ndarray, "E n"]:
@@ -213,13 +216,6 @@ def _uniform(rngs: Sequence[np.random.Generator], count: int) -> Float[np.ndarra
 def _chosen(raw: Bits, budget: int, uniform: Float[np.ndarray, "E S"]) -> Int[np.ndarray, "E n"]:
     """The `budget` visible cells with the smallest random numbers, in no order."""
     return np.argpartition(np.where(raw, uniform, math.inf), budget - 1, axis=1)[:, :budget]
-
-
-def _subset(raw: Bits, budget: int, uniform: Float[np.ndarray, "E S"]) -> Bits:
-    """Keep these cells only."""
-    kept = np.zeros_like(raw)
-    np.put_along_axis(kept, _chosen(raw, budget, uniform), values=True, axis=1)
-    return kept
 
 
 def _chunks(rows: np.ndarray) -> list[np.ndarray]:

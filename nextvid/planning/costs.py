@@ -260,6 +260,10 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
     older, first_passes = made_by_older(project, state), 0
     if "shots" in older:
         first_passes = existing(project.root, "shots", plan.batch, Shots)["media_id"].n_unique()
+    missing, stored, over = (
+        dict(table.group_by("frames").len().iter_rows()) for table in (plan.rows, plan.good, plan.over_cap)
+    )
+    lengths = ((length, missing.get(length, 0), stored.get(length, 0)) for length in sorted({*missing, *stored, *over}))
     return Cost(
         batch=plan.batch,
         rows=plan.rows.height,
@@ -275,16 +279,8 @@ def _cost(project: Project, plan: BatchPlan[EncodingSpec], known: Mapping[int, R
         first_passes=first_passes,
         without_pixels=bare.height,
         pixels_decode_s=_seconds(dict(alone.rows()), decode_s),
-        lengths=_lengths(plan),
+        lengths={length: (new + kept, kept, over.get(length, 0)) for length, new, kept in lengths},
     )
-
-
-def _lengths(plan: BatchPlan[EncodingSpec]) -> dict[int, tuple[int, int, int]]:
-    missing, stored, over = (
-        dict(table.group_by("frames").len().iter_rows()) for table in (plan.rows, plan.good, plan.over_cap)
-    )
-    counts = ((frames, stored.get(frames, 0)) for frames in sorted({*missing, *stored, *over}))
-    return {frames: (missing.get(frames, 0) + kept, kept, over.get(frames, 0)) for frames, kept in counts}
 
 
 def _seconds(rows: Mapping[int, int], row_s: Mapping[int, float]) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib import colormaps
 
 from nextvid.config.project import Project
@@ -89,16 +89,12 @@ def _attention(score: Score, clips: Mapping[int, _Clip], grid: tuple[int, int]) 
         if (clip := clips.get(int(sample))) is not None:
             truth, given = (score.record["classes"][number] for number in (clip.label, answer))
             verdict = "right" if answer == clip.label else "wrong"
+            shares = weights.astype(np.float32) / max(float(weights.max()), 1e-12)  # the brightest of its clip
+            heat = np.round(255 * HEAT(shares)[:, :3]).astype(np.uint8)
             yield [
                 clip.source(len(weights) // (grid[0] * grid[1]), f"class\n{truth[:NAME_LENGTH]}"),
-                Strip(f"{verdict} answer\n{given[:NAME_LENGTH]}", clip.over(_heat(weights), grid)),
+                Strip(f"{verdict} answer\n{given[:NAME_LENGTH]}", clip.over(heat, grid)),
             ]
-
-
-def _heat(weights: Float[np.ndarray, " N"]) -> UInt8[np.ndarray, "N 3"]:
-    """Colours of attention, the largest of a clip the brightest."""
-    shares = weights.astype(np.float32) / max(float(weights.max()), 1e-12)
-    return np.round(255 * HEAT(shares)[:, :3]).astype(np.uint8)
 
 
 def _clips(project: Project, score: Score, resolution: int) -> dict[int, _Clip]:

@@ -72,8 +72,12 @@ def section(
     blocks: list[Block] = [Text(headline(score), "lead", (score.path,)) for score in scores]
     tuned = [score for score in scores if score.tuned]
     for score in scores:
-        alike = [other for other in tuned if _same_answers(other.record, score.record)]
-        beside = [] if score.tuned else alike
+        beside = [
+            other
+            for other in ([] if score.tuned else tuned)
+            if _same_clips(other.record, score.record)
+            and other.record["clips"]["test"] == score.record["clips"]["test"]  # shares of the same answers
+        ]
         blocks.append(table(score, [*others.get(score.benchmark, ()), *beside]))
     blocks.append(
         Text(
@@ -186,11 +190,6 @@ def _protocol(record: Mapping[str, Any]) -> str:
 def _same_clips(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two scores were judged on the same clips and labels. Older records do not say it of others."""
     return one is other or one.get("tested", "") == other.get("tested")
-
-
-def _same_answers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two scores are shares of the same answers."""
-    return _same_clips(one, other) and one["clips"]["test"] == other["clips"]["test"]
 
 
 def _words(other: Score, name: str, record: Mapping[str, Any]) -> str:

@@ -122,23 +122,18 @@ def curves_png(events: Sequence[Event]) -> bytes:
     names = ("effective_rank", "online_effective_rank")
     _panel(ranks, "effective rank of features", _flat(diagnostics, names, ("EMA", "online")))
     for axes, way, title in zip(accuracies, ("linear", "knn"), ("linear probe", "k-NN"), strict=False):
-        _panel(axes, f"accuracy on train clips, {title}", _by_benchmark(scored, way))
+        curves: dict[str, Curve] = {}
+        for name, x, y in _nested(scored, "accuracy"):  # sorted: `knn`, then `knn_by_change`, which replaces it
+            benchmark, what = name.split(", ")
+            if what.startswith(way):
+                curves[benchmark] = benchmark, x, y
+        _panel(axes, f"accuracy on train clips, {title}", list(curves.values()))
     if diagnostics:  # the level that effective rank must stay above, from the step at which it is checked
         last, level = max(event["step"] for event in events), ALARM_RATIO * float(diagnostics[0]["effective_rank"])
         ranks.plot([ALARM_AFTER * last, last], [level, level], color=COLOURS[4], linewidth=0.9, linestyle="--")
         ranks.annotate("alarm", (last, level), color=COLOURS[4], fontsize=8, ha="right", va="bottom")
     _mark_stages((losses, rates, norms, ranks, *accuracies), events)
     return png(figure)
-
-
-def _by_benchmark(scored: Sequence[Event], way: str) -> list[Curve]:
-    """A curve for each benchmark; of k-NN by changes where there are any, which replaces that by means."""
-    found: dict[str, Curve] = {}
-    for name, x, y in _nested(scored, "accuracy"):  # sorted, so `knn` comes before `knn_by_change`
-        benchmark, what = name.split(", ")
-        if what.startswith(way):
-            found[benchmark] = benchmark, x, y
-    return list(found.values())
 
 
 def _mark_stages(panels: Sequence[Axes], events: Sequence[Event]) -> None:

@@ -56,16 +56,19 @@ def refuse_other_shapes(source: Source, recipe: RecipeConfig) -> None:
     assert recipe.init is not None, "a source is of a recipe that names one"
     folder, taken = Path(source.folder), recipe.init.taken
     here = dict(flat(_relevant(recipe.model.model_dump(mode="json"), taken)))
-    there = dict(flat(_relevant(_model(folder) or recipe.model.model_dump(mode="json"), taken)))
+    files = (folder / RUN_CONFIG, folder.parent.parent / RUN_CONFIG)  # an exported encoder's, or that of its run
+    known: dict[str, Any] = next((atomic.read_json(str(file)) for file in files if file.is_file()), {})
+    model = known.get("model") or known.get("recipe", {}).get("model") or recipe.model.model_dump(mode="json")
+    there = dict(flat(_relevant(model, taken)))
     differing = [
         f"model.{name} is {there.get(name)} there and {here[name]} here"
         for name in here
         if there.get(name) != here[name]
     ]
     with torch.device("meta"):
-        model = NExTVid(recipe)
+        networks = NExTVid(recipe)
     shapes = checkpoint.shapes(folder / WEIGHTS) if recipe.init.encoder else checkpoint.weight_shapes(folder, "model")
-    for name, tensor in model.state_dict().items():
+    for name, tensor in networks.state_dict().items():
         if name.split(".", 1)[0] in taken and shapes.get(name) != tuple(tensor.shape):
             differing.append(f"{name} is {list(shapes.get(name, ())) or 'absent'} there and {list(tensor.shape)} here")
     if differing:
@@ -99,16 +102,6 @@ def start_from(source: Source, trained: Trained) -> None:
         if "encoder" in init.taken:
             for name, tensor in trained.reference.state_dict().items():
                 local(tensor).copy_(local(like(reference[name], tensor)))
-
-
-def _model(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the model in a checkpoint's run or an exported encoder, where it is known."""
-    for config in (folder / RUN_CONFIG, folder.parent.parent / RUN_CONFIG):
-        if config.is_file():
-            values: dict[str, Any] = atomic.read_json(str(config))
-            found: dict[str, Any] | None = values.get("model") or values.get("recipe", {}).get("model")
-            return found
-    return None
 
 
 def _relevant(model: dict[str, Any], taken: tuple[str, ...]) -> dict[str, Any]:

@@ -256,7 +256,11 @@ class _Session:
         if step % self.how.diagnose_every_steps == 0 or step == self.recipe.steps:
             self._diagnose()
         if step % self.how.checkpoint_every_steps == 0 or step in self.stage_ends:
-            self._checkpoint()
+            if self.trained.spikes is not None:
+                self.progress = replace(self.progress, spikes=tuple(self.trained.spikes.state.tolist()))
+            if self.progress.first_rank is None:
+                self._diagnosed()
+            self._checkpoint_written(self.background.begin(self.run.checkpoints, self.progress, self.trained))
 
     def _log(self, stepped: Stepped, norms: dict[str, float]) -> None:
         """One event for the steps since the last. Every rank takes part in the mean, rank 0 writes it."""
@@ -324,13 +328,6 @@ class _Session:
                     f"run {self.run.id}: the features collapsed at step {step}: their effective rank is {rank:.1f}, "
                     f"and was {first:.1f} at first; change the recipe, or go on with --how alarm=warn"
                 )
-
-    def _checkpoint(self) -> None:
-        if self.trained.spikes is not None:
-            self.progress = replace(self.progress, spikes=tuple(self.trained.spikes.state.tolist()))
-        if self.progress.first_rank is None:
-            self._diagnosed()
-        self._checkpoint_written(self.background.begin(self.run.checkpoints, self.progress, self.trained))
 
     def _checkpoint_written(self, path: Path | None) -> None:
         """A checkpoint is complete: remove those that it replaces, and write the event."""

@@ -116,8 +116,12 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
     """
     opened = open_run(Path(project.root.run(recipe, run)))
     if not opened.complete:
+        why = f" (see {opened.folder / LOG})" if (opened.folder / LOG).exists() else ""
+        with contextlib.suppress(UpstreamError):
+            last = read_events(opened.folder)[-1]
+            why = f" ({last['message']})" if last["kind"] == "error" else why
         raise UpstreamError(
-            f"run {run} has {opened.newest_step() or 0} of {opened.recipe.steps} steps{_reason(opened.folder)}; "
+            f"run {run} has {opened.newest_step() or 0} of {opened.recipe.steps} steps{why}; "
             "ask for it again: it resumes"
         )
     events = read_events(opened.folder)
@@ -126,16 +130,21 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
     if all(check.passed or check.warns for check in checks) and not opened.overrides:
         pointer = {"run": run, "trainset": opened.trainset, "mask_plan": opened.mask_plan}
         atomic.publish_json(project.root.latest_run(recipe), pointer)
+    step, look = newest(events, "step"), newest(events, "diagnostics")
+    numbers: dict[str, Number] = {name: getattr(opened.identity, name) for name in ("recipe", "trainset", "mask_plan")}
+    numbers |= {"steps": opened.recipe.steps, "clips": step.get("draws", 0), "ranks": opened.how.ranks}
+    numbers |= {name: step[name] for name in ("align", "flow") if name in step}
+    numbers |= {name: look[name] for name in ("effective_rank", "online_effective_rank", "feature_std") if name in look}
     return Outcome(
         "pretrain",
         recipe,
         made,
-        rows=newest(events, "step").get("draws", 0),
+        rows=step.get("draws", 0),
         size_bytes=sum(path.stat().st_size for path in opened.folder.rglob("*") if path.is_file()),
         seconds=_seconds(events),
         digest=run,
         run=run,
-        numbers=_numbers(opened, events),
+        numbers=numbers | accuracies(events) | mean_speeds(events),
         checks=checks,
     )
 
@@ -172,15 +181,6 @@ def default_ranks(project: Project, recipe: str, overrides: Sequence[str] = ()) 
     return cpu_ranks(config, available_cores(project.corpus.execution.cores)) if device_of("auto") == "cpu" else 1
 
 
-def _reason(folder: Path) -> str:
-    """The error that the trainer reported last, if any, else where its log is; to append to a message."""
-    with contextlib.suppress(UpstreamError):
-        last = read_events(folder)[-1]
-        if last["kind"] == "error":
-            return f" ({last['message']})"
-    return f" (see {folder / LOG})" if (folder / LOG).exists() else ""
-
-
 def _checkpoint_loads(run: Run) -> Check:
     """The last checkpoint is this run's, its bytes match their checksums, and its tensors load."""
     last = checkpoint.complete(run.checkpoints)[-1]
@@ -212,15 +212,6 @@ def _rank_above_alarm(events: Sequence[Event], run: Run) -> Check:
     first, final = float(looked[0]["effective_rank"]), float(looked[-1]["effective_rank"])
     numbers |= {"first_rank": first, "last_rank": final, "ratio": final / first}
     return Check("rank_above_alarm", not collapsed(final, first, run.recipe.steps, run.recipe.steps), numbers)
-
-
-def _numbers(run: Run, events: Sequence[Event]) -> dict[str, Number]:
-    step, look = newest(events, "step"), newest(events, "diagnostics")
-    found: dict[str, Number] = {name: getattr(run.identity, name) for name in ("recipe", "trainset", "mask_plan")}
-    found |= {"steps": run.recipe.steps, "clips": step.get("draws", 0), "ranks": run.how.ranks}
-    found |= {name: step[name] for name in ("align", "flow") if name in step}
-    found |= {name: look[name] for name in ("effective_rank", "online_effective_rank", "feature_std") if name in look}
-    return found | accuracies(events) | mean_speeds(events)
 
 
 def _seconds(events: Sequence[Event]) -> float:

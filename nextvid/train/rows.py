@@ -70,7 +70,12 @@ class Latents:
     def read(self, drawn: Drawn, memory: Shaped[Tensor, "B F *stored"]) -> None:
         """Read rows as the store has them, an image into the first frame alone."""
         if self._scaled:
-            self._read_scaled(drawn, memory.numpy())
+            size, filled = math.prod(self._frame), memory.numpy()
+            for frames, numbers, addresses in drawn.by_frames:
+                covering = slice(None) if self._time_map == "frame" else latent_of_frames(self._time_map, frames)
+                for number, packed in zip(numbers, self._reader.packed(frames, addresses), strict=True):
+                    filled[number, :frames, :size] = packed[: -4 * self._frame[0]].reshape(-1, size)[covering]
+                    filled[number, :frames, size:] = packed[-4 * self._frame[0] :]
             return
         rows = self._rows(drawn)
         if [frames for frames, _, _ in drawn.by_frames] == [memory.shape[1]]:
@@ -78,15 +83,6 @@ class Latents:
             return
         for out, row in zip(memory.unbind(), rows, strict=True):
             out[: len(row)].copy_(row)
-
-    def _read_scaled(self, drawn: Drawn, memory: UInt8[np.ndarray, "B F bytes"]) -> None:
-        size = math.prod(self._frame)
-        for frames, numbers, addresses in drawn.by_frames:
-            covering = slice(None) if self._time_map == "frame" else latent_of_frames(self._time_map, frames)
-            for number, row in zip(numbers, self._reader.packed(frames, addresses), strict=True):
-                out = memory[number, :frames]
-                out[:, :size] = row[: -4 * self._frame[0]].reshape(-1, size)[covering]
-                out[:, size:] = row[-4 * self._frame[0] :]
 
     def finish(self, frames: Shaped[Tensor, "B F *stored"]) -> Float[Tensor, "B F *shape"]:
         """Frames as the batch has them, from frames as the store has them."""

@@ -297,20 +297,15 @@ def _candidates(
         wanted = keys ^ np.uint16(flip)
         start = np.searchsorted(table, wanted, "left")
         count = np.searchsorted(table, wanted, "right") - start
-        for lefts in _pieces(count, chunk):
+        present = np.flatnonzero(count)
+        if not len(present):
+            continue
+        total = np.cumsum(count[present])
+        pieces = np.split(present, np.searchsorted(total, np.arange(chunk, total[-1], chunk)))
+        for lefts in filter(len, pieces):  # each of about `chunk` candidates
             sizes = count[lefts]
             left = np.repeat(lefts, sizes)
             within = np.arange(len(left)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
             right = order[np.repeat(start[lefts], sizes) + within]
             ahead = left < right
             yield left[ahead], right[ahead]
-
-
-def _pieces(count: Int64[np.ndarray, "n"], chunk: int) -> Iterator[Int64[np.ndarray, "k"]]:
-    """Positions with candidates, split so that each piece has about `chunk` candidates."""
-    present = np.flatnonzero(count)
-    if len(present) == 0:
-        return
-    total = np.cumsum(count[present])
-    cuts = np.searchsorted(total, np.arange(chunk, total[-1], chunk))
-    yield from (piece for piece in np.split(present, cuts) if len(piece))

@@ -61,7 +61,13 @@ def export_latents(
         "trainset": data.digest, "format": format_, "shape": list(shape), "dtype": "float16", "rows": len(order),
         "rows_per_file": rows_per_file, "mean": data.mean.tolist(), "std": data.std.tolist(),
     }  # fmt: skip
-    _claim(out, info)
+    place = out / INFO
+    if not place.exists():
+        if out.exists() and any(out.iterdir()):
+            raise ConflictError(f"{out} holds other files: name a folder that is empty or does not exist yet")
+        publish_json(str(place), info)
+    if json.loads(place.read_text()) != info:
+        raise ConflictError(f"{out} holds another export, which {place} describes: name another folder")
     starts = range(0, len(order), rows_per_file)
     files = [out / f"{number:06d}.{'tar' if format_ == 'webdataset' else format_}" for number in range(len(starts))]
     written = 0
@@ -72,7 +78,8 @@ def export_latents(
             with staged_file(str(path)) as temporary:
                 match format_:
                     case "parquet":
-                        _write_parquet(temporary, rows)
+                        columns = [_facts(facts) | {"latents": latents.tobytes()} for facts, latents in rows]
+                        pl.DataFrame(columns).write_parquet(temporary)
                     case "webdataset":
                         _write_tar(temporary, rows)
                     case "mds":
@@ -84,17 +91,6 @@ def export_latents(
     return Exported(str(out), format_, data.digest, data.frames, len(order), len(files), written)
 
 
-def _claim(out: Path, info: dict[str, Any]) -> None:
-    """Write the folder's info.json; ConflictError where it holds something else."""
-    place = out / INFO
-    if not place.exists():
-        if out.exists() and any(out.iterdir()):
-            raise ConflictError(f"{out} holds other files: name a folder that is empty or does not exist yet")
-        publish_json(str(place), info)
-    if json.loads(place.read_text()) != info:
-        raise ConflictError(f"{out} holds another export, which {place} describes: name another folder")
-
-
 def _facts(facts: RowFacts) -> dict[str, str]:
     """What is told of a row: its id, data set and file, and as JSON the times of its frames and its labels."""
     return {
@@ -104,10 +100,6 @@ def _facts(facts: RowFacts) -> dict[str, str]:
         "times_us": json.dumps(facts.times_us),
         "labels": json.dumps(facts.labels),
     }
-
-
-def _write_parquet(path: Path, rows: Iterable[Row]) -> None:
-    pl.DataFrame([_facts(facts) | {"latents": latents.tobytes()} for facts, latents in rows]).write_parquet(path)
 
 
 def _write_tar(path: Path, rows: Iterable[Row]) -> None:

@@ -77,7 +77,10 @@ def pull(project: Project, trainset: str, url: str, on_progress: OnProgress = si
             copied, copied_bytes = copied + (size_bytes > 0), copied_bytes + size_bytes
             on_progress(Progress(f"{store.noun} of trainset {trainset}", done, total))
         shards += total
-    _copy_folder(source, root, trainset)
+    files = listing.files_below(source.pointed("trainset", trainset))
+    for path in sorted(files, key=lambda path: path.endswith(f"/{RECORD}")):  # without its record no folder is read
+        if not atomic.is_temporary(path):
+            _copy_new(path, files[path], _place(path, source, root))
     found = Trainset.open(root, trainset)
     found.check()
     found.refuse_withdrawn(found.lengths)
@@ -129,14 +132,6 @@ def _copy_shard(part: Part[Any], files: Mapping[str, int], source: DataRoot, roo
     atomic.publish_bytes(place, data)
     _copy_new(commit, files[commit], _place(commit, source, root))
     return size_bytes
-
-
-def _copy_folder(source: DataRoot, root: DataRoot, trainset: str) -> None:
-    """Copy the files of the trainset, its record last: without one a folder is not read."""
-    files = listing.files_below(source.pointed("trainset", trainset))
-    for path in sorted(files, key=lambda path: path.endswith(f"/{RECORD}")):
-        if not atomic.is_temporary(path):
-            _copy_new(path, files[path], _place(path, source, root))
 
 
 def _copy_new(path: str, size_bytes: int | None, place: str) -> None:

@@ -75,7 +75,10 @@ def select(project: Project, on_progress: OnProgress = silent) -> Selection:
     table = read_table(f"{root.pointed('duplicates', digest)}/duplicates.parquet", Duplicates)
     weighted = {name for name, weight in project.corpus.weights().items() if weight > 0}
     batches = [batch for batch in sorted({*root.batches(), *root.batches("clips")}) if dataset_of(batch) in weighted]
-    leaking, gone = _near(tested, table), is_withdrawn(root)
+    # near test clips: by groups, not by `dropped_from`, so that the check `no_test_duplicate` finds mistakes there
+    touched = table.filter(pl.col("shot_id").is_in(tested.implode()))["group"].unique()
+    near = table.filter(pl.col("group").is_in(touched.implode()))["shot_id"]
+    leaking, gone = pl.concat([tested, near]).unique().sort(), is_withdrawn(root)
     with ThreadPoolExecutor(AT_ONCE, "select") as pool:
         passed_over = pool.map(lambda batch: _read(project, spec, batch, batch in known, table, gone, leaking), batches)
         found: dict[str, _Batch] = {}
@@ -192,7 +195,9 @@ def _known_to_duplicates(root: DataRoot, on_progress: OnProgress) -> tuple[str, 
             digest_bytes(read_bytes(root.table("shots", batch))),
             digest_bytes(clips),
         ]
-        return is_known, table.filter(_tested())["shot_id"]
+        probed = pl.col("uses").list.set_difference(pl.lit(["pretrain"], pl.List(pl.String))).list.len() > 0
+        tested = (pl.col("status") == "ok") & (pl.col("split") == "test") & probed
+        return is_known, table.filter(tested)["shot_id"]
 
     known: set[str] = set()
     tested = [Clips.create_empty()["shot_id"]]
@@ -249,19 +254,3 @@ def rows_of(
 
 
 _STORED = ("reason", "crc32c", "sums", "sums_squared", "posterior_std")
-
-
-def _near(tested: pl.Series, duplicates: pl.DataFrame) -> pl.Series:
-    """Shots of probes' test clips and all shots in a group with one, computed from clips and groups.
-
-    Not from `dropped_from`, so that the check `no_test_duplicate` finds mistakes there.
-    """
-    touched = duplicates.filter(pl.col("shot_id").is_in(tested.implode()))["group"].unique()
-    near = duplicates.filter(pl.col("group").is_in(touched.implode()))["shot_id"]
-    return pl.concat([tested, near]).unique().sort()
-
-
-def _tested() -> pl.Expr:
-    """Clips of a probe's test set."""
-    probed = pl.col("uses").list.set_difference(pl.lit(["pretrain"], pl.List(pl.String))).list.len() > 0
-    return (pl.col("status") == "ok") & (pl.col("split") == "test") & probed

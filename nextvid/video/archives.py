@@ -88,7 +88,11 @@ def copy_member(uri: str, target: Path) -> None:
         try:
             if path.suffix == TAR:
                 found, offsets = _tar_index(path, path.stat().st_mtime_ns)
-                _copy_range(path, offsets[name], found.sizes_bytes[name], target)
+                left = found.sizes_bytes[name]
+                with path.open("rb") as source, target.open("wb") as copy:
+                    source.seek(offsets[name])
+                    while left and (piece := source.read(min(left, PIECE_BYTES))):
+                        left -= copy.write(piece)
             else:
                 target.write_bytes(_cell(path, name))
         except (LookupError, ValueError, OSError, pl.exceptions.PolarsError) as error:
@@ -169,13 +173,6 @@ def _tar_index(path: Path, changed_ns: int) -> tuple[Index, Mapping[str, int]]:
     except (tarfile.TarError, OSError, ValueError) as error:
         damage = damage or str(error)
     return Index(sizes_bytes, frozenset(doubled), tuple(ignored), damage), offsets
-
-
-def _copy_range(path: Path, offset: int, left: int, target: Path) -> None:
-    with path.open("rb") as source, target.open("wb") as copy:
-        source.seek(offset)
-        while left and (piece := source.read(min(left, PIECE_BYTES))):
-            left -= copy.write(piece)
 
 
 def _parquet_index(path: Path, column: str) -> Index:

@@ -184,19 +184,14 @@ def _probe_image(path: Path) -> MediaFacts:
     with open_image(path) as image:
         width, height = upright_image_size(image)
         name = (image.format or "unknown").lower()
-        if times := animation_times(path):
-            return _animated(name, image.size, times)
+        if times := animation_times(path):  # a video, whatever its extension suggests
+            gaps = np.diff(np.array(times))
+            hazards = ("vfr",) if gaps.max() > VFR_RATIO * np.median(gaps) else ()
+            rate, count = 1e6 * len(gaps) / times[-1], len(gaps)
+            return MediaFacts(
+                "video", name, name, "rgb24", *image.size, 0, False, 1.0, rate, count, times[-1], 0, hazards, "pillow"
+            )
         return MediaFacts("image", name, name, image.mode, width, height, 0, False, 1.0, 0.0, 1, 0, 0, (), "pillow")
-
-
-def _animated(name: str, size: tuple[int, int], times_us: list[int]) -> MediaFacts:
-    """Facts of an animated WebP, PNG or AVIF: a video, whatever its extension suggests."""
-    gaps = np.diff(np.array(times_us))
-    hazards = ("vfr",) if gaps.max() > VFR_RATIO * np.median(gaps) else ()
-    rate = 1e6 * len(gaps) / times_us[-1]
-    return MediaFacts(
-        "video", name, name, "rgb24", *size, 0, False, 1.0, rate, len(gaps), times_us[-1], 0, hazards, "pillow"
-    )
 
 
 def _probe_video(path: Path) -> MediaFacts:

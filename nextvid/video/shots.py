@@ -108,7 +108,12 @@ def first_pass(path: Path, facts: MediaFacts, config: ShotConfig) -> list[ShotFa
     end_us = min(transitions.times_us[-1] + round(1e6 / facts.fps_hz), facts.start_us + facts.duration_us)
     found = transitions.found(end_us)
     if "lost_pictures" in facts.hazards:
-        found = sorted([*found, *_losses(transitions.times_us, keys_us, facts, end_us)], key=lambda t: t.start_us)
+        # from a hole to the next key picture: what is between may refer to what is lost, and belongs to no shot
+        times_us, keys = transitions.times_us, np.array(keys_us, np.int64)
+        for at in np.flatnonzero(is_missing(np.array(times_us, np.int64), keys, facts.container)):
+            whole_us = next((key_us for key_us in keys_us if key_us > times_us[at]), end_us)
+            found.append(Transition(times_us[at - 1] + round(1e6 / facts.fps_hz), whole_us, "hard", 0.0))
+        found.sort(key=lambda transition: transition.start_us)
     spans = _spans(transitions.times_us[0], end_us, found)
     return [
         _shot(span, inside, pictures, facts, config)
@@ -138,14 +143,6 @@ def _reduced(path: Path, config: ShotConfig, grid: "_Grid", sampler: Sampler, ke
         planes = read(frame)
         grey = sampler.grey(planes) if grid.wants(time_us) else None
         yield _Small(time_us, planes.thumbnail(config.thumb_width, config.thumb_height), grey)
-
-
-def _losses(times_us: list[int], keys_us: list[int], facts: MediaFacts, end_us: int) -> Iterator[Transition]:
-    """From a hole to the next key picture: what is between may refer to what is lost, and belongs to no shot."""
-    times = np.array(times_us, np.int64)
-    for at in np.flatnonzero(is_missing(times, np.array(keys_us, np.int64), facts.container)):
-        whole_us = next((key_us for key_us in keys_us if key_us > times_us[at]), end_us)
-        yield Transition(times_us[at - 1] + round(1e6 / facts.fps_hz), whole_us, "hard", 0.0)
 
 
 def image_shot(path: Path, facts: MediaFacts, config: ShotConfig) -> ShotFacts:
