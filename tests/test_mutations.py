@@ -154,7 +154,7 @@ MUTATIONS = {
         "20b",
     ),
     "21 the copies share their draws": Mutation(
-        f"{MODEL}/flow.py", "draw, strategy, copy))", "draw, strategy, 0))", "21"
+        f"{MODEL}/flow.py", "{draw},{strategy},{copy}", "{draw},{strategy},0", "21"
     ),
     "22 tubelets meet in the decoder": Mutation(
         f"{MODEL}/decoder.py", '"k b f n d -> (k b f) n d")', '"k b f n d -> (b f k) n d")', "22"
