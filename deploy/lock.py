@@ -62,7 +62,7 @@ def main() -> None:
     for name, extras in LISTS.items():
         wanted = [Requirement(text) for extra in extras for text in own_requirements(extra)]
         needed = closure([*wanted, *map(Requirement, BUILD)], pins, releases)
-        markers = {canonicalize_name(one.name): one.marker for one in wanted}
+        markers = {str(canonicalize_name(one.name)): one.marker for one in wanted}
         lines = [locked(package, releases[package], markers.get(package)) for package in sorted(needed - before)]
         (ROOT / "locked" / f"{name}.txt").write_text("\n".join(["# python deploy/lock.py", *lines, ""]))
         before |= needed
@@ -124,7 +124,7 @@ def fetch_release(package: str, version: str) -> Release:
     return release(version, metadata, sorted(one["hashes"]["sha256"] for one in wheels))
 
 
-def release(version: str, metadata: Message, hashes: list[str]) -> Release:
+def release(version: str, metadata: Message | importlib.metadata.PackageMetadata, hashes: list[str]) -> Release:
     """A release by its metadata (packaging.python.org, core metadata)."""
     classes = [
         one.rpartition(" :: ")[2] for one in metadata.get_all("Classifier") or () if one.startswith("License ::")

@@ -149,7 +149,7 @@ def copy_tree(source: Path, target: Path) -> None:
 def test_pointers(frozen: Project, tmp_path: Path, name: object) -> None:
     root = DataRoot.open(str(tmp_path / "root"))
     for noun in ("trainset", "duplicates", "latent_stats"):
-        atomic.publish_json(root.latest(noun), {"digest": name})  # type: ignore[arg-type]
+        atomic.publish_json(root.latest(noun), {"digest": name})
     with pytest.raises(NExTVidError):
         Trainset.open(root)
     project = write_project(tmp_path, {"films": {"uri": "films"}})
