@@ -52,9 +52,14 @@ def asset(
 
 def described(name: Asset, schema: type[dy.Schema] | None = None) -> dict[str, Any]:
     """What every kind of asset definition takes: group, upstream, partitions, description and columns."""
+    of_one = GRAPH[name].partition not in ("none", "batch")  # which reads all batches; else Dagster's mapping is right
+    every = {upstream for upstream in GRAPH[name].reads if of_one and GRAPH[upstream].partition == "batch"}
     return {
         "group_name": GRAPH[name].group,
-        "deps": [_dependency(name, upstream) for upstream in GRAPH[name].reads],
+        "deps": [
+            dg.AssetDep(upstream, partition_mapping=dg.AllPartitionMapping() if upstream in every else None)
+            for upstream in GRAPH[name].reads
+        ],
         "partitions_def": _partitions(name),
         "description": GRAPH[name].description,
         "metadata": columns(schema) if schema else {},
@@ -84,13 +89,6 @@ def _partitions(name: Asset) -> dg.PartitionsDefinition[Any] | None:
             return BATCHES
         case "recipe":
             return RECIPE
-
-
-def _dependency(name: Asset, upstream: Asset) -> dg.AssetDep:
-    """An asset of one recipe reads all batches; else Dagster's own mapping is right."""
-    if GRAPH[upstream].partition == "batch" and GRAPH[name].partition not in ("none", "batch"):
-        return dg.AssetDep(upstream, partition_mapping=dg.AllPartitionMapping())
-    return dg.AssetDep(upstream)
 
 
 def columns(schema: type[dy.Schema]) -> dict[str, Any]:

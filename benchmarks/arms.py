@@ -40,7 +40,7 @@ class Arm:
 def arms(
     clips: Callable[[], Clips], count: int, sources: Sequence[Source], base: Path, workers: Sequence[int]
 ) -> Iterator[Arm]:
-    """Write each format that does not lie in `base` already, and give its arms; those of one file share it."""
+    """Write each format that is not in `base` already, and give its arms; those of one file share it."""
     ours = _written("store", write_store, clips, base)
     steps = count // BATCH
     yield Arm("read", READ, ours, 0, count, partial(_reading_ours, ours, steps))
@@ -121,7 +121,7 @@ def _batches(source: Source, folder: Path, workers: int, ours: Path, steps: int,
 
 
 def _converting(steps: int) -> Callable[[], None]:
-    """Work: what others do after reading, on one batch that lies in memory."""
+    """Work: what others do after reading, on one batch in memory."""
     batch, consume = torch.from_numpy(random_clips(BATCH)), _Consumer(converted=True)
     return lambda: consume((batch for _ in range(steps)), steps * BATCH)
 

@@ -2,7 +2,7 @@
 
 The corpus is benchmarks/registered.py's: done up to its latents, one row a file, no media. So each figure is what the
 machinery takes to find out that nothing, or one batch, is to be done. docs/scale.md extrapolates from these figures by
-the batch. Seconds, of one run each: a tick of minutes would not be told from one of seconds by a better clock.
+the batch. Seconds, of one run each: a tick of minutes would look the same as one of seconds under a better clock.
 """
 
 import argparse

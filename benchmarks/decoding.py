@@ -2,7 +2,7 @@
 
 A clip opens its file with decord, takes 16 frames at about 4 a second, and resizes a random crop to 256 pixels (torch,
 bilinear without antialiasing, its settings), flips and normalises it. Decoding runs in one thread, so that a worker is
-a core. The file is a synthetic one of 10 s at 456 x 256 and lies in the page cache: footage is dearer to decode. What
+a core. The file is a synthetic one of 10 s at 456 x 256 and is in the page cache: footage is dearer to decode. What
 a frozen encoder costs on top is not counted.
 
 Axes: T frames, C channels, H and W pixels.

@@ -1,6 +1,6 @@
 """The encode pipeline against the autoencoder alone on the same frames: `python -m benchmarks.encode [--quick]`.
 
-Alone: `Autoencoder.load`, then `start` and `result` over frames that lie in memory, on one thread. Pipeline: all of
+Alone: `Autoencoder.load`, then `start` and `result` over frames in memory, on one thread. Pipeline: all of
 `make_latents` on the same rows: plan, decode from video files in one process, encode on one thread, round trip and
 writing behind it. The encoder has one core in both arms; what the pipeline does beside it, the round trip's forwards
 too, has the other one. Arms run in turns. Weights are random, since time does not depend on them. A second workload

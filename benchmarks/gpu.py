@@ -27,8 +27,9 @@ from benchmarks.clips import BATCH, Store, random_clips, write_store
 from benchmarks.encode import DEMO, write_vavae
 from benchmarks.measure import machine, show, write
 from benchmarks.step import one_stage, trained, write_project
-from nextvid.config.recipe import ConfigError, ExecutionConfig, RecipeConfig, stage_at
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
+from nextvid.config.stages import stage_at
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.model.attention import Backend, flash_kernel, frame_attention
 from nextvid.model.tokens import tube_ids
@@ -37,6 +38,7 @@ from nextvid.train.distributed import Ranks
 from nextvid.train.loader import Batch
 from nextvid.train.loop import speeds
 from nextvid.train.rows import Staged
+from storage.errors import ConfigError
 
 LIMIT_S = 540.0  # of the ten minutes: a part that would begin later is left out
 BF16_ERROR = 2e-2  # of the largest value, as in tests/nextvid/model/test_attention.py

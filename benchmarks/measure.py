@@ -46,7 +46,7 @@ def timed(work: Callable[[], None]) -> Took:
 def evict(folder: Path) -> float:
     """Drop the folder's files from the page cache; the share of their pages that stayed, since somebody maps them.
 
-    What lies below a virtual disk may be warm all the same.
+    What is below a virtual disk may be warm all the same.
     """
     pages = stayed = 0
     for path in folder.rglob("*"):
@@ -62,7 +62,7 @@ def evict(folder: Path) -> float:
 
 
 def _resident(memory: mmap.mmap) -> np.ndarray:
-    """Whether each page of a file lies in the page cache: mincore(2), which Python does not offer."""
+    """Whether each page of a file is in the page cache: mincore(2), which Python does not offer."""
     libc = ctypes.CDLL(None, use_errno=True)
     found = np.zeros(-(-len(memory) // mmap.PAGESIZE), np.uint8)
     data = np.frombuffer(memory, np.uint8)

@@ -149,8 +149,8 @@ def objects(of: Size) -> int:
 def training_flop() -> float:
     """Of the recipe, all four stages, forward and backward (nextvid/model/cost.py)."""
     found = recipe(RECIPE)
-    reckoned = cost(found)
-    return sum(stage.step_flops * each.steps for stage, each in zip(reckoned.stages, found.stages, strict=True))
+    computed = cost(found)
+    return sum(stage.step_flops * each.steps for stage, each in zip(computed.stages, found.stages, strict=True))
 
 
 def hours(of: Size, rates: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:

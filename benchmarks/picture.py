@@ -1,6 +1,6 @@
 """The loader's tables as a picture: `python -m benchmarks.picture OUT.png FILE ...`, of files that loader.py wrote.
 
-Bars are rates over ours with 2 threads in the same run, so that pieces measured at different times stand side by side;
+Bars are rates over ours with 2 threads in the same run, so that pieces measured at different times can be compared;
 the best number of workers of each format is drawn. Measures nothing.
 """
 

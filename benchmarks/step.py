@@ -4,7 +4,7 @@
 The trainer's own loop (nextvid/train/loop.py) over random latents in a store on this machine's disk, with one loader
 thread; the share of time in which a step waited is what the run's events.jsonl says. Two arms in turns, each turn a run
 of its own: the store's pages in the cache, and dropped from it. The first steps, which wait for the first read and for
-kernels to be chosen, are told apart. FLOPs are those of the model's cost formulas (docs/method.md 12), MFU is theirs a
+kernels to be chosen, are separated. FLOPs are those of the model's cost formulas (docs/method.md 12), MFU is theirs a
 second over a GPU's bf16 peak; a CPU has none.
 """
 

@@ -1,7 +1,7 @@
 """`nextvid verify` against plain reading of the same bytes: `python -m benchmarks.verify [--quick] [--json FILE]`.
 
 A store of random latents is checked and, in turns, its files are read from end to end by one thread into a buffer that
-is used again, as `cat` does; both with the files in the page cache and with them dropped from it. What lies below a
+is used again, as `cat` does; both with the files in the page cache and with them dropped from it. What is below a
 virtual disk may be warm all the same, for both arms alike. The store's own checking only: no trainset, no start-up.
 """
 

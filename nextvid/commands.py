@@ -159,7 +159,7 @@ def draws(
     json_: Json = False,
 ) -> None:
     """List the rows and masks that training will draw from the newest trainset, in order, without data or GPU."""
-    from nextvid.config.recipe import draws_before
+    from nextvid.config.stages import draws_before
     from nextvid.trainset.order import listed_draws, shared_with_parent
 
     if first < 1 or start < 0:

@@ -212,7 +212,7 @@ def leased_gpus(count: int, device: str, who: str, tell: Tell) -> Iterator[list[
     Encoding, training, probes and samples take their GPUs here, so that two of them never compute on the same one,
     whether Dagster started them or a person. Dagster's pool `gpu` bounds how many there are. On Ray and Kubernetes a
     step sees only the GPUs that the cluster gave it. Waits while too few are free; `tell` gets a line that says who
-    holds them, and `who` is what the others are told of this process. Raises RefusedError where there are not so many.
+    holds them, and `who` names this process to the others. Raises RefusedError where there are not so many.
     """
     known = [] if device == "cpu" else visible_gpus()
     if known and count > len(known):

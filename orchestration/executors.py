@@ -30,7 +30,7 @@ PASSED_ON = (
 )
 
 
-def executor(where: str | None = None) -> dg.ExecutorDefinition:
+def executor(where: str | None) -> dg.ExecutorDefinition:
     """The executor of every job: as given, else as NEXTVID_STEPS says, else processes of this machine."""
     match where or os.environ.get(WHERE, "multiprocess"):
         case "multiprocess":

@@ -41,7 +41,7 @@ def failures(context: dg.RunFailureSensorContext, project: ProjectResource) -> d
     try:
         tell(opened.asked.on_failure, message, opened.path.parent)
     except (OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
-        line = f"nobody was told of run {message['run']}: {error}"
+        line = f"nobody was notified of run {message['run']}: {error}"
         context.log.error(line)
         return dg.SkipReason(line)
     return None

@@ -19,7 +19,7 @@ from jaxtyping import Int64, UInt64
 from storage.errors import ConfigError
 
 BLOCK = 1024  # draws, our choice: quotas are exact after each of the paper's batches of 3072; 2.5 us a draw
-_BLOCKS_KEPT = 4  # of 16 KB: a step's draws lie in one block or two, and two stages meet
+_BLOCKS_KEPT = 4  # of 16 KB: a step's draws are in one block or two, also where two stages meet
 _ROUNDS = 8  # Feistel rounds; 4 are a pseudo-random permutation (Luby and Rackoff 1988), the rest is for tiny halves
 _MASK = (1 << 64) - 1
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64 (Steele, Lea, Flood 2014)
@@ -143,7 +143,7 @@ def _entries_of_block(seed: int, strategy: int, block: int, entries: int) -> Int
 
 
 def _walked(numbers: Int64[np.ndarray, "n"], size: int, keys: Callable[[int], Keys]) -> Int64[np.ndarray, "n"]:
-    """Where ascending numbers come to lie that walk through range(size) pass after pass, each pass in its own order."""
+    """Places of ascending numbers that walk through range(size) pass after pass, each pass in its own order."""
     passes, places = np.divmod(numbers, size)
     edges = np.flatnonzero(np.diff(passes)) + 1
     firsts = np.concatenate(([0], edges))

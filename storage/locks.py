@@ -158,7 +158,7 @@ def _owned(lock: Path, who: str, waits: bool) -> Iterator[str | None]:
 
     def renew() -> None:
         while not ended.wait(_RENEWED_S):
-            with suppress(OSError):  # a server that is away for a moment, or a lease that was lost: told at the end
+            with suppress(OSError):  # a server that does not answer for a moment, or a lost lease: reported at the end
                 os.utime(owner)
 
     renewing = threading.Thread(target=renew, name="lease", daemon=True)

@@ -109,7 +109,7 @@ def connect(path: str) -> tuple[AbstractFileSystem, str]:
         client = fsspec.get_filesystem_class(protocol)
         fs = client(**client._get_kwargs_from_urls(path), **options)
         key = client._strip_protocol(path)
-    except (ImportError, TypeError, ValueError) as error:  # TypeError: a client that needs to be told more
+    except (ImportError, TypeError, ValueError) as error:  # TypeError: a client that needs more options
         extra = "pip install 'nextvid[s3]'" if protocol in ("s3", "s3a") else "install the package that it names"
         raise ConfigError(f"{path}: {error}; {extra}") from error
     if protocol in ("s3", "s3a"):

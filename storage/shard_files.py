@@ -50,7 +50,7 @@ _mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, 
 _mmap.restype = ctypes.c_void_p
 _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_mincore = ctypes.PyDLL(None).mincore  # keeps the interpreter: it never waits, and giving it away costs as much
+_mincore = ctypes.PyDLL(None).mincore  # keeps the interpreter: it never waits, and releasing it costs as much
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 

@@ -132,7 +132,7 @@ def _keys(value: Any, above: str = "") -> set[str]:  # noqa: ANN401 - JSON is An
 def _seal(part: Part[Any], commits: pl.DataFrame | None) -> list[Problem]:
     """Problems of a seal that counts: its table is to say what the commits say (None: one of them is damaged)."""
     problems: list[Problem] = []
-    remedy = f"remove {part.seal_path}, and make the latents of the batch again to seal the part anew"
+    remedy = f"remove {part.seal_path}, and make the latents of the batch again to seal the part again"
     with reported(problems, part.seal_path, remedy):
         if read_seal(part) is None:
             return []

@@ -174,7 +174,7 @@ MUTATIONS = {
         "area = (height * width * (0.15 + 0.55 * uniform[:, 0])).astype(int)", "26",
     ),
     "27 a stage's edge one step late": Mutation(
-        "nextvid/config/recipe.py", "if step < first + stage.steps:", "if step <= first + stage.steps:", "27"
+        "nextvid/config/stages.py", "if step < first + stage.steps:", "if step <= first + stage.steps:", "27"
     ),
     "28 micro-batches are summed": Mutation(f"{TRAIN}/step.py", "1.0 / len(parts)", "1.0", "28"),
     "29 the loss is summed over channels": Mutation(

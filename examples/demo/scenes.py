@@ -107,30 +107,20 @@ def draw_scene(rng: Rng, margin: int, moving: bool = True) -> Scene:
     theta, period = rng.uniform(0, math.pi), rng.uniform(7, 18) / (SIZE / 2)  # pixels to the unit of x and y
     wave = np.sin((np.cos(theta) * x + np.sin(theta) * y) * np.float32(2 * math.pi / period) + rng.uniform(0, 6.28))
     texture += (np.float32(rng.uniform(*STRIPES)) * wave)[..., None]
-    _add_blobs(rng, texture, side)
-    texture += _clouds(rng, side)[..., None]
+    axis = np.arange(side, dtype=np.float32)
+    for _ in range(round(int(rng.integers(*BLOBS)) * (side / SIZE) ** 2)):  # soft spots, as many per area at every size
+        (y_at, x_at), width = rng.uniform(0, side, 2), rng.uniform(2.5, 7.0)
+        colour = rng.uniform(-0.3, 0.3, 3).astype(np.float32)
+        rows, columns = (np.exp(-0.5 * ((axis - at) / width) ** 2) for at in (y_at, x_at))
+        texture += rows[:, None, None] * columns[None, :, None] * colour
+    # a smooth random field: with it, scenes with similar stripes differ in their perceptual hashes
+    knots = math.ceil(side / CLOUD_PX) + 1
+    field = rng.standard_normal((knots, knots)).astype(np.float32) * np.float32(CLOUD)
+    texture += cv2.resize(field, (side, side), interpolation=cv2.INTER_CUBIC)[..., None]
     speed = rng.uniform(0, DRIFT_PX) if moving and rng.uniform() < DRIFTING else 0.0
     heading = rng.uniform(0, 2 * math.pi)
     drift = (speed * math.cos(heading), speed * math.sin(heading))
     return Scene(np.clip(texture, 0.0, 1.0).astype(np.float32), margin, drift)
-
-
-def _add_blobs(rng: Rng, texture: Picture, side: int) -> None:
-    """Add soft coloured spots in place, as many per area for every size of texture."""
-    count = round(int(rng.integers(*BLOBS)) * (side / SIZE) ** 2)
-    axis = np.arange(side, dtype=np.float32)
-    for _ in range(count):
-        (y, x), width = rng.uniform(0, side, 2), rng.uniform(2.5, 7.0)
-        colour = rng.uniform(-0.3, 0.3, 3).astype(np.float32)
-        rows, columns = (np.exp(-0.5 * ((axis - at) / width) ** 2) for at in (y, x))
-        texture += rows[:, None, None] * columns[None, :, None] * colour
-
-
-def _clouds(rng: Rng, side: int) -> Picture:
-    """A smooth random field [h, w]: with it, scenes with similar stripes differ in their perceptual hashes."""
-    knots = math.ceil(side / CLOUD_PX) + 1
-    field = rng.standard_normal((knots, knots)).astype(np.float32) * np.float32(CLOUD)
-    return np.asarray(cv2.resize(field, (side, side), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
 def draw_shot(rng: Rng, digit: int, motion: str | None, margin: int, before: Shot | None, dissolve: bool) -> Shot:
@@ -169,13 +159,18 @@ def render(shot: Shot, first: int, count: int, length: int) -> Frames:
 
     Frames before 0 and from `length` on are shown in dissolves. A frame has the same pixels in whichever range it is.
     """
-    glyph, _ = digits()
+    (glyph, _), scene = digits(), shot.scene
     colour = np.array(shot.colour, np.float32)
     frames = np.empty((count, SIZE, SIZE, 3), np.uint8)
     for n in range(count):
         number = first + n
         time = number - (length - 1) / 2
-        picture = _slide(shot.scene, time)
+        picture = _inner(scene).copy()
+        if scene.drift != (0.0, 0.0):
+            shift = [min(max(scene.margin + speed * time, 0.0), 2.0 * scene.margin) for speed in scene.drift]
+            matrix = np.array([[1, 0, -shift[0]], [0, 1, -shift[1]]])
+            size, border = (SIZE, SIZE), cv2.BORDER_REPLICATE
+            picture = np.asarray(cv2.warpAffine(scene.texture, matrix, size, None, cv2.INTER_LINEAR, border))
         mask = _place(glyph[shot.digit], shot, time)[..., None]
         picture += mask * (colour - picture)
         gain = shot.gain
@@ -225,17 +220,6 @@ def _place(glyph: Picture, shot: Shot, time: float) -> Picture:
     cos, sin, middle = scale * math.cos(turn), scale * math.sin(turn), (GLYPH - 1) / 2
     matrix = np.array([[cos, -sin, x - (cos - sin) * middle], [sin, cos, y - (sin + cos) * middle]])
     return np.asarray(cv2.warpAffine(glyph, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR), np.float32)
-
-
-def _slide(scene: Scene, time: float) -> Picture:
-    """The part [h, w, c] of the texture that the frame shows at `time`."""
-    shift = [min(max(scene.margin + speed * time, 0.0), 2.0 * scene.margin) for speed in scene.drift]
-    if scene.drift == (0.0, 0.0):
-        return _inner(scene).copy()
-    matrix = np.array([[1, 0, -shift[0]], [0, 1, -shift[1]]])
-    return np.asarray(
-        cv2.warpAffine(scene.texture, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    )
 
 
 def _inner(scene: Scene) -> Picture:

@@ -146,7 +146,7 @@ class BenchmarkConfig(Strict):
     levels: Count = Field(1, description="blocks of the encoder whose outputs the probe reads; 4 by `diving48`")
     train_views: Literal["all", "one"] = Field(
         "all",
-        description="views that heads learn from: every one, or one: drawn anew in each epoch where clips are varied, "
+        description="views that heads learn from: every one, or one: drawn again in each epoch where clips are varied, "
         "else once, from the id of the shot or file",
     )
 

@@ -133,7 +133,7 @@ class LabelConfig(Strict):
 
     @property
     def by_name(self) -> bool:
-        """Whether labels name files by their stem alone, wherever they lie (layouts.py)."""
+        """Whether labels name files by their stem alone, in whatever folder (layouts.py)."""
         return self.layout not in {"none", "folders", "csv"}
 
     @property

@@ -4,7 +4,7 @@ A recipe is what is trained, and is digested; ExecutionConfig is how a run is ca
 paper's (Tab. 7 and 8; docs/method.md 2, 4, 6, 7) unless the line names another source.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -184,7 +184,7 @@ class OptimConfig(Strict):
 class InitConfig(Strict):
     """What a run's weights start from, instead of random numbers: one of run, checkpoint and encoder.
 
-    Steps, rates and draws begin anew, and AdamW's moments at zero.
+    Steps, rates, draws and AdamW's moments start at zero.
     """
 
     run: str | None = Field(None, pattern="^[0-9a-f]{12}$", description="a run of this project, by its id")
@@ -354,26 +354,6 @@ class ExecutionConfig(Strict):
                 "shard gathers weights block by block, and fold_copies needs the decoder's whole: choose one"
             )
         return self
-
-
-def stage_at(stages: Sequence[StageConfig], step: int) -> tuple[int, int]:
-    """Index of the stage that `step` (from 0) belongs to, and the step's number within it."""
-    first = 0
-    for index, stage in enumerate(stages):
-        if step < first + stage.steps:
-            return index, step - first
-        first += stage.steps
-    raise AssertionError(f"step {step} lies behind the last stage ({first} steps)")
-
-
-def draws_before(stages: Sequence[StageConfig], step: int) -> int:
-    """Draw number of the first clip of `step`: clips of all earlier steps, across stages. `step` may be the end."""
-    draws, left = 0, step
-    for stage in stages:
-        here = min(left, stage.steps)
-        draws, left = draws + here * stage.batch, left - here
-    assert left == 0, f"step {step} lies behind the last stage"
-    return draws
 
 
 def _disagreements(recipe: RecipeConfig) -> Iterator[str]:

@@ -45,7 +45,7 @@ overrides: {{seed: 1, stages: {{warmup: {{steps: 2000}}}}}}  # the fields that d
 A new file is a new partition once the definitions are reloaded (Deployment, Reload definitions).
 
 Training goes on from what exists by `init`; the run's id, `nextvid lineage` both ways and the model card say from what.
-Steps, rates and draws begin anew, and AdamW's moments at zero, so give such a recipe a warm-up, or rates that the
+Steps, rates, draws and AdamW's moments start at zero, so give such a recipe a warm-up, or rates that the
 weights are used to. Only the cool-down, from step 30,000 of a run (checkpoints at the ends of stages are kept):
 
 ```yaml

@@ -177,7 +177,10 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
             notes=notes,
             policy=policy,
             spans=spans,
-            labels=_label_lines(labels),
+            labels=[
+                (key, _quoted(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+                for key, value in labels.model_dump(mode="json", exclude_defaults=True).items()
+            ],
             targets=targets,
             batch=batch if batch < BenchmarkConfig.model_fields["batch"].default else None,
             budget=0.05 if not unreadable else min(0.5, round(0.05 + 2 * unreadable / (len(facts) + unreadable), 2)),
@@ -263,12 +266,6 @@ def _policy(facts: Sequence[MediaFacts]) -> tuple[str, str]:
         f"{DEMO_FRAMES} frames at {fps_hz:g} a second: {DEMO_FRAMES / fps_hz:g} s; in a shorter shot they are closer"
     )
     return f"{{frames: {DEMO_FRAMES}, fps: {fps_hz:g}, crop: centre}}", spans
-
-
-def _label_lines(labels: LabelConfig) -> list[tuple[str, str]]:
-    """The fields that are not their defaults, as flow YAML."""
-    values = labels.model_dump(mode="json", exclude_defaults=True)
-    return [(key, _quoted(v) if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for key, v in values.items()]
 
 
 def _labels(uri: str, paths: Sequence[str]) -> tuple[LabelConfig, int, tuple[str, ...]]:

@@ -188,17 +188,15 @@ def rejected_sheet(clips: pl.DataFrame, shots: pl.DataFrame, pictures: pl.DataFr
     for reason in (reason for reason in REASONS if reason in counts):
         some = pictured.filter(pl.col("reason") == reason)
         header = f"{reason}: {counts[reason]} shots" + ("" if some.height else ", none of them with a picture")
-        rows.append(SheetRow(header, [_tile(row) for row in some.head(SHOWN).iter_rows(named=True)]))
+        tiles = []
+        for row in some.head(SHOWN).iter_rows(named=True):
+            name = str(row["uri"]).rsplit("/", 1)[-1]
+            motion = f"motion {row['motion_mean']:.2f} frozen {row['freeze_share']:.2f}"
+            light = f"luma {row['luma_mean']:.0f} blur {row['blur']:.0f} {name[-10:]}"
+            with Image.open(io.BytesIO(row["jpeg"])) as picture:
+                tiles.append(Tile(np.asarray(picture.convert("RGB")), f"{motion}\n{light}"))
+        rows.append(SheetRow(header, tiles))
     return contact_sheet(rows or [SheetRow("no shot was left out for its scores", [])])
-
-
-def _tile(row: Mapping[str, object]) -> Tile:
-    name = str(row["uri"]).rsplit("/", 1)[-1]
-    motion = f"motion {row['motion_mean']:.2f} frozen {row['freeze_share']:.2f}"
-    light = f"luma {row['luma_mean']:.0f} blur {row['blur']:.0f} {name[-10:]}"
-    assert isinstance(row["jpeg"], bytes)
-    with Image.open(io.BytesIO(row["jpeg"])) as picture:
-        return Tile(np.asarray(picture.convert("RGB")), f"{motion}\n{light}")
 
 
 @dataclass(frozen=True)

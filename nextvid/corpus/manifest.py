@@ -98,7 +98,7 @@ def split_of(config: SplitConfig, official: str | None, group: str | None, media
 def value_of(labels: Sequence[Label], target: str, times_us: Sequence[int]) -> str | None:
     """The one value of `target` for a clip; None where there is none or several.
 
-    A span counts if every frame lies in it, to the millisecond that containers round times to.
+    A span counts if every frame is in it, to the millisecond that containers round times to.
     """
     values = {
         label.value

@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from nextvid.config.datasets import DatasetConfig, LabelConfig
+from nextvid.config.datasets import DatasetConfig
 from nextvid.config.project import Project
 from nextvid.corpus.assignment import latest
 from nextvid.corpus.labels import contradictions, doubled, label_checks, read_labels
@@ -67,12 +67,11 @@ def make_media(project: Project, batch: str, on_progress: OnProgress = silent) -
         lambda done: on_progress(Progress(f"media {batch}", done, unread.height)),
     )
     media = pl.concat([kept, pl.DataFrame(rows, before.schema, orient="row")]).sort("uri", "revision")
-    labels = _join(media, read_labels(config, media["path"].to_list()), config.labels)
+    media, labels = _labelled(media, read_labels(config, media["path"].to_list()), config)
     every = (
         known_sources(project, dataset_of(batch)) if config.labels.every_file() or config.labels.by_name else sources
     )
     present = latest(every).filter(pl.col("gone_at").is_null())  # labels by name need those of the whole dataset
-    media = _licensed(media, labels, config.licence)
     media = _judge(media, labels, withdrawn_media(root), doubled(config, present["path"].to_list()), config.licences)
     good = media.filter(pl.col("status") == "ok")
     bare = good.filter(~pl.col("media_id").is_in(labels["media_id"].implode()))["path"].to_list()
@@ -249,22 +248,20 @@ def _row(
     }
 
 
-def _join(media: pl.DataFrame, by_path: pl.DataFrame, config: LabelConfig) -> pl.DataFrame:
-    """Labels by media id, spans on the file's own clock: a file has those of all its copies."""
+def _labelled(media: pl.DataFrame, by_path: pl.DataFrame, config: DatasetConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Files with the licence of their label file, else of their dataset, and labels by media id.
+
+    Spans are on the file's own clock. A file has the labels of all its copies.
+    """
     newest = latest(media).filter(pl.col("media_id").is_not_null())
     newest = newest.select("path", "media_id", begin=pl.col("start_us").fill_null(0))
     rows = newest.join(by_path, on="path")
-    if config.clock == "first_frame":
+    if config.labels.clock == "first_frame":
         rows = rows.with_columns(pl.col("start_us", "end_us") + pl.col("begin"))
-    rows = rows.select(Labels.column_names())
-    return rows.unique().sort("media_id", "target", "start_us", "end_us", "value")
-
-
-def _licensed(media: pl.DataFrame, labels: pl.DataFrame, default: str) -> pl.DataFrame:
-    """The licence of each file: that of its label file, else its dataset's."""
+    labels = rows.select(Labels.column_names()).unique().sort("media_id", "target", "start_us", "end_us", "value")
     named = labels.filter(pl.col("target") == "licence").unique("media_id").select("media_id", named="value")
     joined = media.join(named, on="media_id", how="left", maintain_order="left")
-    return joined.with_columns(licence=pl.coalesce("named", pl.lit(default))).drop("named")
+    return joined.with_columns(licence=pl.coalesce("named", pl.lit(config.licence))).drop("named"), labels
 
 
 def _judge(

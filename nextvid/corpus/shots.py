@@ -209,7 +209,7 @@ def _blank(media: ShotRow) -> ShotRow:
 
 
 def _checks(shots: pl.DataFrame, media: pl.DataFrame) -> tuple[Check, ...]:
-    """Whether shots lie in their file, to one frame, and not in each other."""
+    """Whether shots are within their file, to one frame, and not in each other."""
     files = (
         media.filter(pl.col("status") == "ok")
         .unique("media_id")

@@ -38,7 +38,7 @@ class Report:
     failed: frozenset[bytes] = frozenset()  # of these; the next call tries them again
     judged: int = 0  # rows that made the round trip
     worst_error: float = 0.0  # of these, in standard deviations of their latents
-    undecidable: Counter[str] = field(default_factory=Counter)  # of these, by what they could not be told from
+    undecidable: Counter[str] = field(default_factory=Counter)  # of these, by what they could not be distinguished from
     pixels: int = 0  # rows of the pixel store
     pictures: tuple[Shown, ...] = ()  # the first CLIPS that were judged
 

@@ -98,20 +98,22 @@ class Pipeline:
 
     def _open_shards(self, part: LatentPart, numbers: Iterable[int]) -> Iterator[OpenShard]:
         """Shards that are not committed; the next one's frames are asked for before this one's are taken."""
-        started = (self._start(part, number) for number in numbers if not part.committed(number))
-        for shard, _ in pairwise(chain(started, [None])):
+
+        def started() -> Iterator[OpenShard]:
+            for number in numbers:
+                if not part.committed(number):
+                    rows = part.rows_of(number)
+                    frames = self._decode(part, rows["row_id"].to_list())
+                    checked = sampled([row for row in rows["row_id"].to_list() if row in frames], part.frames)
+                    yield OpenShard(number, rows, frames, self._decode(part, checked))
+
+        for shard, _ in pairwise(chain(started(), [None])):
             assert shard is not None
             if part.committed(shard.number):  # by another writer, meanwhile
                 shard.frames.drop()
                 shard.again.drop()
             else:
                 yield shard
-
-    def _start(self, part: LatentPart, number: int) -> OpenShard:
-        rows = part.rows_of(number)
-        frames = self._decode(part, rows["row_id"].to_list())
-        checked = sampled([row for row in rows["row_id"].to_list() if row in frames], part.frames)
-        return OpenShard(number, rows, frames, self._decode(part, checked))
 
     def _decode(self, part: LatentPart, row_ids: list[bytes]) -> PendingRows:
         """Ask for the frames of these rows in this order, without those that no clip wants any more."""

@@ -31,7 +31,7 @@ from storage.spec import EncodingSpec
 ROWS_PER_SHARD, IMAGES_PER_SHARD = 4, 2
 FRAMES_PER_ROW = 8
 LOSS_DB = 0.1  # our choice: the truth never loses by more
-APART_DB = 6.0  # our choice: an alternative this much below the reconstruction is told apart for certain
+APART_DB = 6.0  # our choice: an alternative this much below the reconstruction is distinguished for certain
 PSNR_CEILING_DB = 100.0  # for equal frames; 8-bit frames that differ in one value of 10^5 have 98 dB
 
 Stored = Float[np.ndarray, "F C h w"]

@@ -62,7 +62,7 @@ def benchmark_rows(
     duplicates: pl.DataFrame,
     commits: pl.DataFrame,
     held_out: float,
-    every_view: bool = False,
+    every_view: bool,
 ) -> BenchmarkRows:
     """Build the task from tables of the schemas Clips, Labels, Duplicates and from `LatentStore.commits`.
 

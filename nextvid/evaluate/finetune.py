@@ -2,7 +2,7 @@
 
 The recipe is VideoMAE's public code (modules run_class_finetuning, optim_factory, modeling_finetune), which follows
 BEiT's: AdamW with rates that fall from the head to the input, warm-up and cosine, label smoothing, stochastic depth.
-Left out are its mixup and cutmix. An epoch shows one segment of every sample, drawn anew; a test answer is the mean
+Left out are its mixup and cutmix. An epoch shows one segment of every sample, drawn again; a test answer is the mean
 softmax over the segments and views. Steps, ranks and epochs are those of the probes (`learn` in fitting.py), clips are
 read as theirs are, and checkpoints are those of training. What is drawn is a function of seed, epoch and sample, so
 neither ranks nor a resume change it.
@@ -132,7 +132,7 @@ class Tuning:
 
 
 class OneSegment:
-    """Clips that fine-tuning is given: of each sample one segment, and perhaps one view, drawn anew in each epoch."""
+    """Clips that fine-tuning is given: of each sample one segment, and perhaps one view, drawn again in each epoch."""
 
     def __init__(self, streamed: Streamed, samples: int, segments: int, views: OneView | None = None) -> None:
         self._streamed, self._samples, self._segments, self._views = streamed, samples, segments, views

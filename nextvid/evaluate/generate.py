@@ -76,7 +76,7 @@ def generate_masked(
     tokens: Float[Tensor, "B N i"],
     cells: Int[Tensor, "B n"],
     generator: torch.Generator,
-    steps: int = ODE_STEPS,
+    steps: int,
 ) -> Float[Tensor, "B F C h w"]:
     """Targets of tubelets 1..T-1, normalised as in training; `tokens` are the encoder's of whole clips.
 

@@ -119,18 +119,13 @@ def keep(
         if ranks.first:
             atomic.publish_bytes(str(folder / RECORD), record.encode())
         ranks.wait()
-    return _read(folder, samples)
-
-
-def _read(folder: Path, samples: int) -> Kept:
-    """What is in the folder, memory-mapped."""
-    record = atomic.read_json(str(folder / RECORD))
+    known = atomic.read_json(str(folder / RECORD))
 
     def mapped(name: str, *shape: int) -> np.ndarray:
-        return np.memmap(folder / f"{name}.bin", record["dtype"], "r", shape=(samples, *shape))
+        return np.memmap(folder / f"{name}.bin", known["dtype"], "r", shape=(samples, *shape))
 
-    features = mapped(FEATURES, record["tokens"], record["width"]) if record["features"] else None
-    return Kept(record["tokens"], features, {name: mapped(name, width) for name, width in record["vectors"].items()})
+    whole = mapped(FEATURES, known["tokens"], known["width"]) if known["features"] else None
+    return Kept(known["tokens"], whole, {name: mapped(name, width) for name, width in known["vectors"].items()})
 
 
 @contextmanager

@@ -101,10 +101,21 @@ def _make(project: Project, run: Run, folder: str, device: str, tell: Callable[[
     scene = open_scene(project, run, trainset, device)
     model = load_networks(run, device).model
     visible = _visible(project, run)
-    seen_cells = _seen(scene, visible, device)
+    clips, count = len(scene.truth), scene.recipe.model.cells
+    # cells that the encoder sees of every tubelet in autoregressive generation, [B, n] each (docs/method.md 11)
+    seen_cells = {"all_cells": _cells(np.ones(count, bool), clips, device)}
+    seen_cells["quarter_of_cells"] = random_tube(count, QUARTER, clips, _noise(device))
+    if scene.recipe.masks.keep != "all":
+        seen_cells["training_cells"] = _cells(next(iter(visible.values())), clips, device)
+    tubelet = scene.recipe.model.tubelet
+    before = (np.arange(scene.truth.shape[1]) // tubelet * tubelet - 1).clip(0)  # copying repeats the last true frame
     masked, onward = dict[str, Generated](), dict[str, Generated]()
     for name, bits in visible.items():
-        masked[name] = _masked(model, scene, bits, device)
+        cells = _cells(bits, clips, device)
+        generated, mean = (
+            generate_masked(model, scene.tokens(), cells, _noise(device), steps) for steps in (ODE_STEPS, 1)
+        )
+        masked[name] = compared(scene, generated, mean, before)
         tell(len(masked), len(visible) + len(seen_cells))
     for name, cells in seen_cells.items():
         onward[name] = _onward(model, scene, cells, device)
@@ -149,24 +160,6 @@ def _visible(project: Project, run: Run) -> dict[str, np.ndarray]:
     if not bits:
         raise RefusedError(f"masks of kind '{masks.keep}' have no drawn entries to show")
     return {name: found[MASK_ENTRY] for name, found in bits.items()}
-
-
-def _seen(scene: Scene, visible: Mapping[str, np.ndarray], device: str) -> dict[str, Tensor]:
-    """Cells that the encoder sees of every tubelet in autoregressive generation, [B, n] each (docs/method.md 11)."""
-    clips, cells = len(scene.truth), scene.recipe.model.cells
-    found = {"all_cells": _cells(np.ones(cells, bool), clips, device)}
-    found["quarter_of_cells"] = random_tube(cells, QUARTER, clips, _noise(device))
-    if scene.recipe.masks.keep != "all":
-        found["training_cells"] = _cells(next(iter(visible.values())), clips, device)
-    return found
-
-
-def _masked(model: NExTVid, scene: Scene, visible: np.ndarray, device: str) -> Generated:
-    """Teacher forcing; copying repeats the last true frame before each tubelet."""
-    cells, tubelet = _cells(visible, len(scene.truth), device), model.recipe.model.tubelet
-    generated, mean = (generate_masked(model, scene.tokens(), cells, _noise(device), steps) for steps in (ODE_STEPS, 1))
-    before = np.arange(scene.truth.shape[1]) // tubelet * tubelet - 1
-    return compared(scene, generated, mean, before.clip(0))
 
 
 def _onward(model: NExTVid, scene: Scene, cells: Tensor, device: str) -> Generated:

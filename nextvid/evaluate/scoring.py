@@ -156,11 +156,15 @@ def score_encoder(
                 learnt = _learn(root, task, encoder, clips, place, resume, ranks, on_epoch)
                 scored = _judge(root, task, encoder, clips, learnt, tested, ranks)
             if ranks.first:
-                _publish(scored, done)
+                with atomic.staged_file(str(done)) as temporary, temporary.open("wb") as file:
+                    numbers = np.array(json.dumps(scored.numbers))
+                    np.savez(file, numbers=numbers, pooled=scored.pooled, **scored.places)  # type: ignore[arg-type]
                 if "train" not in kept_in:
                     atomic.remove_tree(str(place))
         ranks.wait()
-    return _read(done)
+    with np.load(done, allow_pickle=False) as arrays:
+        places = {name: arrays[name] for name in arrays.files if name not in ("numbers", "pooled")}
+        return Scored(json.loads(str(arrays["numbers"])), arrays["pooled"], places)
 
 
 def _finetuned(
@@ -322,16 +326,3 @@ def standard_error(accuracy: float, clips: int) -> float:
 def _at_once(rows: BenchmarkRows) -> int:
     """Samples whose segments are encoded together."""
     return max(1, CLIPS_AT_ONCE // rows.segments)
-
-
-def _publish(scored: Scored, path: Path) -> None:
-    """Keep what is finished until the score is whole."""
-    with atomic.staged_file(str(path)) as temporary, temporary.open("wb") as file:
-        arrays = {"numbers": np.array(json.dumps(scored.numbers)), "pooled": scored.pooled, **scored.places}
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def _read(path: Path) -> Scored:
-    with np.load(path, allow_pickle=False) as arrays:
-        places = {name: arrays[name] for name in arrays.files if name not in ("numbers", "pooled")}
-        return Scored(json.loads(str(arrays["numbers"])), arrays["pooled"], places)

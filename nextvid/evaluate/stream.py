@@ -142,6 +142,12 @@ class Streamed:
     def read(self, asked: Iterable[Int[np.ndarray, " c"]], epoch: int | None = None) -> Iterator[Input]:
         """What the encoder is given of each group of clips, at most CLIPS_AT_ONCE, by their numbers in the split."""
 
+        def announced(clips: Int[np.ndarray, " c"]) -> Drawn:
+            rows = self._first + clips
+            drawn = Drawn(0, (), np.zeros_like(rows), self._stored[rows], rows, self._clips.places[rows])
+            self._rows.will_need(drawn)
+            return drawn
+
         def memory(clips: Int[np.ndarray, " c"]) -> Any:  # noqa: ANN401 - of `Rows.memory`
             return self._rows.memory(len(clips), self._encoder.frames)
 
@@ -151,15 +157,8 @@ class Streamed:
                 self._change(drawn, taken[1] if isinstance(taken, tuple) else taken, epoch)
             return drawn, taken
 
-        for drawn, taken in read_ahead(asked, self._drawn, memory, fill, self._clips.threads):
+        for drawn, taken in read_ahead(asked, announced, memory, fill, self._clips.threads):
             yield self._rows.deliver(drawn, taken)
-
-    def _drawn(self, clips: Int[np.ndarray, " c"]) -> Drawn:
-        """Rows of clips, announced to the store."""
-        rows = self._first + clips
-        drawn = Drawn(0, (), np.zeros_like(rows), self._stored[rows], rows, self._clips.places[rows])
-        self._rows.will_need(drawn)
-        return drawn
 
     def _change(self, drawn: Drawn, frames: Tensor, epoch: int | None) -> None:
         """Vary clips of an epoch, or crop others, in place; an image as one frame."""
@@ -190,7 +189,7 @@ class Stored:
 
 
 class OneView:
-    """Of each sample of train one of its views, drawn anew in each epoch; a function of seed, epoch and sample."""
+    """Of each sample of train one of its views, drawn again in each epoch; a function of seed, epoch and sample."""
 
     def __init__(self, streamed: Streamed, rows: BenchmarkRows, seed: int) -> None:
         self._streamed, self._seed = streamed, seed

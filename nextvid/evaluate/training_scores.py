@@ -1,6 +1,6 @@
 """Scores of a run while it trains: k-NN and a linear probe on a few train clips of each benchmark, by the EMA encoder.
 
-They tell whether features come to hold what a benchmark asks, and are not the scores of `probes`. Each clip is answered
+They tell whether features begin to answer a benchmark, and are not the scores of `probes`. Each clip is answered
 by the clips of other files (cross-validation by file). No test clip is read: whoever chooses a checkpoint or a rate by
 these curves has not chosen it by the test set. Of many classes a few are taken, so that each has several clips.
 

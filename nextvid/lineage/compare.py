@@ -13,7 +13,7 @@ from typing import Any
 
 from nextvid.config.overrides import flat
 from nextvid.config.project import Project
-from nextvid.config.recipe import draws_before
+from nextvid.config.stages import draws_before
 from nextvid.lineage.trace import RunFacts, runs_of, score_record, scores_of
 from nextvid.plain_text import printable
 from nextvid.train.run import open_run

@@ -19,7 +19,8 @@ from einops import rearrange, repeat
 from jaxtyping import Int, UInt8
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig, draws_before
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.stages import draws_before
 from nextvid.corpus.gallery import TILE_HEIGHT, SheetRow, Tile, contact_sheet
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.decode_task import Frames
@@ -112,7 +113,12 @@ def show(
         if run is None
         else features_over_frames(run, {row: one.frames for row, one in decoded.items() if one.frames is not None})
     )
-    held, (draws, searched) = _held(project, ids), _draws(project, config, ids)
+    held: dict[bytes, list[str]] = {row: [] for row in ids}
+    for digest in trainsets_of(project.root):
+        lineage = Trainset.open(project.root, digest).lineage()
+        for held_row in lineage.filter(pl.col("row_id").is_in(ids))["row_id"].unique():
+            held[held_row].append(digest)
+    draws, searched = _draws(project, config, ids)
     for row in rows.iter_rows(named=True):
         numbers = draws[row["row_id"]]
         facts += _row_facts(row, stores)
@@ -189,16 +195,6 @@ def _row_facts(row: dict[str, Any], stores: Mapping[str, LatentStore | PixelStor
             )
         if commits.is_empty():
             yield f"  {noun} {store.digest}: not stored"
-
-
-def _held(project: Project, ids: Sequence[bytes]) -> dict[bytes, list[str]]:
-    """The digests of the trainsets that hold each row."""
-    held: dict[bytes, list[str]] = {row: [] for row in ids}
-    for digest in trainsets_of(project.root):
-        lineage = Trainset.open(project.root, digest).lineage()
-        for row in lineage.filter(pl.col("row_id").is_in(ids))["row_id"].unique():
-            held[row].append(digest)
-    return held
 
 
 def _draws(project: Project, recipe: RecipeConfig, ids: Sequence[bytes]) -> tuple[dict[bytes, list[int]], str]:

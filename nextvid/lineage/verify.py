@@ -130,7 +130,7 @@ def _run(folder: Path, problems: list[Problem]) -> None:
             raise StoreError(f"describes run {run[0].id}")
     if not run:
         return
-    with _found(problems, str(folder / "events.jsonl"), "restore it from a copy, or remove it: curves begin anew"):
+    with _found(problems, str(folder / "events.jsonl"), "restore it from a copy, or remove it: curves start again"):
         events = read_events(folder)
         if not events or (run[0].complete and events[-1]["kind"] != "end"):
             raise DamagedError("lacks its last events")

@@ -79,7 +79,7 @@ def flow_loss(
 
 
 def euler(
-    velocity: Callable[[Tensor, float], Tensor], noise: Float[Tensor, "*shape"], steps: int = ODE_STEPS
+    velocity: Callable[[Tensor, float], Tensor], noise: Float[Tensor, "*shape"], steps: int
 ) -> Float[Tensor, "*shape"]:
     """Integrate dh/dtau = velocity(h, tau) from noise at tau = 0 to data at tau = 1 in equal steps."""
     h = noise

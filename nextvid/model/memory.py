@@ -68,7 +68,12 @@ def rank_memory(recipe: RecipeConfig, stage: StageConfig, how: ExecutionConfig) 
         stored += stage.frames * model.cells * model.frame_channels * FP32
     if recipe.reads_pixels:
         stored += stage.frames * model.cells * 3 * model.patch**2
-    clip = max(_kept(each, how) for each in _passes(recipe, stage, how)) * KEPT_BYTES["bf16" if bf16 else "fp32"]
+    kept = []  # numbers for backward; recomputed blocks keep their input, and one of them at a time the rest
+    for one in _passes(recipe, stage, how):
+        parts = (one.encoder, one.predictor, one.decoder)
+        inputs = sum(part.ends + part.depth * part.entry for part in parts)
+        kept.append(inputs + max(part.block for part in parts) if how.recompute_blocks else one.kept)
+    clip = max(kept) * KEPT_BYTES["bf16" if bf16 else "fp32"]
     clip += FP32 * tokens * input_width(model)
     if losses.align > 0:  # the reference's features, and their difference from the prediction
         clip += 2 * FP32 * predicted * model.encoder.width
@@ -153,11 +158,3 @@ def _passes(recipe: RecipeConfig, stage: StageConfig, how: ExecutionConfig) -> t
         )
         recipe = recipe.model_copy(update={"masks": masks.model_copy(update={"strategies": tuple(most)})})
     return stage_cost(recipe, stage.model_copy(update={"tau_copies": 1}) if how.fold_copies else stage).passes
-
-
-def _kept(one: Pass, how: ExecutionConfig) -> int:
-    """Numbers kept for backward; recomputed blocks keep their input, and one of them at a time the rest."""
-    parts = (one.encoder, one.predictor, one.decoder)
-    if not how.recompute_blocks:
-        return one.kept
-    return sum(part.ends + part.depth * part.entry for part in parts) + max(part.block for part in parts)

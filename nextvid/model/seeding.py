@@ -45,7 +45,8 @@ def generators(key: Sequence[int], last: Sequence[int]) -> list[np.random.Genera
 
 def _states(key: Sequence[int], last: UInt32[np.ndarray, " n"]) -> UInt64[np.ndarray, "n 4"]:
     """SeedSequence([*key, number]).generate_state(4, np.uint64) for each number."""
-    words = [word for number in key for word in _words(number)]
+    # numbers in words of 32 bits, the low ones first; one word for 0
+    words = [n >> shift & WORD - 1 for n in key for shift in range(0, max(1, n.bit_length()), 32)]
     entropy = np.empty((max(POOL, len(words) + 1), len(last)), np.uint32)
     entropy[: len(words)] = np.array(words, np.uint32)[:, None]
     entropy[len(words)], entropy[len(words) + 1 :] = last, 0
@@ -60,14 +61,6 @@ def _states(key: Sequence[int], last: UInt32[np.ndarray, " n"]) -> UInt64[np.nda
         used += POOL
     state = _hashed(np.concatenate([pool, pool]), _constants(INIT_B, MULT_B, 0, STATE))
     return np.ascontiguousarray(state.T).astype("<u4", copy=False).view("<u8")
-
-
-def _words(number: int) -> list[int]:
-    """A number in words of 32 bits, the low ones first; one word for 0."""
-    found = [number % WORD]
-    while (number := number // WORD) > 0:
-        found.append(number % WORD)
-    return found
 
 
 @lru_cache(maxsize=64)

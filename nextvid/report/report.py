@@ -5,6 +5,7 @@ that its numbers come from. The digest in the path is of those files, so a repor
 shows changed.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import draws_before
+from nextvid.config.stages import draws_before
 from nextvid.graph import GRAPH
 from nextvid.lineage.trace import score_record
 from nextvid.making.outcome import Outcome
@@ -122,6 +123,11 @@ def gather(project: Project, run: Run) -> Gathered:
             history[name] = list(alike.values())
     if missing := sorted(set(project.corpus.benchmarks) - newest.keys()):
         raise UpstreamError(f"run {run.id} has no scores on {', '.join(missing)}: make 'probes' first")
+    others: dict[str, list[Score]] = {name: [] for name in newest}
+    for name, encoder in itertools.product(newest, project.corpus.encoders):  # the newest score of each
+        paths = Path(root.encoder_probes(encoder)).glob(f"*/{name}/*/score.json")
+        if path := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None):
+            others[name].append(read_score(str(path)))
     samples = None
     if recipe.losses.flow > 0:
         samples = atomic.read_json(f"{root.samples(recipe.name, run.id)}/samples.json")
@@ -132,20 +138,10 @@ def gather(project: Project, run: Run) -> Gathered:
         read_events(run.folder),
         [read_score(str(path)) for path in newest.values()],
         history,
-        {name: _scores_of_others(project, name) for name in newest},
+        others,
         samples,
         read_facts(project, run),
     )
-
-
-def _scores_of_others(project: Project, benchmark: str) -> list[Score]:
-    """The newest score of each encoder of corpus.yaml, in its order."""
-    found = []
-    for encoder in project.corpus.encoders:
-        paths = Path(project.root.encoder_probes(encoder)).glob(f"*/{benchmark}/*/score.json")
-        if newest := max(paths, key=lambda path: path.stat().st_mtime_ns, default=None):
-            found.append(read_score(str(newest)))
-    return found
 
 
 def build_card(gathered: Gathered, on_progress: OnProgress = silent) -> Card:

@@ -132,7 +132,7 @@ def join(how: ExecutionConfig) -> Iterator[Ranks]:
 
 
 def apply_fsdp(
-    module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, *, trained: bool, bf16: bool = False
+    module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, *, trained: bool, bf16: bool
 ) -> None:
     """Cut a module's parameters over all ranks by FSDP2: each block, then the rest. Names do not change.
 

@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.train.distributed import Ranks
 from nextvid.train.rows import Hosted, Kind, Latents, Pixels, Rows, Staged, sent
 from nextvid.trainset.mask_plan import OpenedPlan

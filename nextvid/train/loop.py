@@ -22,7 +22,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig, StageConfig, draws_before, stage_at
+from nextvid.config.recipe import RecipeConfig, StageConfig
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.cost import stage_cost
 from nextvid.model.encoder import Encoder
 from nextvid.train import checkpoint
@@ -38,7 +39,7 @@ from nextvid.train.loader import Batch, Loader, open_loader
 from nextvid.train.micro_batch import MicroBatches
 from nextvid.train.optim import Spikes
 from nextvid.train.run import Run, run_lock
-from nextvid.train.sinks import Send, open_sink
+from nextvid.train.sinks import open_sink
 from nextvid.train.step import Stepped, Trained, build, encoder_tokens, means
 from nextvid.trainset.mask_plan import grid_of, open_mask_plan
 from nextvid.trainset.pixels import open_pixels
@@ -79,7 +80,18 @@ def train(project: Project, run: Run, ranks: Ranks, open_scorer: OpenScorer | No
         scorer = None
         if open_scorer is not None and run.how.score_clips and project.corpus.benchmarks:
             scorer = stack.enter_context(open_scorer(project, run, trained.reference, ranks))
-        reporter = stack.enter_context(_reporter(run)) if ranks.first else None
+        reporter = None
+        if ranks.first:
+            config = run.recipe.model_dump(mode="json")
+            reporter = stack.enter_context(
+                Reporter(
+                    run.folder,
+                    run.recipe.steps,
+                    open_sinks=lambda ends: [
+                        open_sink(name, run.folder, run.id, config, ends) for name in run.how.sinks
+                    ],
+                )
+            )
         # two, so that a diagnosis need not wait for a checkpoint; what they have begun ends even if the run fails
         thread = stack.enter_context(ThreadPoolExecutor(2, "trainer", torch.set_num_threads, (1,)))
         background = stack.enter_context(AsyncCheckpoints(ranks, run.identity, thread, cut=trained.fsdp))
@@ -91,14 +103,6 @@ def train(project: Project, run: Run, ranks: Ranks, open_scorer: OpenScorer | No
                 export_encoder(run.folder / name, encoder, trainset, run, project.corpus)
             reporter.event("end", run.recipe.steps, {"complete": run.complete})
         ranks.wait()
-
-
-def _reporter(run: Run) -> Reporter:
-    def sinks(stack: ExitStack) -> list[Send]:
-        config = run.recipe.model_dump(mode="json")
-        return [open_sink(name, run.folder, run.id, config, stack) for name in run.how.sinks]
-
-    return Reporter(run.folder, run.recipe.steps, open_sinks=sinks)
 
 
 def _whole(encoder: Encoder) -> Encoder:
@@ -196,8 +200,11 @@ class _Session:
             raise
 
     def _steps(self) -> None:
-        if self._undiagnosed():
-            self._diagnose()
+        step = self.progress.step
+        if step % self.how.diagnose_every_steps == 0 or step == self.recipe.steps:  # the first, or one lost by a kill
+            written = newest(read_events(self.run.folder), "diagnostics") if self.ranks.first else {}
+            if self.ranks.from_first(str(written.get("step"))) != str(step):
+                self._diagnose()
         with _garbage_at_logs():
             for batch in self.loader.batches(self.progress.step, self.how.threads):
                 stage, inside = stage_at(self.recipe.stages, batch.step)
@@ -282,14 +289,6 @@ class _Session:
                 **speeds(self.recipe, stage, rates["clips_per_s"], self.ranks.count, self.ranks.device),
             },
         )
-
-    def _undiagnosed(self) -> bool:
-        """Whether this attempt begins at a step whose diagnosis is due and was not written: the first, or by a kill."""
-        step = self.progress.step
-        if step % self.how.diagnose_every_steps and step != self.recipe.steps:
-            return False
-        written = newest(read_events(self.run.folder), "diagnostics") if self.ranks.first else {}
-        return self.ranks.from_first(str(written.get("step"))) != str(step)
 
     def _diagnose(self) -> None:
         """Features of both encoders on the fixed clips, by all ranks; a thread of rank 0 computes what they say."""

@@ -16,7 +16,7 @@ from nextvid.model.memory import GIB, divisors, rank_memory, remedy
 from nextvid.train.distributed import Ranks
 from storage.errors import RefusedError
 
-CPU_SHARE = 0.5  # our choice, of the machine's memory: a CPU's process is killed when memory ends, not told
+CPU_SHARE = 0.5  # our choice, of the machine's memory: a CPU's process is killed without a warning when memory ends
 T = TypeVar("T")
 
 

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nextvid.config.recipe import OptimConfig, SpikeConfig, StageConfig, stage_at
+from nextvid.config.recipe import OptimConfig, SpikeConfig, StageConfig
+from nextvid.config.stages import stage_at
 from nextvid.train.distributed import local, whole
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_

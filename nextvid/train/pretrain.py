@@ -175,7 +175,7 @@ def cpu_ranks(recipe: RecipeConfig, cores: int) -> int:
     return max(n for n in divisors(math.gcd(*(stage.batch for stage in recipe.stages))) if n <= most)
 
 
-def default_ranks(project: Project, recipe: str, overrides: Sequence[str] = ()) -> int:
+def default_ranks(project: Project, recipe: str, overrides: Sequence[str]) -> int:
     """Ranks of a training for which nobody named any: by `cpu_ranks` where torch sees no GPU, else one."""
     config = apply_overrides(project.recipe(recipe), overrides)
     return cpu_ranks(config, available_cores(project.corpus.execution.cores)) if device_of("auto") == "cpu" else 1

@@ -1,6 +1,6 @@
 """Where a training's curves go beside events.jsonl: TensorBoard, Weights & Biases, trackio; scalars by step.
 
-events.jsonl is the record, and has each step once. An attempt that resumes a run therefore fills its sinks anew with
+events.jsonl is the record, and has each step once. An attempt that resumes a run therefore fills its sinks again with
 the steps that it goes on from; what a killed attempt sent of later steps is removed. Nothing leaves this machine unless
 the sink's own variables say so: WANDB_MODE, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL.
 """

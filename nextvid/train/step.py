@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from nextvid.config.recipe import ExecutionConfig, ModelConfig, RecipeConfig, stage_at
+from nextvid.config.recipe import ExecutionConfig, ModelConfig, RecipeConfig
+from nextvid.config.stages import stage_at
 from nextvid.model.encoder import Encoder
 from nextvid.model.flow import NoiseKey
 from nextvid.model.nextvid import Losses, NExTVid

@@ -92,7 +92,7 @@ def export_latents(
 
 
 def _facts(facts: RowFacts) -> dict[str, str]:
-    """What is told of a row: its id, data set and file, and as JSON the times of its frames and its labels."""
+    """What is written of a row: its id, data set and file, and as JSON the times of its frames and its labels."""
     return {
         "row_id": facts.row_id,
         "dataset": facts.dataset,

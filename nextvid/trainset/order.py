@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.masks import Buckets, bucket_entries, flat_ids, step_bucket
 from nextvid.trainset.mask_plan import OpenedPlan
 from nextvid.trainset.trainset import Trainset

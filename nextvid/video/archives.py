@@ -2,7 +2,7 @@
 
 The URI of such a file is that of its archive, `!/` and its name: `s3://films/0001.tar!/a/cat.mp4`,
 `/data/train.parquet!/image/0000012/cat.jpg`, which is column, row and the name in the cell. Archives are read where
-they lie; one of an object store is copied whole to a temporary folder, and the few that were read last are kept there,
+they are; one of an object store is copied whole to a temporary folder, and the few that were read last are kept there,
 since batches are in the order of their files. Members never name a path that is written.
 """
 

@@ -173,7 +173,7 @@ def misplaced_edit(
 class Scaler:
     """Frames scaled to `width` x `height` as they are shown, as uint8 [height, width] or [height, width, 3].
 
-    Keeps swscale's tables between frames, which a frame's own `reformat` would build anew each time.
+    Keeps swscale's tables between frames, which a frame's own `reformat` would rebuild each time.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Scaler:
 
 
 def _frames(video: Video, wanted_us: int | None) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames from the container's position on; nothing where the first that can be shown lies behind `wanted_us`.
+    """Frames from the container's position on; nothing where the first that can be shown is behind `wanted_us`.
 
     Packets decide that, before anything is decoded: the first entry point, and the first packet from there on that is
     not hidden by an edit list (after a seek towards the end of one edit that may be the beginning of the next).

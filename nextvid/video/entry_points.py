@@ -54,8 +54,10 @@ def is_entry_point(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
             return data[0] & 1 == 0
         case "vp9":  # show_existing_frame and frame_type, VP9 bitstream specification 6.2; profile 3 has a bit before
             return data[0] << (data[0] >> 4 & 3 == 3) & 0b1100 == 0
-        case "av1":
-            return _is_key_av1(data)
+        case "av1":  # show_existing_frame, then two bits of frame_type (AV1 specification 5.3 and 5.9.2)
+            frames = (start for kind, start, _ in _av1_units(data) if kind in (AV1_FRAME_HEADER, AV1_FRAME))
+            first = next(frames, len(data))
+            return first < len(data) and data[first] >> 5 == 0
         case _:
             return True
 
@@ -234,14 +236,6 @@ def _is_whole_h264(unit: bytes) -> bool:
                 payload[at] & 128
             )  # recovery_frame_cnt, an Exp-Golomb code: its first bit is 1 for the number 0
         at += size
-    return False
-
-
-def _is_key_av1(data: bytes) -> bool:
-    """Whether the first frame of a temporal unit is a key frame (AV1 specification 5.3 and 5.9.2)."""
-    for kind, start, _ in _av1_units(data):
-        if kind in (AV1_FRAME_HEADER, AV1_FRAME):
-            return start < len(data) and data[start] >> 5 == 0  # show_existing_frame, then two bits of frame_type
     return False
 
 

@@ -91,5 +91,5 @@ def _release(uri: str, path: Path) -> None:
 
 
 def _stays(uri: str) -> bool:
-    """Whether a file is read where it lies."""
+    """Whether a file is read in place."""
     return remote.is_local(uri) and split_uri(uri) is None

@@ -41,7 +41,10 @@ def pdq_hash(luma: UInt8[np.ndarray, "h w"]) -> tuple[bytes, int]:
     reduced = _reduced(luma)
     waves = _cosine_transform(_cosine_transform(reduced).T).T
     median = np.sort(waves, axis=None)[waves.size // 2 - 1]  # the lower of the two in the middle
-    return np.packbits((waves > median).ravel()[::-1]).tobytes(), _quality(reduced)
+    steps = (reduced[1:] - reduced[:-1], reduced[:, 1:] - reduced[:, :-1])  # each in whole hundredths of the grey scale
+    gradients = sum(int(np.abs((step * np.float32(100) / np.float32(255)).astype(np.int32)).sum()) for step in steps)
+    quality = min(gradients // GRADIENTS_PER_POINT, 100)
+    return np.packbits((waves > median).ravel()[::-1]).tobytes(), quality
 
 
 def _reduced(luma: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "64 64"]:
@@ -98,10 +101,3 @@ def _picks(count: int) -> Int[np.ndarray, "64"]:
 def _cosine_transform(lines: Float32[np.ndarray, "64 m"]) -> Float32[np.ndarray, "16 m"]:
     """The lowest waves along the first axis. A sum over the first of three axes goes line by line, in order."""
     return np.add.reduce(_COSINES[:, :, None] * np.ascontiguousarray(lines)[:, None, :], axis=0)
-
-
-def _quality(reduced: Float32[np.ndarray, "64 64"]) -> int:
-    """How much there is to see: the sum of gradients, each in whole hundredths of the grey scale."""
-    steps = (reduced[1:] - reduced[:-1], reduced[:, 1:] - reduced[:, :-1])
-    gradients = sum(int(np.abs((step * np.float32(100) / np.float32(255)).astype(np.int32)).sum()) for step in steps)
-    return min(gradients // GRADIENTS_PER_POINT, 100)

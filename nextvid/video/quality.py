@@ -149,7 +149,7 @@ def scores(samples: Sequence[Sample], black_luma: float) -> Scores:
 
 
 def crop_box(samples: Sequence[Sample], width: int, height: int) -> Box:
-    """The picture without bars that stand in 90 % of the samples; the whole frame where there are none."""
+    """The picture without bars that are in 90 % of the samples; the whole frame where there are none."""
     seen = [sample.bars for sample in samples if sample.bars is not None]
     if not seen:
         return Box(0, 0, width, height)

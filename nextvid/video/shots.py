@@ -187,7 +187,7 @@ def _hash_times(times_us: Iterable[int], start_us: int, hash_hz: float) -> list[
 
 
 def _spans(start_us: int, end_us: int, transitions: list[Transition]) -> list[_Span]:
-    """What lies between transitions."""
+    """Spans between transitions."""
     spans = []
     cut_in: Edge = "edge"
     score = 0.0

@@ -103,7 +103,12 @@ class Transitions:
         alone = [cut for cut in self._cuts if not any(first <= cut <= last + 1 for first, last, _ in merged)]
         for first, last in _runs(alone, join=round(self.config.min_shot_s * self.fps_hz)):
             result.append(Transition(times[first], times[last], "hard", max(self._step[first : last + 1])))
-        return sorted([*result, *self._holes(result)], key=lambda t: (t.start_us, t.end_us))
+        gaps, frame_us, holes = np.diff(np.array(self.times_us)), 1e6 / self.fps_hz, list[Transition]()
+        for after in np.flatnonzero(gaps > max(float(HOLE_S) * 1e6, HOLE_FRAMES * frame_us)):
+            start_us, until_us = self.times_us[after] + round(frame_us), self.times_us[after + 1]
+            if not any(t.start_us <= until_us and start_us <= t.end_us for t in result):
+                holes.append(Transition(start_us, until_us, "hard", self._step[after + 1]))
+        return sorted([*result, *holes], key=lambda t: (t.start_us, t.end_us))
 
     def _judge_cut(self, index: int) -> None:
         """Whether frame `index` begins a shot, by the BESIDE frames before and behind it."""
@@ -175,16 +180,6 @@ class Transitions:
                 break  # a jump: a cut to or from the blank frame
             index += way
         return index
-
-    def _holes(self, others: list[Transition]) -> list[Transition]:
-        gaps = np.diff(np.array(self.times_us))
-        frame_us = 1e6 / self.fps_hz
-        holes = []
-        for index in np.flatnonzero(gaps > max(float(HOLE_S) * 1e6, HOLE_FRAMES * frame_us)):
-            start_us, end_us = self.times_us[index] + round(frame_us), self.times_us[index + 1]
-            if not any(t.start_us <= end_us and start_us <= t.end_us for t in others):
-                holes.append(Transition(start_us, end_us, "hard", self._step[index + 1]))
-        return holes
 
 
 def _luma(thumb: UInt8[np.ndarray, "h3 w"]) -> UInt8[np.ndarray, "h w"]:

@@ -113,7 +113,7 @@ def test_nobody_there_is_a_line_and_no_hang(tmp_path: Path, monkeypatch: pytest.
             began = time.monotonic()
             found = tick(tmp_path, on_failure=whom)
             assert found
-            assert str(found.skip_message).startswith("nobody was told of run ")
+            assert str(found.skip_message).startswith("nobody was notified of run ")
             assert time.monotonic() - began < 60
 
 

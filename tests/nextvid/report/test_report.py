@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import draws_before
+from nextvid.config.stages import draws_before
 from nextvid.evaluate.samples import make_samples
 from nextvid.report import scores
 from nextvid.report.page import Picture, Table

@@ -8,7 +8,8 @@ from unittest.mock import patch
 import torch
 from torch import _dynamo as dynamo
 
-from nextvid.config.recipe import ExecutionConfig, RecipeConfig, stage_at
+from nextvid.config.recipe import ExecutionConfig, RecipeConfig
+from nextvid.config.stages import stage_at
 from nextvid.model.tokens import latent_tokens
 from nextvid.train import step
 from nextvid.train.diagnose import features_of, judged

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig, draws_before, stage_at
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.tokens import space_to_depth, tube_ids
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import READ_AHEAD, Batch, Loader

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextvid.config.recipe import OptimConfig, SpikeConfig, draws_before, stage_at
+from nextvid.config.recipe import OptimConfig, SpikeConfig
 from nextvid.config.recipes import recipe
+from nextvid.config.stages import draws_before, stage_at
 from nextvid.model.reference import reference_encoder
 from nextvid.train import checkpoint
 from nextvid.train.checkpoint import Identity, Progress

@@ -11,7 +11,8 @@ import torch
 
 from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
-from nextvid.config.recipe import RecipeConfig, stage_at
+from nextvid.config.recipe import RecipeConfig
+from nextvid.config.stages import stage_at
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import Batch, Loader, open_loader
 from nextvid.train.rows import Pixels, Staged
