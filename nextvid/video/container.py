@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int64, UInt8
 
 from nextvid.video.display import DISPLAYED_AS_STORED, Display, over_black
 from nextvid.video.entry_points import is_entry_point, must_begin_at_entry
-from nextvid.video.images import MAX_PIXELS
+from nextvid.video.images import MAX_PIXELS, head_of
 from storage.errors import MediaError
 
 # libavformat's demuxers of VIDEO_EXTENSIONS; everything else (hls, concat, sdp, image sequences, lavfi) is refused.
@@ -93,9 +93,11 @@ def opened(path: Path, *, strict: bool) -> Iterator[Video]:
     except PermissionError:
         raise MediaError("forbidden", f"{path}: no permission to read it; check its mode and owner") from None
     except (av.FFmpegError, ValueError, OverflowError, UnicodeError) as error:
-        raise MediaError("unknown_format", f"{path}: not a video container we read: {error}") from None
+        raise _unread(path, "unknown_format", f"not a video container we read: {error}") from None
     try:
         stream = next((s for s in container.streams.video if s.codec_context and not s.disposition & PICTURES), None)
+        if len(container.streams) == 0:
+            raise _unread(path, "no_video", "holds no stream")
         if stream is None or stream.time_base is None:
             raise MediaError("no_video", f"{path}: holds no video stream that can be decoded")
         width, height = stream.codec_context.width, stream.codec_context.height
@@ -120,6 +122,17 @@ def opened(path: Path, *, strict: bool) -> Iterator[Video]:
         raise MediaError("corrupt", f"{path}: {error}") from None
     finally:
         container.close()
+
+
+def _unread(path: Path, reason: str, why: str) -> MediaError:
+    """Why nothing is found in a file: MP4 and MOV that were cut off lack their index, which often stands at the end."""
+    if head_of(path)[4:8] != b"ftyp":
+        return MediaError(reason, f"{path}: {why}")
+    return MediaError(
+        "no_index",
+        f"{path}: begins as MP4 or MOV, but its index is not there or damaged: cut off? Fetch it again, "
+        "or record it again",
+    )
 
 
 def decoded(video: Video, from_us: int | None = None) -> Iterator[tuple[int, VideoFrame]]:

@@ -64,8 +64,9 @@ def map_files(
 
 
 def by_uri(message: str, path: Path, uri: str) -> str:
-    """A message about the local path, as one about the URI; FFmpeg writes paths as `file:/...`."""
-    return message.replace(f"file:{path}", uri).replace(str(path), uri)
+    """A message about the local path, as one that names the URI; FFmpeg writes paths as `file:/...`."""
+    said = message.replace(f"file:{path}", uri).replace(str(path), uri)
+    return said if uri in said else f"{uri}: {said}"
 
 
 def _fetch(uri: str, folder: Path) -> Path:
