@@ -1,16 +1,17 @@
 """What number formats of stored latents cost and save: `python -m benchmarks.formats [--quick]`.
 
-Latents of two autoencoders: the demo's, trained, on the demo's films; and one of VA-VAE's topology an eighth as wide,
-with random weights, on the same films enlarged. Errors are of posterior means, over the width of the posterior and over
-the deviation of latents; PSNR is of decoded frames against those of exact latents, and against the films. The flow loss
-is of one small model, trained on exact latents, on other films. Read times are CPU time a row of the paper's shape,
-with warm pages, in one thread.
+Latents of two autoencoders on the demo's films: the demo's, and one of VA-VAE's topology an eighth as wide, which is
+trained here for a minute. Errors are of posterior means, over the width of the posterior and over the deviation of
+latents; PSNR is of decoded frames against those of exact latents, and against the films. Read times are CPU time a row
+of the paper's shape, with warm pages, in one thread; rates are of the loader with two threads, over float16's in the
+same turn. trained_formats.py then trains a small model on each format.
+
+Axes: n films, F frames, C channels, h w cells, H W pixels.
 """
 
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,37 +20,38 @@ import numpy as np
 import torch
 import tyro
 from diffusers import AutoencoderKL
-from einops import rearrange, repeat
-from jaxtyping import Float32, UInt8
+from einops import rearrange
+from jaxtyping import UInt8
 from numcodecs import Blosc, Zstd
+from torch.nn import functional
 
-from benchmarks.clips import BATCH, FRAMES, SHAPE, TRAINSET, Store, random_clips, training_recipe, write_store
-from benchmarks.gpu import random_batch
-from benchmarks.measure import machine, show, timed, write
-from examples.demo.scenes import MOTIONS, draw_shot, render
-from nextvid.config.recipe import RecipeConfig
-from nextvid.config.recipes import demo
+from benchmarks.clips import (
+    BATCH,
+    FRAMES,
+    SHAPE,
+    TRAINSET,
+    InHostMemory,
+    Store,
+    random_clips,
+    training_recipe,
+    write_store,
+)
+from benchmarks.measure import evict, machine, median_ratio, show, timed, write
+from benchmarks.trained_formats import CPU, Frames, compare, differences, films
+from examples.demo.train_autoencoder import KL_WEIGHT, L1_WEIGHT, PEAK_LR
 from nextvid.encode.autoencoders import Autoencoder
 from nextvid.encode.vavae import CONFIG
-from nextvid.model.flow import NoiseKey
-from nextvid.model.reference import reference_features
-from nextvid.train.distributed import Ranks
-from nextvid.train.loader import Batch
 from nextvid.train.rows import Hosted, Latents, Staged
-from nextvid.train.step import Trained, build, encoder_tokens, flow_targets, take_step
 from nextvid.trainset.order import Drawn, Order
 from nextvid.trainset.trainset import Trainset
 from storage.root import DataRoot
 from storage.shard import packed, stored_values
 from storage.spec import STORED
 
-TOP = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
-MARGIN = 24  # pixels that a scene's texture exceeds the frame by: drift of 8 frames
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo" / "autoencoder"
+TRAINED_AT_ONCE = 16  # frames: docs/demo.md
+TURNS = 5
 CODECS = {"zstd": Zstd(level=3), "blosc, zstd": Blosc("zstd", clevel=5, shuffle=Blosc.BITSHUFFLE)}
-
-Latent = Float32[np.ndarray, "n F C h w"]
-Frames = UInt8[np.ndarray, "n F H W 3"]
 
 
 def main(quick: bool = False, json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None) -> None:
@@ -60,36 +62,47 @@ def main(quick: bool = False, json: Annotated[Path | None, tyro.conf.arg(metavar
         json: file for the results.
     """
     torch.set_num_threads(1)
-    count, steps, rows = (16, 20, 64) if quick else (64, 200, 256)
-    footage = films(count)
-    rows_found: list[dict[str, Any]] = []
+    count, steps, rows, seeds = (16, 20, 64, 2) if quick else (256, 200, 256, 3)
+    errors_found = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="nextvid-formats-") as name:
-        for title, model, frames in _autoencoders(Path(name), footage):
-            rows_found += [{"autoencoder": title, **row} for row in errors(model, frames)]
-        seconds = list(reading(Path(name), rows))
-    flow = list(flow_losses(count, steps))
-    for title, found in (("latents", rows_found), ("a row of 16 x 32 x 16 x 16", seconds), ("flow loss", flow)):
+        for title, model, frames in _autoencoders(Path(name), films(64 if count > 64 else count).frames, 3 * steps):
+            errors_found += [{"autoencoder": title, **row} for row in errors(model, frames)]
+        show("latents", list(errors_found[0]), [list(row.values()) for row in errors_found])
+        read = list(reading(Path(name), rows))
+    show("a row of 16 x 32 x 16 x 16", list(read[0]), [list(row.values()) for row in read])
+    trained = list(compare(Autoencoder.load(DEMO), count, steps, seeds))
+    over = list(differences(trained))
+    for title, found in (("trained on each format", trained), ("and over float16", over)):
         show(title, list(found[0]), [list(row.values()) for row in found])
-    results = {"machine": machine(), "quick": quick, "latents": rows_found, "reading": seconds, "flow": flow}
-    write(json, {"benchmark": "formats", **results})
+    results = {"machine": machine(), "quick": quick, "latents": errors_found, "reading": read, "trained": trained}
+    write(json, {"benchmark": "formats", **results, "differences": over})
 
 
-def films(count: int, seed: int = 0) -> Frames:
-    """Clips of 8 frames as the demo's: a digit that moves over a drifting scene."""
-    rng = np.random.default_rng(seed)
-    shots = (
-        draw_shot(rng, int(rng.integers(1000)), str(rng.choice(MOTIONS)), MARGIN, None, False) for _ in range(count)
-    )
-    return np.stack([render(shot, 0, 8, 8) for shot in shots])
-
-
-def _autoencoders(folder: Path, footage: Frames) -> Iterator[tuple[str, Autoencoder, Frames]]:
-    yield "demo", Autoencoder.load(TOP / "examples" / "demo" / "autoencoder"), footage
+def _autoencoders(folder: Path, footage: Frames, steps: int) -> Iterator[tuple[str, Autoencoder, Frames]]:
+    yield "demo", Autoencoder.load(DEMO), footage
     torch.manual_seed(0)
     narrow = tuple(width // 8 for width in CONFIG["block_out_channels"])
-    AutoencoderKL(**CONFIG | {"block_out_channels": narrow, "norm_num_groups": 4}).save_pretrained(folder / "narrow")
-    larger = repeat(footage[: len(footage) // 4], "n f h w c -> n f (h 2) (w 2) c")
-    yield "VA-VAE's topology, narrow, random", Autoencoder.load(folder / "narrow"), larger
+    model = AutoencoderKL(**CONFIG | {"block_out_channels": narrow, "norm_num_groups": 4})
+    _train(model, rearrange(films(len(footage), seed=2).frames, "n f h w c -> (n f) h w c"), steps)
+    model.save_pretrained(folder / "narrow")
+    yield "VA-VAE's topology, narrow", Autoencoder.load(folder / "narrow"), footage
+
+
+def _train(model: AutoencoderKL, frames: UInt8[np.ndarray, "n H W 3"], steps: int) -> None:
+    """The demo's losses (examples/demo/train_autoencoder.py) on films that are not measured, without its average."""
+    optimiser, rng = torch.optim.AdamW(model.parameters(), lr=PEAK_LR), np.random.default_rng(0)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = PEAK_LR * min((step + 1) / 20, (steps - step) / steps)
+        wanted = torch.from_numpy(frames[rng.integers(len(frames), size=TRAINED_AT_ONCE)]).float() / 127.5 - 1
+        wanted = rearrange(wanted, "n h w c -> n c h w")
+        posterior = model.encode(wanted).latent_dist
+        made = model.decode(posterior.sample()).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = functional.mse_loss(made, wanted) + L1_WEIGHT * functional.l1_loss(made, wanted) + KL_WEIGHT * kl
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
 
 
 def errors(model: Autoencoder, frames: Frames) -> Iterator[dict[str, Any]]:
@@ -124,7 +137,27 @@ def reading(folder: Path, count: int) -> Iterator[dict[str, Any]]:
     """One line a format."""
     for storage in STORED:
         write_store(random_clips(count), folder / storage, storage=storage)
-        yield {"format": storage, **_read_us(folder / storage, count)}
+    rates: dict[str, list[float]] = {f"{storage} {state}": [] for storage in STORED for state in ("cold", "warm")}
+    for _ in range(TURNS):
+        for storage in STORED:
+            evict(folder / storage)
+            store = Store(folder / storage)
+            for state in ("cold", "warm"):
+                took = timed(partial(_load, store, count // BATCH))
+                rates[f"{storage} {state}"].append(count / took.wall_s)
+            del store  # its maps would keep pages in the cache
+    for storage in STORED:
+        over = {
+            f"loader, {state}": median_ratio(rates[f"{storage} {state}"], rates[f"{STORED[0]} {state}"])
+            for state in ("warm", "cold")
+        }
+        yield {"format": storage, **_read_us(folder / storage, count), **over}
+
+
+def _load(store: Store, steps: int) -> None:
+    """Batches as a device gets them, by two threads."""
+    for batch in store.loader(steps, InHostMemory).batches(0, 2):
+        assert batch.latents is not None
 
 
 def _read_us(folder: Path, count: int) -> dict[str, float]:
@@ -154,43 +187,6 @@ def _read_us(folder: Path, count: int) -> dict[str, float]:
 def _all(way: Callable[[Drawn], None], shares: Sequence[Drawn]) -> None:
     for drawn in shares:
         way(drawn)
-
-
-def flow_losses(count: int, steps: int) -> Iterator[dict[str, Any]]:
-    """The flow loss of each format on films that were not trained on, with the same noise and masks."""
-    model, config = Autoencoder.load(TOP / "examples" / "demo" / "autoencoder"), demo()
-    exact = model.start(list(films(4 * count))).result().latents
-    mean, std = (rearrange(v, "c -> c 1 1") for v in (exact.mean((0, 1, 3, 4)), exact.std((0, 1, 3, 4))))
-    trained = build(config, Ranks(0, 1, CPU))
-    for step in range(steps):
-        take_step(trained, _batch(config, step, (exact - mean) / std), step, 0)
-    other = model.start(list(films(count, seed=1))).result().latents
-    good = np.ones(len(other), bool)
-    plain = _flow(trained, (other - mean) / std)
-    yield {"format": "exact", "flow loss": plain, "over exact": 1.0}
-    for storage in STORED:
-        found = _flow(trained, (stored_values(other, good, storage).astype(np.float32) - mean) / std)
-        yield {"format": storage, "flow loss": found, "over exact": found / plain}
-
-
-def _batch(config: RecipeConfig, step: int, latents: Latent) -> Batch:
-    batch = random_batch(config, step, CPU)
-    return replace(batch, latents=torch.from_numpy(latents[np.array(batch.draws) % len(latents)]))
-
-
-@torch.no_grad()
-def _flow(trained: Trained, latents: Latent) -> float:
-    """Mean over strategies and all clips."""
-    config, found = trained.recipe, []
-    for step in range(len(latents) // config.stages[0].batch):
-        batch = _batch(config, step, latents)
-        tokens, targets = encoder_tokens(batch, config.model), flow_targets(batch, config)
-        features = reference_features(trained.reference, tokens, config.losses.target_norm)
-        key = NoiseKey(config.seed, step, batch.draws)
-        for strategy in range(len(batch.visible)):
-            losses = trained.model(tokens, targets, features, batch.visible, key, 1, strategy, False)
-            found += [float(value) for value in losses.flow.values()]
-    return statistics.mean(found)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Trainset:
         """The trainset of a digest, else the latest. Raises UpstreamError where there is none."""
         found = digest or read_latest(root, "trainset")
         if found is None:
-            raise UpstreamError("there is no trainset yet: make 'trainset' first")
+            raise UpstreamError(f"{root.url}: there is no trainset yet: make 'trainset' first")
         folder = root.pointed("trainset", found)
         path, remedy = f"{folder}/{RECORD}", f"remove {folder} and make 'trainset' again"
         try:
