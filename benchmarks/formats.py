@@ -62,10 +62,10 @@ def main(quick: bool = False, json: Annotated[Path | None, tyro.conf.arg(metavar
         json: file for the results.
     """
     torch.set_num_threads(1)
-    count, steps, rows, seeds = (16, 20, 64, 2) if quick else (256, 200, 256, 3)
+    count, steps, rows, seeds = (16, 20, 64, 2) if quick else (1024, 600, 256, 3)
     errors_found = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="nextvid-formats-") as name:
-        for title, model, frames in _autoencoders(Path(name), films(64 if count > 64 else count).frames, 3 * steps):
+        for title, model, frames in _autoencoders(Path(name), films(min(count, 64)).frames, steps):
             errors_found += [{"autoencoder": title, **row} for row in errors(model, frames)]
         show("latents", list(errors_found[0]), [list(row.values()) for row in errors_found])
         read = list(reading(Path(name), rows))
