@@ -14,6 +14,7 @@ from assets.reporting import readable_errors, traced
 from assets.resources import ProjectResource
 from nextvid.making.outcome import Outcome
 from storage import atomic
+from storage.records import read_record
 
 TAG = "training_run"
 NEWEST = 100  # our choice: materialisations of `pretrain` among which a run is looked for
@@ -85,7 +86,7 @@ def evaluate(
             if record.asset_materialization
         }  # the newest last
         launched = opened.root.launch(recipe, launch_of(context))
-        named = config.run_id or (atomic.read_json(launched)["run"] if atomic.exists(launched) else None)
+        named = config.run_id or (read_record(launched)["run"] if atomic.exists(launched) else None)
         found = find_run(opened, recipe, named or next(reversed(materialised), None), ended=ended)
         run = found.id
         tag_run(context, run, found.trainset)

@@ -23,12 +23,13 @@ from benchmarks.clips import BATCH, BATCH_KEY, FRAMES, TRAINSET, random_clips, t
 from benchmarks.measure import machine, show, write
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import open_loader
-from nextvid.trainset.files import RECORD, publish_sealed, read_sealed
+from nextvid.trainset.files import RECORD, read_sealed
 from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan
 from nextvid.trainset.order import Order
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.reader import ADDRESS
+from storage.records import publish_record
 from storage.root import DataRoot
 from storage.withdrawn import record_withdrawal
 
@@ -136,7 +137,7 @@ def _write(folder: Path) -> dict[int, str]:
         with atomic.staged_folder(root.pointed("trainset", digests[size])) as staged:
             shape = (sum(counts.values()),)
             np.lib.format.open_memmap(staged / f"rows.f{FRAMES}.npy", "w+", ADDRESS, shape).flush()
-            publish_sealed(str(staged / RECORD), said | changed | {"files": {}})  # checksums would read 3.2 GB
+            publish_record(str(staged / RECORD), said | changed | {"files": {}})  # checksums would read 3.2 GB
         path = f"{root.pointed('trainset', digests[size])}/rows.f{FRAMES}.npy"
         table = np.load(path, mmap_mode="r+", allow_pickle=False)
         drawn = Order(Trainset.open(root, digests[size]), recipe).drawn(FRAMES, 0, STEPS * BATCH)

@@ -14,7 +14,11 @@ from storage.errors import UpstreamError
 
 
 @app.command
-def verify(batch: Batch = None, corpus: Corpus = None) -> None:
+def verify(
+    batch: Batch = None,
+    corpus: Corpus = None,
+    quick: Annotated[bool, tyro.conf.arg(help="names, sizes and seals alone: finds what is missing or short")] = False,
+) -> None:
     """Read every byte of stores, tables, trainsets, runs, encoders and scores, and list what is damaged."""
     from nextvid.corpus.sources import refuse_unknown
     from nextvid.lineage.verify import damaged_records
@@ -26,14 +30,14 @@ def verify(batch: Batch = None, corpus: Corpus = None) -> None:
     stores = every_store(project.root)
     if not stores:
         raise UpstreamError("there are no latents yet: 'nextvid make latents' makes them")
-    problems = [str(problem) for store in stores for problem in store.verify(batch)]
-    problems += damaged_records(project.root) if batch is None else []
+    problems = [str(problem) for store in stores for problem in store.verify(batch, quick=quick)]
+    problems += damaged_records(project.root, quick=quick) if batch is None else []
     for problem in problems:
         print(printable(problem))
     if problems:
         sys.exit(4)
     what = "row" if batch is not None else "row, table, record and weight"
-    print(f"every committed {what} is as it was written")
+    print(f"every committed {what} {'has its name and size' if quick else 'is as it was written'}")
 
 
 @app.command

@@ -5,7 +5,8 @@ import re
 import dagster as dg
 
 from assets.resources import ProjectResource
-from storage import atomic, listing
+from storage import listing
+from storage.records import read_record
 
 NAME = re.compile(r"[0-9]{19}\.json")  # nanoseconds: in the order of time
 
@@ -20,7 +21,7 @@ def notices(context: dg.SensorEvaluationContext, project: ProjectResource) -> dg
     root = project.open().root
     last = context.cursor if context.cursor and NAME.fullmatch(context.cursor) else ""
     new = sorted(name for name in listing.files(root.notices()) if NAME.fullmatch(name) and name > last)
-    found = [atomic.read_json(f"{root.notices()}/{name}") for name in new]
+    found = [read_record(f"{root.notices()}/{name}") for name in new]
     return dg.SensorResult(
         asset_events=[
             dg.AssetObservation(asset, metadata={"what": notice["what"], "rows": rows})

@@ -20,6 +20,8 @@ The data root, as `root.py` builds it (every path of the project comes from ther
     <runs_root>/pretrain/<recipe>/<run>/              config.json events.jsonl checkpoints/ encoder/ lock
            probes/ samples/ report/<recipe>/<run>/
 
+JSON files are records with a seal (records.py), tables have a checksum in their metadata (tables.py).
+
 Every path is a string that fsspec understands. atomic.py publishes files, locks.py locks, listing.py lists, remote.py
 speaks to object stores, cache.py keeps local copies of a bucket's files. Of latents and pixels store.py has the stores,
 part.py their parts, seal.py their seals, shard.py the bytes of a shard; reader.py reads rows fast, verify.py reads

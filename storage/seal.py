@@ -21,6 +21,7 @@ from storage import atomic, listing, tables
 from storage.digest import digest_config
 from storage.errors import DamagedError, StoreError, UnwritableError, UpstreamError
 from storage.part import COMMIT, Part
+from storage.records import refuse_newer
 
 VERSION = 1  # of sealed.json
 
@@ -49,11 +50,7 @@ def read_seal(part: Part[Any]) -> Seal | None:
         return None
     try:
         version, digest = int(record.pop("version")), record.pop("digest")
-        if version > VERSION:
-            raise StoreError(
-                f"{path} was written by a newer version of nextvid (format {version}, this one reads {VERSION}): "
-                "update nextvid"
-            )
+        refuse_newer(path, version, VERSION)
         seal = Seal(**record)
         if digest != digest_config(asdict(seal)):
             raise ValueError("its digest is another")

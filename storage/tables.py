@@ -28,11 +28,13 @@ from polars.exceptions import PolarsError
 from storage import atomic, remote
 from storage.digest import crc32c
 from storage.errors import DamagedError, TableError, UpstreamError
+from storage.records import FORMAT, publish_record, read_record, refuse_newer
 from storage.root import DataRoot, Table
 
 _KEY = "nextvid.crc32c"
 _BLANK = b"crc32c=00000000"
-_FIELD = re.compile(rb"crc32c=[0-9a-f]{8}")
+_FIELD = re.compile(rb"crc32c=[0-9a-f]{8}(?: format=([0-9]{1,9}))?")  # release 0.1.0 wrote no format
+_SEALED = f"{_BLANK.decode()} format={FORMAT}"
 _NOT_WRITTEN = "Nothing was written: what is to be stored is at fault, not the disk; please report it"
 _OTHER_WRITER = "Another version or program wrote it: remove it and make it again"
 
@@ -49,7 +51,7 @@ def encode_table(frame: pl.DataFrame, schema: type[dy.Schema], path: str) -> byt
 
 def _sealed(checked: pl.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    checked.write_parquet(buffer, metadata={_KEY: _BLANK.decode()})
+    checked.write_parquet(buffer, metadata={_KEY: _SEALED})
     data = buffer.getvalue()
     start = data.rindex(_BLANK)  # the footer is at the end
     return data[:start] + b"crc32c=%08x" % crc32c(data) + data[start + len(_BLANK) :]
@@ -78,7 +80,7 @@ def write_tables(path: str, frames: Iterable[pl.DataFrame], schema: type[dy.Sche
             parts.append(f"{folder}/{number}.parquet")
             write_table(parts[-1], frame, schema)
         with atomic.staged_file(path) as temporary:
-            pl.scan_parquet(parts).sink_parquet(temporary, metadata={_KEY: _BLANK.decode()})
+            pl.scan_parquet(parts).sink_parquet(temporary, metadata={_KEY: _SEALED})
             found = crc32c(np.memmap(temporary, np.uint8, "r"))
             with atomic.naming(temporary), temporary.open("r+b") as file:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
@@ -179,7 +181,7 @@ def publish_checks(
     """
     plain = [_plain(check) for check in checks]
     passed = all(check["passed"] for check in plain if check.get("blocking", True))
-    atomic.publish_json(path, {"asset": asset, "passed": passed, "made_from": dict(made_from or {}), "checks": plain})
+    publish_record(path, {"asset": asset, "passed": passed, "made_from": dict(made_from or {}), "checks": plain})
 
 
 def read_checks(path: str) -> dict[str, Any] | None:
@@ -188,7 +190,7 @@ def read_checks(path: str) -> dict[str, Any] | None:
     Files of before release 0.1 do not tell what their asset was made from: `made_from` is empty.
     """
     try:
-        found = atomic.read_json(path)
+        found = read_record(path, "remove it and make the asset again")
     except UpstreamError:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("passed"), bool):
@@ -227,8 +229,9 @@ def _check_seal(data: bytes, path: str) -> int:
     # the footer, which ends with its length (4 bytes, little-endian) and the magic
     footer_bytes = int.from_bytes(data[-8:-4], "little") + 8 if data[-4:] == b"PAR1" and len(data) >= 12 else 0
     for field in list(_FIELD.finditer(data, max(0, len(data) - footer_bytes)))[::-1]:
-        blank = data[: field.start()] + _BLANK + data[field.end() :]
-        if field.group() == b"crc32c=%08x" % (found_crc := crc32c(blank)):
+        blank = data[: field.start()] + _BLANK + data[field.start() + len(_BLANK) :]
+        if field.group().startswith(b"crc32c=%08x" % (found_crc := crc32c(blank))):
+            refuse_newer(path, int(field[1] or FORMAT))
             return found_crc
     raise TableError(f"{path} is damaged: its bytes differ from their checksum. Remove it and make it again")
 

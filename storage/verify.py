@@ -56,8 +56,8 @@ def reported(problems: list[Problem], file: str, remedy: str, what: str = "") ->
         problems.append(Problem(file, None, f"{what}{error}", remedy))
 
 
-def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
-    """Problems of one part; rows in `withdrawn` must be zeros, or have none."""
+def verify_part(part: Part[Any], withdrawn: frozenset[bytes], *, quick: bool = False) -> list[Problem]:
+    """Problems of one part; rows in `withdrawn` must be zeros, or have none. With `quick` no shard is read."""
     problems: list[Problem] = []
     with reported(problems, part.plan_path, f"remove {part.path} and make the latents again"):
         shards = part.shards
@@ -78,6 +78,8 @@ def verify_part(part: Part[Any], withdrawn: frozenset[bytes]) -> list[Problem]:
     problems += _metadata(part)
     problems += [Problem(path, None, "belongs to nothing in the plan", "sweep it, or remove it") for path in strange]
     problems += _seal(part, commits)
+    if quick and commits is not None:
+        return [*problems, *_sizes(part, commits, files)]
 
     def judged(number: int) -> list[Problem]:
         sound = commits is not None and _is_sound(part, number, commits, withdrawn)
@@ -142,6 +144,19 @@ def _seal(part: Part[Any], commits: pl.DataFrame | None) -> list[Problem]:
         sealed = sealed_commits(part, part.format.schema.column_names())
         if sealed is None or (commits is not None and not sealed.equals(commits)):
             problems.append(Problem(part.sealed_path, None, "differs from the commits that it seals", remedy))
+    return problems
+
+
+def _sizes(part: Part[Any], commits: pl.DataFrame, files: Mapping[str, int]) -> list[Problem]:
+    """Committed shards that are missing or not as long as these commits, all of the part, say."""
+    problems: list[Problem] = []
+    for (number,), own in commits.group_by(pl.col("slot") // shard.ROWS_PER_SHARD, maintain_order=True):
+        path, rows = part.shard_path(int(str(number))), part.rows_in(own)
+        size_bytes = max(row.offset + row.size_bytes for row in rows) + shard.INDEX_BYTES
+        if not all(row.reason == SWEPT for row in rows) and files.get(path) != size_bytes:
+            found = "no file" if path not in files else f"{files[path]} bytes"
+            what = f"{found} where {size_bytes} bytes were committed"
+            problems.append(Problem(path, None, what, part.remedy(int(str(number)))))
     return problems
 
 

@@ -11,6 +11,7 @@ import polars as pl
 
 from storage import atomic, listing
 from storage.errors import DamagedError
+from storage.records import publish_record, read_record
 from storage.root import DataRoot
 
 _ID = re.compile(r"[0-9a-f]{32}")  # of a media file or a row
@@ -22,7 +23,7 @@ def record_withdrawal(root: DataRoot, media_id: str, row_ids: Iterable[bytes]) -
     path = f"{root.withdrawn()}/{media_id}.json"
     known = _rows(path) if atomic.exists(path) else set()
     names = sorted(row_id.hex() for row_id in known | set(row_ids))
-    atomic.publish_json(path, {"media_id": media_id, "row_ids": names})
+    publish_record(path, {"media_id": media_id, "row_ids": names})
 
 
 def withdrawn_media(root: DataRoot) -> frozenset[bytes]:
@@ -43,7 +44,7 @@ def withdrawn_rows(root: DataRoot) -> frozenset[bytes]:
 
 
 def _rows(path: str) -> set[bytes]:
-    record = atomic.read_json(path)
+    record = read_record(path)
     try:
         strange = [name for name in record["row_ids"] if not _ID.fullmatch(name)]
         if strange:

@@ -64,7 +64,13 @@ PROMISES = (
     Promise(
         "A changed byte of what is stored is found, named with its remedy, and never used",
         "a bit flipped, files cut, zeroed, removed and exchanged, in each kind of file",
-        (f"{S}/test_verify.py", f"{S}/test_damage.py", f"{S}/test_seal.py", f"{N}/lineage/test_verify.py"),
+        (
+            f"{S}/test_verify.py",
+            f"{S}/test_damage.py",
+            f"{S}/test_seal.py",
+            f"{N}/lineage/test_verify.py",
+            f"{N}/test_rot.py",
+        ),
     ),
     Promise(
         "The order of samples and masks is the same for any number of ranks, threads and resumptions",

@@ -16,9 +16,11 @@ from nextvid.config.datasets import ClipPolicy, CurationConfig, DatasetConfig, L
 from nextvid.config.strict import Strict, parse
 from storage import atomic
 from storage.errors import ConfigError, CorpusError
+from storage.records import publish_record, read_record
 from storage.root import DataRoot
 
 Rules = Mapping[str, Any]
+_REMEDY = "remove it, then 'nextvid plan --accept' accepts what corpus.yaml asks for"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def accepted(root: DataRoot) -> Accepted | None:
     path = root.accepted()
     if not atomic.exists(path):
         return None
-    value = atomic.read_json(path)
+    value = read_record(path, _REMEDY)
     try:
         encoding, curation = str(value["encoding"]), str(value["curation"])
         versions, count = value.get("versions", {}), int(value.get("count", 0))
@@ -68,7 +70,7 @@ def accepted(root: DataRoot) -> Accepted | None:
     except (AttributeError, KeyError, TypeError):
         raise CorpusError(
             f"{path}: expected the keys 'encoding', 'curation', 'pixels' and 'rules': the file is damaged or from an "
-            "older version; remove it, then 'nextvid plan --accept' accepts what corpus.yaml asks for"
+            f"older version; {_REMEDY}"
         ) from None
 
 
@@ -119,7 +121,7 @@ def pixels_digest(pixels: PixelConfig | Rules | None) -> str:
 def _publish(root: DataRoot, known: Accepted, corpus: CorpusConfig) -> Accepted:
     """Accept the curation and rules of `corpus`, and what else is `known`."""
     value = replace(known, curation=corpus.curation_digest(), rules=_rules(known.rules, corpus))
-    atomic.publish_json(root.accepted(), asdict(value))
+    publish_record(root.accepted(), asdict(value))
     return value
 
 

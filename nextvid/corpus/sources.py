@@ -31,6 +31,7 @@ from nextvid.video.probe import kind_of
 from storage import atomic, remote, tables
 from storage.digest import digest
 from storage.errors import ConfigError, ConflictError, CorpusError, LabelError, NExTVidError
+from storage.records import publish_record, read_record
 from storage.remote import is_local
 from storage.schemas import Sources
 
@@ -371,21 +372,26 @@ def _pending(project: Project) -> str:
     return f"{project.root.folder('sources')}/pending.json"
 
 
+def _waiting_before(project: Project) -> dict[str, dict[str, Any]]:
+    """What the last settling listings left waiting, by dataset and URI; the file may be removed without harm."""
+    path = _pending(project)
+    return dict(read_record(path, "remove it").get("waiting", {})) if atomic.exists(path) else {}
+
+
 def _listed_before(project: Project, name: str, known: pl.DataFrame) -> dict[str, tuple[int, str]]:
     """A dataset's files by the tables and the last settling listing."""
     rows = latest(known).select("uri", "size_bytes", "fingerprint")
     found = {uri: (size, fingerprint) for uri, size, fingerprint in rows.iter_rows()}
-    pending = atomic.read_json(_pending(project)) if atomic.exists(_pending(project)) else {}
-    return found | {uri: (size, text) for uri, (size, text) in pending.get(name, {}).items()}
+    return found | {uri: (size, text) for uri, (size, text) in _waiting_before(project).get(name, {}).items()}
 
 
 def _remember(project: Project, listings: Sequence[Listing]) -> None:
-    """Keep the waiting files for the next settling listing to compare with; the file may be lost without harm."""
-    before = atomic.read_json(_pending(project)) if atomic.exists(_pending(project)) else {}
+    """Keep the waiting files for the next settling listing to compare with."""
+    before = _waiting_before(project)
     after = dict(before)
     for listing in listings:
         rows = listing.waiting.select("uri", "size_bytes", "fingerprint")
         after[listing.dataset] = {uri: [size, text] for uri, size, text in rows.iter_rows()}
     after = {name: files for name, files in after.items() if files}
     if after != before:
-        atomic.publish_json(_pending(project), after)
+        publish_record(_pending(project), {"waiting": after})

@@ -26,6 +26,7 @@ from storage import atomic
 from storage.draws import most_drawn
 from storage.errors import ConfigError, CorpusError
 from storage.locks import locked
+from storage.records import publish_record, read_record
 from storage.schemas import Clips, Duplicates
 from storage.store import LatentStore
 from storage.tables import read_table
@@ -122,7 +123,7 @@ def settle_cap(project: Project, store: LatentStore, batch: str) -> None:
         bounds = {frames: _bound(cap, found[frames], share, before.get(frames)) for frames, cap in caps.items()}
         if len(pool) > 1 and found[1].count:
             bounds |= dict.fromkeys(pool, max(bounds[frames] or "" for frames in pool if frames > 1))
-        atomic.publish_json(project.root.cap(dataset), _Record(bounds=bounds, known=known).model_dump(mode="json"))
+        publish_record(project.root.cap(dataset), _Record(bounds=bounds, known=known).model_dump(mode="json"))
 
 
 class _Smallest:
@@ -244,7 +245,7 @@ def _record(project: Project, dataset: str) -> _Record:
     if not atomic.exists(path):
         return _Record()
     try:
-        return parse(_Record, atomic.read_json(path), path)
+        return parse(_Record, read_record(path), path)
     except ConfigError as error:
         raise CorpusError(f"{error}: the record of a cap is damaged; remove it, and make 'latents' again") from error
 

@@ -22,9 +22,9 @@ from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.outcome import Check, Number, Outcome
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import addressed, publish_latest
-from storage.atomic import publish_json, read_json
 from storage.digest import digest_config
 from storage.errors import DamagedError, UpstreamError
+from storage.records import publish_record, read_record
 from storage.spec import EncodingSpec
 from storage.store import LatentStore
 
@@ -124,7 +124,7 @@ def make_latent_stats(project: Project, on_progress: OnProgress = silent) -> Out
     digest = digest_config(stats)
     with addressed(root, "latent_stats", digest) as made:
         if made.new:
-            publish_json(f"{made.path}/stats.json", stats)
+            publish_record(f"{made.path}/stats.json", stats)
             every = [part for parts in found.values() for part in parts.values()]
             lowest, values = min(float(part.std.min()) for part in every), sum(part.values for part in every)
             fewest = min(part.values for part in every)
@@ -134,10 +134,10 @@ def make_latent_stats(project: Project, on_progress: OnProgress = silent) -> Out
                 Check("std_positive", lowest > 0, {"lowest_std": lowest}),
                 Check("enough_rows", values >= ENOUGH_VALUES, enough, "" if values >= ENOUGH_VALUES else few),
             )
-        elif digest_config(read_json(f"{made.path}/stats.json")) != digest:
-            raise DamagedError(
-                f"{made.path}/stats.json was changed: remove the folder {made.path} and make 'latent_stats' again"
-            )
+        else:
+            path, remedy = f"{made.path}/stats.json", f"remove the folder {made.path} and make 'latent_stats' again"
+            if digest_config(read_record(path, remedy)) != digest:
+                raise DamagedError(f"{path} was changed after it was written; {remedy}")
     if made.passed:
         publish_latest(root, "latent_stats", digest)
     numbers: dict[str, Number] = {}

@@ -31,10 +31,10 @@ from nextvid.evaluate.scoring import UNFINISHED, Scored, Task, score_encoder, se
 from nextvid.train.distributed import Ranks
 from nextvid.train.events import Reporter
 from nextvid.train.run import run_lock
-from nextvid.trainset.files import publish_sealed
 from storage import atomic, tables
 from storage.digest import digest_config
 from storage.errors import NExTVidError
+from storage.records import publish_record
 from storage.schemas import ProbeRows
 
 LEFTOVER_AGE_S = 0.0  # rank 0 holds the lock, so a half-written file in the folder has no writer: remove it at any age
@@ -170,7 +170,7 @@ def _score(
         np.savez(buffer, labels=labels, **pooled, **places)  # type: ignore[arg-type]
         atomic.publish_bytes(f"{folder}/features.npz", buffer.getvalue())
         described = about | _described(task, scores, time.perf_counter() - started)
-        publish_sealed(f"{folder}/score.json", described)
+        publish_record(f"{folder}/score.json", described)
         atomic.remove_tree(f"{folder}/{UNFINISHED}")
     ranks.wait()
 

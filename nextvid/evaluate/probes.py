@@ -32,12 +32,12 @@ from nextvid.making.publishing import read_latest
 from nextvid.train.checkpoint import step_of
 from nextvid.train.node import PreparedRun, carry_out, torchrun
 from nextvid.train.run import Run, find_checkpoint, find_run
-from nextvid.trainset.files import read_record
 from nextvid.trainset.pixels import open_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
 from storage.digest import digest_config
 from storage.errors import DamagedError, RefusedError, UpstreamError
+from storage.records import read_record
 from storage.schemas import Clips, Duplicates, Labels
 from storage.spec import EncodingSpec, PixelSpec
 from storage.store import LatentStore, PixelStore

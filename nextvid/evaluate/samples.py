@@ -32,6 +32,7 @@ from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import RefusedError
+from storage.records import publish_record, read_record
 from storage.schemas import Clips
 
 SHOWN = 3  # clips in a picture
@@ -75,7 +76,7 @@ def make_samples(project: Project, recipe: str, run: str | None = None, on_progr
         name = f"samples {recipe}"
         with leased_devices(1, project.corpus.execution.device, name, noting(on_progress, name)) as (device,):
             _make(project, found, folder, device, lambda done, total: on_progress(Progress(name, done, total)))
-    record = atomic.read_json(f"{folder}/samples.json")
+    record = read_record(f"{folder}/samples.json", f"remove the folder {folder} and make 'samples' again")
     numbers = {
         f"{kind}_{name}_psnr_db": v["psnr_db"]
         for kind in ("masked", "autoregressive")
@@ -129,7 +130,7 @@ def _make(project: Project, run: Run, folder: str, device: str, tell: Callable[[
         sources.append(Strip("source" if seen.frames is not None else f"source:\n{seen.reason}", seen.frames))
     atomic.publish_bytes(f"{folder}/masked.png", _picture(scene, sources, masked, visible, run))
     atomic.publish_bytes(f"{folder}/autoregressive.png", _picture(scene, sources, onward, {}, run))
-    atomic.publish_json(
+    publish_record(
         f"{folder}/samples.json",
         {
             "recipe": run.recipe.name,

@@ -17,9 +17,9 @@ from nextvid.config.stages import draws_before
 from nextvid.lineage.trace import RunFacts, runs_of, score_record, scores_of
 from nextvid.plain_text import printable
 from nextvid.train.run import open_run
-from storage.atomic import read_json
 from storage.digest import digest_config
 from storage.errors import ConfigError
+from storage.records import read_record
 from storage.root import RUN_CONFIG, DataRoot
 
 # Fields of scores that are in config.json too, or are no result.
@@ -81,7 +81,7 @@ def compare(project: Project, runs: Sequence[str]) -> Comparison:
     if len(runs) < 2:
         raise ConfigError("name two runs or more to compare")
     found = [find(project, run) for run in runs]
-    configs = [_fields(read_json(str(Path(run.folder, RUN_CONFIG))), ("run", "recipe_digest")) for run in found]
+    configs = [_fields(read_record(str(Path(run.folder, RUN_CONFIG))), ("run", "recipe_digest")) for run in found]
     scores = _named([_scores(project.root, run) for run in found])
     config, config_same = _differences(configs)
     score, score_same = _differences(scores)

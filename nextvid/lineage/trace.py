@@ -14,11 +14,11 @@ import polars as pl
 
 from nextvid.config.project import Project
 from nextvid.plain_text import in_markdown, printable
-from nextvid.trainset.files import read_record
 from nextvid.trainset.pixels import frozen_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing
 from storage.errors import ConfigError, DamagedError, NExTVidError
+from storage.records import read_record
 from storage.root import RUN_CONFIG, DataRoot
 from storage.schemas import Clips, Media, ProbeRows
 from storage.tables import read_table, read_tables
@@ -204,17 +204,22 @@ def trainsets_of(root: DataRoot) -> list[str]:
     return [name for name in names if atomic.exists(f"{folder}/{name}/trainset.json")]
 
 
-def damaged_trainsets(root: DataRoot) -> list[str]:
-    """What is wrong with each trainset whose files were changed or whose shards are missing, one message each."""
+def damaged_trainsets(root: DataRoot, *, quick: bool = False) -> list[str]:
+    """What is wrong with each trainset whose files were changed or whose shards are missing, one message each.
+
+    With `quick`, bytes of addresses and lineage are not read.
+    """
     found = []
     for digest in listing.folders(f"{root.url}/trainset", r"[0-9a-f]{32}"):
         try:
             trainset = Trainset.open(root, digest)
-            trainset.check()
-            trainset.lineage()
+            if not quick:
+                trainset.check()
+                trainset.lineage()
             found += trainset.gone()
             for pixels in frozen_pixels(root, trainset):
-                pixels.check()
+                if not quick:
+                    pixels.check()
                 found += pixels.gone()
         except NExTVidError as error:
             found.append(str(error))
@@ -342,7 +347,7 @@ def _media_facts(row: dict[str, Any], clips: pl.DataFrame) -> MediaFacts:
 
 
 def _run_facts(folder: Path) -> RunFacts:
-    record = atomic.read_json(str(folder / RUN_CONFIG))
+    record = read_record(str(folder / RUN_CONFIG))
     return RunFacts(
         recipe=record["recipe"]["name"],
         run=record["run"],

@@ -1,10 +1,9 @@
 """What `nextvid verify` finds in records and tables: everything under the roots but the bytes of stores.
 
 Each file is read as its reader does, and compared with the name it has: tables hold rows of their batch, and what is
-kept under a digest has that digest. Nothing is repaired. Stores: storage/verify.py.
+kept under a digest has that digest. All other files: verify_files.py. Nothing is repaired. Stores: storage/verify.py.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from nextvid.config.accepted import accepted
 from nextvid.lineage.trace import damaged_trainsets, score_record, scores_of
+from nextvid.lineage.verify_files import folders_for_files, sealed_files
 from nextvid.making.publishing import CHECKS, read_latest
 from nextvid.train import checkpoint
 from nextvid.train.events import read_events
@@ -21,34 +21,41 @@ from nextvid.trainset import mask_plan
 from storage import atomic, listing, tables
 from storage.digest import digest_config
 from storage.errors import DamagedError, NExTVidError, StoreError, TableError, is_damage
-from storage.remote import is_local
+from storage.records import read_record
 from storage.root import RUN_CONFIG, DataRoot, Pointed, Table
 from storage.schemas import Clips, Duplicates, Labels, Media, Pictures, ProbeRows, Shots, Sources
 from storage.verify import Problem
 
 SCHEMAS: dict[Table, Any] = {"sources": Sources, "media": Media, "labels": Labels, "shots": Shots, "clips": Clips}
-FILES = (".parquet", ".json", ".jsonl", ".npy", ".npz", ".safetensors")  # endings that no folder of ours has
 _DIGEST = r"[0-9a-f]{32}"
 
 
-def damaged_records(root: DataRoot) -> list[str]:
-    """What is wrong with tables, records, trainsets, runs and scores, one message each: file, finding, remedy."""
+def damaged_records(root: DataRoot, *, quick: bool = False) -> list[str]:
+    """What is wrong with tables, records, trainsets, runs and scores, one message each: file, finding, remedy.
+
+    With `quick`, names, sizes, seals and records alone: weights, arrays and pictures are not read.
+    """
     problems: list[Problem] = []
     with _found(problems, root.accepted(), "remove it; 'nextvid plan --accept' accepts what corpus.yaml asks for"):
         accepted(root)
-    _tables(root, problems)
+    if not quick:
+        _tables(root, problems)
     for noun in ("latent_stats", "duplicates", "mask_plan"):
         _pointed(root, noun, problems)
-    lines = [*map(str, problems), *damaged_trainsets(root)]
+    lines = [*map(str, problems), *damaged_trainsets(root, quick=quick)]
     problems.clear()
     for config in sorted(Path(root.runs_url, "pretrain").glob(f"*/*/{RUN_CONFIG}")):
-        _run(config.parent, problems)
+        _run(config.parent, problems, quick)
     for path in scores_of(root):
-        _score(path, problems)
-    for top in sorted({root.url, root.runs_url}):
-        for place, folders, _ in os.walk(top) if is_local(top) else ():
-            named = [f"{place}/{name}" for name in folders if name.endswith(FILES)]
-            problems += [Problem(path, None, "is a folder where a file should be", "remove it") for path in named]
+        _score(path, problems, quick)
+    for place in folders_for_files(root):
+        problems.append(Problem(place, None, "is a folder where a file should be", "remove it"))
+    lines += map(str, problems)
+    problems.clear()
+    for file, read in sealed_files(root, quick=quick):
+        if not any(file in line for line in lines):
+            with _found(problems, file, "remove it and make it again"):
+                read()
     return [*lines, *map(str, problems)]
 
 
@@ -109,19 +116,19 @@ def _pointed(root: DataRoot, noun: Pointed, problems: list[Problem]) -> None:
         with _found(problems, folder, f"remove the folder and make '{noun}' again"):
             match noun:
                 case "latent_stats":
-                    held = digest_config(atomic.read_json(f"{folder}/stats.json"))
+                    held = digest_config(read_record(f"{folder}/stats.json"))
                 case "mask_plan":
                     for _ in mask_plan.read_files(folder, mask_plan.read_plan(folder)):
                         pass
                     held = digest
                 case _:
                     tables.read_table(f"{folder}/duplicates.parquet", Duplicates)
-                    held = digest if isinstance(atomic.read_json(f"{folder}/duplicates.json"), dict) else "none"
+                    held = digest if read_record(f"{folder}/duplicates.json") else "none"
             if held != digest:
                 raise DamagedError(f"what is recorded there has the digest {held}")
 
 
-def _run(folder: Path, problems: list[Problem]) -> None:
+def _run(folder: Path, problems: list[Problem], quick: bool) -> None:
     """A run's config.json, events, checkpoints and exported encoders."""
     place, run = str(folder / RUN_CONFIG), list[Run]()
     with _found(problems, place, "restore it from a copy; without it the run cannot go on"):
@@ -141,23 +148,31 @@ def _run(folder: Path, problems: list[Problem]) -> None:
         remedy = "remove the folder and train again: the run goes on from the checkpoint before it"
         with _found(problems, str(path), remedy):
             checkpoint.refuse_other(path, run[0].identity)
-            checkpoint.verify(path)
+            if not quick:
+                checkpoint.verify(path)
     for path in (folder / "encoder", folder / "encoder_online"):
         if path.is_dir():
             with _found(problems, str(path), "remove the folder and train again: the run exports it again"):
                 config = read_config(path)
                 if config["run"] != folder.name:
                     raise DamagedError(f"is the encoder of run {config['run']}")
-                check_files(path, config)
+                if not quick:
+                    check_files(path, config)
+                for name, sums in config.get("files", {}).items():
+                    if (path / name).stat().st_size != sums["size_bytes"]:
+                        raise DamagedError(f"{path / name} has another size than was written")
 
 
-def _score(path: Path, problems: list[Problem]) -> None:
+def _score(path: Path, problems: list[Problem], quick: bool) -> None:
     """A score.json, the rows that were scored, and the features of pictures."""
     remedy = f"remove the folder {path.parent} and make 'probes' again"
     with _found(problems, str(path), remedy):
         score_record(path)
     with _found(problems, str(path.with_name("rows.parquet")), remedy):
         tables.read_table(str(path.with_name("rows.parquet")), ProbeRows)
-    file = str(path.with_name("features.npz"))
-    with _found(problems, file, remedy):
-        tables.read_arrays(file, remedy)
+    file = path.with_name("features.npz")
+    with _found(problems, str(file), remedy):
+        if not file.is_file():
+            raise DamagedError("is missing")
+        if not quick:
+            tables.read_arrays(str(file), remedy)

@@ -17,6 +17,7 @@ from nextvid.making.outcome import Check
 from storage import atomic, tables
 from storage.digest import digest_bytes
 from storage.errors import ConflictError, TableError
+from storage.records import publish_record, read_record
 from storage.root import DataRoot, Pointed, Table
 
 CHECKS = "checks.json"
@@ -108,7 +109,7 @@ def addressed(root: DataRoot, noun: Pointed, digest: str) -> Iterator[Addressed]
 def publish_notice(root: DataRoot, what: str, rows: Mapping[Asset, int]) -> None:
     """Leave a notice of what a person did, and how many rows of which assets it affects; a sensor reports it."""
     affected = {asset: count for asset, count in rows.items() if count}
-    atomic.publish_json(f"{root.notices()}/{time.time_ns()}.json", {"what": what, "rows": affected})
+    publish_record(f"{root.notices()}/{time.time_ns()}.json", {"what": what, "rows": affected})
 
 
 def read_latest(root: DataRoot, noun: Pointed) -> str | None:
@@ -116,8 +117,8 @@ def read_latest(root: DataRoot, noun: Pointed) -> str | None:
     path = root.latest(noun)
     if not atomic.exists(path):
         return None
-    value = atomic.read_json(path)
-    if not isinstance(value, dict) or not isinstance(value.get("digest"), str):
+    value = read_record(path, f"remove it and make {noun} again")
+    if not isinstance(value.get("digest"), str):
         raise TableError(f"{path} names no digest: remove it and make {noun} again")
     return str(value["digest"])
 
@@ -125,4 +126,4 @@ def read_latest(root: DataRoot, noun: Pointed) -> str | None:
 def publish_latest(root: DataRoot, noun: Pointed, digest: str) -> None:
     """Point to `digest`; writes nothing where it is pointed to already."""
     if read_latest(root, noun) != digest:
-        atomic.publish_json(root.latest(noun), {"digest": digest})
+        publish_record(root.latest(noun), {"digest": digest})

@@ -20,6 +20,7 @@ from nextvid.making.publishing import existing, publish_notice
 from nextvid.planning.acceptance import accept_asked, difference, outdated
 from storage import atomic
 from storage.digest import digest
+from storage.records import publish_record, read_record
 from storage.schemas import Shots
 from storage.spec import EncodingSpec
 from storage.store import LatentStore, PixelStore
@@ -211,15 +212,15 @@ def accept_and_tell(project: Project) -> Project:
 def publish_forecast(project: Project) -> str:
     """Write what accepting corpus.yaml costs, for the sensor, which has no time to compute it; returns it as a line."""
     asked, line = question(project), forecast(project).summary() or "nothing differs from what is accepted"
-    atomic.publish_json(project.root.forecast(), {"question": asked, "summary": line})
+    publish_record(project.root.forecast(), {"question": asked, "summary": line})
     return line
 
 
 def published_forecast(project: Project) -> str | None:
     """The line that `publish_forecast` wrote; None where it answers another question than corpus.yaml asks now."""
     path = project.root.forecast()
-    found = atomic.read_json(path) if atomic.exists(path) else None
-    return str(found["summary"]) if isinstance(found, dict) and found.get("question") == question(project) else None
+    found = read_record(path) if atomic.exists(path) else {}
+    return str(found["summary"]) if found.get("question") == question(project) else None
 
 
 def question(project: Project) -> str:

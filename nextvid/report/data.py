@@ -17,6 +17,7 @@ from nextvid.train.run import Run
 from nextvid.trainset.pixels import TrainsetPixels, open_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
+from storage.records import read_record
 from storage.schemas import Clips, Media, Shots
 from storage.tables import read_tables
 
@@ -54,7 +55,7 @@ class DataFacts:
 def read_facts(project: Project, run: Run) -> DataFacts:
     """Facts of a run's trainset."""
     trainset = Trainset.open(project.root, run.trainset)
-    record = atomic.read_json(f"{project.root.pointed('trainset', run.trainset)}/trainset.json")
+    record = read_record(f"{project.root.pointed('trainset', run.trainset)}/trainset.json")
     lineage = trainset.lineage()
     found = shares(lineage, "dataset", trainset.weights)
     return DataFacts(project, run, trainset, record, found, licences_of(project, lineage))
@@ -177,7 +178,7 @@ def _datasets(facts: DataFacts) -> Table:
 def _contamination(facts: DataFacts) -> Table:
     """Overlap of training files with those that probes are tested on, before anything was dropped."""
     path = f"{facts.project.root.pointed('duplicates', facts.record['duplicates'])}/duplicates.json"
-    entries = atomic.read_json(path)["contamination"]
+    entries = read_record(path)["contamination"]
     rows = tuple(
         (
             entry["benchmark"],

@@ -33,6 +33,7 @@ from nextvid.trainset.mask_plan import grid_of
 from storage import atomic
 from storage.digest import digest, digest_bytes
 from storage.errors import UpstreamError
+from storage.records import read_record
 from storage.root import RUN_CONFIG
 
 SUBTITLE = (
@@ -130,11 +131,11 @@ def gather(project: Project, run: Run) -> Gathered:
             others[name].append(read_score(str(path)))
     samples = None
     if recipe.losses.flow > 0:
-        samples = atomic.read_json(f"{root.samples(recipe.name, run.id)}/samples.json")
+        samples = read_record(f"{root.samples(recipe.name, run.id)}/samples.json")
     return Gathered(
         project,
         run,
-        atomic.read_json(str(run.folder / RUN_CONFIG)),
+        read_record(str(run.folder / RUN_CONFIG)),
         read_events(run.folder),
         [read_score(str(path)) for path in newest.values()],
         history,

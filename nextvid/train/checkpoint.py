@@ -30,6 +30,7 @@ from nextvid.train.distributed import from_first, like, local
 from storage import atomic
 from storage.digest import file_sums
 from storage.errors import DamagedError, RefusedError, UpstreamError
+from storage.records import publish_record, read_record
 
 STATE = "state.json"
 WHOLE = ("model.safetensors", "ema.safetensors")  # if rank 0 wrote alone; otherwise a file per rank
@@ -138,7 +139,7 @@ def describe(staged: Path, identity: Identity, progress: Progress) -> None:
         "progress": dataclasses.asdict(progress),
         "files": {path.name: file_sums(path) for path in sorted(staged.iterdir())},
     }
-    atomic.publish_json(str(staged / STATE), state)
+    publish_record(str(staged / STATE), state)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -355,7 +356,7 @@ def _require(path: Path) -> dict[str, Any]:
 def _state(path: Path) -> dict[str, Any] | None:
     """`state.json` of a complete checkpoint, else None, also if its run removes it meanwhile."""
     try:
-        state: dict[str, Any] = atomic.read_json(str(path / STATE))
+        state: dict[str, Any] = read_record(str(path / STATE))
         if absent := {"identity", "progress", "files"} - state.keys():
             raise KeyError(*absent)
         if outside := [name for name in state["files"] if Path(name).name != name]:

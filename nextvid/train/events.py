@@ -1,7 +1,8 @@
 """Events of a run: written to events.jsonl, sent to its sinks (nextvid/train/sinks.py), shown, and read back.
 
 events.jsonl has one JSON object per line, with `kind` (start, step, diagnostics, scores, not_scored, stage,
-checkpoint, skipped, alarm, end or error), `step` (steps taken so far) and `time_s`. A run that was killed and resumed
+checkpoint, skipped, alarm, end or error), `step` (steps taken so far), `time_s` and the `crc32c` of the line without
+it, which release 0.1.0 did not write. A run that was killed and resumed
 has written some steps twice; the reader keeps those of the last attempt, and skips a line that a kill cut short. Shown
 are events by Dagster Pipes inside Dagster, else as lines, at a terminal with a bar. Rank 0 alone writes events.
 dagster_pipes, a small package without dagster, is imported by this module alone, and only in a Pipes session.
@@ -10,6 +11,7 @@ dagster_pipes, a small package without dagster, is imported by this module alone
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,11 +22,13 @@ from rich.console import Console
 
 from nextvid.making.progress import Progress, shown
 from nextvid.train.sinks import Send
+from storage.digest import crc32c
 from storage.errors import DamagedError, UpstreamError
 
 Event = dict[str, Any]
 
 NAME = "events.jsonl"
+_SUMMED = re.compile(r'(.*), "crc32c": ([0-9]{1,10})}')
 PIPES_VARIABLE = "DAGSTER_PIPES_CONTEXT"  # set by Dagster's Pipes clients (dagster_pipes.PipesEnvVarParamsLoader)
 
 
@@ -41,7 +45,8 @@ class EventLog:
         event = {"kind": kind, "step": step, "time_s": round(time.time(), 3)} | {
             key: _plain(value) for key, value in values.items()
         }
-        self._file.write(json.dumps(event, allow_nan=False).encode() + b"\n")
+        line = json.dumps(event, allow_nan=False).encode()
+        self._file.write(line[:-1] + b', "crc32c": %d}\n' % crc32c(line))
         self._file.flush()
         return event
 
@@ -58,6 +63,7 @@ def read_events(folder: Path) -> list[Event]:
     if not path.is_file():
         raise UpstreamError(f"{path}: no events; the run has not begun")
     kept: list[Event] = []
+    summed = False  # whether a line before has a checksum
     try:
         # a kill cut short what follows the last newline
         whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
@@ -65,10 +71,15 @@ def read_events(folder: Path) -> list[Event]:
         raise DamagedError(f"{path} is not text; another program changed the file: restore it") from None
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            event: Event = json.loads(line)
-            kind, at = event["kind"], event["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DamagedError(f"{path}, line {number}: no event as JSON; another program changed the file") from None
+            if (found := _SUMMED.fullmatch(line)) is not None and int(found[2]) != crc32c(f"{found[1]}}}".encode()):
+                raise ValueError("its bytes differ from their checksum")
+            if found is None and summed:
+                raise ValueError("it has no checksum")
+            event: Event = json.loads(line if found is None else f"{found[1]}}}")
+            kind, at, summed = event["kind"], event["step"], found is not None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"{path}, line {number} is no event ({error})"
+            raise DamagedError(f"{what}: another program changed the file, restore it") from None
         if kind == "start":  # the attempts before took steps beyond this one in vain
             # an attempt from step 0 does all of it again, what precedes its first step too
             kept = [

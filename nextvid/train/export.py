@@ -21,11 +21,12 @@ from nextvid.config.corpus import CorpusConfig
 from nextvid.encode.weights import autoencoder_digest
 from nextvid.model.encoder import Encoder
 from nextvid.train.run import Run
-from nextvid.trainset.files import publish_sealed, read_sealed
+from nextvid.trainset.files import read_sealed
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.digest import crc32c, file_sums
 from storage.errors import ConfigError, DamagedError, UpstreamError
+from storage.records import publish_record
 
 FORMAT = 1  # raise it when a reader of the old format would misread the folder
 WEIGHTS = "model.safetensors"
@@ -76,7 +77,7 @@ def publish_config(folder: Path, config: Mapping[str, Any]) -> None:
     carried = sorted(path for path in (folder / AUTOENCODER).rglob("*") if path.suffix in (".json", ".safetensors"))
     paths = [folder / WEIGHTS, *carried]
     files = {path.relative_to(folder).as_posix(): file_sums(path) for path in paths}
-    publish_sealed(str(folder / CONFIG), {**config, "files": files})
+    publish_record(str(folder / CONFIG), {**config, "files": files})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from nextvid.train.step import Trained
 from storage import atomic
 from storage.digest import digest, digest_file
 from storage.errors import RefusedError, UpstreamError
+from storage.records import read_record
 from storage.root import RUN_CONFIG
 
 NOT_IN_WEIGHTS = ("attention",)  # fields of a model that may differ: how it is computed
@@ -47,7 +48,7 @@ def find_source(project: Project, recipe: RecipeConfig) -> Source | None:
     found_digest = digest([digest_file(folder / name) for name in names])
     if init.encoder is not None:
         return Source(str(folder), None, None, found_digest)
-    state = atomic.read_json(str(folder / STATE))
+    state = read_record(str(folder / STATE))
     return Source(str(folder), state["identity"]["run"], state["progress"]["step"], found_digest)
 
 

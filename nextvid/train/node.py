@@ -23,7 +23,6 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.strict import parse
 from nextvid.machine import VISIBLE, WATCH_S, Tell, available_cores, launcher_id, leased_gpus, run_rank
-from storage import atomic
 from storage.digest import digest
 from storage.errors import (
     LOST,
@@ -37,6 +36,7 @@ from storage.errors import (
     UnwritableError,
 )
 from storage.limits import KILLED
+from storage.records import publish_record, read_record
 
 GRACE_S = 8.0  # our choice: a cancelled run must end within 10 s, so processes left after this are killed
 # our choice: torchrun ends its other ranks in less. Where it asks a machine that is silent for the state of the others,
@@ -262,13 +262,13 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
 def write_prepared(prepared: PreparedRun) -> Path:
     """Publish the prepared run in its folder, for `python -m nextvid.train.node`; the file."""
     path = Path(prepared.folder, f"{prepared.asset}.job.json")
-    atomic.publish_json(str(path), asdict(prepared) | {"how": prepared.how.model_dump(mode="json")})
+    publish_record(str(path), asdict(prepared) | {"how": prepared.how.model_dump(mode="json")})
     return path
 
 
 def run_node(file: str, rendezvous: str | None = None, address: str | None = None, first: bool = False) -> None:
     """This machine's share of the prepared run in `file`, to its end. Raises what `carry_out` does; see `meeting`."""
-    values = atomic.read_json(file)
+    values = read_record(file)
     how = parse(ExecutionConfig, values["how"], f"{file}, how")
     if how.nodes > 1:
         how = how.model_copy(update={"rendezvous": rendezvous})

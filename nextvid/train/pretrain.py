@@ -33,6 +33,7 @@ from nextvid.trainset.pixels import freeze_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, tables
 from storage.errors import ConfigError, DamagedError, RefusedError, UpstreamError
+from storage.records import publish_record, read_record
 
 
 def prepare_run(
@@ -78,7 +79,7 @@ def prepare_run(
     write_run(run)
     if launch is not None:
         pointer = {"run": run.id, "trainset": run.trainset, "mask_plan": run.mask_plan}
-        atomic.publish_json(project.root.launch(run.recipe.name, launch), pointer)
+        publish_record(project.root.launch(run.recipe.name, launch), pointer)
     command = torchrun("nextvid.trainer", how, project, ["--recipe", run.recipe.name, "--run", run.id])
     return PreparedRun(
         run.id, run.trainset, str(run.folder), command, run.complete, how, cores=project.corpus.execution.cores
@@ -129,7 +130,7 @@ def finish_run(project: Project, recipe: str, run: str, *, made: bool = True) ->
     tables.publish_checks(str(opened.folder / "checks.json"), "pretrain", [asdict(check) for check in checks])
     if all(check.passed or check.warns for check in checks) and not opened.overrides:
         pointer = {"run": run, "trainset": opened.trainset, "mask_plan": opened.mask_plan}
-        atomic.publish_json(project.root.latest_run(recipe), pointer)
+        publish_record(project.root.latest_run(recipe), pointer)
     step, look = newest(events, "step"), newest(events, "diagnostics")
     numbers: dict[str, Number] = {name: getattr(opened.identity, name) for name in ("recipe", "trainset", "mask_plan")}
     numbers |= {"steps": opened.recipe.steps, "clips": step.get("draws", 0), "ranks": opened.how.ranks}
@@ -156,7 +157,7 @@ def _trainset(project: Project, recipe: str, launch: str | None, named: str | No
             raise ConfigError(f"there is no trainset '{named}': correct the digest, or leave it out for the newest")
         return named
     if launch is not None and atomic.exists(path := project.root.launch(recipe, launch)):
-        first: str = atomic.read_json(path)["trainset"]
+        first: str = read_record(path)["trainset"]
         return first
     newest = read_latest(project.root, "trainset")
     if newest is None:

@@ -17,15 +17,15 @@ from nextvid.config.recipe import ExecutionConfig
 from nextvid.config.strict import parse
 from nextvid.machine import run_rank
 from nextvid.train.node import run_node
-from storage import atomic
 from storage.errors import LostError, NExTVidError, RefusedError
+from storage.records import read_record
 
 LATE_S = 10.0  # our choice: a node's own error, behind that of a node that misses it, comes within seconds
 
 
 def main(file: Annotated[str, tyro.conf.Positional]) -> None:
     """Carry out a prepared run on nodes of this cluster."""
-    how = parse(ExecutionConfig, atomic.read_json(file)["how"], f"{file}, how")
+    how = parse(ExecutionConfig, read_record(file)["how"], f"{file}, how")
     ray.init(logging_level="warning")
     ranks = how.ranks // how.nodes
     bundle = {"CPU": float(ranks)} | ({} if how.device == "cpu" else {"GPU": float(ranks)})

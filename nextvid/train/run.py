@@ -22,6 +22,7 @@ from storage import atomic
 from storage.digest import digest
 from storage.errors import ConfigError, ConflictError, RefusedError, UpstreamError
 from storage.locks import locked_or_holder
+from storage.records import publish_record, read_record
 from storage.root import RUN_CONFIG, DataRoot
 
 ID_DIGITS = 12  # our choice: 48 bits, short enough for a path and a command line
@@ -122,7 +123,7 @@ def write_run(run: Run) -> None:
                 f"{run.folder / RUN_CONFIG} describes another run: {there.identity} instead of {run.identity}; "
                 "the file was edited: restore it, or remove the folder"
             )
-    atomic.publish_json(
+    publish_record(
         str(run.folder / RUN_CONFIG),
         {
             "run": run.id,
@@ -149,7 +150,7 @@ def open_run(folder: Path) -> Run:
     path = folder / RUN_CONFIG
     if not path.is_file():
         raise UpstreamError(f"{path} does not exist: there is no such run; `nextvid make pretrain` makes one")
-    values: dict[str, Any] = atomic.read_json(str(path))
+    values: dict[str, Any] = read_record(str(path))
     recipe = parse(RecipeConfig, values["recipe"], f"{path}, recipe")
     how = parse(ExecutionConfig, values["how"], f"{path}, how")
     inputs = {name: values[name] for name in ("trainset", "mask_plan", "repeat", "pixels")}
@@ -179,7 +180,7 @@ def find_run(project: Project, recipe: str, run: str | None = None, *, ended: bo
         raise UpstreamError(
             f"recipe {recipe} has no complete run without overrides: make 'pretrain' first, or name a run of it"
         )
-    name = run or str(atomic.read_json(latest)["run"])
+    name = run or str(read_record(latest)["run"])
     folder = Path(project.root.run(recipe, name))
     others = [path.parent.name for path in folder.parent.parent.glob(f"*/{name}")]
     if others and recipe not in others:

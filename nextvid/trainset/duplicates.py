@@ -32,6 +32,7 @@ from nextvid.making.publishing import addressed, publish_latest
 from storage import atomic, tables
 from storage.digest import digest, digest_bytes
 from storage.errors import ConfigError, UpstreamError
+from storage.records import publish_record
 from storage.schemas import Clips, Duplicates, Shots
 
 LARGEST_GROUP = 1000  # files, our choice: in a larger group a threshold is wrong or a title card joins unlike videos
@@ -69,7 +70,7 @@ def make_duplicates(project: Project, on_progress: OnProgress = silent) -> Outco
             tables.write_table(f"{made.path}/duplicates.parquet", table, Duplicates)
             facts = {"batches": batches, "inputs": inputs, "shots": shots.height}
             facts["contamination"] = contamination(shots, found)
-            atomic.publish_json(f"{made.path}/duplicates.json", facts)
+            publish_record(f"{made.path}/duplicates.json", facts)
             largest = max(table.group_by("group").agg(FILE.n_unique().alias("files"))["files"], default=0)
             sizes = {"largest_files": largest, "limit_files": LARGEST_GROUP}
             made.checks = (Check("groups_are_small", largest <= LARGEST_GROUP, sizes),)

@@ -16,8 +16,9 @@ import polars as pl
 
 from storage import atomic, listing
 from storage.cache import open_rows
-from storage.digest import crc32c, digest_config, file_sums
+from storage.digest import crc32c, file_sums
 from storage.errors import DamagedError, NExTVidError, UpstreamError
+from storage.records import publish_record, read_record
 from storage.remote import is_local
 from storage.root import DataRoot
 from storage.schemas import Lineage
@@ -88,38 +89,16 @@ def write_trainset(
     with atomic.staged_folder(folder, last=RECORD, over=over) as temporary:
         files = {rows_name(frames): write_array(temporary / rows_name(frames), a) for frames, a in addresses.items()}
         write_tables(str(temporary / LINEAGE), lineage, Lineage)
-        publish_sealed(str(temporary / RECORD), {**record, "files": files})
-
-
-def publish_sealed(path: str, record: Mapping[str, Any]) -> None:
-    """Publish JSON that `read_sealed` takes."""
-    atomic.publish_json(path, {**record, "seal": digest_config(record)})
+        publish_record(str(temporary / RECORD), {**record, "files": files})
 
 
 def read_sealed(path: str, remedy: str) -> dict[str, Any]:
-    """What `publish_sealed` wrote; UpstreamError where it is missing, DamagedError where it was changed."""
-    record: Any = atomic.read_json(path)
-    if not isinstance(record, dict) or "seal" not in record:
-        raise DamagedError(f"{path} has no seal, so it cannot be checked; {remedy}")
-    seal = record.pop("seal")
-    try:
-        same = seal == digest_config(record)
-    except ValueError:  # text that is no Unicode, such as half a surrogate pair
-        same = False
-    if not same:
-        raise DamagedError(f"{path} was changed after it was written; {remedy}")
-    files = record.get("files", {})  # a seal proves no origin
+    """A record that has a seal and names files of its folder alone: a seal proves no origin. As `read_record`."""
+    record = read_record(path, remedy, sealed=True)
+    files = record.get("files", {})
     if not isinstance(files, dict) or any(name.startswith("/") or ".." in name.split("/") for name in files):
         raise DamagedError(f"{path} names files that are not in its folder; {remedy}")
     return record
-
-
-def read_record(path: str, remedy: str) -> dict[str, Any]:
-    """What `publish_sealed` wrote, or a record of release 0.1.0, which had no seal. Raises as `read_sealed` does."""
-    record: Any = atomic.read_json(path)
-    if isinstance(record, dict) and "seal" not in record:
-        return record
-    return read_sealed(path, remedy)
 
 
 def write_array(path: Path, rows: np.ndarray) -> int:

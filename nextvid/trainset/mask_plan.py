@@ -27,10 +27,10 @@ from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import addressed
 from nextvid.model.masks import cells_of, draw_plan, draw_visible, pack, statistics, unpack
 from nextvid.pictures import SHEET_BACKGROUND, SHEET_INK, sheet_png
-from nextvid.trainset.files import publish_sealed, read_record
 from storage import atomic, tables
 from storage.digest import digest_bytes, digest_config
 from storage.errors import DamagedError
+from storage.records import publish_record, read_record
 from storage.root import DataRoot
 
 SIGMAS = 6.0  # our bound on the thinning statistic: a false alarm has a chance of about 1e-9
@@ -175,7 +175,7 @@ def _write(plan: OpenedPlan, folder: str) -> None:
         "files": files,
         "statistics": numbers,
     }
-    publish_sealed(f"{folder}/plan.json", described)
+    publish_record(f"{folder}/plan.json", described)
 
 
 def _checks(plan: OpenedPlan, recipe: RecipeConfig) -> tuple[Check, ...]:

@@ -16,12 +16,13 @@ from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import RECIPES
 from nextvid.encode.plan import pixel_spec
-from nextvid.trainset.files import Frozen, gone_shards, new_array, publish_sealed, read_sealed
+from nextvid.trainset.files import Frozen, gone_shards, new_array, read_sealed
 from nextvid.trainset.trainset import Trainset
 from storage import atomic, listing
 from storage.digest import crc32c, digest_bytes, digest_config
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.reader import PIXEL_ADDRESS, pixel_addresses, row_id
+from storage.records import publish_record
 from storage.root import DataRoot
 from storage.spec import PixelSpec
 from storage.store import PixelStore
@@ -147,7 +148,7 @@ def _freeze(store: PixelStore, trainset: Trainset, folder: str, recipe: str) -> 
         "psnr_rows": len(measured),
         "files": files,
     }
-    publish_sealed(_record_path(folder, store.spec), record)
+    publish_record(_record_path(folder, store.spec), record)
 
 
 def _write_addresses(path: Path, store: PixelStore, trainset: Trainset, frames: int, recipe: str) -> np.ndarray:

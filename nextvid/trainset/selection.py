@@ -22,10 +22,11 @@ from nextvid.making.batches import batch_state, dataset_of
 from nextvid.making.progress import OnProgress, Progress, silent
 from nextvid.making.publishing import read_latest
 from storage import reader
-from storage.atomic import read_bytes, read_json
+from storage.atomic import read_bytes
 from storage.digest import digest_bytes
 from storage.errors import UpstreamError
 from storage.reader import ADDRESS
+from storage.records import read_record
 from storage.root import DataRoot
 from storage.schemas import Clips, Duplicates, Lineage
 from storage.shard import ROWS_PER_SHARD
@@ -185,7 +186,7 @@ def _known_to_duplicates(root: DataRoot, on_progress: OnProgress) -> tuple[str, 
         raise UpstreamError("'duplicates' has not been made: make 'duplicates' first")
     folder = root.pointed("duplicates", digest)
     require_checks(f"{folder}/checks.json", "duplicates")
-    inputs = read_json(f"{folder}/duplicates.json")["inputs"]
+    inputs = read_record(f"{folder}/duplicates.json")["inputs"]
 
     def look(batch: str) -> tuple[bool, pl.Series]:
         path, searched = root.table("clips", batch), inputs.get(batch)

@@ -30,8 +30,8 @@ from nextvid.model.encoder import Encoder
 from nextvid.train import checkpoint
 from nextvid.train.events import read_events
 from nextvid.train.export import publish_config
-from nextvid.trainset.files import publish_sealed
 from storage.errors import ConfigError, NExTVidError
+from storage.records import publish_record
 from storage.schemas import Clips
 from storage.tables import read_arrays, read_table
 from tests.factories import save_autoencoder
@@ -304,7 +304,7 @@ def test_exported_encoders(exported: Path, change: Callable[[dict[str, Any]], An
     config = json.loads((exported / "config.json").read_text())
     del config["seal"]
     change(config)
-    publish_sealed(str(exported / "config.json"), config)
+    publish_record(str(exported / "config.json"), config)
     with pytest.raises(NExTVidError):
         load_encoder(exported)
 

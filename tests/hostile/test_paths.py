@@ -20,12 +20,12 @@ from nextvid.corpus.sources import update_sources
 from nextvid.features.make import find_files
 from nextvid.making.publishing import read_latest
 from nextvid.train.run import find_run
-from nextvid.trainset.files import publish_sealed
 from nextvid.trainset.mask_plan import read_files
 from nextvid.trainset.pull import pull
 from nextvid.trainset.trainset import Trainset, make_trainset
 from storage import atomic
 from storage.errors import ConfigError, NExTVidError
+from storage.records import publish_record
 from storage.remote import PROTOCOLS, connect, refuse_protocol
 from storage.root import DataRoot
 from storage.shard_files import cited_parts
@@ -119,7 +119,7 @@ def test_a_trainset_from_elsewhere(frozen: Project, tmp_path: Path, change: Call
     record = json.loads(Path(path).read_text())
     del record["seal"]
     change(record)
-    publish_sealed(path, record)
+    publish_record(path, record)
     other = write_project(tmp_path / "other", {"films": {"uri": "films"}})
     before = {file for file in tmp_path.rglob("*") if not file.is_relative_to(other.root.url)}
     with pytest.raises(NExTVidError):

@@ -23,8 +23,9 @@ from nextvid.train.distributed import join
 from nextvid.train.loop import train
 from nextvid.train.pretrain import finish_run, prepare_run
 from nextvid.train.run import open_run
-from storage import atomic, tables
+from storage import tables
 from storage.digest import digest
+from storage.records import publish_record
 from storage.schemas import Clips, Labels, Lineage, Media
 from storage.store import LatentStore
 from tests.factories import (
@@ -183,4 +184,4 @@ def probe(project: Project, recipe: str = RECIPE, run: str | None = None, **plan
 def _write_run(project: Project, extra: Sequence[str] = ()) -> None:
     run = train_steps(project, [*OVERRIDES, *extra]).name
     finish_run(project, RECIPE, run)
-    atomic.publish_json(project.root.latest_run(RECIPE), {"run": run})
+    publish_record(project.root.latest_run(RECIPE), {"run": run})

@@ -11,6 +11,7 @@ from nextvid.config.project import Project
 from nextvid.lineage.compare import Difference, compare, find
 from nextvid.train.run import find_run
 from storage.errors import ConfigError
+from storage.records import publish_record, read_record
 from storage.root import RUN_CONFIG
 from tests.nextvid.tiny_project import RECIPE
 
@@ -21,10 +22,10 @@ def second_run(project: Project, name: str = OTHER, **recipe: Any) -> str:
     """A copy of the run's config.json under another id, with other values."""
     folder = find_run(project, RECIPE).folder
     (folder.parent / name).mkdir()
-    said = json.loads((folder / RUN_CONFIG).read_text())
+    said = read_record(str(folder / RUN_CONFIG))
     said["recipe"] |= recipe
     said["run"] = name
-    (folder.parent / name / RUN_CONFIG).write_text(json.dumps(said))
+    publish_record(str(folder.parent / name / RUN_CONFIG), said)
     return name
 
 

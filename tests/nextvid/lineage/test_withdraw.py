@@ -15,9 +15,9 @@ from nextvid.train.loader import open_loader
 from nextvid.train.run import find_run
 from nextvid.trainset.mask_plan import open_mask_plan
 from nextvid.trainset.trainset import Trainset
-from storage.atomic import read_json
 from storage.errors import ConfigError, RefusedError
 from storage.reader import read_row
+from storage.records import read_record
 from storage.schemas import Clips, Media
 from storage.store import LatentStore
 from storage.tables import read_table, write_table
@@ -59,7 +59,7 @@ def test_rows_are_recorded_zeroed_and_nothing_else_moves(own_copy: Project) -> N
     found = withdraw(own_copy, uri_of(3), yes=True)
     assert found.done
     (notice,) = Path(own_copy.root.notices()).iterdir()
-    assert read_json(str(notice)) == {
+    assert read_record(str(notice)) == {
         "what": f"withdrew {uri_of(3)}",
         "rows": {"media": 1, "latents": CLIPS_A_VIDEO, "trainset": CLIPS_A_VIDEO, "pretrain": 1},
     }
@@ -153,7 +153,7 @@ def test_a_file_without_rows_is_recorded_all_the_same(own_copy: Project) -> None
     write_table(path, read_table(path, Clips).filter(pl.col("uri") != uri_of(25)), Clips)
     found = withdraw(own_copy, uri_of(25), yes=True)
     assert (found.rows, found.stored) == (0, 0)
-    record = read_json(f"{own_copy.root.withdrawn()}/{found.media[0]}.json")
+    record = read_record(f"{own_copy.root.withdrawn()}/{found.media[0]}.json")
     assert record["row_ids"] == []
 
 

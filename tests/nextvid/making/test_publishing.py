@@ -133,6 +133,6 @@ def test_a_damaged_pointer_is_an_error(tmp_path: Path) -> None:
     root = DataRoot.open(str(tmp_path))
     path = Path(root.latest("trainset"))
     path.parent.mkdir(parents=True)
-    path.write_text("[]")
+    path.write_text("{}")
     with pytest.raises(TableError, match="names no digest"):
         read_latest(root, "trainset")

@@ -1,6 +1,5 @@
 """A raised version of a maker: who waits and why, what `nextvid plan` says of it, and what is rebuilt."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from nextvid.making.batches import VERSIONED, batch_state
 from nextvid.planning.acceptance import accept_asked, ensure_accepted, outdated
 from nextvid.planning.costs import forecast
 from nextvid.planning.waiting import standard, unfinished, waiting
-from storage import atomic
+from storage.records import publish_record, read_record
 
 BATCHES = ["pictures.000000", "pictures.000001"]
 Raise = Callable[[Asset], int]
@@ -118,13 +117,13 @@ def test_tables_without_a_version_wait_like_those_of_an_older_one(project: Proje
     for asset in VERSIONED:
         for batch in BATCHES:
             path = project.root.checks(asset, batch)
-            value = atomic.read_json(path)
+            value = read_record(path)
             del value["made_from"]["version"]
             value["made_from"].pop("media", None)
-            atomic.publish_json(path, value)
-    value = json.loads(Path(project.root.accepted()).read_text())
+            publish_record(path, value)
+    value = read_record(project.root.accepted())
     del value["versions"]
-    atomic.publish_json(project.root.accepted(), value)
+    publish_record(project.root.accepted(), value)
     on = open_project(project.path)
     assert waiting(standard(on)).keys == {}, "until a person accepts"
     assert outdated(on) == ("media version 0", "shots version 0", "clips version 0")

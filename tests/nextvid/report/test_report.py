@@ -15,8 +15,8 @@ from nextvid.report.page import Picture, Table
 from nextvid.report.report import build_card, gather, make_report
 from nextvid.report.scores import Score
 from nextvid.train.run import find_run
-from nextvid.trainset.files import publish_sealed, read_sealed
 from storage.errors import UpstreamError
+from storage.records import publish_record, read_record
 from tests.nextvid.tiny_project import RECIPE, probe
 
 
@@ -86,9 +86,9 @@ def test_a_changed_score_makes_another_report(scored: Project, own_copy: Project
     make_samples(own_copy, RECIPE)
     first = make_report(own_copy, RECIPE)
     path = Path(gather(own_copy, find_run(own_copy, RECIPE)).scores[0].path)
-    record = read_sealed(str(path), "")
+    record = read_record(str(path))
     record["encoders"]["ema"]["accuracy"] = 0.25
-    publish_sealed(str(path), record)
+    publish_record(str(path), record)
     second = make_report(own_copy, RECIPE)
     assert second.made
     assert second.digest != first.digest
@@ -129,9 +129,9 @@ def test_scores_of_earlier_checkpoints_become_a_curve_over_clips(scored: Project
     for number, (step, changes) in enumerate(
         [(2, {}), (1, {"rows": "of other rows"})]
     ):  # written later, of earlier steps
-        record = read_sealed(str(last), "") | {"checkpoint": f"step_{step:09d}"} | changes
+        record = read_record(str(last)) | {"checkpoint": f"step_{step:09d}"} | changes
         other = shutil.copytree(last.parent, last.parents[1] / f"{number:032d}")
-        publish_sealed(str(other / "score.json"), record)
+        publish_record(str(other / "score.json"), record)
     found = gather(own_copy, run)
     assert found.scores[0].path == before.scores[0].path, "the last checkpoint's is the score"
     clips = [draws_before(run.recipe.stages, step) for step in (2, 5)]

@@ -1,6 +1,5 @@
 """Checkpoints come back bit for bit, belong to one run, and are whole or not there."""
 
-import json
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from nextvid.train.step import build_model
 from storage import atomic
 from storage.digest import file_sums
 from storage.errors import DamagedError, RefusedError, UpstreamError
+from storage.records import publish_record, read_record
 from tests.factories import flip
 from tests.nextvid.train.tiny import tiny_recipe
 
@@ -164,11 +164,11 @@ def test_tensors_of_another_shape_are_named_before_any_is_read(tmp_path: Path, m
 
 def test_hostile_bytes_execute_nothing(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, IDENTITY, Progress(1, 4), *_parts(1))
-    state = json.loads((path / "state.json").read_text())
+    state = read_record(str(path / "state.json"))
     evil = b"cos\nsystem\n(S'touch owned'\ntR."
     (path / "model.safetensors").write_bytes(evil)
     state["files"]["model.safetensors"] = file_sums(path / "model.safetensors")
-    (path / "state.json").write_text(json.dumps(state))
+    publish_record(str(path / "state.json"), state)
     with pytest.raises(DamagedError, match="not readable as safetensors"):
         checkpoint.load(path, IDENTITY, *_parts(0))
 

@@ -25,6 +25,7 @@ from nextvid.train.events import read_events
 from nextvid.train.loop import train
 from nextvid.train.run import Run, open_run, run_lock, write_run
 from storage.errors import ConflictError, DamagedError, RefusedError
+from storage.records import publish_record, read_record
 from tests.factories import flip
 from tests.nextvid.train.corpus import begin, make_project, tiny_spec, write_trainset
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
@@ -182,8 +183,8 @@ def test_run_id_hangs_on_what_and_not_on_how(project: Project) -> None:
 
 def test_an_edited_config_is_refused(project: Project) -> None:
     run = begin(project)
-    text = (run.folder / "config.json").read_text()
-    (run.folder / "config.json").write_text(text.replace(run.trainset, "d" * 32))
+    path = str(run.folder / "config.json")
+    publish_record(path, read_record(path) | {"trainset": "d" * 32})
     with pytest.raises(RefusedError, match="describes another run"):
         write_run(run)
 

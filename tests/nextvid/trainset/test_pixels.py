@@ -11,12 +11,13 @@ from nextvid.config.overrides import apply_overrides
 from nextvid.config.project import Project
 from nextvid.config.recipe import RecipeConfig
 from nextvid.config.recipes import recipe as recipe_by_name
-from nextvid.trainset.files import publish_sealed, read_sealed
+from nextvid.trainset.files import read_sealed
 from nextvid.trainset.pixels import TrainsetPixels, freeze_pixels, frozen_pixels, open_pixels
 from nextvid.trainset.trainset import Trainset
 from storage import atomic
 from storage.errors import DamagedError, RefusedError, UpstreamError
 from storage.reader import PIXEL_ADDRESS, PixelReader, row_id
+from storage.records import publish_record
 from storage.root import DataRoot
 from storage.store import PixelStore
 from tests.factories import flip, unchanged
@@ -106,7 +107,7 @@ def test_opening_costs_the_same_at_any_size(project: Project) -> None:
     said = read_sealed(f"{pixels.folder}/trainset.json", "")
     count = 1_000_000
     said["offsets"]["f4"] = {"films": [0, count]}
-    publish_sealed(f"{pixels.folder}/trainset.json", said)
+    publish_record(f"{pixels.folder}/trainset.json", said)
     trainset = Trainset.open(project.root)
     np.save(f"{pixels.folder}/rows.f4.npy", np.zeros(count, trainset.rows(8).dtype))
     np.save(f"{pixels.folder}/pixels.{pixels.spec.digest()}.f4.npy", np.zeros(count, PIXEL_ADDRESS))
@@ -220,7 +221,9 @@ class TestDamaged:
     def test_a_description_that_says_nothing(self, project: Project, text: str) -> None:
         pixels = frozen(project)
         Path(pixels.folder, f"pixels.{pixels.spec.digest()}.json").write_text(text)
-        with pytest.raises(DamagedError, match=r"pixels\..*has no seal.*remove .*\.json and ask for the run again"):
+        with pytest.raises(
+            DamagedError, match=r"(has no seal|is no record).*remove .*\.json and ask for the run again"
+        ):
             frozen(project)
 
     def test_the_remedy_heals(self, project: Project) -> None:
