@@ -57,8 +57,10 @@ def size_bytes(path: str) -> int | None:
     """Size of a file; None where there is none."""
     try:
         if is_local(path):
-            return Path(path.removeprefix("file://")).stat().st_size
-        return int(remote.ask(path, lambda fs, key: fs.info(key))["size"])
+            place = Path(path.removeprefix("file://"))
+            return None if place.is_dir() else place.stat().st_size
+        found = remote.ask(path, lambda fs, key: fs.info(key))
+        return None if found["type"] == "directory" else int(found["size"])
     except FileNotFoundError:
         return None
 

@@ -61,7 +61,7 @@ def read_seal(part: Part[Any]) -> Seal | None:
     found = listing.sizes(f"{part.path}/commits", COMMIT)
     names = [f"{number:06d}.parquet" for number in range(seal.shards)]
     absent = [f"{part.path}/commits/{name}" for name in names if name not in found]
-    if hidden := next((path for path in absent if atomic.exists(path)), None):
+    if hidden := next((path for path in absent if listing.size_bytes(path) is not None), None):
         raise listing.untrue(f"{hidden} is there, and its folder was listed without it")
     if absent:
         return None

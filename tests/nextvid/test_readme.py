@@ -147,7 +147,7 @@ def test_the_encoder_of_the_example_gives_tokens(
 
 
 # What a command says that was parsed and finds no project, file or recipe of the example's name.
-PARSED = ("upstream: parsed", " is not a folder", ": no such file", "no exported encoder", "unknown recipe 'NAME'")
+PARSED = ("upstream: parsed", " is not a folder", " is no folder", ": no such file", "unknown recipe 'NAME'")
 
 
 def test_stored_latents_of_the_example(own_copy: Project) -> None:

@@ -68,7 +68,9 @@ def test_what_is_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_card_names_data_licences_scores_and_trainset(own_copy: Project, nextvid: Command, tmp_path: Path) -> None:
     run = find_run(own_copy, RECIPE)
     score = {
+        "run": run.id,
         "benchmark": "species",
+        "rows": "a" * 32,
         "checkpoint": "step_000000005",
         "encoders": {"ema": {"accuracy": 0.75, "standard_error": 0.02}, "random": {"accuracy": 0.5}},
         "clips": {"test": 40},
