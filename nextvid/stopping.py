@@ -36,7 +36,7 @@ def stoppable(remedy: str) -> None:
     with contextlib.suppress(OSError):  # none can be made: whoever needs one says so
         outside = tempfile.gettempdir()
         folder = tempfile.mkdtemp(prefix="nextvid-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        atexit.register(remove_temporary, folder)
         os.environ[OUTSIDE] = outside
         os.environ.setdefault(COMPILED, str(Path(outside, f"torchinductor_{os.getuid()}")))
         os.environ["TMPDIR"] = tempfile.tempdir = folder
@@ -76,8 +76,16 @@ def _wait(read: int, said: int, folder: str, remedy: str) -> None:
     os._exit(128 + number)
 
 
+def remove_temporary(folder: str) -> None:
+    """Remove a command's folder of temporary files, and that of compiled kernels where there are none."""
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError, KeyError):
+        Path(os.environ[COMPILED]).rmdir()  # torch makes it when it is imported
+
+
 def semaphores(process: int | str) -> set[str]:
-    """Files of multiprocessing's semaphores that a process has; none where there is no /proc.
+    """Files of semaphores of multiprocessing, and of joblib's copy of it, that a process has; none without /proc.
 
     They are found by their inode: the C library maps them under another name and then links them to theirs.
     """
@@ -85,9 +93,9 @@ def semaphores(process: int | str) -> set[str]:
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{process}/maps").read_text().splitlines()
         mapped = {int(line.split()[4]) for line in lines if "/dev/shm/sem." in line}  # noqa: S108
-    for path in Path("/dev/shm").glob("sem.mp-*") if mapped else ():  # noqa: S108
+    for path in Path("/dev/shm").glob("sem.*") if mapped else ():  # noqa: S108
         with contextlib.suppress(OSError):  # another program's, gone by now
-            if path.stat().st_ino in mapped:
+            if path.name.startswith(("sem.mp-", "sem.loky-")) and path.stat().st_ino in mapped:
                 found.add(str(path))
     return found
 
@@ -137,8 +145,7 @@ def end_descendants(left: set[str]) -> None:
 def main(number: int, folder: str, *left: str) -> None:
     """What the process that is stopped becomes: end its children, remove its temporary folder, exit."""
     end_descendants(set(left))
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    remove_temporary(folder)
     os._exit(128 + number)
 
 

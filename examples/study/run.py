@@ -22,6 +22,7 @@ from examples.study.projects import available, make_project
 from examples.study.runs import carry_out, result_file
 from examples.study.tables import FULL, QUICK, TABLES, Cell, Size, cells
 from nextvid.machine import die_with
+from nextvid.stopping import stoppable
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -80,4 +81,5 @@ def _begin(parent: int) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    stoppable("results are kept: `make study` goes on from there")
     main()

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds proces
 
 # A main thread in C, a child in a session of its own that ignores SIGTERM, its child, and a process with a semaphore.
 PROGRAM = """
-import multiprocessing, subprocess, sys, tempfile, threading, time
+import _multiprocessing, multiprocessing, os, pathlib, subprocess, sys, tempfile, threading, time
 from nextvid.stopping import stoppable, when_stopped
 stoppable("ask again")
 child = "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); " \\
@@ -22,8 +22,10 @@ child = "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.S
 subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
 context = multiprocessing.get_context("spawn")
 lock = context.Lock()
+joblib_s = _multiprocessing.SemLock(1, 1, 1, f"/loky-{os.getpid()}-a", False)
 context.Process(target=time.sleep, args=(600,)).start()
 tempfile.mkdtemp(prefix="library-")
+pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).mkdir()
 with when_stopped(lambda: print("job cancelled", flush=True)):
     while len(multiprocessing.active_children()) < 1: time.sleep(0.01)
     print(lock._semlock.name, flush=True)
@@ -61,6 +63,7 @@ def test_a_stopped_program_leaves_nothing(
     assert not [process for process in children if alive(process)]
     assert not list(tmp_path.iterdir())
     assert not Path(f"/dev/shm/sem.{semaphore}").exists()
+    assert not Path(f"/dev/shm/sem.loky-{program.pid}-a").exists()
 
 
 def alive(process: int) -> bool:
