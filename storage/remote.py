@@ -182,7 +182,7 @@ def put(path: str, source: bytes | Path, *, exclusive: bool = False) -> None:
             return  # an earlier try arrived, and its answer did not
         raise ConflictError(f"{path} exists already: somebody else was first") from error
     except FileNotFoundError as error:
-        raise StoreError(f"{path} cannot be written ({error})") from error
+        raise StoreError(f"{path} cannot be written ({error}). Check the bucket, then run again") from error
 
 
 def refuse_overwriting(url: str) -> None:
