@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from nextvid.config.project import Project
+from nextvid.config.project import Project, open_project
 from nextvid.config.recipe import ExecutionConfig, RecipeConfig
 from nextvid.train.distributed import Ranks
 from nextvid.train.loader import Loader, open_loader
-from nextvid.train.run import Run, plan_run, write_run
+from nextvid.train.loop import train
+from nextvid.train.run import Run, open_run, plan_run, write_run
 from nextvid.trainset.mask_plan import grid_of, make_plan, open_mask_plan, plan_digest
 from nextvid.trainset.pixels import TrainsetPixels
 from nextvid.trainset.trainset import Trainset
@@ -87,3 +89,9 @@ def begin(
     run = plan_run(project.root, recipe, how, trainset, plan, repeat, (), pixels)
     write_run(run)
     return run
+
+
+def carry_on(corpus: str, folder: str) -> None:
+    """Train a run to its end, in a process of its own."""
+    torch.set_num_threads(1)  # bits depend on their number
+    train(open_project(corpus), open_run(Path(folder)), ALONE)

@@ -3,8 +3,6 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +24,8 @@ from nextvid.train.loop import train
 from nextvid.train.run import Run, open_run, run_lock, write_run
 from storage.errors import ConflictError, DamagedError, RefusedError
 from storage.records import publish_record, read_record
-from tests.factories import flip
+from tests.factories import copy_project, flip
+from tests.forked import parent_of
 from tests.nextvid.train.corpus import begin, make_project, tiny_spec, write_trainset
 from tests.nextvid.train.tiny import ALONE, HOW, tiny_recipe
 
@@ -37,6 +36,27 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "first_losses.txt"
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return make_project(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose run was never stopped, to be read only."""
+    torch.set_num_threads(1)  # as in `one_thread`, which begins after this
+    project = make_project(tmp_path_factory.mktemp("whole"))
+    train(project, begin(project), ALONE)
+    return project
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole: Project) -> Run:
+    return begin(whole)
+
+
+@pytest.fixture
+def trained(whole: Project, tmp_path: Path) -> tuple[Project, Run]:
+    """A copy of it that a test may change."""
+    project = copy_project(whole, tmp_path / "copy")
+    return project, begin(project)
 
 
 def tensors(run: Run, step: int) -> dict[str, torch.Tensor]:
@@ -79,9 +99,8 @@ def _train_until(monkeypatch: pytest.MonkeyPatch, step: int, project: Project, r
             train(project, run, ALONE)
 
 
-def test_a_whole_run_leaves_what_it_promises(project: Project) -> None:
-    run = begin(project)
-    train(project, run, ALONE)
+def test_a_whole_run_leaves_what_it_promises(uninterrupted: Run) -> None:
+    run = uninterrupted
     assert run.complete
     events = read_events(run.folder)
     kinds = [event["kind"] for event in events]
@@ -99,9 +118,8 @@ def test_a_whole_run_leaves_what_it_promises(project: Project) -> None:
     assert list((run.folder / "tensorboard").iterdir())
 
 
-def test_asking_again_trains_nothing(project: Project) -> None:
-    run = begin(project)
-    train(project, run, ALONE)
+def test_asking_again_trains_nothing(trained: tuple[Project, Run]) -> None:
+    project, run = trained
     before = tensors(run, 12)
     train(project, run, ALONE)
     assert equal(tensors(run, 12), before)
@@ -110,26 +128,24 @@ def test_asking_again_trains_nothing(project: Project) -> None:
 
 @pytest.mark.parametrize("stopped", [1, 3, 7, 10])
 def test_trap_12_resuming_is_bit_equal_to_never_having_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+    project: Project, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch, stopped: int
 ) -> None:
     often = HOW.model_copy(update={"checkpoint_every_steps": 1, "diagnose_every_steps": 4})
-    whole, broken = (make_project(_folder(tmp_path, name)) for name in ("whole", "broken"))
-    uninterrupted, resumed = begin(whole), begin(broken, how=often)
-    train(whole, uninterrupted, ALONE)
-    _train_until(monkeypatch, stopped, broken, resumed)
+    resumed = begin(project, how=often)
+    _train_until(monkeypatch, stopped, project, resumed)
     assert resumed.newest_step() == stopped
-    train(broken, resumed, ALONE)
+    train(project, resumed, ALONE)
     assert equal(tensors(resumed, 12), tensors(uninterrupted, 12))
     assert losses(resumed) == losses(uninterrupted)
 
 
-def test_a_kill_between_checkpoints_loses_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, broken = (make_project(_folder(tmp_path, name)) for name in ("whole", "broken"))
-    uninterrupted, resumed = begin(whole), begin(broken)
-    train(whole, uninterrupted, ALONE)
+def test_a_kill_between_checkpoints_loses_only_time(
+    project: Project, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = begin(project)
     for stopped in (5, 5, 11):  # after the checkpoint of step 3 twice, then after that of step 9
-        _train_until(monkeypatch, stopped, broken, resumed)
-    train(broken, resumed, ALONE)
+        _train_until(monkeypatch, stopped, project, resumed)
+    train(project, resumed, ALONE)
     assert equal(tensors(resumed, 12), tensors(uninterrupted, 12))
     assert losses(resumed) == losses(uninterrupted)  # each step once, as the last attempt saw it
 
@@ -139,9 +155,8 @@ def _folder(parent: Path, name: str) -> Path:
     return parent / name
 
 
-def test_a_torn_checkpoint_is_passed_over_when_resuming(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = begin(project)
-    train(project, run, ALONE)
+def test_a_torn_checkpoint_is_passed_over_when_resuming(trained: tuple[Project, Run]) -> None:
+    project, run = trained
     last = tensors(run, 12)
     (checkpoint.path_at(run.checkpoints, 12) / "ema.safetensors").unlink()
     assert not run.complete
@@ -150,18 +165,16 @@ def test_a_torn_checkpoint_is_passed_over_when_resuming(project: Project, monkey
     assert equal(tensors(run, 12), last)
 
 
-def test_a_damaged_checkpoint_is_not_resumed_from(project: Project) -> None:
-    run = begin(project)
-    train(project, run, ALONE)
+def test_a_damaged_checkpoint_is_not_resumed_from(trained: tuple[Project, Run]) -> None:
+    project, run = trained
     path = checkpoint.path_at(run.checkpoints, 12) / "model.safetensors"
     flip(path)
     with pytest.raises(DamagedError, match="delete the folder"):
         train(project, run, ALONE)
 
 
-def test_a_checkpoint_of_another_trainset_is_refused(project: Project) -> None:
-    run = begin(project)
-    train(project, run, ALONE)
+def test_a_checkpoint_of_another_trainset_is_refused(trained: tuple[Project, Run]) -> None:
+    project, run = trained
     other = write_trainset(project.root, tiny_spec(), seed=1)
     stranger = begin(project)
     assert stranger.trainset == other
@@ -291,9 +304,8 @@ def test_the_alarm_stops_or_is_silent(project: Project, monkeypatch: pytest.Monk
         assert not any(event["kind"] == "alarm" for event in read_events(run.folder))
 
 
-def test_exported_encoder_is_the_average_and_takes_raw_latents(project: Project) -> None:
-    run = begin(project)
-    train(project, run, ALONE)
+def test_exported_encoder_is_the_average_and_takes_raw_latents(uninterrupted: Run) -> None:
+    run = uninterrupted
     exported = nextvid.load_encoder(run.folder / "encoder")
     weights = checkpoint.load_tensors(checkpoint.path_at(run.checkpoints, 12) / "ema.safetensors")
     assert all(torch.equal(exported.encoder.state_dict()[name], value) for name, value in weights.items())
@@ -301,39 +313,22 @@ def test_exported_encoder_is_the_average_and_takes_raw_latents(project: Project)
     assert not any(parameter.requires_grad for parameter in exported.parameters())
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-from nextvid.config.project import open_project
-from nextvid.train.loop import train
-from nextvid.train.run import open_run
-from tests.nextvid.train.tiny import ALONE
-torch.set_num_threads(1)
-train(open_project(sys.argv[1]), open_run(Path(sys.argv[2])), ALONE)
-"""
-
-
 @pytest.mark.slow
-def test_killed_without_warning_and_resumed_is_bit_equal(tmp_path: Path) -> None:
+def test_killed_without_warning_and_resumed_is_bit_equal(tmp_path: Path, repository: Path) -> None:
     recipe = tiny_recipe(steps=(8, 8, 8, 8))
     often = HOW.model_copy(update={"checkpoint_every_steps": 1})
     whole, broken = (make_project(_folder(tmp_path, name)) for name in ("whole", "broken"))
     uninterrupted, killed = begin(whole, recipe), begin(broken, recipe, often)
     train(whole, uninterrupted, ALONE)
-    command = [sys.executable, "-c", KILLED, str(broken.path), str(killed.folder)]
-    deaths = 0
-    for wanted in (2, 9, 17):
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 240
-        while (killed.newest_step() or 0) < wanted and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        deaths += process.poll() is None
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert deaths == 3
+    with parent_of(repository, ["tests.nextvid.train.corpus"]) as forks:
+        for wanted in (2, 9, 17):
+            forks.start("tests.nextvid.train.corpus", "carry_on", str(broken.path), str(killed.folder))
+            deadline = time.monotonic() + 240
+            while (killed.newest_step() or 0) < wanted:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            forks.kill()
+            assert forks.ended() == -signal.SIGKILL
     train(broken, killed, ALONE)
     assert equal(tensors(killed, 32), tensors(uninterrupted, 32))
     assert losses(killed) == losses(uninterrupted)
