@@ -6,7 +6,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
 from nextvid.config.benchmarks import Family
-from nextvid.config.overrides import apply_how
+from nextvid.config.overrides import apply_how, apply_overrides
 from nextvid.config.project import Project
 from nextvid.config.recipe import ExecutionConfig, On
 from nextvid.graph import BY_BATCH, GRAPH, Asset, chain, maker
@@ -145,7 +145,7 @@ def _refuse_names(project: Project, request: Request) -> None:
     """Refuse names and options that would otherwise fail only after hours of encoding."""
     others = _others(project, request) if request.asset == "probes" else None
     if "mask_plan" in chain(request.asset) and others is None:
-        project.recipe(_recipe(request))
+        apply_overrides(project.recipe(_recipe(request)), request.overrides)
     if others is not None and request.run:
         raise ConfigError(f"--run: '{request.recipe}' is an encoder of {project.path}, which has no run: leave it out")
     if request.run and "pretrain" not in chain(request.asset)[:-1]:
@@ -158,7 +158,8 @@ def _refuse_names(project: Project, request: Request) -> None:
         )
     if (request.how or request.ranks is not None) and not {"pretrain", "probes"} & set(made):
         raise ConfigError("--how and --ranks are for training and probes, and neither is made here: leave them out")
-    refuse_missing(apply_how(ExecutionConfig(), [how for how in request.how if how.startswith("sinks=")]).sinks)
+    alone = [how for how in request.how if not how.startswith(("nodes=", "ranks=", "rendezvous="))]  # of each other
+    refuse_missing(apply_how(ExecutionConfig(), alone).sinks)
     if request.checkpoint is not None and not (request.run and request.asset == "probes"):
         raise ConfigError("--checkpoint names a step of the run that probes score: name the run with --run")
     if request.benchmark is not None:

@@ -338,7 +338,8 @@ class ExecutionConfig(Strict):
     )
     keep_last: Count = Field(2, description="checkpoints that are kept, beside those at the ends of stages")
     sinks: Annotated[
-        tuple[SinkName, ...], BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
+        tuple[SinkName, ...],
+        BeforeValidator(lambda given: given.strip("[]").split(",") if isinstance(given, str) else given),
     ] = Field(
         ("tensorboard",),
         description="where curves go beside events.jsonl: tensorboard, wandb or trackio, with commas between; the "

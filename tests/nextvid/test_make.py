@@ -5,6 +5,7 @@ import shutil
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -387,7 +388,20 @@ def test_a_platform_without_decord_is_told_once(
     assert calls
 
 
-def test_a_wrong_sink_is_refused_before_anything_is_made(project: Project, calls: list[tuple[str, str | None]]) -> None:
-    with pytest.raises(ConfigError, match=r"sinks\.0"):
-        list(make(project, Request("pretrain", recipe=RECIPE, how=("sinks=mlflow",))))
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"how": ("sinks=mlflow",)}, r"sinks\.0"),
+        ({"how": ("micro_batch=few",)}, "micro_batch"),
+        ({"overrides": ("init.run=nosuch",)}, r"init\.run"),
+        ({"overrides": ("stages.warm.steps=1",)}, "did you mean 'warmup'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_refused_before_anything_is_made(
+    project: Project, calls: list[tuple[str, str | None]], given: dict[str, tuple[str, ...]], said: str
+) -> None:
+    request = replace(Request("pretrain", recipe=RECIPE), **given)  # type: ignore[arg-type]  # fields by name
+    with pytest.raises(ConfigError, match=said):
+        list(make(project, request))
     assert calls == []

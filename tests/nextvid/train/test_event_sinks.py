@@ -95,7 +95,8 @@ def test_a_sink_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sinks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="names wandb, and its package is not installed: pip install wandb"):
         refuse_missing(["wandb"])
-    assert apply_how(ExecutionConfig(), ["sinks=tensorboard,wandb"]).sinks == ("tensorboard", "wandb")
+    for given in ("tensorboard,wandb", "[tensorboard,wandb]", '["tensorboard","wandb"]'):
+        assert apply_how(ExecutionConfig(), [f"sinks={given}"]).sinks == ("tensorboard", "wandb")
     with pytest.raises(ConfigError, match="'tensorboard', 'wandb' or 'trackio'"):
         apply_how(ExecutionConfig(), ["sinks=mlflow"])
 
