@@ -338,8 +338,7 @@ class ExecutionConfig(Strict):
     )
     keep_last: Count = Field(2, description="checkpoints that are kept, beside those at the ends of stages")
     sinks: Annotated[
-        tuple[SinkName, ...],
-        BeforeValidator(lambda given: given.strip("[]").split(",") if isinstance(given, str) else given),
+        tuple[SinkName, ...], BeforeValidator(lambda s: s.strip("[]").split(",") if isinstance(s, str) else s)
     ] = Field(
         ("tensorboard",),
         description="where curves go beside events.jsonl: tensorboard, wandb or trackio, with commas between; the "

@@ -159,6 +159,8 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     if listing.ignored:
         ignored = ", ".join(f"{n} {printable(extension)}" for extension, n in listing.ignored.most_common(5))
         notes.append(f"ignored: {ignored}")
+    if not kinds["video"]:
+        notes.append("images alone are encoded, not trained on: a recipe needs videos too, here or in another dataset")
     if unreadable:
         notes.append(f"{unreadable} of {len(facts) + unreadable} sampled files cannot be read; `media` says why")
     if labels.layout != "none" and labelled < len(paths):
@@ -188,8 +190,8 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
     )
     atomic.create_exclusively(str(path), f"{text.rstrip()}\n".encode())
     load_corpus(path)  # what was written is what is read
-    asset = "report" if targets else "samples"
-    command = f"nextvid make {asset} --recipe demo --corpus {out}"
+    goal = f"{'report' if targets else 'samples'} --recipe demo" if kinds["video"] else "latents"
+    command = f"nextvid make {goal} --corpus {out}"
     return Draft(str(path), name, dict(kinds), unreadable, labels.layout, labelled, targets, tuple(notes), command)
 
 

@@ -185,6 +185,7 @@ def test_a_folder_of_tar_files_is_drafted_by_what_is_in_them(tmp_path: Path) -> 
         write_tar(tmp_path / "pets" / f"{number}.tar", members[number::2])
     draft = draft_corpus(str(tmp_path / "pets"), str(tmp_path / "corpus.yaml"))
     assert (draft.files, draft.labels, draft.labelled, draft.targets) == ({"image": 6}, "folders", 6, ("class",))
+    assert draft.next.startswith("nextvid make latents --corpus"), "no recipe trains on images alone"
     dataset = load_corpus(tmp_path / "corpus.yaml").datasets["pets"]
     assert dataset.tar
     paths = known_paths(tmp_path / "corpus.yaml", "pets")
