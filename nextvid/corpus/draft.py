@@ -165,28 +165,25 @@ def draft_corpus(folder: str, out: str = "corpus.yaml", autoencoder: str | None 
         notes.append(f"{unreadable} of {len(facts) + unreadable} sampled files cannot be read; `media` says why")
     if labels.layout != "none" and labelled < len(paths):
         notes.append(f"{len(paths) - labelled:,} of {len(paths):,} files have no label in what was recognised")
-    text = (
-        Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - YAML
-        .from_string(TEMPLATE)
-        .render(
-            uri=_quoted(uri),
-            shown=printable(uri),
-            name=name,
-            tar=tar,
-            root=_quoted(os.path.relpath(root, path.parent)),
-            autoencoder=_quoted(weights),
-            seen=_seen(kinds, facts),
-            notes=notes,
-            policy=policy,
-            spans=spans,
-            labels=[
-                (key, _quoted(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-                for key, value in labels.model_dump(mode="json", exclude_defaults=True).items()
-            ],
-            targets=targets,
-            batch=batch if batch < BenchmarkConfig.model_fields["batch"].default else None,
-            budget=0.05 if not unreadable else min(0.5, round(0.05 + 2 * unreadable / (len(facts) + unreadable), 2)),
-        )
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - YAML
+    text = environment.from_string(TEMPLATE).render(
+        uri=_quoted(uri),
+        shown=printable(uri),
+        name=name,
+        tar=tar,
+        root=_quoted(os.path.relpath(root, path.parent)),
+        autoencoder=_quoted(weights),
+        seen=_seen(kinds, facts),
+        notes=notes,
+        policy=policy,
+        spans=spans,
+        labels=[
+            (key, _quoted(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for key, value in labels.model_dump(mode="json", exclude_defaults=True).items()
+        ],
+        targets=targets,
+        batch=batch if batch < BenchmarkConfig.model_fields["batch"].default else None,
+        budget=0.05 if not unreadable else min(0.5, round(0.05 + 2 * unreadable / (len(facts) + unreadable), 2)),
     )
     atomic.create_exclusively(str(path), f"{text.rstrip()}\n".encode())
     load_corpus(path)  # what was written is what is read
