@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nextvid.stopping import descendants
+from nextvid.stopping import COMPILED, descendants
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
 
@@ -46,6 +46,7 @@ def test_a_stopped_program_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv(COMPILED, raising=False)  # a command that ran in this process sets it
     program = subprocess.Popen(
         [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
